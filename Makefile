@@ -1,0 +1,36 @@
+# Two commands on a fresh machine with only python3 (>= 3.10) and make:
+#   make demo    a video from the pack's own tiny model, on the CPU:  output/demo.mp4, output/demo.png
+#   make test    lint, types and the test suite
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint check format clean
+
+demo: .venv/ready
+	$(BIN)/lowvram-video demo --output output/demo.mp4
+
+test: lint check
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy wants the package under its import name; the checkout's folder may have any
+	rm -rf .mypy_cache/tree && mkdir -p .mypy_cache/tree && ln -s ../.. .mypy_cache/tree/lowvram_video
+	cd .mypy_cache/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p lowvram_video
+
+# one thread for each of two workers: tiny models gain nothing from more, and runs stay repeatable
+check: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not comfyui"
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/ready: requirements.txt requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@

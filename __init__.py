@@ -1,0 +1,1 @@
+"""ComfyUI-LowVRAM-Video: Wan and FramePack video on small graphics cards."""

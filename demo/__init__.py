@@ -1,0 +1,1 @@
+"""A tiny trained model in the real file formats, its trainer and its judge."""

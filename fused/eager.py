@@ -1,0 +1,52 @@
+"""The elementwise steps in plain PyTorch: the reference, and what runs without Triton."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .select import Rope, RowGroups
+
+
+class EagerOps:
+    """See `FusedOps` for what each step computes."""
+
+    name = "eager"
+
+    def modulated_norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
+    ) -> Tensor:
+        rows = _group_of_rows(x, shift, first_row, groups)
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+        return (normed * (1 + scale[rows]) + shift[rows]).to(x.dtype)
+
+    def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+    def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
+        if rope is not None:
+            num_tokens, half = rope.cos.shape
+            token = torch.arange(first_row, first_row + x.shape[0], device=x.device) % num_tokens
+            cos, sin = rope.cos[token, None], rope.sin[token, None]  # [rows, 1, head_dim / 2]
+            real, imag = y.view(x.shape[0], -1, half, 2).unbind(-1)
+            y = torch.stack((real * cos - imag * sin, real * sin + imag * cos), -1)
+        x.copy_(y.view(x.shape))
+
+    def gelu_(self, x: Tensor) -> None:
+        x.copy_(F.gelu(x.float(), approximate="tanh"))
+
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
+        x.copy_(torch.addcmul(x.float(), y.float(), gate[_group_of_rows(x, gate, first_row, groups)]))
+
+
+def _group_of_rows(x: Tensor, modulation: Tensor, first_row: int, groups: RowGroups) -> Tensor | slice:
+    first, last = (row // groups.rows_per_group for row in (first_row, first_row + x.shape[0] - 1))
+    if first == last:  # one group: broadcast instead of gathering
+        return slice(first, first + 1)
+    return torch.arange(first_row, first_row + x.shape[0], device=modulation.device) // groups.rows_per_group

@@ -1,0 +1,105 @@
+"""The elementwise steps of a diffusion transformer's block, and which implementation runs them.
+
+All work on rows of tokens `[rows, dim]`, so that a model can go through its tokens chunk by chunk; a row's
+modulation is that of its group (a whole sample, or one frame where timesteps differ per frame):
+`group = (first_row + row) // rows_per_group`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .eager import EagerOps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary angles of every token, fp32 `[tokens, head_dim / 2]` each; rows repeat per sample."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Which rows share one modulation vector: `rows_per_group` consecutive ones."""
+
+    rows_per_group: int
+
+
+class FusedOps(Protocol):
+    """Statistics and sums in fp32; results in the dtype of `x`."""
+
+    name: str
+
+    def modulated_norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
+    ) -> Tensor:
+        """LayerNorm(x) * (1 + scale) + shift; `shift`, `scale` are `[groups, dim]`."""
+        ...
+
+    def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """LayerNorm(x) * weight + bias."""
+        ...
+
+    def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
+        """RMSNorm over the whole row, then rotation of interleaved pairs head by head, in place."""
+        ...
+
+    def gelu_(self, x: Tensor) -> None:
+        """GELU, tanh approximation, in place."""
+        ...
+
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
+        """x += y * gate; `gate` is `[groups, dim]`."""
+        ...
+
+
+def select_fused_ops(device: torch.device) -> FusedOps:
+    """Triton kernels on a GPU where they compile and agree with the eager reference; else eager PyTorch."""
+    eager = EagerOps()
+    if device.type != "cuda":
+        return eager
+    if importlib.util.find_spec("triton") is None:
+        logger.info("Triton is not installed: elementwise steps run in eager PyTorch (slower, more memory).")
+        return eager
+    try:
+        from .triton_ops import TritonOps
+
+        ops = TritonOps()
+        error = _disagreement(ops, eager, device)
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as problem:
+        # a broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU
+        logger.warning("Triton cannot be used (%s): elementwise steps run in eager PyTorch.", problem)
+        return eager
+    if not error < 2e-2:
+        logger.warning("Triton kernels disagree with PyTorch on this GPU (%.1e): eager PyTorch is used.", error)
+        return eager
+    return ops
+
+
+def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> float:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    x, weight, modulation = rand(6, 256), rand(256), rand(2, 256, dtype=torch.float32)
+    rope = Rope(rand(6, 64, dtype=torch.float32), rand(6, 64, dtype=torch.float32))
+    results = []
+    for each in (ops, reference):
+        y = each.modulated_norm(x, modulation, modulation, 1, RowGroups(4), 1e-6)
+        each.rms_norm_(y, weight, 1e-6, rope, 0)
+        each.gelu_(y)
+        each.gated_add_(y, each.affine_norm(x, weight, weight, 1e-6), modulation, 1, RowGroups(4))
+        results.append(y.float())
+    got, want = results
+    return float((got - want).norm() / want.norm())

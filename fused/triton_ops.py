@@ -1,0 +1,145 @@
+"""The elementwise steps as Triton kernels: one program per row, one read and one write of it.
+
+Bytes per call are 2 x rows x dim x element size (3 x for `gated_add_`); the modulation stays in cache. The floor
+on a device of bandwidth W is that over W.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .select import Rope, RowGroups
+
+
+class TritonOps:
+    """See `FusedOps` for what each step computes."""
+
+    name = "triton"
+
+    def modulated_norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
+    ) -> Tensor:
+        rows, dim = x.shape
+        out = torch.empty_like(x)
+        # the two are slices of one [groups, 6, dim] tensor: same strides
+        _norm_kernel[(rows,)](
+            x, out, scale, shift, first_row, groups.rows_per_group, scale.stride(0), eps, dim, x.stride(0),
+            MODULATED=True, BLOCK=triton.next_power_of_2(dim), num_warps=_num_warps(dim),
+        )  # fmt: skip
+        return out
+
+    def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        rows, dim = x.shape
+        out = torch.empty_like(x)
+        _norm_kernel[(rows,)](
+            x, out, weight, bias, 0, 1, 0, eps, dim, x.stride(0),
+            MODULATED=False, BLOCK=triton.next_power_of_2(dim), num_warps=_num_warps(dim),
+        )  # fmt: skip
+        return out
+
+    def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
+        rows, dim = x.shape
+        cos, sin = (rope.cos, rope.sin) if rope is not None else (x, x)
+        num_tokens, half = rope.cos.shape if rope is not None else (1, 1)
+        _rms_norm_kernel[(rows,)](
+            x, weight, cos, sin, first_row, num_tokens, half, eps, dim, x.stride(0),
+            ROTATE=rope is not None, HALF_BLOCK=triton.next_power_of_2(dim) // 2, num_warps=_num_warps(dim),
+        )  # fmt: skip
+
+    def gelu_(self, x: Tensor) -> None:
+        rows, dim = x.shape
+        block = 2048
+        _gelu_kernel[(rows, triton.cdiv(dim, block))](x, dim, x.stride(0), BLOCK=block, num_warps=4)
+
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
+        rows, dim = x.shape
+        block = 2048
+        _gated_add_kernel[(rows, triton.cdiv(dim, block))](
+            x, y, gate, first_row, groups.rows_per_group, gate.stride(0), dim, x.stride(0), y.stride(0),
+            BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
+def _num_warps(dim: int) -> int:
+    return 8 if dim > 2048 else 4
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _norm_kernel(
+    x_ptr, out_ptr, scale_ptr, shift_ptr, first_row, rows_per_group, group_stride, eps, dim, row_stride,
+    MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    col = tl.arange(0, BLOCK)
+    inside = col < dim
+    x = tl.load(x_ptr + row.to(tl.int64) * row_stride + col, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x, 0) / dim, 0.0)
+    normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / dim + eps)
+    group = ((first_row + row) // rows_per_group) * group_stride
+    scale = tl.load(scale_ptr + group + col, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + group + col, mask=inside, other=0.0).to(tl.float32)
+    if MODULATED:
+        scale += 1.0
+    tl.store(out_ptr + row.to(tl.int64) * dim + col, normed * scale + shift, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, first_row, num_tokens, half, eps, dim, row_stride,
+    ROTATE: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    col = tl.arange(0, 2 * HALF_BLOCK)
+    inside = col < dim
+    address = x_ptr + row.to(tl.int64) * row_stride + col
+    x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    x = x / tl.sqrt(tl.sum(x * x, 0) / dim + eps) * weight
+    if ROTATE:
+        pair = tl.arange(0, HALF_BLOCK)
+        angle = ((first_row + row) % num_tokens) * half + pair % half
+        cos = tl.load(cos_ptr + angle, mask=pair < dim // 2, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=pair < dim // 2, other=0.0)
+        real, imag = tl.split(tl.reshape(x, (HALF_BLOCK, 2)))
+        x = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (2 * HALF_BLOCK,))
+    tl.store(address, x, mask=inside)
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, dim, row_stride, BLOCK: tl.constexpr):
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    address = x_ptr + tl.program_id(0).to(tl.int64) * row_stride + col
+    x = tl.load(address, mask=col < dim, other=0.0).to(tl.float32)
+    # tanh(u) = 2 sigmoid(2u) - 1, so 0.5 x (1 + tanh(u)) = x sigmoid(2u)
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    tl.store(address, x * tl.sigmoid(2.0 * u), mask=col < dim)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _gated_add_kernel(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    first_row,
+    rows_per_group,
+    group_stride,
+    dim,
+    x_stride,
+    y_stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < dim
+    group = ((first_row + row) // rows_per_group) * group_stride
+    address = x_ptr + row.to(tl.int64) * x_stride + col
+    x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + row.to(tl.int64) * y_stride + col, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + group + col, mask=inside, other=0.0)
+    tl.store(address, x + y * gate, mask=inside)

@@ -1,0 +1,85 @@
+"""Elementwise steps against their formulas; the Triton kernels against the eager reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lowvram_video.fused.eager import EagerOps
+from lowvram_video.fused.select import Rope, RowGroups, select_fused_ops
+from torch.nn import functional as F
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def test_modulated_norm_takes_each_rows_group() -> None:
+    x, shift, scale = rand(7, 12), rand(3, 12, seed=1), rand(3, 12, seed=2)
+    got = EagerOps().modulated_norm(x, shift, scale, 2, RowGroups(4), 1e-6)
+    for row in range(7):
+        group = (2 + row) // 4
+        want = F.layer_norm(x[row], (12,), eps=1e-6) * (1 + scale[group]) + shift[group]
+        torch.testing.assert_close(got[row], want)
+
+
+def test_rotation_is_complex_multiplication_per_head() -> None:
+    x, weight, angle = rand(10, 16), rand(16, seed=1), rand(5, 4, seed=2)
+    got = x.clone()
+    EagerOps().rms_norm_(got, weight, 1e-6, Rope(angle.cos(), angle.sin()), 3)
+    normed = F.rms_norm(x, (16,), weight, 1e-6)
+    turn = torch.polar(torch.ones_like(angle), angle)[torch.arange(3, 13) % 5]  # rows of two samples of 5 tokens
+    want = torch.view_as_real(torch.view_as_complex(normed.view(10, 2, 4, 2)) * turn[:, None]).reshape(10, 16)
+    torch.testing.assert_close(got, want)
+
+
+def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: float) -> None:
+    from lowvram_video.fused.triton_ops import TritonOps
+
+    torch.manual_seed(0)
+    wide = rand(9, 2 * dim, dtype=dtype, device=device)
+    x, y = wide[:, :dim], rand(9, dim, seed=1, dtype=dtype, device=device)  # x: rows of a wider buffer
+    weight = rand(dim, seed=2, dtype=dtype, device=device)
+    modulation = rand(4, 6, dim, seed=3, device=device).unbind(1)
+    angle = rand(5, half, seed=4, device=device)
+    rope, groups = Rope(angle.cos(), angle.sin()), RowGroups(3)
+    results = []
+    for ops in (TritonOps(), EagerOps()):
+        rotated, plain, act, added = (x.clone() for _ in range(4))
+        ops.rms_norm_(rotated, weight, 1e-6, rope, 2)
+        ops.rms_norm_(plain, weight, 1e-6, None, 0)
+        ops.gelu_(act)
+        ops.gated_add_(added, y, modulation[2], 1, groups)
+        results.append(
+            [ops.modulated_norm(x, modulation[0], modulation[1], 1, groups, 1e-6), ops.affine_norm(x, weight, y[0], 1e-6)]
+            + [rotated, plain, act, added]
+        )
+    for name, got, want in zip(["norm", "affine", "rope", "rms", "gelu", "add"], *results, strict=True):
+        error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
+        print(f"{device} {dtype} {name}: max relative error {error:.1e}")
+        assert error <= bound, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dim", [256, 1536, 5120])
+def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
+    check_triton("cuda", dtype, dim, 64, bound)
+    assert select_fused_ops(torch.device("cuda")).name == "triton"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+def test_triton_interpreted_on_the_cpu() -> None:
+    # the interpreter is chosen when kernels are defined: a process of its own
+    code = f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_fused as t; "
+    code += "[t.check_triton('cpu', torch.float32, dim, 4, 1e-5) for dim in (24, 64)]"
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+
+
+def test_without_a_gpu_eager_is_chosen() -> None:
+    assert select_fused_ops(torch.device("cpu")).name == "eager"

@@ -1,0 +1,153 @@
+"""The transformer against diffusers' WanTransformer3DModel with the same weights, fp32."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from lowvram_video.wanvideo.checkpoint import official_names
+from lowvram_video.wanvideo.config import WanConfig
+from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.wanvideo.workspace import Execution
+
+TINY = {"dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 3, "text_dim": 24, "freq_dim": 32}
+VARIANTS = {
+    "t2v": WanConfig("t2v", in_channels=4, out_channels=4, **TINY),
+    "wide ffn": WanConfig("t2v", in_channels=4, out_channels=4, **{**TINY, "ffn_dim": 320}),
+    "i2v": WanConfig("i2v", in_channels=9, out_channels=4, image_dim=20, **TINY),
+    "flf2v": WanConfig("flf2v", in_channels=9, out_channels=4, image_dim=20, image_pos_tokens=14, **TINY),
+    "i2v without image tokens": WanConfig("i2v", in_channels=9, out_channels=4, **TINY),
+    "ti2v": WanConfig("ti2v", in_channels=6, out_channels=6, **TINY),
+}
+
+
+def reference_of(config: WanConfig) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        image_dim=config.image_dim or None,
+        added_kv_proj_dim=config.dim if config.image_dim else None,
+        pos_embed_seq_len=config.image_pos_tokens or None,
+    )
+    for parameter in model.parameters():
+        # norm weights and modulation away from their neutral start
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def ours_of(config: WanConfig, reference: WanTransformer3DModel) -> WanModel:
+    state = reference.state_dict()
+    names = official_names(state)
+    model = WanModel(config)
+    model.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=True)
+    return model
+
+
+def inputs_of(config: WanConfig, batch: int = 2, size: tuple[int, int, int] = (3, 8, 10)) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "latent": torch.randn(batch, config.in_channels, *size, generator=generator),
+        # 512: diffusers tells text from image tokens by that length
+        "context": torch.randn(batch, 512, config.text_dim, generator=generator),
+        "timestep": torch.tensor([837.0, 120.5])[:batch],
+    }
+    if config.model_type == "ti2v":  # frame 0 is the given image: timestep 0
+        inputs["timestep"] = torch.tensor([[0.0, 700.0, 700.0], [0.0, 310.0, 310.0]])[:batch]
+    if config.image_dim:
+        tokens = config.image_pos_tokens or 7
+        inputs["image_tokens"] = torch.randn(batch, tokens, config.image_dim, generator=generator)
+    return inputs
+
+
+def run_reference(model: WanTransformer3DModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    timestep = inputs["timestep"]
+    if timestep.ndim == 2:  # diffusers wants one per token
+        tokens_per_frame = inputs["latent"].shape[3] * inputs["latent"].shape[4] // 4
+        timestep = timestep.repeat_interleave(tokens_per_frame, dim=1)
+    image = inputs.get("image_tokens")
+    if image is not None and model.config.pos_embed_seq_len:  # and both images as two batch rows
+        image = image.reshape(-1, image.shape[1] // 2, image.shape[2])
+    return model(inputs["latent"], timestep, inputs["context"], image, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_velocity_equals_diffusers(variant: str) -> None:
+    config = VARIANTS[variant]
+    reference, inputs = reference_of(config), inputs_of(config)
+    want = run_reference(reference, inputs)
+    got = ours_of(config, reference)(**inputs)
+    error = float((got - want).abs().max() / want.abs().max())
+    print(f"{variant}: max relative error {error:.2e}")
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("variant", ["t2v", "wide ffn", "i2v", "ti2v"])
+@pytest.mark.parametrize(("token_chunk", "head_groups"), [(7, 1), (64, 2), (1000, 2)])
+def test_chunks_change_nothing_but_rounding(variant: str, token_chunk: int, head_groups: int) -> None:
+    config = VARIANTS[variant]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    want = model(**inputs)
+    model.execution = Execution(token_chunk=token_chunk, head_groups=head_groups)
+    got = model(**inputs)
+    assert float((got - want).abs().max() / want.abs().max()) < 2e-6
+
+
+def test_a_batch_equals_its_samples_in_turn() -> None:
+    config = VARIANTS["i2v"]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    together = model(**inputs)
+    for i in range(2):
+        alone = model(**{name: tensor[i : i + 1] for name, tensor in inputs.items()})
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_cached_keys_and_values_change_nothing() -> None:
+    config = VARIANTS["i2v"]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    context = model.embed_context(inputs["context"], inputs["image_tokens"])
+    context.keys_values = [block.cross_attn.keys_values(context) for block in model.blocks]
+    got = model(inputs["latent"], inputs["timestep"], context)
+    assert torch.equal(got, model(**inputs))
+
+
+@pytest.mark.parametrize(("stored", "bound"), [(torch.bfloat16, 2e-2), (torch.float8_e4m3fn, 0.2)])
+def test_weights_stored_in_another_dtype_are_cast_when_used(stored: torch.dtype, bound: float) -> None:
+    config = VARIANTS["t2v"]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    want = model(**inputs)
+    for module in model.blocks.modules():
+        if hasattr(module, "in_features"):
+            rounded = module.weight.to(stored)
+            module.weight = torch.nn.Parameter(rounded, requires_grad=False)
+    got = model(**inputs)
+    assert model.blocks[0].scratch_elements(torch.float32) == 3 * config.dim**2
+    error = float((got - want).norm() / want.norm())
+    print(f"{stored}: relative error {error:.2e}")
+    assert 0 < error < bound
+
+
+def test_a_latent_of_another_model_is_refused() -> None:
+    config = VARIANTS["i2v"]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    with pytest.raises(ValueError, match=r"latent has 4 channels but this Wan model takes 9"):
+        model(inputs["latent"][:, :4], inputs["timestep"], inputs["context"])
+    with pytest.raises(ValueError, match=r"\(3, 7, 10\).*not divisible"):
+        model(inputs["latent"][:, :, :, :7], inputs["timestep"], inputs["context"])
+
+
+def test_names_are_the_official_ones() -> None:
+    names = set(WanModel(VARIANTS["flf2v"], device="meta").state_dict())
+    for expected in (
+        "patch_embedding.weight", "text_embedding.0.weight", "text_embedding.2.bias", "time_embedding.0.weight",
+        "time_projection.1.weight", "blocks.0.self_attn.norm_q.weight", "blocks.0.cross_attn.k_img.weight",
+        "blocks.0.cross_attn.norm_k_img.weight", "blocks.2.ffn.0.weight", "blocks.2.ffn.2.bias", "blocks.1.norm3.bias",
+        "blocks.1.modulation", "head.head.weight", "head.modulation", "img_emb.proj.0.weight", "img_emb.proj.4.bias",
+        "img_emb.emb_pos",
+    ):  # fmt: skip
+        assert expected in names
+    assert not any("norm1" in name or "norm2" in name for name in names)

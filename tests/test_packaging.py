@@ -1,0 +1,108 @@
+"""The shape of the package: every folder is packaged, imports go one way, ComfyUI stays behind nodes/."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+NOT_PACKAGED = {"tests", "benchmarks", "docs", "locales", "example_workflows", "output", "build"}
+
+# folder -> the folders of this package that it may import; "." is the package root (cli.py)
+LEAVES = ("attention", "weights", "fused", "memory", "sampling", "compilation")
+MODELS = ("attention", "weights", "fused")
+DIRECTIONS: dict[str, set[str]] = {
+    **{leaf: {leaf} for leaf in LEAVES},
+    "wanvideo": {"wanvideo", *MODELS},
+    "framepack": {"framepack", "wanvideo", *MODELS},
+    "demo": {"demo", "wanvideo", *LEAVES},
+    "nodes": {"nodes", "wanvideo", "framepack", "demo", *LEAVES},
+    ".": {"nodes", "wanvideo", "framepack", "demo", *LEAVES},
+}
+# the pipelines stand above their models: they alone may use memory, sampling and compilation
+PIPELINE_FILES = {"pipeline.py", "streamed.py"}
+RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}
+OPTIONAL = {"triton", "sageattention", "flash_attn", "flash_attn_interface", "comfy_kitchen", "ftfy", "torch_tensorrt"}
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}
+
+
+def sources() -> list[Path]:
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        top = path.relative_to(ROOT).parts[0]
+        if top not in NOT_PACKAGED and not top.startswith("."):
+            found.append(path)
+    return found
+
+
+def imports_of(path: Path) -> list[tuple[str | None, str]]:
+    """(folder of this package, "") or (None, outside top-level module) for every import of a file."""
+    found: list[tuple[str | None, str]] = []
+    here = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(None, alias.name.split(".")[0]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append((None, str(node.module).split(".")[0]))
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1]
+            parts = [*base, *(node.module or "").split(".")] if node.module else list(base)
+            targets = [parts] if node.module else [[*parts, alias.name] for alias in node.names]
+            found += [(target[0] if target else ".", "") for target in targets]
+    return found
+
+
+def test_every_folder_with_code_is_packaged() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in sources()}
+    wanted = {".".join(["lowvram_video", *folder.parts]) for folder in folders}
+    assert listed == wanted
+    for folder in folders:
+        assert (ROOT / folder / "__init__.py").is_file(), folder
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    folder = path.relative_to(ROOT).parts[0] if path.parent != ROOT else "."
+    if path == ROOT / "__init__.py":
+        allowed = {"nodes"}
+    else:
+        allowed = set(DIRECTIONS[folder])
+    if path.name in PIPELINE_FILES:
+        allowed |= {"memory", "sampling", "compilation"}
+    elif folder in ("wanvideo", "framepack"):
+        siblings = {f"{Path(name).stem}" for name in PIPELINE_FILES}
+        text = path.read_text(encoding="utf-8")
+        for sibling in siblings:
+            assert not re.search(rf"from \.{sibling} import", text), f"a model file imports {sibling}"
+    for inside, outside in imports_of(path):
+        if inside is not None:
+            name = inside.removesuffix(".py")
+            assert name in allowed or name == "." or (folder == "." and (ROOT / f"{name}.py").exists()), (
+                f"{folder} may not import {name}"
+            )
+        elif outside in COMFYUI and outside != "nodes":
+            assert folder == "nodes", f"only nodes/ may import ComfyUI ({outside})"
+
+
+def test_run_time_imports_are_the_listed_ones() -> None:
+    standard = set(sys.stdlib_module_names) | {"__future__"}
+    for path in sources():
+        if path.name == "train.py":  # development only
+            continue
+        for inside, outside in imports_of(path):
+            if inside is None and outside not in standard | RUNTIME | OPTIONAL | COMFYUI:
+                raise AssertionError(f"{path.relative_to(ROOT)} imports {outside}, which is no run-time dependency")
+
+
+def test_requirements_never_name_what_comfyui_brings() -> None:
+    names = {re.split(r"[<>=!~\[; ]", line)[0].lower() for line in (ROOT / "requirements.txt").read_text().split("\n")}
+    forbidden = {"torch", "torchvision", "numpy", "transformers", "diffusers", "accelerate", "peft", "opencv-python"}
+    assert not names & forbidden

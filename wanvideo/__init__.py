@@ -1,0 +1,1 @@
+"""Wan 2.1/2.2: configuration, transformer, VAE, text encoder, checkpoint files, pipeline."""

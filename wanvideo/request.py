@@ -1,0 +1,103 @@
+"""What to generate, and the settings that each Wan variant was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from .config import WanConfig
+from .vae import VAEConfig
+
+# Wan's own sample_neg_prompt (wan/configs/shared_config.py)
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class WanDefaults:
+    """A variant's published settings; `guidance_high` and `boundary` are for the two experts of Wan 2.2."""
+
+    shift: float
+    guidance: float
+    num_steps: int = 50
+    fps: int = 16
+    num_frames: int = 81
+    size: tuple[int, int] = (832, 480)  # width, height
+    guidance_high: float | None = None
+    boundary: float | None = None
+
+
+# (model type, has image tokens, dim) is told from the file; see wan/configs/*.py of Wan 2.1 and 2.2
+DEFAULTS: Mapping[str, WanDefaults] = MappingProxyType(
+    {
+        "t2v": WanDefaults(shift=5.0, guidance=5.0),
+        "t2v small": WanDefaults(shift=8.0, guidance=6.0),
+        "t2v experts": WanDefaults(shift=12.0, guidance=3.0, num_steps=40, guidance_high=4.0, boundary=0.875),
+        "i2v": WanDefaults(shift=3.0, guidance=5.0, num_steps=40),
+        "i2v experts": WanDefaults(shift=5.0, guidance=3.5, num_steps=40, guidance_high=3.5, boundary=0.9),
+        "flf2v": WanDefaults(shift=16.0, guidance=5.5),
+        "ti2v": WanDefaults(shift=5.0, guidance=5.0, fps=24, num_frames=121, size=(1280, 704)),
+        # the pack's own demo model
+        "demo": WanDefaults(shift=3.0, guidance=4.0, num_steps=20, fps=8, num_frames=17, size=(64, 64)),
+    }
+)
+
+
+def defaults_for(config: WanConfig, experts: bool) -> WanDefaults:
+    """The published settings of the model with these dimensions."""
+    if config.model_type == "t2v" and config.dim < 1024:
+        return DEFAULTS["demo"]
+    if experts and config.model_type in ("t2v", "i2v"):
+        return DEFAULTS[f"{config.model_type} experts"]
+    if config.model_type == "t2v" and config.dim < 5120:
+        return DEFAULTS["t2v small"]
+    return DEFAULTS[config.model_type]
+
+
+@dataclass(frozen=True)
+class WanRequest:
+    """One video. None means the model's published setting (`defaults_for`).
+
+    `image` and `end_image` are picture files, for models that take them. `timesteps` is a distilled model's own
+    list, such as (1000, 937.5, 833.3, 625), and replaces `num_steps` and `shift`. `guidance` 1 turns
+    classifier-free guidance off; `guidance_high` is for the high-noise expert.
+    """
+
+    prompt: str
+    negative_prompt: str = NEGATIVE_PROMPT
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    seed: int = 0
+    num_steps: int | None = None
+    sampler: str = "unipc"
+    spacing: str = "uniform"
+    shift: float | None = None
+    guidance: float | None = None
+    guidance_high: float | None = None
+    boundary: float | None = None
+    timesteps: tuple[float, ...] | None = None
+    image: Path | None = None
+    end_image: Path | None = None
+
+
+def check_size(vae: VAEConfig, patch: int, width: int, height: int, num_frames: int) -> None:
+    """ValueError unless the VAE and the model's patches can make a video of this size."""
+    unit = vae.spatial_stride * patch
+    if width % unit or height % unit or min(width, height) < unit:
+        nearest = [max(unit, round(side / unit) * unit) for side in (width, height)]
+        raise ValueError(
+            f"{width}x{height} cannot be made: this model needs sides that are multiples of {unit}; "
+            f"use {nearest[0]}x{nearest[1]}"
+        )
+    stride = vae.temporal_stride
+    if num_frames < 1 or (num_frames - 1) % stride:
+        below = max(1, (num_frames - 1) // stride * stride + 1)
+        raise ValueError(
+            f"{num_frames} frames cannot be made: Wan makes {stride}n + 1 frames; use {below} or {below + stride}"
+        )

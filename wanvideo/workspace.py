@@ -1,0 +1,82 @@
+"""How a forward pass runs, as opposed to what it computes: backends, chunk sizes and the buffers they imply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..attention.sdpa import Sdpa
+from ..attention.select import Backend
+from ..fused.eager import EagerOps
+from ..fused.select import FusedOps
+from ..weights.linear import Scratch
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Choices that change speed and memory, and results only by rounding.
+
+    `token_chunk` rows go through norms and matrix products at a time; attention runs over `head_groups` groups of
+    heads in turn. Both come from the memory plan.
+    """
+
+    dtype: torch.dtype = torch.float32
+    attention: Backend = field(default_factory=lambda: Sdpa(torch.device("cpu")))
+    ops: FusedOps = field(default_factory=EagerOps)
+    token_chunk: int = 4096
+    head_groups: int = 1
+
+
+class Workspace:
+    """Every token-sized buffer of a pass besides the residual stream: q, k and v.
+
+    The FFN's hidden activations live in the same bytes, for as many rows at a time as fit (`hidden_rows`).
+    Rows are tokens of all samples in order: `[batch * tokens, dim]`.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        num_rows: int,
+        dim: int,
+        ffn_dim: int,
+        device: torch.device,
+        scratch_elements: int,
+    ):
+        self.execution = execution
+        self.ops = execution.ops
+        self.dtype = execution.dtype
+        self.num_rows = num_rows
+        # short clips of models with a wide FFN: never less than one chunk of hidden rows
+        size = max(3 * num_rows * dim, min(num_rows, execution.token_chunk) * ffn_dim)
+        self.pool = torch.empty(size, device=device, dtype=execution.dtype)
+        q, k, v = self.pool[: 3 * num_rows * dim].view(3, num_rows, dim)
+        self.qkv: tuple[Tensor, Tensor, Tensor] = (q, k, v)
+        self.hidden_rows = min(num_rows, size // ffn_dim)
+        self.hidden = self.pool[: self.hidden_rows * ffn_dim].view(self.hidden_rows, ffn_dim)
+        self.scratch = Scratch(device, execution.dtype, scratch_elements)
+
+    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
+        """Row ranges of at most `token_chunk` rows that cover `start .. stop` evenly."""
+        stop = self.num_rows if stop is None else stop
+        count = -(-(stop - start) // self.execution.token_chunk)
+        step = -(-(stop - start) // count)
+        for first in range(start, stop, step):
+            yield slice(first, min(first + step, stop))
+
+    def attend_over(self, q: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> None:
+        """Replace `q [B, L, H, D]` by the sum of its attention to each (k, v), one group of heads at a time."""
+        num_heads = q.shape[2]
+        step = -(-num_heads // self.execution.head_groups)
+        attend = self.execution.attention.attend
+        for first in range(0, num_heads, step):
+            heads = slice(first, first + step)
+            query = q[:, :, heads]
+            out = None
+            for k, v in keys_values:
+                part = attend(query, k[:, :, heads], v[:, :, heads])
+                out = part if out is None else out.add_(part)
+            query.copy_(out)

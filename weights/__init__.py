@@ -1,0 +1,1 @@
+"""Checkpoint files and (quantised) linear layers."""

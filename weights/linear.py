@@ -1,0 +1,141 @@
+"""Linear layers whose weight may be stored in another form than the one it computes in.
+
+A weight is plain named tensors and a format; there are no tensor subclasses. A layer is used in two steps, so
+that a weight is unpacked once however many chunks of tokens go through it:
+
+    project = layer.prepare(torch.bfloat16, scratch)
+    for rows in chunks:
+        project(x[rows], out=y[rows])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Projection(Protocol):
+    """`x [rows, in] -> [rows, out]`, written into `out` where given."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+
+class Scratch:
+    """A reused run of elements on one device, handed out front to back until `reset`.
+
+    It grows when asked for more than it has; sized well from the start it never touches the allocator.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, num_elements: int = 0):
+        self.buffer = torch.empty(num_elements, device=device, dtype=dtype)
+        self.used = 0
+
+    def reset(self) -> None:
+        """Forget what was handed out; the caller no longer uses it."""
+        self.used = 0
+
+    def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor of `shape`, valid until the next `reset`."""
+        num = torch.Size(shape).numel()
+        if self.used + num > self.buffer.numel():
+            self.buffer = torch.empty(self.used + num, device=self.buffer.device, dtype=self.buffer.dtype)
+        view = self.buffer[self.used : self.used + num].view(shape)
+        self.used += num
+        return view
+
+
+class WeightFormat(Protocol):
+    """How a weight is stored and multiplied. `packed` holds the layer's tensors but `bias`, by name."""
+
+    name: str
+
+    def prepare(
+        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
+    ) -> Projection:
+        """A projection that computes in `dtype`; what it unpacks lies in `scratch` where one is given."""
+        ...
+
+    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight `[out, in]` in `dtype`, written into `out` where given."""
+        ...
+
+
+class DenseProjection:
+    """`x @ weight.T + bias` with everything in one dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+
+class Plain:
+    """A weight stored in a floating-point dtype without scales: used as it is, or cast when it is used."""
+
+    name = "plain"
+
+    def prepare(
+        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
+    ) -> Projection:
+        weight = packed["weight"]
+        if weight.dtype != dtype:
+            weight = self.dequantize(packed, dtype, scratch.take(weight.shape) if scratch else None)
+        return DenseProjection(weight, bias)
+
+    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        weight = packed["weight"]
+        return 0 if weight.dtype == dtype else weight.numel()
+
+    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        weight = packed["weight"]
+        return weight.to(dtype) if out is None else out.copy_(weight)
+
+
+PLAIN = Plain()
+
+
+class Linear(nn.Module):
+    """A linear layer over `[..., in_features]`, its weight held in a `WeightFormat`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format: WeightFormat = PLAIN
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
+        )
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The weight's tensors by name, as its format knows them."""
+        tensors = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None and name != "bias"}
+
+    def prepare(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Projection:
+        """Unpack the weight once; the projection takes `[rows, in_features]` in `dtype`."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self.format.prepare(self.packed(), bias, dtype, scratch)
+
+    def scratch_elements(self, dtype: torch.dtype) -> int:
+        """Elements of scratch that `prepare` takes when it computes in `dtype`."""
+        return self.format.scratch_elements(self.packed(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prepare(x.dtype)(x)
