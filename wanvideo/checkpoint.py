@@ -1,0 +1,356 @@
+"""Wan transformer files: key layouts, dimensions from names and shapes, loading without a second copy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..weights.reader import Checkpoint, CheckpointError, open_checkpoint
+from .config import WanConfig
+from .model import WanModel
+
+NUM_HEADS_KEY = "lowvram_video.num_heads"  # header metadata, for models whose heads are not 128 wide
+HEAD_DIM = 128
+
+
+def load_wan(path: str | Path) -> WanModel:
+    """A Wan transformer on the CPU, in the file's own dtypes; see `open_wan` for `path`.
+
+    Tensors are read one by one into a model built without storage, so that memory peaks at about the size
+    of the file. Raises CheckpointError.
+    """
+    config, checkpoint = open_wan(path)
+    model = WanModel(config, device="meta")
+    check_tensors(model, checkpoint)
+    # In the order of the file, which is the fastest way through it.
+    for info in sorted(checkpoint.tensors.values(), key=lambda info: (str(info.file), info.offset)):
+        module, _, leaf = info.name.rpartition(".")
+        parameter = nn.Parameter(checkpoint.read(info.name), requires_grad=False)
+        setattr(model.get_submodule(module), leaf, parameter)
+    return model.eval()
+
+
+def open_wan(path: str | Path) -> tuple[WanConfig, Checkpoint]:
+    """Open a Wan 2.1/2.2 transformer in any known layout; its tensors get their official names.
+
+    `path` is a file, an index, a shard or a folder (`open_checkpoint`). Other models packed into the same
+    file are left out. Raises CheckpointError, which says what the file is when it is another kind of model.
+    """
+    checkpoint = open_checkpoint(path)
+    kind = file_kind(checkpoint.tensors)
+    if kind.kind != "wan transformer":
+        raise CheckpointError(
+            f"{checkpoint.path}: this is {kind.title}; expected a Wan 2.1 or 2.2 transformer; {kind.advice}"
+        )
+    names: dict[str, str | None] = dict(official_names(checkpoint.tensors))
+    names |= {name: None for name in checkpoint.tensors if OTHER_PARTS.search(name)}
+    checkpoint = checkpoint.renamed(names)
+    return infer_config(checkpoint), checkpoint
+
+
+def check_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless `checkpoint` holds each of the model's tensors, in its shape, and no more."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    unknown = [name for name in checkpoint.tensors if name not in expected]
+    scales = [name for name in unknown if is_quantisation_name(name)]
+    packed = scales or [name for name, info in checkpoint.tensors.items() if info.quant]
+    if packed:
+        raise CheckpointError(
+            f"{checkpoint.path}: a quantised file ({_some(packed, 'tensor')}); expected plain weights; "
+            "choose the bf16, fp16 or plain (not scaled) fp8 version of the model"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: lacks {_some(missing, 'tensor')} of this Wan transformer; "
+            f"expected {len(expected)} tensors; the file is incomplete: download it again"
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.path}: {_some(unknown, 'tensor')} not known to a plain Wan transformer; expected "
+            f"{len(expected)} tensors; the file is another variant: choose a Wan 2.1/2.2 T2V, I2V, FLF2V or TI2V file"
+        )
+    for name, shape in expected.items():
+        if checkpoint.tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is {list(checkpoint.tensors[name].shape)}; expected {list(shape)} "
+                "by the file's other tensors; it mixes two models: download it again"
+            )
+
+
+# --- key layouts -----------------------------------------------------------------------------------------
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
+
+# The first parts of a Wan transformer's names in either layout: what tells a prefix from a chance match.
+ROOTS = ("blocks.", "patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "head.")
+DIFFUSERS_ROOTS = ("condition_embedder.", "proj_out.", "scale_shift_table")
+
+# diffusers' WanTransformer3DModel -> official; only whole parts of a name match.
+DIFFUSERS_NAMES = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+DIFFUSERS_BLOCK_NAMES = {
+    "attn1.to_q": "self_attn.q",
+    "attn1.to_k": "self_attn.k",
+    "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o",
+    "attn1.norm_q": "self_attn.norm_q",
+    "attn1.norm_k": "self_attn.norm_k",
+    "attn2.to_q": "cross_attn.q",
+    "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn2.norm_q": "cross_attn.norm_q",
+    "attn2.norm_k": "cross_attn.norm_k",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+    "norm2": "norm3",  # the affine norm before cross-attention is the second in order, the third by age
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "scale_shift_table": "modulation",
+}
+
+# All-in-one files carry the other models beside the transformer; `norm_added_q` is a diffusers leftover.
+OTHER_PARTS = re.compile(
+    r"^(vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|clip_vision|model_ema)\.|\.norm_added_q\."
+)
+
+BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+QUANTISATION_NAME = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_2)?|input_scale|output_scale|comfy_quant)$"
+    r"|\.weight\._(data|scale|shift)$"
+)
+
+
+def official_names(names: Iterable[str]) -> dict[str, str]:
+    """`{name in the file: official name}` of a Wan transformer's tensors, from any known prefix and layout.
+
+    Tensors of a quantised layer (scales, markers) move with their layer; names that fit nothing stay.
+    """
+    names = list(names)
+    prefix = max(PREFIXES, key=lambda prefix: _num_rooted(names, prefix))
+    if not _num_rooted(names, prefix):
+        return {name: name for name in names}
+    plain = {name: name.removeprefix(prefix) for name in names}
+    if any(name.startswith(DIFFUSERS_ROOTS) or ".attn1.to_q." in name for name in plain.values()):
+        return {old: _from_diffusers(name) for old, name in plain.items()}
+    return plain
+
+
+def is_quantisation_name(name: str) -> bool:
+    """Whether a tensor belongs to how a weight is stored (a scale, a format marker), not to the model."""
+    return QUANTISATION_NAME.search(name) is not None
+
+
+def _num_rooted(names: list[str], prefix: str) -> int:
+    roots = tuple(prefix + root for root in ROOTS + DIFFUSERS_ROOTS)
+    return sum(name.startswith(roots) for name in names)
+
+
+def _from_diffusers(name: str) -> str:
+    block = BLOCK.fullmatch(name)
+    if block is not None:
+        return f"blocks.{block[1]}.{_replace_start(block[2], DIFFUSERS_BLOCK_NAMES)}"
+    return _replace_start(name, DIFFUSERS_NAMES)
+
+
+def _replace_start(name: str, table: Mapping[str, str]) -> str:
+    for theirs, official in table.items():
+        if name == theirs or name.startswith(theirs + "."):
+            return official + name[len(theirs) :]
+    return name
+
+
+# --- dimensions ------------------------------------------------------------------------------------------
+
+# Variants with parts of their own, by the start of a name; the first that fits is named.
+VARIANTS = {
+    "vace_": "Wan VACE",
+    "face_adapter.": "Wan 2.2 Animate",
+    "casual_audio_encoder.": "Wan 2.2 S2V",
+    "audio_proj.": "an audio-driven Wan (HuMo, InfiniteTalk)",
+    "control_adapter.": "Wan Fun Camera Control",
+    "ref_conv.": "Wan Fun Control",
+    "patch_embedding_": "a pose-driven Wan (SCAIL, WanDancer)",
+}
+
+
+def variant_name(names: Iterable[str]) -> str | None:
+    """The Wan variant with extra parts that these official names belong to, or None for a plain Wan."""
+    names = list(names)
+    return next((title for start, title in VARIANTS.items() if any(n.startswith(start) for n in names)), None)
+
+
+def infer_config(checkpoint: Checkpoint) -> WanConfig:
+    """The dimensions of a Wan transformer from official names and shapes.
+
+    Raises CheckpointError for a variant that is not supported and for a file that lacks what tells.
+    """
+    variant = variant_name(checkpoint.tensors)
+    if variant is not None:
+        raise _unsupported(checkpoint, variant)
+    dim, in_channels, *patch = _shape(checkpoint, "patch_embedding.weight", 5)
+    image_dim = _shape(checkpoint, "img_emb.proj.0.weight", 1)[0] if _has(checkpoint, "img_emb.proj.0.weight") else 0
+    positions = _shape(checkpoint, "img_emb.emb_pos", 3)[1] if _has(checkpoint, "img_emb.emb_pos") else 0
+    out_channels = _shape(checkpoint, "head.head.weight", 2)[0] // math.prod(patch)
+    return WanConfig(
+        model_type=_model_type(checkpoint, in_channels, out_channels, image_dim, positions),
+        dim=dim,
+        # The first sizes: packed formats shorten the last.
+        ffn_dim=_shape(checkpoint, "blocks.0.ffn.0.weight", 2)[0],
+        num_heads=_num_heads(checkpoint, dim),
+        num_layers=_num_layers(checkpoint),
+        in_channels=in_channels,
+        out_channels=out_channels,
+        text_dim=_shape(checkpoint, "text_embedding.0.weight", 2)[1],
+        freq_dim=_shape(checkpoint, "time_embedding.0.weight", 2)[1],
+        image_dim=image_dim,
+        image_pos_tokens=positions,
+        patch_size=(patch[0], patch[1], patch[2]),
+    )
+
+
+def _model_type(checkpoint: Checkpoint, in_channels: int, out_channels: int, image_dim: int, positions: int) -> str:
+    takes_image = in_channels == 2 * out_channels + 4  # noise, image latent and a mask of 4
+    if takes_image and out_channels == 16:
+        return "flf2v" if image_dim and positions else "i2v"
+    if in_channels == out_channels and not image_dim:
+        return "ti2v" if out_channels == 48 else "t2v"
+    raise _unsupported(checkpoint, f"a Wan variant with {in_channels} input and {out_channels} output channels")
+
+
+def _num_layers(checkpoint: Checkpoint) -> int:
+    blocks = {int(match[1]) for name in checkpoint.tensors if (match := BLOCK.match(name))}
+    absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
+    if absent < len(blocks):
+        raise CheckpointError(
+            f"{checkpoint.path}: block {absent} is missing, though there are {len(blocks)} blocks up to "
+            f"{max(blocks)}; expected them numbered from 0; the file is incomplete: download it again"
+        )
+    return len(blocks)
+
+
+def _num_heads(checkpoint: Checkpoint, dim: int) -> int:
+    stated = checkpoint.metadata.get(NUM_HEADS_KEY)
+    if stated is None and dim % HEAD_DIM == 0:
+        return dim // HEAD_DIM
+    if stated is not None and stated.isdecimal() and int(stated) and dim % int(stated) == 0:
+        return int(stated)
+    given = f"header metadata {NUM_HEADS_KEY} = {stated!r}" if stated is not None else "no number of heads"
+    raise CheckpointError(
+        f"{checkpoint.path}: a Wan transformer of dim {dim} with {given}; expected dim to be a multiple of "
+        f"{HEAD_DIM}, or {NUM_HEADS_KEY} to divide it; write that key into the file's metadata"
+    )
+
+
+def _has(checkpoint: Checkpoint, name: str) -> bool:
+    return name in checkpoint.tensors
+
+
+def _shape(checkpoint: Checkpoint, name: str, num_dims: int) -> tuple[int, ...]:
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: a Wan transformer without {name}; expected that tensor to tell its size; "
+            "the file is incomplete: download it again"
+        )
+    shape = info.logical_shape or info.shape
+    if len(shape) != num_dims:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} has shape {list(shape)}; expected {num_dims} dimensions; "
+            "it is not a Wan 2.1/2.2 transformer's: choose another file"
+        )
+    return shape
+
+
+def _unsupported(checkpoint: Checkpoint, variant: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path}: this is {variant}, which is not supported by this loader yet; "
+        "expected Wan 2.1/2.2 T2V, I2V, FLF2V or TI2V; choose one of those files"
+    )
+
+
+# --- what kind of file -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is: `kind` is for code, `title` (with its article) and `advice` complete an error's sentence."""
+
+    kind: str
+    title: str
+    advice: str
+
+
+AS_LORA = "load it as a LoRA, on top of a Wan transformer"
+AS_VAE = "load it as the VAE, and a Wan transformer here"
+AS_TEXT = "load it as the text encoder, and a Wan transformer here"
+AS_VISION = "load it as the CLIP vision model, and a Wan transformer here"
+NOT_OURS = "choose a Wan transformer file (wan2.1_… or wan2.2_…)"
+
+# All fragments must occur in the names, each of which has a newline before and after it.
+FINGERPRINTS: tuple[tuple[FileKind, tuple[str, ...]], ...] = (
+    (FileKind("lora", "a LoRA", AS_LORA), (".lora_A.",)),
+    (FileKind("lora", "a LoRA", AS_LORA), (".lora_down.",)),
+    (FileKind("lora", "a LoRA", AS_LORA), (".lora_up.",)),
+    (FileKind("lora", "a LoRA (full differences)", AS_LORA), (".diff\n",)),
+    (
+        FileKind("framepack transformer", "a FramePack transformer", "load it with the FramePack loader"),
+        ("clean_x_embedder.proj_4x.",),
+    ),
+    (FileKind("wan transformer", "a Wan transformer", ""), ("patch_embedding.weight\n", ".cross_attn.norm_q.")),
+    (FileKind("wan transformer", "a Wan transformer", ""), ("time_projection.1.", ".cross_attn.norm_q.")),
+    (FileKind("wan transformer", "a Wan transformer", ""), ("condition_embedder.time_proj.", ".attn2.to_q.")),
+    (FileKind("wan vae", "a Wan VAE", AS_VAE), ("\ndecoder.middle.0.residual.0.gamma\n", "conv2.weight\n")),
+    (FileKind("wan vae", "a Wan VAE (diffusers layout)", AS_VAE), ("decoder.mid_block.resnets.0.norm1.gamma\n",)),
+    (FileKind("umt5 encoder", "a UMT5 text encoder", AS_TEXT), ("block.1.layer.0.SelfAttention.relative_att",)),
+    (FileKind("umt5 encoder", "a UMT5 text encoder", AS_TEXT), ("token_embedding.weight\n", "blocks.0.pos_embedding.")),
+    (FileKind("umt5 encoder", "a UMT5 text encoder (GGUF layout)", AS_TEXT), ("enc.blk.1.attn_rel_b",)),
+    (FileKind("clip vision", "a CLIP vision model", AS_VISION), ("vision_model.encoder.layers.0.",)),
+    (FileKind("clip vision", "a CLIP vision model", AS_VISION), ("visual.transformer.",)),
+    (FileKind("unknown", "a Wan VACE module without its transformer", NOT_OURS), ("vace_blocks.0.",)),
+    (FileKind("unknown", "a T5 text encoder (of Flux or SD 3)", NOT_OURS), ("block.0.layer.0.SelfAttention.",)),
+    (FileKind("unknown", "a HunyuanVideo transformer", NOT_OURS), ("double_blocks.0.", "individual_token_refiner")),
+    (FileKind("unknown", "a Flux transformer", NOT_OURS), ("double_blocks.0.", "single_blocks.0.")),
+    (FileKind("unknown", "a Flux transformer (diffusers)", NOT_OURS), ("x_embedder.", "single_transformer_blocks.0.")),
+    (FileKind("unknown", "a Stable Diffusion 3 transformer", NOT_OURS), ("joint_blocks.0.",)),
+    (FileKind("unknown", "a Stable Diffusion checkpoint", NOT_OURS), ("input_blocks.0.0.",)),
+    (FileKind("unknown", "a Stable Diffusion UNet", NOT_OURS), ("down_blocks.0.resnets.0.", "time_embedding.")),
+    (FileKind("unknown", "an LTX-Video transformer", NOT_OURS), ("adaln_single.", "scale_shift_table")),
+    (FileKind("unknown", "a CLIP text encoder", NOT_OURS), ("text_model.encoder.layers.0.",)),
+    (FileKind("unknown", "an image VAE, not Wan's", NOT_OURS), ("decoder.conv_in.", "decoder.conv_out.")),
+)  # fmt: skip
+
+
+def file_kind(names: Iterable[str]) -> FileKind:
+    """What kind of model a file with these tensor names (in any layout) is."""
+    names = list(names)
+    text = "\n" + "\n".join(names) + "\n"
+    for kind, fragments in FINGERPRINTS:
+        if all(fragment in text for fragment in fragments):
+            return kind
+    return FileKind("unknown", f"no known model ({_some(names, 'tensor')})", NOT_OURS)
+
+
+def _some(names: list[str], noun: str) -> str:
+    """Count and first few: "12 tensors (a, b, c, …)"."""
+    first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({first})"
