@@ -1,0 +1,197 @@
+"""What this machine can run: its GPU, the packages on it, and whether a kernel agrees with plain attention."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from .select import AttentionSpec, Backend
+
+# Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is
+# 2.2e-3; int8 QK is 1.4e-2 and int8 QK with fp8 PV 3.8e-2 (modelled in float32). Black, shifted or unscaled
+# results are at 1e-1 and beyond.
+EXACT_ERROR = 1e-2
+QUANTISED_ERROR = 5e-2
+QUANTISED_COSINE = 0.99
+
+# What packages built for another torch, CUDA or Triton are seen to raise when imported.
+_IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
+# The same when called: assertions on unsupported inputs, launch failures, a missing compiler behind Triton.
+_CALL_ERRORS = (*_IMPORT_ERRORS, AssertionError, LookupError, subprocess.SubprocessError)
+
+
+class KernelMissing(ImportError):
+    """A kernel package that is absent or cannot be imported; the message holds the fix."""
+
+
+def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, or None for every other device (ROCm poses as "cuda", too)."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Everything the choice of a backend asks of its surroundings; tests hand in a fake one."""
+
+    import_module: Callable[[str], Any] = importlib.import_module
+    capability: Callable[[torch.device], tuple[int, int] | None] = nvidia_capability
+    platform: str = sys.platform
+    python: str = sys.executable or "python"
+
+    def pip_install(self, packages: str) -> str:
+        """The command that installs into the Python that runs this, e.g. ComfyUI's embedded one."""
+        python = f'"{self.python}"' if " " in self.python else self.python
+        return f"{python} -m pip install {packages}"
+
+    def triton_package(self) -> str:
+        return "triton-windows" if self.platform == "win32" else "triton"
+
+
+THIS_MACHINE = Machine()
+
+
+@dataclass(frozen=True)
+class KernelNeeds:
+    """What a CUDA kernel without mask support needs; capabilities are inclusive bounds."""
+
+    lowest: tuple[int, int]
+    head_dims: Collection[int]
+    gpus: str
+    highest: tuple[int, int] | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+
+    def refusals(self, spec: AttentionSpec, machine: Machine) -> list[str]:
+        """Every reason why `spec` cannot run on `machine`, each with its fix; empty when it can."""
+        reasons = []
+        capability = machine.capability(spec.device)
+        if capability is None:
+            reasons.append(f"needs an NVIDIA GPU ({self.gpus}), and the device is {spec.device}")
+        elif capability < self.lowest or (self.highest is not None and capability > self.highest):
+            have = ".".join(map(str, capability))
+            reasons.append(f"needs an NVIDIA GPU of {self.gpus}, and {spec.device} has {have}")
+        if spec.dtype not in self.dtypes:
+            allowed = " or ".join(_name(dtype) for dtype in self.dtypes)
+            reasons.append(f"computes in {allowed}, and the model runs in {_name(spec.dtype)}: load it in bfloat16")
+        if spec.head_dim not in self.head_dims:
+            reasons.append(f"takes head dim {_listed(self.head_dims)}, and the model's is {spec.head_dim}")
+        if spec.masked:
+            reasons.append("takes no attention mask, and this model passes one: use sdpa")
+        return reasons
+
+
+def find_function(machine: Machine, module: str, name: str, install: str) -> Callable[..., Any]:
+    """`module.name`, imported only now.
+
+    Raises KernelMissing with `install` (what to do) when it is absent, and with the cause when it is broken.
+    """
+    try:
+        found = machine.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            raise KernelMissing(f"{module} is not installed: {install}") from error
+        wanted = machine.triton_package() if error.name == "triton" else error.name
+        fix = machine.pip_install(wanted) if wanted else install
+        raise KernelMissing(f"{module} is installed but misses {error.name}: {fix}") from error
+    except _IMPORT_ERRORS as error:
+        raise KernelMissing(
+            f"{module} is installed but cannot be imported ({_brief(error)}): it must match torch {torch.__version__}; "
+            f"reinstall it: {install}"
+        ) from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        raise KernelMissing(f"{module} has no function {name} (another version?): {install}")
+    return function
+
+
+def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
+    """Runs `backend` on small random tensors on the device and returns why it cannot be trusted, or None.
+
+    The tensors are groups of heads out of wider buffers, as the models pass them, with k as long as q, shorter, and
+    of a length that fills no block of a kernel; a masked spec is tried with a boolean and with an additive mask.
+    """
+    with torch.inference_mode():
+        for q_length, k_length, additive in ((256, 256, False), (256, 128, True), (256, 77, False)):
+            q, k, v = _random_heads(spec, (q_length, k_length, k_length))
+            mask = _padding_mask(spec, k_length, additive) if spec.masked else None
+            expected = _reference(q, k, v, mask)
+            before = [tensor.clone() for tensor in (q, k, v)]
+            try:
+                out = backend.attend(q, k, v, mask)
+                reason = _find_difference(out, expected, spec.dtype, backend.exact)
+                changed = not all(map(torch.equal, (q, k, v), before))
+            except _call_errors() as error:
+                return f"fails on {spec.device} ({_brief(error)}): update it for torch {torch.__version__}"
+            if changed:
+                return f"overwrites its inputs on {spec.device}"
+            if reason is not None:
+                return f"{reason} on {spec.device} (q length {q_length}, k length {k_length})"
+    return None
+
+
+def _find_difference(out: Tensor, expected: Tensor, dtype: torch.dtype, exact: bool) -> str | None:
+    if out.shape != expected.shape or out.dtype != dtype:
+        return f"returns {_name(out.dtype)} {list(out.shape)} instead of {_name(dtype)} {list(expected.shape)}"
+    out = out.float()
+    if not bool(torch.isfinite(out).all()):
+        return "returns NaN or infinity"
+    error = float((out - expected).norm() / expected.norm())
+    cosine = float(F.cosine_similarity(out.flatten(), expected.flatten(), dim=0))
+    bound = EXACT_ERROR if exact else QUANTISED_ERROR
+    if error > bound or cosine < QUANTISED_COSINE:
+        return f"differs from plain attention by {error:.1e} (allowed {bound:.0e}, cosine {cosine:.3f})"
+    return None
+
+
+def _random_heads(spec: AttentionSpec, lengths: tuple[int, ...]) -> list[Tensor]:
+    # A generator of its own: the choice of a backend must not shift the user's seed.
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(1, length, 4, spec.head_dim, generator=generator) for length in lengths]
+    return [tensor.to(spec.device, spec.dtype)[:, :, 1:3] for tensor in wide]  # [1, L, 2, D]
+
+
+def _padding_mask(spec: AttentionSpec, k_length: int, additive: bool) -> Tensor:
+    keep = torch.arange(k_length, device=spec.device) < k_length * 3 // 4
+    if additive:
+        return torch.zeros(1, 1, 1, k_length, device=spec.device, dtype=spec.dtype).masked_fill(~keep, -torch.inf)
+    return keep.view(1, 1, 1, k_length)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (tensor.float().transpose(1, 2) for tensor in (q, k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _call_errors() -> tuple[type[Exception], ...]:
+    # Triton's errors derive from Exception alone; whoever raises them has imported triton already.
+    triton_error = getattr(sys.modules.get("triton.errors"), "TritonError", None)
+    return _CALL_ERRORS if triton_error is None else (*_CALL_ERRORS, triton_error)
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(numbers: Collection[int]) -> str:
+    if isinstance(numbers, range):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,102 @@
+"""SageAttention: int8 (and on newer GPUs fp8) attention; quantised, so it runs only by explicit choice.
+
+Source: Zhang et al., https://arxiv.org/abs/2410.02367; package thu-ml/SageAttention, `sageattention/core.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_disagreement, find_function
+from .sdpa import Sdpa
+
+if TYPE_CHECKING:
+    from .select import AttentionSpec
+
+logger = logging.getLogger(__name__)
+
+_GPUS = "compute capability 8.0 or newer (RTX 30 series, A100 and later)"
+NEEDS_1 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=(64, 96, 128))
+NEEDS_2 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=range(1, 129))  # pads to 64 or 128 itself
+BLOCK = 64  # keys per step of the kernels
+
+
+class SageAttention:
+    """`sageattention.sageattn` of PyPI 1.0.6 (Triton) or of a 2.x built from source.
+
+    The Triton kernels (all of 1.0.6) do not mask the keys that fill up the last block of 64: each weighs exp(0) in the
+    softmax. As k is smoothed to a mean score of 0, the real keys weigh at least 1 on average (Jensen), so the output
+    shrinks by at most padding / (length + padding): 20 % for CLIP's 257 image tokens, 0.02 % for 32,760 video tokens.
+    Where the probe sees that, calls that could lose more than a bfloat16 step (1/256) run through sdpa instead.
+    """
+
+    name = "sageattn"
+    exact = False
+
+    def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
+        self._machine = machine
+        self._function: Callable[..., Any] | None = None
+        self._is_version_1 = False
+        self._counts_padding = False
+        self._sdpa = Sdpa(device, machine)
+
+    def refuse(self, spec: AttentionSpec) -> str | None:
+        """The reasons why this machine or package cannot run `spec`, or None."""
+        reasons = NEEDS_2.refusals(spec, self._machine)
+        if not reasons:
+            try:
+                self._load()
+            except KernelMissing as error:
+                return str(error)
+            reasons = (NEEDS_1 if self._is_version_1 else NEEDS_2).refusals(spec, self._machine)
+        if reasons:
+            return "; ".join(reasons)
+        return self._check_lengths(spec)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of [B, Lq, H, D] over [B, Lk, H, D]; ValueError for a mask (2.x would drop it silently)."""
+        if mask is not None:
+            raise ValueError("sageattn takes no attention mask: set attention_mode to sdpa")
+        assert self._function is not None, "refuse() decides whether attend() may run"
+        num_padding = -k.shape[1] % BLOCK
+        if self._counts_padding and num_padding * 256 > k.shape[1]:
+            return self._sdpa.attend(q, k, v)
+        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            if self._is_version_1:
+                # 1.0.6 subtracts the mean from k in place, so it gets its own copy; without smooth_k it goes black.
+                k = k.clone(memory_format=torch.contiguous_format)
+                return self._function(q, k, v, tensor_layout="NHD", is_causal=False, smooth_k=True)
+            return self._function(q, k, v, tensor_layout="NHD", is_causal=False)
+
+    def _check_lengths(self, spec: AttentionSpec) -> str | None:
+        self._counts_padding = False
+        reason = find_disagreement(self, spec)
+        if reason is None:
+            return None
+        self._counts_padding = True
+        self._sdpa.refuse(spec)
+        if find_disagreement(self, spec) is not None:
+            return reason
+        logger.info("sageattn: short k lengths that are no multiple of %d run through sdpa", BLOCK)
+        return None
+
+    def _load(self) -> None:
+        package = "sageattention==1.0.6"
+        if self._machine.platform == "win32":
+            package += " triton-windows"
+        install = self._machine.pip_install(package)
+        function = find_function(self._machine, "sageattention", "sageattn", install)
+        parameters = inspect.signature(function).parameters
+        if "tensor_layout" not in parameters or not {"smooth_k", "return_lse"} & set(parameters):
+            raise KernelMissing(f"sageattn{tuple(parameters)} is of an unknown version: {install}")
+        self._is_version_1 = "smooth_k" in parameters
+        self._function = function

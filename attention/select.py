@@ -1,0 +1,116 @@
+"""The choice of an attention backend: made once per model load, with reasons, and passed to the blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .flash import FlashAttention2, FlashAttention3
+from .probe import THIS_MACHINE, Machine, find_disagreement
+from .sage import SageAttention
+from .sdpa import Sdpa
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a model asks of its attention; `masked` when it will pass a mask in any call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    masked: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}, head dim {self.head_dim}{', masked' if self.masked else ''}, on {self.device}"
+
+
+class Backend(Protocol):
+    """One way to compute softmax(q kᵀ / √D + mask) v; `exact` means nothing is quantised."""
+
+    name: str
+    exact: bool
+
+    def refuse(self, spec: AttentionSpec) -> str | None:
+        """The reason, with its fix, why this backend cannot run `spec`; None when it can."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of [B, Lq, H, D] over [B, Lk, H, D], any of them strided views; returns [B, Lq, H, D].
+
+        `mask` broadcasts to [B, H, Lq, Lk]: boolean (True = attend) or additive. A backend that takes none raises
+        ValueError. Call it only after `refuse` returned None.
+        """
+        ...
+
+
+class AttentionUnavailable(ValueError):
+    """No backend can do what was asked; the message holds every reason and the fix."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    make: Callable[[torch.device, Machine], Backend]
+    auto_rank: int | None  # 1 is tried first; None: quantised, never auto's choice
+
+
+# In the order of the widget, which only ever grows at the end: saved workflows hold these names.
+_BACKENDS = (
+    _Line("sdpa", Sdpa, 3),
+    _Line("sageattn", SageAttention, None),
+    _Line("flash_attn_2", FlashAttention2, 2),
+    _Line("flash_attn_3", FlashAttention3, 1),
+)
+ATTENTION_MODES = ("auto", *(line.name for line in _BACKENDS))
+
+
+def select_attention(mode: str, spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> Backend:
+    """The backend for `mode`, proven on the device by a small run against plain attention.
+
+    "auto" takes the best exact one and logs why; any other mode of ATTENTION_MODES is taken or refused. Raises
+    AttentionUnavailable (a ValueError). Call it once per model load: every call probes afresh.
+    """
+    if mode == "auto":
+        return _select_best(spec, machine)
+    lines = [line for line in _BACKENDS if line.name == mode]
+    if not lines:
+        raise AttentionUnavailable(f"attention_mode {mode!r} does not exist: use one of {', '.join(ATTENTION_MODES)}")
+    backend = lines[0].make(spec.device, machine)
+    reason = _find_reason(backend, spec)
+    if reason is not None:
+        fix = "" if mode == "sdpa" else "; or set attention_mode to sdpa, which runs everywhere"
+        raise AttentionUnavailable(f"attention_mode {mode} cannot run {spec}: {reason}{fix}")
+    logger.info("attention: %s, as chosen, for %s", mode, spec)
+    return backend
+
+
+def explain_attention(spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> list[tuple[str, str]]:
+    """Every backend's name with the reason against it, or "ready"; each one is imported and probed."""
+    backends = [line.make(spec.device, machine) for line in _BACKENDS]
+    return [(backend.name, _find_reason(backend, spec) or "ready") for backend in backends]
+
+
+def _select_best(spec: AttentionSpec, machine: Machine) -> Backend:
+    notes = [f"{line.name}: quantised, so only by choice" for line in _BACKENDS if line.auto_rank is None]
+    ranked = sorted((line.auto_rank, line) for line in _BACKENDS if line.auto_rank is not None)
+    for rank, line in ranked:
+        backend = line.make(spec.device, machine)
+        reason = _find_reason(backend, spec)
+        if reason is None:
+            notes += [f"{other.name}: comes after it" for later, other in ranked if later > rank]
+            logger.info("attention: auto chose %s for %s (%s)", line.name, spec, "; ".join(notes))
+            return backend
+        notes.append(f"{line.name}: {reason}")
+    raise AttentionUnavailable(f"no attention backend can run {spec}: {'; '.join(notes)}")
+
+
+def _find_reason(backend: Backend, spec: AttentionSpec) -> str | None:
+    return backend.refuse(spec) or find_disagreement(backend, spec)

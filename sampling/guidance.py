@@ -1,0 +1,143 @@
+"""From a velocity model to a denoiser: classifier-free guidance, and the two experts of Wan 2.2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .samplers import Denoiser
+from .schedules import NUM_TRAIN_TIMESTEPS, is_high_noise
+
+# (latent [B, ...], timestep [B] = sigma * 1000 in float32, context [B, L, C]) -> velocity [B, ...].
+# The latent arrives in the solver's float32; the function casts it to whatever its model computes in.
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+ScaleSchedule = Callable[[float], float]  # sigma -> guidance scale
+Expert = Literal["high", "low"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A Denoiser made of a velocity model, its text context and classifier-free guidance.
+
+    `cond` and `uncond` are [B, L, C], or [1, L, C] for every sample of a batch. `scale` is a number or a schedule
+    over sigma (see `scale_per_step`); where it is 1 the unconditional pass does not run. `batched` runs both passes
+    as one batch of 2 B, cond first: fewer, larger launches for twice the activation memory.
+    Raises ValueError for a scale other than 1 without `uncond`, or contexts that cannot share a batch.
+    """
+
+    velocity: Velocity
+    cond: Tensor
+    uncond: Tensor | None = None
+    scale: float | ScaleSchedule = 1.0
+    batched: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.scale) and not math.isfinite(self.scale):
+            raise ValueError(f"Guidance scale is {self.scale}; expected a finite number (1 turns guidance off).")
+        if not callable(self.scale) and self.scale != 1.0 and self.uncond is None:
+            raise ValueError(_missing_uncond(self.scale))
+        if self.batched and self.uncond is not None and self.cond.shape[1:] != self.uncond.shape[1:]:
+            raise ValueError(
+                f"cond {list(self.cond.shape)} and uncond {list(self.uncond.shape)} cannot share a batch: pad them "
+                "to one length, or set batched to False."
+            )
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return the guided clean latent for x at `sigma` (0-d), in the shape of x."""
+        scale = self.scale(float(sigma)) if callable(self.scale) else self.scale
+        if scale == 1.0:
+            return self._denoised(x, sigma, self.cond)
+        if self.uncond is None:
+            raise ValueError(_missing_uncond(scale))
+        if self.batched:
+            context = torch.cat([_for_batch(self.cond, x), _for_batch(self.uncond, x)])
+            denoised_cond, denoised_uncond = self._denoised(torch.cat([x, x]), sigma, context).chunk(2)
+        else:
+            denoised_cond = self._denoised(x, sigma, self.cond)
+            denoised_uncond = self._denoised(x, sigma, self.uncond)
+        return classifier_free(denoised_cond, denoised_uncond, scale)
+
+    def _denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        level = float(sigma)
+        timestep = torch.full((len(x),), level * NUM_TRAIN_TIMESTEPS, dtype=torch.float32, device=x.device)
+        return velocity_to_denoised(x, self.velocity(x, timestep, _for_batch(context, x)), level)
+
+
+@dataclass
+class ExpertSwitch:
+    """A Denoiser that gives each noise level to its expert: `high` where sigma >= boundary, else `low` (Wan 2.2).
+
+    Each expert is a Denoiser with its own guidance scale. `loaded` is the expert whose weights are in place now;
+    `on_switch` is called with the name of the other one just before its first evaluation, once for each change, so
+    a run down the noise levels calls it exactly once. If `on_switch` raises, `loaded` stays as it was.
+    Raises ValueError unless `boundary` lies between 0 and 1.
+    """
+
+    high: Denoiser
+    low: Denoiser
+    boundary: float
+    on_switch: Callable[[Expert], None] | None = None
+    loaded: Expert = "high"
+
+    def __post_init__(self) -> None:
+        is_high_noise(torch.tensor(1.0), self.boundary)  # a wrong boundary fails here, not minutes later
+        if self.loaded not in ("high", "low"):
+            raise ValueError(f"loaded is {self.loaded!r}; expected 'high' or 'low'.")
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return the clean latent that the expert for `sigma` (0-d) predicts, in the shape of x."""
+        needed: Expert = "high" if is_high_noise(sigma, self.boundary) else "low"
+        if needed != self.loaded:
+            if self.on_switch is not None:
+                self.on_switch(needed)
+            self.loaded = needed
+        return self.high(x, sigma) if needed == "high" else self.low(x, sigma)
+
+
+def classifier_free(denoised_cond: Tensor, denoised_uncond: Tensor, scale: float) -> Tensor:
+    """Return uncond + scale * (cond - uncond): Ho & Salimans 2022 (arXiv:2207.12598), scale = w + 1 there.
+
+    Denoised is affine in velocity, so this equals guiding the velocity as Wan's own pipeline does.
+    """
+    return denoised_uncond + scale * (denoised_cond - denoised_uncond)
+
+
+def velocity_to_denoised(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+    """Return x - sigma * velocity in x's dtype, for velocity = noise - clean (arXiv:2403.03206)."""
+    return x - sigma * velocity.to(x.dtype)
+
+
+def scale_per_step(scales: Sequence[float], sigmas: Tensor) -> ScaleSchedule:
+    """Return the schedule that uses scales[i] for the step from sigmas[i], for sigmas [num_steps + 1].
+
+    A level between two steps takes the scale of the step that covers it.
+    Raises ValueError unless there is one scale for each step.
+    """
+    starts = sigmas.tolist()[:-1]
+    if len(scales) != len(starts):
+        raise ValueError(f"{len(scales)} guidance scales for {len(starts)} steps; expected one for each step.")
+    steps = list(zip(starts, scales, strict=True))
+
+    def scale_at(sigma: float) -> float:
+        covering = [scale for start, scale in steps if start >= sigma]
+        return covering[-1] if covering else steps[0][1]
+
+    return scale_at
+
+
+def _missing_uncond(scale: float) -> str:
+    return f"Guidance scale is {scale} but there is no uncond context; pass the negative prompt's, or use scale 1."
+
+
+def _for_batch(context: Tensor, x: Tensor) -> Tensor:
+    """Give a context of one sample to every sample of x; one of the right size stays the same object."""
+    if len(context) == len(x):
+        return context
+    if len(context) == 1:
+        return context.expand(len(x), *context.shape[1:])
+    raise ValueError(f"Context has {len(context)} samples and the latent {len(x)}; expected 1 or as many.")

@@ -1,0 +1,136 @@
+"""Noise levels of the flow-matching path, from pure noise (sigma 1) to the clean latent (sigma 0).
+
+x_sigma = (1 - sigma) * clean + sigma * noise, and the model is told sigma * 1000.
+Sources: Esser et al. 2024 (arXiv:2403.03206) for the path and the shift; Wan-Video/Wan2.2
+`wan/utils/fm_solvers.py` and ComfyUI `comfy/samplers.py` for the spacings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+SPACINGS = ("uniform", "simple")
+
+
+def flow_sigmas(num_steps: int, shift: float, spacing: str = "uniform", denoise: float = 1.0) -> Tensor:
+    """Return the noise levels of one run, float32 [num_steps + 1] on the CPU, strictly decreasing to 0.
+
+    `shift` bends the levels towards noise (see `shift_sigma`). `denoise` below 1 starts part-way: the levels
+    are the last `num_steps` of a run of `num_steps / denoise` steps, so the first unshifted level is `denoise`.
+    ComfyUI truncates that longer run to whole steps; both agree when it is whole, and this one still starts
+    part-way when it is not (ComfyUI runs 4 steps at 0.9 as a full denoise).
+
+    `spacing` says where the unshifted levels lie:
+        "uniform"  1, 1 - 1/n, ..., 1/n, 0: Wan's `get_sampling_sigmas`. Wan's UniPC starts at 0.999 and
+                   diffusers' ends near 0.001 before the final 0, both otherwise the same.
+        "simple"   ComfyUI's scheduler of that name: every (1000/n)-th of the 1000 training timesteps,
+                   rounded to whole ones.
+
+    Raises ValueError for values out of range.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; at least 1 step is needed.")
+    if not 0.0 < denoise <= 1.0:
+        raise ValueError(f"denoise is {denoise}; expected above 0 and at most 1 (1 starts from pure noise).")
+    full_steps = num_steps / denoise
+    if full_steps > NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"{num_steps} steps at denoise {denoise} are spaced as {full_steps:.0f} full steps; the model knows "
+            f"{NUM_TRAIN_TIMESTEPS} timesteps. Use fewer steps or a higher denoise."
+        )
+    positions = [full_steps - num_steps + step for step in range(num_steps)]
+    if spacing == "uniform":
+        levels = [denoise * (num_steps - step) / num_steps for step in range(num_steps)]
+    elif spacing == "simple":
+        stride = NUM_TRAIN_TIMESTEPS / full_steps
+        levels = [1.0 - int(position * stride) / NUM_TRAIN_TIMESTEPS for position in positions]
+    else:
+        raise ValueError(f"spacing is {spacing!r}; expected one of {', '.join(SPACINGS)}.")
+    sigmas = torch.tensor([shift_sigma(level, shift) for level in levels] + [0.0], dtype=torch.float32)
+    return check_sigmas(sigmas)
+
+
+def sigmas_from_timesteps(timesteps: Sequence[float], shift: float = 1.0) -> Tensor:
+    """Return the noise levels of an explicit timestep list, float32 [len(timesteps) + 1], with the final 0 added.
+
+    Leave `shift` at 1 when the list is already shifted. Distilled 4-step models (lightx2v, Lightning) publish
+    either form of one schedule with shift 5: [1000, 750, 500, 250] unshifted is [1000, 937.5, 833.3, 625]
+    shifted, and both equal `flow_sigmas(4, shift=5)`.
+
+    Raises ValueError unless the list is strictly decreasing within (0, 1000].
+    """
+    values = [float(timestep) for timestep in timesteps]
+    if not values:
+        raise ValueError("The timestep list is empty; at least one timestep is needed.")
+    if max(values) <= 1.0:
+        raise ValueError(f"Timesteps {values} look like sigmas; timesteps are sigma x 1000, multiply them by 1000.")
+    if min(values) <= 0.0 or max(values) > NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"Timesteps {values} leave the range above 0 and up to {NUM_TRAIN_TIMESTEPS}; the final 0 is added for you."
+        )
+    levels = [shift_sigma(value / NUM_TRAIN_TIMESTEPS, shift) for value in values]
+    return check_sigmas(torch.tensor([*levels, 0.0], dtype=torch.float32))
+
+
+def split_at_boundary(sigmas: Tensor, boundary: float) -> int:
+    """Return the index of the first step that the low-noise expert takes, which is the count of high-noise steps.
+
+    The index is len(sigmas) - 1 when every step is a high-noise one. `sigmas[: index + 1]` and `sigmas[index:]`
+    are then the two runs. `boundary` is a sigma: 0.875 for Wan 2.2 T2V A14B, 0.900 for I2V A14B.
+    Raises ValueError for a malformed list or boundary.
+    """
+    steps = check_sigmas(sigmas)[:-1]
+    return sum(is_high_noise(sigma, boundary) for sigma in steps)
+
+
+def is_high_noise(sigma: Tensor, boundary: float) -> bool:
+    """Tell whether the high-noise expert takes a step from `sigma` (0-d): timestep >= boundary * 1000, as in Wan 2.2.
+
+    Raises ValueError unless `boundary` lies between 0 and 1.
+    """
+    if not 0.0 < boundary < 1.0:
+        raise ValueError(f"boundary is {boundary}; expected a sigma between 0 and 1 (a timestep divided by 1000).")
+    # Compared in the schedule's own precision: float32(0.9) is below the double 0.9, yet is that boundary.
+    return bool(sigma >= torch.tensor(boundary, dtype=sigma.dtype, device=sigma.device))
+
+
+def shift_sigma(sigma: float, shift: float) -> float:
+    """Return shift * sigma / (1 + (shift - 1) * sigma) (arXiv:2403.03206, equation 23). ValueError if shift <= 0."""
+    if not (math.isfinite(shift) and shift > 0.0):
+        raise ValueError(
+            f"shift is {shift}; expected a number above 0 (Wan uses 3 to 16; 1 leaves sigmas as they are)."
+        )
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Return the latent at `sigma`, (1 - sigma) * clean + sigma * noise; `denoise` < 1 starts from this."""
+    return (1.0 - sigma) * clean + sigma * noise
+
+
+def check_sigmas(sigmas: Tensor) -> Tensor:
+    """Return `sigmas` if it is a 1-d floating list of two or more levels, strictly decreasing within [0, 1].
+
+    Raises ValueError naming the first offending pair.
+    """
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
+        raise ValueError(
+            f"sigmas is {sigmas.dtype} {list(sigmas.shape)}; expected floating point [num_steps + 1] with at least "
+            "one step."
+        )
+    levels = sigmas.tolist()
+    if not (levels[0] <= 1.0 and levels[-1] >= 0.0):
+        raise ValueError(f"sigmas run from {levels[0]} to {levels[-1]}; expected levels within 0 and 1.")
+    for index, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
+        if not sigma > sigma_next:
+            raise ValueError(
+                f"sigmas[{index}] = {sigma} is followed by {sigma_next}; noise levels must strictly decrease. "
+                "Use fewer steps, a milder shift, or sort the list."
+            )
+    return sigmas
