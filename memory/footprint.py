@@ -1,0 +1,308 @@
+"""What a model and a piece of work cost: bytes of VRAM and seconds, by arithmetic alone.
+
+The activation arithmetic mirrors `wanvideo/model.py`: x, q, k and v are the only token-sized buffers. Sizes are bytes,
+rates are decimal (1 TFLOP/s = 1e12, 1 GB/s = 1e9), and "rows" are the tokens of all samples of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+MIB = 2**20
+GIB = 2**30
+
+# Rows of a matrix product, and the share of full speed it reaches with at least so many: fewer leave the last wave of
+# tiles half empty. Likewise for the heads of an attention call.
+GEMM_EFFICIENCY = ((8192, 1.0), (4096, 0.97), (2048, 0.9), (1024, 0.8), (0, 0.6))
+FULL_SPEED_HEADS = 8
+FEW_HEADS_EFFICIENCY = 0.97
+
+# The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact.
+SLACK_FRACTION = 0.03
+SLACK_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True)
+class VaeFootprint:
+    """Decoding costs: the causal-convolution cache and the working set grow with the pixels of a frame or tile."""
+
+    weight_bytes: int
+    cache_bytes_per_pixel: int
+    working_bytes_per_pixel: int
+
+
+# bf16. Two frames are cached per causal convolution: 2,364 elements per pixel, which is 1.76 GiB at 480x832 and
+# 4.06 GiB at 720x1280. At work: 4 frames of 96 channels, four tensors of them.
+WAN21_VAE = VaeFootprint(254 * 10**6, 2 * 2364, 4 * 96 * 2 * 4)
+# Its decoder works on 2x2-folded pixels, 256 channels wide, with a 512-channel input to the last stage.
+WAN22_VAE = VaeFootprint(1410 * 10**6, 2 * 1784, 4 * 512 * 2 * 3 // 4)
+
+
+@dataclass(frozen=True)
+class ModelFootprint:
+    """A transformer as the planner sees it.
+
+    `block_bytes` holds the stored bytes of each block in order, `text_kv_bytes` the part of every block that makes
+    keys and values of the text (and image) and need not be there once they are cached (0: cannot be cached).
+    `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
+    time: 0 where weights are stored in the compute dtype.
+    """
+
+    name: str
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    block_bytes: tuple[int, ...]
+    fixed_bytes: int
+    text_kv_bytes: int = 0
+    scratch_elements: int = 0
+    in_channels: int = 16
+    latent_channels: int = 16
+    text_tokens: int = 512
+    image_tokens: int = 0
+    compute_bytes: int = 2
+    vae: VaeFootprint | None = WAN21_VAE
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_bytes)
+
+    @property
+    def context_tokens(self) -> int:
+        return self.text_tokens + self.image_tokens
+
+    def streamable_bytes(self, cache_text_kv: bool) -> tuple[int, ...]:
+        """Bytes of each block that a pass needs, with or without the text's keys and values cached."""
+        spared = self.text_kv_bytes if cache_text_kv else 0
+        return tuple(size - spared for size in self.block_bytes)
+
+
+@dataclass(frozen=True)
+class WorkSize:
+    """What to make: a video of `frames` x `height` x `width` pixels, `batch` samples in one forward pass.
+
+    `passes_per_step` is 2 where guidance runs cond and uncond one after the other.
+    """
+
+    frames: int
+    height: int
+    width: int
+    batch: int = 1
+    passes_per_step: int = 1
+    stride: tuple[int, int, int] = (4, 8, 8)
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "batch", "passes_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Latent frames, height and width; the first latent frame holds a single frame."""
+        time, height, width = self.stride
+        return (self.frames - 1) // time + 1, -(-self.height // height), -(-self.width // width)
+
+    @property
+    def latent_positions(self) -> int:
+        return math.prod(self.latent_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample."""
+        return math.prod(-(-size // patch) for size, patch in zip(self.latent_size, self.patch, strict=True))
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all samples of one pass."""
+        return self.batch * self.tokens
+
+    @property
+    def size_unit(self) -> int:
+        """Height and width are multiples of this many pixels: 16, or 32 for TI2V 5B."""
+        return self.stride[1] * self.patch[1]
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}, {self.frames} frame{'s' if self.frames > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The knobs that the planner turns."""
+
+    token_chunk: int
+    head_groups: int
+    cache_text_kv: bool
+    num_resident: int
+
+
+@dataclass(frozen=True)
+class DenoiseMemory:
+    """Bytes of VRAM while denoising, one field per line of the plan's table."""
+
+    context: int  # CUDA context and library workspaces
+    fixed_weights: int
+    residents: int
+    ring: int
+    activations: int  # x, q, k, v, attention and chunk temporaries, rotary angles
+    scratch: int  # weights unpacked to the compute dtype
+    text: int  # embedded prompt and, where cached, its keys and values
+    latents: int
+    slack: int  # allocator rounding and fragmentation
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may use, what the machine brings, and what the user fixed by hand.
+
+    `vram_budget_bytes` is for the whole process, context included. `ram_budget_bytes` and `pinned_cap_bytes` are
+    unlimited when None. `blocks_to_swap` is -1 for the planner's choice, or exactly that many streamed blocks;
+    `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels run here.
+    The default rates are those of a small card in an old slot; measured ones make better plans.
+    """
+
+    vram_budget_bytes: int
+    context_bytes: int = int(0.73 * GIB)
+    ram_budget_bytes: int | None = None
+    pinned_cap_bytes: int | None = None
+    blocks_to_swap: int = -1
+    num_slots: int | None = None
+    fused: bool = True
+    sage_attention: bool = False
+    tflops_matmul: float = 40.0
+    tflops_attention: float = 30.0
+    h2d_gbps: float = 12.0
+    pageable_gbps: float = 5.0
+    disk_gbps: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("tflops_matmul", "tflops_attention", "h2d_gbps", "pageable_gbps", "disk_gbps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a rate must be above 0")
+
+
+def denoise_memory(
+    model: ModelFootprint, work: WorkSize, choice: Choice, ring_bytes: int, resident_bytes: int, limits: Limits
+) -> DenoiseMemory:
+    """Predicted VRAM of a denoising pass."""
+    activations = activation_bytes(model, work, choice, limits)
+    scratch = model.scratch_elements * model.compute_bytes
+    context_rows = work.batch * work.passes_per_step * model.context_tokens
+    text = 2 * context_rows * model.dim * model.compute_bytes
+    if choice.cache_text_kv:
+        text += text_cache_bytes(model, work)
+    channels = 10 * model.latent_channels + max(0, model.in_channels - model.latent_channels)
+    latents = 4 * work.batch * work.latent_positions * channels  # fp32, of solver, guidance and preview
+    return DenoiseMemory(
+        context=limits.context_bytes,
+        fixed_weights=model.fixed_bytes,
+        residents=resident_bytes,
+        ring=ring_bytes,
+        activations=activations,
+        scratch=scratch,
+        text=text,
+        latents=latents,
+        slack=SLACK_BYTES + int(SLACK_FRACTION * (activations + scratch + text + latents)),
+    )
+
+
+def activation_bytes(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> int:
+    """x, the pool of q, k, v and FFN hidden, rotary angles, and the largest of the temporaries."""
+    dim, rows, element = model.dim, work.rows, model.compute_bytes
+    chunk = min(choice.token_chunk, rows)
+    pool = max(3 * rows * dim, chunk * model.ffn_dim) * element
+    angles = 2 * 4 * work.tokens * (dim // model.num_heads // 2)  # cos and sin, fp32
+    return rows * dim * element + pool + angles + max(
+        _attention_bytes(model, rows, choice.head_groups, limits.sage_attention),
+        chunk * (3 * dim * element if limits.fused else max(16 * dim, 8 * model.ffn_dim)),  # eager steps work in fp32
+        0 if choice.cache_text_kv else _text_projection_bytes(model, work),
+    )  # fmt: skip
+
+
+def _attention_bytes(model: ModelFootprint, rows: int, head_groups: int, sage_attention: bool) -> int:
+    """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
+    outputs = 2 if model.image_tokens else 1
+    output = outputs * rows * model.dim * model.compute_bytes
+    # Sage keeps int8 copies of q and k and a transposed v; the exact backends keep one fp32 sum per row and head
+    workspace = rows * model.dim * 4 if sage_attention else rows * model.num_heads * 4
+    return -(-(output + workspace) // head_groups)
+
+
+def _text_projection_bytes(model: ModelFootprint, work: WorkSize) -> int:
+    """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
+    weight = model.dim**2 * model.compute_bytes if model.scratch_elements else 0
+    return weight + work.batch * model.context_tokens * model.dim * (2 * 4 + 2 * model.compute_bytes)
+
+
+def text_cache_bytes(model: ModelFootprint, work: WorkSize) -> int:
+    """Keys and values of all prompts' text in every block."""
+    rows = work.batch * work.passes_per_step * model.context_tokens
+    return model.num_blocks * 2 * rows * model.dim * model.compute_bytes
+
+
+def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile: int, context_bytes: int) -> int:
+    """Predicted VRAM of decoding in `tile` x `tile` pixels (0: whole frames); finished frames leave the device."""
+    height, width = (min(size, tile or size) for size in (work.height, work.width))
+    pixels = height * width * (vae.cache_bytes_per_pixel + vae.working_bytes_per_pixel)
+    latents = 2 * 4 * work.batch * work.latent_positions * latent_channels
+    moving = pixels + latents
+    return context_bytes + vae.weight_bytes + moving + SLACK_BYTES + int(SLACK_FRACTION * moving)
+
+
+def pass_flops(model: ModelFootprint, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
+    """FLOPs of one pass, (matrix products, attention): per block 2 M (6 d^2 + 2 d ffn) and 4 tokens^2 d batch."""
+    dim = model.dim
+    products = 2.0 * work.rows * (6 * dim**2 + 2 * dim * model.ffn_dim)
+    if not cache_text_kv:
+        products += 2.0 * work.batch * model.context_tokens * 2 * dim**2
+    attention = 4.0 * work.rows * (work.tokens + model.context_tokens) * dim
+    return model.num_blocks * products, model.num_blocks * attention
+
+
+def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> float:
+    """Predicted time of one pass when no block has to be waited for."""
+    products, attention = pass_flops(model, work, choice.cache_text_kv)
+    rows = min(choice.token_chunk, work.rows)
+    share = next(share for least, share in GEMM_EFFICIENCY if rows >= least)
+    few_heads = choice.head_groups > 1 and model.num_heads < FULL_SPEED_HEADS * choice.head_groups
+    attention_share = FEW_HEADS_EFFICIENCY if few_heads else 1.0
+    products_seconds = products / (limits.tflops_matmul * 1e12 * share)
+    return products_seconds + attention / (limits.tflops_attention * 1e12 * attention_share)
+
+
+def wan_footprint(
+    name: str,
+    dim: int,
+    ffn_dim: int,
+    num_heads: int,
+    num_layers: int,
+    bytes_per_weight: float,
+    in_channels: int = 16,
+    latent_channels: int = 16,
+    vae: VaeFootprint | None = WAN21_VAE,
+) -> ModelFootprint:
+    """A Wan text-to-video transformer of given dimensions whose linears take `bytes_per_weight` (Q4_K: 0.5625).
+
+    For presets, tests and benchmarks: the footprint of a real run is computed from its checkpoint.
+    """
+    rest = 2 * (10 * dim + ffn_dim + 11 * dim)  # biases, norms and modulation, bf16
+    block = int((8 * dim**2 + 2 * dim * ffn_dim) * bytes_per_weight) + rest
+    embeddings = 4096 * dim + 256 * dim + 2 * dim**2 + 6 * dim**2 + 4 * (in_channels + latent_channels) * dim
+    return ModelFootprint(
+        name=name,
+        dim=dim,
+        ffn_dim=ffn_dim,
+        num_heads=num_heads,
+        block_bytes=(block,) * num_layers,
+        fixed_bytes=2 * (embeddings + 11 * dim),
+        text_kv_bytes=int(2 * dim**2 * bytes_per_weight),
+        scratch_elements=0 if bytes_per_weight == 2 else max(3 * dim**2, dim * ffn_dim),
+        in_channels=in_channels,
+        latent_channels=latent_channels,
+        vae=vae,
+    )

@@ -1,0 +1,81 @@
+"""A run as a picture: the memory curve under its budget, and the copy and compute lanes of one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .intervals import Interval, intersect
+from .report import GIB, RunReport, write_atomically
+
+SIZE_INCHES, DPI = (10.0, 5.0), 120
+MEMORY_COLOR, BUDGET_COLOR, COPY_COLOR, COMPUTE_COLOR = "#3b6fb6", "#c0392b", "#e08e2b", "#4c9a5b"
+
+
+def draw_timeline(report: RunReport, path: str | Path) -> None:
+    """Write the report as a PNG of 1200 x 600 pixels, at once or not at all."""
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    memory, lanes = figure.subplots(2, 1, gridspec_kw={"height_ratios": (3, 2)})
+    _draw_memory(memory, report)
+    _draw_lanes(lanes, report)
+    png = BytesIO()
+    canvas.print_png(png)
+    write_atomically(path, png.getvalue())
+
+
+def _draw_memory(axes: Axes, report: RunReport) -> None:
+    seconds = [sample.seconds for sample in report.samples]
+    used = [max(0, sample.device_bytes - report.other_bytes) / GIB for sample in report.samples]
+    axes.fill_between(seconds, used, color=MEMORY_COLOR, alpha=0.25, linewidth=0)
+    axes.plot(seconds, used, color=MEMORY_COLOR, linewidth=1.2, label="VRAM in use")
+    if report.budget_bytes is not None:
+        axes.axhline(report.budget_bytes / GIB, color=BUDGET_COLOR, linestyle="--", linewidth=1.2, label="budget")
+    for phase in report.phases:
+        axes.axvline(phase.start, color="0.6", linewidth=0.8)
+        axes.annotate(
+            phase.name, (phase.start, 1), xycoords=("data", "axes fraction"), xytext=(3, -11),
+            textcoords="offset points", fontsize=8, color="0.3",
+        )  # fmt: skip
+    axes.set_ylim(0, 1.2 * max([*used, (report.budget_bytes or 0) / GIB, 0.1]))  # room for the phases' names
+    axes.margins(x=0)
+    axes.set_ylabel("GiB")
+    axes.set_xlabel("seconds")
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def _draw_lanes(axes: Axes, report: RunReport) -> None:
+    axes.set_yticks((1, 0), ("copy", "compute"))
+    axes.set_ylim(-0.5, 1.5)
+    if not report.copies:
+        axes.set_title("no blocks were streamed", fontsize=9)
+        return
+    # the middle pass: the first one still fills the ring, and a whole run would be one solid bar
+    number, (start, end) = len(report.passes) // 2, _middle_pass(report)
+    for row, color, intervals in ((1, COPY_COLOR, report.copies), (0, COMPUTE_COLOR, report.computes)):
+        for first, last in _within(intervals, (start, end)):
+            axes.barh(row, last - first, left=first - start, height=0.6, color=color, edgecolor="white", linewidth=0.4)
+    axes.set_xlim(0, end - start)
+    axes.set_xlabel("seconds into the pass")
+    title = f"pass {number + 1} of {max(1, len(report.passes))}"
+    if report.stream is not None:
+        title += f": {report.stream.gbps:.1f} GB/s, {report.stream.overlap_percent:.0f} % of the copying behind compute"
+        title += f", {report.stream.stall_ms_per_pass:.1f} ms stalled per pass"
+    axes.set_title(title, fontsize=9)
+
+
+def _middle_pass(report: RunReport) -> Interval:
+    if report.passes:
+        return report.passes[len(report.passes) // 2]
+    lanes = (*report.copies, *report.computes)
+    return min(start for start, _ in lanes), max(end for _, end in lanes)
+
+
+def _within(intervals: Sequence[Interval], window: Interval) -> list[Interval]:
+    """Each interval's part in the window; neighbours stay apart so that blocks can be told."""
+    return [part for interval in intervals for part in intersect([interval], [window])]

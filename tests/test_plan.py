@@ -1,0 +1,395 @@
+"""The planner: budgets hold, more is never worse, refusals name what works."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from lowvram_video.memory.footprint import (
+    GIB,
+    MIB,
+    WAN21_VAE,
+    WAN22_VAE,
+    Choice,
+    Limits,
+    ModelFootprint,
+    WorkSize,
+    compute_seconds,
+    decode_memory,
+    pass_flops,
+    wan_footprint,
+)
+from lowvram_video.memory.ladder import RAM_MARGIN_BYTES, spread_residents
+from lowvram_video.memory.plan import (
+    MemoryPlan,
+    PlanError,
+    describe,
+    plan_leaner,
+    plan_memory,
+    preset_plans,
+)
+
+WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+FP8 = wan_footprint("Wan 14B fp8", **WAN_14B, bytes_per_weight=1.0)
+BF16 = wan_footprint("Wan 14B bf16", **WAN_14B, bytes_per_weight=2.0)
+SMALL = wan_footprint("Wan 1.3B bf16", 1536, 8960, 12, 30, 2.0)
+LONG_480P, LONG_720P = WorkSize(81, 480, 832), WorkSize(81, 720, 1280)
+# measured on one H200: pinned copies 55 GB/s, bf16 products 816 TFLOP/s, cuDNN attention 570 TFLOP/s
+H200 = {"tflops_matmul": 816.0, "tflops_attention": 570.0, "h2d_gbps": 55.4}
+
+
+def limits(gib: float, **changes) -> Limits:
+    return Limits(int(gib * GIB), **changes)
+
+
+def plan_or_none(model: ModelFootprint, work: WorkSize, allowed: Limits) -> MemoryPlan | None:
+    try:
+        return plan_memory(model, work, allowed)
+    except PlanError:
+        return None
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelFootprint:
+    heads = draw(st.sampled_from([3, 12, 24, 40]))
+    blocks = draw(st.integers(1, 60))
+    dim = 128 * heads
+    if draw(st.booleans()):
+        ffn_dim = draw(st.sampled_from([2, 4, 6])) * dim
+        return wan_footprint("Wan", dim, ffn_dim, heads, blocks, draw(st.sampled_from([0.5625, 1.0, 2.0])))
+    sizes = draw(st.lists(st.integers(2 * MIB, 800 * MIB), min_size=blocks, max_size=blocks))
+    return ModelFootprint(
+        "uneven", dim, 4 * dim, heads, tuple(sizes), 100 * MIB, vae=draw(st.sampled_from([None, WAN21_VAE]))
+    )
+
+
+@st.composite
+def works(draw: st.DrawFn) -> WorkSize:
+    frames = 4 * draw(st.integers(0, 40)) + 1
+    height, width = (16 * draw(st.integers(4, 90)) for _ in range(2))
+    return WorkSize(frames, height, width, batch=draw(st.integers(1, 2)), passes_per_step=draw(st.integers(1, 2)))
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Limits:
+    return Limits(
+        draw(st.integers(GIB, 40 * GIB)),
+        ram_budget_bytes=draw(st.none() | st.integers(6 * GIB, 64 * GIB)),
+        pinned_cap_bytes=draw(st.none() | st.integers(0, 32 * GIB)),
+        num_slots=draw(st.sampled_from([None, 2, 3, 4])),
+        fused=draw(st.booleans()),
+        sage_attention=draw(st.booleans()),
+        tflops_matmul=draw(st.floats(5, 1000)),
+        tflops_attention=draw(st.floats(5, 1000)),
+        h2d_gbps=draw(st.floats(2, 60)),
+        disk_gbps=draw(st.floats(0.1, 15)),
+    )
+
+
+class TestMonotonicity:
+    @settings(max_examples=150, deadline=None)
+    @given(models(), works(), machines(), st.integers(0, 16 * GIB))
+    def test_more_budget_is_never_worse(self, model, work, allowed, more):
+        lean = plan_or_none(model, work, allowed)
+        richer_limits = replace(allowed, vram_budget_bytes=allowed.vram_budget_bytes + more)
+        rich = plan_or_none(model, work, richer_limits)
+        assume(lean is not None)
+        assert rich is not None, "a larger budget was refused"
+        assert lean.predicted_peak_bytes <= allowed.vram_budget_bytes
+        assert rich.predicted_peak_bytes <= richer_limits.vram_budget_bytes
+        assert rich.num_resident >= lean.num_resident
+        assert rich.seconds_per_step <= lean.seconds_per_step
+        assert (rich.vae_tile or 10**9) >= (lean.vae_tile or 10**9)
+
+    @settings(max_examples=60, deadline=None)
+    @given(models(), works(), machines())
+    def test_the_plan_adds_up(self, model, work, allowed):
+        plan = plan_or_none(model, work, allowed)
+        assume(plan is not None)
+        sizes = model.streamable_bytes(plan.cache_text_kv)
+        kept = set(plan.resident_blocks)
+        assert sum(size for i, size in enumerate(sizes) if i in kept) == plan.denoise.residents
+        assert sum(size for i, size in enumerate(sizes) if i not in kept) == plan.streamed_bytes
+        assert len(kept) == plan.num_resident and plan.num_resident + plan.num_streamed == model.num_blocks
+        if not plan.from_disk:
+            assert plan.pinned_bytes + plan.pageable_bytes == plan.streamed_bytes
+        if plan.num_streamed:
+            assert 0 < plan.ring_bytes <= plan.num_slots * (max(sizes) + 256)
+        if allowed.pinned_cap_bytes is not None:
+            assert plan.pinned_bytes <= allowed.pinned_cap_bytes
+        assert model.num_heads % plan.head_groups == 0
+
+    def test_residents_are_spread_evenly(self):
+        for count in range(41):
+            residents = spread_residents(40, count)
+            assert len(residents) == count
+            gaps = [b - a for a, b in pairwise(residents)]
+            assert not gaps or max(gaps) - min(gaps) <= 1
+
+    def test_streamed_blocks_fill_the_slots_evenly(self):
+        for gib in range(5, 18):
+            plan = plan_memory(FP8, LONG_480P, limits(gib))
+            assert plan.num_streamed % 2 == 0
+            assert plan.num_streamed == 0 or plan.num_streamed > plan.num_slots
+
+
+class TestKnownFigures:
+    @pytest.mark.parametrize(
+        ("model", "work", "gib"),
+        [(FP8, LONG_480P, 3.5), (FP8, LONG_720P, 6.5), (BF16, WorkSize(17, 480, 832), 4.0)],
+    )
+    def test_the_promised_budgets_suffice(self, model, work, gib):
+        for swap in (-1, model.num_blocks):
+            plan = plan_memory(model, work, limits(gib, blocks_to_swap=swap))
+            peak = plan.predicted_peak_bytes / GIB
+            print(f"{model.name} {work}: predicted peak {peak:.2f} of {gib} GiB, chunk {plan.token_chunk}")
+            assert peak <= gib
+
+    def test_tokens_and_block_bytes(self):
+        assert LONG_480P.tokens == 32760 and LONG_720P.tokens == 75600
+        assert WorkSize(121, 704, 1280, stride=(4, 16, 16)).tokens == 31 * 22 * 40
+        assert FP8.block_bytes[0] == pytest.approx(351e6, rel=0.01)
+        assert BF16.block_bytes[0] == pytest.approx(703e6, rel=0.01)
+        # the fp8 file of 13.5 GiB
+        assert sum(FP8.block_bytes) + FP8.fixed_bytes == pytest.approx(13.5 * GIB, rel=0.01)
+
+    @pytest.mark.parametrize(
+        ("work", "products", "attention"), [(LONG_480P, 19.6e12, 22.0e12), (LONG_720P, 45.2e12, 117e12)]
+    )
+    def test_flops_per_block(self, work, products, attention):
+        total = pass_flops(FP8, work, cache_text_kv=True)
+        assert total[0] / 40 == pytest.approx(products, rel=0.02)
+        assert total[1] / 40 == pytest.approx(attention, rel=0.02)
+
+    @pytest.mark.parametrize(("work", "seconds"), [(LONG_480P, 2.49), (LONG_720P, 10.5)])
+    def test_time_at_full_speed_is_the_measured_limit(self, work, seconds):
+        predicted = compute_seconds(FP8, work, Choice(8192, 1, True, 40), limits(24, **H200))
+        print(f"{work}: {predicted:.2f} s predicted, limit {seconds} s")
+        assert predicted == pytest.approx(seconds, rel=0.04)
+
+    @pytest.mark.parametrize(("height", "width", "gib"), [(480, 832, 1.76), (720, 1280, 4.06)])
+    def test_vae_feature_cache(self, height, width, gib):
+        assert WAN21_VAE.cache_bytes_per_pixel * height * width == pytest.approx(gib * GIB, rel=0.01)
+
+    def test_wan22_vae_cache_from_its_channels(self):
+        # (inputs of the causal convolutions, positions per pixel): two frames of each are cached
+        stages = [
+            (48 + 4 * 1024 + 6 * 1024 + 1024, 1 / 256),
+            (6 * 1024 + 1024, 1 / 64),
+            (1024 + 5 * 512, 1 / 16),
+            (512 + 5 * 256 + 256, 1 / 4),
+        ]
+        expected = sum(2 * channels * share for channels, share in stages)
+        assert WAN22_VAE.cache_bytes_per_pixel == pytest.approx(2 * expected, rel=0.001)
+
+    def test_short_bf16_clip_is_transfer_bound_on_a_fast_card(self):
+        plan = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, **H200))
+        assert plan.transfer_bound and plan.cache_text_kv
+        assert plan_memory(FP8, LONG_480P, limits(4, **H200)).transfer_bound is False
+
+
+def assert_budget_is_the_smallest(model: ModelFootprint, work: WorkSize, allowed: Limits, named: int) -> None:
+    assert plan_memory(model, work, replace(allowed, vram_budget_bytes=named)).predicted_peak_bytes <= named
+    with pytest.raises(PlanError):
+        plan_memory(model, work, replace(allowed, vram_budget_bytes=named - 64 * MIB))
+
+
+class TestRefusals:
+    @settings(max_examples=60, deadline=None)
+    @given(models(), works(), machines(), st.integers(0, 7 * GIB), st.none() | st.integers(0, 60))
+    def test_what_a_refusal_names_works_and_the_next_does_not(self, model, work, allowed, budget, swap):
+        allowed = replace(allowed, vram_budget_bytes=budget, ram_budget_bytes=None)
+        if swap is not None:
+            allowed = replace(allowed, blocks_to_swap=min(swap, model.num_blocks))
+        try:
+            plan_memory(model, work, allowed)
+        except PlanError as error:
+            refusal = error
+        else:
+            assume(False)
+        assert_budget_is_the_smallest(model, work, allowed, refusal.smallest_budget_bytes)
+        frames = refusal.largest_frames
+        if frames is not None:
+            assert frames % 4 == 1
+            plan_memory(model, replace(work, frames=frames), allowed)
+        with pytest.raises(PlanError):
+            plan_memory(model, replace(work, frames=frames + 4 if frames else 1), allowed)
+        if refusal.largest_size is not None:
+            height, width = refusal.largest_size
+            assert height % 16 == width % 16 == 0
+            plan_memory(model, replace(work, height=height, width=width), allowed)
+            short, ratio = min(height, width) + 16, max(work.height, work.width) / min(work.height, work.width)
+            long = round(short * ratio / 16) * 16
+            height, width = (short, long) if work.height <= work.width else (long, short)
+            with pytest.raises(PlanError):
+                plan_memory(model, replace(work, height=height, width=width), allowed)
+
+    def test_message(self):
+        with pytest.raises(PlanError) as caught:
+            plan_memory(FP8, LONG_720P, limits(4))
+        error, message = caught.value, str(caught.value)
+        print(message)
+        assert isinstance(error, ValueError)
+        assert "Wan 14B fp8 at 720x1280, 81 frames does not fit in 4.00 GiB" in message
+        assert f"raise vram_budget_gib to at least {error.smallest_budget_bytes / GIB:g}" in message
+        assert f"make at most {error.largest_frames} frames" in message
+        assert f"{error.largest_size[0]}x{error.largest_size[1]} (height x width)" in message
+
+    def test_sizes_keep_to_the_unit_of_the_model(self):
+        model = wan_footprint("Wan TI2V 5B", 3072, 14336, 24, 30, 2.0, 48, 48, WAN22_VAE)
+        work = WorkSize(121, 1408, 2560, stride=(4, 16, 16))
+        with pytest.raises(PlanError) as caught:
+            plan_memory(model, work, limits(5))
+        height, width = caught.value.largest_size
+        assert height % 32 == width % 32 == 0
+        assert width / height == pytest.approx(2560 / 1408, rel=0.1)
+
+    def test_by_hand_names_the_swap_count(self):
+        with pytest.raises(PlanError, match="set blocks_to_swap to at least ") as caught:
+            plan_memory(FP8, LONG_480P, limits(8, blocks_to_swap=5))
+        count = int(str(caught.value).split("set blocks_to_swap to at least ")[1].split(";")[0])
+        plan_memory(FP8, LONG_480P, limits(8, blocks_to_swap=count))
+        with pytest.raises(PlanError):
+            plan_memory(FP8, LONG_480P, limits(8, blocks_to_swap=count - 1))
+
+    def test_nothing_at_all_fits(self):
+        with pytest.raises(PlanError) as caught:
+            plan_memory(FP8, LONG_480P, limits(0.5))
+        assert caught.value.largest_frames is None and caught.value.largest_size is None
+        assert "frames;" not in str(caught.value)
+
+    @pytest.mark.parametrize("count", [-2, 41])
+    def test_swap_count_out_of_range(self, count):
+        with pytest.raises(PlanError, match=rf"blocks_to_swap is {count}, but .* 40 blocks: use -1 .* or 0 to 40"):
+            plan_memory(FP8, LONG_480P, limits(8, blocks_to_swap=count))
+
+    def test_too_few_slots(self):
+        with pytest.raises(PlanError, match="num_slots is 1: streaming needs at least 2"):
+            plan_memory(FP8, LONG_480P, limits(8, num_slots=1))
+
+    def test_too_little_ram(self):
+        with pytest.raises(PlanError, match="Raise ram_budget_gib to at least") as caught:
+            plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=2 * GIB))
+        smallest = caught.value.smallest_ram_bytes
+        assert plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=smallest)).from_disk
+        with pytest.raises(PlanError):
+            plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=smallest - 64 * MIB))
+
+    def test_bad_values(self):
+        with pytest.raises(ValueError, match="frames is 0; it must be at least 1"):
+            WorkSize(0, 480, 832)
+        with pytest.raises(ValueError, match="h2d_gbps is 0"):
+            limits(8, h2d_gbps=0)
+
+
+class TestByHand:
+    @pytest.mark.parametrize("count", [0, 1, 2, 7, 20, 39, 40])
+    def test_exactly_that_many_are_streamed(self, count):
+        plan = plan_memory(FP8, LONG_480P, limits(24, blocks_to_swap=count))
+        assert plan.num_streamed == count
+        assert plan.num_slots == min(2, count)
+        assert f"{count} of 40 blocks are streamed, as set by hand." in plan.reasons
+
+    def test_slots(self):
+        plan = plan_memory(FP8, LONG_480P, limits(8, num_slots=4, blocks_to_swap=40))
+        two = plan_memory(FP8, LONG_480P, limits(8, num_slots=2, blocks_to_swap=40))
+        assert plan.num_slots == 4 and plan.ring_bytes == 2 * two.ring_bytes
+
+
+class TestHostMemory:
+    def test_ram_smaller_than_the_model_streams_from_disk(self):
+        plan = plan_memory(FP8, LONG_480P, limits(6, ram_budget_bytes=6 * GIB, blocks_to_swap=40))
+        assert plan.from_disk and plan.num_staging == 4
+        assert plan.pinned_bytes + RAM_MARGIN_BYTES <= 6 * GIB
+        assert any("read from the file in every pass, through 4 staging buffers" in reason for reason in plan.reasons)
+        assert plan.transfer_seconds == pytest.approx(plan.streamed_bytes / 1.5e9)
+
+    def test_tight_ram_takes_three_staging_buffers(self):
+        block = BF16.block_bytes[0]
+        ram = RAM_MARGIN_BYTES + 3 * block + 64 * MIB
+        plan = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, ram_budget_bytes=ram, blocks_to_swap=40))
+        assert plan.from_disk and plan.num_staging in (3, 4)
+        assert plan.pinned_bytes + RAM_MARGIN_BYTES <= ram
+
+    def test_enough_ram_does_not(self):
+        assert not plan_memory(FP8, LONG_480P, limits(6, ram_budget_bytes=16 * GIB)).from_disk
+
+    def test_pinned_cap(self):
+        cap = 4 * GIB
+        plan = plan_memory(FP8, LONG_480P, limits(6, pinned_cap_bytes=cap, blocks_to_swap=40))
+        block = FP8.streamable_bytes(plan.cache_text_kv)[0]
+        assert plan.pinned_bytes == cap // block * block
+        assert plan.pageable_bytes == 40 * block - plan.pinned_bytes
+        assert any("pinned memory is capped at 4.00 GiB" in reason for reason in plan.reasons)
+        assert plan.transfer_seconds > plan_memory(FP8, LONG_480P, limits(6, blocks_to_swap=40)).transfer_seconds
+
+
+class TestDecode:
+    def test_tile_is_the_largest_that_fits(self):
+        plan = plan_memory(FP8, LONG_720P, limits(6.5))
+        assert plan.vae_tile and plan.predicted_decode_bytes <= 6.5 * GIB
+        context = limits(6.5).context_bytes
+        assert plan.predicted_decode_bytes == decode_memory(WAN21_VAE, LONG_720P, 16, plan.vae_tile, context)
+        assert decode_memory(WAN21_VAE, LONG_720P, 16, plan.vae_tile + 64, context) > 6.5 * GIB
+
+    def test_whole_frames_where_they_fit(self):
+        assert plan_memory(FP8, LONG_480P, limits(8)).vae_tile == 0
+
+    def test_somebody_elses_vae(self):
+        plan = plan_memory(replace(FP8, vae=None), LONG_480P, limits(4))
+        assert plan.predicted_decode_bytes == 0
+
+
+class TestChoices:
+    def test_spare_memory_buys_speed_first(self):
+        chunks = [plan_memory(FP8, LONG_480P, limits(gib / 8)).token_chunk for gib in range(28, 40)]
+        assert chunks == sorted(chunks) and chunks[-1] == 8192
+
+    def test_everything_resident_on_a_large_card(self):
+        plan = plan_memory(FP8, LONG_480P, limits(24))
+        assert plan.num_streamed == plan.ring_bytes == plan.pinned_bytes == 0
+        assert plan.seconds_per_step == plan.compute_seconds
+
+    def test_guidance_pass_by_pass_doubles_time_and_text(self):
+        once = plan_memory(FP8, LONG_480P, limits(24))
+        twice = plan_memory(FP8, replace(LONG_480P, passes_per_step=2), limits(24))
+        assert twice.seconds_per_step == pytest.approx(2 * once.seconds_per_step)
+        assert twice.denoise.text == 2 * once.denoise.text
+
+    def test_leaner_plan_until_there_is_none(self):
+        allowed = limits(6)
+        plan = plan_memory(FP8, LONG_480P, allowed)
+        peaks = [plan.predicted_denoise_bytes]
+        with pytest.raises(PlanError):
+            while len(peaks) < 100:
+                plan = plan_leaner(FP8, allowed, plan)
+                peaks.append(plan.predicted_denoise_bytes)
+        assert 3 < len(peaks) < 100
+        assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+
+
+class TestText:
+    def test_table_says_it_all(self):
+        plan = plan_memory(FP8, LONG_480P, limits(6))
+        text = describe(plan)
+        print(text)
+        assert f"blocks: {plan.num_resident} resident, {plan.num_streamed} streamed through 2 slots" in text
+        assert f"{plan.streamed_bytes / 1e9:.2f} GB over the bus" in text
+        assert f"{plan.predicted_denoise_bytes / GIB:.2f} GiB" in text
+        assert all(reason in text for reason in plan.reasons)
+        assert "hide behind compute" in text
+
+    def test_transfer_bound_is_said(self):
+        plan = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, **H200))
+        assert "so they set the pace" in describe(plan)
+
+    def test_presets(self):
+        presets = preset_plans()
+        assert {preset.card_gib for preset in presets} == {6, 8, 12, 16, 24}
+        for preset in presets:
+            assert (preset.plan is None) != (preset.refusal is None)
+            if preset.plan is not None:
+                assert preset.plan.predicted_peak_bytes <= preset.card_gib * GIB
+        assert all(preset.plan is not None for preset in presets), "each of these works has to run on 6 GB"
+        assert preset_plans(cards_gib=(2,))[-1].refusal

@@ -1,0 +1,242 @@
+"""Reports: interval arithmetic against brute force, JSON, the monitor, the timeline."""
+
+import os
+import threading
+import time
+from dataclasses import replace
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lowvram_video.memory.intervals import intersect, length, merge, subtract
+from lowvram_video.memory.lanes import Span
+from lowvram_video.memory.report import (
+    GIB,
+    MemoryMonitor,
+    MemorySample,
+    PhaseReport,
+    RunReport,
+    process_rss_bytes,
+    summarize_stream,
+    write_atomically,
+)
+from lowvram_video.memory.timeline import draw_timeline
+from PIL import Image
+
+ticks = st.integers(0, 40)
+interval_lists = st.lists(st.tuples(ticks, ticks).map(lambda pair: (min(pair), max(pair))), max_size=8)
+
+
+def covered(intervals) -> set[int]:
+    """Unit ticks under the intervals, the slow way."""
+    return {tick for start, end in intervals for tick in range(start, end)}
+
+
+class TestIntervals:
+    @given(interval_lists, interval_lists)
+    def test_against_brute_force(self, a, b):
+        assert covered(merge(a)) == covered(a)
+        assert covered(subtract(a, b)) == covered(a) - covered(b)
+        assert covered(intersect(a, b)) == covered(a) & covered(b)
+        assert length(a) == len(covered(a))
+
+    @given(interval_lists, interval_lists)
+    def test_results_are_sorted_and_disjoint(self, a, b):
+        for result in (merge(a), subtract(a, b), intersect(a, b)):
+            assert all(start < end for start, end in result)
+            assert all(left[1] < right[0] for left, right in pairwise(result))
+
+    @given(interval_lists, interval_lists, interval_lists)
+    def test_overlap_and_stall_against_brute_force(self, copies, computes, passes):
+        stream = summarize_stream(copies, computes, passes, 5 * 10**9)
+        copied, exposed = covered(copies), covered(copies) - covered(computes)
+        assert stream.copy_seconds == len(copied)
+        if copied:
+            assert stream.gbps == pytest.approx(5 / len(copied))
+            assert stream.overlap_percent == pytest.approx(100 * (1 - len(exposed) / len(copied)))
+        if passes:
+            stalled = len(exposed & covered(passes))
+            assert stream.stall_ms_per_pass == pytest.approx(1000 * stalled / len(passes))
+
+    def test_a_pass_with_one_late_block(self):
+        copies = [(0.0, 1.0), (1.0, 2.0), (2.0, 3.5)]  # the third block arrives 0.5 s after the second is done
+        computes = [(1.0, 2.0), (2.0, 3.0), (3.5, 4.5)]
+        stream = summarize_stream(copies, computes, [(1.0, 4.5)], 7 * 10**9)
+        assert stream.gbps == pytest.approx(2.0)
+        assert stream.stall_ms_per_pass == pytest.approx(500)
+        assert stream.overlap_percent == pytest.approx(100 * 2.0 / 3.5)
+
+    def test_spans_of_timed_lanes(self):
+        """Two passes over streamed blocks 0 and 2; block 1 is resident and only shows as time between them."""
+        spans = []
+        for begin in (0, 100):
+            spans += [Span("copy", 0, begin, begin + 5, 10**6), Span("copy", 2, begin + 5, begin + 40, 7 * 10**6)]
+            spans += [Span("stall", 0, begin, begin + 5), Span("compute", 0, begin + 5, begin + 20)]
+            spans += [Span("stall", 2, begin + 30, begin + 40), Span("compute", 2, begin + 40, begin + 50)]
+        report = RunReport(()).with_spans(spans, start_seconds=3.0)
+        assert report.passes == ((pytest.approx(3.0), pytest.approx(3.05)), (pytest.approx(3.1), pytest.approx(3.15)))
+        assert report.stream.bytes_streamed == 16 * 10**6
+        assert report.stream.num_passes == 2
+        assert report.stream.stall_ms_per_pass == pytest.approx(15)
+        assert report.stream.overlap_percent == pytest.approx(100 * 25 / 40)
+        assert report.stream.gbps == pytest.approx(16e6 / 0.080 / 1e9)
+
+    def test_nothing_streamed(self):
+        stream = summarize_stream([], [(0.0, 1.0)], [(0.0, 1.0)], 0)
+        assert (stream.gbps, stream.overlap_percent, stream.stall_ms_per_pass) == (0.0, 100.0, 0.0)
+
+
+def example_report() -> RunReport:
+    samples = tuple(MemorySample(t / 10, (1 + t % 5) * GIB, t % 5 * GIB, 2 * GIB) for t in range(100))
+    phases = (
+        PhaseReport("encode", 0.0, 2.0, 3 * GIB, 2 * GIB, 2 * GIB),
+        PhaseReport("denoise", 2.0, 6.0, 5 * GIB, 4 * GIB, 3 * GIB),
+        PhaseReport("decode", 8.0, 2.0, 4 * GIB, 3 * GIB, 2 * GIB),
+    )
+    report = RunReport(phases, samples, pinned_bytes=GIB, other_bytes=GIB // 2, budget_bytes=5 * GIB)
+    copies = [(2 + 0.1 * i, 2.08 + 0.1 * i) for i in range(59)]
+    computes = [(2.1 + 0.1 * i, 2.2 + 0.1 * i) for i in range(58)]
+    passes = [(2 + 2 * i, 4 + 2 * i) for i in range(3)]
+    return report.with_stream(copies, computes, passes, 10**10).with_predictions({"denoise": int(4.6 * GIB)})
+
+
+class TestRunReport:
+    def test_json_round_trip(self, tmp_path: Path):
+        for report in (example_report(), RunReport(())):
+            assert RunReport.from_json(report.to_json()) == report
+            report.save(tmp_path / "report.json")
+            assert RunReport.from_json((tmp_path / "report.json").read_text()) == report
+        assert os.listdir(tmp_path) == ["report.json"]
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"phases": [{"nme": 1}]}'])
+    def test_other_json_is_refused(self, text: str):
+        with pytest.raises(ValueError, match="not the JSON of a run report"):
+            RunReport.from_json(text)
+
+    def test_table(self):
+        report = example_report()
+        table = report.table()
+        print(table)
+        assert report.vram_peak_bytes == int(4.5 * GIB)
+        denoise = next(line for line in table.splitlines() if line.startswith("denoise"))
+        assert "4.50 GiB" in denoise and "4.60 GiB" in denoise and "-2.2 %" in denoise
+        assert "budget 5.00 GiB, used at most 4.50 GiB" in table
+        assert "streamed 10.0 GB in 3 passes" in table
+        assert "pinned 1.00 GiB, RAM peak 3.00 GiB" in table
+
+    def test_failed_write_leaves_the_old_file(self, tmp_path: Path):
+        path = tmp_path / "report.json"
+        write_atomically(path, b"old")
+        with pytest.raises(TypeError):
+            write_atomically(path, None)
+        assert path.read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["report.json"]
+
+
+class FakeDevice:
+    """Memory that a test sets; optionally lost after some reads."""
+
+    def __init__(self, fails_after: int | None = None):
+        self.used, self.reserved, self.reads, self.fails_after = 0, 0, 0, fails_after
+
+    def __call__(self) -> tuple[int, int]:
+        self.reads += 1
+        if self.fails_after is not None and self.reads > self.fails_after:
+            raise RuntimeError("device lost")
+        return self.used, self.reserved
+
+
+class TestMemoryMonitor:
+    def test_peaks_belong_to_their_phase(self):
+        device = FakeDevice()
+        with MemoryMonitor(period_seconds=0.002, read_device=device) as monitor:
+            for name, used in (("encode", 3), ("denoise", 7), ("decode", 5)):
+                with monitor.phase(name):
+                    device.used, device.reserved = used, used - 1
+                    time.sleep(0.03)
+                    device.used, device.reserved = 1, 1
+        report = monitor.report()
+        peaks = {phase.name: (phase.device_peak_bytes, phase.reserved_peak_bytes) for phase in report.phases}
+        assert peaks == {"encode": (3, 2), "denoise": (7, 6), "decode": (5, 4)}
+        assert all(phase.seconds >= 0.03 for phase in report.phases)
+        assert [phase.start for phase in report.phases] == sorted(phase.start for phase in report.phases)
+        assert all(phase.rss_peak_bytes > 0 for phase in report.phases)
+
+    def test_a_phase_entered_again_adds_up(self):
+        device = FakeDevice()
+        with MemoryMonitor(period_seconds=10, read_device=device) as monitor:
+            for used in (9, 4):
+                device.used = used
+                with monitor.phase("denoise"):
+                    time.sleep(0.01)
+        (phase,) = monitor.report().phases
+        assert phase.device_peak_bytes == 9 and phase.seconds >= 0.02
+
+    def test_phases_do_not_nest(self):
+        nested = pytest.raises(ValueError, match="'decode' was begun inside phase 'denoise'")
+        with MemoryMonitor() as monitor, monitor.phase("denoise"), nested, monitor.phase("decode"):
+            pass
+
+    def test_an_exception_passes_through_and_the_thread_ends(self):
+        monitor = MemoryMonitor(period_seconds=0.001)
+        with pytest.raises(KeyError), monitor, monitor.phase("denoise"):
+            raise KeyError("in the run")
+        assert "memory-monitor" not in {thread.name for thread in threading.enumerate()}
+        assert [phase.name for phase in monitor.report().phases] == ["denoise"]
+        with monitor, monitor.phase("decode"):  # usable again
+            pass
+
+    def test_a_lost_device_ends_the_watching_only(self):
+        device = FakeDevice(fails_after=3)
+        with MemoryMonitor(period_seconds=0.001, read_device=device) as monitor, monitor.phase("denoise"):
+            time.sleep(0.02)
+        assert monitor.fault == "RuntimeError: device lost"
+        assert device.reads == 4
+        assert len(monitor.report().samples) == 3
+
+    def test_long_runs_are_thinned_to_their_peaks(self):
+        monitor = MemoryMonitor(read_device=(device := FakeDevice()))
+        for index in range(40_000):
+            device.used = 100 if index == 23_456 else index % 7
+            monitor._sample()
+        samples = monitor.report().samples
+        assert len(samples) <= 2000
+        assert max(sample.device_bytes for sample in samples) == 100
+        assert [s.seconds for s in samples] == sorted(s.seconds for s in samples)
+
+    def test_cost_of_a_look(self):
+        monitor = MemoryMonitor()
+        start = time.perf_counter()
+        for _ in range(500):
+            monitor._sample()
+        cost = (time.perf_counter() - start) / 500
+        print(f"one sample takes {1e6 * cost:.0f} us, of a period of 10,000 us")
+        assert cost < 1e-3
+
+    def test_rss_agrees_with_psutil(self):
+        assert process_rss_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
+
+
+class TestTimeline:
+    @pytest.mark.parametrize("streamed", [True, False])
+    def test_is_a_picture_of_the_expected_size(self, tmp_path: Path, streamed: bool):
+        report = example_report()
+        if not streamed:
+            report = replace(report, stream=None, copies=(), computes=(), passes=(), budget_bytes=None)
+        draw_timeline(report, tmp_path / "timeline.png")
+        with Image.open(BytesIO((tmp_path / "timeline.png").read_bytes())) as image:
+            image.load()
+            assert (image.format, image.size) == ("PNG", (1200, 600))
+            colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+        # copy lane, compute lane and budget line are there exactly where there is something to show
+        for color in ((0xE0, 0x8E, 0x2B), (0x4C, 0x9A, 0x5B), (0xC0, 0x39, 0x2B)):
+            assert (color in colors) == streamed
+        assert (0x3B, 0x6F, 0xB6) in colors
+
+    def test_an_empty_run(self, tmp_path: Path):
+        draw_timeline(RunReport(()), tmp_path / "timeline.png")
+        assert (tmp_path / "timeline.png").stat().st_size > 1000
