@@ -51,10 +51,8 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
         ops.rms_norm_(plain, weight, 1e-6, None, 0)
         ops.gelu_(act)
         ops.gated_add_(added, y, modulation[2], 1, groups)
-        results.append(
-            [ops.modulated_norm(x, modulation[0], modulation[1], 1, groups, 1e-6), ops.affine_norm(x, weight, y[0], 1e-6)]
-            + [rotated, plain, act, added]
-        )
+        norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, groups, 1e-6)
+        results.append([norm, ops.affine_norm(x, weight, y[0], 1e-6), rotated, plain, act, added])
     for name, got, want in zip(["norm", "affine", "rope", "rms", "gelu", "add"], *results, strict=True):
         error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
         print(f"{device} {dtype} {name}: max relative error {error:.1e}")

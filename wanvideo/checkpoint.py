@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..weights.reader import Checkpoint, CheckpointError, open_checkpoint
@@ -25,13 +26,23 @@ def load_wan(path: str | Path) -> WanModel:
     of the file. Raises CheckpointError.
     """
     config, checkpoint = open_wan(path)
-    model = WanModel(config, device="meta")
-    check_tensors(model, checkpoint)
+    model = build_wan(config, checkpoint)
     # In the order of the file, which is the fastest way through it.
     for info in sorted(checkpoint.tensors.values(), key=lambda info: (str(info.file), info.offset)):
         module, _, leaf = info.name.rpartition(".")
         parameter = nn.Parameter(checkpoint.read(info.name), requires_grad=False)
         setattr(model.get_submodule(module), leaf, parameter)
+    return model.eval()
+
+
+def build_wan(config: WanConfig, checkpoint: Checkpoint) -> WanModel:
+    """The model on the meta device, every tensor of the dtype that the file stores. Raises CheckpointError."""
+    model = WanModel(config, device="meta")
+    check_tensors(model, checkpoint)
+    for name, info in checkpoint.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        stored = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(stored, requires_grad=False))
     return model.eval()
 
 

@@ -32,7 +32,7 @@ class WanDefaults:
     boundary: float | None = None
 
 
-# (model type, has image tokens, dim) is told from the file; see wan/configs/*.py of Wan 2.1 and 2.2
+# see wan/configs/*.py of Wan 2.1 and 2.2
 DEFAULTS: Mapping[str, WanDefaults] = MappingProxyType(
     {
         "t2v": WanDefaults(shift=5.0, guidance=5.0),
@@ -50,10 +50,10 @@ DEFAULTS: Mapping[str, WanDefaults] = MappingProxyType(
 
 def defaults_for(config: WanConfig, experts: bool) -> WanDefaults:
     """The published settings of the model with these dimensions."""
-    if config.model_type == "t2v" and config.dim < 1024:
-        return DEFAULTS["demo"]
     if experts and config.model_type in ("t2v", "i2v"):
         return DEFAULTS[f"{config.model_type} experts"]
+    if config.model_type == "t2v" and config.dim < 1024:
+        return DEFAULTS["demo"]
     if config.model_type == "t2v" and config.dim < 5120:
         return DEFAULTS["t2v small"]
     return DEFAULTS[config.model_type]

@@ -1,0 +1,124 @@
+"""What the benchmarks share: a second process that holds VRAM, a watch on memory, disk speed, dated results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from lowvram_video.memory.report import process_rss_bytes, write_atomically
+
+GIB = 2**30
+RESULTS = Path(__file__).parent / "results"
+
+_HOLD = """
+import sys, torch
+left = float(sys.argv[1]) * 2**30
+free, _ = torch.cuda.mem_get_info()
+held, size = [], int(free - left)
+while left > 0 and size > 2**21:
+    take = min(size, 2**33) // 2**21 * 2**21
+    held.append(torch.empty(take, dtype=torch.uint8, device="cuda"))
+    size -= take
+print(torch.cuda.mem_get_info()[0], flush=True)
+sys.stdin.read()
+"""
+
+
+class Ballast:
+    """Another process that holds all VRAM but `gib` (0: holds nothing); `free_bytes` is what it leaves to all others.
+
+    A context of its own is part of what it holds, so what this process can use is really limited: context,
+    libraries and fragmentation count.
+    """
+
+    def __init__(self, gib: float):
+        self.gib = gib
+        self.free_bytes = 0
+
+    def __enter__(self) -> Ballast:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _HOLD, str(self.gib)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.free_bytes = int(self.process.stdout.readline())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Watch:
+    """Least free VRAM of the whole device and highest RSS of this process while the `with` block runs."""
+
+    def __enter__(self) -> Watch:
+        self.min_free = torch.cuda.mem_get_info()[0]
+        self.rss_peak = process_rss_bytes()
+        self.running = True
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+        return self
+
+    def _look(self) -> None:
+        while self.running:
+            self.min_free = min(self.min_free, torch.cuda.mem_get_info()[0])
+            self.rss_peak = max(self.rss_peak, process_rss_bytes())
+            time.sleep(0.003)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.running = False
+        self.thread.join()
+
+
+def drop_page_cache(path: Path) -> None:
+    """Make the next read of `path` come from the disk, as far as the system lets us."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_gbps(path: Path, megabytes: int = 4096) -> float:
+    """What `dd` reads the file at, past the page cache, GB/s."""
+    drop_page_cache(path)
+    began = time.perf_counter()
+    command = ["dd", f"if={path}", "of=/dev/null", "bs=16M", f"count={megabytes // 16}", "iflag=direct"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        subprocess.run(command[:-1], capture_output=True, check=True)
+    size = min(path.stat().st_size, megabytes << 20)
+    return size / (time.perf_counter() - began) / 1e9
+
+
+def machine() -> dict[str, str]:
+    """The machine in words."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def save_results(what: str, results: Mapping[str, object]) -> Path:
+    """Write `results/<what>_<gpu>_<date>.json`; returns the path. RESULTS_DIR replaces the folder."""
+    gpu = machine()["gpu"].lower().replace("nvidia ", "").replace(" ", "-")
+    folder = Path(os.environ.get("RESULTS_DIR", RESULTS))
+    path = folder / f"{what}_{gpu}_{datetime.date.today().isoformat()}.json"
+    write_atomically(path, json.dumps({"machine": machine(), **results}, indent=1).encode())
+    return path

@@ -1,0 +1,37 @@
+"""The demo model's files, and a pipeline made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..wanvideo.pipeline import RunSettings, WanFiles, WanPipeline
+from ..wanvideo.request import WanRequest
+
+FOLDER = Path(__file__).parent
+DEMO_FILES = WanFiles(
+    model=FOLDER / "wan2.1_t2v_demo.safetensors",
+    text_encoder=FOLDER / "umt5_demo_enc.safetensors",
+    vae=FOLDER / "wan_2.1_vae_demo.safetensors",
+)
+
+
+def open_demo(device: torch.device) -> WanPipeline:
+    """The tiny model, ready for any number of prompts; it stays in RAM."""
+    return WanPipeline(DEMO_FILES, RunSettings(device=device, keep_loaded=True))
+
+
+def make_clip(pipeline: WanPipeline, prompt: str, seed: int) -> Tensor:
+    """One clip, uint8 `[T, H, W, 3]`."""
+    # trained with the empty prompt as the negative one
+    return torch.cat(list(pipeline.generate(WanRequest(prompt, negative_prompt="", seed=seed))))
+
+
+def make_clips(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """One clip per (prompt, seed), `[N, T, H, W, 3]` in 0 ... 1, on the CPU."""
+    pipeline = open_demo(torch.device("cpu"))
+    clips = [make_clip(pipeline, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    return torch.stack(clips).float() / 255

@@ -1,0 +1,67 @@
+"""What a run may use on this machine: its budgets as the user gave them, or what is free."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .footprint import GIB, Limits
+from .pinned import default_pinned_cap
+from .rates import measure_rates
+
+RESERVE_BYTES = GIB // 2  # left to the desktop when the budget is what is free
+UNLIMITED = 1 << 60
+
+
+def limits_for(
+    device: torch.device,
+    *,
+    vram_budget_gib: float | None = None,
+    ram_budget_gib: float | None = None,
+    blocks_to_swap: int = -1,
+    num_slots: int | None = None,
+    fused: bool = False,
+    sage_attention: bool = False,
+    measure: bool = True,
+) -> Limits:
+    """The limits for `device`; on a CPU only RAM counts.
+
+    `measure` times this machine's rates; without it a GPU that need not be here is assumed, and a budget is needed.
+    """
+    ram = None if ram_budget_gib is None else int(ram_budget_gib * GIB)
+    if device.type != "cuda":
+        return Limits(UNLIMITED, context_bytes=0, ram_budget_bytes=ram, blocks_to_swap=blocks_to_swap, fused=fused)
+    limits = Limits(
+        0 if vram_budget_gib is None else int(vram_budget_gib * GIB),
+        ram_budget_bytes=ram,
+        pinned_cap_bytes=default_pinned_cap(),
+        blocks_to_swap=blocks_to_swap,
+        num_slots=num_slots,
+        fused=fused,
+        sage_attention=sage_attention,
+    )
+    if not measure:
+        return limits
+    rates = measure_rates(device)
+    torch.cuda.empty_cache()
+    limits = replace(
+        limits,
+        tflops_matmul=rates.tflops_matmul,
+        tflops_attention=rates.tflops_attention,
+        h2d_gbps=rates.h2d_gbps,
+    )
+    if vram_budget_gib is not None:
+        return limits
+    free, total = torch.cuda.mem_get_info(device)
+    # what is free, and the context that this process has already
+    return replace(limits, vram_budget_bytes=min(total, free + limits.context_bytes) - RESERVE_BYTES)
+
+
+def hold_budget(device: torch.device, limits: Limits) -> None:
+    """Make PyTorch's allocator refuse what would break the budget, so that a pass is retried instead of spilling."""
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = max(0, limits.vram_budget_bytes - limits.context_bytes)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

@@ -1,0 +1,58 @@
+"""How fast this machine computes and copies, measured in a moment: a plan made of real rates chooses better."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .pinned import CudaRegistrar, allocate_extent
+
+COPY_BYTES = 64 << 20
+MATMUL_SIZE = 4096
+ATTENTION_TOKENS = 4096
+ATTENTION_SHARE = 0.8  # long sequences reach a little more than this short probe shows; other GPUs' kernels less
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Decimal units: TFLOP/s of half-precision products and attention, GB/s from pinned RAM."""
+
+    tflops_matmul: float
+    tflops_attention: float
+    h2d_gbps: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Rates:
+    """Time a product, an attention and a copy on an idle CUDA device; about a tenth of a second, 200 MiB."""
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
+    product = _seconds(lambda: torch.mm(a, a), device)
+    q = torch.randn(1, 8, ATTENTION_TOKENS, 128, device=device, dtype=dtype)
+    attention = _seconds(lambda: F.scaled_dot_product_attention(q, q, q), device)
+    host, there = allocate_extent(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    registrar = CudaRegistrar(device)
+    pinned = registrar.pin(host)
+    try:
+        copy = _seconds(lambda: there.copy_(host, non_blocking=True), device)
+    finally:
+        if pinned:
+            registrar.unpin(host)
+    return Rates(
+        tflops_matmul=2 * MATMUL_SIZE**3 / product / 1e12,
+        tflops_attention=4 * 8 * ATTENTION_TOKENS**2 * 128 / attention / 1e12 / ATTENTION_SHARE,
+        h2d_gbps=COPY_BYTES / copy / 1e9,
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    for _ in range(2):
+        work()
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / repeats

@@ -1,0 +1,81 @@
+"""Tiny random checkpoints in the real file formats, for tests that need files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import sentencepiece
+import torch
+from lowvram_video.wanvideo.config import WanConfig
+from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.wanvideo.pipeline import WanFiles
+from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
+from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
+from safetensors.torch import save_file
+
+TEXT_DIM = 32
+CONFIGS = {
+    "t2v": WanConfig("t2v", 128, 192, 1, 3, text_dim=TEXT_DIM, freq_dim=32),
+    "i2v": WanConfig("i2v", 128, 192, 1, 3, in_channels=36, text_dim=TEXT_DIM, freq_dim=32),
+    "i2v clip": WanConfig("i2v", 128, 192, 1, 3, in_channels=36, text_dim=TEXT_DIM, freq_dim=32, image_dim=1280),
+    "flf2v": WanConfig(
+        "flf2v", 128, 192, 1, 3, in_channels=36, text_dim=TEXT_DIM, freq_dim=32, image_dim=1280, image_pos_tokens=514
+    ),
+    "ti2v": WanConfig("ti2v", 128, 192, 1, 3, in_channels=48, out_channels=48, text_dim=TEXT_DIM, freq_dim=32),
+}
+
+
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights of a scale that keeps activations near one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 0
+        values = torch.randn(parameter.shape, generator=generator)
+        if fan_in:
+            values *= 0.7 / fan_in**0.5
+        elif name.endswith(("norm_q.weight", "norm_k.weight", "gamma", "norm3.weight", "layer_norm.weight")):
+            values = 1 + 0.1 * values
+        else:
+            values *= 0.05
+        parameter.data = values
+    return module
+
+
+def save_wan(path: Path, variant: str = "t2v", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    model = randomize(WanModel(CONFIGS[variant]), seed)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+def save_vae(path: Path, variant: str = "t2v") -> Path:
+    published = WAN22_VAE if variant == "ti2v" else WAN21_VAE
+    from dataclasses import replace
+
+    config: VAEConfig = replace(published, encoder_dim=8, decoder_dim=8)
+    save_file({name: t.contiguous() for name, t in randomize(WanVAE(config)).state_dict().items()}, path)
+    return path
+
+
+def save_text_encoder(path: Path) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red ball moves left", "a blue square moves right", "two cats fight on a stage"] * 20),
+        model_writer=model, vocab_size=40, model_type="unigram", hard_vocab_limit=False,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
+    encoder = randomize(UMT5Encoder(UMT5Config(64, TEXT_DIM, 64, 64, 1, 2)))
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    tensors["spiece_model"] = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+    save_file(tensors, path)
+    return path
+
+
+def save_files(folder: Path, variant: str = "t2v", experts: bool = False) -> WanFiles:
+    """A model, its VAE and its text encoder; with `experts`, also a low-noise one."""
+    return WanFiles(
+        save_wan(folder / f"wan_{variant.replace(' ', '_')}.safetensors", variant),
+        save_text_encoder(folder / "umt5.safetensors"),
+        save_vae(folder / "vae.safetensors", variant),
+        save_wan(folder / "wan_low.safetensors", variant, seed=1) if experts else None,
+    )

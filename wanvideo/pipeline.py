@@ -1,0 +1,362 @@
+"""From files and a prompt to frames: encode, denoise, decode, each part on the device only while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.footprint import Limits, WorkSize
+from ..memory.limits import hold_budget, limits_for
+from ..memory.plan import MemoryPlan
+from ..memory.report import MemoryMonitor, RunReport
+from ..sampling.guidance import ExpertSwitch, Guidance
+from ..sampling.samplers import Denoiser, StepInfo, select_sampler
+from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
+from ..weights.reader import CheckpointError
+from .conditioning import image_channels, load_image
+from .request import WanDefaults, WanRequest, check_size, defaults_for
+from .settings import RunSettings
+from .streamed import StreamedWan
+from .text_checkpoint import load_text_encoder
+from .text_encoder import TextEncoder
+from .vae import WanVAE
+from .vae_checkpoint import load_vae, open_vae
+from .vae_tiles import decode_tiled
+
+TILE_OVERLAP = 64  # pixels
+
+
+@dataclass(frozen=True)
+class WanFiles:
+    """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B."""
+
+    model: Path
+    text_encoder: Path
+    vae: Path
+    model_low: Path | None = None
+
+
+class Progress(Protocol):
+    """Told what happens; see `progress.TerminalProgress`."""
+
+    def begin(self, title: str) -> None: ...
+    def update(self, done: int, total: int) -> None: ...
+    def end(self) -> None: ...
+
+
+class Silent:
+    """Progress for nobody."""
+
+    def begin(self, title: str) -> None:
+        return
+
+    def update(self, done: int, total: int) -> None:
+        return
+
+    def end(self) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is shown beside the noisy latent."""
+
+    cond: Tensor  # [1, 512, text_dim]
+    uncond: Tensor | None
+    channels: Tensor | None = None  # [1, 4 + z, T, h, w] of I2V models, concatenated to the latent
+    first_frame: Tensor | None = None  # [1, z, 1, h, w] of TI2V, held fixed at timestep 0
+
+
+class WanPipeline:
+    """One model's files, ready to make videos.
+
+    Opening reads headers only and checks that the files belong together; CheckpointError where they do not.
+    """
+
+    def __init__(self, files: WanFiles, settings: RunSettings = RunSettings(), progress: Progress = Silent()):  # noqa: B008 - both are immutable
+        self.files, self.settings, self.progress = files, settings, progress
+        self.high = StreamedWan(files.model, settings)
+        self.low = StreamedWan(files.model_low, settings) if files.model_low else None
+        self.vae_config, _ = open_vae(files.vae)
+        self._check_files()
+        self.config = self.high.config
+        self.defaults: WanDefaults = defaults_for(self.config, files.model_low is not None)
+        self.plan: MemoryPlan | None = None
+        self._text_encoder: TextEncoder | None = None
+        self._vae: WanVAE | None = None
+        self._monitor = MemoryMonitor(settings.device)
+        self._limits: Limits | None = None
+
+    @torch.inference_mode()
+    def generate(self, request: WanRequest) -> Iterator[Tensor]:
+        """Frames as they are decoded, uint8 `[t, H, W, 3]`. A bad request is a ValueError before anything is loaded."""
+        request = self.complete(request)
+        assert request.width and request.height and request.num_frames
+        check_size(self.vae_config, self.config.patch_size[1], request.width, request.height, request.num_frames)
+        self._check_images(request)
+        sigmas = self.sigmas(request)
+        self.plan = self._plan(request)
+        self._monitor = MemoryMonitor(self.settings.device)
+        with self._monitor as monitor:
+            try:
+                with monitor.phase("encode"):
+                    conditions = self._encode(request)
+                with monitor.phase("denoise"):
+                    latent = self._denoise(request, conditions, sigmas)
+                with monitor.phase("decode"):
+                    yield from self._decode(latent, self.plan)
+            finally:
+                self.progress.end()
+                self._stop()
+
+    def complete(self, request: WanRequest) -> WanRequest:
+        """The request with the model's published settings where it has None."""
+        known = self.defaults
+        low, high = request.guidance, request.guidance_high
+        if high is None:
+            high = known.guidance_high if low is None else low
+        return replace(
+            request,
+            width=request.width or known.size[0],
+            height=request.height or known.size[1],
+            num_frames=request.num_frames or known.num_frames,
+            num_steps=request.num_steps or known.num_steps,
+            shift=request.shift if request.shift is not None else known.shift,
+            guidance=low if low is not None else known.guidance,
+            guidance_high=high,
+            boundary=request.boundary if request.boundary is not None else known.boundary,
+        )
+
+    def sigmas(self, request: WanRequest) -> Tensor:
+        """Noise levels `[steps + 1]` of a completed request."""
+        if request.timesteps is not None:
+            return sigmas_from_timesteps(request.timesteps)
+        assert request.num_steps is not None and request.shift is not None
+        return flow_sigmas(request.num_steps, request.shift, request.spacing)
+
+    def report(self) -> RunReport:
+        """What the last video used."""
+        budget = self._limits.vram_budget_bytes if self._limits and self.settings.device.type == "cuda" else None
+        report = self._monitor.report(pinned_bytes=self._pinned_bytes, budget_bytes=budget)
+        if self.plan is None or budget is None:
+            return report
+        return report.with_predictions(
+            {"denoise": self.plan.predicted_denoise_bytes, "decode": self.plan.predicted_decode_bytes}
+        )
+
+    def _plan(self, request: WanRequest) -> MemoryPlan:
+        assert request.width and request.height and request.num_frames
+        settings = self.settings
+        guided = request.guidance != 1 or (self.low is not None and request.guidance_high != 1)
+        work = WorkSize(
+            request.num_frames,
+            request.height,
+            request.width,
+            batch=2 if guided and settings.batched_guidance else 1,
+            passes_per_step=2 if guided and not settings.batched_guidance else 1,
+            stride=(self.vae_config.temporal_stride,) + (self.vae_config.spatial_stride,) * 2,
+            patch=self.config.patch_size,
+        )
+        self._limits = limits_for(
+            settings.device,
+            vram_budget_gib=settings.vram_budget_gib,
+            ram_budget_gib=settings.ram_budget_gib,
+            blocks_to_swap=settings.blocks_to_swap,
+            num_slots=None if settings.prefetch is None else settings.prefetch + 1,
+            fused=self.high.model.execution.ops.name != "eager",
+            sage_attention=self.high.model.execution.attention.name == "sageattn",
+        )
+        hold_budget(settings.device, self._limits)
+        return self.high.make_plan(work, self._limits)
+
+    def _encode(self, request: WanRequest) -> Conditions:
+        assert request.width and request.height and request.num_frames
+        self.progress.begin("encode")
+        guided = request.guidance != 1 or request.guidance_high not in (None, 1)
+        prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
+        text = self._encode_text(prompts).to(self.settings.device)
+        conditions = Conditions(text[:1], text[1:] if guided else None)
+        if request.image is None and request.end_image is None:
+            return conditions
+        pictures = [
+            None if path is None else load_image(path, request.width, request.height)
+            for path in (request.image, request.end_image)
+        ]
+        with _on_device(self._load_vae(), self.settings.device) as vae:
+            if self.config.model_type == "ti2v":
+                assert pictures[0] is not None
+                return replace(conditions, first_frame=vae.encode(pictures[0]).float())
+            return replace(conditions, channels=image_channels(vae, *pictures, request.num_frames).float())
+
+    def _encode_text(self, prompts: Sequence[str]) -> Tensor:
+        encoder = self._text_encoder or load_text_encoder(self.files.text_encoder, num_tokens=self.config.text_tokens)
+        if encoder.model.config.dim != self.config.text_dim:
+            raise CheckpointError(
+                f"{self.files.text_encoder}: makes {encoder.model.config.dim} wide text, this Wan model takes "
+                f"{self.config.text_dim}: choose the text encoder that belongs to the model (umt5-xxl: 4096)"
+            )
+        self._text_encoder = encoder if self.settings.keep_loaded else None
+        device = self.settings.device
+        if device.type == "cpu":
+            return encoder.encode(prompts)
+        encoder.model.stream = lambda blocks: _visiting(blocks, device)
+        with _on_device(encoder.model.encoder.final_layer_norm, device):
+            return encoder.encode(prompts)
+
+    def _denoise(self, request: WanRequest, conditions: Conditions, sigmas: Tensor) -> Tensor:
+        assert self.plan is not None and request.num_steps is not None
+        device = self.settings.device
+        shape = (1, self.config.out_channels, *self.plan.work.latent_size)
+        generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every machine
+        noise = torch.randn(shape, generator=generator).to(device)
+        self.progress.begin("load")
+        self._start(self.high)
+        self.progress.begin("denoise")
+        denoise = self._denoiser(request, conditions)
+        if conditions.first_frame is not None:
+            noise[:, :, :1] = conditions.first_frame
+
+        def on_step(step: StepInfo) -> None:
+            self.progress.update(step.index + 1, step.num_steps)
+
+        latent = select_sampler(request.sampler)(denoise, noise, sigmas, on_step, generator)
+        self._stop()
+        if conditions.first_frame is not None:
+            latent[:, :, :1] = conditions.first_frame
+        return latent
+
+    def _denoiser(self, request: WanRequest, conditions: Conditions) -> Denoiser:
+        assert request.guidance is not None
+        high_scale = request.guidance_high if self.low is not None else request.guidance
+        high = self._guided(self.high, conditions, high_scale)
+        if self.low is None:
+            return high
+        assert request.boundary is not None
+        low = self._guided(self.low, conditions, request.guidance)
+
+        def switch(expert: str) -> None:
+            # one expert's RAM at a time
+            assert self.low is not None
+            gone, wanted = (self.high, self.low) if expert == "low" else (self.low, self.high)
+            gone.release()
+            self._start(wanted)
+
+        return ExpertSwitch(high, low, request.boundary, on_switch=switch)
+
+    def _guided(self, model: StreamedWan, conditions: Conditions, scale: float | None) -> Denoiser:
+        channels, first_frame = conditions.channels, conditions.first_frame
+
+        def velocity(latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            if channels is not None:
+                latent = torch.cat([latent, channels.expand(latent.shape[0], -1, -1, -1, -1)], dim=1)
+            if first_frame is not None:  # the given frame is clean: timestep 0
+                timestep = timestep[:, None].repeat(1, latent.shape[2])
+                timestep[:, 0] = 0
+            return model(latent, timestep, text)
+
+        guided = Guidance(velocity, conditions.cond, conditions.uncond, scale or 1.0, self.settings.batched_guidance)
+        if first_frame is None:
+            return guided
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            x = torch.cat([first_frame, x[:, :, 1:]], dim=2)
+            denoised = guided(x, sigma)
+            return torch.cat([first_frame, denoised[:, :, 1:]], dim=2)
+
+        return denoise
+
+    def _decode(self, latent: Tensor, plan: MemoryPlan) -> Iterator[Tensor]:
+        self.progress.begin("decode")
+        total = plan.work.frames
+        with _on_device(self._load_vae(), self.settings.device) as vae:
+            if plan.vae_tile and self.settings.device.type != "cpu":
+                video = decode_tiled(vae, latent, plan.vae_tile, TILE_OVERLAP, on_chunk=self.progress.update)
+                yield _to_uint8(video)
+                return
+            done = 0
+            for frames in vae.decode(latent):
+                yield _to_uint8(frames)
+                done += frames.shape[2]
+                self.progress.update(done, total)
+
+    def _load_vae(self) -> WanVAE:
+        dtype = self.settings.compute_dtype
+        vae = self._vae or load_vae(self.files.vae, dtype, "cpu")
+        self._vae = vae if self.settings.keep_loaded else None
+        return vae
+
+    def _start(self, model: StreamedWan) -> None:
+        assert self.plan is not None
+        model.limits = self._limits
+        model.start(self.plan)
+        self._pinned_bytes = max(self._pinned_bytes, model.pinned_bytes)
+
+    def _stop(self) -> None:
+        for model in (self.high, self.low):
+            if model is None:
+                continue
+            if self.settings.keep_loaded:
+                model.stop()
+            else:
+                model.release()
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    _pinned_bytes = 0
+
+    def _check_files(self) -> None:
+        config, files = self.high.config, self.files
+        if config.out_channels != self.vae_config.z_dim:
+            raise CheckpointError(
+                f"{files.vae}: this VAE has {self.vae_config.z_dim} latent channels but {files.model.name} makes "
+                f"{config.out_channels}: use wan_2.1_vae.safetensors for Wan 2.1 and 2.2 A14B, "
+                "wan2.2_vae.safetensors for TI2V 5B"
+            )
+        if self.low is not None and self.low.config != config:
+            raise CheckpointError(
+                f"{files.model_low}: its dimensions differ from those of {files.model.name}: "
+                "give the high- and the low-noise expert of one model"
+            )
+
+    def _check_images(self, request: WanRequest) -> None:
+        takes_image = self.config.in_channels > self.config.out_channels or self.config.model_type == "ti2v"
+        given = request.image or request.end_image
+        if given and not takes_image:
+            raise ValueError(
+                f"{self.files.model.name} is a text-to-video model and takes no picture: leave out {given}"
+            )
+        if not given and takes_image and self.config.model_type != "ti2v":
+            raise ValueError(f"{self.files.model.name} makes a video of a picture: give --image")
+        if self.config.model_type == "ti2v" and request.end_image:
+            raise ValueError(f"{self.files.model.name} takes a first frame only: leave out {request.end_image}")
+
+
+class _on_device:
+    """A module on a device for the length of a `with` block, and back on the CPU afterwards."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.module, self.device = module, device
+
+    def __enter__(self) -> nn.Module:
+        return self.module.to(self.device)
+
+    def __exit__(self, *_: object) -> None:
+        self.module.to("cpu")
+
+
+def _visiting(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[nn.Module]:
+    """Each block on the device for its turn; for a model that runs once."""
+    for block in blocks:
+        with _on_device(block, device):
+            yield block
+
+
+def _to_uint8(video: Tensor) -> Tensor:
+    """`[1, 3, T, H, W]` in -1 ... 1 to `[T, H, W, 3]` uint8 on the CPU."""
+    pixels = (video[0].float() + 1.0).mul_(127.5).round_().clamp_(0, 255)
+    return pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu()

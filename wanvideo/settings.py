@@ -1,0 +1,49 @@
+"""How a run may use the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..attention.select import AttentionSpec, select_attention
+from ..fused.select import select_fused_ops
+from .config import WanConfig
+from .workspace import Execution
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Device, precision and limits. None means: chosen for the device, or planned.
+
+    `vram_budget_gib` is a hard limit for the whole process; `ram_budget_gib` below the model's size makes its blocks
+    stream from the disk. `blocks_to_swap` -1 is planned, 0 ... N by hand; `prefetch` blocks arrive ahead of use.
+    """
+
+    device: torch.device = CPU
+    dtype: torch.dtype | None = None
+    attention_mode: str = "auto"
+    vram_budget_gib: float | None = None
+    ram_budget_gib: float | None = None
+    blocks_to_swap: int = -1
+    prefetch: int | None = None
+    pinned_memory: bool = True
+    batched_guidance: bool = False
+    keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
+    timed: bool = False  # note when every copy and block ran, for the report's timeline
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """fp32 on a CPU; bf16 on a GPU that has it, else fp16."""
+        if self.dtype is not None:
+            return self.dtype
+        if self.device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
+
+    def execution(self, config: WanConfig) -> Execution:
+        """Backends for this device; chunk sizes come with the plan. ValueError where the attention mode cannot run."""
+        spec = AttentionSpec(self.device, self.compute_dtype, config.head_dim)
+        return Execution(self.compute_dtype, select_attention(self.attention_mode, spec), select_fused_ops(self.device))

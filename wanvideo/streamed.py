@@ -1,0 +1,225 @@
+"""A Wan transformer on a device that need not hold it: weights where the plan says, blocks streamed while they run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.disk_blocks import DiskBlocks
+from ..memory.footprint import WAN21_VAE, WAN22_VAE, Limits, ModelFootprint, WorkSize
+from ..memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
+from ..memory.lanes import lanes_for
+from ..memory.layout import Part, layout_blocks
+from ..memory.pinned import Registrar
+from ..memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
+from ..memory.ring import DeviceRing
+from ..memory.streamer import BlockStreamer
+from .checkpoint import build_wan, open_wan
+from .model import Context
+from .settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+# What only makes keys and values of the prompt: not needed in a pass once those are cached.
+TEXT_KV = frozenset(
+    f"cross_attn.{layer}.{leaf}"
+    for layer in ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
+    for leaf in ("weight", "bias")
+)
+
+
+class StreamedWan:
+    """One checkpoint's model with its host memory, its plan and, between `start` and `stop`, its device memory.
+
+    Opening reads the header only. Raises CheckpointError for a file that is no Wan transformer.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: RunSettings,
+        registrar: Registrar | None = None,
+        between_blocks: Callable[[], None] | None = None,
+    ):
+        self.settings = settings
+        self.between_blocks = between_blocks
+        self.config, self.checkpoint = open_wan(path)
+        self.model = build_wan(self.config, self.checkpoint)
+        self.model.execution = settings.execution(self.config)
+        blocks = {f"blocks.{index}": block for index, block in enumerate(self.model.blocks)}
+        names = {name for block in self.model.blocks[:1] for name in block.state_dict()}
+        self.layouts = layout_blocks(self.checkpoint, blocks, TEXT_KV & names)
+        self.limits: Limits | None = None
+        self.plan: MemoryPlan | None = None
+        self.source: HostBlocks | DiskBlocks | None = None
+        self.streamer: BlockStreamer | None = None
+        self.ring: DeviceRing | None = None
+        self._contexts: list[tuple[Tensor, Tensor | None, Context]] = []
+        self._registrar = registrar
+        if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
+            self._registrar = CudaRegistrar(settings.device)
+
+    def footprint(self) -> ModelFootprint:
+        """The model as the planner sees it, from the file's own byte counts."""
+        config, dtype = self.config, self.model.execution.dtype
+        fixed = sum(info.nbytes for name, info in self.checkpoint.tensors.items() if not name.startswith("blocks."))
+        return ModelFootprint(
+            name=self.checkpoint.path.name,
+            dim=config.dim,
+            ffn_dim=config.ffn_dim,
+            num_heads=config.num_heads,
+            block_bytes=tuple(layout.nbytes for layout in self.layouts),
+            fixed_bytes=fixed,
+            text_kv_bytes=min((layout.nbytes - layout.stream_bytes for layout in self.layouts), default=0),
+            scratch_elements=max((block.scratch_elements(dtype) for block in self.model.blocks), default=0),
+            in_channels=config.in_channels,
+            latent_channels=config.out_channels,
+            text_tokens=config.text_tokens,
+            image_tokens=config.image_pos_tokens or (257 if config.image_dim else 0),
+            compute_bytes=dtype.itemsize,
+            vae=WAN22_VAE if config.out_channels == 48 else WAN21_VAE,
+        )
+
+    def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
+        """The plan for this work; PlanError names what would fit where this does not."""
+        self.limits = limits
+        return plan_memory(self.footprint(), work, limits)
+
+    def read(self, plan: MemoryPlan) -> None:
+        """Bring the blocks into host memory (or get ready to read them from disk); again is harmless."""
+        if self.source is not None:
+            return
+        budget = None
+        if self._registrar is not None:
+            budget = PinnedBudget(self._registrar)
+        if plan.from_disk:
+            self.source = DiskBlocks(self.checkpoint, self.layouts, budget, plan.num_staging)
+        else:
+            streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
+            self.source = HostBlocks(self.checkpoint, self.layouts, budget, pin=streamed, check=self.between_blocks)
+
+    def start(self, plan: MemoryPlan, ring: DeviceRing | None = None) -> None:
+        """Put the model on its device as the plan says. `ring` is one shared with another expert of the same layout."""
+        self.stop()
+        self.read(plan)
+        assert self.source is not None
+        self.plan = plan
+        try:
+            self._load_fixed(self.settings.device)
+            part = Part.STREAM if plan.cache_text_kv else Part.ALL
+            self.ring = ring or self._make_ring(plan)
+            self.streamer = BlockStreamer(
+                [self.model.blocks],
+                self.source,
+                self.settings.device,
+                ring=self.ring,
+                resident=plan.resident_blocks,
+                part=part,
+                between_blocks=self.between_blocks,
+            )
+            self.streamer.load()
+        except BaseException:
+            self.stop()
+            raise
+        self.model.stream = self.streamer
+        self.model.execution = replace(self.model.execution, token_chunk=plan.token_chunk, head_groups=plan.head_groups)
+
+    def stop(self) -> None:
+        """Give the device memory back; the weights stay in host memory. Again is harmless."""
+        self.model.stream = iter
+        self._contexts.clear()
+        streamer, self.streamer, self.ring = self.streamer, None, None
+        if streamer is not None:
+            streamer.unload()
+        for name, parameter in self._fixed():
+            self._assign(name, torch.empty_like(parameter, device="meta"))
+
+    def release(self) -> None:
+        """Give device and host memory back."""
+        self.stop()
+        source, self.source = self.source, None
+        if source is not None:
+            source.release()
+
+    def __call__(self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None = None) -> Tensor:
+        """The velocity (see `WanModel`); when the device runs out of memory the pass is repeated with a leaner plan."""
+        while True:
+            try:
+                return self.model(latent, timestep, self.context(text, image_tokens))
+            except torch.cuda.OutOfMemoryError:
+                leaner = self._leaner_plan()
+                if leaner is None:
+                    raise
+            # outside the handler: its traceback holds the failed pass's activations
+            self.stop()
+            torch.cuda.empty_cache()
+            self.start(leaner)
+
+    def context(self, text: Tensor, image_tokens: Tensor | None) -> Context:
+        """The embedded prompt, made once for each tensor that comes; its keys and values too where the plan says so."""
+        for known_text, known_image, context in self._contexts:
+            if known_text is text and known_image is image_tokens:
+                return context
+        device = self.settings.device
+        context = self.model.embed_context(text.to(device), None if image_tokens is None else image_tokens.to(device))
+        if self.plan is not None and self.plan.cache_text_kv:
+            self._cache_keys_values(context)
+        self._contexts.append((text, image_tokens, context))
+        return context
+
+    @property
+    def pinned_bytes(self) -> int:
+        return 0 if self.source is None else self.source.pinned_bytes
+
+    def _cache_keys_values(self, context: Context) -> None:
+        """One pass over the blocks with only the weights that this takes; they then stay at home."""
+        assert self.source is not None
+        sizes = [layout.part_bytes(Part.OPTIONAL) for layout in self.layouts]
+        ring = None if self.ring is None else DeviceRing(2 * max(sizes), self.settings.device)
+        visitor = BlockStreamer(
+            [self.model.blocks], self.source, self.settings.device, ring=ring, part=Part.OPTIONAL,
+            between_blocks=self.between_blocks,
+        )  # fmt: skip
+        try:
+            visitor.load()
+            context.keys_values = [block.cross_attn.keys_values(context) for block in visitor(self.model.blocks)]
+        finally:
+            visitor.unload()
+        if self.streamer is not None:  # both read from one source: what was prefetched is asked for again
+            self.streamer.lose_ring()
+
+    def _leaner_plan(self) -> MemoryPlan | None:
+        if self.plan is None or self.limits is None:
+            return None
+        try:
+            leaner = plan_leaner(self.footprint(), self.limits, self.plan)
+        except PlanError:
+            return None
+        logger.warning(
+            "out of VRAM under a plan of %.2f GiB: the pass is repeated with one of %.2f GiB; no step is lost",
+            self.plan.predicted_denoise_bytes / GIB,
+            leaner.predicted_denoise_bytes / GIB,
+        )
+        return leaner
+
+    def _make_ring(self, plan: MemoryPlan) -> DeviceRing | None:
+        if self.settings.device.type == "cpu" and not plan.from_disk:
+            return None  # the blocks run where they lie
+        return DeviceRing(plan.ring_bytes, self.settings.device, lanes_for(self.settings.device, self.settings.timed))
+
+    def _fixed(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if not name.startswith("blocks.")]
+
+    def _load_fixed(self, device: torch.device) -> None:
+        for name, _ in self._fixed():
+            self._assign(name, self.checkpoint.read(name).to(device))
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
