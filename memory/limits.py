@@ -62,6 +62,7 @@ def hold_budget(device: torch.device, limits: Limits) -> None:
     """Make PyTorch's allocator refuse what would break the budget, so that a pass is retried instead of spilling."""
     if device.type != "cuda":
         return
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = max(0, limits.vram_budget_bytes - limits.context_bytes)
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

@@ -1,0 +1,182 @@
+"""Where each tensor of a block lies in one flat extent of bytes, and binding a module to such an extent."""
+
+import enum
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256  # what cuBLAS, Triton and copy engines like best; also a multiple of every item size
+SMALL_BYTES = 1 << 20  # below this a tensor is a bias, a norm or a modulation: cheap to keep in RAM
+
+
+class LayoutError(ValueError):
+    """A checkpoint's tensors and a block's parameters do not fit together."""
+
+
+class TensorInfo(Protocol):
+    """What is known of a stored tensor without reading it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def offset(self) -> int: ...
+
+
+class TensorSource(Protocol):
+    """A checkpoint: stored tensors by name, readable from several threads at once."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Read the tensor's stored bytes into `out`, a 1-D uint8 CPU tensor of exactly its size."""
+
+
+class Part(enum.Enum):
+    """Which of a block's bytes travel: all, those that every pass needs, or only the optional rest."""
+
+    ALL = "all"
+    STREAM = "stream"
+    OPTIONAL = "optional"
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """One tensor's place in its block's extent; `name` is local to the block, offsets are in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """All tensors of one block; those before `stream_bytes` are needed in every pass."""
+
+    prefix: str  # full name of a tensor: f"{prefix}.{place.name}"
+    places: tuple[TensorPlace, ...]
+    nbytes: int
+    stream_bytes: int
+
+    def span(self, part: Part) -> tuple[int, int]:
+        """First byte and end of a part; both are multiples of 256."""
+        if part is Part.STREAM:
+            return 0, self.stream_bytes
+        return (self.stream_bytes if part is Part.OPTIONAL else 0), self.nbytes
+
+    def part_bytes(self, part: Part) -> int:
+        """Size of a part in bytes."""
+        start, stop = self.span(part)
+        return stop - start
+
+    def part_places(self, part: Part) -> tuple[TensorPlace, ...]:
+        """The tensors of a part, offsets still counted from the block's first byte."""
+        start, stop = self.span(part)
+        return tuple(place for place in self.places if start <= place.offset < stop)
+
+
+def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """Round up to a multiple of `alignment` bytes."""
+    return -(-nbytes // alignment) * alignment
+
+
+def layout_block(
+    source: TensorSource, prefix: str, names: Iterable[str], optional_last: Collection[str] = ()
+) -> BlockLayout:
+    """Lay the tensors `<prefix>.<name>` out in one extent, 256-byte aligned.
+
+    Large tensors come first, in file order, so that they can be read in long runs; small ones follow
+    together. The same again, at the end, for the names in `optional_last`: they can be left at home.
+    Raises LayoutError when the checkpoint lacks a tensor or its sizes contradict each other.
+    """
+    infos = {name: _info(source, f"{prefix}.{name}") for name in names}
+
+    def order(name: str) -> tuple[bool, bool, str, int]:
+        info = infos[name]
+        return name in optional_last, info.nbytes < SMALL_BYTES, str(info.file), info.offset
+
+    places: list[TensorPlace] = []
+    end = stream_bytes = 0
+    for name in sorted(infos, key=order):
+        info = infos[name]
+        places.append(TensorPlace(name, info.dtype, tuple(info.shape), end, info.nbytes))
+        # Even an empty tensor takes a place of its own, so that offsets tell the parts apart.
+        end += align(max(info.nbytes, 1))
+        if name not in optional_last:
+            stream_bytes = end
+    return BlockLayout(prefix, tuple(places), end, stream_bytes)
+
+
+def layout_blocks(
+    source: TensorSource, blocks: Mapping[str, nn.Module], optional_last: Collection[str] = ()
+) -> list[BlockLayout]:
+    """Layouts of blocks given by prefix (`{"blocks.0": module, ...}`), one place per state-dict entry."""
+    return [layout_block(source, prefix, block.state_dict().keys(), optional_last) for prefix, block in blocks.items()]
+
+
+def bind(block: nn.Module, layout: BlockLayout, flat: Tensor, part: Part = Part.ALL) -> None:
+    """Make the block's parameters and buffers views of `flat` (uint8, the bytes of `part`).
+
+    Called once per load: from then on new bytes arrive under the same views. Raises LayoutError when the
+    block has no such parameter, or one of the same dtype but another shape.
+    """
+    start, stop = layout.span(part)
+    if flat.dtype != torch.uint8 or flat.ndim != 1 or flat.numel() < stop - start:
+        raise LayoutError(
+            f"{layout.prefix} needs a flat uint8 tensor of {stop - start} bytes, got {flat.dtype} {tuple(flat.shape)}"
+        )
+    for place in layout.part_places(part):
+        at = place.offset - start
+        view = flat[at : at + place.nbytes].view(place.dtype).view(place.shape)
+        _assign(block, layout, place, view)
+
+
+def unbind(block: nn.Module, layout: BlockLayout, part: Part = Part.ALL) -> None:
+    """Put the block's tensors back on the meta device, so that they hold no memory."""
+    for place in layout.part_places(part):
+        _assign(block, layout, place, torch.empty(place.shape, dtype=place.dtype, device="meta"))
+
+
+def _assign(block: nn.Module, layout: BlockLayout, place: TensorPlace, tensor: Tensor) -> None:
+    path, _, leaf = place.name.rpartition(".")
+    try:
+        module = block.get_submodule(path)
+    except AttributeError as error:
+        raise LayoutError(f"{layout.prefix} has no module {path!r} for the tensor {place.name!r}") from error
+    known = module._parameters.get(leaf, module._buffers.get(leaf))
+    if known is not None and known.dtype == place.dtype and known.shape != place.shape:
+        raise LayoutError(
+            f"{layout.prefix}.{place.name}: the file has shape {place.shape}, the model expects "
+            f"{tuple(known.shape)}; the file is of another model size or variant"
+        )
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        raise LayoutError(f"{layout.prefix} has no parameter or buffer named {place.name!r}")
+
+
+def _info(source: TensorSource, name: str) -> TensorInfo:
+    info = source.tensors.get(name)
+    if info is None:
+        raise LayoutError(f"the checkpoint lacks the tensor {name!r}; it is incomplete or of another model")
+    expected = math.prod(info.shape) * info.dtype.itemsize
+    if info.nbytes != expected:
+        raise LayoutError(
+            f"{name}: {tuple(info.shape)} of {info.dtype} takes {expected} bytes, the file says {info.nbytes}"
+        )
+    return info
