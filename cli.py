@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
 from .sampling.samplers import SAMPLERS
 from .sampling.schedules import SPACINGS
-from .video import VideoWriter
+from .video import VideoWriter, check_writable
 from .wanvideo.identify import describe, identify
-from .wanvideo.pipeline import RunSettings, WanFiles, WanPipeline
-from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, defaults_for
+from .wanvideo.pipeline import WanFiles, WanPipeline
+from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, defaults_for
+from .wanvideo.settings import RunSettings, usable_device
 from .wanvideo.streamed import StreamedWan
+from .wanvideo.vae import WAN21_VAE, WAN22_VAE
 from .weights.reader import open_checkpoint
 
 BAD_INPUT = 2
@@ -37,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with torch.inference_mode():
             command(options)
-    except KeyboardInterrupt:
-        return _fail("interrupted: everything finished so far was kept")
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted")
     except torch.cuda.OutOfMemoryError as error:
         return _fail(f"the GPU ran out of memory ({str(error).splitlines()[0]}): lower --vram-budget, size or frames")
     except (ValueError, OSError) as error:
@@ -73,7 +76,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--width", type=int)
     what.add_argument("--height", type=int)
     what.add_argument("--frames", type=int, help="4n + 1")
-    what.add_argument("--fps", type=float)
+    what.add_argument("--fps", type=_positive)
     what.add_argument("--seed", type=int, default=0)
     how = parser.add_argument_group("sampling")
     how.add_argument("--steps", type=int)
@@ -94,8 +97,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--frames", type=int, help="4n + 1")
-    parser.add_argument("--vram-budget", type=float, metavar="GIB", required=True)
-    parser.add_argument("--ram-budget", type=float, metavar="GIB")
+    parser.add_argument("--vram-budget", type=_positive, metavar="GIB", required=True)
+    parser.add_argument("--ram-budget", type=_positive, metavar="GIB")
     parser.add_argument("--blocks-to-swap", type=int, default=-1)
     parser.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch")
     parser.add_argument("--cfg-1", action="store_true", help="no guidance: one pass per step, as distilled models run")
@@ -119,8 +122,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
     machine.add_argument("--attention", choices=list(ATTENTION_MODES), default="auto")
-    machine.add_argument("--vram-budget", type=float, metavar="GIB", help="hard limit (left out: what is free)")
-    machine.add_argument("--ram-budget", type=float, metavar="GIB", help="smaller than the model: stream from disk")
+    machine.add_argument("--vram-budget", type=_positive, metavar="GIB", help="hard limit (left out: what is free)")
+    machine.add_argument("--ram-budget", type=_positive, metavar="GIB", help="smaller than the model: stream from disk")
     machine.add_argument("--blocks-to-swap", type=int, default=-1, help="-1: planned; else how many blocks stream")
     machine.add_argument("--prefetch", type=int, help="blocks fetched ahead (left out: planned)")
     machine.add_argument("--no-pinned", action="store_true", help="stream from pageable memory")
@@ -149,9 +152,16 @@ def generate(options: argparse.Namespace) -> None:
         end_image=options.end_image,
     )
     pipeline = WanPipeline(files, settings_of(options), TerminalProgress(sys.stderr))
-    with VideoWriter(options.output, options.fps or pipeline.defaults.fps) as writer:
-        for frames in pipeline.generate(request):
-            writer.write(frames)
+    if options.report is not None:
+        check_writable(options.report)
+    writer = VideoWriter(options.output, options.fps or pipeline.defaults.fps)
+    try:
+        with writer:
+            for frames in pipeline.generate(request):
+                writer.write(frames)
+    except KeyboardInterrupt:
+        kept = f"{options.output} holds the {writer.num_frames} frames made so far"
+        raise KeyboardInterrupt(f"interrupted: {kept if writer.num_frames else 'no frame was made yet'}") from None
     print(f"{options.output}: {writer.num_frames} frames")
     report = pipeline.report()
     print(report.table())
@@ -164,14 +174,17 @@ def plan(options: argparse.Namespace) -> None:
     """Print how a run would use a card that need not be in this machine."""
     model = StreamedWan(options.model, RunSettings(dtype=torch.bfloat16))
     known = defaults_for(model.config, experts=False)
-    stride = (4, 16, 16) if model.config.model_type == "ti2v" else (4, 8, 8)
+    vae = WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE
+    request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
+    width, height, num_frames = request.completed(known).size
+    check_size(vae, model.config.patch_size[1], width, height, num_frames)
     work = WorkSize(
-        options.frames or known.num_frames,
-        options.height or known.size[1],
-        options.width or known.size[0],
+        num_frames,
+        height,
+        width,
         batch=2 if options.batch_cfg else 1,
         passes_per_step=1 if options.batch_cfg or options.cfg_1 else 2,
-        stride=stride,
+        stride=(vae.temporal_stride, vae.spatial_stride, vae.spatial_stride),
         patch=model.config.patch_size,
     )
     limits = limits_for(
@@ -192,7 +205,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
-    shown = make_demo(options.output, options.seed, torch.device(options.device), TerminalProgress(sys.stderr))
+    shown = make_demo(options.output, options.seed, usable_device(options.device), TerminalProgress(sys.stderr))
     print(shown)
 
 
@@ -200,7 +213,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
     """The machine's flags as settings."""
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return RunSettings(
-        device=torch.device(options.device),
+        device=usable_device(options.device),
         dtype=dtypes[options.dtype],
         attention_mode=options.attention,
         vram_budget_gib=options.vram_budget,
@@ -213,9 +226,22 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
 
 
 def _fail(message: str) -> int:
-    print(f"lowvram-video: {message}", file=sys.stderr)
+    print(f"lowvram-video: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1000,750,500,250") from None

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import imageio_ffmpeg
+import torch
 from torch import Tensor
+
+SUFFIXES = (".mp4", ".mov", ".mkv")
+
+
+class VideoError(OSError):
+    """The encoder could not be started, or stopped by itself."""
 
 
 class VideoWriter:
-    """An H.264 mp4 at `path`; frames are uint8 `[T, H, W, 3]`.
+    """An H.264 video at `path`; frames are uint8 `[T, H, W, 3]`.
 
     The file grows beside its place and moves there when closed, after an error or Ctrl-C too: what was written by
-    then plays. Nothing is left behind when no frame came. Raises ValueError where `path` cannot be written.
+    then plays. Nothing is left behind when no frame came. `crf` is x264's quality, 0 (lossless) to 51.
+    Raises ValueError where `path` cannot be written and VideoError where ffmpeg cannot go on.
     """
 
-    def __init__(self, path: str | Path, fps: float, quality: float = 8.0):
+    def __init__(self, path: str | Path, fps: float, crf: int = 12):
         self.path = check_writable(path)
+        if self.path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
         self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
-        self.fps, self.quality = fps, quality
+        self.fps, self.crf = fps, crf
         self.num_frames = 0
-        self.encoder: Generator[None, Tensor | None, None] | None = None
+        self._encoder: subprocess.Popen[bytes] | None = None
+        self._complaints: IO[bytes] | None = None
 
     def write(self, frames: Tensor) -> None:
-        """Append frames, uint8 `[T, H, W, 3]`."""
-        frames = frames.cpu().contiguous()
-        if self.encoder is None:
-            _, height, width, _ = frames.shape
-            # macro_block_size 2: yuv420p wants even sides, and nothing more; no silent resizing to multiples of 16
-            self.encoder = imageio_ffmpeg.write_frames(
-                str(self.partial), (width, height), fps=self.fps, quality=self.quality, macro_block_size=2
-            )
-            self.encoder.send(None)
-        for frame in frames:
-            self.encoder.send(frame.numpy())
-            self.num_frames += 1
+        """Append frames, uint8 `[T, H, W, 3]`, all of one size; odd sides get one more row or column of pixels."""
+        frames = _even(frames.cpu()).contiguous()
+        if self._encoder is None:
+            self._encoder = self._start(width=frames.shape[2], height=frames.shape[1])
+        assert self._encoder.stdin is not None
+        try:
+            for frame in frames:
+                self._encoder.stdin.write(frame.numpy().data)
+                self.num_frames += 1
+        except OSError:  # a broken pipe: ffmpeg stopped, and closing says why
+            self.close()
+            raise
 
     def close(self) -> None:
         """Finish the file and move it to its place; may be called twice."""
-        if self.encoder is not None:
-            self.encoder.close()
-            self.encoder = None
-            os.replace(self.partial, self.path)
+        encoder, self._encoder = self._encoder, None
+        if encoder is None:
+            return
+        assert encoder.stdin is not None
+        with suppress(OSError):  # where ffmpeg is gone already
+            encoder.stdin.close()
+        if encoder.wait() != 0:
+            self.partial.unlink(missing_ok=True)  # without its index nothing plays it
+            raise VideoError(self._why_stopped())
+        os.replace(self.partial, self.path)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -54,12 +75,46 @@ class VideoWriter:
     ) -> None:
         self.close()
 
+    def _start(self, width: int, height: int) -> subprocess.Popen[bytes]:
+        # imageio_ffmpeg.write_frames would kill ffmpeg when Ctrl-C strikes in a write, and the file with it
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "-"]
+        target = ["-an", "-c:v", "libx264", "-crf", str(self.crf), "-pix_fmt", "yuv420p", str(self.partial)]
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - read when ffmpeg stops
+        try:
+            return subprocess.Popen(
+                [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._complaints,
+                # out of the terminal's process group, so that Ctrl-C does not stop it
+                start_new_session=True,
+                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0,
+            )
+        except (OSError, RuntimeError) as error:
+            raise VideoError(
+                f"{self.path}: ffmpeg cannot be started ({error}): reinstall imageio-ffmpeg, "
+                "or name an ffmpeg with the environment variable IMAGEIO_FFMPEG_EXE"
+            ) from error
+
+    def _why_stopped(self) -> str:
+        reason = "no reason given"
+        if self._complaints is not None:
+            self._complaints.seek(0)
+            lines = self._complaints.read().decode(errors="replace").splitlines()
+            reason = next((line for line in reversed(lines) if line.strip()), reason)
+        return (
+            f"{self.path}: ffmpeg stopped after {self.num_frames} frames ({reason}): "
+            "check the free space and the rights of that folder"
+        )
+
 
 def check_writable(path: str | Path) -> Path:
     """`path` with its folder made; ValueError where a file cannot be written there, before hours are spent."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a file name such as {path / 'video.mp4'}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{path} is write-protected: choose another output path")
     probe = path.with_name(f"{path.name}.writable")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,3 +123,14 @@ def check_writable(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another output path") from error
     return path
+
+
+def _even(frames: Tensor) -> Tensor:
+    """Frames with even sides, as yuv420p wants them: the last row and column are repeated where needed."""
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3]")
+    if frames.shape[1] % 2:
+        frames = torch.cat([frames, frames[:, -1:]], dim=1)
+    if frames.shape[2] % 2:
+        frames = torch.cat([frames, frames[:, :, -1:]], dim=2)
+    return frames

@@ -46,7 +46,8 @@ class ModelFootprint:
     `block_bytes` holds the stored bytes of each block in order, `text_kv_bytes` the part of every block that makes
     keys and values of the text (and image) and need not be there once they are cached (0: cannot be cached).
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
-    time: 0 where weights are stored in the compute dtype.
+    time: 0 where weights are stored in the compute dtype. `lendable_bytes` of the fixed ones are needed only for a
+    moment before the blocks, and can be brought for it. `control_streams` are token-sized tensors beside `x` (VACE).
     """
 
     name: str
@@ -56,12 +57,14 @@ class ModelFootprint:
     block_bytes: tuple[int, ...]
     fixed_bytes: int
     text_kv_bytes: int = 0
+    lendable_bytes: int = 0
     scratch_elements: int = 0
     in_channels: int = 16
     latent_channels: int = 16
     text_tokens: int = 512
     image_tokens: int = 0
     compute_bytes: int = 2
+    control_streams: int = 0
     vae: VaeFootprint | None = WAN21_VAE
 
     @property
@@ -135,6 +138,7 @@ class Choice:
     head_groups: int
     cache_text_kv: bool
     num_resident: int
+    lend_fixed: bool
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def denoise_memory(
     latents = 4 * work.batch * work.latent_positions * channels  # fp32, of solver, guidance and preview
     return DenoiseMemory(
         context=limits.context_bytes,
-        fixed_weights=model.fixed_bytes,
+        fixed_weights=model.fixed_bytes - (model.lendable_bytes if choice.lend_fixed else 0),
         residents=resident_bytes,
         ring=ring_bytes,
         activations=activations,
@@ -217,7 +221,8 @@ def activation_bytes(model: ModelFootprint, work: WorkSize, choice: Choice, limi
     chunk = min(choice.token_chunk, rows)
     pool = max(3 * rows * dim, chunk * model.ffn_dim) * element
     angles = 2 * 4 * work.tokens * (dim // model.num_heads // 2)  # cos and sin, fp32
-    return rows * dim * element + pool + angles + max(
+    streams = (1 + model.control_streams) * rows * dim * element
+    return streams + pool + angles + max(
         _attention_bytes(model, rows, choice.head_groups, limits.sage_attention),
         chunk * (3 * dim * element if limits.fused else max(16 * dim, 8 * model.ffn_dim)),  # eager steps work in fp32
         0 if choice.cache_text_kv else _text_projection_bytes(model, work),
@@ -301,6 +306,7 @@ def wan_footprint(
         block_bytes=(block,) * num_layers,
         fixed_bytes=2 * (embeddings + 11 * dim),
         text_kv_bytes=int(2 * dim**2 * bytes_per_weight),
+        lendable_bytes=2 * embeddings - 8 * (in_channels + latent_channels) * dim,
         scratch_elements=0 if bytes_per_weight == 2 else max(3 * dim**2, dim * ffn_dim),
         in_channels=in_channels,
         latent_channels=latent_channels,

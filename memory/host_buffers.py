@@ -135,13 +135,17 @@ class HostBlocks:
         if staging is not None:
             staging.close()
 
-    def release(self) -> None:
-        """Unpin and free everything; again is harmless. Unload the streamer first."""
+    def unpin(self) -> None:
+        """Give the pinned memory back and keep the bytes; `prepare` pins again. Unload the streamer first."""
         self.pause()
         while self._pinned and self._budget is not None:
             index = next(iter(self._pinned))
             self._budget.unpin(self._areas[index])
             self._pinned.discard(index)
+
+    def release(self) -> None:
+        """Unpin and free everything; again is harmless. Unload the streamer first."""
+        self.unpin()
         self.extents.clear()
         self._areas.clear()
 

@@ -53,6 +53,7 @@ class MemoryPlan:
     token_chunk: int
     head_groups: int
     cache_text_kv: bool
+    lend_fixed: bool
     vae_tile: int
     compute_seconds: float
     transfer_seconds: float
@@ -99,12 +100,12 @@ def ladder(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterator[Me
     """Plans from the leanest up; each is at least as fast as the one before and has no fewer residents."""
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
-    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident)
+    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.lendable_bytes > 0)
     plan = _plan_of(choice, model, work, limits)
     yield plan
     seconds = plan.seconds_per_step
-    compute: list[Step] = [_larger_chunk, _fewer_groups]
-    transfers: list[Step] = [_cached_text] if by_hand else [_cached_text, _more_residents]
+    compute: list[Step] = [_larger_chunk, _fewer_groups, _kept_fixed]
+    transfers: list[Step] = [_kept_fixed, _cached_text] if by_hand else [_kept_fixed, _cached_text, _more_residents]
     while True:
         steps = transfers + compute if plan.transfer_bound else compute + transfers
         choices = [step(_choice(plan), model, work, limits) for step in steps]
@@ -140,6 +141,11 @@ def _cached_text(choice: Choice, model: ModelFootprint, work: WorkSize, limits: 
     return replace(choice, cache_text_kv=True) if cost < streamed * model.text_kv_bytes else None
 
 
+def _kept_fixed(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+    """Keep what is needed only before the blocks: its copy in every pass hides behind nothing."""
+    return replace(choice, lend_fixed=False) if choice.lend_fixed else None
+
+
 def _more_residents(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
     """More residents, so many that the streamed count is a multiple of the slots: prefetch then wraps seamlessly."""
     slots = limits.num_slots or DEFAULT_SLOTS
@@ -161,7 +167,7 @@ def _head_groups(model: ModelFootprint) -> list[int]:
 
 
 def _choice(plan: MemoryPlan) -> Choice:
-    return Choice(plan.token_chunk, plan.head_groups, plan.cache_text_kv, plan.num_resident)
+    return Choice(plan.token_chunk, plan.head_groups, plan.cache_text_kv, plan.num_resident, plan.lend_fixed)
 
 
 def use_spare(plan: MemoryPlan, model: ModelFootprint, limits: Limits) -> MemoryPlan:
@@ -216,6 +222,7 @@ def _plan_of(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limi
         token_chunk=choice.token_chunk,
         head_groups=choice.head_groups,
         cache_text_kv=choice.cache_text_kv,
+        lend_fixed=choice.lend_fixed,
         vae_tile=0,
         compute_seconds=compute_seconds(model, work, choice, limits),
         transfer_seconds=transfer,

@@ -116,7 +116,9 @@ def allocate_extent(nbytes: int) -> Tensor:
             f"could not allocate {size / 2**30:.2f} GiB of host memory for model weights ({error}); "
             f"free some RAM or set a RAM budget so that weights are read from disk"
         ) from error
-    return torch.frombuffer(area, dtype=torch.uint8)
+    # I/O threads write to it, and those are never in inference mode.
+    with torch.inference_mode(False):
+        return torch.frombuffer(area, dtype=torch.uint8)
 
 
 def _advise_huge_pages(area: mmap.mmap) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .pinned import PinnedBudget, allocate_extent
@@ -161,7 +162,8 @@ class Staging:
             wait(before)
             if fence is not None:
                 fence.synchronize()
-            job()
+            with torch.inference_mode():  # the buffers may be inference tensors, and modes belong to threads
+                job()
 
         block = self._order[self._next]
         for job in self._fill(block, buffer.extent):

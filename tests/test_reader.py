@@ -311,7 +311,7 @@ def test_folders_that_hold_no_or_several_models(tmp_path, tensors):
         ("model.bin", "pickle", "download the .safetensors version"),
         ("model.CKPT", "pickle", "download the .safetensors version"),
         ("model.pt", "pickle", "download the .safetensors version"),
-        ("model.gguf", "weights/gguf.py", "choose a .safetensors version"),
+        ("model.gguf", "not a GGUF file", "download it again"),
         ("model.onnx", "'.onnx' is not known", "choose a .safetensors file"),
         ("model", "'(none)' is not known", "choose a .safetensors file"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
@@ -42,16 +43,16 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def save_wan(path: Path, variant: str = "t2v", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    model = randomize(WanModel(CONFIGS[variant]), seed)
+def save_wan(
+    path: Path, variant: str = "t2v", seed: int = 0, dtype: torch.dtype = torch.float32, num_layers: int = 3
+) -> Path:
+    model = randomize(WanModel(replace(CONFIGS[variant], num_layers=num_layers)), seed)
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}, path)
     return path
 
 
 def save_vae(path: Path, variant: str = "t2v") -> Path:
     published = WAN22_VAE if variant == "ti2v" else WAN21_VAE
-    from dataclasses import replace
-
     config: VAEConfig = replace(published, encoder_dim=8, decoder_dim=8)
     save_file({name: t.contiguous() for name, t in randomize(WanVAE(config)).state_dict().items()}, path)
     return path
@@ -59,8 +60,9 @@ def save_vae(path: Path, variant: str = "t2v") -> Path:
 
 def save_text_encoder(path: Path) -> Path:
     model = io.BytesIO()
+    captions = ["a red ball moves left", "a blue square moves right", "two cats fight on a stage"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red ball moves left", "a blue square moves right", "two cats fight on a stage"] * 20),
+        sentence_iterator=iter(captions * 20),
         model_writer=model, vocab_size=40, model_type="unigram", hard_vocab_limit=False,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip

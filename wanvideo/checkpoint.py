@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..weights.reader import Checkpoint, CheckpointError, open_checkpoint
+from ..weights.dialects import is_beside_quantised, plain_dialect
+from ..weights.formats import assign_formats
+from ..weights.linear import Linear
+from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from .camera import PIXELS as CAMERA_PIXELS
 from .config import WanConfig
 from .model import WanModel
 
@@ -39,6 +43,7 @@ def build_wan(config: WanConfig, checkpoint: Checkpoint) -> WanModel:
     """The model on the meta device, every tensor of the dtype that the file stores. Raises CheckpointError."""
     model = WanModel(config, device="meta")
     check_tensors(model, checkpoint)
+    assign_formats(model, checkpoint)
     for name, info in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
         stored = torch.empty(info.shape, dtype=info.dtype, device="meta")
@@ -60,17 +65,31 @@ def open_wan(path: str | Path) -> tuple[WanConfig, Checkpoint]:
         )
     names: dict[str, str | None] = dict(official_names(checkpoint.tensors))
     names |= {name: None for name in checkpoint.tensors if OTHER_PARTS.search(name)}
-    checkpoint = checkpoint.renamed(names)
+    checkpoint = plain_dialect(checkpoint.renamed(names), names)
+    tensors = {name: _with_leading_one(info) for name, info in checkpoint.tensors.items()}
+    checkpoint = replace(checkpoint, tensors=tensors)
     return infer_config(checkpoint), checkpoint
+
+
+def _with_leading_one(info: TensorInfo) -> TensorInfo:
+    """`[1, n, dim]` for what the official layout stores so; llama.cpp's tools drop dimensions of one."""
+    if len(info.shape) == 2 and info.quant is None and re.search(r"(^|\.)(modulation|emb_pos)$", info.name):
+        return replace(info, shape=(1, *info.shape))
+    return info
 
 
 def check_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless `checkpoint` holds each of the model's tensors, in its shape, and no more."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [name for name in expected if name not in checkpoint.tensors]
-    unknown = [name for name in checkpoint.tensors if name not in expected]
+    unknown = [
+        name
+        for name in checkpoint.tensors
+        if name not in expected and not is_beside_quantised(name, checkpoint.tensors)
+    ]
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     scales = [name for name in unknown if is_quantisation_name(name)]
-    packed = scales or [name for name, info in checkpoint.tensors.items() if info.quant]
+    packed = scales or [name for name, info in checkpoint.tensors.items() if info.quant and name not in linear]
     if packed:
         raise CheckpointError(
             f"{checkpoint.path}: a quantised file ({_some(packed, 'tensor')}); expected plain weights; "
@@ -87,9 +106,11 @@ def check_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"{len(expected)} tensors; the file is another variant: choose a Wan 2.1/2.2 T2V, I2V, FLF2V or TI2V file"
         )
     for name, shape in expected.items():
-        if checkpoint.tensors[name].shape != shape:
+        info = checkpoint.tensors[name]
+        given = info.logical_shape or info.shape
+        if given != shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is {list(checkpoint.tensors[name].shape)}; expected {list(shape)} "
+                f"{checkpoint.path}: {name} is {list(given)}; expected {list(shape)} "
                 "by the file's other tensors; it mixes two models: download it again"
             )
 
@@ -145,6 +166,7 @@ OTHER_PARTS = re.compile(
 )
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+VACE_BLOCK = re.compile(r"vace_blocks\.(\d+)\.(.+)")
 QUANTISATION_NAME = re.compile(
     r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_2)?|input_scale|output_scale|comfy_quant)$"
     r"|\.weight\._(data|scale|shift)$"
@@ -194,12 +216,9 @@ def _replace_start(name: str, table: Mapping[str, str]) -> str:
 
 # Variants with parts of their own, by the start of a name; the first that fits is named.
 VARIANTS = {
-    "vace_": "Wan VACE",
     "face_adapter.": "Wan 2.2 Animate",
     "casual_audio_encoder.": "Wan 2.2 S2V",
     "audio_proj.": "an audio-driven Wan (HuMo, InfiniteTalk)",
-    "control_adapter.": "Wan Fun Camera Control",
-    "ref_conv.": "Wan Fun Control",
     "patch_embedding_": "a pose-driven Wan (SCAIL, WanDancer)",
 }
 
@@ -235,21 +254,42 @@ def infer_config(checkpoint: Checkpoint) -> WanConfig:
         freq_dim=_shape(checkpoint, "time_embedding.0.weight", 2)[1],
         image_dim=image_dim,
         image_pos_tokens=positions,
+        **_extra_inputs(checkpoint),
         patch_size=(patch[0], patch[1], patch[2]),
     )
 
 
+def _extra_inputs(checkpoint: Checkpoint) -> dict[str, int]:
+    """Dimensions of what some variants take beside the latent, the text and a picture."""
+    extra = {}
+    if _has(checkpoint, "vace_patch_embedding.weight"):
+        extra["vace_channels"] = _shape(checkpoint, "vace_patch_embedding.weight", 5)[1]
+        extra["vace_layers"] = _num_layers(checkpoint, VACE_BLOCK)
+    if _has(checkpoint, "ref_conv.weight"):
+        extra["reference_channels"] = _shape(checkpoint, "ref_conv.weight", 4)[1]
+    if _has(checkpoint, "control_adapter.conv.weight"):
+        extra["camera_channels"] = _shape(checkpoint, "control_adapter.conv.weight", 4)[1] // CAMERA_PIXELS**2
+    return extra
+
+
 def _model_type(checkpoint: Checkpoint, in_channels: int, out_channels: int, image_dim: int, positions: int) -> str:
+    if _has(checkpoint, "vace_patch_embedding.weight"):
+        return "vace"
+    if _has(checkpoint, "control_adapter.conv.weight"):
+        return "camera"
     takes_image = in_channels == 2 * out_channels + 4  # noise, image latent and a mask of 4
     if takes_image and out_channels == 16:
         return "flf2v" if image_dim and positions else "i2v"
     if in_channels == out_channels and not image_dim:
         return "ti2v" if out_channels == 48 else "t2v"
+    # Fun Control: the latents of a control video, of a first frame, or both, with or without a mask
+    if in_channels > out_channels and in_channels % out_channels in (0, 4):
+        return "control"
     raise _unsupported(checkpoint, f"a Wan variant with {in_channels} input and {out_channels} output channels")
 
 
-def _num_layers(checkpoint: Checkpoint) -> int:
-    blocks = {int(match[1]) for name in checkpoint.tensors if (match := BLOCK.match(name))}
+def _num_layers(checkpoint: Checkpoint, pattern: re.Pattern[str] = BLOCK) -> int:
+    blocks = {int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))}
     absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
     if absent < len(blocks):
         raise CheckpointError(
@@ -295,7 +335,7 @@ def _shape(checkpoint: Checkpoint, name: str, num_dims: int) -> tuple[int, ...]:
 def _unsupported(checkpoint: Checkpoint, variant: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.path}: this is {variant}, which is not supported by this loader yet; "
-        "expected Wan 2.1/2.2 T2V, I2V, FLF2V or TI2V; choose one of those files"
+        "expected Wan 2.1/2.2 T2V, I2V, FLF2V, TI2V, VACE or Fun; choose one of those files"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .vae import WanVAE
@@ -18,10 +18,11 @@ from .vae import WanVAE
 def load_image(path: Path, width: int, height: int) -> Tensor:
     """A picture cropped to the aspect and resized, `[1, 3, 1, height, width]` in -1 ... 1. ValueError if unreadable."""
     try:
-        picture = Image.open(path).convert("RGB")
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")  # upright, as a phone meant it
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such picture; give the path of a PNG, JPEG or WebP file") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
         raise ValueError(f"{path}: cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
     scale = max(width / picture.width, height / picture.height)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))

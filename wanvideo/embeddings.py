@@ -5,6 +5,8 @@ Source: Wan-Video/Wan2.1 (`wan/modules/model.py`); parameter names are theirs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -19,10 +21,17 @@ from .workspace import Workspace
 class PatchEmbedding(nn.Module):
     """Latent patches to tokens; a convolution whose stride is its kernel, so a plain matrix product."""
 
-    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        config: WanConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        in_channels: int | None = None,
+    ):
         super().__init__()
         self.patch_size, self.out_channels = config.patch_size, config.out_channels
-        self.weight = parameter(config.dim, config.in_channels, *config.patch_size, device=device, dtype=dtype)
+        channels = config.in_channels if in_channels is None else in_channels
+        self.weight = parameter(config.dim, channels, *config.patch_size, device=device, dtype=dtype)
         self.bias = parameter(config.dim, device=device, dtype=dtype)
 
     def forward(self, latent: Tensor, work: Workspace) -> Tensor:
@@ -80,8 +89,23 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.emb_pos is not None:
-            tokens = tokens.reshape(-1, self.emb_pos.shape[1], tokens.shape[-1]) + self.emb_pos.to(tokens.dtype)
+            tokens = tokens + self.emb_pos[:, : tokens.shape[1]].to(tokens.dtype)  # fewer where one picture is given
         return self.proj(tokens)
+
+
+class ReferenceEmbedding(nn.Module):
+    """The latent of a reference picture `[B, z, h, w]` to the tokens of one frame, `[B, tokens, dim]`."""
+
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.weight = parameter(
+            config.dim, config.reference_channels, *config.patch_size[1:], device=device, dtype=dtype
+        )
+        self.bias = parameter(config.dim, device=device, dtype=dtype)
+
+    def forward(self, picture: Tensor, dtype: torch.dtype) -> Tensor:
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.conv2d(picture.to(dtype), weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
 
 
 class Affine(nn.Module):
@@ -111,13 +135,27 @@ def sinusoidal_embedding(dim: int, position: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
-def rotary_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rope:
+@dataclass(frozen=True)
+class AxisPositions:
+    """Positions of the tokens along (t, h, w): `shift + scale * index`."""
+
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+def rotary_angles(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    device: torch.device,
+    positions: AxisPositions = AxisPositions(),  # noqa: B008 - immutable
+) -> Rope:
     """Angles of the tokens of a (t, h, w) grid: the head is split (d - 4 (d // 6), 2 (d // 6), 2 (d // 6))."""
     third = 2 * (head_dim // 6)
     cos, sin = [], []
     for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * third, third, third), strict=True)):
         frequency = torch.pow(10000, -torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        angles = torch.arange(size, dtype=torch.float64, device=device)[:, None] * frequency
+        index = torch.arange(size, dtype=torch.float64, device=device)
+        angles = (positions.shift[axis] + positions.scale[axis] * index)[:, None] * frequency
         shape = [1, 1, 1, dim // 2]
         shape[axis] = size
         cos.append(angles.cos().float().view(shape).expand(*grid, -1))

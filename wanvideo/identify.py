@@ -164,7 +164,8 @@ def _describe_other(kind: str, title: str, checkpoint: Checkpoint) -> tuple[str,
     if kind == "umt5 encoder":
         table = _first_shape(checkpoint, r"(shared|token_embedding|token_embd)\.weight$", 2)
         if table is not None:
-            tokenizer = "with its tokenizer" if "spiece_model" in checkpoint.tensors else "needs a spiece.model"
+            inside = "spiece_model" in checkpoint.tensors or "tokenizer.ggml.model" in checkpoint.metadata
+            tokenizer = "with its tokenizer" if inside else "needs a spiece.model"
             return title, f"width {table[1]}, {table[0]} tokens, {tokenizer}"
     if kind == "clip vision":
         patch = _first_shape(checkpoint, r"(patch_embedding|conv1)\.weight$", 4)  # [width, 3, 14, 14]

@@ -1,51 +1,84 @@
 """The Wan 2.1 / 2.2 video diffusion transformer.
 
-Source: Wan-Video/Wan2.1 and Wan2.2 (`wan/modules/model.py`); parameter names are theirs. The residual stream `x` and
-q, k, v are the only token-sized tensors: norms are made chunk by chunk inside the projections, attention writes over
-q, the FFN's hidden activations live in the bytes of q, k and v, and residuals are added in place.
+Source: Wan-Video/Wan2.1 and Wan2.2 (`wan/modules/model.py`); parameter names are theirs. What a variant adds (VACE,
+a reference picture, camera movement) is there where its configuration says so.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..fused.select import Rope, RowGroups
+from ..fused.select import RowGroups
 from ..weights.linear import Linear
+from .blocks import Context, ControlStream, Pass, WanBlock
+from .camera import CameraAdapter
 from .config import WanConfig
-from .embeddings import Affine, ImageEmbedding, PatchEmbedding, Scale, parameter, rotary_angles, sinusoidal_embedding
+from .embeddings import (
+    AxisPositions,
+    ImageEmbedding,
+    PatchEmbedding,
+    ReferenceEmbedding,
+    parameter,
+    rotary_angles,
+    sinusoidal_embedding,
+)
+from .vace import VaceBlock, vace_places
 from .workspace import Execution, Workspace
+
+# Told of every block in turn by its name ("blocks.3"), with the pass as it stands and what runs the block.
+Visit = Callable[[str, Pass, Callable[[], None]], None]
+
+
+def run_block(name: str, state: Pass, run: Callable[[], None]) -> None:
+    run()
+
+
+# Brings modules to the device for a `with` block, into the bytes of a tensor that nobody needs meanwhile (or None).
+Lend = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
+
+
+@staticmethod  # a class attribute that takes no self
+def here_already(modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
-class KeysValues:
-    """What one block's cross-attention reads: (k, v) pairs `[B, L, H, D]` of the text and, for I2V, the image."""
+class Extras:
+    """What a variant or a host adds to a pass.
 
-    pairs: list[tuple[Tensor, Tensor]]
-
-
-@dataclass
-class Context:
-    """Embedded conditioning: `text [B, 512, dim]`, `image [B, 257 or 514, dim]` or None.
-
-    `keys_values`, one per block, is made once per prompt where the plan has room for it.
+    `vace_frames` are control videos with masks, each `[B, vace_channels, T, H, W]`, `vace_strengths` one for each;
+    `reference [B, z, H, W]` is shown as a frame before the first; `camera [B, camera_channels, T, 8H, 8W]` are rays.
     """
 
-    text: Tensor
-    image: Tensor | None = None
-    keys_values: list[KeysValues] | None = None
+    vace_frames: tuple[Tensor, ...] = ()
+    vace_strengths: tuple[float, ...] = ()
+    reference: Tensor | None = None
+    camera: Tensor | None = None
+    positions: AxisPositions = field(default_factory=AxisPositions)
+    visit: Visit = run_block
+
+    def cut(self, part: slice) -> Extras:
+        """The same for some samples of the batch."""
+        return replace(
+            self,
+            vace_frames=tuple(frames[part] for frames in self.vace_frames),
+            reference=None if self.reference is None else self.reference[part],
+            camera=None if self.camera is None else self.camera[part],
+        )
 
 
 class WanModel(nn.Module):
     """Velocity of the flow at a timestep, `[B, in, T, H, W] -> [B, out, T, H, W]`."""
 
     stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
+    lend: Lend = here_already  # or a Lender
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -64,9 +97,19 @@ class WanModel(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(config, **factory) for _ in range(config.num_layers))
         self.head = Head(config, **factory)
         self.img_emb = ImageEmbedding(config, **factory) if config.image_dim else None
+        if config.vace_layers:
+            self.vace_blocks = nn.ModuleList(VaceBlock(config, i == 0, **factory) for i in range(config.vace_layers))
+            self.vace_patch_embedding = PatchEmbedding(config, **factory, in_channels=config.vace_channels)
+        self.ref_conv = ReferenceEmbedding(config, **factory) if config.reference_channels else None
+        self.control_adapter = CameraAdapter(config, **factory) if config.camera_channels else None
 
     def forward(
-        self, latent: Tensor, timestep: Tensor, context: Tensor | Context, image_tokens: Tensor | None = None
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        context: Tensor | Context,
+        image_tokens: Tensor | None = None,
+        extras: Extras = Extras(),  # noqa: B008 - immutable
     ) -> Tensor:
         """
         `latent [B, in, T, H, W]`; `timestep` is sigma * 1000, `[B]` or one per latent frame `[B, T]`;
@@ -76,26 +119,65 @@ class WanModel(nn.Module):
         if not isinstance(context, Context):
             context = self.embed_context(context, image_tokens)
         grid = self.patch_embedding.grid(latent)  # (t, h, w) in tokens
+        if extras.reference is not None:
+            grid = (grid[0] + 1, *grid[1:])
         num_rows = latent.shape[0] * math.prod(grid)
         work = self.workspace(num_rows, latent.device)
-        time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
+        with self.lend((self.time_embedding, self.time_projection), work.pool):
+            time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
         groups = RowGroups(num_rows // time.shape[0])
-        rope = rotary_angles(grid, self.config.head_dim, latent.device)
+        rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
 
-        x = self.patch_embedding(latent, work)  # [B * tokens, dim]
-        for index, block in enumerate(self.stream(self.blocks)):
+        x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
+        state = Pass(x, modulation, groups, rope, work, self.embed_controls(x, extras, work))
+        blocks = self.ordered_blocks()
+        for index, (name, block) in enumerate(zip(blocks, self.stream(tuple(blocks.values())), strict=True)):
             keys_values = context.keys_values[index] if context.keys_values else block.cross_attn.keys_values(context)
-            block(x, modulation, groups, rope, keys_values, work)
+            extras.visit(name, state, partial(block.advance, state, keys_values))
         patches = self.head(x, time, groups, work)
+        if extras.reference is not None:
+            patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
+            grid = (grid[0] - 1, *grid[1:])
         return self.patch_embedding.unpatchify(patches, grid).to(latent.dtype)
+
+    def ordered_blocks(self) -> dict[str, WanBlock]:
+        """All blocks by name, in the order of a pass; those of VACE stand after the block that they add to."""
+        places = vace_places(self.config.num_layers, self.config.vace_layers)
+        ordered: dict[str, WanBlock] = {}
+        for index, block in enumerate(self.blocks):
+            ordered[f"blocks.{index}"] = block
+            if index in places:
+                ordered[f"vace_blocks.{places[index]}"] = self.vace_blocks[places[index]]
+        return ordered
+
+    def embed_latent(self, latent: Tensor, extras: Extras, work: Workspace) -> Tensor:
+        """The pass's first tokens `[B * tokens, dim]`: of the reference where there is one, and of the latent."""
+        x = self.patch_embedding(latent, work)
+        if extras.camera is not None and self.control_adapter is not None:
+            x += self.control_adapter(extras.camera, work.dtype)
+        if extras.reference is None:
+            return x
+        if self.ref_conv is None:
+            raise ValueError("this Wan model takes no reference picture: use a Fun Control model, or leave it out")
+        reference = self.ref_conv(extras.reference, work.dtype)  # [B, tokens of a frame, dim]
+        return torch.cat([reference, x.view(latent.shape[0], -1, x.shape[1])], dim=1).flatten(0, 1)
+
+    def embed_controls(self, x: Tensor, extras: Extras, work: Workspace) -> tuple[ControlStream, ...]:
+        """Tokens of the control videos as they enter the first VACE block."""
+        return tuple(
+            ControlStream(self.vace_blocks[0].join(self.vace_patch_embedding(frames, work), x), strength)
+            for frames, strength in zip(extras.vace_frames, extras.vace_strengths, strict=True)
+        )
 
     def embed_context(self, text: Tensor, image_tokens: Tensor | None = None) -> Context:
         """Embed a prompt (and CLIP image tokens, where the model takes them) once, for any number of steps."""
         dtype = self.execution.dtype
         image = None
         if self.img_emb is not None and image_tokens is not None:
-            image = self.img_emb(image_tokens.to(dtype))
-        return Context(self.text_embedding(text.to(dtype)), image)
+            with self.lend((self.img_emb,), None):
+                image = self.img_emb(image_tokens.to(dtype).reshape(text.shape[0], -1, image_tokens.shape[-1]))
+        with self.lend((self.text_embedding,), None):
+            return Context(self.text_embedding(text.to(dtype)), image)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding `[groups, dim]` and block modulation `[groups, 6, dim]`, fp32; one group per timestep."""
@@ -106,165 +188,8 @@ class WanModel(nn.Module):
 
     def workspace(self, num_rows: int, device: torch.device) -> Workspace:
         config, dtype = self.config, self.execution.dtype
-        scratch = max((block.scratch_elements(dtype) for block in self.blocks), default=0)
+        scratch = max((block.scratch_elements(dtype) for block in self.ordered_blocks().values()), default=0)
         return Workspace(self.execution, num_rows, config.dim, config.ffn_dim, device, scratch)
-
-
-class WanBlock(nn.Module):
-    """Self-attention, cross-attention to text and image, feed-forward; all added to `x` in place."""
-
-    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.eps = config.eps
-        self.self_attn = SelfAttention(config, **factory)
-        self.norm3 = Affine(config.dim, **factory)
-        self.cross_attn = CrossAttention(config, **factory)
-        self.ffn = FeedForward(config, **factory)
-        self.modulation = parameter(1, 6, config.dim, **factory)
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        groups: RowGroups,
-        rope: Rope,
-        keys_values: KeysValues,
-        work: Workspace,
-    ) -> None:
-        """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
-        ops, eps = work.ops, self.eps
-
-        def norm1(rows: slice) -> Tensor:
-            return ops.modulated_norm(x[rows], shift1, scale1, rows.start, groups, eps)
-
-        def norm2(rows: slice) -> Tensor:
-            return ops.modulated_norm(x[rows], shift2, scale2, rows.start, groups, eps)
-
-        def norm3(rows: slice) -> Tensor:
-            return ops.affine_norm(x[rows], self.norm3.weight, self.norm3.bias, eps)
-
-        def add1(rows: slice, y: Tensor) -> None:
-            ops.gated_add_(x[rows], y, gate1, rows.start, groups)
-
-        def add2(rows: slice, y: Tensor) -> None:
-            ops.gated_add_(x[rows], y, gate2, rows.start, groups)
-
-        def add3(rows: slice, y: Tensor) -> None:
-            x[rows].add_(y)
-
-        self.self_attn(norm1, add1, rope, work)
-        self.cross_attn(norm3, add3, keys_values, work)
-        self.ffn(norm2, add2, work)
-
-    def scratch_elements(self, dtype: torch.dtype) -> int:
-        """The most elements that this block has unpacked at a time when it computes in `dtype`."""
-        attn = self.self_attn
-        together = [
-            [attn.q, attn.k, attn.v],
-            [attn.o],
-            [self.cross_attn.q],
-            [self.cross_attn.o],
-            *self.ffn.alone(),
-        ]
-        return max(sum(layer.scratch_elements(dtype) for layer in layers) for layers in together)
-
-
-Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
-Add = Callable[[slice, Tensor], None]  # adds to those rows of x
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.num_heads, self.eps = config.num_heads, config.eps
-        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
-        self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
-
-    def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace) -> None:
-        q, k, v = work.qkv
-        work.scratch.reset()
-        project_q, project_k, project_v = (
-            layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.k, self.v)
-        )
-        for rows in work.chunks():
-            y = normed(rows)
-            project_q(y, out=q[rows])
-            project_k(y, out=k[rows])
-            project_v(y, out=v[rows])
-            work.ops.rms_norm_(q[rows], self.norm_q.weight, self.eps, rope, rows.start)
-            work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
-        tokens = rope.cos.shape[0]
-        heads = [rearrange(t, "(b n) (h d) -> b n h d", n=tokens, h=self.num_heads) for t in (q, k, v)]
-        work.attend_over(heads[0], [(heads[1], heads[2])])
-        _project_out(self.o, q, add, work)
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.num_heads, self.eps = config.num_heads, config.eps
-        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
-        self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
-        if config.image_dim:
-            self.k_img, self.v_img = (Linear(config.dim, config.dim, **factory) for _ in range(2))
-            self.norm_k_img = Scale(config.dim, **factory)
-
-    def forward(self, normed: Normed, add: Add, keys_values: KeysValues, work: Workspace) -> None:
-        q = work.qkv[0]
-        work.scratch.reset()
-        project = self.q.prepare(work.dtype, work.scratch)
-        for rows in work.chunks():
-            project(normed(rows), out=q[rows])
-            work.ops.rms_norm_(q[rows], self.norm_q.weight, self.eps, None, 0)
-        batch = keys_values.pairs[0][0].shape[0]
-        work.attend_over(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=self.num_heads), keys_values.pairs)
-        _project_out(self.o, q, add, work)
-
-    def keys_values(self, context: Context) -> KeysValues:
-        """Keys and values of the conditioning; they depend on the prompt alone, not on the step."""
-        pairs = [self._pair(context.text, self.k, self.v, self.norm_k)]
-        if context.image is not None:
-            pairs.append(self._pair(context.image, self.k_img, self.v_img, self.norm_k_img))
-        return KeysValues(pairs)
-
-    def _pair(self, tokens: Tensor, to_k: Linear, to_v: Linear, norm_k: Scale) -> tuple[Tensor, Tensor]:
-        k = to_k(tokens)
-        k = F.rms_norm(k.float(), k.shape[-1:], norm_k.weight.float(), self.eps).to(k.dtype)
-        heads = "b n (h d) -> b n h d"
-        return rearrange(k, heads, h=self.num_heads), rearrange(to_v(tokens), heads, h=self.num_heads)
-
-
-class FeedForward(nn.Sequential):
-    """Linear, tanh-GELU, linear, for as many rows at a time as the workspace has room for hidden activations."""
-
-    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__(
-            Linear(config.dim, config.ffn_dim, device=device, dtype=dtype),
-            nn.GELU("tanh"),
-            Linear(config.ffn_dim, config.dim, device=device, dtype=dtype),
-        )
-
-    def forward(self, normed: Normed, add: Add, work: Workspace) -> None:  # type: ignore[override]
-        for start in range(0, work.num_rows, work.hidden_rows):
-            stop = min(start + work.hidden_rows, work.num_rows)
-            work.scratch.reset()
-            project = self[0].prepare(work.dtype, work.scratch)
-            for rows in work.chunks(start, stop):
-                hidden = work.hidden[rows.start - start : rows.stop - start]
-                project(normed(rows), out=hidden)
-                work.ops.gelu_(hidden)
-            work.scratch.reset()
-            project = self[2].prepare(work.dtype, work.scratch)
-            for rows in work.chunks(start, stop):
-                add(rows, project(work.hidden[rows.start - start : rows.stop - start]))
-
-    def alone(self) -> list[list[Linear]]:
-        """Its layers, as they are unpacked: one at a time."""
-        return [[self[0]], [self[2]]]
 
 
 class Head(nn.Module):
@@ -285,10 +210,3 @@ class Head(nn.Module):
         for rows in work.chunks():
             project(work.ops.modulated_norm(x[rows], shift, scale, rows.start, groups, self.eps), out=out[rows])
         return out
-
-
-def _project_out(layer: Linear, attended: Tensor, add: Add, work: Workspace) -> None:
-    work.scratch.reset()
-    project = layer.prepare(work.dtype, work.scratch)
-    for rows in work.chunks():
-        add(rows, project(attended[rows]))

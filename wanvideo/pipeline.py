@@ -19,10 +19,10 @@ from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
 from ..weights.reader import CheckpointError
 from .conditioning import image_channels, load_image
-from .request import WanDefaults, WanRequest, check_size, defaults_for
+from .request import WanDefaults, WanRequest, check_request, check_size, defaults_for
 from .settings import RunSettings
 from .streamed import StreamedWan
-from .text_checkpoint import load_text_encoder
+from .text_checkpoint import load_text_encoder, open_text_encoder, open_tokenizer
 from .text_encoder import TextEncoder
 from .vae import WanVAE
 from .vae_checkpoint import load_vae, open_vae
@@ -91,21 +91,23 @@ class WanPipeline:
         self._vae: WanVAE | None = None
         self._monitor = MemoryMonitor(settings.device)
         self._limits: Limits | None = None
+        self._pinned_bytes = 0
 
     @torch.inference_mode()
     def generate(self, request: WanRequest) -> Iterator[Tensor]:
         """Frames as they are decoded, uint8 `[t, H, W, 3]`. A bad request is a ValueError before anything is loaded."""
-        request = self.complete(request)
-        assert request.width and request.height and request.num_frames
-        check_size(self.vae_config, self.config.patch_size[1], request.width, request.height, request.num_frames)
-        self._check_images(request)
+        request = request.completed(self.defaults)
+        check_request(request)
+        check_size(self.vae_config, self.config.patch_size[1], *request.size)
+        select_sampler(request.sampler)
         sigmas = self.sigmas(request)
+        pictures = self._load_pictures(request)
         self.plan = self._plan(request)
         self._monitor = MemoryMonitor(self.settings.device)
         with self._monitor as monitor:
             try:
                 with monitor.phase("encode"):
-                    conditions = self._encode(request)
+                    conditions = self._encode(request, pictures)
                 with monitor.phase("denoise"):
                     latent = self._denoise(request, conditions, sigmas)
                 with monitor.phase("decode"):
@@ -113,24 +115,6 @@ class WanPipeline:
             finally:
                 self.progress.end()
                 self._stop()
-
-    def complete(self, request: WanRequest) -> WanRequest:
-        """The request with the model's published settings where it has None."""
-        known = self.defaults
-        low, high = request.guidance, request.guidance_high
-        if high is None:
-            high = known.guidance_high if low is None else low
-        return replace(
-            request,
-            width=request.width or known.size[0],
-            height=request.height or known.size[1],
-            num_frames=request.num_frames or known.num_frames,
-            num_steps=request.num_steps or known.num_steps,
-            shift=request.shift if request.shift is not None else known.shift,
-            guidance=low if low is not None else known.guidance,
-            guidance_high=high,
-            boundary=request.boundary if request.boundary is not None else known.boundary,
-        )
 
     def sigmas(self, request: WanRequest) -> Tensor:
         """Noise levels `[steps + 1]` of a completed request."""
@@ -150,13 +134,13 @@ class WanPipeline:
         )
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
-        assert request.width and request.height and request.num_frames
         settings = self.settings
+        width, height, num_frames = request.size
         guided = request.guidance != 1 or (self.low is not None and request.guidance_high != 1)
         work = WorkSize(
-            request.num_frames,
-            request.height,
-            request.width,
+            num_frames,
+            height,
+            width,
             batch=2 if guided and settings.batched_guidance else 1,
             passes_per_step=2 if guided and not settings.batched_guidance else 1,
             stride=(self.vae_config.temporal_stride,) + (self.vae_config.spatial_stride,) * 2,
@@ -174,32 +158,23 @@ class WanPipeline:
         hold_budget(settings.device, self._limits)
         return self.high.make_plan(work, self._limits)
 
-    def _encode(self, request: WanRequest) -> Conditions:
-        assert request.width and request.height and request.num_frames
+    def _encode(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Conditions:
         self.progress.begin("encode")
         guided = request.guidance != 1 or request.guidance_high not in (None, 1)
         prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
         text = self._encode_text(prompts).to(self.settings.device)
         conditions = Conditions(text[:1], text[1:] if guided else None)
-        if request.image is None and request.end_image is None:
+        first, last = pictures
+        if first is None and last is None:
             return conditions
-        pictures = [
-            None if path is None else load_image(path, request.width, request.height)
-            for path in (request.image, request.end_image)
-        ]
         with _on_device(self._load_vae(), self.settings.device) as vae:
             if self.config.model_type == "ti2v":
-                assert pictures[0] is not None
-                return replace(conditions, first_frame=vae.encode(pictures[0]).float())
-            return replace(conditions, channels=image_channels(vae, *pictures, request.num_frames).float())
+                assert first is not None
+                return replace(conditions, first_frame=vae.encode(first).float())
+            return replace(conditions, channels=image_channels(vae, first, last, request.size[2]).float())
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
         encoder = self._text_encoder or load_text_encoder(self.files.text_encoder, num_tokens=self.config.text_tokens)
-        if encoder.model.config.dim != self.config.text_dim:
-            raise CheckpointError(
-                f"{self.files.text_encoder}: makes {encoder.model.config.dim} wide text, this Wan model takes "
-                f"{self.config.text_dim}: choose the text encoder that belongs to the model (umt5-xxl: 4096)"
-            )
         self._text_encoder = encoder if self.settings.keep_loaded else None
         device = self.settings.device
         if device.type == "cpu":
@@ -215,6 +190,8 @@ class WanPipeline:
         generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every machine
         noise = torch.randn(shape, generator=generator).to(device)
         self.progress.begin("load")
+        if self.low is not None:
+            self.low.release()
         self._start(self.high)
         self.progress.begin("denoise")
         denoise = self._denoiser(request, conditions)
@@ -244,12 +221,14 @@ class WanPipeline:
             assert self.low is not None
             gone, wanted = (self.high, self.low) if expert == "low" else (self.low, self.high)
             gone.release()
+            self.plan = gone.plan  # leaner than at first, if the device ran out of memory
             self._start(wanted)
 
         return ExpertSwitch(high, low, request.boundary, on_switch=switch)
 
     def _guided(self, model: StreamedWan, conditions: Conditions, scale: float | None) -> Denoiser:
         channels, first_frame = conditions.channels, conditions.first_frame
+        both = None if conditions.uncond is None else torch.cat([conditions.cond, conditions.uncond])
 
         def velocity(latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
             if channels is not None:
@@ -257,6 +236,8 @@ class WanPipeline:
             if first_frame is not None:  # the given frame is clean: timestep 0
                 timestep = timestep[:, None].repeat(1, latent.shape[2])
                 timestep[:, 0] = 0
+            if both is not None and len(text) == 2:
+                text = both  # one tensor for all steps, so that it is embedded once
             return model(latent, timestep, text)
 
         guided = Guidance(velocity, conditions.cond, conditions.uncond, scale or 1.0, self.settings.batched_guidance)
@@ -307,8 +288,6 @@ class WanPipeline:
         if self.settings.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    _pinned_bytes = 0
-
     def _check_files(self) -> None:
         config, files = self.high.config, self.files
         if config.out_channels != self.vae_config.z_dim:
@@ -317,11 +296,30 @@ class WanPipeline:
                 f"{config.out_channels}: use wan_2.1_vae.safetensors for Wan 2.1 and 2.2 A14B, "
                 "wan2.2_vae.safetensors for TI2V 5B"
             )
+        if config.image_dim:
+            raise CheckpointError(
+                f"{files.model}: this model wants CLIP image features, which are made in ComfyUI only: load it there, "
+                "or use a Wan 2.2 image-to-video model here"
+            )
+        text_config, text_checkpoint = open_text_encoder(files.text_encoder)
+        open_tokenizer(text_checkpoint, config.text_tokens)  # its lack would only show after the start
+        text_dim = text_config.dim
+        if text_dim != config.text_dim:
+            raise CheckpointError(
+                f"{files.text_encoder}: makes text of width {text_dim} but {files.model.name} takes "
+                f"{config.text_dim}: choose the text encoder that belongs to the model (umt5-xxl: 4096)"
+            )
         if self.low is not None and self.low.config != config:
             raise CheckpointError(
                 f"{files.model_low}: its dimensions differ from those of {files.model.name}: "
                 "give the high- and the low-noise expert of one model"
             )
+
+    def _load_pictures(self, request: WanRequest) -> list[Tensor | None]:
+        """First and last frame, where given, `[1, 3, 1, H, W]`; ValueError where they do not suit the model."""
+        self._check_images(request)
+        width, height, _ = request.size
+        return [path and load_image(path, width, height) for path in (request.image, request.end_image)]
 
     def _check_images(self, request: WanRequest) -> None:
         takes_image = self.config.in_channels > self.config.out_channels or self.config.model_type == "ti2v"

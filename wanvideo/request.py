@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from .config import WanConfig
 from .vae import VAEConfig
+
+T = TypeVar("T")
 
 # Wan's own sample_neg_prompt (wan/configs/shared_config.py)
 NEGATIVE_PROMPT = (
@@ -61,7 +65,7 @@ def defaults_for(config: WanConfig, experts: bool) -> WanDefaults:
 
 @dataclass(frozen=True)
 class WanRequest:
-    """One video. None means the model's published setting (`defaults_for`).
+    """One video. None means the model's published setting (`completed`).
 
     `image` and `end_image` are picture files, for models that take them. `timesteps` is a distilled model's own
     list, such as (1000, 937.5, 833.3, 625), and replaces `num_steps` and `shift`. `guidance` 1 turns
@@ -84,6 +88,46 @@ class WanRequest:
     timesteps: tuple[float, ...] | None = None
     image: Path | None = None
     end_image: Path | None = None
+
+    def completed(self, known: WanDefaults) -> WanRequest:
+        """The request with the model's published settings where it has None."""
+        low, high = self.guidance, self.guidance_high
+        if high is None:
+            high = known.guidance_high if low is None else low
+        return replace(
+            self,
+            width=_given(self.width, known.size[0]),
+            height=_given(self.height, known.size[1]),
+            num_frames=_given(self.num_frames, known.num_frames),
+            num_steps=_given(self.num_steps, known.num_steps),
+            shift=_given(self.shift, known.shift),
+            guidance=_given(low, known.guidance),
+            guidance_high=high,
+            boundary=_given(self.boundary, known.boundary),
+        )
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Width, height and frames of a completed request."""
+        assert self.width is not None and self.height is not None and self.num_frames is not None
+        return self.width, self.height, self.num_frames
+
+
+def check_request(request: WanRequest) -> None:
+    """ValueError where a value is no use to any model; sizes are `check_size`'s, noise levels the schedule's."""
+    if not request.prompt.strip():
+        raise ValueError("the prompt is empty: say what the video shows, such as 'a red ball moves left'")
+    if not 0 <= request.seed < 2**64:
+        raise ValueError(f"seed is {request.seed}: use a whole number from 0 to {2**64 - 1}")
+    for name, scale in (("guidance", request.guidance), ("guidance_high", request.guidance_high)):
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"{name} is {scale}: use a finite number, such as 5 (1 turns guidance off)")
+    if request.boundary is not None and not 0 < request.boundary < 1:
+        raise ValueError(f"boundary is {request.boundary}: use a sigma between 0 and 1, such as 0.875")
+
+
+def _given(value: T | None, known: T) -> T:
+    return known if value is None else value
 
 
 def check_size(vae: VAEConfig, patch: int, width: int, height: int, num_frames: int) -> None:

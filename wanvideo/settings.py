@@ -14,6 +14,22 @@ from .workspace import Execution
 CPU = torch.device("cpu")
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of this name; ValueError where this machine has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} does not exist: use cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = "no NVIDIA GPU was found" if torch.version.cuda or torch.version.hip else "this PyTorch is a CPU build"
+        raise ValueError(f"device {name!r} cannot be used: {why}; use cpu, or install PyTorch for your GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Device, precision and limits. None means: chosen for the device, or planned.

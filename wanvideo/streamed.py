@@ -14,24 +14,27 @@ from ..memory.disk_blocks import DiskBlocks
 from ..memory.footprint import WAN21_VAE, WAN22_VAE, Limits, ModelFootprint, WorkSize
 from ..memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
 from ..memory.lanes import lanes_for
-from ..memory.layout import Part, layout_blocks
+from ..memory.layout import Part, TensorSource, layout_block
+from ..memory.lender import Lender
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from ..memory.ring import DeviceRing
 from ..memory.streamer import BlockStreamer
+from .blocks import Context
 from .checkpoint import build_wan, open_wan
-from .model import Context
+from .model import Extras, here_already
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
 # What only makes keys and values of the prompt: not needed in a pass once those are cached.
-TEXT_KV = frozenset(
-    f"cross_attn.{layer}.{leaf}"
-    for layer in ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
-    for leaf in ("weight", "bias")
-)
+TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img"))
+# Used once, before the blocks: with them it would have to stay until their tokens are embedded.
+NOT_STREAMED = "before_proj."
+# Needed before the blocks only, so they can share bytes with what comes later.
+LENDABLE = ("text_embedding", "time_embedding", "time_projection", "img_emb")
+MAX_CONTEXTS = 4  # prompts remembered at a time
 
 
 class StreamedWan:
@@ -52,42 +55,52 @@ class StreamedWan:
         self.config, self.checkpoint = open_wan(path)
         self.model = build_wan(self.config, self.checkpoint)
         self.model.execution = settings.execution(self.config)
-        blocks = {f"blocks.{index}": block for index, block in enumerate(self.model.blocks)}
-        names = {name for block in self.model.blocks[:1] for name in block.state_dict()}
-        self.layouts = layout_blocks(self.checkpoint, blocks, TEXT_KV & names)
+        self.weights: TensorSource = self.checkpoint  # or the same tensors with something merged into them
+        self.blocks = list(self.model.ordered_blocks().values())
+        self.layouts = []
+        for prefix, block in self.model.ordered_blocks().items():
+            names = [name for name in block.state_dict() if not name.startswith(NOT_STREAMED)]
+            text_kv = {name for name in names if name.startswith(TEXT_KV)}
+            self.layouts.append(layout_block(self.checkpoint, prefix, names, text_kv))
         self.limits: Limits | None = None
         self.plan: MemoryPlan | None = None
         self.source: HostBlocks | DiskBlocks | None = None
         self.streamer: BlockStreamer | None = None
+        self.lender: Lender | None = None
         self.ring: DeviceRing | None = None
         self._contexts: list[tuple[Tensor, Tensor | None, Context]] = []
         self._registrar = registrar
         if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
             self._registrar = CudaRegistrar(settings.device)
 
-    def footprint(self) -> ModelFootprint:
-        """The model as the planner sees it, from the file's own byte counts."""
-        config, dtype = self.config, self.model.execution.dtype
-        fixed = sum(info.nbytes for name, info in self.checkpoint.tensors.items() if not name.startswith("blocks."))
+    def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
+        """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
+        config, dtype = self.config, dtype or self.model.execution.dtype
+        fixed = {name: self.checkpoint.tensors[name].nbytes for name in self._fixed_names()}
         return ModelFootprint(
             name=self.checkpoint.path.name,
             dim=config.dim,
             ffn_dim=config.ffn_dim,
             num_heads=config.num_heads,
             block_bytes=tuple(layout.nbytes for layout in self.layouts),
-            fixed_bytes=fixed,
+            fixed_bytes=sum(fixed.values()),
+            lendable_bytes=sum(size for name, size in fixed.items() if name.startswith(LENDABLE)),
             text_kv_bytes=min((layout.nbytes - layout.stream_bytes for layout in self.layouts), default=0),
-            scratch_elements=max((block.scratch_elements(dtype) for block in self.model.blocks), default=0),
+            scratch_elements=max((block.scratch_elements(dtype) for block in self.blocks), default=0),
             in_channels=config.in_channels,
             latent_channels=config.out_channels,
             text_tokens=config.text_tokens,
             image_tokens=config.image_pos_tokens or (257 if config.image_dim else 0),
             compute_bytes=dtype.itemsize,
+            control_streams=1 if config.vace_layers else 0,
             vae=WAN22_VAE if config.out_channels == 48 else WAN21_VAE,
         )
 
     def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
         """The plan for this work; PlanError names what would fit where this does not."""
+        if self.settings.device.type == "cpu" and limits.ram_budget_bytes is not None and limits.blocks_to_swap < 0:
+            # RAM is the device: no block is resident for free
+            limits = replace(limits, blocks_to_swap=len(self.layouts))
         self.limits = limits
         return plan_memory(self.footprint(), work, limits)
 
@@ -95,14 +108,17 @@ class StreamedWan:
         """Bring the blocks into host memory (or get ready to read them from disk); again is harmless."""
         if self.source is not None:
             return
-        budget = None
-        if self._registrar is not None:
-            budget = PinnedBudget(self._registrar)
+        budget = self._pinned_budget()
         if plan.from_disk:
-            self.source = DiskBlocks(self.checkpoint, self.layouts, budget, plan.num_staging)
+            self.source = DiskBlocks(self.weights, self.layouts, budget, plan.num_staging)
         else:
             streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
-            self.source = HostBlocks(self.checkpoint, self.layouts, budget, pin=streamed, check=self.between_blocks)
+            self.source = HostBlocks(self.weights, self.layouts, budget, pin=streamed, check=self.between_blocks)
+
+    def _pinned_budget(self) -> PinnedBudget | None:
+        if self._registrar is None or not self.settings.pinned_memory:
+            return None
+        return PinnedBudget(self._registrar, self.limits.pinned_cap_bytes if self.limits else None)
 
     def start(self, plan: MemoryPlan, ring: DeviceRing | None = None) -> None:
         """Put the model on its device as the plan says. `ring` is one shared with another expert of the same layout."""
@@ -111,11 +127,11 @@ class StreamedWan:
         assert self.source is not None
         self.plan = plan
         try:
-            self._load_fixed(self.settings.device)
+            self._load_fixed(plan)
             part = Part.STREAM if plan.cache_text_kv else Part.ALL
             self.ring = ring or self._make_ring(plan)
             self.streamer = BlockStreamer(
-                [self.model.blocks],
+                [self.blocks],
                 self.source,
                 self.settings.device,
                 ring=self.ring,
@@ -133,12 +149,17 @@ class StreamedWan:
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Again is harmless."""
         self.model.stream = iter
+        self.model.lend = here_already
+        lender, self.lender = self.lender, None
+        if lender is not None:
+            lender.release()
         self._contexts.clear()
         streamer, self.streamer, self.ring = self.streamer, None, None
         if streamer is not None:
             streamer.unload()
-        for name, parameter in self._fixed():
-            self._assign(name, torch.empty_like(parameter, device="meta"))
+        for name in self._fixed_names():
+            info = self.checkpoint.tensors[name]
+            self._assign(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
     def release(self) -> None:
         """Give device and host memory back."""
@@ -147,11 +168,18 @@ class StreamedWan:
         if source is not None:
             source.release()
 
-    def __call__(self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        image_tokens: Tensor | None = None,
+        extras: Extras = Extras(),  # noqa: B008 - immutable
+    ) -> Tensor:
         """The velocity (see `WanModel`); when the device runs out of memory the pass is repeated with a leaner plan."""
         while True:
             try:
-                return self.model(latent, timestep, self.context(text, image_tokens))
+                return self.model(latent, timestep, self.context(text, image_tokens), extras=extras)
             except torch.cuda.OutOfMemoryError:
                 leaner = self._leaner_plan()
                 if leaner is None:
@@ -162,10 +190,11 @@ class StreamedWan:
             self.start(leaner)
 
     def context(self, text: Tensor, image_tokens: Tensor | None) -> Context:
-        """The embedded prompt, made once for each tensor that comes; its keys and values too where the plan says so."""
+        """The embedded prompt, made once for equal input; its keys and values too where the plan says so."""
         for known_text, known_image, context in self._contexts:
-            if known_text is text and known_image is image_tokens:
+            if _same(known_text, text) and _same(known_image, image_tokens):
                 return context
+        del self._contexts[: len(self._contexts) + 1 - MAX_CONTEXTS]
         device = self.settings.device
         context = self.model.embed_context(text.to(device), None if image_tokens is None else image_tokens.to(device))
         if self.plan is not None and self.plan.cache_text_kv:
@@ -173,9 +202,30 @@ class StreamedWan:
         self._contexts.append((text, image_tokens, context))
         return context
 
+    def forget_contexts(self) -> None:
+        """Free what was made of prompts."""
+        self._contexts.clear()
+
+    @property
+    def started(self) -> bool:
+        return self.streamer is not None
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of weights, and of the ring for them, on the device; 0 unless started."""
+        if self.plan is None or not self.started:
+            return 0
+        memory = self.plan.denoise
+        return memory.fixed_weights + memory.residents + memory.ring
+
+    @property
+    def host_bytes(self) -> int:
+        return 0 if self.source is None else self.source.host_bytes
+
     @property
     def pinned_bytes(self) -> int:
-        return 0 if self.source is None else self.source.pinned_bytes
+        lent = 0 if self.lender is None else self.lender.pinned_bytes
+        return lent + (0 if self.source is None else self.source.pinned_bytes)
 
     def _cache_keys_values(self, context: Context) -> None:
         """One pass over the blocks with only the weights that this takes; they then stay at home."""
@@ -183,12 +233,12 @@ class StreamedWan:
         sizes = [layout.part_bytes(Part.OPTIONAL) for layout in self.layouts]
         ring = None if self.ring is None else DeviceRing(2 * max(sizes), self.settings.device)
         visitor = BlockStreamer(
-            [self.model.blocks], self.source, self.settings.device, ring=ring, part=Part.OPTIONAL,
+            [self.blocks], self.source, self.settings.device, ring=ring, part=Part.OPTIONAL,
             between_blocks=self.between_blocks,
         )  # fmt: skip
         try:
             visitor.load()
-            context.keys_values = [block.cross_attn.keys_values(context) for block in visitor(self.model.blocks)]
+            context.keys_values = [block.cross_attn.keys_values(context) for block in visitor(self.blocks)]
         finally:
             visitor.unload()
         if self.streamer is not None:  # both read from one source: what was prefetched is asked for again
@@ -213,13 +263,34 @@ class StreamedWan:
             return None  # the blocks run where they lie
         return DeviceRing(plan.ring_bytes, self.settings.device, lanes_for(self.settings.device, self.settings.timed))
 
-    def _fixed(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if not name.startswith("blocks.")]
+    def _fixed_names(self) -> list[str]:
+        """Parameters outside what is streamed."""
+        streamed = {f"{layout.prefix}.{place.name}" for layout in self.layouts for place in layout.places}
+        return [name for name in self.model.state_dict() if name not in streamed]
 
-    def _load_fixed(self, device: torch.device) -> None:
-        for name, _ in self._fixed():
-            self._assign(name, self.checkpoint.read(name).to(device))
+    def _load_fixed(self, plan: MemoryPlan) -> None:
+        device = self.settings.device
+        lent = LENDABLE if plan.lend_fixed and device.type != "cpu" else ()
+        if lent:
+            modules = {name: module for name in LENDABLE if (module := getattr(self.model, name)) is not None}
+            self.lender = Lender(self.weights, modules, device, self._pinned_budget())
+            self.model.lend = self.lender
+        for name in self._fixed_names():
+            if name.startswith(lent):
+                continue
+            info = self.weights.tensors[name]
+            raw = torch.empty(info.nbytes, dtype=torch.uint8)
+            self.weights.read_into(name, raw)
+            self._assign(name, raw.view(info.dtype).view(info.shape).to(device))
 
     def _assign(self, name: str, tensor: Tensor) -> None:
-        module, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor, requires_grad=False))
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two inputs are equal; hosts make a new tensor of the same prompt for every step."""
+    if one is None or other is None or one is other:
+        return one is other
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device and one.equal(other)

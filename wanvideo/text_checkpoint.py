@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..weights.formats import assign_formats
 from ..weights.linear import DenseProjection, Linear, Projection, Scratch
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from .checkpoint import file_kind
 from .text_encoder import TextEncoder, UMT5Config, UMT5Encoder
+from .text_gguf import gguf_names, gguf_spiece, use_packed_table
 from .tokenizer import Tokenizer
 
 TOKENIZER = "spiece_model"  # the tensor that holds a spiece.model
@@ -50,6 +52,8 @@ def load_text_encoder(
 def build_text_encoder(config: UMT5Config, checkpoint: Checkpoint) -> UMT5Encoder:
     """The model on the meta device: every tensor of the stored dtype, scaled layers with their scales."""
     model = UMT5Encoder(config, device="meta")
+    assign_formats(model, checkpoint)
+    use_packed_table(model, checkpoint)
     for name, info in checkpoint.tensors.items():
         if name != TOKENIZER:
             _assign(model, name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
@@ -59,9 +63,10 @@ def build_text_encoder(config: UMT5Config, checkpoint: Checkpoint) -> UMT5Encode
 def open_text_encoder(path: str | Path) -> tuple[UMT5Config, Checkpoint]:
     """Read a text encoder file's header: its dimensions, and its tensors under `UMT5Encoder`'s names.
 
-    Accepts the Hugging Face layout (also ComfyUI's repackaged files, encoder-only files and prefixed ones) and the
-    official Wan layout. The tokenizer, where the file has one, stays in as `spiece_model`, and the scale of a scaled
-    fp8 weight as `<layer>.scale_weight`. Raises CheckpointError, which says what a file for another slot is.
+    Accepts the Hugging Face layout (also ComfyUI's repackaged files, encoder-only files and prefixed ones), the
+    official Wan layout and llama.cpp's in GGUF files. The tokenizer, where the file has it as a tensor, stays in as
+    `spiece_model`, and the scale of a scaled fp8 weight as `<layer>.scale_weight`. Raises CheckpointError, which says
+    what a file for another slot is.
     """
     checkpoint = open_checkpoint(path)
     checkpoint = checkpoint.renamed(model_names(checkpoint))
@@ -104,6 +109,9 @@ def model_names(checkpoint: Checkpoint) -> dict[str, str | None]:
 
     Left out are what the encoder does without and other models packed into the same file.
     """
+    packed = gguf_names(checkpoint.tensors)
+    if packed is not None:
+        return packed
     names: dict[str, str | None] = {}
     prefix, official = _layout(checkpoint)
     for name in checkpoint.tensors:
@@ -212,15 +220,18 @@ def check_tensors(config: UMT5Config, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {name} has shape {list(shape)}; expected one scale, or one per row of {layer}; "
                 f"{ADVICE}"
             )
+    packable = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    packable.add("shared.weight")
     for name, info in weights.items():
-        if info.quant or info.dtype not in STORED_DTYPES:
+        if (info.quant and name not in packable) or (not info.quant and info.dtype not in STORED_DTYPES):
             raise CheckpointError(
                 f"{checkpoint.path}: {name} is stored as {info.quant or info.dtype}; "
                 f"expected one of {', '.join(str(dtype) for dtype in STORED_DTYPES)}; {ADVICE}"
             )
-        if info.shape != expected[name]:
+        shape = info.logical_shape or info.shape
+        if shape != expected[name]:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {list(info.shape)}; expected {list(expected[name])} "
+                f"{checkpoint.path}: {name} has shape {list(shape)}; expected {list(expected[name])} "
                 "beside the file's other tensors; download it again"
             )
 
@@ -275,6 +286,8 @@ def open_tokenizer(
             return Tokenizer.from_file(tokenizer_path, num_tokens)
         if info is not None:
             return Tokenizer.from_bytes(_bytes(checkpoint, info), num_tokens)
+        if checkpoint.path.suffix.lower() == ".gguf" and (spiece := gguf_spiece(checkpoint.path)) is not None:
+            return Tokenizer.from_bytes(spiece, num_tokens)
         for place in _tokenizer_places(checkpoint.path):
             if place.is_file():
                 return Tokenizer.from_file(place, num_tokens)

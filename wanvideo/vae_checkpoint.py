@@ -30,9 +30,7 @@ def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -
     """
     config, checkpoint = open_vae(path)
     vae = WanVAE(config, device="meta", dtype=dtype)
-    wanted = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    check_tensors(checkpoint, config, wanted)
-    weights = {name: checkpoint.read(name).to(device=device, dtype=dtype) for name in wanted}
+    weights = {name: checkpoint.read(name).to(device=device, dtype=dtype) for name in vae.state_dict()}
     vae.load_state_dict(weights, assign=True)
     uses_cudnn = torch.device(device).type == "cuda" and torch.version.hip is None
     return vae.to_channels_last() if uses_cudnn and dtype != torch.float32 else vae
@@ -56,7 +54,10 @@ def open_vae(path: str | Path) -> tuple[VAEConfig, Checkpoint]:
     # What is outside the prefix belongs to another model of a merged file: None drops it.
     names = {name: official[bare[name]] if name in bare else None for name in checkpoint.tensors}
     renamed = checkpoint.renamed(names)
-    return infer_config(renamed), renamed
+    config = infer_config(renamed)
+    model = WanVAE(config, device="meta")
+    check_tensors(renamed, config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    return config, renamed
 
 
 def find_prefix(names: Iterable[str]) -> str | None:

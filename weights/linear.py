@@ -6,21 +6,46 @@ that a weight is unpacked once however many chunks of tokens go through it:
     project = layer.prepare(torch.bfloat16, scratch)
     for rows in chunks:
         project(x[rows], out=y[rows])
+
+Formats that multiply 8-bit numbers quantise their rows first; layers that read the same rows share that
+(`project_together`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
 class Projection(Protocol):
-    """`x [rows, in] -> [rows, out]`, written into `out` where given."""
+    """`x [rows, in] -> [rows, out]`, written into `out` where given: `multiply(quantize(x), out)`."""
+
+    @property
+    def form(self) -> str:
+        """Names what `quantize` makes; "dense" is x itself."""
+        ...
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+    def quantize(self, x: Tensor) -> Any:
+        """The rows as `multiply` takes them; any projection of the same `form` makes the same of them."""
+        ...
+
+    def multiply(self, rows: Any, out: Tensor | None = None) -> Tensor:
+        """The product with rows that a projection of the same `form` quantised."""
+        ...
+
+
+def project_together(projections: Sequence[Projection], x: Tensor, outs: Sequence[Tensor]) -> None:
+    """Write the products of several layers with the same rows; the rows are quantised once per form."""
+    forms: dict[str, Any] = {}
+    for project, out in zip(projections, outs, strict=True):
+        if project.form not in forms:
+            forms[project.form] = project.quantize(x)
+        project.multiply(forms[project.form], out=out)
 
 
 class Scratch:
@@ -50,7 +75,8 @@ class Scratch:
 class WeightFormat(Protocol):
     """How a weight is stored and multiplied. `packed` holds the layer's tensors but `bias`, by name."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def prepare(
         self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
@@ -62,19 +88,31 @@ class WeightFormat(Protocol):
         """The weight `[out, in]` in `dtype`, written into `out` where given."""
         ...
 
+    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        """Elements of scratch that `prepare` takes when it computes in `dtype`."""
+        ...
+
 
 class DenseProjection:
     """`x @ weight.T + bias` with everything in one dtype."""
+
+    form = "dense"
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.multiply(x, out)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return x
+
+    def multiply(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+            return torch.nn.functional.linear(rows, self.weight, self.bias)
         if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+            return torch.mm(rows, self.weight.t(), out=out)
+        return torch.addmm(self.bias, rows, self.weight.t(), out=out)
 
 
 class Plain:

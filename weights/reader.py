@@ -312,11 +312,10 @@ def _model_in_folder(folder: Path) -> Path:
 # --- other types -----------------------------------------------------------------------------------------
 
 
-def _refuse_gguf(path: Path) -> Checkpoint:
-    raise CheckpointError(
-        f"{path}: a GGUF file, which weights/gguf.py reads and this version lacks; "
-        "expected safetensors; choose a .safetensors version of the model"
-    )
+def _open_gguf(path: Path) -> Checkpoint:
+    from .gguf import open_gguf  # there, because it builds on this file
+
+    return open_gguf(path)
 
 
 def _refuse_pickle(path: Path) -> Checkpoint:
@@ -332,7 +331,7 @@ OPENERS: Mapping[str, Callable[[Path], Checkpoint]] = {
     ".safetensors": _open_safetensors,
     ".sft": _open_safetensors,
     ".json": _open_index,
-    ".gguf": _refuse_gguf,
+    ".gguf": _open_gguf,
     ".pth": _refuse_pickle,
     ".pt": _refuse_pickle,
     ".bin": _refuse_pickle,

@@ -1,0 +1,537 @@
+"""The pipeline against a loop written out with diffusers' schedulers, and every way to run it against the others."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from lowvram_video.attention.sdpa import Sdpa
+from lowvram_video.memory.disk_blocks import DiskBlocks
+from lowvram_video.memory.footprint import GIB, Limits, WorkSize
+from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
+from lowvram_video.memory.plan import MemoryPlan
+from lowvram_video.memory.ring import DeviceRing
+from lowvram_video.wanvideo.checkpoint import load_wan
+from lowvram_video.wanvideo.pipeline import Conditions, WanFiles, WanPipeline
+from lowvram_video.wanvideo.request import WanRequest
+from lowvram_video.wanvideo.settings import RunSettings
+from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.wanvideo.text_checkpoint import load_text_encoder
+from lowvram_video.wanvideo.vae import WanVAE
+from lowvram_video.wanvideo.vae_checkpoint import load_vae
+from PIL import Image
+from torch import Tensor
+
+from .tiny import save_files, save_wan
+
+CPU = torch.device("cpu")
+UNLIMITED = 1 << 60
+REQUEST = WanRequest(
+    "a red ball moves left", "two cats", width=48, height=32, num_frames=9, seed=3, num_steps=4, shift=3.0, guidance=4.0
+)
+
+
+class Recording(WanPipeline):
+    """Keeps what went into the decoder: frames are too coarse for a comparison."""
+
+    latent: Tensor
+
+    def _denoise(self, request: WanRequest, conditions: Conditions, sigmas: Tensor) -> Tensor:
+        self.latent = super()._denoise(request, conditions, sigmas).clone()
+        return self.latent
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
+    folder = tmp_path_factory.mktemp("t2v")
+    files = save_files(folder, experts=True)
+    return replace(files, model=save_wan(folder / "wan.safetensors", num_layers=6), model_low=None)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
+    return save_files(tmp_path_factory.mktemp("experts"), experts=True)
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
+    return save_files(tmp_path_factory.mktemp("i2v"), "i2v")
+
+
+@pytest.fixture(scope="module")
+def ti2v(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
+    return save_files(tmp_path_factory.mktemp("ti2v"), "ti2v")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two pictures that need no resizing at 48x32 (and are resized at 64x64)."""
+    random = np.random.default_rng(5)
+    paths = [tmp_path_factory.mktemp("pictures") / f"{name}.png" for name in ("first", "last")]
+    for path in paths:
+        Image.fromarray(random.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def run(pipeline: WanPipeline, request: WanRequest = REQUEST) -> Tensor:
+    return torch.cat(list(pipeline.generate(request)))
+
+
+def latent_of(files: WanFiles, request: WanRequest = REQUEST, settings: RunSettings = RunSettings()) -> Tensor:  # noqa: B008
+    pipeline = Recording(files, settings)
+    run(pipeline, request)
+    return pipeline.latent
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+class Reference:
+    """Wan by hand: every model resident, classifier-free guidance on the velocity, a scheduler of diffusers."""
+
+    def __init__(self, files: WanFiles, request: WanRequest) -> None:
+        self.files, self.request = files, request
+        encoder = load_text_encoder(files.text_encoder)
+        self.texts = [encoder.encode([prompt]) for prompt in (request.prompt, request.negative_prompt)]
+        self.vae: WanVAE = load_vae(files.vae, torch.float32, CPU)
+        assert request.width and request.height and request.num_frames
+        stride = self.vae.config.spatial_stride
+        size = (request.num_frames - 1) // 4 + 1, request.height // stride, request.width // stride
+        noise = torch.Generator().manual_seed(request.seed)
+        self.noise = torch.randn(1, self.vae.config.z_dim, *size, generator=noise)
+
+    def scheduler(self):
+        """The scheduler of the request, on the levels 1, 1 - 1/n ... shifted as in the paper."""
+        steps, shift = self.request.num_steps, self.request.shift
+        assert steps and shift
+        levels = [(steps - index) / steps for index in range(steps)]
+        levels = [shift * level / (1 + (shift - 1) * level) for level in levels]
+        if self.request.sampler == "euler":
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+            scheduler.set_timesteps(sigmas=levels)
+        else:
+            scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+            scheduler.set_timesteps(steps)
+            # its own set_timesteps keeps this far from 1, where the log signal-to-noise ratio is infinite
+            scheduler.sigmas = torch.tensor([1 - 1e-6, *levels[1:], 0.0])
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    @torch.inference_mode()
+    def latent(self, channels: Tensor | None = None, first_frame: Tensor | None = None) -> Tensor:
+        model = load_wan(self.files.model)
+        low = load_wan(self.files.model_low) if self.files.model_low else model
+        request, scheduler, x = self.request, self.scheduler(), self.noise
+        held = 0 if first_frame is None else 1
+        for index, step in enumerate(scheduler.timesteps):
+            sigma = float(scheduler.sigmas[index])
+            is_low = self.files.model_low is not None and sigma < request.boundary
+            expert, scale = (low, request.guidance) if is_low else (model, request.guidance_high or request.guidance)
+            timestep = torch.full((1,), 1000 * sigma)
+            if first_frame is not None:
+                x[:, :, :1] = first_frame
+                timestep = torch.full((1, x.shape[2]), 1000 * sigma)
+                timestep[:, 0] = 0
+            shown = x if channels is None else torch.cat([x, channels], dim=1)
+            cond, uncond = (expert(shown, timestep, text) for text in self.texts)
+            velocity = uncond + scale * (cond - uncond)
+            moved = scheduler.step(velocity, step, x, return_dict=False)[0]
+            x = torch.cat([x[:, :, :held], moved[:, :, held:]], dim=2)
+        return x
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_text_to_video_equals_the_loop_by_hand(t2v: WanFiles, sampler: str) -> None:
+    request = replace(REQUEST, sampler=sampler)
+    pipeline = Recording(t2v)
+    frames = run(pipeline, request)
+    reference = Reference(t2v, request)
+    expected = reference.latent()
+    error = relative_error(pipeline.latent, expected)
+    print(f"T2V, {sampler}: max relative error {error:.2e}")
+    assert error <= 1e-4
+    video = torch.cat(list(reference.vae.decode(expected)), dim=2)
+    wanted = (video[0].permute(1, 2, 3, 0) + 1).mul(127.5).clamp(0, 255)
+    assert frames.shape == (9, 32, 48, 3) and frames.dtype == torch.uint8
+    assert float((frames.float() - wanted).abs().max()) <= 0.6  # half a level for rounding
+
+
+def test_prompt_and_seed_decide_what_is_made(t2v: WanFiles) -> None:
+    pipeline = WanPipeline(t2v)
+    frames = run(pipeline)
+    assert torch.equal(run(pipeline), frames)
+    assert torch.equal(run(WanPipeline(t2v)), frames)
+    assert not torch.equal(run(pipeline, replace(REQUEST, seed=4)), frames)
+    assert not torch.equal(run(pipeline, replace(REQUEST, prompt="a blue square")), frames)
+    assert not torch.equal(run(pipeline, replace(REQUEST, negative_prompt="")), frames)
+
+
+def test_one_seed_gives_one_video_where_the_sampler_adds_noise(t2v: WanFiles) -> None:
+    request = replace(REQUEST, sampler="lcm", guidance=1.0, timesteps=(1000.0, 937.5, 833.3, 625.0))
+    assert torch.equal(run(WanPipeline(t2v), request), run(WanPipeline(t2v), request))
+
+
+def test_batched_guidance_equals_guidance_in_turn(t2v: WanFiles) -> None:
+    pipeline = Recording(t2v, RunSettings(batched_guidance=True))
+    contexts: list[int] = []
+    pipeline.high.model.register_forward_hook(lambda *_: contexts.append(len(pipeline.high._contexts)))
+    run(pipeline)
+    error = relative_error(pipeline.latent, latent_of(t2v))
+    print(f"guidance in one batch: max relative error {error:.2e}")
+    assert error <= 1e-5
+    assert contexts == [1, 1, 1, 1]  # one pass per step, and the prompts are embedded once
+
+
+def test_no_guidance_makes_one_pass_per_step(t2v: WanFiles) -> None:
+    pipeline = WanPipeline(t2v)
+    calls: list[int] = []
+    pipeline.high.model.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    run(pipeline, replace(REQUEST, guidance=1.0))
+    assert calls == [1, 1, 1, 1]
+
+
+# --- pictures --------------------------------------------------------------------------------------------
+
+
+def pixels(path: Path) -> Tensor:
+    picture = torch.from_numpy(np.asarray(Image.open(path), dtype=np.float32))
+    return (picture / 127.5 - 1).permute(2, 0, 1)[None, :, None]
+
+
+@pytest.mark.parametrize("given", ["image", "end_image", "both"])
+def test_image_to_video_equals_the_loop_by_hand(i2v: WanFiles, pictures: list[Path], given: str) -> None:
+    request = replace(
+        REQUEST,
+        image=None if given == "end_image" else pictures[0],
+        end_image=None if given == "image" else pictures[1],
+    )
+    reference = Reference(i2v, request)
+    video, mask = torch.zeros(1, 3, 9, 32, 48), torch.zeros(1, 4, 3, 4, 6)
+    if request.image:
+        video[:, :, :1], mask[:, :, 0] = pixels(request.image), 1
+    if request.end_image:
+        video[:, :, -1:], mask[:, 3, -1] = pixels(request.end_image), 1
+    with torch.inference_mode():
+        channels = torch.cat([mask, reference.vae.encode(video)], dim=1)
+    error = relative_error(latent_of(i2v, request), reference.latent(channels))
+    print(f"I2V with {given}: max relative error {error:.2e}")
+    assert error <= 1e-4
+
+
+def test_the_given_frame_of_ti2v_is_held(ti2v: WanFiles, pictures: list[Path]) -> None:
+    request = replace(REQUEST, width=96, height=64, image=pictures[0], sampler="euler")
+    latent = latent_of(ti2v, request)
+    reference = Reference(ti2v, request)
+    picture = Image.open(pictures[0]).resize((96, 64), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None, :, None]
+    with torch.inference_mode():
+        first = reference.vae.encode(pixels)
+    assert torch.equal(latent[:, :, :1], first)
+    error = relative_error(latent, reference.latent(first_frame=first))
+    print(f"TI2V with a picture: max relative error {error:.2e}")
+    assert error <= 1e-4
+
+
+def test_ti2v_makes_a_video_of_words_too(ti2v: WanFiles) -> None:
+    request = replace(REQUEST, width=96, height=64)
+    error = relative_error(latent_of(ti2v, request), Reference(ti2v, request).latent())
+    print(f"TI2V without a picture: max relative error {error:.2e}")
+    assert error <= 1e-4
+
+
+# --- two experts -----------------------------------------------------------------------------------------
+
+
+def test_each_expert_takes_its_noise_levels_and_one_is_in_memory(experts: WanFiles) -> None:
+    request = replace(REQUEST, num_steps=6, shift=12.0, guidance_high=5.0, boundary=0.9)
+    pipeline = Recording(experts)
+    assert pipeline.low is not None
+    calls: list[tuple[str, float, bool]] = []
+    for name, model, other in (("high", pipeline.high, pipeline.low), ("low", pipeline.low, pipeline.high)):
+
+        def note(module, args, out, name=name, other=other) -> None:  # type: ignore[no-untyped-def]
+            calls.append((name, float(args[1]), other.source is not None or other.streamer is not None))
+
+        model.model.register_forward_hook(note)
+    run(pipeline, request)
+    assert [name for name, _, _ in calls] == ["high"] * 8 + ["low"] * 4
+    assert all((name == "high") == (timestep >= 900) for name, timestep, _ in calls)
+    assert not any(other_held for _, _, other_held in calls)
+    error = relative_error(pipeline.latent, Reference(experts, request).latent())
+    print(f"two experts: max relative error {error:.2e}")
+    assert error <= 1e-4
+
+
+def test_experts_that_stay_loaded_take_turns_in_memory(experts: WanFiles) -> None:
+    request = replace(REQUEST, shift=12.0, boundary=0.9)
+    pipeline = Recording(experts, RunSettings(keep_loaded=True))
+    assert pipeline.low is not None
+    held: list[int] = []
+    for model in (pipeline.high, pipeline.low):
+        model.model.register_forward_hook(
+            lambda *_: held.append(sum(m is not None and m.source is not None for m in (pipeline.high, pipeline.low)))
+        )
+    frames = run(pipeline, request)
+    assert torch.equal(run(pipeline, request), frames)
+    assert set(held) == {1}
+
+
+# --- where the weights are -------------------------------------------------------------------------------
+
+
+def test_a_small_ram_budget_streams_from_disk_to_the_same_bits(t2v: WanFiles) -> None:
+    resident = latent_of(t2v)
+    pipeline = Recording(t2v, RunSettings(ram_budget_gib=(RAM_MARGIN_BYTES + 3 * 2**20) / GIB))
+    streams: list[tuple[bool, bool]] = []
+    high = pipeline.high
+    high.model.register_forward_hook(
+        lambda *_: streams.append((isinstance(high.source, DiskBlocks), high.ring is not None))
+    )
+    run(pipeline)
+    assert pipeline.plan is not None and pipeline.plan.from_disk
+    assert set(streams) == {(True, True)}
+    assert torch.equal(pipeline.latent, resident)
+
+
+def test_a_large_ram_budget_changes_nothing(t2v: WanFiles) -> None:
+    pipeline = Recording(t2v, RunSettings(ram_budget_gib=64.0))
+    run(pipeline)
+    assert pipeline.plan is not None and not pipeline.plan.from_disk
+    assert torch.equal(pipeline.latent, latent_of(t2v))
+
+
+def test_blocks_to_swap_by_hand(t2v: WanFiles) -> None:
+    pipeline = Recording(t2v, RunSettings(blocks_to_swap=4))
+    run(pipeline)
+    assert pipeline.plan is not None and pipeline.plan.num_streamed == 4
+    assert torch.equal(pipeline.latent, latent_of(t2v))
+    with pytest.raises(ValueError, match=r"blocks_to_swap is 7, but wan.safetensors has 6 blocks: use -1"):
+        run(WanPipeline(t2v, RunSettings(blocks_to_swap=7)))
+
+
+def inputs(config_in: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(1, config_in, 2, 4, 6, generator=generator)
+    return latent, torch.tensor([700.0]), torch.randn(1, 512, 32, generator=generator)
+
+
+def velocity_of(path: Path, *, swap: int, disk: bool = False, cached: bool = False, image: bool = False) -> Tensor:
+    """A velocity with `swap` blocks streamed through a ring on the CPU."""
+    model = StreamedWan(path, RunSettings())
+    ram = RAM_MARGIN_BYTES + 3 * 2**20 if disk else None
+    plan = model.make_plan(WorkSize(5, 32, 48), Limits(UNLIMITED, ram_budget_bytes=ram, blocks_to_swap=swap))
+    plan = replace(plan, cache_text_kv=cached)
+    latent, timestep, text = inputs(model.config.in_channels)
+    tokens = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(2)) if image else None
+    with torch.inference_mode():
+        model.start(plan, DeviceRing(plan.ring_bytes, CPU) if swap else None)
+        first = model(latent, timestep, text, tokens)
+        second = model(latent, timestep, text, tokens)
+    assert isinstance(model.source, DiskBlocks) == disk
+    assert torch.equal(first, second)
+    assert len(model._contexts) == 1
+    assert (model._contexts[0][2].keys_values is not None) == cached
+    model.release()
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+    return first
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["text by block", "text cached"])
+@pytest.mark.parametrize(("swap", "disk"), [(0, False), (3, False), (6, False), (6, True)])
+def test_every_placement_of_the_blocks_gives_the_same_bits(t2v: WanFiles, swap: int, disk: bool, cached: bool) -> None:
+    with torch.inference_mode():
+        expected = load_wan(t2v.model)(*inputs())
+    assert torch.equal(velocity_of(t2v.model, swap=swap, disk=disk, cached=cached), expected)
+
+
+def test_cached_keys_and_values_of_pictures(tmp_path: Path) -> None:
+    path = save_wan(tmp_path / "wan.safetensors", "i2v clip", num_layers=4)
+    plain = velocity_of(path, swap=2, image=True)
+    assert torch.equal(velocity_of(path, swap=2, cached=True, image=True), plain)
+    assert not torch.equal(velocity_of(path, swap=2, image=False), plain)
+
+
+# --- running out of memory -------------------------------------------------------------------------------
+
+
+class Scarce:
+    """Attention that runs out of device memory at the given calls."""
+
+    name, exact = "scarce", True
+
+    def __init__(self, failing: range) -> None:
+        self.inner, self.failing, self.calls = Sdpa(CPU), failing, 0
+
+    def refuse(self, spec: object) -> None:
+        return None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        if self.calls - 1 in self.failing:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.inner.attend(q, k, v, mask)
+
+
+class Ringed(StreamedWan):
+    """Streams on the CPU too, as it would on a GPU."""
+
+    def _make_ring(self, plan: MemoryPlan) -> DeviceRing:
+        return DeviceRing(plan.ring_bytes, CPU)
+
+
+def scarce_model(path: Path, failing: range) -> tuple[StreamedWan, Scarce, MemoryPlan]:
+    """A model that believes to be making a large video, so that there are leaner plans."""
+    model = Ringed(path, RunSettings())
+    scarce = Scarce(failing)
+    model.model.execution = replace(model.model.execution, attention=scarce)
+    return model, scarce, model.make_plan(WorkSize(401, 720, 1280), Limits(UNLIMITED))
+
+
+def test_a_pass_that_runs_out_of_memory_is_repeated_with_a_leaner_plan(
+    t2v: WanFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.inference_mode():
+        expected = load_wan(t2v.model)(*inputs())
+        model, scarce, plan = scarce_model(t2v.model, range(5, 6))
+        model.start(plan)
+        with caplog.at_level(logging.INFO):
+            velocity = model(*inputs())
+    assert model.plan is not None and model.ring is not None
+    assert model.plan.predicted_denoise_bytes < plan.predicted_denoise_bytes
+    assert plan.num_streamed == 0 < model.plan.num_streamed and model.ring.nbytes > 0
+    error = relative_error(velocity, expected)
+    print(f"after a retry: max relative error {error:.2e}")
+    assert error <= 1e-5
+    messages = [record.message for record in caplog.records if "out of VRAM" in record.message]
+    assert len(messages) == 1
+    assert "the pass is repeated" in messages[0]
+    with torch.inference_mode():
+        assert torch.equal(model(*inputs()), velocity)
+    assert scarce.calls == 6 + 2 * 12  # the failed pass stopped at once
+    model.release()
+
+
+def test_memory_that_never_suffices_ends_in_the_error(t2v: WanFiles) -> None:
+    model, scarce, plan = scarce_model(t2v.model, range(10**9))
+    model.start(plan)
+    with torch.inference_mode(), pytest.raises(torch.cuda.OutOfMemoryError):
+        model(*inputs())
+    assert 1 < scarce.calls < 100
+    model.release()
+    assert model.source is None
+
+
+# --- ends of a run ---------------------------------------------------------------------------------------
+
+
+class Interrupting:
+    """Progress that raises at one point of a run."""
+
+    def __init__(self, phase: str, error: type[BaseException] | None = None) -> None:
+        self.phase, self.error, self.titles = phase, error, list[str]()
+
+    def begin(self, title: str) -> None:
+        self.titles.append(title)
+
+    def update(self, done: int, total: int) -> None:
+        if self.error is not None and self.titles[-1] == self.phase:
+            error, self.error = self.error, None
+            raise error("now")
+
+    def end(self) -> None:
+        return
+
+
+def assert_released(pipeline: WanPipeline) -> None:
+    assert pipeline.high.source is None and pipeline.high.streamer is None and pipeline.high.ring is None
+    assert all(parameter.is_meta for parameter in pipeline.high.model.parameters())
+    assert not pipeline.high._contexts
+    assert pipeline._vae is None and pipeline._text_encoder is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("phase", ["denoise", "decode"])
+def test_an_exception_leaves_the_pipeline_usable(t2v: WanFiles, phase: str, error: type[BaseException]) -> None:
+    pipeline = WanPipeline(t2v, progress=Interrupting(phase, error))
+    with pytest.raises(error, match="now"):
+        run(pipeline)
+    assert_released(pipeline)
+    assert torch.equal(run(pipeline), run(WanPipeline(t2v)))
+    assert_released(pipeline)
+
+
+def test_closing_the_generator_leaves_the_pipeline_usable(t2v: WanFiles) -> None:
+    pipeline = WanPipeline(t2v)
+    frames: Iterator[Tensor] = pipeline.generate(REQUEST)
+    first = next(frames)
+    frames.close()  # type: ignore[attr-defined]
+    assert_released(pipeline)
+    assert torch.equal(run(pipeline)[: len(first)], first)
+
+
+def test_frames_come_as_they_are_decoded(t2v: WanFiles) -> None:
+    assert [len(frames) for frames in WanPipeline(t2v).generate(REQUEST)] == [1, 4, 4]
+
+
+def test_kept_models_give_the_same_and_stay_off_the_device(t2v: WanFiles) -> None:
+    pipeline = WanPipeline(t2v, RunSettings(keep_loaded=True))
+    frames = run(pipeline)
+    assert pipeline.high.source is not None and pipeline.high.streamer is None
+    source = pipeline.high.source
+    assert torch.equal(run(pipeline), frames)
+    assert pipeline.high.source is source
+
+
+def test_the_report_has_the_three_phases(t2v: WanFiles) -> None:
+    progress = Interrupting("")
+    pipeline = WanPipeline(t2v, progress=progress)
+    run(pipeline)
+    report = pipeline.report()
+    assert [phase.name for phase in report.phases] == ["encode", "denoise", "decode"]
+    assert all(phase.seconds > 0 and phase.rss_peak_bytes > 0 for phase in report.phases)
+    assert progress.titles == ["encode", "load", "denoise", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": " \n"}, "the prompt is empty"),
+        ({"width": 50}, "50x32 cannot be made: this model needs sides that are multiples of 16; use 48x32"),
+        ({"height": 0}, "48x0 cannot be made"),
+        ({"num_frames": 8}, "8 frames cannot be made: Wan makes 4n [+] 1 frames; use 5 or 9"),
+        ({"num_frames": 0}, "0 frames cannot be made: .*; use 1 or 5"),
+        ({"num_frames": -4}, "-4 frames cannot be made: .*; use 1 or 5"),
+        ({"num_steps": 0}, "num_steps is 0; at least 1"),
+        ({"shift": -1.0}, "shift is -1.0"),
+        ({"guidance": float("nan")}, "guidance is nan: use a finite number"),
+        ({"boundary": 1.5}, "boundary is 1.5: use a sigma between 0 and 1"),
+        ({"seed": -1}, "seed is -1: use a whole number from 0"),
+        ({"sampler": "magic"}, "Sampler 'magic' does not exist; choose one of euler"),
+        ({"spacing": "magic"}, "spacing is 'magic'; expected one of uniform"),
+        ({"timesteps": (0.5, 0.25)}, "look like sigmas"),
+        (
+            {"image": Path("cat.png")},
+            "is a text-to-video model and takes no picture: leave out cat.png",
+        ),
+    ],
+)
+def test_a_bad_request_is_refused_before_anything_is_loaded(t2v: WanFiles, change: dict, message: str) -> None:
+    progress = Interrupting("")
+    with pytest.raises(ValueError, match=message):
+        run(WanPipeline(t2v, progress=progress), replace(REQUEST, **change))
+    assert progress.titles == []
+
+
+def test_pictures_that_do_not_suit_the_model(i2v: WanFiles, ti2v: WanFiles, pictures: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r"wan_i2v.safetensors makes a video of a picture: give --image"):
+        run(WanPipeline(i2v))
+    with pytest.raises(ValueError, match=r"gone.png: there is no such picture"):
+        run(WanPipeline(i2v), replace(REQUEST, image=Path("gone.png")))
+    with pytest.raises(ValueError, match=r"takes a first frame only: leave out .*last.png"):
+        run(WanPipeline(ti2v), replace(REQUEST, width=64, end_image=pictures[1]))

@@ -1,0 +1,61 @@
+"""Camera movement as an input: the Pluecker rays of every pixel become tokens that are added to the video's.
+
+Source: aigc-apps/VideoX-Fun (`wan_camera_adapter.py`); parameter names are theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import WanConfig
+from .embeddings import parameter
+
+PIXELS = 8  # per latent position, each way
+
+
+class CameraAdapter(nn.Module):
+    """Rays `[B, 24, T, 8 h, 8 w]` (6 numbers of 4 frames) to tokens `[B * tokens, dim]`."""
+
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.conv = Conv2d(config.camera_channels * PIXELS**2, config.dim, config.patch_size[1], **factory)
+        self.residual_blocks = nn.Sequential(ResidualBlock(config.dim, **factory))
+
+    def forward(self, rays: Tensor, dtype: torch.dtype) -> Tensor:
+        frames = rearrange(rays.to(dtype), "b c t h w -> (b t) c h w")
+        features = self.conv(F.pixel_unshuffle(frames, PIXELS), stride=self.conv.weight.shape[-1])
+        features = self.residual_blocks(features)
+        return rearrange(features, "(b t) c h w -> (b t h w) c", b=rays.shape[0])
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.conv1 = Conv2d(dim, dim, 3, device=device, dtype=dtype)
+        self.conv2 = Conv2d(dim, dim, 3, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu_(self.conv1(x, padding=1)), padding=1)
+
+
+class Conv2d(nn.Module):
+    """A convolution whose weights take the dtype of what they are applied to."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = parameter(out_channels, in_channels, kernel, kernel, device=device, dtype=dtype)
+        self.bias = parameter(out_channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), stride, padding)

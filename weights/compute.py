@@ -1,0 +1,125 @@
+"""How quantised layers multiply on a device: unpacked, in fp8, or in int8."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .fp8 import Fp8Dequantized, Fp8Matmul
+from .gemms import cuda_seconds, int8_refusal, select_fp8_gemm, select_int8_gemm
+from .int8 import Int8Dequantized, Int8Matmul
+from .kitchen import KitchenInt8, kitchen_int8_available
+from .linear import PLAIN, Linear, Plain, WeightFormat
+from .rows import RowOps, select_row_ops
+
+logger = logging.getLogger(__name__)
+
+# "fp8", "fp8_fast" and "int8" also say what 16-bit files are quantised to as they are read: see quantize.py.
+QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8")
+
+
+def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: str, device: torch.device) -> None:
+    """Set how each linear layer of a model multiplies on `device`; called again, it chooses again.
+
+    Only layers of the blocks, which see thousands of rows, multiply in 8 bits: int8 weights wherever the device can,
+    fp8 weights with "fp8_fast" unless their file asks for full precision. ValueError where an explicit choice cannot
+    run.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+    ops = select_row_ops(device)
+    for layer in _linears([model]):
+        layer.format = _unpacked(layer.format, ops)
+    layers = list(_linears(blocks))
+    _use_int8(layers, quantization, device, ops)
+    if quantization == "fp8_fast":
+        _use_fp8(layers, device, ops)
+
+
+def _linears(modules: Sequence[nn.Module]) -> Iterator[Linear]:
+    for module in modules:
+        yield from (layer for layer in module.modules() if isinstance(layer, Linear))
+
+
+def _unpacked(form: WeightFormat, ops: RowOps) -> WeightFormat:
+    """The same stored form, multiplied in the compute dtype."""
+    if isinstance(form, Fp8Matmul):
+        return PLAIN if form.unscaled else Fp8Dequantized(ops=ops)
+    if isinstance(form, Int8Matmul | KitchenInt8):
+        return Int8Dequantized(form.rotation, ops)
+    if isinstance(form, Fp8Dequantized | Int8Dequantized):
+        return replace(form, ops=ops)
+    return form
+
+
+def _use_fp8(layers: Sequence[Linear], device: torch.device, ops: RowOps) -> None:
+    product = Fp8Matmul(select_fp8_gemm(device, ops), ops)
+    chosen = 0
+    for layer in layers:
+        form = layer.format
+        asks_otherwise = isinstance(form, Fp8Dequantized) and form.full_precision
+        if isinstance(form, Fp8Dequantized | Plain) and not asks_otherwise and product.suits(layer.packed()):
+            layer.format = replace(product, unscaled=isinstance(form, Plain))
+            chosen += 1
+    if not chosen:
+        stored = ", ".join(sorted({f"{layer.format.name} {layer.weight.dtype}" for layer in layers}))
+        raise ValueError(
+            f"quantization is fp8_fast, but no layer of this model can be multiplied in fp8 (stored as: {stored}); "
+            "expected float8_e4m3fn weights whose file does not ask for full precision; choose quantization none"
+        )
+    logger.info("%d of %d layers are multiplied in fp8 (%s).", chosen, len(layers), product.gemm.name)
+
+
+def _use_int8(layers: Sequence[Linear], quantization: str, device: torch.device, ops: RowOps) -> None:
+    stored = [layer for layer in layers if isinstance(layer.format, Int8Dequantized)]
+    if not stored:
+        return
+    refusal = int8_refusal(device)
+    if refusal is not None:
+        if quantization == "int8":
+            raise ValueError(f"quantization is int8, which cannot run here: {refusal}; choose fp8 or none")
+        logger.info("int8 weights are unpacked, not multiplied as such: %s.", refusal)
+        return
+    product = Int8Matmul(0, select_int8_gemm(device, ops), ops)
+    for rotation in sorted({layer.format.rotation for layer in stored if isinstance(layer.format, Int8Dequantized)}):
+        form = _faster(replace(product, rotation=rotation), device)
+        for layer in stored:
+            rotated = isinstance(layer.format, Int8Dequantized) and layer.format.rotation == rotation
+            if rotated and form.suits(layer.packed()):
+                layer.format = form
+        logger.info("int8 layers are multiplied as such: %s.", form.name)
+
+
+def _faster(product: Int8Matmul, device: torch.device) -> Int8Matmul | KitchenInt8:
+    """Ours or comfy-kitchen's, by the time of a whole layer."""
+    kitchen = KitchenInt8(product.rotation)
+    if device.type != "cuda" or not kitchen_int8_available():
+        return product
+    try:
+        return kitchen if layer_seconds(kitchen, device) < layer_seconds(product, device) else product
+    except (RuntimeError, TypeError, ValueError, OSError) as problem:
+        logger.info("comfy-kitchen's int8 product is not used: %s", problem)
+        return product
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Of a product: token rows, input and output features."""
+
+    rows: int = 4096
+    inputs: int = 5120
+    outputs: int = 5120
+
+
+def layer_seconds(form: WeightFormat, device: torch.device, size: LayerSize = LayerSize()) -> float:  # noqa: B008 - immutable
+    """Median time on the GPU of one layer of int8 weights, activations quantised included."""
+    x = torch.randn(size.rows, size.inputs, device=device, dtype=torch.bfloat16)
+    weight = torch.randint(-127, 128, (size.outputs, size.inputs), device=device, dtype=torch.int8)
+    packed = {"weight": weight, "weight_scale": torch.rand(size.outputs, 1, device=device) * 1e-3}
+    out = torch.empty(size.rows, size.outputs, device=device, dtype=torch.bfloat16)
+    project = form.prepare(packed, torch.zeros_like(out[0]), torch.bfloat16, None)
+    return cuda_seconds(lambda: project(x, out=out), device)

@@ -1,0 +1,84 @@
+"""Unpacking GGUF bytes as one operator that torch.compile leaves alone: Triton on a GPU, else the torch reference."""
+
+# No `from __future__ import annotations`: torch.library reads the annotations themselves.
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from ..gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHUNK_ELEMENTS = 1 << 22  # the reference makes about ten temporaries of this many
+PROBE_BLOCKS = 300
+
+
+@torch.library.custom_op("lowvram_video::dequantize_gguf", mutates_args=("out",))
+def dequantize_packed(packed: Tensor, out: Tensor, quant: str) -> None:
+    """Unpack bytes (uint8, contiguous) of the GGUF type `quant` into `out`, a contiguous float tensor of their size.
+
+    Raises ValueError where the two do not fit together.
+    """
+    block = BLOCK_TYPES[quant]
+    if packed.dtype != torch.uint8 or out.dtype not in DTYPES or packed.device != out.device:
+        raise ValueError(
+            f"{quant} bytes are {packed.dtype} on {packed.device} and go to {out.dtype} on {out.device}; expected "
+            "uint8 to float32, float16 or bfloat16 on one device"
+        )
+    if not packed.is_contiguous() or not out.is_contiguous():
+        raise ValueError(f"{quant}: packed bytes and output must be contiguous")
+    if packed.numel() % block.nbytes or packed.numel() // block.nbytes * block.elements != out.numel():
+        raise ValueError(
+            f"{packed.numel()} bytes of {quant} ({block.nbytes} per {block.elements} elements) do not fill "
+            f"an output of shape {list(out.shape)}"
+        )
+    if out.numel() == 0:
+        return
+    if packed.is_cuda and packed.data_ptr() % 4 == 0 and triton_agrees(quant, packed.device):
+        _run_triton(packed, out, quant)
+    else:
+        dequantize_in_chunks(packed, out, quant)
+
+
+@dequantize_packed.register_fake
+def _(packed: Tensor, out: Tensor, quant: str) -> None:
+    return None
+
+
+def dequantize_in_chunks(packed: Tensor, out: Tensor, quant: str) -> None:
+    """The reference, a few million elements at a time so that its fp32 temporaries stay small."""
+    block = BLOCK_TYPES[quant]
+    blocks, values = packed.view(-1, block.nbytes), out.view(-1, block.elements)
+    step = CHUNK_ELEMENTS // block.elements
+    for first in range(0, blocks.shape[0], step):
+        part = blocks[first : first + step]
+        values[first : first + step] = dequantize_reference(part, quant, (part.shape[0], block.elements))
+
+
+@functools.cache
+def triton_agrees(quant: str, device: torch.device) -> bool:
+    """Whether the Triton kernel of this type works on this GPU; tried once, and logged once where it does not."""
+    block, generator = BLOCK_TYPES[quant], torch.Generator().manual_seed(0)
+    packed = random_blocks(quant, PROBE_BLOCKS, generator).to(device)
+    want = dequantize_reference(packed, quant, (PROBE_BLOCKS, block.elements))
+    got = torch.full_like(want, torch.nan)
+    try:
+        _run_triton(packed, got, quant)
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as problem:
+        # A broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU.
+        logger.warning("Triton cannot unpack %s here (%s): the slower torch path is used.", quant, problem)
+        return False
+    if not torch.equal(got, want):
+        logger.warning("Triton disagrees with torch about %s on this GPU: the slower torch path is used.", quant)
+        return False
+    return True
+
+
+def _run_triton(packed: Tensor, out: Tensor, quant: str) -> None:
+    from .gguf_launch import dequantize_triton
+
+    with torch.cuda.device_of(out):
+        dequantize_triton(packed, quant, out)

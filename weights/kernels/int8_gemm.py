@@ -1,0 +1,90 @@
+"""An int8 matrix product that scales its sums before it writes them: no int32 result goes through memory.
+
+Source of the scheme (tiles, groups of rows that share the cache): the matrix multiplication tutorial of Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rows import QuantizedRows
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one program's part, and how the GPU runs it."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+# Which is fastest depends on the GPU's generation; the big ones do not fit into the shared memory of every one.
+TILES = (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3))
+
+
+@dataclass(frozen=True)
+class Int8Triton:
+    """See `gemms.Gemm`."""
+
+    tile: Tile = TILES[2]
+
+    @property
+    def name(self) -> str:
+        return f"int8 Triton {self.tile.m}x{self.tile.n}x{self.tile.k}"
+
+    def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        (m, k), n, tile = rows.values.shape, weight.shape[0], self.tile
+        assert weight.is_contiguous() and rows.values.is_contiguous()
+        grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+        try:
+            _int8_gemm_kernel[grid](
+                rows.values, weight, rows.scales, columns, columns if bias is None else bias, out,
+                m, n, out.stride(0),
+                BIAS=bias is not None, COLUMNS=k, M=tile.m, N=tile.n, K=tile.k, GROUP=8,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+        except triton.runtime.errors.OutOfResources as error:
+            raise RuntimeError(f"the GPU has too little shared memory ({error})") from error
+
+
+@triton.jit
+def _int8_gemm_kernel(
+    values_ptr, weight_ptr, rows_ptr, columns_ptr, bias_ptr, out_ptr, m, n, out_stride,
+    BIAS: tl.constexpr, COLUMNS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    num_m = tl.cdiv(m, M)
+    per_group = GROUP * tl.cdiv(n, N)
+    first_m = (program // per_group) * GROUP
+    group = tl.minimum(num_m - first_m, GROUP)
+    row = (first_m + (program % per_group) % group) * M + tl.arange(0, M)
+    col = ((program % per_group) // group) * N + tl.arange(0, N)
+    step = tl.arange(0, K)
+    # past the end: some row or column of the matrix again, which is not written
+    a_ptr = values_ptr + (row % m).to(tl.int64)[:, None] * COLUMNS + step[None, :]
+    b_ptr = weight_ptr + (col % n).to(tl.int64)[None, :] * COLUMNS + step[:, None]
+    total = tl.zeros((M, N), dtype=tl.int32)
+    for start in range(0, COLUMNS, K):
+        if COLUMNS % K == 0:
+            a = tl.load(a_ptr)
+            b = tl.load(b_ptr)
+        else:
+            a = tl.load(a_ptr, mask=(step < COLUMNS - start)[None, :], other=0)
+            b = tl.load(b_ptr, mask=(step < COLUMNS - start)[:, None], other=0)
+        total = tl.dot(a, b, total, out_dtype=tl.int32)
+        a_ptr += K
+        b_ptr += K
+    scaled = total.to(tl.float32) * tl.load(rows_ptr + row, mask=row < m, other=0.0)[:, None]
+    scaled = scaled * tl.load(columns_ptr + col, mask=col < n, other=0.0)[None, :]
+    if BIAS:
+        scaled += tl.load(bias_ptr + col, mask=col < n, other=0.0).to(tl.float32)[None, :]
+    address = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
+    tl.store(address, scaled.to(out_ptr.dtype.element_ty), mask=(row < m)[:, None] & (col < n)[None, :])
