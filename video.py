@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -88,7 +87,7 @@ class VideoWriter:
                 stderr=self._complaints,
                 # out of the terminal's process group, so that Ctrl-C does not stop it
                 start_new_session=True,
-                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
             )
         except (OSError, RuntimeError) as error:
             raise VideoError(

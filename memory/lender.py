@@ -39,11 +39,10 @@ class Lender:
         if flat is None or flat.numel() < sum(sizes):
             flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
         try:
-            with torch.inference_mode(False):
-                for module, index, part in zip(modules, indices, flat[: sum(sizes)].split(sizes), strict=True):
-                    extent = self._host.extents[index]
-                    part[: extent.numel()].copy_(extent, non_blocking=True)
-                    bind(module, self._host.layouts[index], part)
+            for module, index, part in zip(modules, indices, flat[: sum(sizes)].split(sizes), strict=True):
+                extent = self._host.extents[index]
+                part[: extent.numel()].copy_(extent, non_blocking=True)
+                bind(module, self._host.layouts[index], part)
             yield
         finally:
             for module, index in zip(modules, indices, strict=True):

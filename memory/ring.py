@@ -66,6 +66,7 @@ class DeviceRing:
         self._users: weakref.WeakSet[RingUser] = weakref.WeakSet()
         self._owner: weakref.ref[RingUser] | None = None
         self._handover: BlockEvents = self.lanes.events(-1)
+        self._settled = True  # False: an interrupt cut a handover off
 
     def attach(self, user: RingUser) -> Tensor:
         """The ring's bytes ([nbytes] uint8), allocated for the first user."""
@@ -85,15 +86,17 @@ class DeviceRing:
     def take(self, user: RingUser) -> None:
         """Make `user` the owner; the last one is told, and copies will wait for its blocks."""
         owner = self._owner() if self._owner is not None else None
-        if owner is user:
+        if owner is user and self._settled:
             return
-        if owner is not None:
+        self._settled = False
+        if owner is not None and owner is not user:
             owner.lose_ring()
         # One event covers all that the compute lane has been given so far: the last owner's blocks, and
         # whatever used this memory before it was the ring's.
         self.lanes.record_free(self._handover)
         self.lanes.after_compute(self._handover)
         self._owner = weakref.ref(user)
+        self._settled = True
 
 
 def _fit_offsets(sizes: tuple[int, ...], capacity: int) -> tuple[int, ...]:

@@ -320,12 +320,18 @@ def test_two_layouts_in_one_file(tmp_path):
     refused(path, "blocks.0.attn1.to_q.weight", "two layouts", "download the model again")
 
 
-def test_a_scaled_file_opens_and_is_not_loaded_as_a_plain_one(tmp_path):
+def test_a_scaled_file_is_not_loaded_as_a_plain_one(tmp_path):
     path = tmp_path / "model.safetensors"
+    tensors = official_tensors(MODELS["t2v"])
     scale = {"blocks.0.ffn.0.scale_weight": torch.tensor(2.0), "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
-    save_file(official_tensors(MODELS["t2v"]) | scale, path)
-    assert set(scale) <= set(open_wan(path)[1].tensors)
-    refused(path, "quantised file (2 tensors", "choose the bf16")
+    save_file(tensors | scale, path)
+    layer = load_wan(path).blocks[0].ffn[0]
+    torch.testing.assert_close(
+        layer.format.dequantize(layer.packed(), torch.float32), 2 * tensors["blocks.0.ffn.0.weight"]
+    )
+    stray = {"blocks.0.norm3.scale_weight": torch.tensor(2.0)}  # of a weight that no format is known for
+    save_file(tensors | stray, path)
+    refused(path, "quantised file", "choose the bf16")
 
 
 WRONG_FILES = {

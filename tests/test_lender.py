@@ -48,6 +48,16 @@ def test_spare_bytes_are_used_and_missing_ones_allocated(tmp_path: Path) -> None
         assert torch.equal(model.time_embedding[2].weight, want)
 
 
+@torch.inference_mode()
+def test_spare_bytes_of_an_inference_tensor_serve_too(tmp_path: Path) -> None:
+    path = tiny.save_wan(tmp_path / "wan.safetensors")
+    model = load_wan(path)
+    _, checkpoint = open_wan(path)
+    lender = Lender(checkpoint, {"time_embedding": model.time_embedding}, CPU, None)
+    with lender((model.time_embedding,), torch.zeros(1 << 20, dtype=torch.uint8)):
+        assert torch.equal(model.time_embedding[0].bias, checkpoint.read("time_embedding.0.bias"))
+
+
 def test_an_error_in_between_takes_the_weights_back(tmp_path: Path) -> None:
     path = tiny.save_wan(tmp_path / "wan.safetensors")
     model = load_wan(path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..fused.select import Rope, RowGroups
-from ..weights.linear import Linear
+from ..weights.linear import Linear, project_together
 from .config import WanConfig
 from .embeddings import Affine, Scale, parameter
 from .workspace import Workspace
@@ -141,14 +141,9 @@ class SelfAttention(nn.Module):
     def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace) -> None:
         q, k, v = work.qkv
         work.scratch.reset()
-        project_q, project_k, project_v = (
-            layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.k, self.v)
-        )
+        projections = [layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.k, self.v)]
         for rows in work.chunks():
-            y = normed(rows)
-            project_q(y, out=q[rows])
-            project_k(y, out=k[rows])
-            project_v(y, out=v[rows])
+            project_together(projections, normed(rows), (q[rows], k[rows], v[rows]))
             work.ops.rms_norm_(q[rows], self.norm_q.weight, self.eps, rope, rows.start)
             work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
         tokens = rope.cos.shape[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from .vae_checkpoint import load_vae, open_vae
 from .vae_tiles import decode_tiled
 
 TILE_OVERLAP = 64  # pixels
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,8 @@ class WanPipeline:
         """First and last frame, where given, `[1, 3, 1, H, W]`; ValueError where they do not suit the model."""
         self._check_images(request)
         width, height, _ = request.size
-        return [path and load_image(path, width, height) for path in (request.image, request.end_image)]
+        paths = request.image, request.end_image
+        return [None if path is None else load_image(path, width, height) for path in paths]
 
     def _check_images(self, request: WanRequest) -> None:
         takes_image = self.config.in_channels > self.config.out_channels or self.config.model_type == "ti2v"
@@ -334,20 +337,20 @@ class WanPipeline:
             raise ValueError(f"{self.files.model.name} takes a first frame only: leave out {request.end_image}")
 
 
-class _on_device:
+class _on_device(Generic[M]):
     """A module on a device for the length of a `with` block, and back on the CPU afterwards."""
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    def __init__(self, module: M, device: torch.device):
         self.module, self.device = module, device
 
-    def __enter__(self) -> nn.Module:
+    def __enter__(self) -> M:
         return self.module.to(self.device)
 
     def __exit__(self, *_: object) -> None:
         self.module.to("cpu")
 
 
-def _visiting(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[nn.Module]:
+def _visiting(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[nn.Module]:
     """Each block on the device for its turn; for a model that runs once."""
     for block in blocks:
         with _on_device(block, device):

@@ -47,7 +47,7 @@ DEFAULTS: Mapping[str, WanDefaults] = MappingProxyType(
         "flf2v": WanDefaults(shift=16.0, guidance=5.5),
         "ti2v": WanDefaults(shift=5.0, guidance=5.0, fps=24, num_frames=121, size=(1280, 704)),
         # the pack's own demo model
-        "demo": WanDefaults(shift=3.0, guidance=4.0, num_steps=20, fps=8, num_frames=17, size=(64, 64)),
+        "demo": WanDefaults(shift=3.0, guidance=4.0, num_steps=20, fps=8, num_frames=17, size=(96, 96)),
     }
 )
 

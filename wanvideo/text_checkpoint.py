@@ -256,6 +256,9 @@ class ScaledCast:
         out = scratch.take(packed["weight"].shape) if scratch else None
         return DenseProjection(self.dequantize(packed, dtype, out), bias)
 
+    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        return packed["weight"].numel()
+
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         # By way of float32: rounding the scale to bfloat16 would shift the whole layer by up to 0.4 %.
         weight = packed["weight"].float().mul_(packed["scale_weight"].float())

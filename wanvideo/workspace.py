@@ -53,11 +53,22 @@ class Workspace:
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
         size = max(3 * num_rows * dim, min(num_rows, execution.token_chunk) * ffn_dim)
         self.pool = torch.empty(size, device=device, dtype=execution.dtype)
-        q, k, v = self.pool[: 3 * num_rows * dim].view(3, num_rows, dim)
-        self.qkv: tuple[Tensor, Tensor, Tensor] = (q, k, v)
+        self.dim, self.ffn_dim = dim, ffn_dim
         self.hidden_rows = min(num_rows, size // ffn_dim)
-        self.hidden = self.pool[: self.hidden_rows * ffn_dim].view(self.hidden_rows, ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
+
+    # Views are made where they are used: torch.compile takes no inputs that share memory and are written to.
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`[rows, dim]` each."""
+        q, k, v = self.pool[: 3 * self.num_rows * self.dim].view(3, self.num_rows, self.dim).unbind(0)
+        return q, k, v
+
+    @property
+    def hidden(self) -> Tensor:
+        """`[hidden_rows, ffn_dim]`, over the same bytes."""
+        return self.pool[: self.hidden_rows * self.ffn_dim].view(self.hidden_rows, self.ffn_dim)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Row ranges of at most `token_chunk` rows that cover `start .. stop` evenly."""

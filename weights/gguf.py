@@ -94,9 +94,7 @@ def _type_name(number: int) -> str:
 class GgufFormat:
     """A weight packed in one GGUF type: `packed["weight"]` is uint8 `[out, bytes per row]`.
 
-    It is unpacked once per `prepare`, then multiplied as a dense one. Low-rank updates, all of a layer's LoRAs
-    together, may lie beside it: `lora_up [out, r]`, `lora_down [r, in]` and `lora_scale [r]` (strength times
-    alpha / rank, per LoRA); they are added to the unpacked weight.
+    It is unpacked once per `prepare`, then multiplied as a dense one.
     """
 
     block: BlockType
@@ -119,9 +117,6 @@ class GgufFormat:
         if out is None:
             out = torch.empty(self.logical_shape(weight), dtype=dtype, device=weight.device)
         dequantize_packed(weight, out, self.name)
-        if "lora_up" in packed:
-            up = packed["lora_up"].to(out.dtype) * packed["lora_scale"].to(out.dtype)
-            out.addmm_(up, packed["lora_down"].to(out.dtype))
         return out
 
     def dequantize_rows(self, weight: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

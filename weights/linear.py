@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .low_rank import LowRank, SideBranch
+
 
 class Projection(Protocol):
     """`x [rows, in] -> [rows, out]`, written into `out` where given: `multiply(quantize(x), out)`."""
@@ -167,9 +169,20 @@ class Linear(nn.Module):
         return {name: tensor for name, tensor in tensors.items() if tensor is not None and name != "bias"}
 
     def prepare(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Projection:
-        """Unpack the weight once; the projection takes `[rows, in_features]` in `dtype`."""
+        """Unpack the weight once; the projection takes `[rows, in_features]` in `dtype`.
+
+        LoRAs (`low_rank.py`) are folded into a weight that is unpacked anyway, else they run beside it.
+        """
         bias = None if self.bias is None else self.bias.to(dtype)
-        return self.format.prepare(self.packed(), bias, dtype, scratch)
+        packed = self.packed()
+        update = LowRank.take_from(packed)
+        project = self.format.prepare(packed, bias, dtype, scratch)
+        if update is None:
+            return project
+        if isinstance(project, DenseProjection) and project.weight is not packed["weight"]:
+            update.add_to_weight_(project.weight)
+            return project
+        return SideBranch(project, update)
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""

@@ -1,0 +1,225 @@
+"""The linear layers of a Wan 14B block in every way of multiplying: time per layer over all token chunks, and error.
+
+python benchmarks/quantized_linears.py                        # 480x832x81 and 720x1280x81, chunks of 4096 and 8192
+python benchmarks/quantized_linears.py --tokens 32760 --chunks 4096
+
+A layer's time holds what a pass has: unpacking the weight once, then quantising and multiplying chunk by chunk; q, k
+and v, which share their rows, are timed together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from lowvram_video.weights.compute import select_compute
+from lowvram_video.weights.fp8 import Fp8Dequantized, Fp8Matmul
+from lowvram_video.weights.gemms import FAILURES, Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
+from lowvram_video.weights.int8 import Int8Dequantized, Int8Matmul, rotate, rotation_matrix
+from lowvram_video.weights.kitchen import KitchenInt8, kitchen_int8_available
+from lowvram_video.weights.linear import PLAIN, Linear, Scratch, WeightFormat, project_together
+from lowvram_video.weights.rows import RowOps, TorchRowOps, row_scales, select_row_ops
+from measure import save_results
+from torch import Tensor, nn
+
+DEVICE = torch.device("cuda", 0)
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers that read the same rows."""
+
+    title: str
+    inputs: int
+    outputs: int
+    num_layers: int = 1
+
+
+SHAPES = (
+    Shape("q, k, v", 5120, 5120, 3),
+    Shape("o", 5120, 5120),
+    Shape("ffn.0", 5120, 13824),
+    Shape("ffn.2", 13824, 5120),
+)
+PER_BLOCK = {"q, k, v": 1, "o": 3, "ffn.0": 1, "ffn.2": 1}  # "o" stands for cross-attention's q and o too
+
+
+@dataclass(frozen=True)
+class Way:
+    """A stored form and how it multiplies."""
+
+    name: str
+    stored: str  # "bf16", "fp8" or "int8"
+    format: WeightFormat
+
+
+def ways(ops: RowOps) -> list[Way]:
+    found = [
+        Way("bf16", "bf16", PLAIN),
+        Way("fp8 unpacked", "fp8", Fp8Dequantized(ops=ops)),
+        Way("fp8 unpacked by torch", "fp8", Fp8Dequantized(ops=TorchRowOps())),
+        Way("fp8_fast row-wise", "fp8", Fp8Matmul(Fp8Rowwise(), ops)),
+        Way("fp8_fast then scaled", "fp8", Fp8Matmul(Fp8Rescaled(ops), ops)),
+        Way("fp8 scale 1, clamped (as peers)", "fp8", Clamped()),
+        Way("int8 unpacked", "int8", Int8Dequantized(ops=ops)),
+        Way("int8 torch, then scaled", "int8", Int8Matmul(0, Int8Product(ops), ops)),
+        Way("int8 rotated 256, torch, then scaled", "int8", Int8Matmul(256, Int8Product(ops), ops)),
+    ]
+    if ops.name == "triton":
+        from lowvram_video.weights.kernels.int8_gemm import TILES, Int8Triton
+
+        gemms: list[Gemm] = [Int8Triton(tile) for tile in TILES]
+        found += [Way(gemm.name, "int8", Int8Matmul(0, gemm, ops)) for gemm in gemms]
+    if kitchen_int8_available():
+        found += [
+            Way("int8 comfy-kitchen", "int8", KitchenInt8()),
+            Way("int8 kitchen rotated", "int8", KitchenInt8(256)),
+        ]
+    return found
+
+
+class Clamped(Fp8Matmul):
+    """What others do: activations clamped to the range of fp8 and cast, with a scale of one."""
+
+    def __init__(self) -> None:
+        super().__init__(Fp8Rowwise(), CastRows())
+
+
+class CastRows(TorchRowOps):
+    def quantize_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn), torch.ones(x.shape[0], 1, device=x.device)
+
+
+def layer_of(weight: Tensor, way: Way) -> Linear:
+    outputs, inputs = weight.shape
+    layer = Linear(inputs, outputs, device=DEVICE, dtype=BF16)
+    layer.bias.data.normal_(generator=torch.Generator(DEVICE).manual_seed(1))
+    layer.format = way.format
+    if way.stored == "bf16":
+        layer.weight.data = weight
+        return layer
+    largest, dtype = (448.0, torch.float8_e4m3fn) if way.stored == "fp8" else (127.0, torch.int8)
+    rotation = getattr(way.format, "rotation", 0)
+    turned = rotate(weight.float(), rotation_matrix(rotation, DEVICE)) if rotation else weight.float()
+    scale = row_scales(turned, largest)
+    values = turned / scale
+    values = values.round_() if way.stored == "int8" else values
+    layer.weight = nn.Parameter(values.clamp_(-largest, largest).to(dtype), requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    return layer
+
+
+def activations(tokens: int, inputs: int) -> Tensor:
+    """Rows of different size with a few large features, as modulated norms make them."""
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    x = torch.empty(tokens, inputs, device=DEVICE, dtype=BF16).normal_(generator=generator)
+    x *= torch.exp(0.5 * torch.randn(tokens, 1, device=DEVICE, generator=generator)).to(BF16)
+    x[:, :: inputs // 8] *= 10
+    return x
+
+
+def run(layers: Sequence[Linear], x: Tensor, outs: Sequence[Tensor], chunk: int, scratch: Scratch) -> None:
+    scratch.reset()
+    projections = [layer.prepare(BF16, scratch) for layer in layers]
+    num_chunks = -(-x.shape[0] // chunk)
+    step = -(-x.shape[0] // num_chunks)
+    for first in range(0, x.shape[0], step):
+        rows = slice(first, first + step)
+        project_together(projections, x[rows], [out[rows] for out in outs])
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times[2:])
+
+
+def measure(shape: Shape, tokens: int, chunk: int, found: Sequence[Way], repeats: int) -> dict[str, dict[str, object]]:
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    weight = (
+        torch.randn(shape.outputs, shape.inputs, device=DEVICE, generator=generator).div_(shape.inputs**0.5).to(BF16)
+    )
+    x = activations(tokens, shape.inputs)
+    outs = [torch.empty(tokens, shape.outputs, device=DEVICE, dtype=BF16) for _ in range(shape.num_layers)]
+    scratch = Scratch(DEVICE, BF16, shape.num_layers * weight.numel())
+    flops = 2.0 * tokens * weight.numel() * shape.num_layers
+    sample = x[:512].double()
+    results: dict[str, dict[str, object]] = {}
+    for way in found:
+        layers = [layer_of(weight, way)] * shape.num_layers
+        try:
+            took = seconds(lambda: run(layers, x, outs, chunk, scratch), repeats)  # noqa: B023 - called at once
+        except FAILURES as problem:
+            results[way.name] = {"failed": (str(problem) or type(problem).__name__).splitlines()[0]}
+            continue
+        want = sample @ weight.double().t() + layers[0].bias.double()
+        error = float((outs[0][:512].double() - want).norm() / want.norm())
+        results[way.name] = {
+            "milliseconds": round(1e3 * took, 3),
+            "tera_per_s": round(flops / took / 1e12),
+            "relative_error": round(error, 5),
+        }
+    for result in results.values():
+        if "milliseconds" in result and "milliseconds" in results["bf16"]:
+            result["of_bf16"] = round(result["milliseconds"] / results["bf16"]["milliseconds"], 3)
+    return results
+
+
+def chosen() -> dict[str, str]:
+    """What `select_compute` picks on this GPU."""
+    picks = {}
+    for stored, quantization in (("fp8", "fp8_fast"), ("int8", "int8")):
+        form: WeightFormat = Fp8Dequantized() if stored == "fp8" else Int8Dequantized()
+        layer = layer_of(torch.randn(64, 64, device=DEVICE), Way(stored, stored, form))
+        try:
+            select_compute(layer, [layer], quantization, DEVICE)
+        except ValueError as problem:
+            picks[quantization] = str(problem)
+            continue
+        gemm = getattr(layer.format, "gemm", None)
+        picks[quantization] = gemm.name if gemm is not None else layer.format.name
+    return picks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32760, 75600])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    ops = select_row_ops(DEVICE)
+    found = ways(ops)
+    results: dict[str, object] = {"row_ops": ops.name, "chosen": chosen()}
+    print(f"row steps: {ops.name}; chosen here: {results['chosen']}")
+    with torch.inference_mode():
+        for tokens in options.tokens:
+            for chunk in options.chunks:
+                block = {way.name: 0.0 for way in found}
+                for shape in SHAPES:
+                    timed = measure(shape, tokens, chunk, found, options.repeats)
+                    results[f"{tokens} tokens, chunk {chunk}, {shape.title}"] = timed
+                    print(f"\n{tokens} tokens in chunks of {chunk}: {shape.title} ({shape.inputs} -> {shape.outputs})")
+                    for name, result in timed.items():
+                        print(f"  {name:<38} " + "  ".join(f"{key} {value}" for key, value in result.items()))
+                        block[name] += PER_BLOCK[shape.title] * float(result.get("milliseconds", float("nan")))
+                results[f"{tokens} tokens, chunk {chunk}, block"] = {
+                    name: {"milliseconds": round(took, 2), "of_bf16": round(took / block["bf16"], 3)}
+                    for name, took in block.items()
+                    if took == took
+                }
+                print(f"\nall layers of a block: {results[f'{tokens} tokens, chunk {chunk}, block']}")
+    print(save_results("quantized_linears", results))
+
+
+if __name__ == "__main__":
+    main()
