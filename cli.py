@@ -21,12 +21,15 @@ from .progress import TerminalProgress
 from .sampling.samplers import SAMPLERS
 from .sampling.schedules import SPACINGS
 from .video import VideoWriter, check_writable
+from .wanvideo.checkpoint import open_wan
 from .wanvideo.identify import describe, identify
 from .wanvideo.pipeline import WanFiles, WanPipeline
 from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, defaults_for
 from .wanvideo.settings import RunSettings, usable_device
 from .wanvideo.streamed import StreamedWan
 from .wanvideo.vae import WAN21_VAE, WAN22_VAE
+from .weights.compute import QUANTIZATIONS
+from .weights.convert import FILE_FORMATS, convert
 from .weights.reader import open_checkpoint
 
 BAD_INPUT = 2
@@ -57,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="make a video from checkpoint files and a prompt"))
     _add_plan(commands.add_parser("plan", help="show what a run would use, without a GPU"))
     _add_inspect(commands.add_parser("inspect", help="say what a checkpoint file is"))
+    _add_convert(commands.add_parser("convert", help="write a quantised copy of a checkpoint"))
     _add_demo(commands.add_parser("demo", help="make a video with the pack's own tiny model"))
     return parser
 
@@ -110,6 +114,14 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=inspect)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path, help="a new .safetensors file")
+    parser.add_argument("--to", choices=list(FILE_FORMATS), required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(command=convert_file)
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("output/demo.mp4"))
     parser.add_argument("--seed", type=int, default=0)
@@ -121,6 +133,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
+    machine.add_argument(
+        "--quantization", choices=list(QUANTIZATIONS), default="none",
+        help="none: as stored; fp8, int8: quantise 16-bit files as they are read; fp8_fast: and multiply in fp8",
+    )  # fmt: skip
     machine.add_argument("--attention", choices=list(ATTENTION_MODES), default="auto")
     machine.add_argument("--vram-budget", type=_positive, metavar="GIB", help="hard limit (left out: what is free)")
     machine.add_argument("--ram-budget", type=_positive, metavar="GIB", help="smaller than the model: stream from disk")
@@ -203,6 +219,18 @@ def inspect(options: argparse.Namespace) -> None:
     print(describe(identify(open_checkpoint(options.file))))
 
 
+def convert_file(options: argparse.Namespace) -> None:
+    """Write a quantised copy of a Wan transformer, tensor by tensor."""
+    _, checkpoint = open_wan(options.source)
+    progress = TerminalProgress(sys.stderr)
+    progress.begin("convert")
+    try:
+        path = convert(checkpoint, options.target, options.to, progress.update, usable_device(options.device))
+    finally:
+        progress.end()
+    print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
+
+
 def demo(options: argparse.Namespace) -> None:
     """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
     shown = make_demo(options.output, options.seed, usable_device(options.device), TerminalProgress(sys.stderr))
@@ -216,6 +244,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         device=usable_device(options.device),
         dtype=dtypes[options.dtype],
         attention_mode=options.attention,
+        quantization=options.quantization,
         vram_budget_gib=options.vram_budget,
         ram_budget_gib=options.ram_budget,
         blocks_to_swap=options.blocks_to_swap,

@@ -41,6 +41,7 @@ class RunSettings:
     device: torch.device = CPU
     dtype: torch.dtype | None = None
     attention_mode: str = "auto"
+    quantization: str = "none"  # see weights/compute.py
     vram_budget_gib: float | None = None
     ram_budget_gib: float | None = None
     blocks_to_swap: int = -1

@@ -20,6 +20,8 @@ from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from ..memory.ring import DeviceRing
 from ..memory.streamer import BlockStreamer
+from ..weights.compute import select_compute
+from ..weights.quantize import QuantizedSource, quantize_checkpoint
 from .blocks import Context
 from .checkpoint import build_wan, open_wan
 from .model import Extras, here_already
@@ -53,8 +55,10 @@ class StreamedWan:
         self.settings = settings
         self.between_blocks = between_blocks
         self.config, self.checkpoint = open_wan(path)
+        self.checkpoint = quantize_checkpoint(self.checkpoint, settings.quantization, settings.device)
         self.model = build_wan(self.config, self.checkpoint)
         self.model.execution = settings.execution(self.config)
+        select_compute(self.model, list(self.model.ordered_blocks().values()), settings.quantization, settings.device)
         self.weights: TensorSource = self.checkpoint  # or the same tensors with something merged into them
         self.blocks = list(self.model.ordered_blocks().values())
         self.layouts = []
@@ -110,6 +114,12 @@ class StreamedWan:
             return
         budget = self._pinned_budget()
         if plan.from_disk:
+            if isinstance(self.checkpoint, QuantizedSource):
+                raise ValueError(
+                    f"{self.checkpoint.path.name} cannot be quantised to {self.settings.quantization} and streamed "
+                    "from disk at once: the quantised bytes are in no file. Convert it first (lowvram-video convert), "
+                    "or raise ram_budget_gib"
+                )
             self.source = DiskBlocks(self.weights, self.layouts, budget, plan.num_staging)
         else:
             streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
