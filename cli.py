@@ -30,6 +30,8 @@ from .wanvideo.streamed import StreamedWan
 from .wanvideo.vae import WAN21_VAE, WAN22_VAE
 from .weights.compute import QUANTIZATIONS
 from .weights.convert import FILE_FORMATS, convert
+from .weights.lora import LoraChoice
+from .weights.lora_source import LORA_MODES
 from .weights.reader import open_checkpoint
 
 BAD_INPUT = 2
@@ -69,6 +71,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, help="Wan transformer (Wan 2.2 A14B: the high-noise one)")
     files.add_argument("--model-low", type=Path, help="the low-noise expert of Wan 2.2 A14B")
+    files.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="FILE:STRENGTH",
+        help="a LoRA for the model (strength left out: 1); may be given several times",
+    )  # fmt: skip
+    files.add_argument(
+        "--lora-low", type=_lora, action="append", default=[], metavar="FILE:STRENGTH",
+        help="the same for the low-noise expert",
+    )  # fmt: skip
     files.add_argument("--text-encoder", type=Path, required=True, help="umt5-xxl encoder")
     files.add_argument("--vae", type=Path, required=True, help="Wan 2.1 VAE, or Wan 2.2 VAE for TI2V 5B")
     files.add_argument("-o", "--output", type=Path, default=Path("output/video.mp4"))
@@ -137,6 +147,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--quantization", choices=list(QUANTIZATIONS), default="none",
         help="none: as stored; fp8, int8: quantise 16-bit files as they are read; fp8_fast: and multiply in fp8",
     )  # fmt: skip
+    machine.add_argument(
+        "--lora-mode", choices=list(LORA_MODES), default="auto",
+        help="auto: LoRAs run beside the weights where they can, else they are merged; side, merge: only one of these",
+    )  # fmt: skip
     machine.add_argument("--attention", choices=list(ATTENTION_MODES), default="auto")
     machine.add_argument("--vram-budget", type=_positive, metavar="GIB", help="hard limit (left out: what is free)")
     machine.add_argument("--ram-budget", type=_positive, metavar="GIB", help="smaller than the model: stream from disk")
@@ -148,7 +162,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Make one video, its frames written as they are decoded."""
-    files = WanFiles(options.model, options.text_encoder, options.vae, options.model_low)
+    loras = tuple(options.lora), tuple(options.lora_low)
+    files = WanFiles(options.model, options.text_encoder, options.vae, options.model_low, *loras)
     request = WanRequest(
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
@@ -168,6 +183,8 @@ def generate(options: argparse.Namespace) -> None:
         end_image=options.end_image,
     )
     pipeline = WanPipeline(files, settings_of(options), TerminalProgress(sys.stderr))
+    for lora in pipeline.lora_reports():
+        print(lora.summary)  # what was not applied is in the log
     if options.report is not None:
         check_writable(options.report)
     writer = VideoWriter(options.output, options.fps or pipeline.defaults.fps)
@@ -245,6 +262,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         dtype=dtypes[options.dtype],
         attention_mode=options.attention,
         quantization=options.quantization,
+        lora_mode=options.lora_mode,
         vram_budget_gib=options.vram_budget,
         ram_budget_gib=options.ram_budget,
         blocks_to_swap=options.blocks_to_swap,
@@ -267,6 +285,17 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
+
+
+def _lora(text: str) -> LoraChoice:
+    path, _, strength = text.rpartition(":")
+    try:
+        value = float(strength)
+    except ValueError:
+        return LoraChoice(Path(text))  # no strength, though Windows paths have colons
+    if not path or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no LoRA file and strength such as style.safetensors:0.8")
+    return LoraChoice(Path(path), value)
 
 
 def _floats(text: str) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from lowvram_video.memory.limits import hold_budget, limits_for
 from lowvram_video.memory.report import process_rss_bytes
 from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.weights.lora import LoraChoice
 from measure import Ballast, Watch, disk_gbps, drop_page_cache, save_results
 
 
@@ -41,6 +42,8 @@ class Case:
     blocks_to_swap: int = -1
     steps: int = 3
     cold: bool = False  # the file is not in the page cache
+    quantization: str = "none"
+    loras: tuple[str, ...] = ()
 
 
 def run_case(case: Case, free_bytes: int) -> dict[str, object]:
@@ -61,7 +64,8 @@ def run_case(case: Case, free_bytes: int) -> dict[str, object]:
         if case.cold:
             drop_page_cache(Path(case.path))
         began = time.perf_counter()
-        model = StreamedWan(case.path, RunSettings(device=device, timed=False))
+        loras = [LoraChoice(Path(lora)) for lora in case.loras]
+        model = StreamedWan(case.path, RunSettings(device=device, quantization=case.quantization), loras=loras)
         plan = model.make_plan(work, limits)
         model.start(plan)
         torch.cuda.synchronize()
@@ -92,7 +96,8 @@ def run_case(case: Case, free_bytes: int) -> dict[str, object]:
         "context_gib": context_bytes / GIB,
         "allocator_gib": torch.cuda.max_memory_reserved() / GIB,
         "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-        "rss_gib": (watch.rss_peak - ram_before) / GIB,
+        "rss_gib": watch.rss_peak / GIB,  # all of it: interpreter, libraries, weights
+        "rss_before_gib": ram_before / GIB,
         "pinned_gib": pinned / GIB,
         "streamed": final_plan.num_streamed,
         "streamed_bytes": final_plan.streamed_bytes,
@@ -108,7 +113,7 @@ def run_case(case: Case, free_bytes: int) -> dict[str, object]:
     }
 
 
-def in_own_process(case: Case) -> dict[str, object]:
+def in_own_process(case: Case, script: str = __file__) -> dict[str, object]:
     """Run a case in a fresh process beside a ballast; a failure is a result too."""
     with Ballast(case.vram_gib) as ballast:
         command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--free", str(ballast.free_bytes)]

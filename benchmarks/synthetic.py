@@ -13,9 +13,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from lowvram_video.wanvideo.config import WanConfig
 from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.weights.gguf_reference import random_blocks
+from safetensors.torch import save_file
 
 CONFIGS: Mapping[str, WanConfig] = {
     "1.3b": WanConfig("t2v", 1536, 8960, 12, 30),
@@ -60,15 +63,68 @@ def write_checkpoint(path: Path, config: WanConfig, dtype: str, device: str, num
     return len(raw) + 8 + end
 
 
+def write_gguf(path: Path, config: WanConfig, quant: str, device: str) -> int:
+    """Write a GGUF file whose block weights hold random valid bytes of a type, the rest F32. Returns the file's bytes.
+
+    One matrix of each shape is made and written again for every layer of that shape.
+    """
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[quant]
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(path, "wan")
+    made: dict[tuple[int, ...], np.ndarray] = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in WanModel(config, device="meta").state_dict().items():
+        shape = tuple(tensor.shape)
+        if name.startswith("blocks.") and tensor.ndim == 2:
+            if shape not in made:
+                blocks = random_blocks(quant, shape[0] * shape[1] // elements, generator)
+                made[shape] = blocks.reshape(shape[0], shape[1] // elements * nbytes).numpy()
+            writer.add_tensor(name, made[shape], raw_dtype=kind)
+        else:
+            fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 and "modulation" not in name else 0
+            values = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+            values *= 0.7 / fan_in**0.5 if fan_in else 0.02
+            writer.add_tensor(name, values.add_("norm" in name and name.endswith("weight")).cpu().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.stat().st_size
+
+
+def write_lora(path: Path, config: WanConfig, rank: int, seed: int = 0) -> int:
+    """Write a LoRA of all linear layers of the blocks, bf16. Returns the file's bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, tensor in WanModel(config, device="meta").state_dict().items():
+        if not name.startswith("blocks.") or tensor.ndim != 2:
+            continue
+        layer = f"diffusion_model.{name.removesuffix('.weight')}"
+        out_features, in_features = tensor.shape
+        down = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        up = torch.randn(out_features, rank, generator=generator) * 0.02
+        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = down.bfloat16(), up.bfloat16()
+    save_file(tensors, path)
+    return path.stat().st_size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=list(CONFIGS))
-    parser.add_argument("dtype", choices=list(DTYPES))
+    parser.add_argument("dtype", help="bf16, fp8, a GGUF type such as Q4_K, or lora64 for a LoRA of rank 64")
     parser.add_argument("path", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     began = time.monotonic()
-    size = write_checkpoint(options.path, CONFIGS[options.model], options.dtype, options.device)
+    config = CONFIGS[options.model]
+    if options.dtype in DTYPES:
+        size = write_checkpoint(options.path, config, options.dtype, options.device)
+    elif options.dtype.startswith("lora"):
+        size = write_lora(options.path, config, int(options.dtype.removeprefix("lora")), seed=len(options.path.name))
+    else:
+        size = write_gguf(options.path, config, options.dtype, options.device)
     print(f"{options.path}: {size / 2**30:.2f} GiB in {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 

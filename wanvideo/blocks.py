@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -66,7 +67,7 @@ class WanBlock(nn.Module):
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.eps = config.eps
         self.self_attn = SelfAttention(config, **factory)
         self.norm3 = Affine(config.dim, **factory)
@@ -121,7 +122,8 @@ class WanBlock(nn.Module):
             [attn.o],
             [self.cross_attn.q],
             [self.cross_attn.o],
-            *self.ffn.alone(),
+            [self.ffn.widen],
+            [self.ffn.narrow],
         ]
         return max(sum(layer.scratch_elements(dtype) for layer in layers) for layers in together)
 
@@ -133,7 +135,7 @@ Add = Callable[[slice, Tensor], None]  # adds to those rows of x
 class SelfAttention(nn.Module):
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.eps = config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
         self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
@@ -155,7 +157,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.eps = config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
         self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
@@ -202,19 +204,23 @@ class FeedForward(nn.Sequential):
         for start in range(0, work.num_rows, work.hidden_rows):
             stop = min(start + work.hidden_rows, work.num_rows)
             work.scratch.reset()
-            project = self[0].prepare(work.dtype, work.scratch)
+            project = self.widen.prepare(work.dtype, work.scratch)
             for rows in work.chunks(start, stop):
                 hidden = work.hidden[rows.start - start : rows.stop - start]
                 project(normed(rows), out=hidden)
                 work.ops.gelu_(hidden)
             work.scratch.reset()
-            project = self[2].prepare(work.dtype, work.scratch)
+            project = self.narrow.prepare(work.dtype, work.scratch)
             for rows in work.chunks(start, stop):
                 add(rows, project(work.hidden[rows.start - start : rows.stop - start]))
 
-    def alone(self) -> list[list[Linear]]:
-        """Its layers, as they are unpacked: one at a time."""
-        return [[self[0]], [self[2]]]
+    @property
+    def widen(self) -> Linear:
+        return cast(Linear, self[0])
+
+    @property
+    def narrow(self) -> Linear:
+        return cast(Linear, self[2])
 
 
 def project_out(layer: Linear, attended: Tensor, add: Add, work: Workspace) -> None:

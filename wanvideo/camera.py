@@ -5,6 +5,8 @@ Source: aigc-apps/VideoX-Fun (`wan_camera_adapter.py`); parameter names are thei
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ class CameraAdapter(nn.Module):
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = Conv2d(config.camera_channels * PIXELS**2, config.dim, config.patch_size[1], **factory)
         self.residual_blocks = nn.Sequential(ResidualBlock(config.dim, **factory))
 

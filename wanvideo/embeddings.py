@@ -6,6 +6,7 @@ Source: Wan-Video/Wan2.1 (`wan/modules/model.py`); parameter names are theirs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -74,7 +75,7 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.image_dim
         self.proj = nn.Sequential(
             Affine(dim, **factory),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,6 @@ def run_block(name: str, state: Pass, run: Callable[[], None]) -> None:
 Lend = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
 
 
-@staticmethod  # a class attribute that takes no self
 def here_already(modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -78,13 +78,13 @@ class WanModel(nn.Module):
     """Velocity of the flow at a timestep, `[B, in, T, H, W] -> [B, out, T, H, W]`."""
 
     stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
-    lend: Lend = here_already  # or a Lender
+    lend: Lend = staticmethod(here_already)  # or a Lender
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
         self.execution = Execution()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config, **factory)
         self.text_embedding = nn.Sequential(
@@ -131,7 +131,8 @@ class WanModel(nn.Module):
         x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
         state = Pass(x, modulation, groups, rope, work, self.embed_controls(x, extras, work))
         blocks = self.ordered_blocks()
-        for index, (name, block) in enumerate(zip(blocks, self.stream(tuple(blocks.values())), strict=True)):
+        arriving = self.stream(tuple(blocks.values()))
+        for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
             keys_values = context.keys_values[index] if context.keys_values else block.cross_attn.keys_values(context)
             extras.visit(name, state, partial(block.advance, state, keys_values))
         patches = self.head(x, time, groups, work)
@@ -145,9 +146,9 @@ class WanModel(nn.Module):
         places = vace_places(self.config.num_layers, self.config.vace_layers)
         ordered: dict[str, WanBlock] = {}
         for index, block in enumerate(self.blocks):
-            ordered[f"blocks.{index}"] = block
+            ordered[f"blocks.{index}"] = cast(WanBlock, block)
             if index in places:
-                ordered[f"vace_blocks.{places[index]}"] = self.vace_blocks[places[index]]
+                ordered[f"vace_blocks.{places[index]}"] = cast(WanBlock, self.vace_blocks[places[index]])
         return ordered
 
     def embed_latent(self, latent: Tensor, extras: Extras, work: Workspace) -> Tensor:
@@ -164,10 +165,11 @@ class WanModel(nn.Module):
 
     def embed_controls(self, x: Tensor, extras: Extras, work: Workspace) -> tuple[ControlStream, ...]:
         """Tokens of the control videos as they enter the first VACE block."""
-        return tuple(
-            ControlStream(self.vace_blocks[0].join(self.vace_patch_embedding(frames, work), x), strength)
-            for frames, strength in zip(extras.vace_frames, extras.vace_strengths, strict=True)
-        )
+        streams = []
+        for frames, strength in zip(extras.vace_frames, extras.vace_strengths, strict=True):
+            first = cast(VaceBlock, self.vace_blocks[0])
+            streams.append(ControlStream(first.join(self.vace_patch_embedding(frames, work), x), strength))
+        return tuple(streams)
 
     def embed_context(self, text: Tensor, image_tokens: Tensor | None = None) -> Context:
         """Embed a prompt (and CLIP image tokens, where the model takes them) once, for any number of steps."""

@@ -17,6 +17,7 @@ from ..memory.report import MemoryMonitor, RunReport
 from ..sampling.guidance import ExpertSwitch, Guidance
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
+from ..weights.lora import LoraChoice, LoraReport
 from ..weights.reader import CheckpointError
 from .conditioning import image_channels, load_image
 from .request import WanDefaults, WanRequest, check_request, check_size, defaults_for
@@ -35,12 +36,17 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class WanFiles:
-    """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B."""
+    """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B.
+
+    `loras` are those of the model, `loras_low` those of the low-noise expert.
+    """
 
     model: Path
     text_encoder: Path
     vae: Path
     model_low: Path | None = None
+    loras: tuple[LoraChoice, ...] = ()
+    loras_low: tuple[LoraChoice, ...] = ()
 
 
 class Progress(Protocol):
@@ -82,8 +88,13 @@ class WanPipeline:
 
     def __init__(self, files: WanFiles, settings: RunSettings = RunSettings(), progress: Progress = Silent()):  # noqa: B008 - both are immutable
         self.files, self.settings, self.progress = files, settings, progress
-        self.high = StreamedWan(files.model, settings)
-        self.low = StreamedWan(files.model_low, settings) if files.model_low else None
+        if files.loras_low and not files.model_low:
+            raise ValueError(
+                f"{files.loras_low[0].path}: a LoRA for the low-noise expert, but there is only {files.model.name}: "
+                "give it as the model's LoRA, or give the low-noise model too"
+            )
+        self.high = StreamedWan(files.model, settings, loras=files.loras)
+        self.low = StreamedWan(files.model_low, settings, loras=files.loras_low) if files.model_low else None
         self.vae_config, _ = open_vae(files.vae)
         self._check_files()
         self.config = self.high.config
@@ -125,6 +136,11 @@ class WanPipeline:
         assert request.num_steps is not None and request.shift is not None
         return flow_sigmas(request.num_steps, request.shift, request.spacing)
 
+    def lora_reports(self) -> list[LoraReport]:
+        """How much of each LoRA is applied, those of the low-noise expert last."""
+        models = [self.high] if self.low is None else [self.high, self.low]
+        return [lora.report for model in models for lora in model.loras.loras]
+
     def report(self) -> RunReport:
         """What the last video used."""
         budget = self._limits.vram_budget_bytes if self._limits and self.settings.device.type == "cuda" else None
@@ -158,7 +174,9 @@ class WanPipeline:
             sage_attention=self.high.model.execution.attention.name == "sageattn",
         )
         hold_budget(settings.device, self._limits)
-        return self.high.make_plan(work, self._limits)
+        # one plan for both experts: their blocks differ by their LoRAs alone
+        heavier = max([self.high, *([self.low] if self.low else [])], key=lambda model: model.largest_block_bytes)
+        return heavier.make_plan(work, self._limits)
 
     def _encode(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Conditions:
         self.progress.begin("encode")

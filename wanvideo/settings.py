@@ -42,6 +42,7 @@ class RunSettings:
     dtype: torch.dtype | None = None
     attention_mode: str = "auto"
     quantization: str = "none"  # see weights/compute.py
+    lora_mode: str = "auto"  # see weights/lora_source.py
     vram_budget_gib: float | None = None
     ram_budget_gib: float | None = None
     blocks_to_swap: int = -1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,14 @@ from ..memory.lender import Lender
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from ..memory.ring import DeviceRing
+from ..memory.spool import Spool
 from ..memory.streamer import BlockStreamer
 from ..weights.compute import select_compute
+from ..weights.lora import LoraChoice
 from ..weights.quantize import QuantizedSource, quantize_checkpoint
-from .blocks import Context
+from .blocks import Context, WanBlock
 from .checkpoint import build_wan, open_wan
+from .loras import attach_wan_loras
 from .model import Extras, here_already
 from .settings import RunSettings
 
@@ -51,6 +55,7 @@ class StreamedWan:
         settings: RunSettings,
         registrar: Registrar | None = None,
         between_blocks: Callable[[], None] | None = None,
+        loras: Sequence[LoraChoice] = (),
     ):
         self.settings = settings
         self.between_blocks = between_blocks
@@ -59,16 +64,20 @@ class StreamedWan:
         self.model = build_wan(self.config, self.checkpoint)
         self.model.execution = settings.execution(self.config)
         select_compute(self.model, list(self.model.ordered_blocks().values()), settings.quantization, settings.device)
-        self.weights: TensorSource = self.checkpoint  # or the same tensors with something merged into them
+        dtype = self.model.execution.dtype
+        self.loras = attach_wan_loras(self.model, self.checkpoint, loras, dtype, settings.lora_mode)
+        # what is read: the file's tensors, perhaps with LoRAs beside them or merged into them
+        self.weights: TensorSource = self.loras.source() if loras else self.checkpoint
         self.blocks = list(self.model.ordered_blocks().values())
         self.layouts = []
         for prefix, block in self.model.ordered_blocks().items():
             names = [name for name in block.state_dict() if not name.startswith(NOT_STREAMED)]
             text_kv = {name for name in names if name.startswith(TEXT_KV)}
-            self.layouts.append(layout_block(self.checkpoint, prefix, names, text_kv))
+            self.layouts.append(layout_block(self.weights, prefix, names, text_kv))
         self.limits: Limits | None = None
         self.plan: MemoryPlan | None = None
         self.source: HostBlocks | DiskBlocks | None = None
+        self.spool: Spool | None = None
         self.streamer: BlockStreamer | None = None
         self.lender: Lender | None = None
         self.ring: DeviceRing | None = None
@@ -80,7 +89,7 @@ class StreamedWan:
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         config, dtype = self.config, dtype or self.model.execution.dtype
-        fixed = {name: self.checkpoint.tensors[name].nbytes for name in self._fixed_names()}
+        fixed = {name: self.weights.tensors[name].nbytes for name in self._fixed_names()}
         return ModelFootprint(
             name=self.checkpoint.path.name,
             dim=config.dim,
@@ -120,7 +129,8 @@ class StreamedWan:
                     "from disk at once: the quantised bytes are in no file. Convert it first (lowvram-video convert), "
                     "or raise ram_budget_gib"
                 )
-            self.source = DiskBlocks(self.weights, self.layouts, budget, plan.num_staging)
+            self.spool = Spool(self.weights, self.layouts)
+            self.source = DiskBlocks(self.spool, self.layouts, budget, plan.num_staging)
         else:
             streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
             self.source = HostBlocks(self.weights, self.layouts, budget, pin=streamed, check=self.between_blocks)
@@ -138,6 +148,7 @@ class StreamedWan:
         self.plan = plan
         try:
             self._load_fixed(plan)
+            self.loras.place(self.settings.device)
             part = Part.STREAM if plan.cache_text_kv else Part.ALL
             self.ring = ring or self._make_ring(plan)
             self.streamer = BlockStreamer(
@@ -168,7 +179,7 @@ class StreamedWan:
         if streamer is not None:
             streamer.unload()
         for name in self._fixed_names():
-            info = self.checkpoint.tensors[name]
+            info = self.weights.tensors[name]
             self._assign(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
     def release(self) -> None:
@@ -177,6 +188,9 @@ class StreamedWan:
         source, self.source = self.source, None
         if source is not None:
             source.release()
+        spool, self.spool = self.spool, None
+        if spool is not None:
+            spool.close()
 
     def __call__(
         self,
@@ -212,6 +226,14 @@ class StreamedWan:
         self._contexts.append((text, image_tokens, context))
         return context
 
+    def set_lora_strengths(self, strengths: Sequence[float]) -> None:
+        """Other strengths, one per LoRA; nothing is read again but what LoRAs are merged into."""
+        self.forget_contexts()  # LoRAs change them too
+        self.loras.set_strengths(strengths)
+        if self.loras.are_merged:
+            self.release()
+            self.weights = self.loras.source()
+
     def forget_contexts(self) -> None:
         """Free what was made of prompts."""
         self._contexts.clear()
@@ -227,6 +249,10 @@ class StreamedWan:
             return 0
         memory = self.plan.denoise
         return memory.fixed_weights + memory.residents + memory.ring
+
+    @property
+    def largest_block_bytes(self) -> int:
+        return max(layout.nbytes for layout in self.layouts)
 
     @property
     def host_bytes(self) -> int:
@@ -248,7 +274,9 @@ class StreamedWan:
         )  # fmt: skip
         try:
             visitor.load()
-            context.keys_values = [block.cross_attn.keys_values(context) for block in visitor(self.blocks)]
+            context.keys_values = [
+                cast(WanBlock, block).cross_attn.keys_values(context) for block in visitor(self.blocks)
+            ]
         finally:
             visitor.unload()
         if self.streamer is not None:  # both read from one source: what was prefetched is asked for again

@@ -86,8 +86,7 @@ class Workspace:
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
             query = q[:, :, heads]
-            out = None
-            for k, v in keys_values:
-                part = attend(query, k[:, :, heads], v[:, :, heads])
-                out = part if out is None else out.add_(part)
-            query.copy_(out)
+            first_out, *others = (attend(query, k[:, :, heads], v[:, :, heads]) for k, v in keys_values)
+            for other in others:
+                first_out.add_(other)
+            query.copy_(first_out)

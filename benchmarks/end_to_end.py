@@ -1,0 +1,81 @@
+"""A whole run within a budget that a second process enforces: encode, denoise, decode, from full-size files.
+
+    python benchmarks/synthetic.py 1.3b fp8 /tmp/1.3b_fp8.safetensors
+    python benchmarks/end_to_end.py /tmp/1.3b_fp8.safetensors --vram 4
+
+The VAE and the text encoder (full width, two layers) get random weights; what comes out is noise, at full cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+import torch
+from lowvram_video.memory.report import GIB
+from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
+from lowvram_video.wanvideo.request import WanRequest
+from lowvram_video.wanvideo.settings import RunSettings
+from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
+from lowvram_video.wanvideo.vae import WAN21_VAE, WanVAE
+from measure import Ballast, save_results
+from safetensors.torch import save_file
+
+
+def save_vae(path: Path) -> Path:
+    """The full-size Wan 2.1 VAE with random weights."""
+    vae = WanVAE(WAN21_VAE)
+    for parameter in vae.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        torch.nn.init.normal_(parameter, std=fan_in**-0.5)
+    save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, path)
+    return path
+
+
+def save_text_encoder(path: Path) -> Path:
+    """A two-layer UMT5 of umt5-xxl's width, its tokenizer inside."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat surfs a wave", "a dog runs over a field at dawn"] * 20), model_writer=model,
+        vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
+    encoder = UMT5Encoder(UMT5Config(vocab_size=64, num_layers=2))
+    tensors = {}
+    for name, tensor in encoder.state_dict().items():
+        std = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 1.0
+        tensors[name] = (torch.randn(tensor.shape) * std).bfloat16()
+    tensors["spiece_model"] = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+    save_file(tensors, path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--vram", type=float, default=4.0, help="GiB")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, Ballast(options.vram):
+        files = WanFiles(
+            options.model,
+            save_text_encoder(Path(folder) / "umt5.safetensors"),
+            save_vae(Path(folder) / "vae.safetensors"),
+        )
+        settings = RunSettings(device=torch.device("cuda", 0), vram_budget_gib=options.vram, timed=True)
+        pipeline = WanPipeline(files, settings)
+        request = WanRequest("a cat surfs a wave", num_steps=options.steps, width=832, height=480, num_frames=81)
+        num_frames = sum(len(frames) for frames in pipeline.generate(request))
+    report = pipeline.report()
+    phases = {phase.name: report.vram_bytes(phase) / GIB for phase in report.phases}
+    path = save_results(
+        "end_to_end", {"vram_gib": options.vram, "frames": num_frames, "vram_used_gib": phases, "table": report.table()}
+    )
+    print(f"{num_frames} frames; {path}")
+    print(report.table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Tensors that are made as they are read, put into a file so that they can be streamed from the disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import SMALL_BYTES, BlockLayout, TensorInfo, TensorSource, align
+
+PAGE = 4096
+
+
+class Spool:
+    """A source whose every large tensor lies in a file; those that lay in none are in a temporary one until `close`.
+
+    ValueError where the disk has no room for them.
+    """
+
+    def __init__(self, source: TensorSource, layouts: Sequence[BlockLayout]) -> None:
+        self._source = source
+        self.tensors: Mapping[str, TensorInfo] = source.tensors
+        names = [f"{layout.prefix}.{place.name}" for layout in layouts for place in layout.places]
+        large = [name for name in names if source.tensors[name].nbytes >= SMALL_BYTES]
+        exist = {file: file.is_file() for file in {source.tensors[name].file for name in large}}
+        made = [name for name in large if not exist[source.tensors[name].file]]
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.num_bytes = sum(align(source.tensors[name].nbytes, PAGE) for name in made)
+        if made:
+            self._check_room()
+            self._folder = tempfile.TemporaryDirectory(prefix="lowvram-video-", ignore_cleanup_errors=True)
+            try:
+                self.tensors = {**source.tensors, **self._write(made, Path(self._folder.name) / "weights")}
+            except BaseException:
+                self.close()
+                raise
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """The tensor's bytes, from where they were before."""
+        self._source.read_into(name, out)
+
+    def close(self) -> None:
+        """Delete the temporary file; again is harmless. What reads from it must be closed first."""
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.cleanup()
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if free < self.num_bytes:
+            raise ValueError(
+                f"{self.num_bytes / 2**30:.2f} GiB of weights are made as they are read and must be put on the disk "
+                f"to be streamed from there, but {tempfile.gettempdir()} has {free / 2**30:.2f} GiB free: make room, "
+                "set TMPDIR (TEMP on Windows) to another disk, or give a larger RAM budget"
+            )
+
+    def _write(self, names: Sequence[str], path: Path) -> dict[str, TensorInfo]:
+        infos: dict[str, TensorInfo] = {}
+        with open(path, "wb") as file:
+            for name in names:
+                info: Any = self._source.tensors[name]
+                raw = torch.zeros(align(info.nbytes, PAGE), dtype=torch.uint8)
+                self._source.read_into(name, raw[: info.nbytes])
+                infos[name] = replace(info, file=path, offset=file.tell())
+                file.write(raw.numpy().data)
+        return infos

@@ -1,0 +1,70 @@
+"""The names in LoRA files: which layer of the model a key is about, and which part of its LoRA.
+
+A key is a stem and an ending, `diffusion_model.blocks.0.self_attn.q` and `.lora_A.weight`. The stem is a layer's name
+in any of the model's layouts, behind a trainer's prefixes, with dots or with underscores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# The parts of a LoRA. The last three are added to a weight, a bias and a modulation as they are.
+DOWN, UP, ALPHA, MAGNITUDE, DIFF, DIFF_BIAS, DIFF_MODULATION = (
+    "down", "up", "alpha", "magnitude", "diff", "diff_b", "diff_m",
+)  # fmt: skip
+
+ENDINGS: Mapping[str, str] = {
+    ".lora_A.weight": DOWN,
+    ".lora_A.default.weight": DOWN,
+    ".lora_down.weight": DOWN,
+    ".lora.down.weight": DOWN,
+    ".lora_B.weight": UP,
+    ".lora_B.default.weight": UP,
+    ".lora_up.weight": UP,
+    ".lora.up.weight": UP,
+    ".alpha": ALPHA,
+    ".dora_scale": MAGNITUDE,
+    ".lora_magnitude_vector": MAGNITUDE,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+    ".lora_magnitude_vector.default.weight": MAGNITUDE,
+    ".diff": DIFF,
+    ".diff_b": DIFF_BIAS,
+    ".diff_m": DIFF_MODULATION,
+}
+
+# What a difference is added to, after the stem; a stem may also be a tensor's whole name.
+DIFFERENCE_LEAVES: Mapping[str, str] = {DIFF: "weight", DIFF_BIAS: "bias", DIFF_MODULATION: "modulation"}
+
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "model.")
+UNDERSCORED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # "lora_unet__" too
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The stem of a key and the part that it holds; None where the ending is not known."""
+    for ending, part in ENDINGS.items():
+        if key.endswith(ending):
+            return key.removesuffix(ending), part
+    return None
+
+
+class LayerNames:
+    """Finds layers by the stems of keys. `aliases`: every dotted name of a layer or tensor -> its official name."""
+
+    def __init__(self, aliases: Mapping[str, str]):
+        self._dotted = aliases
+        self._underscored = {alias.replace(".", "_"): name for alias, name in aliases.items()}
+
+    def find(self, stem: str) -> str | None:
+        """The official name of what a stem is about, or None."""
+        found = self._dotted.get(stem)
+        while found is None:
+            prefix = next((prefix for prefix in PREFIXES if stem.startswith(prefix)), None)
+            if prefix is None:
+                break
+            stem = stem.removeprefix(prefix)
+            found = self._dotted.get(stem)
+        if found is not None:
+            return found
+        for prefix in UNDERSCORED_PREFIXES:
+            stem = stem.removeprefix(prefix)
+        return self._underscored.get(stem.lstrip("_"))
