@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ BAD_INPUT = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 2 with one line on stderr that says what to do."""
     options = make_parser().parse_args(arguments)
+    if sys.platform == "linux":  # elsewhere PyTorch does not know it; read when the GPU is first used
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     command: Callable[[argparse.Namespace], None] = options.command
     try:
@@ -303,3 +306,7 @@ def _floats(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1000,750,500,250") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """A whole run within a budget that a second process enforces: encode, denoise, decode, from full-size files.
 
     python benchmarks/synthetic.py 1.3b fp8 /tmp/1.3b_fp8.safetensors
-    python benchmarks/end_to_end.py /tmp/1.3b_fp8.safetensors --vram 4
+    python benchmarks/end_to_end.py /tmp/1.3b_fp8.safetensors --vram 4 6 8
 
 The VAE and the text encoder (full width, two layers) get random weights; what comes out is noise, at full cost.
 """
@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -52,29 +56,54 @@ def save_text_encoder(path: Path) -> Path:
     return path
 
 
+def run(model: Path, folder: Path, vram_gib: float, steps: int) -> dict[str, object]:
+    """One run in this process, which nothing else has used the GPU of."""
+    files = WanFiles(model, folder / "umt5.safetensors", folder / "vae.safetensors")
+    settings = RunSettings(device=torch.device("cuda", 0), vram_budget_gib=vram_gib, timed=True)
+    pipeline = WanPipeline(files, settings)
+    request = WanRequest("a cat surfs a wave", num_steps=steps, width=832, height=480, num_frames=81)
+    num_frames = sum(len(frames) for frames in pipeline.generate(request))
+    report = pipeline.report()
+    assert pipeline.plan is not None
+    return {
+        "vram_gib": vram_gib,
+        "frames": num_frames,
+        "vae_tile": pipeline.plan.vae_tile,
+        "peaks_gib": {phase.name: report.vram_bytes(phase) / GIB for phase in report.phases},
+        "seconds": {phase.name: phase.seconds for phase in report.phases},
+        "table": report.table(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--vram", type=float, default=4.0, help="GiB")
+    parser.add_argument("--vram", type=float, nargs="+", default=[4.0, 6.0, 8.0], help="GiB, one run each")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Ballast(options.vram):
-        files = WanFiles(
-            options.model,
-            save_text_encoder(Path(folder) / "umt5.safetensors"),
-            save_vae(Path(folder) / "vae.safetensors"),
-        )
-        settings = RunSettings(device=torch.device("cuda", 0), vram_budget_gib=options.vram, timed=True)
-        pipeline = WanPipeline(files, settings)
-        request = WanRequest("a cat surfs a wave", num_steps=options.steps, width=832, height=480, num_frames=81)
-        num_frames = sum(len(frames) for frames in pipeline.generate(request))
-    report = pipeline.report()
-    phases = {phase.name: report.vram_bytes(phase) / GIB for phase in report.phases}
-    path = save_results(
-        "end_to_end", {"vram_gib": options.vram, "frames": num_frames, "vram_used_gib": phases, "table": report.table()}
-    )
-    print(f"{num_frames} frames; {path}")
-    print(report.table())
+    if options.folder is not None:
+        print(json.dumps(run(options.model, options.folder, options.vram[0], options.steps)))
+        return
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_text_encoder(Path(folder) / "umt5.safetensors")
+        save_vae(Path(folder) / "vae.safetensors")
+        for vram_gib in options.vram:
+            command = [sys.executable, __file__, str(options.model), "--folder", folder]
+            command += ["--vram", str(vram_gib), "--steps", str(options.steps)]
+            env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+            with Ballast(vram_gib):
+                done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+            sys.stderr.write(done.stderr[-2000:])
+            if done.returncode:
+                results.append({"vram_gib": vram_gib, "error": done.stderr.strip().splitlines()[-1][:300]})
+            else:
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+    path = save_results("end_to_end", {"runs": results})
+    print(path)
+    for result in results:
+        print(f"in {result['vram_gib']} GiB:", result.get("error") or f"tile {result['vae_tile']}\n{result['table']}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ def cases(folder: Path) -> list[Case]:
         Case("fp8 + 4 LoRAs r64", fp8, *clip, **size, loras=loras),
         Case("fp8_fast + LoRA r64", fp8, *clip, **size, quantization="fp8_fast", loras=loras[:1]),
         Case("fp8_fast + 4 LoRAs", fp8, *clip, **size, quantization="fp8_fast", loras=loras),
-        Case("Q4_K + LoRA r64", str(folder / "q4_k.gguf"), *clip, **size, loras=loras[:1]),
     ]
 
 

@@ -169,6 +169,11 @@ def _tiles(work: WorkSize) -> tuple[int, ...]:
     return 0, *(tile for tile in VAE_TILES if tile < max(work.height, work.width))
 
 
+def decode_tiles(plan: MemoryPlan) -> tuple[int, ...]:
+    """The plan's VAE tile (0: whole frames), then all smaller ones, for retries after the device ran out."""
+    return plan.vae_tile, *(tile for tile in _tiles(plan.work)[1:] if not plan.vae_tile or tile < plan.vae_tile)
+
+
 def _decode_bytes(model: ModelFootprint, vae: VaeFootprint, work: WorkSize, limits: Limits, tile: int) -> int:
     return decode_memory(vae, work, model.latent_channels, tile, limits.context_bytes)
 

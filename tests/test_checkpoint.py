@@ -46,6 +46,10 @@ RELEASED = {
     "Wan 2.1 FLF2V 14B": WanConfig("flf2v", 5120, 13824, 40, 40, 36, 16, image_dim=1280, image_pos_tokens=514),
     "Wan 2.2 I2V A14B, one of two experts": WanConfig("i2v", 5120, 13824, 40, 40, 36, 16),
     "Wan 2.2 TI2V 5B": WanConfig("ti2v", 3072, 14336, 24, 30, 48, 48),
+    "Wan VACE 1.3B": WanConfig("vace", 1536, 8960, 12, 30, vace_layers=15, vace_channels=96),
+    "Wan VACE 14B": WanConfig("vace", 5120, 13824, 40, 40, vace_layers=8, vace_channels=96),
+    "Wan Fun Control 14B": WanConfig("control", 5120, 13824, 40, 40, 52, 16, reference_channels=16),
+    "Wan Fun Camera 1.3B": WanConfig("camera", 1536, 8960, 12, 30, 32, 16, image_dim=1280, camera_channels=24),
 }
 
 

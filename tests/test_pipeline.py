@@ -538,3 +538,24 @@ def test_pictures_that_do_not_suit_the_model(i2v: WanFiles, ti2v: WanFiles, pict
         run(WanPipeline(i2v), replace(REQUEST, image=Path("gone.png")))
     with pytest.raises(ValueError, match=r"takes a first frame only: leave out .*last.png"):
         run(WanPipeline(ti2v), replace(REQUEST, width=64, end_image=pictures[1]))
+
+
+def test_running_out_of_memory_while_decoding_loses_no_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = WanPipeline(save_files(tmp_path), RunSettings())
+    request = WanRequest("a red ball", width=160, height=32, num_frames=9, num_steps=1)
+    want = torch.cat(list(pipeline.generate(request)))
+    decode, failures = WanVAE.decode, [1]
+
+    def failing(vae: WanVAE, latent: torch.Tensor, split_frames: bool = False) -> Iterator[torch.Tensor]:
+        for index, frames in enumerate(decode(vae, latent, split_frames)):
+            if failures and index == 2:
+                failures.pop()
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            yield frames
+
+    monkeypatch.setattr(WanVAE, "decode", failing)
+    got = torch.cat(list(pipeline.generate(request)))
+    assert torch.equal(got, want)
+    assert "out of VRAM while decoding whole frames: trying smaller tiles" in caplog.text

@@ -84,6 +84,9 @@ def describe(identity: FileIdentity) -> str:
 
 # --- Wan transformers ------------------------------------------------------------------------------------
 
+# Variants that are called by what they take.
+INPUT_TITLES = {"vace": "Wan VACE", "control": "Wan Fun Control", "camera": "Wan Fun Camera"}
+
 # (dim, layers) -> the size people know it by.
 SIZES = {(1536, 30): "1.3B", (5120, 40): "14B", (3072, 30): "5B"}
 
@@ -113,6 +116,8 @@ def _describe_wan(checkpoint: Checkpoint) -> tuple[str, str, tuple[str, ...]]:
 
 def _wan_title(config: WanConfig, checkpoint: Checkpoint) -> str:
     size = SIZES.get((config.dim, config.num_layers)) or _num_parameters(checkpoint.tensors.values())
+    if config.model_type in INPUT_TITLES:
+        return f"{INPUT_TITLES[config.model_type]} {size}"
     if config.model_type == "ti2v":
         return f"Wan 2.2 TI2V {size}"
     if config.model_type == "flf2v":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..memory.footprint import Limits, WorkSize
 from ..memory.limits import hold_budget, limits_for
-from ..memory.plan import MemoryPlan
+from ..memory.plan import MemoryPlan, decode_tiles
 from ..memory.report import MemoryMonitor, RunReport
 from ..sampling.guidance import ExpertSwitch, Guidance
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
@@ -28,6 +29,8 @@ from .text_encoder import TextEncoder
 from .vae import WanVAE
 from .vae_checkpoint import load_vae, open_vae
 from .vae_tiles import decode_tiled
+
+logger = logging.getLogger(__name__)
 
 TILE_OVERLAP = 64  # pixels
 
@@ -272,22 +275,42 @@ class WanPipeline:
         return denoise
 
     def _decode(self, latent: Tensor, plan: MemoryPlan) -> Iterator[Tensor]:
+        """Frames as they come; where the device runs out of memory, what is missing is decoded in smaller tiles."""
         self.progress.begin("decode")
-        total = plan.work.frames
+        done = 0
+        problem: torch.cuda.OutOfMemoryError | None = None
         with _on_device(self._load_vae(), self.settings.device) as vae:
-            if plan.vae_tile and self.settings.device.type != "cpu":
-                video = decode_tiled(vae, latent, plan.vae_tile, TILE_OVERLAP, on_chunk=self.progress.update)
-                yield _to_uint8(video)
-                return
-            done = 0
-            for frames in vae.decode(latent):
-                yield _to_uint8(frames)
-                done += frames.shape[2]
-                self.progress.update(done, total)
+            for tile in decode_tiles(plan):
+                seen = 0
+                try:
+                    for frames in self._decoded(vae, latent, tile):
+                        if seen + len(frames) > done:
+                            yield frames[max(0, done - seen) :]
+                        seen += len(frames)
+                        done = max(done, seen)
+                    return
+                except torch.cuda.OutOfMemoryError as error:
+                    logger.warning("out of VRAM while decoding %s: trying smaller tiles", _tile_words(tile))
+                    problem = error.with_traceback(None)  # the traceback holds the failed pass's tensors
+                torch.cuda.empty_cache()
+        assert problem is not None
+        raise problem
+
+    def _decoded(self, vae: WanVAE, latent: Tensor, tile: int) -> Iterator[Tensor]:
+        if tile and self.settings.device.type != "cpu":
+            yield _to_uint8(decode_tiled(vae, latent, tile, TILE_OVERLAP, on_chunk=self.progress.update))
+            return
+        done, total = 0, (latent.shape[2] - 1) * vae.config.temporal_stride + 1
+        for frames in vae.decode(latent):
+            yield _to_uint8(frames)
+            done += frames.shape[2]
+            self.progress.update(done, total)
 
     def _load_vae(self) -> WanVAE:
         dtype = self.settings.compute_dtype
         vae = self._vae or load_vae(self.files.vae, dtype, "cpu")
+        if self.settings.device.type == "cuda" and dtype.itemsize == 2:
+            vae.to_channels_last()
         self._vae = vae if self.settings.keep_loaded else None
         return vae
 
@@ -373,6 +396,10 @@ def _visiting(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[nn.
     for block in blocks:
         with _on_device(block, device):
             yield block
+
+
+def _tile_words(tile: int) -> str:
+    return f"in tiles of {tile} pixels" if tile else "whole frames"
 
 
 def _to_uint8(video: Tensor) -> Tensor:

@@ -53,13 +53,17 @@ DEFAULTS: Mapping[str, WanDefaults] = MappingProxyType(
 
 
 def defaults_for(config: WanConfig, experts: bool) -> WanDefaults:
-    """The published settings of the model with these dimensions."""
+    """The published settings of the model with these dimensions; ValueError for one that only ComfyUI can feed."""
     if experts and config.model_type in ("t2v", "i2v"):
         return DEFAULTS[f"{config.model_type} experts"]
     if config.model_type == "t2v" and config.dim < 1024:
         return DEFAULTS["demo"]
     if config.model_type == "t2v" and config.dim < 5120:
         return DEFAULTS["t2v small"]
+    if config.model_type not in DEFAULTS:
+        raise ValueError(
+            f"this is a Wan {config.model_type} model, whose inputs the command line cannot give: use it in ComfyUI"
+        )
     return DEFAULTS[config.model_type]
 
 

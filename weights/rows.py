@@ -79,7 +79,9 @@ class TorchRowOps:
 
 def row_scales(x: Tensor, largest: float) -> Tensor:
     """`[rows, 1]` fp32: what the rows are divided by so that their largest magnitude becomes `largest`."""
-    return (x.abs().amax(dim=-1, keepdim=True).float() / largest).clamp_(min=SMALLEST_SCALE)
+    peak = x.abs().amax(dim=-1, keepdim=True).float()
+    # by a tensor: on a GPU PyTorch divides by a number as a product with its reciprocal, which rounds otherwise
+    return (peak / torch.full_like(peak, largest)).clamp_(min=SMALLEST_SCALE)
 
 
 def select_row_ops(device: torch.device) -> RowOps:

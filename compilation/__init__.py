@@ -1,0 +1,1 @@
+"""torch.compile for models whose weights are streamed."""

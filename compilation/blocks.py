@@ -1,0 +1,48 @@
+"""Modules compiled one by one, with one cache of code for all of the same kind.
+
+Weights are bound once per load and only their bytes change, so neither streaming nor LoRA merging makes code anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from .settings import CompileSettings
+
+
+def compile_modules(modules: Sequence[nn.Module], settings: CompileSettings) -> None:
+    """Let each module run as compiled code from its next call on. ValueError where that cannot be."""
+    settings.check()
+    options: dict[str, Any] = {"mode": settings.mode} if settings.backend == "inductor" else {}
+    for module in modules:
+        module.compile(
+            backend=settings.backend, fullgraph=settings.fullgraph, dynamic=settings.dynamic, **options
+        )  # fmt: skip
+
+
+def uncompile_modules(modules: Sequence[nn.Module]) -> None:
+    """Let the modules run as plain PyTorch again."""
+    for module in modules:
+        module._compiled_call_impl = None  # what `nn.Module.compile` sets; PyTorch has no public way back
+
+
+@contextmanager
+def dynamo_limits(settings: CompileSettings | None) -> Iterator[None]:
+    """Dynamo's limits as the settings say, for as long as the block runs; other models keep theirs."""
+    if settings is None:
+        yield
+        return
+    config = torch._dynamo.config
+    wanted: dict[str, Any] = {
+        "cache_size_limit": settings.cache_size_limit,
+        "accumulated_cache_size_limit": settings.recompile_limit,
+        "force_parameter_static_shapes": settings.force_parameter_static_shapes,
+    }
+    with config.patch({name: value for name, value in wanted.items() if hasattr(config, name)}):
+        yield

@@ -1,0 +1,44 @@
+"""The nodes: the only part of the package that knows ComfyUI."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+from comfy_api.latest import ComfyExtension, io
+
+logger = logging.getLogger(__name__)
+
+# module -> its nodes, in the order in which they are listed
+PARTS = {
+    "loaders": ("LoadWanModel",),
+    "memory": ("BlockSwap", "VramPlan", "MemoryReport"),
+    "compile": ("TorchCompileSettings",),
+    "vae": ("DecodeVideo",),
+    "demo": ("LoadDemo",),
+}
+
+
+def load_nodes() -> list[type[io.ComfyNode]]:
+    """All nodes whose requirements are installed; what is missing is logged, and never stops the others."""
+    nodes: list[type[io.ComfyNode]] = []
+    for part, names in PARTS.items():
+        try:
+            module = importlib.import_module(f".{part}", __name__)
+        except (ImportError, OSError) as error:  # OSError: a library that cannot load its DLLs
+            logger.error(
+                "LowVRAM Video: the nodes %s are off: %s. Run: pip install -r requirements.txt in the pack's folder, "
+                "with ComfyUI's own Python",
+                ", ".join(names),
+                error,
+            )
+            continue
+        nodes += [getattr(module, name) for name in names]
+    return nodes
+
+
+class LowVRAMExtension(ComfyExtension):
+    """All nodes of the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return load_nodes()

@@ -1,0 +1,92 @@
+"""The node that turns torch.compile on for a streamed model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..compilation.settings import BACKENDS, DYNAMIC, MODES, CompileSettings
+from . import host
+from .memory import streamed_model
+
+
+class TorchCompileSettings(io.ComfyNode):
+    """Compile a streamed model's blocks."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="LowVRAMTorchCompile",
+            display_name="Torch Compile Settings (Low VRAM)",
+            description="Compiles the model's blocks one by one with torch.compile, together with streaming and LoRA. "
+            "The first step takes longer, the others less. Needs Triton for inductor on a GPU.",
+            search_aliases=["torch compile", "inductor", "dynamo"],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL of Load Wan Video Model (Low VRAM)."),
+                io.Combo.Input(
+                    "backend",
+                    options=list(BACKENDS),
+                    default="inductor",
+                    tooltip="inductor makes Triton kernels. cudagraphs only records launches. tensorrt needs the "
+                    "package torch_tensorrt.",
+                ),
+                io.Boolean.Input(
+                    "fullgraph",
+                    default=False,
+                    tooltip="On: an error where a block is not one graph. Off: it may be cut.",
+                ),
+                io.Combo.Input("mode", options=list(MODES), default="default", tooltip="One of inductor's presets."),
+                io.Combo.Input(
+                    "dynamic",
+                    options=list(DYNAMIC),
+                    default="auto",
+                    tooltip="auto: code for one size, made general at the second. true: general from the start. "
+                    "false: new code for each size.",
+                ),
+                io.Boolean.Input(
+                    "compile_transformer_blocks_only",
+                    default=True,
+                    tooltip="On: the blocks, which are nearly all of the work. Off: the output head as well.",
+                ),
+                io.Int.Input(
+                    "dynamo_cache_size_limit", default=64, min=1, max=1024, tooltip="Versions of the code per function."
+                ),
+                io.Int.Input(
+                    "dynamo_recompile_limit", default=128, min=1, max=4096, tooltip="Versions of the code in all."
+                ),
+                io.Boolean.Input(
+                    "force_parameter_static_shapes",
+                    default=False,
+                    tooltip="On: weights have fixed shapes in the code even where sizes are dynamic.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        backend: str,
+        fullgraph: bool,
+        mode: str,
+        dynamic: str,
+        compile_transformer_blocks_only: bool,
+        dynamo_cache_size_limit: int,
+        dynamo_recompile_limit: int,
+        force_parameter_static_shapes: bool,
+    ) -> io.NodeOutput:
+        patcher = streamed_model(model, "Torch Compile Settings (Low VRAM)")
+        settings = CompileSettings(
+            backend=backend,
+            fullgraph=fullgraph,
+            mode=mode,
+            dynamic=DYNAMIC[dynamic],
+            transformer_blocks_only=compile_transformer_blocks_only,
+            cache_size_limit=dynamo_cache_size_limit,
+            recompile_limit=dynamo_recompile_limit,
+            force_parameter_static_shapes=force_parameter_static_shapes,
+        )
+        settings.check()
+        return io.NodeOutput(patcher.with_options(compile=settings))

@@ -1,0 +1,329 @@
+"""One model file under ComfyUI's memory management: planned, loaded, run, and given back."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compilation.blocks import compile_modules, dynamo_limits, uncompile_modules
+from ..memory.footprint import Limits, WorkSize
+from ..memory.host_buffers import HostBlocks
+from ..memory.ladder import RAM_MARGIN_BYTES
+from ..memory.lanes import TimedLanes
+from ..memory.limits import hold_budget, limits_for
+from ..memory.plan import MemoryPlan, PlanError
+from ..memory.rates import Rates, measure_rates
+from ..memory.report import MemoryMonitor, RunReport
+from ..wanvideo.model import Extras
+from ..wanvideo.settings import RunSettings
+from ..wanvideo.streamed import StreamedWan
+from . import host
+from .options import StreamOptions
+from .patches import PatchedCheckpoint
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
+
+
+class Engine:
+    """Shared by all MODELs that come from one loader; the last one loaded says how it runs (`configure`).
+
+    Nothing is on the device before the first pass: only then is the size of the work known.
+    """
+
+    def __init__(self, path: Path, settings: RunSettings):
+        settings = replace(settings, timed=True, pinned_memory=host.memory_flags().may_pin)
+        registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
+        self.streamed = StreamedWan(path, settings, registrar, host.stop_if_interrupted)
+        self.options = StreamOptions()
+        self.report: RunReport | None = None
+        self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
+        self._patches: Mapping[str, Sequence[Any]] = {}
+        self._patches_id: object = None
+        self._merged_id: object = None  # whose patches the weights in host memory have
+        self._rates: Rates | None = None
+        self._monitor: MemoryMonitor | None = None
+        self._watching = ExitStack()
+        self._streaming_since = 0.0
+        self._new_run = True
+        self._running = False
+
+    # What ComfyUI's memory management asks of it
+
+    @property
+    def device(self) -> torch.device:
+        return self.streamed.settings.device
+
+    @property
+    def device_bytes(self) -> int:
+        return self.streamed.device_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.streamed.checkpoint.tensors.values())
+
+    def configure(self, options: StreamOptions, patches: Mapping[str, Sequence[Any]], patches_id: object) -> None:
+        """Run as these options say and with these weight patches, from the next pass on."""
+        if options != self.options:
+            self.streamed.stop() if options.same_host_memory(self.options) else self.streamed.release()
+            self._compile(options)
+            self.options = options
+            pinned = options.pinned_memory and host.memory_flags().may_pin
+            self.streamed.settings = replace(self.streamed.settings, pinned_memory=pinned)
+        self._patches, self._patches_id = patches, patches_id if patches else None
+        if self._patches_id != self._merged_id:
+            self.streamed.stop()
+        self._tell_owner()
+
+    def unload(self) -> int:
+        """Free device and pinned memory. The weights stay in RAM where much of it is free. Returns device bytes."""
+        if self._running:  # something else is loaded in the middle of a pass
+            return 0
+        freed = self.device_bytes
+        self.streamed.stop()
+        self.unpin()
+        if host.free_ram() < ROOM_TO_KEEP * self.total_bytes:
+            self.release()
+        self._tell_owner()
+        return freed
+
+    def unpin(self) -> None:
+        """Give pinned memory back while nothing runs."""
+        if isinstance(self.streamed.source, HostBlocks) and not self.streamed.started:
+            self.streamed.source.unpin()
+
+    def release(self) -> None:
+        """Free device and host memory."""
+        self.streamed.release()
+        self.streamed.weights = self.streamed.checkpoint
+        self._merged_id = None
+        self._tell_owner()
+
+    def begin_run(self) -> None:
+        """A sampler starts."""
+        self.end_run()
+        self._new_run = True
+        self._monitor = MemoryMonitor(self.device)
+        self._watching.enter_context(self._monitor)
+        self._watching.enter_context(self._monitor.phase("denoise"))
+        self._monitor_since = time.perf_counter()
+
+    def end_run(self) -> None:
+        """The sampler is done, or gave up."""
+        self._watching.close()
+        self.streamed.forget_contexts()
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            self.report = self._report(monitor)
+
+    # Planning
+
+    def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1) -> WorkSize:
+        """The work of a pass over latents of `latent_size` (frames, height, width)."""
+        config = self.streamed.config
+        stride = (4, 16, 16) if config.out_channels == 48 else (4, 8, 8)
+        frames, height, width = latent_size
+        return WorkSize(
+            (frames - 1) * stride[0] + 1,
+            height * stride[1],
+            width * stride[2],
+            batch=batch,
+            passes_per_step=passes_per_step,
+            stride=stride,
+            patch=config.patch_size,
+        )
+
+    def plan(self, work: WorkSize, options: StreamOptions | None = None) -> MemoryPlan:
+        """The plan for this work as memory is now. PlanError says what would fit."""
+        options = options or self.options
+        return self.streamed.make_plan(work, self.limits(options))
+
+    def limits(self, options: StreamOptions) -> Limits:
+        """What may be used now, this model's own memory included."""
+        flags = host.memory_flags()
+        swap = options.blocks_to_swap
+        if swap < 0 and (flags.keep_all or flags.stream_all):
+            swap = 0 if flags.keep_all else len(self.streamed.blocks)
+        execution = self.streamed.model.execution
+        limits = limits_for(
+            self.device,
+            vram_budget_gib=0.0,
+            ram_budget_gib=self._ram_budget(options),
+            blocks_to_swap=swap,
+            num_slots=options.prefetch + 1 if options.prefetch else None,
+            fused=execution.ops.name != "eager",
+            sage_attention=execution.attention.name == "sageattn",
+            measure=False,
+        )
+        if self.device.type != "cuda":
+            return limits
+        if self._rates is None:
+            self._rates = measure_rates(self.device)
+        return replace(
+            limits,
+            vram_budget_bytes=self._vram_budget(options, limits.context_bytes),
+            pinned_cap_bytes=host.pinned_room() + self.streamed.pinned_bytes,
+            tflops_matmul=self._rates.tflops_matmul,
+            tflops_attention=self._rates.tflops_attention,
+            h2d_gbps=self._rates.h2d_gbps,
+        )
+
+    def _vram_budget(self, options: StreamOptions, context_bytes: int) -> int:
+        """For the whole process, as plans count it: with the context, which has its memory already."""
+        free = host.free_vram(self.device) + self.device_bytes - host.reserved_vram() + context_bytes
+        if not options.vram_budget_gb:
+            return max(0, free)
+        others = torch.cuda.memory_allocated(self.device) - self.device_bytes
+        return max(0, min(int(options.vram_budget_gb * GIB) - others, free))
+
+    def _ram_budget(self, options: StreamOptions) -> float | None:
+        """GiB; None while all blocks fit in the RAM that is free."""
+        free = host.free_ram() + self.streamed.host_bytes
+        if options.ram_budget_gb:
+            return min(options.ram_budget_gb, free / GIB)
+        return free / GIB if free < self.total_bytes + RAM_MARGIN_BYTES else None
+
+    # Running
+
+    def run(
+        self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
+    ) -> Tensor:
+        """The velocity (see `WanModel.forward`). Memory is returned when it fails or is interrupted."""
+        with self._returning_memory():
+            self._start(latent, extras)
+            assert self.streamed.plan is not None
+            batch = self.streamed.plan.work.batch
+            with self._within_budget(), dynamo_limits(self.options.compile):
+                if latent.shape[0] <= batch:
+                    return self.streamed(latent, timestep, text, image_tokens, extras)
+                velocities = []
+                for first in range(0, latent.shape[0], batch):
+                    part = slice(first, first + batch)
+                    image = None if image_tokens is None else image_tokens[part]
+                    velocities.append(self.streamed(latent[part], timestep[part], text[part], image, extras.cut(part)))
+                return torch.cat(velocities)
+
+    def _start(self, latent: Tensor, extras: Extras) -> None:
+        """Have the model on the device, planned for this work."""
+        frames, height, width = latent.shape[2:]
+        size = (frames + (extras.reference is not None), height, width)
+        plan, new_run, self._new_run = self.streamed.plan, self._new_run, False
+        if plan is not None and self.streamed.started:
+            planned, rows = plan.work, self.work_size(size, 1).rows
+            same = planned.latent_size == size and planned.batch == latent.shape[0]
+            if same or (not new_run and rows <= planned.tokens):
+                return
+        self.streamed.stop()
+        if self.options.vram_budget_gb:
+            host.unload_others(self.owner() if self.owner is not None else None, self.device)
+        try:
+            plan = self._plan_batch(size, latent.shape[0])
+        except PlanError as refusal:
+            raise ValueError(named_as_widgets(refusal)) from None
+        self._merge(plan)
+        self.streamed.start(plan)
+        self._streaming_since = time.perf_counter()
+        self._tell_owner()
+        logger.info("%s\n%s", plan.model, "\n".join(plan.reasons))
+
+    def _plan_batch(self, size: tuple[int, int, int], batch: int) -> MemoryPlan:
+        """A plan for the batch, or for one sample at a time where only that fits."""
+        # a single sample: cond and uncond probably come one after the other
+        single = self.work_size(size, 1, 2)
+        if batch == 1:
+            return self.plan(single)
+        try:
+            return self.plan(self.work_size(size, batch))
+        except PlanError:
+            return self.plan(single)
+
+    def _merge(self, plan: MemoryPlan) -> None:
+        """Have the weights in host memory carry the patches that were asked for, and no others."""
+        if self._patches_id == self._merged_id:
+            return
+        checkpoint = self.streamed.checkpoint
+        if plan.from_disk and self._patches:
+            raise ValueError(
+                f"{checkpoint.path.name} is streamed from the disk, where a LoRA cannot be merged: raise ram_budget_gb "
+                f"to {self.total_bytes / GIB + 2:.0f} or more, close other programs, or bypass the LoRA"
+            )
+        source = self.streamed.source
+        self.streamed.weights = PatchedCheckpoint(checkpoint, self._patches) if self._patches else checkpoint
+        if isinstance(source, HostBlocks) and not plan.from_disk:
+            source.refill(self.streamed.weights, host.stop_if_interrupted)
+        else:
+            self.streamed.release()
+        self._merged_id = self._patches_id
+
+    def _compile(self, options: StreamOptions) -> None:
+        if options.compile == self.options.compile:
+            return
+        modules: list[nn.Module] = [*self.streamed.blocks]
+        head = self.streamed.model.head
+        uncompile_modules([*modules, head])
+        if options.compile is not None:
+            compile_modules(modules if options.compile.transformer_blocks_only else [*modules, head], options.compile)
+
+    @contextmanager
+    def _returning_memory(self) -> Iterator[None]:
+        self._running = True
+        try:
+            yield
+        except BaseException:  # an interrupt is no Exception
+            self._running = False
+            self.release()
+            host.empty_cache()
+            raise
+        finally:
+            self._running = False
+
+    @contextmanager
+    def _within_budget(self) -> Iterator[None]:
+        """A budget given by hand is held by PyTorch's allocator while the model runs."""
+        limits = self.streamed.limits
+        if not self.options.vram_budget_gb or self.device.type != "cuda" or limits is None:
+            yield
+            return
+        hold_budget(self.device, replace(limits, vram_budget_bytes=int(self.options.vram_budget_gb * GIB)))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    def _report(self, monitor: MemoryMonitor) -> RunReport:
+        plan, limits = self.streamed.plan, self.streamed.limits
+        on_gpu = self.device.type == "cuda" and limits is not None
+        report = monitor.report(
+            pinned_bytes=self.streamed.pinned_bytes,
+            budget_bytes=limits.vram_budget_bytes if on_gpu and limits is not None else None,
+        )
+        if plan is not None and on_gpu:
+            report = report.with_predictions({"denoise": plan.predicted_denoise_bytes})
+        lanes = self.streamed.ring.lanes if self.streamed.ring is not None else None
+        if isinstance(lanes, TimedLanes):
+            report = report.with_spans(lanes.spans(), self._streaming_since - self._monitor_since)
+        return report
+
+    _monitor_since = 0.0
+
+    def _tell_owner(self) -> None:
+        owner: Any = self.owner() if self.owner is not None else None
+        if owner is not None:
+            owner.device = self.device if self.streamed.started else host.offload_device()
+            owner.model_loaded_weight_memory = self.device_bytes
+
+
+def named_as_widgets(refusal: ValueError) -> str:
+    """A refusal's advice in the names of our widgets."""
+    return str(refusal).replace("_gib", "_gb")

@@ -1,0 +1,190 @@
+"""All that we ask of ComfyUI as a host: folders, memory, interrupts, progress. Nothing else knows its internals."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+CATEGORY = "LowVRAM Video"
+MODEL_FOLDER = "diffusion_models"  # ComfyUI's models/unet is one of its places
+MODEL_SUFFIXES = (".safetensors", ".gguf")
+GIB = 2**30
+EVERYTHING = 1e30  # bytes, as ComfyUI itself asks for all
+
+
+def schema(**values: Any) -> io.Schema:
+    """A node's schema; what this ComfyUI does not know yet (search aliases before 0.9) is left out."""
+    known = {field.name for field in fields(io.Schema)}
+    return io.Schema(category=CATEGORY, **{name: value for name, value in values.items() if name in known})
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def model_files() -> list[str]:
+    """Names of the video model files in ComfyUI's folders, as its own loaders show them."""
+    names = set()
+    for folder in folder_paths.get_folder_paths(MODEL_FOLDER):
+        for place, _, files in os.walk(folder, followlinks=True):
+            relative = Path(place).relative_to(folder)
+            names |= {str(relative / file) for file in files if file.lower().endswith(MODEL_SUFFIXES)}
+    return sorted(names)
+
+
+def model_path(name: str) -> Path:
+    """Where the model file of this name is; ValueError where it is gone."""
+    for folder in folder_paths.get_folder_paths(MODEL_FOLDER):
+        path = Path(folder) / name
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"{name} is in none of ComfyUI's diffusion_models folders: put it into models/diffusion_models and press R, "
+        "or choose another file"
+    )
+
+
+def model_stamp(name: str) -> str:
+    """Changes when the file does, so that a replaced file is loaded again."""
+    try:
+        stat = model_path(name).stat()
+    except ValueError:
+        return "missing"
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def output_path(prefix: str, suffix: str) -> Path:
+    """A new file in ComfyUI's output folder."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+
+def temporary_path(name: str) -> Path:
+    """A file in ComfyUI's temporary folder, which is emptied at each start."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+# --- devices and memory ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """What ComfyUI's command line says about memory: `--highvram`, `--lowvram`/`--novram`, pinning."""
+
+    keep_all: bool
+    stream_all: bool
+    may_pin: bool
+
+
+def memory_flags() -> MemoryFlags:
+    return MemoryFlags(
+        keep_all=mm.vram_state == mm.VRAMState.HIGH_VRAM,
+        stream_all=mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM),
+        may_pin=mm.MAX_PINNED_MEMORY > 0,
+    )
+
+
+def compute_device() -> torch.device:
+    """The device of `--cuda-device`, or the CPU under `--cpu`."""
+    return mm.get_torch_device()
+
+
+def offload_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def free_vram(device: torch.device) -> int:
+    """Bytes that may be used now beyond what is loaded: free ones and those that PyTorch holds unused."""
+    return int(mm.get_free_memory(device))
+
+
+def reserved_vram() -> int:
+    """Bytes that ComfyUI leaves to others: `--reserve-vram`, or its default."""
+    return int(mm.extra_reserved_memory())
+
+
+def free_ram() -> int:
+    return int(mm.get_free_memory(torch.device("cpu")))
+
+
+def empty_cache() -> None:
+    mm.soft_empty_cache()
+
+
+def pinned_room() -> int:
+    """Bytes that ComfyUI would still pin."""
+    return max(0, int(mm.MAX_PINNED_MEMORY - mm.TOTAL_PINNED_MEMORY))
+
+
+class HostRegistrar:
+    """Pins through ComfyUI, so that its own account of pinned memory holds ours too."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        # ComfyUI counts without a lock; our readers pin from several threads
+        self._lock = threading.Lock()
+
+    def pin(self, extent: Tensor) -> bool:
+        with self._lock:
+            return bool(mm.pin_memory(extent))
+
+    def unpin(self, extent: Tensor) -> None:
+        # the driver does not wait for copies that still read these pages
+        torch.cuda.synchronize(self._device)
+        with self._lock:
+            mm.unpin_memory(extent)
+
+
+def make_room(bytes_needed: int, device: torch.device, keep: Iterable[Any] = ()) -> None:
+    """Have ComfyUI evict other models until so many bytes are free."""
+    if device.type != "cpu":
+        mm.free_memory(bytes_needed + reserved_vram(), device, keep_loaded=list(keep))
+
+
+def unload_others(model: object, device: torch.device) -> None:
+    """Have ComfyUI evict every other model: a budget given by hand is for the whole process."""
+    if device.type != "cpu":
+        keep = [loaded for loaded in mm.current_loaded_models if getattr(loaded.model, "model", None) is model]
+        mm.free_memory(EVERYTHING, device, keep_loaded=keep)
+
+
+def decode_device() -> torch.device:
+    """Where ComfyUI decodes (`--cpu-vae`)."""
+    return mm.vae_device()
+
+
+# --- running ---------------------------------------------------------------------------------------------
+
+
+def stop_if_interrupted() -> None:
+    """Raises ComfyUI's InterruptProcessingException (a BaseException) once the user has asked for it."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """ComfyUI's progress bar of the node that runs."""
+
+    def __init__(self, total: int):
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def update(self, done: int, total: int) -> None:
+        stop_if_interrupted()
+        self._bar.update_absolute(done, total)
+
+
+def merge_patches(patches: list[Any], weight: Tensor, key: str) -> Tensor:
+    """ComfyUI's weight patches (LoRA and others) applied to a weight, in fp32."""
+    return comfy.lora.calculate_weight(patches, weight.float(), key)

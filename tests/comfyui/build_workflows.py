@@ -1,0 +1,345 @@
+"""Writes example_workflows/*.json: `python -m tests.comfyui.build_workflows` in the repository's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import model_files as files
+from .graph import BYPASSED, Group, ModelFile, Node, Output, Workflow
+from .notes import DEMO_NOTE, NOTES
+
+FOLDER = Path(__file__).parents[2] / "example_workflows"
+RED_BOX, GREEN_BOX, GREY_BOX = "#8A3A3A", "#3A7A4A", "#555"
+
+# Wan's own sample_neg_prompt (wan/configs/shared_config.py)
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Nodes that hold width, height and frames for all others."""
+
+    width: Node
+    height: Node
+    length: Node
+
+    @property
+    def wires(self) -> dict[str, Output]:
+        return {"width": self.width[0], "height": self.height[0], "length": self.length[0]}
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [self.width, self.height, self.length]
+
+
+def add_size(graph: Workflow, width: int, height: int, length: int) -> Size:
+    return Size(
+        graph.add("PrimitiveInt", title="Width", value=width),
+        graph.add("PrimitiveInt", title="Height", value=height),
+        graph.add("PrimitiveInt", title="Frames", value=length),
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The files' nodes; `model` is what the sampler gets before its shift."""
+
+    nodes: list[Node]
+    clip: Output
+    vae: Output
+
+
+def add_encoder_and_vae(graph: Workflow, vae: ModelFile, device: str = "default") -> Loaders:
+    text = files.TEXT_ENCODER
+    clip = graph.add("CLIPLoader", models=[text], clip_name=text.name, device=device)
+    loaded = graph.add("VAELoader", models=[vae], vae_name=vae.name)
+    return Loaders([clip, loaded], clip[0], loaded[0])
+
+
+def add_model(graph: Workflow, file: ModelFile, title: str | None = None) -> list[Node]:
+    """Loader and Block Swap; the last one has the MODEL."""
+    loader = graph.add("LowVRAMLoadWanModel", title=title, models=[file], model_name=file.name)
+    return [loader, graph.add("LowVRAMBlockSwap", model=loader[0])]
+
+
+def add_prompts(graph: Workflow, clip: Output, prompt: str, negative: str = NEGATIVE) -> list[Node]:
+    positive = graph.add("CLIPTextEncode", title="Prompt", clip=clip, text=prompt)
+    return [positive, graph.add("CLIPTextEncode", title="Negative prompt", clip=clip, text=negative)]
+
+
+def add_plan(graph: Workflow, model: Output, size: Size, guidance: bool) -> Node:
+    return graph.add("LowVRAMPlan", model=model, guidance=guidance, **size.wires)
+
+
+def add_output(graph: Workflow, samples: Output, vae: Output, name: str, fps: float) -> list[Node]:
+    decode = graph.add("LowVRAMDecodeVideo", samples=samples, vae=vae)
+    video = graph.add("CreateVideo", images=decode[0], fps=fps)
+    return [decode, video, graph.add("SaveVideo", video=video[0], filename_prefix=f"video/{name}")]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    shift: float
+    cfg: float
+    steps: int
+    fps: float = 16.0
+
+
+def add_sampler(graph: Workflow, model: Output, prompts: Sequence[Output], latent: Output, how: Sampling) -> list[Node]:
+    shifted = graph.add("ModelSamplingSD3", model=model, shift=how.shift)
+    sampler = graph.add(
+        "KSampler", model=shifted[0], positive=prompts[0], negative=prompts[1], latent_image=latent,
+        steps=how.steps, cfg=how.cfg,
+    )  # fmt: skip
+    return [shifted, sampler]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every workflow has, in the order of its groups; `pictures` may be empty."""
+
+    note: str
+    loading: list[Node]
+    prompting: list[Node]
+    sizing: list[Node]
+    pictures: list[Node]
+    sampling: list[Node]
+    saving: list[Node]
+    plan: Node
+    report: Node
+
+
+def place(graph: Workflow, parts: Parts) -> dict[str, Any]:
+    note = graph.add("MarkdownNote", title="Read me", text=parts.note)
+    pictures = [[Group("4. Picture", parts.pictures, GREEN_BOX)]] if parts.pictures else []
+    number = 4 + len(pictures)
+    return graph.place(
+        [
+            [Group("Notes", [note], GREY_BOX)],
+            [Group("1. Model files", parts.loading)],
+            [Group("2. Prompt", parts.prompting, GREEN_BOX), Group("3. Size and length", parts.sizing, GREEN_BOX)],
+            *pictures,
+            [Group(f"{number}. Sampling", parts.sampling), Group("What it would take", [parts.plan], GREY_BOX)],
+            [Group(f"{number + 1}. Video", parts.saving, RED_BOX)],
+            [Group("What it took", [parts.report], GREY_BOX)],
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A workflow up to its prompts and size."""
+
+    graph: Workflow
+    model: list[Node]
+    loaders: Loaders
+    prompting: list[Node]
+    sizes: Size
+
+
+def start(
+    name: str, file: ModelFile, vae: ModelFile, prompt: str, size: tuple[int, int, int], device: str = "default"
+) -> Scene:
+    """A workflow with one model."""
+    graph = Workflow(name)
+    model = add_model(graph, file)
+    loaders = add_encoder_and_vae(graph, vae, device)
+    return Scene(graph, model, loaders, add_prompts(graph, loaders.clip, prompt), add_size(graph, *size))
+
+
+def finish(scene: Scene, latent: Node, how: Sampling, pictures: Sequence[Node] = ()) -> dict[str, Any]:
+    """From the latent's node on: plan, sampler, video, report."""
+    graph, names = scene.graph, [name for name, _ in latent.kind.outputs]
+    prompts = [latent["positive"], latent["negative"]] if "positive" in names else [n[0] for n in scene.prompting]
+    plan = add_plan(graph, scene.model[-1][0], scene.sizes, how.cfg != 1)
+    sampling = add_sampler(graph, plan["MODEL"], prompts, latent["latent" if "latent" in names else "LATENT"], how)
+    samples = sampling[-1][0]
+    if "trim_latent" in names:
+        sampling.append(graph.add("TrimVideoLatent", samples=samples, trim_amount=latent["trim_latent"]))
+    return place(
+        graph,
+        Parts(
+            note=NOTES[graph.name].text(),
+            loading=[*scene.model, *scene.loaders.nodes],
+            prompting=scene.prompting,
+            sizing=scene.sizes.nodes if pictures else [*scene.sizes.nodes, latent],
+            pictures=[*pictures, latent] if pictures else [],
+            sampling=sampling,
+            saving=add_output(graph, sampling[-1][0], scene.loaders.vae, graph.name, how.fps),
+            plan=plan,
+            report=graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=samples),
+        ),
+    )
+
+
+def add_vision(scene: Scene) -> Node:
+    vision = scene.graph.add("CLIPVisionLoader", models=[files.CLIP_VISION], clip_name=files.CLIP_VISION.name)
+    scene.loaders.nodes.append(vision)
+    return vision
+
+
+def conditioned(scene: Scene, type: str, **pictures: Output) -> Node:
+    """A node of ComfyUI's that adds pictures to the prompts and makes the latent."""
+    positive, negative = scene.prompting
+    return scene.graph.add(
+        type, positive=positive[0], negative=negative[0], vae=scene.loaders.vae, **pictures, **scene.sizes.wires
+    )
+
+
+def t2v_small() -> dict[str, Any]:
+    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
+    scene = start("wan2.1_t2v_1.3B", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+
+
+def i2v_480p() -> dict[str, Any]:
+    prompt = "The figure turns its head and smiles, hair moves in a light breeze"
+    scene = start("wan2.1_i2v_14B_480p_fp8", files.I2V_480P, files.VAE_21, prompt, (832, 480, 81))
+    vision, image = add_vision(scene), scene.graph.add("LoadImage")
+    seen = scene.graph.add("CLIPVisionEncode", clip_vision=vision[0], image=image["IMAGE"])
+    latent = conditioned(scene, "WanImageToVideo", clip_vision_output=seen[0], start_image=image["IMAGE"])
+    return finish(scene, latent, Sampling(3.0, 5.0, 20), [image, seen])
+
+
+def flf2v() -> dict[str, Any]:
+    prompt = "The scene changes smoothly from morning to evening, clouds pass by"
+    scene = start("wan2.1_flf2v_14B_fp8", files.FLF2V, files.VAE_21, prompt, (832, 480, 81))
+    vision = add_vision(scene)
+    images = [scene.graph.add("LoadImage", title=title) for title in ("First frame", "Last frame")]
+    seen = [scene.graph.add("CLIPVisionEncode", clip_vision=vision[0], image=image["IMAGE"]) for image in images]
+    latent = conditioned(
+        scene, "WanFirstLastFrameToVideo", clip_vision_start_image=seen[0][0], clip_vision_end_image=seen[1][0],
+        start_image=images[0]["IMAGE"], end_image=images[1]["IMAGE"],
+    )  # fmt: skip
+    return finish(scene, latent, Sampling(16.0, 5.5, 20), [*images, *seen])
+
+
+def ti2v() -> dict[str, Any]:
+    prompt = "A wooden sailing boat glides over a calm lake at sunrise, mist over the water, slow aerial shot"
+    scene = start("wan2.2_ti2v_5B", files.TI2V, files.VAE_22, prompt, (1280, 704, 121))
+    image = scene.graph.add("LoadImage", title="First frame (Ctrl+B)", mode=BYPASSED)
+    wires = {"vae": scene.loaders.vae, "start_image": image["IMAGE"], **scene.sizes.wires}
+    return finish(scene, scene.graph.add("Wan22ImageToVideoLatent", **wires), Sampling(5.0, 5.0, 30, 24.0), [image])
+
+
+def vace_small() -> dict[str, Any]:
+    prompt = "The character of the picture walks along a beach at sunset, waves roll in"
+    scene = start("wan2.1_vace_1.3B", files.VACE_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    image = scene.graph.add("LoadImage", title="Reference")
+    latent = conditioned(scene, "WanVaceToVideo", reference_image=image["IMAGE"])
+    return finish(scene, latent, Sampling(8.0, 6.0, 30), [image])
+
+
+def add_expert(graph: Workflow, name: str, file: ModelFile, lora: ModelFile) -> list[Node]:
+    """Loader, Block Swap and the 4-step LoRA of one expert."""
+    loader, swap = add_model(graph, file, f"Load the {name} expert")
+    merged = graph.add("LoraLoaderModelOnly", models=[lora], model=swap[0], lora_name=lora.name)
+    return [loader, swap, merged]
+
+
+def two_experts(
+    name: str, experts: Sequence[tuple[ModelFile, ModelFile]], prompt: str, picture: bool
+) -> dict[str, Any]:
+    """Wan 2.2: two steps with the expert for high noise, two with the one for low noise."""
+    graph = Workflow(name)
+    high = add_expert(graph, "high-noise", *experts[0])
+    low = add_expert(graph, "low-noise", *experts[1])
+    loaders = add_encoder_and_vae(graph, files.VAE_21)
+    prompting = add_prompts(graph, loaders.clip, prompt)
+    scene = Scene(graph, high, loaders, prompting, add_size(graph, 832, 480, 81))
+    pictures = []
+    if picture:
+        image = graph.add("LoadImage", title="First frame")
+        latent = conditioned(scene, "WanImageToVideo", start_image=image["IMAGE"])
+        prompts, noise, pictures = [latent["positive"], latent["negative"]], latent["latent"], [image, latent]
+    else:
+        latent = graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires)
+        prompts, noise = [node[0] for node in prompting], latent[0]
+    plan = add_plan(graph, high[-1][0], scene.sizes, guidance=False)
+    sampling = add_expert_samplers(graph, [plan["MODEL"], low[-1][0]], prompts, noise)
+    parts = Parts(
+        note=NOTES[name].text(),
+        loading=[*high, *low, *loaders.nodes],
+        prompting=prompting,
+        sizing=scene.sizes.nodes if picture else [*scene.sizes.nodes, latent],
+        pictures=pictures,
+        sampling=sampling,
+        saving=add_output(graph, sampling[-1][0], loaders.vae, name, 16.0),
+        plan=plan,
+        report=graph.add("LowVRAMMemoryReport", model=low[-1][0], after=sampling[-1][0]),
+    )
+    return place(graph, parts)
+
+
+def add_expert_samplers(
+    graph: Workflow, models: Sequence[Output], prompts: Sequence[Output], noise: Output
+) -> list[Node]:
+    shifted = [graph.add("ModelSamplingSD3", model=model) for model in models]
+    given = {"positive": prompts[0], "negative": prompts[1]}
+    first = graph.add(
+        "KSamplerAdvanced", title="High noise: steps 0 to 2", model=shifted[0][0], latent_image=noise, **given,
+        end_at_step=2, return_with_leftover_noise="enable",
+    )  # fmt: skip
+    second = graph.add(
+        "KSamplerAdvanced", title="Low noise: steps 2 to 4", model=shifted[1][0], latent_image=first[0], **given,
+        keep_seed=True, add_noise="disable", start_at_step=2,
+    )  # fmt: skip
+    return [*shifted, first, second]
+
+
+def t2v_experts() -> dict[str, Any]:
+    experts = ((files.T2V_HIGH, files.T2V_LORA_HIGH), (files.T2V_LOW, files.T2V_LORA_LOW))
+    prompt = "A steam locomotive crosses a stone viaduct in autumn, smoke drifts over the valley, wide aerial shot"
+    return two_experts("wan2.2_t2v_A14B_4steps", experts, prompt, picture=False)
+
+
+def i2v_experts() -> dict[str, Any]:
+    experts = ((files.I2V_HIGH, files.I2V_LORA_HIGH), (files.I2V_LOW, files.I2V_LORA_LOW))
+    prompt = "The figure looks around and starts to walk, the camera moves slowly closer"
+    return two_experts("wan2.2_i2v_A14B_4steps", experts, prompt, picture=True)
+
+
+def demo() -> dict[str, Any]:
+    graph = Workflow("demo")
+    loader = graph.add("LowVRAMLoadDemo")
+    swap = graph.add("LowVRAMBlockSwap", model=loader["MODEL"])
+    prompts = add_prompts(graph, loader["CLIP"], "a red ball moves left", "")
+    sizes = add_size(graph, 96, 96, 17)
+    latent = graph.add("EmptyHunyuanLatentVideo", **sizes.wires)
+    plan = add_plan(graph, swap[0], sizes, guidance=True)
+    sampling = add_sampler(graph, plan["MODEL"], [prompts[0][0], prompts[1][0]], latent[0], Sampling(3.0, 4.0, 20))
+    saving = add_output(graph, sampling[-1][0], loader["VAE"], "demo", 8.0)
+    report = graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=sampling[-1][0])
+    sizing = [*sizes.nodes, latent]
+    return place(graph, Parts(DEMO_NOTE, [loader, swap], prompts, sizing, [], sampling, saving, plan, report))
+
+
+WORKFLOWS = {
+    "demo": demo,
+    "wan2.1_t2v_1.3B": t2v_small,
+    "wan2.1_i2v_14B_480p_fp8": i2v_480p,
+    "wan2.1_flf2v_14B_fp8": flf2v,
+    "wan2.1_vace_1.3B": vace_small,
+    "wan2.2_t2v_A14B_4steps": t2v_experts,
+    "wan2.2_i2v_A14B_4steps": i2v_experts,
+    "wan2.2_ti2v_5B": ti2v,
+}
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, build in WORKFLOWS.items():
+        text = json.dumps(build(), indent=1, ensure_ascii=False)
+        (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Workflows in ComfyUI's UI format (0.4): nodes are added and wired in Python, places are found for them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .node_types import NODE_TYPES, NodeType, Widget
+
+CORE = {"cnr_id": "comfy-core", "ver": "0.8.0"}
+OURS = {"cnr_id": "lowvram-video", "aux_id": "lowvram-video/ComfyUI-LowVRAM-Video", "ver": "0.1.0"}
+NODE_WIDTH, COLUMN_GAP, NODE_GAP, TITLE = 340, 70, 30, 30
+GROUP_PADDING, GROUP_TITLE = 20, 50
+TEXT_HEIGHT, PREVIEW_HEIGHT, IMAGE_HEIGHT = 170, 330, 240
+BYPASSED = 4
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A download that ComfyUI offers when the file is missing."""
+
+    name: str
+    url: str
+    directory: str
+
+    def entry(self) -> dict[str, str]:
+        return {"name": self.name, "url": self.url, "directory": self.directory}
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a node, to be wired into another one."""
+
+    node: Node
+    slot: int
+
+
+@dataclass
+class Node:
+    """One node; its inputs are outputs of others by name."""
+
+    id: int
+    type: str
+    kind: NodeType
+    wires: dict[str, Output]
+    values: dict[str, Any]
+    title: str | None = None
+    models: tuple[ModelFile, ...] = ()
+    mode: int = 0
+    keep_seed: bool = False  # its seed stays as it is after each run
+    size: tuple[int, int] = (0, 0)
+    pos: tuple[int, int] = (0, 0)
+
+    def __getitem__(self, name: str | int) -> Output:
+        slot = name if isinstance(name, int) else [output for output, _ in self.kind.outputs].index(name)
+        return Output(self, slot)
+
+    @property
+    def inputs(self) -> list[tuple[str, str, bool]]:
+        """(name, type, whether a widget) of what has a slot: all sockets, and the widgets that are wired."""
+        sockets = [(name, kind, False) for name, kind in self.kind.sockets]
+        wired = [(w.name, w.kind, True) for w in self.kind.widgets if w.name in self.wires]
+        return [*sockets, *wired]
+
+
+@dataclass
+class Group:
+    title: str
+    nodes: Sequence[Node]
+    colour: str = "#3f789e"
+
+
+@dataclass
+class Workflow:
+    """`add` nodes, then `save` columns of groups of them."""
+
+    name: str
+    nodes: list[Node] = field(default_factory=list)
+
+    def add(
+        self,
+        type: str,
+        *,
+        title: str | None = None,
+        models: Iterable[ModelFile] = (),
+        mode: int = 0,
+        keep_seed: bool = False,
+        **given: Any,
+    ) -> Node:
+        """A node; outputs are wired to the input of that name, other values go to the widget of that name."""
+        kind = NODE_TYPES[type]
+        wires = {name: value for name, value in given.items() if isinstance(value, Output)}
+        values = {name: value for name, value in given.items() if not isinstance(value, Output)}
+        known = {name for name, _ in kind.sockets} | {widget.name for widget in kind.widgets}
+        assert set(given) <= known, f"{type} has no input {sorted(set(given) - known)}"
+        node = Node(len(self.nodes) + 1, type, kind, wires, values, title, tuple(models), mode, keep_seed)
+        node.size = _size(node)
+        self.nodes.append(node)
+        return node
+
+    def place(self, columns: Sequence[Sequence[Group]]) -> dict[str, Any]:
+        """The workflow as JSON, its groups stacked in columns from left to right."""
+        groups, x = [], 0
+        for column in columns:
+            y = 0
+            for group in column:
+                y = _stack(group, x, y)
+                groups.append((group, *_bounds(group)))
+                y += GROUP_TITLE + GROUP_PADDING + NODE_GAP
+            x += max(node.size[0] for group in column for node in group.nodes) + COLUMN_GAP
+        links = self._links()
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"lowvram-video/{self.name}")),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(links),
+            "nodes": [_node_json(node, order, links) for order, node in enumerate(self.nodes)],
+            "links": links,
+            "groups": [_group_json(number + 1, *group) for number, group in enumerate(groups)],
+            "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [60, 120]}},
+            "version": 0.4,
+        }
+
+    def _links(self) -> list[list[Any]]:
+        links: list[list[Any]] = []
+        for node in self.nodes:
+            for slot, (name, kind, _) in enumerate(node.inputs):
+                source = node.wires.get(name)
+                if source is not None:
+                    made = source.node.kind.outputs[source.slot][1]
+                    assert kind in (made, "*"), f"{node.type}.{name} takes {kind}, not {made}"
+                    links.append([len(links) + 1, source.node.id, source.slot, node.id, slot, made])
+        return links
+
+
+def _size(node: Node) -> tuple[int, int]:
+    if node.type == "MarkdownNote":
+        return (560, 0)  # as high as its text, see _note_height
+    rows = max(len(node.inputs), len(node.kind.outputs))
+    widgets = sum(TEXT_HEIGHT if widget.multiline else 24 for widget in node.kind.widgets)
+    return (NODE_WIDTH + node.kind.extra_width, 20 * rows + widgets + 16 + node.kind.extra_height)
+
+
+def _note_height(text: str) -> int:
+    lines = sum(1 + len(line) // 90 for line in text.splitlines())
+    return 60 + 21 * lines
+
+
+def _stack(group: Group, x: int, y: int) -> int:
+    y += GROUP_TITLE
+    for node in group.nodes:
+        if node.type == "MarkdownNote":
+            node.size = (node.size[0], _note_height(str(node.values["text"])))
+        y += TITLE
+        node.pos = (x, y)
+        y += node.size[1] + NODE_GAP
+    return y
+
+
+def _bounds(group: Group) -> tuple[int, int, int, int]:
+    left = min(node.pos[0] for node in group.nodes) - GROUP_PADDING
+    top = min(node.pos[1] for node in group.nodes) - TITLE - GROUP_TITLE
+    right = max(node.pos[0] + node.size[0] for node in group.nodes) + GROUP_PADDING
+    bottom = max(node.pos[1] + node.size[1] for node in group.nodes) + GROUP_PADDING
+    return left, top, right - left, bottom - top
+
+
+def _group_json(number: int, group: Group, *bounds: int) -> dict[str, Any]:
+    return {
+        "id": number,
+        "title": group.title,
+        "bounding": list(bounds),
+        "color": group.colour,
+        "font_size": 24,
+        "flags": {},
+    }
+
+
+def _node_json(node: Node, order: int, links: list[list[Any]]) -> dict[str, Any]:
+    arriving = {(link[3], link[4]): link[0] for link in links}
+    inputs = []
+    for slot, (name, kind, is_widget) in enumerate(node.inputs):
+        entry: dict[str, Any] = {"name": name, "type": kind, "link": arriving.get((node.id, slot))}
+        if name in node.kind.optional:
+            entry["shape"] = 7
+        if is_widget:
+            entry["widget"] = {"name": name}
+        inputs.append(entry)
+    outputs = []
+    for slot, (name, kind) in enumerate(node.kind.outputs):
+        leaving = [link[0] for link in links if (link[1], link[2]) == (node.id, slot)]
+        outputs.append({"name": name, "type": kind, "links": leaving or None})
+    origin = OURS if node.type.startswith("LowVRAM") else CORE
+    properties: dict[str, Any] = {"Node name for S&R": node.type, **origin}
+    if node.models:
+        properties["models"] = [model.entry() for model in node.models]
+    entry = {
+        "id": node.id,
+        "type": node.type,
+        "pos": list(node.pos),
+        "size": list(node.size),
+        "flags": {},
+        "order": order,
+        "mode": node.mode,
+        "inputs": inputs,
+        "outputs": outputs,
+        "properties": properties,
+        "widgets_values": [value for widget in node.kind.widgets for value in _widget_values(node, widget)],
+    }
+    if node.title:
+        entry["title"] = node.title
+    if node.kind.colour:
+        entry["color"], entry["bgcolor"] = node.kind.colour
+    return entry
+
+
+def _widget_values(node: Node, widget: Widget) -> list[Any]:
+    value = node.values.get(widget.name, widget.default)
+    return [value, *(("fixed",) if node.keep_seed and "randomize" in widget.followed_by else widget.followed_by)]

@@ -1,0 +1,210 @@
+"""The nodes themselves: schemas, plan, report, compile settings, decode."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+import lowvram_pack
+import pytest
+import torch
+from lowvram_pack.nodes.compile import TorchCompileSettings
+from lowvram_pack.nodes.memory import MemoryReport, VramPlan
+from lowvram_pack.nodes.vae import DecodeVideo
+from lowvram_pack.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
+from safetensors.torch import load_file
+from tiny_models import core, empty_latent, ours, prompts, relative_error, sample, save
+
+COMPILE = {
+    "backend": "inductor", "fullgraph": False, "mode": "default", "dynamic": "auto",
+    "compile_transformer_blocks_only": True, "dynamo_cache_size_limit": 64, "dynamo_recompile_limit": 128,
+    "force_parameter_static_shapes": False,
+}  # fmt: skip
+
+
+def all_nodes() -> list[Any]:
+    extension = asyncio.run(lowvram_pack.comfy_entrypoint())
+    return asyncio.run(extension.get_node_list())
+
+
+@pytest.mark.parametrize("node", all_nodes(), ids=lambda node: node.__name__)
+def test_every_schema_builds_and_explains_itself(node: Any) -> None:
+    schema = node.GET_SCHEMA()
+    assert schema.node_id.startswith("LowVRAM")
+    assert schema.category == "LowVRAM Video"
+    assert schema.description
+    assert all(given.tooltip for given in schema.inputs), "a tooltip on every widget"
+    assert node.GET_NODE_INFO_V1()["name"] == schema.node_id
+
+
+def test_the_engine_is_not_imported_by_importing_the_pack() -> None:
+    assert "comfy_entrypoint" in vars(lowvram_pack)
+    assert "NODE_CLASS_MAPPINGS" not in vars(lowvram_pack)
+
+
+def test_a_missing_requirement_turns_off_only_what_needs_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "lowvram_pack.nodes.vae", None)  # an import of it fails
+    names = {node.__name__ for node in all_nodes()}
+    assert "DecodeVideo" not in names
+    assert {"LoadWanModel", "BlockSwap"} <= names
+    assert "DecodeVideo are off" in caplog.text
+    assert "pip install -r requirements.txt" in caplog.text
+
+
+def test_the_plan_is_shown_before_anything_runs(models: Path) -> None:
+    model = ours(save(models, "t2v"))
+    out = VramPlan.execute(model, 832, 480, 81, True, 8.0)
+    text = out.result[1]
+    assert "480x832, 81 frames" in text
+    assert "VRAM budget 7.50 GiB" in text
+    assert out.ui.as_dict() == {"text": (text,)}
+    assert model.engine.streamed.host_bytes == 0
+    assert "plan for a card of 8 GB" in VramPlan.execute(model, 832, 480, 81, True, 0.0).result[1]
+    assert "does not fit" in VramPlan.execute(model, 4096, 4096, 801, True, 1.5).result[1]
+
+
+def test_the_report_tells_of_the_last_run(models: Path) -> None:
+    model = ours(save(models, "t2v"))
+    assert "not run yet" in MemoryReport.execute(model).result[0]
+    latent = sample(model, *prompts(), empty_latent())
+    out = MemoryReport.execute(model, latent)
+    text, picture = out.result
+    print(text)
+    assert "denoise" in text
+    assert picture.shape == (1, 600, 1200, 3)
+    assert set(out.ui) >= {"text", "images"}
+
+
+# --- decoding --------------------------------------------------------------------------------------------
+
+
+def tiny_vae(version: str) -> Any:
+    """Core's VAE with random weights; its 2.2 has one size only, so both have a narrow decoder where they can."""
+    config = {"2.1": WAN21_VAE, "2.2": WAN22_VAE}[version]
+    if version == "2.1":
+        from dataclasses import replace
+
+        config = replace(config, encoder_dim=16, decoder_dim=16)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, tensor in WanVAE(config, device="meta").state_dict().items():
+        values = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim > 1 and not name.endswith("gamma"):
+            values *= 0.9 / tensor[0].numel() ** 0.5
+        else:
+            values = values * 0.05 + float(name.endswith("gamma"))
+        weights[name] = values
+    return comfy.sd.VAE(sd=weights)
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    return tiny_vae("2.1")
+
+
+def random_latent(channels: int = 16, size: tuple[int, int, int] = (3, 8, 12)) -> dict[str, torch.Tensor]:
+    return {"samples": torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(2))}
+
+
+def test_decoding_equals_cores(vae: Any) -> None:
+    latent = random_latent()
+    images = DecodeVideo.execute(latent, vae, 0, 0, False).result[0]
+    reference = vae.decode(latent["samples"])[0]
+    error = relative_error(images, reference)
+    print(f"decode: relative error to core's {error:.2e}")
+    assert images.shape == (9, 64, 96, 3)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert images.std() > 0.02
+    assert error < 2e-3
+    for chunk in (4, 100):
+        assert torch.equal(DecodeVideo.execute(latent, vae, 0, chunk, False).result[0], images)
+
+
+def test_tiles_are_seamless_within_their_overlap(vae: Any) -> None:
+    latent = random_latent(size=(2, 24, 24))
+    whole = DecodeVideo.execute(latent, vae, 0, 0, False).result[0]
+    tiled = DecodeVideo.execute(latent, vae, 128, 0, False).result[0]
+    assert tiled.shape == whole.shape
+    error = relative_error(tiled, whole)
+    print(f"tiles of 128: relative difference {error:.2e}")
+    assert error < 0.1
+
+
+def test_the_latent_is_saved_first(vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    latent = random_latent()
+    DecodeVideo.execute(latent, vae, 0, 0, True)
+    (saved,) = (tmp_path / "latents").glob("*.latent")
+    tensors = load_file(saved)
+    assert torch.equal(tensors["latent_tensor"], latent["samples"])
+    assert "latent_format_version_0" in tensors
+
+
+def test_a_wrong_vae_is_named(vae: Any) -> None:
+    with pytest.raises(ValueError, match=r"Wan 2\.2 VAE"):
+        DecodeVideo.execute(random_latent(48), vae, 0, 0, False)
+
+    class Other:
+        first_stage_model = torch.nn.Conv2d(3, 3, 3)
+
+    with pytest.raises(ValueError, match="needs a Wan video VAE"):
+        DecodeVideo.execute(random_latent(), Other(), 0, 0, False)
+
+
+# --- compiling -------------------------------------------------------------------------------------------
+
+
+def counted(calls: list[str]) -> Any:
+    def backend(graph: Any, _: Any) -> Any:
+        calls.append("graph")
+        return graph.forward
+
+    return backend
+
+
+def test_blocks_are_compiled_once_for_all_blocks_steps_seeds_and_loras(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_native_nodes import with_lora
+
+    torch._dynamo.reset()
+    graphs: list[str] = []
+    counting_backend = counted(graphs)
+    compile_module = torch.nn.Module.compile
+
+    def counting(self: Any, *, backend: str, mode: str, **options: Any) -> None:
+        compile_module(self, backend=counting_backend, **{**options, "fullgraph": True})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counting)
+    model = ours(save(models, "t2v"))
+    plain = sample(model, *prompts(), empty_latent())
+    compiled = TorchCompileSettings.execute(model, **COMPILE).result[0]
+    got = sample(compiled, *prompts(), empty_latent())
+    once = len(graphs)
+    assert relative_error(got, plain) < 1e-5
+    sample(compiled, *prompts(), empty_latent(), seed=77, steps=5)
+    with_one = sample(with_lora(compiled), *prompts(), empty_latent())
+    streamed = compiled.with_options(ram_budget_gb=1.5 + 10 / 1024)  # three of four blocks fit: from the disk
+    assert relative_error(sample(streamed, *prompts(), empty_latent()), plain) < 1e-5
+    assert model.engine.streamed.plan.from_disk
+    print(f"graphs for 4 blocks: {once}; after another seed, more steps, a LoRA and streaming: {len(graphs)}")
+    assert once == len(graphs) == 1
+    assert relative_error(with_one, plain) > 1e-2
+    assert torch.equal(sample(model, *prompts(), empty_latent()), plain), "compiling belongs to the clone"
+
+
+def test_what_cannot_compile_says_so(models: Path) -> None:
+    model = ours(save(models, "t2v"))
+    with pytest.raises(ValueError, match="torch_tensorrt"):
+        TorchCompileSettings.execute(model, **(COMPILE | {"backend": "tensorrt"}))
+    with pytest.raises(ValueError, match="mode"):
+        TorchCompileSettings.execute(model, **(COMPILE | {"backend": "cudagraphs", "mode": "max-autotune"}))
+    with pytest.raises(ValueError, match="Load Wan Video Model"):
+        TorchCompileSettings.execute(core(save(models, "t2v")), **COMPILE)

@@ -1,0 +1,105 @@
+"""Every example workflow, queued in a real server, ends in a saved video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from lowvram_video.demo.captions import Caption
+from lowvram_video.demo.score import judge
+
+from .node_types import NODE_TYPES
+from .server import PromptError, Server
+from .workflows import NAMES, for_test, load, make_models, make_picture, size_nodes, to_prompt
+
+DEMO_FRAMES = (17, 96, 96, 3)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("base")
+    (base / "models").symlink_to(models, target_is_directory=True)
+    make_picture(base / "input")
+    with Server(comfyui.folder, comfyui.python, base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def object_info(server: Server) -> dict[str, Any]:
+    return dict(server.get("/object_info"))
+
+
+def read_video(server: Server, outputs: dict[str, Any]) -> np.ndarray:
+    """The frames `[T, H, W, 3]` of the one saved video."""
+    saved = [file for output in outputs.values() for file in output.get("images", ()) if file["type"] == "output"]
+    videos = [file for file in saved if file["filename"].endswith(".mp4")]
+    assert len(videos) == 1, outputs
+    path = server.base / "output" / videos[0]["subfolder"] / videos[0]["filename"]
+    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
+
+
+def test_the_nodes_are_as_the_workflows_assume(object_info: dict[str, Any]) -> None:
+    for name, kind in NODE_TYPES.items():
+        if name == "MarkdownNote":
+            continue
+        info = object_info[name]
+        given = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        sockets = {key: value for key, value in kind.sockets if given[key][0] != value}
+        assert not sockets, f"{name}: {sockets}"
+        widgets = [key for key in given if key not in dict(kind.sockets)]
+        ours = [widget.name for widget in kind.widgets]
+        # core may add widgets at the end, ours are all in the files
+        assert widgets[: len(ours)] == ours and (not name.startswith("LowVRAM") or widgets == ours), name
+        outputs = list(zip(info["output_name"], info["output"], strict=True))
+        assert outputs[: len(kind.outputs)] == list(kind.outputs), name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "demo"])
+def test_a_workflow_makes_a_video(server: Server, object_info: dict[str, Any], name: str) -> None:
+    graph = for_test(to_prompt(load(name), object_info))
+    try:
+        outputs = server.run(graph)
+    except PromptError:
+        print(server.tail(60))
+        raise
+    frames = read_video(server, outputs)
+    assert frames.shape == (5, 48, 64, 3) if "ti2v" not in name else (5, 64, 64, 3)
+    assert frames.std() > 1, "the video is blank"
+    text = [line for output in outputs.values() for line in output.get("text", ())]
+    assert any("predicted peak" in line for line in text), text
+    assert any("denoise" in line and "phase" in line.lower() for line in text), text
+    print(f"{name}: {frames.shape}, mean {frames.mean():.0f}, std {frames.std():.0f}")
+
+
+@pytest.mark.parametrize("swap", [-1, 4])
+@pytest.mark.parametrize("prompt", ["a red ball moves left", "a blue square moves right in the snow"])
+def test_the_demo_shows_what_its_prompt_says(
+    server: Server, object_info: dict[str, Any], prompt: str, swap: int
+) -> None:
+    graph = to_prompt(load("demo"), object_info)
+    texts = [node["inputs"] for node in graph.values() if node["class_type"] == "CLIPTextEncode"]
+    assert [inputs["text"] for inputs in texts] == ["a red ball moves left", ""]
+    texts[0]["text"] = prompt
+    for node in graph.values():
+        if node["class_type"] == "LowVRAMBlockSwap":
+            node["inputs"]["blocks_to_swap"] = swap
+    assert [graph[number]["inputs"]["value"] for number in size_nodes(graph)] == [96, 96, 17]
+    frames = read_video(server, server.run(graph))
+    assert frames.shape == DEMO_FRAMES
+    verdict = judge(torch.from_numpy(frames).float() / 255, Caption.parse(prompt))
+    print(verdict)
+    assert verdict.all_right
