@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..raw_file import PAGE, RawFile
 from .layout import SMALL_BYTES, BlockLayout, Part, TensorPlace, TensorSource, align
 from .pinned import PinnedBudget, allocate_extent
-from .raw_file import PAGE, RawFile
 from .staging import Fence, Job, Staging
 
 log = logging.getLogger(__name__)

@@ -281,6 +281,14 @@ class MemoryMonitor:
                 )
 
 
+def others_bytes(device: torch.device, context_bytes: int) -> int:
+    """VRAM that other processes hold: all that is in use but this process's allocations and its context."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device) - context_bytes)
+
+
 def summarize_stream(
     copies: Sequence[Interval], computes: Sequence[Interval], passes: Sequence[Interval], bytes_streamed: int
 ) -> StreamReport:

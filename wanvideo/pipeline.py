@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..memory.footprint import Limits, WorkSize
 from ..memory.limits import hold_budget, limits_for
 from ..memory.plan import MemoryPlan, decode_tiles
-from ..memory.report import MemoryMonitor, RunReport
+from ..memory.report import MemoryMonitor, RunReport, others_bytes
 from ..sampling.guidance import ExpertSwitch, Guidance
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
@@ -108,6 +108,7 @@ class WanPipeline:
         self._monitor = MemoryMonitor(settings.device)
         self._limits: Limits | None = None
         self._pinned_bytes = 0
+        self._others_bytes = 0
 
     @torch.inference_mode()
     def generate(self, request: WanRequest) -> Iterator[Tensor]:
@@ -119,6 +120,8 @@ class WanPipeline:
         sigmas = self.sigmas(request)
         pictures = self._load_pictures(request)
         self.plan = self._plan(request)
+        assert self._limits is not None
+        self._others_bytes = others_bytes(self.settings.device, self._limits.context_bytes)
         self._monitor = MemoryMonitor(self.settings.device)
         with self._monitor as monitor:
             try:
@@ -147,7 +150,7 @@ class WanPipeline:
     def report(self) -> RunReport:
         """What the last video used."""
         budget = self._limits.vram_budget_bytes if self._limits and self.settings.device.type == "cuda" else None
-        report = self._monitor.report(pinned_bytes=self._pinned_bytes, budget_bytes=budget)
+        report = self._monitor.report(self._pinned_bytes, self._others_bytes, budget)
         if self.plan is None or budget is None:
             return report
         return report.with_predictions(

@@ -83,7 +83,7 @@ NODE_TYPES: dict[str, NodeType] = {
         {"width": 832, "height": 480, "length": 81, "guidance": True, "card_gb": 0.0},
         "MODEL plan:STRING",
         extra_width=160,
-        extra_height=330,
+        extra_height=300,
     ),
     "LowVRAMMemoryReport": _kind(
         "model:MODEL after:*",
@@ -91,7 +91,7 @@ NODE_TYPES: dict[str, NodeType] = {
         "report:STRING timeline:IMAGE",
         optional=("after",),
         extra_width=160,
-        extra_height=400,
+        extra_height=480,
     ),
     "LowVRAMDecodeVideo": _kind(
         "samples:LATENT vae:VAE", {"tile_size": 0, "temporal_chunk": 0, "keep_latent": True}, "IMAGE"
@@ -174,7 +174,7 @@ NODE_TYPES: dict[str, NodeType] = {
         },
         "",
         extra_width=160,
-        extra_height=400,
+        extra_height=480,
     ),
     "MarkdownNote": _kind("", {"text": Widget("text", "", "STRING", multiline=True)}, "", colour=("#432", "#653")),
 }

@@ -1,6 +1,7 @@
 """ComfyUI's page in a headless Chromium: each workflow is dropped on it and gives the prompt that the tests submit.
 
-With LOWVRAM_THUMBNAILS=1 the screenshots become example_workflows/*.jpg.
+With LOWVRAM_THUMBNAILS=1 the screenshots become example_workflows/*.jpg. COMFYUI_FRONTEND is the static folder of
+another comfyui-frontend-package than the installed one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,9 +60,12 @@ def server(comfyui: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     base = tmp_path_factory.mktemp("base")
     make_models(base / "models")
     make_picture(base / "input")
-    with Server(comfyui.folder, comfyui.python, base) as running:
+    another = os.environ.get("COMFYUI_FRONTEND")
+    flags = ("--cpu", "--front-end-root", another) if another else ("--cpu",)
+    with Server(comfyui.folder, comfyui.python, base, flags) as running:
         running.post("/settings", SETTINGS)
         yield running
+    shutil.rmtree(base / "models")  # 1.4 GB, which pytest would keep
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,9 @@ def test_the_demo_runs_from_the_page(page: Page, server: Server, name: str, tmp_
     assert [entry["status"]["status_str"] for entry in history.values()] == ["success"]
     time.sleep(3)  # pictures load
     assert page.evaluate(COMPLAINTS) == []
+    plan, report = page.evaluate("[...document.querySelectorAll('.lowvram-text')].map(element => element.innerText)")
+    assert "predicted peak" in plan
+    assert "denoise" in report
     keep(screenshot(page), name, tmp_path)
 
 

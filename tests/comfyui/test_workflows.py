@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ DEMO_FRAMES = (17, 96, 96, 3)
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("models")
     make_models(folder)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # 1.4 GB, which pytest would keep
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,19 @@ class RawFile:
                 str(self.path),
             )
 
+    def is_cached(self, offset: int) -> bool:
+        """Whether the page cache holds the byte at `offset`; True where the system cannot tell."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return True
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            log.debug("%s: cannot tell what is cached (%s)", self.path, error)
+        return True
+
     def close(self) -> None:
         """Close the file; again is harmless."""
         descriptor, self._descriptor = self._descriptor, None

@@ -1,0 +1,185 @@
+"""The example workflows, help pages and translations as files; tests/comfyui runs them in a real ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from .comfyui.build_workflows import WORKFLOWS
+from .comfyui.node_types import NODE_TYPES
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "example_workflows"
+LANGUAGES = ("en", "zh", "ja")
+LOADERS = {
+    "LowVRAMLoadWanModel": ("model_name", "diffusion_models"),
+    "CLIPLoader": ("clip_name", "text_encoders"),
+    "CLIPVisionLoader": ("clip_name", "clip_vision"),
+    "VAELoader": ("vae_name", "vae"),
+    "LoraLoaderModelOnly": ("lora_name", "loras"),
+}
+PICTURE_SIDE = 400  # pixels at least
+
+
+def load(name: str) -> dict[str, Any]:
+    return dict(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def read_json(*parts: str) -> dict[str, Any]:
+    return dict(json.loads(ROOT.joinpath(*parts).read_text(encoding="utf-8")))
+
+
+@pytest.fixture(params=sorted(WORKFLOWS))
+def workflow(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return load(request.param)
+
+
+def values_of(node: dict[str, Any]) -> dict[str, Any]:
+    """A node's widget values by name."""
+    values, named = list(node["widgets_values"]), {}
+    for widget in NODE_TYPES[node["type"]].widgets:
+        named[widget.name] = values.pop(0)
+        del values[: len(widget.followed_by)]
+    assert not values, f"{node['type']}: {values} belong to no widget"
+    return named
+
+
+def test_the_folder_holds_each_workflow_with_its_picture() -> None:
+    wanted = {f"{name}{suffix}" for name in WORKFLOWS for suffix in (".json", ".jpg")}
+    assert {path.name for path in FOLDER.iterdir()} == wanted
+    for name in WORKFLOWS:
+        with Image.open(FOLDER / f"{name}.jpg") as picture:
+            assert picture.format == "JPEG"
+            assert min(picture.size) >= PICTURE_SIDE
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_a_file_is_what_its_builder_writes(name: str) -> None:
+    built = json.loads(json.dumps(WORKFLOWS[name]()))
+    assert load(name) == built, "run python -m tests.comfyui.build_workflows"
+
+
+def test_links_agree_with_both_of_their_ends(workflow: dict[str, Any]) -> None:
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert workflow["version"] == 0.4
+    assert workflow["last_node_id"] == max(nodes)
+    assert len(nodes) == len(workflow["nodes"])
+    seen = set()
+    for number, source, output, target, slot, kind in workflow["links"]:
+        assert nodes[target]["inputs"][slot]["link"] == number
+        assert number in nodes[source]["outputs"][output]["links"]
+        assert nodes[source]["outputs"][output]["type"] == kind
+        assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
+        seen.add(number)
+    from_nodes = {slot["link"] for node in nodes.values() for slot in node["inputs"]} - {None}
+    assert from_nodes == seen
+    assert workflow["last_link_id"] == max(seen)
+
+
+def test_sources_come_before_what_uses_them(workflow: dict[str, Any]) -> None:
+    order = {node["id"]: node["order"] for node in workflow["nodes"]}
+    assert all(order[source] < order[target] for _, source, _, target, _, _ in workflow["links"])
+
+
+def test_only_known_nodes_each_with_its_pack(workflow: dict[str, Any]) -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    for node in workflow["nodes"]:
+        assert node["type"] in NODE_TYPES
+        ours = node["type"].startswith("LowVRAM")
+        properties = node["properties"]
+        assert properties["cnr_id"] == ("lowvram-video" if ours else "comfy-core")
+        assert properties["ver"] == (version[1] if ours else "0.8.0")
+
+
+def test_each_widget_has_a_value_of_its_type(workflow: dict[str, Any]) -> None:
+    for node in workflow["nodes"]:
+        values = values_of(node)
+        for widget in NODE_TYPES[node["type"]].widgets:
+            assert isinstance(values[widget.name], type(widget.default)), f"{node['type']}.{widget.name}"
+
+
+def test_loaders_link_to_the_file_that_they_name(workflow: dict[str, Any]) -> None:
+    for node in workflow["nodes"]:
+        if node["type"] not in LOADERS:
+            continue
+        widget, directory = LOADERS[node["type"]]
+        (model,) = node["properties"]["models"]
+        assert model["name"] == values_of(node)[widget]
+        assert model["directory"] == directory
+        assert re.fullmatch(
+            rf"https://huggingface\.co/Comfy-Org/Wan_2\.[12]_ComfyUI_[rR]epackaged/resolve/main/split_files/"
+            rf"{directory}/{re.escape(model['name'])}",
+            model["url"],
+        )
+
+
+def test_the_note_names_every_file(workflow: dict[str, Any]) -> None:
+    (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    text = note["widgets_values"][0]
+    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", ())]
+    for model in models:
+        assert f"[{model['name']}]({model['url']})" in text
+    assert text.startswith("# ")
+    assert not models or "VRAM" in text
+
+
+def test_a_group_is_around_every_node_and_nodes_do_not_overlap(workflow: dict[str, Any]) -> None:
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    for x, y, width, height in boxes:
+        assert any(
+            left <= x and top <= y and x + width <= left + w and y + height <= top + h
+            for left, top, w, h in (group["bounding"] for group in workflow["groups"])
+        )
+    for index, (x, y, width, height) in enumerate(boxes):
+        for left, top, w, h in boxes[index + 1 :]:
+            assert x + width <= left or left + w <= x or y + height <= top or top + h <= y
+
+
+def test_every_workflow_plans_streams_decodes_and_saves(workflow: dict[str, Any]) -> None:
+    kinds = {node["type"] for node in workflow["nodes"]}
+    assert {"LowVRAMBlockSwap", "LowVRAMPlan", "LowVRAMDecodeVideo", "SaveVideo"} <= kinds
+    assert {"LowVRAMLoadWanModel", "LowVRAMLoadDemo"} & kinds
+
+
+def test_the_nodes_of_the_table_are_those_of_the_translations() -> None:
+    english = read_json("locales", "en", "nodeDefs.json")
+    for name, kind in NODE_TYPES.items():
+        if not name.startswith("LowVRAM"):
+            continue
+        given = [socket for socket, _ in kind.sockets] + [widget.name for widget in kind.widgets]
+        assert list(english[name].get("inputs", {})) == given
+        assert [entry["name"] for entry in english[name]["outputs"].values()] == [output for output, _ in kind.outputs]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_translations_have_the_same_keys(language: str) -> None:
+    english, other = read_json("locales", "en", "nodeDefs.json"), read_json("locales", language, "nodeDefs.json")
+    assert set(other) == set(english)
+    for node, entry in other.items():
+        assert entry["display_name"] and entry["description"]
+        for part in ("inputs", "outputs"):
+            assert set(entry.get(part, {})) == set(english[node].get(part, {})), f"{language} {node} {part}"
+    # these characters mean something to the page's translation library
+    assert [text for text in texts_of(other) if re.search(r"[{}@|]", text)] == []
+    assert "LowVRAM Video" in read_json("locales", language, "main.json")["nodeCategories"]
+
+
+def texts_of(entry: Any) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [text for value in entry.values() for text in texts_of(value)]
+
+
+def test_every_node_has_a_help_page() -> None:
+    english = read_json("locales", "en", "nodeDefs.json")
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "web" / "docs").glob("*.md")}
+    assert set(pages) == set(english)
+    for node, entry in english.items():
+        assert pages[node].startswith(f"# {entry['display_name']}\n")
+        assert [name for name in entry.get("inputs", {}) if f"`{name}`" not in pages[node]] == []

@@ -1,0 +1,36 @@
+// Shows the text that VRAM Plan and Memory Report make on the nodes themselves.
+import { app } from "../../scripts/app.js";
+
+const NODES = new Set(["LowVRAMPlan", "LowVRAMMemoryReport"]);
+const HEIGHT = 280;
+
+app.registerExtension({
+    name: "LowVRAMVideo.ShowText",
+
+    nodeCreated(node) {
+        if (!NODES.has(node.comfyClass)) {
+            return;
+        }
+        const text = document.createElement("pre");
+        text.className = "lowvram-text";
+        text.textContent = "(press Run)";
+        Object.assign(text.style, {
+            margin: "0", padding: "6px", overflow: "auto", fontSize: "11px", lineHeight: "1.3", userSelect: "text",
+            color: "var(--input-text)", background: "var(--comfy-input-bg)", borderRadius: "4px", whiteSpace: "pre-wrap",
+        });
+        const widget = node.addDOMWidget("shown", "text", text, {
+            serialize: false, // not part of the prompt
+            hideOnZoom: false,
+            getMinHeight: () => HEIGHT,
+        });
+        widget.serialize = false; // nor of the saved workflow
+
+        const executed = node.onExecuted;
+        node.onExecuted = function (output) {
+            executed?.apply(this, arguments);
+            if (output?.text) {
+                text.textContent = [].concat(output.text).join("\n");
+            }
+        };
+    },
+});
