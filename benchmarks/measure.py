@@ -116,8 +116,8 @@ def machine() -> dict[str, str]:
 
 
 def save_results(what: str, results: Mapping[str, object]) -> Path:
-    """Write `results/<what>_<gpu>_<date>.json`; returns the path. RESULTS_DIR replaces the folder."""
-    gpu = machine()["gpu"].lower().replace("nvidia ", "").replace(" ", "-")
+    """Write `results/<what>_<gpu or cpu>_<date>.json`; returns the path. RESULTS_DIR replaces the folder."""
+    gpu = machine()["gpu"].lower().replace("nvidia ", "").replace(" ", "-").replace("none", "cpu")
     folder = Path(os.environ.get("RESULTS_DIR", RESULTS))
     path = folder / f"{what}_{gpu}_{datetime.date.today().isoformat()}.json"
     write_atomically(path, json.dumps({"machine": machine(), **results}, indent=1).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ DEMO_FILES = WanFiles(
 )
 
 
-def open_demo(device: torch.device) -> WanPipeline:
-    """The tiny model, ready for any number of prompts; it stays in RAM."""
-    return WanPipeline(DEMO_FILES, RunSettings(device=device, keep_loaded=True))
+def open_demo(device: torch.device, model: Path = DEMO_FILES.model, quantization: str = "none") -> WanPipeline:
+    """The tiny model, ready for any number of prompts; it stays in RAM. `model` is another file of it."""
+    settings = RunSettings(device=device, quantization=quantization, keep_loaded=True)
+    return WanPipeline(replace(DEMO_FILES, model=model), settings)
 
 
 def make_clip(pipeline: WanPipeline, prompt: str, seed: int) -> Tensor:
@@ -30,8 +32,7 @@ def make_clip(pipeline: WanPipeline, prompt: str, seed: int) -> Tensor:
     return torch.cat(list(pipeline.generate(WanRequest(prompt, negative_prompt="", seed=seed))))
 
 
-def make_clips(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+def make_clips(pipeline: WanPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """One clip per (prompt, seed), `[N, T, H, W, 3]` in 0 ... 1, on the CPU."""
-    pipeline = open_demo(torch.device("cpu"))
     clips = [make_clip(pipeline, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     return torch.stack(clips).float() / 255

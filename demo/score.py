@@ -1,6 +1,6 @@
 """Whether a clip shows what its caption says, by plain image moments; scores the demo model:
 
-python -m lowvram_video.demo.score --num 64
+python -m lowvram_video.demo.score --num 64 [--quantization int8] [--model another_file_of_it.gguf]
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -178,12 +180,15 @@ def table(verdicts: Sequence[Verdict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=64, help="(prompt, seed) pairs to generate")
+    parser.add_argument("--model", type=Path, help="the demo model in another file, such as a GGUF of it")
+    parser.add_argument("--quantization", default="none", help="as in a run: none, fp8, fp8_fast or int8")
     options = parser.parse_args()
     # Here, because the trainer judges without the pipeline.
-    from .files import make_clips
+    from .files import DEMO_FILES, make_clips, open_demo
 
     began = time.perf_counter()
-    verdicts = score(make_clips, pick_captions(options.num))
+    pipeline = open_demo(torch.device("cpu"), options.model or DEMO_FILES.model, options.quantization)
+    verdicts = score(partial(make_clips, pipeline), pick_captions(options.num))
     print(table(verdicts))
     print(f"{len(verdicts)} clips in {time.perf_counter() - began:.1f} s")
     return 0

@@ -128,7 +128,7 @@ class WorkSize:
         return self.stride[1] * self.patch[1]
 
     def __str__(self) -> str:
-        return f"{self.height}x{self.width}, {self.frames} frame{'s' if self.frames > 1 else ''}"
+        return f"{self.width}x{self.height}, {self.frames} frame{'s' if self.frames > 1 else ''}"
 
 
 @dataclass(frozen=True)

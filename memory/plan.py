@@ -227,7 +227,7 @@ def _refusal(model: ModelFootprint, work: WorkSize, limits: Limits) -> PlanError
     if frames is not None:
         advice.append(f"make at most {frames} frames")
     if size is not None:
-        advice.append(f"make the video at most {size[0]}x{size[1]} (height x width)")
+        advice.append(f"make the video at most {size[1]}x{size[0]}")
     streamed = "all blocks" if limits.blocks_to_swap < 0 else f"{limits.blocks_to_swap} of {model.num_blocks} blocks"
     return PlanError(
         f"{model.name} at {work} does not fit in {_gib(limits.vram_budget_bytes)} of VRAM: the leanest plan, with "

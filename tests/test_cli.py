@@ -469,7 +469,7 @@ def test_plan_shows_where_the_memory_goes(wan_14b: Path, capsys: pytest.CaptureF
     assert main(["plan", str(wan_14b), "--vram-budget", "3.5"]) == 0
     out = capsys.readouterr().out
     print(out)
-    assert "wan_14b.safetensors: 480x832, 81 frames\nVRAM budget 3.50 GiB\n" in out
+    assert "wan_14b.safetensors: 832x480, 81 frames\nVRAM budget 3.50 GiB\n" in out
     for row in ("weights outside the blocks", "ring of streamed blocks", "activations", "denoise, predicted peak"):
         assert re.search(rf"{row} +\d+\.\d\d GiB", out)
     peaks = [float(peak) for peak in re.findall(r"predicted peak +(\d+\.\d\d) GiB", out)]
@@ -480,7 +480,7 @@ def test_plan_shows_where_the_memory_goes(wan_14b: Path, capsys: pytest.CaptureF
 
 def test_plan_refuses_what_cannot_be_and_names_what_can(wan_14b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, ["plan", str(wan_14b), "--vram-budget", "2"])
-    assert "wan_14b.safetensors at 480x832, 81 frames does not fit in 2.00 GiB of VRAM" in line
+    assert "wan_14b.safetensors at 832x480, 81 frames does not fit in 2.00 GiB of VRAM" in line
     smallest = re.search(r"raise vram_budget_gib to at least ([\d.]+)", line)
     frames = re.search(r"make at most (\d+) frames", line)
     assert smallest is not None and frames is not None
@@ -504,10 +504,10 @@ def test_plan_of_other_work(wan_14b: Path, folder: Path, capsys: pytest.CaptureF
     alone = capsys.readouterr().out
     assert main([*words, "--batch-cfg", "--ram-budget", "12", "--blocks-to-swap", "40"]) == 0
     batched = capsys.readouterr().out
-    assert "384x640, 17 frames" in alone and "384x640, 17 frames" in batched
+    assert "640x384, 17 frames" in alone and "640x384, 17 frames" in batched
     assert "read from the file in every pass" in batched and "read from the file" not in alone
     assert main(["plan", str(folder / "wan_ti2v.safetensors"), "--vram-budget", "8"]) == 0
-    assert "704x1280, 121 frames" in capsys.readouterr().out
+    assert "1280x704, 121 frames" in capsys.readouterr().out
 
 
 # --- inspect ---------------------------------------------------------------------------------------------

@@ -231,10 +231,10 @@ class TestRefusals:
         error, message = caught.value, str(caught.value)
         print(message)
         assert isinstance(error, ValueError)
-        assert "Wan 14B fp8 at 720x1280, 81 frames does not fit in 4.00 GiB" in message
+        assert "Wan 14B fp8 at 1280x720, 81 frames does not fit in 4.00 GiB" in message
         assert f"raise vram_budget_gib to at least {error.smallest_budget_bytes / GIB:g}" in message
         assert f"make at most {error.largest_frames} frames" in message
-        assert f"{error.largest_size[0]}x{error.largest_size[1]} (height x width)" in message
+        assert f"at most {error.largest_size[1]}x{error.largest_size[0]}" in message
 
     def test_sizes_keep_to_the_unit_of_the_model(self):
         model = wan_footprint("Wan TI2V 5B", 3072, 14336, 24, 30, 2.0, 48, 48, WAN22_VAE)

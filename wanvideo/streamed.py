@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -40,6 +41,7 @@ TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img"
 NOT_STREAMED = "before_proj."
 # Needed before the blocks only, so they can share bytes with what comes later.
 LENDABLE = ("text_embedding", "time_embedding", "time_projection", "img_emb")
+NUM_READERS = 8  # threads
 MAX_CONTEXTS = 4  # prompts remembered at a time
 
 
@@ -313,13 +315,16 @@ class StreamedWan:
             modules = {name: module for name in LENDABLE if (module := getattr(self.model, name)) is not None}
             self.lender = Lender(self.weights, modules, device, self._pinned_budget())
             self.model.lend = self.lender
-        for name in self._fixed_names():
-            if name.startswith(lent):
-                continue
-            info = self.weights.tensors[name]
-            raw = torch.empty(info.nbytes, dtype=torch.uint8)
-            self.weights.read_into(name, raw)
-            self._assign(name, raw.view(info.dtype).view(info.shape).to(device))
+        names = [name for name in self._fixed_names() if not name.startswith(lent)]
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            for name, tensor in zip(names, readers.map(self._read, names), strict=True):
+                self._assign(name, tensor.to(device))
+
+    def _read(self, name: str) -> Tensor:
+        info = self.weights.tensors[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        self.weights.read_into(name, raw)
+        return raw.view(info.dtype).view(info.shape)
 
     def _assign(self, name: str, tensor: Tensor) -> None:
         path, _, leaf = name.rpartition(".")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..raw_file import PAGE, RawFile
 
-DIRECT_BYTES = 8 << 20  # smaller tensors go through the page cache
+DIRECT_BYTES = 2 << 20  # smaller tensors go through the page cache
 PIECE_BYTES = 4 << 20
 
 
@@ -363,7 +363,8 @@ def _read_directly(info: TensorInfo, out: np.ndarray) -> bool:
         end = info.offset + info.nbytes
         for start in range(info.offset // PAGE * PAGE, end, PIECE_BYTES):
             first, last = max(start, info.offset), min(start + PIECE_BYTES, end)
-            raw.read(memoryview(piece), start, last - start)
+            pages = -(-(last - start) // PAGE) * PAGE
+            raw.read(memoryview(piece)[:pages], start, last - start)
             out[first - info.offset : last - info.offset] = values[first - start : last - start]
         return True
     finally:

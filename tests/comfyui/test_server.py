@@ -93,7 +93,7 @@ def test_all_nodes_are_there(server: Server) -> None:
 def test_a_video_is_made_with_plan_and_report(server: Server) -> None:
     outputs = server.run(graph())
     assert len(outputs["9"]["images"]) == 5
-    assert "480x832" in outputs["10"]["text"][0]
+    assert "832x480" in outputs["10"]["text"][0]
     assert "denoise" in outputs["11"]["text"][0]
     assert outputs["11"]["images"]
     assert list((server.base / "output" / "latents").glob("*.latent"))

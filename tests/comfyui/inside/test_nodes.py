@@ -61,7 +61,7 @@ def test_the_plan_is_shown_before_anything_runs(models: Path) -> None:
     model = ours(save(models, "t2v"))
     out = VramPlan.execute(model, 832, 480, 81, True, 8.0)
     text = out.result[1]
-    assert "480x832, 81 frames" in text
+    assert "832x480, 81 frames" in text
     assert "VRAM budget 7.50 GiB" in text
     assert out.ui.as_dict() == {"text": (text,)}
     assert model.engine.streamed.host_bytes == 0
