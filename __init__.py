@@ -1,4 +1,4 @@
-"""ComfyUI-LowVRAM-Video: Wan and FramePack video on small graphics cards."""
+"""ComfyUI-LowVRAM-Video: Wan video on small graphics cards."""
 
 from __future__ import annotations
 

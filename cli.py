@@ -1,4 +1,4 @@
-"""The command line: `lowvram-video generate | plan | inspect | demo`."""
+"""The command line: `lowvram-video generate | plan | inspect | convert | demo`."""
 
 from __future__ import annotations
 
@@ -253,6 +253,7 @@ def convert_file(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
+    torch.set_num_threads(1)  # its tensors are so small that threads cost more than they give
     shown = make_demo(options.output, options.seed, usable_device(options.device), TerminalProgress(sys.stderr))
     print(shown)
 
