@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.quantizers import write_gguf  # noqa: E402
+from tests.quantizers import write_gguf
 
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 QUANTIZATIONS = ("fp8", "int8")

@@ -16,6 +16,7 @@ PARTS = {
     "compile": ("TorchCompileSettings",),
     "vae": ("DecodeVideo",),
     "demo": ("LoadDemo",),
+    "text": ("LoadClipGGUF",),
 }
 
 

@@ -28,7 +28,7 @@ from ..wanvideo.settings import RunSettings
 from ..wanvideo.streamed import StreamedWan
 from . import host
 from .options import StreamOptions
-from .patches import PatchedCheckpoint
+from .patches import PatchedCheckpoint, SortedPatches, sort_patches
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Engine:
         self.options = StreamOptions()
         self.report: RunReport | None = None
         self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
-        self._patches: Mapping[str, Sequence[Any]] = {}
-        self._patches_id: object = None
-        self._merged_id: object = None  # whose patches the weights in host memory have
+        self._patches_id: object = None  # ComfyUI's name for a set of patches
+        self._patches = SortedPatches()
+        self._applied = self._patches  # those that weights are read with
         self._rates: Rates | None = None
         self._monitor: MemoryMonitor | None = None
         self._watching = ExitStack()
@@ -71,7 +71,7 @@ class Engine:
 
     @property
     def total_bytes(self) -> int:
-        return sum(info.nbytes for info in self.streamed.checkpoint.tensors.values())
+        return sum(info.nbytes for info in self.streamed.weights.tensors.values())
 
     def configure(self, options: StreamOptions, patches: Mapping[str, Sequence[Any]], patches_id: object) -> None:
         """Run as these options say and with these weight patches, from the next pass on."""
@@ -81,8 +81,14 @@ class Engine:
             self.options = options
             pinned = options.pinned_memory and host.memory_flags().may_pin
             self.streamed.settings = replace(self.streamed.settings, pinned_memory=pinned)
-        self._patches, self._patches_id = patches, patches_id if patches else None
-        if self._patches_id != self._merged_id:
+        if patches_id != self._patches_id or not patches:
+            self._patches_id = patches_id
+            self._patches = sort_patches(patches, self.streamed.model) if patches else SortedPatches()
+        if self._patches.same_but_strengths(self._applied):
+            if self._patches.strengths != self._applied.strengths:
+                self.streamed.set_lora_strengths(self._patches.strengths)
+            self._applied = self._patches
+        elif self._patches is not self._applied:
             self.streamed.stop()
         self._tell_owner()
 
@@ -106,8 +112,6 @@ class Engine:
     def release(self) -> None:
         """Free device and host memory."""
         self.streamed.release()
-        self.streamed.weights = self.streamed.checkpoint
-        self._merged_id = None
         self._tell_owner()
 
     def begin_run(self) -> None:
@@ -227,11 +231,11 @@ class Engine:
         self.streamed.stop()
         if self.options.vram_budget_gb:
             host.unload_others(self.owner() if self.owner is not None else None, self.device)
+        self._apply_patches()
         try:
             plan = self._plan_batch(size, latent.shape[0])
         except PlanError as refusal:
             raise ValueError(named_as_widgets(refusal)) from None
-        self._merge(plan)
         self.streamed.start(plan)
         self._streaming_since = time.perf_counter()
         self._tell_owner()
@@ -248,23 +252,15 @@ class Engine:
         except PlanError:
             return self.plan(single)
 
-    def _merge(self, plan: MemoryPlan) -> None:
-        """Have the weights in host memory carry the patches that were asked for, and no others."""
-        if self._patches_id == self._merged_id:
+    def _apply_patches(self) -> None:
+        """Have the weights carry the patches that were asked for, and no others."""
+        wanted = self._patches
+        if wanted is self._applied:
             return
         checkpoint = self.streamed.checkpoint
-        if plan.from_disk and self._patches:
-            raise ValueError(
-                f"{checkpoint.path.name} is streamed from the disk, where a LoRA cannot be merged: raise ram_budget_gb "
-                f"to {self.total_bytes / GIB + 2:.0f} or more, close other programs, or bypass the LoRA"
-            )
-        source = self.streamed.source
-        self.streamed.weights = PatchedCheckpoint(checkpoint, self._patches) if self._patches else checkpoint
-        if isinstance(source, HostBlocks) and not plan.from_disk:
-            source.refill(self.streamed.weights, host.stop_if_interrupted)
-        else:
-            self.streamed.release()
-        self._merged_id = self._patches_id
+        source = PatchedCheckpoint(checkpoint, wanted.merged) if wanted.merged else checkpoint
+        self._applied = wanted
+        self.streamed.attach_loras(wanted.loras(), wanted.strengths, source)
 
     def _compile(self, options: StreamOptions) -> None:
         if options.compile == self.options.compile:

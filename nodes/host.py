@@ -11,7 +11,9 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_management as mm
+import comfy.sd
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -19,6 +21,7 @@ from torch import Tensor
 
 CATEGORY = "LowVRAM Video"
 MODEL_FOLDER = "diffusion_models"  # ComfyUI's models/unet is one of its places
+TEXT_FOLDER = "text_encoders"  # models/clip too
 MODEL_SUFFIXES = (".safetensors", ".gguf")
 GIB = 2**30
 EVERYTHING = 1e30  # bytes, as ComfyUI itself asks for all
@@ -33,32 +36,32 @@ def schema(**values: Any) -> io.Schema:
 # --- files -----------------------------------------------------------------------------------------------
 
 
-def model_files() -> list[str]:
-    """Names of the video model files in ComfyUI's folders, as its own loaders show them."""
+def model_files(folder: str = MODEL_FOLDER, suffixes: tuple[str, ...] = MODEL_SUFFIXES) -> list[str]:
+    """Names of the model files in one of ComfyUI's kinds of folder, as its own loaders show them, GGUF too."""
     names = set()
-    for folder in folder_paths.get_folder_paths(MODEL_FOLDER):
-        for place, _, files in os.walk(folder, followlinks=True):
-            relative = Path(place).relative_to(folder)
-            names |= {str(relative / file) for file in files if file.lower().endswith(MODEL_SUFFIXES)}
+    for root in folder_paths.get_folder_paths(folder):
+        for place, _, files in os.walk(root, followlinks=True):
+            relative = Path(place).relative_to(root)
+            names |= {str(relative / file) for file in files if file.lower().endswith(suffixes)}
     return sorted(names)
 
 
-def model_path(name: str) -> Path:
+def model_path(name: str, folder: str = MODEL_FOLDER) -> Path:
     """Where the model file of this name is; ValueError where it is gone."""
-    for folder in folder_paths.get_folder_paths(MODEL_FOLDER):
-        path = Path(folder) / name
+    for root in folder_paths.get_folder_paths(folder):
+        path = Path(root) / name
         if path.is_file():
             return path
     raise ValueError(
-        f"{name} is in none of ComfyUI's diffusion_models folders: put it into models/diffusion_models and press R, "
+        f"{name} is in none of ComfyUI's {folder} folders: put it into models/{folder} and press R, "
         "or choose another file"
     )
 
 
-def model_stamp(name: str) -> str:
+def model_stamp(name: str, folder: str = MODEL_FOLDER) -> str:
     """Changes when the file does, so that a replaced file is loaded again."""
     try:
-        stat = model_path(name).stat()
+        stat = model_path(name, folder).stat()
     except ValueError:
         return "missing"
     return f"{stat.st_size} {stat.st_mtime_ns}"
@@ -188,3 +191,37 @@ class Progress:
 def merge_patches(patches: list[Any], weight: Tensor, key: str) -> Tensor:
     """ComfyUI's weight patches (LoRA and others) applied to a weight, in fp32."""
     return comfy.lora.calculate_weight(patches, weight.float(), key)
+
+
+@dataclass(frozen=True)
+class LowRankPatch:
+    """A weight patch that is a plain LoRA: `weight += up [out, rank] @ down [rank, in] * scale * strength`."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    strength: float
+
+
+def low_rank_patch(patch: Any) -> LowRankPatch | None:
+    """What a ModelPatcher's patch is, where it is a plain LoRA of a whole matrix."""
+    strength, value, strength_model, offset, function = patch
+    if not isinstance(value, comfy.weight_adapter.LoRAAdapter):  # LoHa, LoKr, OFT, a difference ...
+        return None
+    up, down, alpha, middle, magnitude, reshape = value.weights
+    parts = (offset, function, middle, magnitude, reshape)
+    if strength_model != 1.0 or any(part is not None for part in parts) or up.ndim != 2 or down.ndim != 2:
+        return None
+    return LowRankPatch(up, down, 1.0 if alpha is None else alpha / down.shape[0], strength)
+
+
+def make_wan_clip(weights: dict[str, Tensor], device: torch.device | None, **config: int) -> Any:
+    """ComfyUI's CLIP for Wan from a umt5 state dict with its `spiece_model`; on its usual device where None is given.
+
+    `config` are entries of the `config.json` of the encoder that differ from umt5-xxl's.
+    """
+    options: dict[str, Any] = {"umt5xxl_model_config": config}
+    if device is not None:
+        options |= {"load_device": device, "offload_device": device}
+    folders = folder_paths.get_folder_paths("embeddings")
+    return comfy.sd.load_text_encoder_state_dicts([weights], folders, comfy.sd.CLIPType.WAN, options)

@@ -31,8 +31,8 @@ class LoadWanModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=host.model_files(),
-                    tooltip="A file in models/diffusion_models or models/unet. Wan 2.1/2.2 T2V, I2V, first-last-frame, "
-                    "TI2V 5B, VACE and Fun models; the variant is read from the file.",
+                    tooltip="A .safetensors or .gguf file in models/diffusion_models or models/unet. Wan 2.1/2.2 "
+                    "T2V, I2V, first-last-frame, TI2V 5B, VACE and Fun models; the variant is read from the file.",
                 ),
                 io.Combo.Input(
                     "compute_dtype",
@@ -52,9 +52,10 @@ class LoadWanModel(io.ComfyNode):
                     "quantization",
                     options=list(QUANTIZATIONS),
                     default="none",
-                    tooltip="none: weights stay as the file has them. fp8, int8: bf16 weights are quantised while they "
-                    "are read, which halves them. fp8_fast also multiplies in fp8, int8 in int8: faster on GPUs that "
-                    "can, and slightly inexact.",
+                    tooltip="none: weights stay as the file has them (GGUF, fp8 and int8 files too). fp8, int8: bf16 "
+                    "weights are quantised while they are read, which halves them. fp8_fast also multiplies in fp8: "
+                    "faster on RTX 40 and newer (compute capability 8.9), slightly inexact. int8 multiplies in int8: "
+                    "the fast choice for RTX 20 and 30. One that cannot run here says why.",
                 ),
             ],
             outputs=[io.Model.Output()],

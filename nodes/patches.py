@@ -1,18 +1,20 @@
-"""ComfyUI's weight patches (LoRA and others), merged into weights while they are read from the file."""
+"""ComfyUI's weight patches: plain LoRAs run beside linear layers, others are merged into weights as they are read."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..weights.formats import format_for
-from ..weights.linear import WeightFormat
+from ..weights.linear import Linear, WeightFormat
+from ..weights.lora import Lora, LoraReport, LowRankPair
 from ..weights.lora_merge import can_requantize, requantize
 from ..weights.lora_source import made_from
 from ..weights.reader import Checkpoint, TensorInfo
@@ -22,6 +24,75 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."  # of our parameters' names in ComfyUI's model
 SCALE = "weight_scale"
+IN_MEMORY = Path("a LoRA loaded by ComfyUI")
+
+
+@dataclass(frozen=True)
+class SortedPatches:
+    """A ModelPatcher's patches: `beside` by layer, each a LoRA of its own with its own strength; `merged` by key."""
+
+    beside: Sequence[tuple[str, host.LowRankPatch]] = ()
+    merged: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def strengths(self) -> list[float]:
+        return [patch.strength for _, patch in self.beside]
+
+    def loras(self) -> list[Lora]:
+        """Those that run beside layers."""
+        loras = []
+        for layer, patch in self.beside:
+            factors = PatchFactors(IN_MEMORY, {}, {}, patch.up, patch.down)
+            pair = LowRankPair("down", "up", patch.down.shape[0], patch.scale)
+            loras.append(Lora(factors, {layer: pair}, {}, LoraReport(IN_MEMORY, 1, {})))
+        return loras
+
+    def same_but_strengths(self, other: SortedPatches) -> bool:
+        """Whether nothing need be read for one after the other; ComfyUI's loaders keep the tensors of their file."""
+        return (
+            not (self.merged or other.merged)
+            and len(self.beside) == len(other.beside)
+            and all(
+                layer == other_layer
+                and patch.up is known.up
+                and patch.down is known.down
+                and patch.scale == known.scale
+                for (layer, patch), (other_layer, known) in zip(self.beside, other.beside, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class PatchFactors(Checkpoint):
+    """A LoRA's factors of one layer, which ComfyUI holds in memory."""
+
+    up: Tensor
+    down: Tensor
+
+    def read(self, name: str) -> Tensor:
+        return self.up if name == "up" else self.down
+
+
+def sort_patches(patches: Mapping[str, Sequence[Any]], model: nn.Module) -> SortedPatches:
+    """Patches of a model by what is done with them; those of one weight stay together, as their order may matter."""
+    linear = {
+        f"{PREFIX}{name}.weight": (name, module) for name, module in model.named_modules() if isinstance(module, Linear)
+    }
+    beside: list[tuple[str, host.LowRankPatch]] = []
+    merged: dict[str, Sequence[Any]] = {}
+    for key, found in patches.items():
+        layer, module = linear.get(key, ("", None))
+        low_rank = [patch for each in found if (patch := host.low_rank_patch(each)) is not None]
+        if module is not None and len(low_rank) == len(found) and all(_fits(patch, module) for patch in low_rank):
+            beside += [(layer, patch) for patch in low_rank]
+        else:
+            merged[key] = list(found)
+    return SortedPatches(beside, merged)
+
+
+def _fits(patch: host.LowRankPatch, layer: Linear) -> bool:
+    (out, rank), (same_rank, inner) = patch.up.shape, patch.down.shape
+    return rank == same_rank and (out, inner) == (layer.out_features, layer.in_features)
 
 
 class PatchedCheckpoint:
@@ -41,8 +112,13 @@ class PatchedCheckpoint:
             info = self.tensors[name]
             self._check(name, info)
             self.tensors[name] = replace(info, file=made_from(info.file))
-        if any(self.tensors[name].dtype.itemsize == 1 for name in self._patches):
-            logger.info("%s: weights are rounded to 8 bits again after merging a LoRA.", checkpoint.path.name)
+        rounded = any(self.tensors[name].dtype.itemsize == 1 for name in self._patches)
+        logger.info(
+            "%s: %d weights have patches that can only be merged (such as LoHa, LoKr, DoRA, differences)%s.",
+            checkpoint.path.name,
+            len(self._patches),
+            "; they are rounded to 8 bits again" if rounded else "",
+        )
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Read a tensor's bytes, patched, into `out` (1-D uint8 on the CPU); thread-safe."""
@@ -84,6 +160,6 @@ class PatchedCheckpoint:
         if not can_requantize(self._format(name), info.dtype):
             stored = info.quant or str(info.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{self.checkpoint.path.name} stores {name} as {stored}, into which a LoRA cannot be merged: "
-                "use the bf16, fp16, fp8 or int8 file of this model with LoRAs"
+                f"{self.checkpoint.path.name} stores {name} as {stored}, into which this LoRA (LoHa, LoKr, DoRA or a "
+                "difference) cannot be merged: use a plain LoRA, or the bf16, fp16, fp8 or int8 file of this model"
             )

@@ -16,7 +16,7 @@ from ..memory.disk_blocks import DiskBlocks
 from ..memory.footprint import WAN21_VAE, WAN22_VAE, Limits, ModelFootprint, WorkSize
 from ..memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
 from ..memory.lanes import lanes_for
-from ..memory.layout import Part, TensorSource, layout_block
+from ..memory.layout import BlockLayout, Part, TensorSource, layout_block
 from ..memory.lender import Lender
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
@@ -24,7 +24,9 @@ from ..memory.ring import DeviceRing
 from ..memory.spool import Spool
 from ..memory.streamer import BlockStreamer
 from ..weights.compute import select_compute
-from ..weights.lora import LoraChoice
+from ..weights.lora import Lora, LoraChoice
+from ..weights.lora_source import AttachedLoras
+from ..weights.lora_source import Source as WeightSource
 from ..weights.quantize import QuantizedSource, quantize_checkpoint
 from .blocks import Context, WanBlock
 from .checkpoint import build_wan, open_wan
@@ -71,11 +73,7 @@ class StreamedWan:
         # what is read: the file's tensors, perhaps with LoRAs beside them or merged into them
         self.weights: TensorSource = self.loras.source() if loras else self.checkpoint
         self.blocks = list(self.model.ordered_blocks().values())
-        self.layouts = []
-        for prefix, block in self.model.ordered_blocks().items():
-            names = [name for name in block.state_dict() if not name.startswith(NOT_STREAMED)]
-            text_kv = {name for name in names if name.startswith(TEXT_KV)}
-            self.layouts.append(layout_block(self.weights, prefix, names, text_kv))
+        self.layouts = self._lay_out()
         self.limits: Limits | None = None
         self.plan: MemoryPlan | None = None
         self.source: HostBlocks | DiskBlocks | None = None
@@ -236,6 +234,30 @@ class StreamedWan:
             self.release()
             self.weights = self.loras.source()
 
+    def attach_loras(
+        self, loras: Sequence[Lora], strengths: Sequence[float], source: WeightSource | None = None
+    ) -> None:
+        """Have these LoRAs on the model, which is stopped for it, in place of those it has.
+
+        `source` holds its tensors where they are not the file's. Host memory stays, and is read again, where every
+        tensor keeps its place.
+        """
+        self.stop()
+        self.loras.detach()
+        source = source or self.checkpoint
+        dtype, mode = self.model.execution.dtype, self.settings.lora_mode
+        self.loras = AttachedLoras(self.model, source, loras, strengths, dtype, mode)
+        self.weights = self.loras.source() if loras else source
+        before, self.layouts = self.layouts, self._lay_out()
+        if not isinstance(self.source, HostBlocks) or before != self.layouts:
+            self.release()
+            return
+        try:
+            self.source.refill(self.weights, self.between_blocks)
+        except BaseException:  # an interrupt too leaves them half read
+            self.release()
+            raise
+
     def forget_contexts(self) -> None:
         """Free what was made of prompts."""
         self._contexts.clear()
@@ -264,6 +286,14 @@ class StreamedWan:
     def pinned_bytes(self) -> int:
         lent = 0 if self.lender is None else self.lender.pinned_bytes
         return lent + (0 if self.source is None else self.source.pinned_bytes)
+
+    def _lay_out(self) -> list[BlockLayout]:
+        layouts = []
+        for prefix, block in self.model.ordered_blocks().items():
+            names = [name for name in block.state_dict() if not name.startswith(NOT_STREAMED)]
+            text_kv = {name for name in names if name.startswith(TEXT_KV)}
+            layouts.append(layout_block(self.weights, prefix, names, text_kv))
+        return layouts
 
     def _cache_keys_values(self, context: Context) -> None:
         """One pass over the blocks with only the weights that this takes; they then stay at home."""

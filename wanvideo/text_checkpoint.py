@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..weights.formats import assign_formats
+from ..weights.formats import assign_formats, format_for
 from ..weights.linear import DenseProjection, Linear, Projection, Scratch
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from .checkpoint import file_kind
@@ -73,6 +73,20 @@ def open_text_encoder(path: str | Path) -> tuple[UMT5Config, Checkpoint]:
     config = infer_config(checkpoint)
     check_tensors(config, checkpoint)
     return config, checkpoint
+
+
+def dense_weights(path: str | Path, dtype: torch.dtype) -> tuple[UMT5Config, dict[str, Tensor]]:
+    """A GGUF encoder unpacked, in the Hugging Face layout, with its tokenizer as the uint8 tensor `spiece_model`.
+
+    One tensor is read and unpacked at a time. Raises CheckpointError as `open_text_encoder` and `open_tokenizer`.
+    """
+    config, checkpoint = open_text_encoder(path)
+    spiece = open_tokenizer(checkpoint).processor.serialized_model_proto()
+    weights: dict[str, Tensor] = {TOKENIZER: torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
+    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: item[1].offset):
+        if name != TOKENIZER:
+            weights[name] = format_for(info).dequantize({"weight": checkpoint.read(name)}, dtype)
+    return config, weights
 
 
 # --- names -----------------------------------------------------------------------------------------------

@@ -116,6 +116,14 @@ class AttachedLoras:
         self.strengths = tuple(strengths)
         self._scale.copy_(self._scales())
 
+    def detach(self) -> None:
+        """Take the parameters off the model again."""
+        for layer in self._shares:
+            module = self._model.get_submodule(layer)
+            for leaf in (DOWN, UP, SCALE):
+                delattr(module, leaf)
+        self._shares = {}
+
     def _scales(self) -> Tensor:
         """fp32, one per rank of every layer in turn."""
         values: list[Tensor] = [torch.empty(0)]

@@ -172,7 +172,7 @@ def counted(calls: list[str]) -> Any:
 def test_blocks_are_compiled_once_for_all_blocks_steps_seeds_and_loras(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_native_nodes import with_lora
+    from test_native_nodes import lora, with_lora
 
     torch._dynamo.reset()
     graphs: list[str] = []
@@ -190,12 +190,20 @@ def test_blocks_are_compiled_once_for_all_blocks_steps_seeds_and_loras(
     once = len(graphs)
     assert relative_error(got, plain) < 1e-5
     sample(compiled, *prompts(), empty_latent(), seed=77, steps=5)
+    seeds_and_steps = len(graphs)
     with_one = sample(with_lora(compiled), *prompts(), empty_latent())
+    with_branches = len(graphs)
+    weaker = comfy.sd.load_lora_for_models(compiled, None, lora(), 0.3, 0)[0]
+    assert relative_error(sample(weaker, *prompts(), empty_latent()), with_one) > 1e-3
     streamed = compiled.with_options(ram_budget_gb=1.5 + 10 / 1024)  # three of four blocks fit: from the disk
     assert relative_error(sample(streamed, *prompts(), empty_latent()), plain) < 1e-5
     assert model.engine.streamed.plan.from_disk
-    print(f"graphs for 4 blocks: {once}; after another seed, more steps, a LoRA and streaming: {len(graphs)}")
-    assert once == len(graphs) == 1
+    print(
+        f"graphs for 4 blocks: {once}; after another seed and more steps {seeds_and_steps}, a LoRA {with_branches}, "
+        f"another strength and streaming {len(graphs)}"
+    )
+    assert once == seeds_and_steps == 1
+    assert with_branches == len(graphs) == 2
     assert relative_error(with_one, plain) > 1e-2
     assert torch.equal(sample(model, *prompts(), empty_latent()), plain), "compiling belongs to the clone"
 
