@@ -13,6 +13,7 @@ from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.footprint import GIB, Limits, WorkSize
 from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
+from lowvram_video.memory.lanes import Span
 from lowvram_video.memory.plan import MemoryPlan
 from lowvram_video.memory.ring import DeviceRing
 from lowvram_video.wanvideo.checkpoint import load_wan
@@ -559,3 +560,14 @@ def test_running_out_of_memory_while_decoding_loses_no_frame(
     got = torch.cat(list(pipeline.generate(request)))
     assert torch.equal(got, want)
     assert "out of VRAM while decoding whole frames: trying smaller tiles" in caplog.text
+
+
+def test_what_timed_lanes_did_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = WanPipeline(save_files(tmp_path), RunSettings())
+    spans = [Span("copy", 0, 0.0, 4.0, 1000), Span("stall", 0, 0.0, 1.0), Span("compute", 0, 1.0, 9.0)]
+    monkeypatch.setattr(StreamedWan, "spans", lambda model: (spans, 0.5) if model.started else ([], 0.0))
+    for _ in pipeline.generate(WanRequest("a red ball", width=32, height=32, num_frames=5, num_steps=1)):
+        pass
+    stream = pipeline.report().stream
+    assert stream is not None and stream.bytes_streamed == 1000 and stream.num_passes == 1
+    assert stream.stall_ms_per_pass == pytest.approx(1.0)

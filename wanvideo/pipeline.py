@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.footprint import Limits, WorkSize
+from ..memory.lanes import Span
 from ..memory.limits import hold_budget, limits_for
 from ..memory.plan import MemoryPlan, decode_tiles
 from ..memory.report import MemoryMonitor, RunReport, others_bytes
@@ -109,6 +110,7 @@ class WanPipeline:
         self._limits: Limits | None = None
         self._pinned_bytes = 0
         self._others_bytes = 0
+        self._spans: list[Span] = []
 
     @torch.inference_mode()
     def generate(self, request: WanRequest) -> Iterator[Tensor]:
@@ -123,6 +125,7 @@ class WanPipeline:
         assert self._limits is not None
         self._others_bytes = others_bytes(self.settings.device, self._limits.context_bytes)
         self._monitor = MemoryMonitor(self.settings.device)
+        self._spans.clear()
         with self._monitor as monitor:
             try:
                 with monitor.phase("encode"):
@@ -151,6 +154,8 @@ class WanPipeline:
         """What the last video used."""
         budget = self._limits.vram_budget_bytes if self._limits and self.settings.device.type == "cuda" else None
         report = self._monitor.report(self._pinned_bytes, self._others_bytes, budget)
+        if self._spans:
+            report = report.with_spans(self._spans, 0.0)
         if self.plan is None or budget is None:
             return report
         return report.with_predictions(
@@ -246,6 +251,7 @@ class WanPipeline:
             # one expert's RAM at a time
             assert self.low is not None
             gone, wanted = (self.high, self.low) if expert == "low" else (self.low, self.high)
+            self._note_spans(gone)
             gone.release()
             self.plan = gone.plan  # leaner than at first, if the device ran out of memory
             self._start(wanted)
@@ -327,12 +333,19 @@ class WanPipeline:
         for model in (self.high, self.low):
             if model is None:
                 continue
+            self._note_spans(model)
             if self.settings.keep_loaded:
                 model.stop()
             else:
                 model.release()
         if self.settings.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _note_spans(self, model: StreamedWan) -> None:
+        """Keep what its lanes did, on the monitor's clock: the lanes go with the model."""
+        spans, age = model.spans()
+        since_ms = 1e3 * (self._monitor.now() - age)
+        self._spans += [replace(s, begin_ms=s.begin_ms + since_ms, end_ms=s.end_ms + since_ms) for s in spans]
 
     def _check_files(self) -> None:
         config, files = self.high.config, self.files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..memory.disk_blocks import DiskBlocks
 from ..memory.footprint import WAN21_VAE, WAN22_VAE, Limits, ModelFootprint, WorkSize
 from ..memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
-from ..memory.lanes import lanes_for
+from ..memory.lanes import Span, TimedLanes, lanes_for
 from ..memory.layout import BlockLayout, Part, TensorSource, layout_block
 from ..memory.lender import Lender
 from ..memory.pinned import Registrar
@@ -81,6 +82,7 @@ class StreamedWan:
         self.streamer: BlockStreamer | None = None
         self.lender: Lender | None = None
         self.ring: DeviceRing | None = None
+        self._timed_since = 0.0
         self._contexts: list[tuple[Tensor, Tensor | None, Context]] = []
         self._registrar = registrar
         if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
@@ -151,6 +153,7 @@ class StreamedWan:
             self.loras.place(self.settings.device)
             part = Part.STREAM if plan.cache_text_kv else Part.ALL
             self.ring = ring or self._make_ring(plan)
+            self._timed_since = time.perf_counter()
             self.streamer = BlockStreamer(
                 [self.blocks],
                 self.source,
@@ -257,6 +260,12 @@ class StreamedWan:
         except BaseException:  # an interrupt too leaves them half read
             self.release()
             raise
+
+    def spans(self) -> tuple[list[Span], float]:
+        """What the timed lanes did since the last call, and how many seconds ago their clock began."""
+        if self.ring is None or not isinstance(self.ring.lanes, TimedLanes):
+            return [], 0.0
+        return self.ring.lanes.spans(), time.perf_counter() - self._timed_since
 
     def forget_contexts(self) -> None:
         """Free what was made of prompts."""
