@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lowvram_video.demo.captions import COLOURS, DIRECTIONS, SHAPES, Caption, all_captions
 from lowvram_video.demo.dataset import ClipSize, draw_scenes, render_clips
-from lowvram_video.demo.score import FIELDS, judge, pick_captions, score, table
+from lowvram_video.demo.files import DEMO_FILES
+from lowvram_video.demo.score import FIELDS, judge, main, pick_captions, score, table
+from lowvram_video.weights.reader import open_checkpoint
+
+from .quantizers import write_gguf
 
 SIZE = ClipSize(num_frames=9, height=96, width=96)
 CAPTION = Caption("red", "ball", "left", "slowly", "at night")
@@ -123,3 +129,21 @@ def test_picked_captions_are_fixed_by_the_seed_and_all_different():
     assert pick_captions(64) == pick_captions(64)
     assert len(set(pick_captions(648))) == len(all_captions())
     assert len(pick_captions(700)) == 700
+
+
+@pytest.mark.parametrize("form", ["int8", "Q4_K"])
+def test_a_quantised_demo_model_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+):
+    options = ["--quantization", "int8"]
+    if form == "Q4_K":
+        checkpoint = open_checkpoint(DEMO_FILES.model)
+        tensors = {name: checkpoint.read(name).float() for name in checkpoint.tensors}
+        packed = {name for name, values in tensors.items() if name.startswith("blocks.") and values.ndim == 2}
+        kinds = {name: (values, "Q4_K" if name in packed else "F16") for name, values in tensors.items()}
+        options = ["--model", str(write_gguf(tmp_path / "demo.gguf", kinds))]
+    monkeypatch.setattr(sys, "argv", ["score", "--num", "1", *options])
+    assert main() == 0
+    shown = capsys.readouterr().out
+    print(shown)
+    assert "everything         1     1   100.0" in shown

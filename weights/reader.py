@@ -81,7 +81,7 @@ class Checkpoint:
                 # Unbuffered, so that the bytes go from the page cache straight into the tensor.
                 with open(info.file, "rb", buffering=0) as file:
                     file.seek(info.offset)
-                    _fill(file, memoryview(out.numpy()), info)
+                    _fill(file, out.numpy().data, info)
         except OSError as error:
             raise CheckpointError(_unreadable(info.file, error)) from error
 
