@@ -206,7 +206,7 @@ def _check_ram(model: ModelFootprint, plan: MemoryPlan, limits: Limits) -> None:
         smallest = _round_up(needed)
         raise PlanError(
             f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {MIN_STAGING} staging "
-            f"buffers and the process need {_gib(needed)}. Raise ram_budget_gib to at least {smallest / GIB:g}",
+            f"buffers and the process need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
             smallest_ram_bytes=smallest,
         )
 
@@ -221,7 +221,7 @@ def _refusal(model: ModelFootprint, work: WorkSize, limits: Limits) -> PlanError
 
     frames = _largest_frames(work, fits)
     size = _largest_size(work, fits)
-    advice = [f"raise vram_budget_gib to at least {smallest / GIB:g}"]
+    advice = [f"raise the VRAM budget to at least {smallest / GIB:g} GiB"]
     if limits.blocks_to_swap >= 0 and (swap := _smallest_swap(model, work, limits)) is not None:
         advice.append(f"set blocks_to_swap to at least {swap}")
     if frames is not None:

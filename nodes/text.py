@@ -27,8 +27,8 @@ class LoadClipGGUF(io.ComfyNode):
                     "clip_name",
                     options=host.model_files(host.TEXT_FOLDER, (".gguf",)),
                     tooltip="A umt5-xxl encoder as .gguf in models/text_encoders or models/clip. Unpacked it takes "
-                    "12 GB of RAM, and with --cpu or --disable-dynamic-vram 23 GB for a moment while it loads; with "
-                    "less, use the fp8 file (6.7 GB) in ComfyUI's Load CLIP.",
+                    "12 GB of RAM, and 23 GB for a moment while it loads where ComfyUI runs without its dynamic VRAM; "
+                    "with less, use the fp8 file (6.7 GB) in ComfyUI's Load CLIP.",
                 ),
                 io.Combo.Input(
                     "device",

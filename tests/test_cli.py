@@ -481,7 +481,7 @@ def test_plan_shows_where_the_memory_goes(wan_14b: Path, capsys: pytest.CaptureF
 def test_plan_refuses_what_cannot_be_and_names_what_can(wan_14b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, ["plan", str(wan_14b), "--vram-budget", "2"])
     assert "wan_14b.safetensors at 832x480, 81 frames does not fit in 2.00 GiB of VRAM" in line
-    smallest = re.search(r"raise vram_budget_gib to at least ([\d.]+)", line)
+    smallest = re.search(r"raise the VRAM budget to at least ([\d.]+)", line)
     frames = re.search(r"make at most (\d+) frames", line)
     assert smallest is not None and frames is not None
     assert main(["plan", str(wan_14b), "--vram-budget", smallest[1]]) == 0

@@ -232,7 +232,7 @@ class TestRefusals:
         print(message)
         assert isinstance(error, ValueError)
         assert "Wan 14B fp8 at 1280x720, 81 frames does not fit in 4.00 GiB" in message
-        assert f"raise vram_budget_gib to at least {error.smallest_budget_bytes / GIB:g}" in message
+        assert f"raise the VRAM budget to at least {error.smallest_budget_bytes / GIB:g} GiB" in message
         assert f"make at most {error.largest_frames} frames" in message
         assert f"at most {error.largest_size[1]}x{error.largest_size[0]}" in message
 
@@ -269,7 +269,7 @@ class TestRefusals:
             plan_memory(FP8, LONG_480P, limits(8, num_slots=1))
 
     def test_too_little_ram(self):
-        with pytest.raises(PlanError, match="Raise ram_budget_gib to at least") as caught:
+        with pytest.raises(PlanError, match="Raise the RAM budget to at least") as caught:
             plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=2 * GIB))
         smallest = caught.value.smallest_ram_bytes
         assert plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=smallest)).from_disk

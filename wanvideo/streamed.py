@@ -129,7 +129,7 @@ class StreamedWan:
                 raise ValueError(
                     f"{self.checkpoint.path.name} cannot be quantised to {self.settings.quantization} and streamed "
                     "from disk at once: the quantised bytes are in no file. Convert it first (lowvram-video convert), "
-                    "or raise ram_budget_gib"
+                    "or raise the RAM budget"
                 )
             self.spool = Spool(self.weights, self.layouts)
             self.source = DiskBlocks(self.spool, self.layouts, budget, plan.num_staging)
