@@ -200,7 +200,7 @@ def test_a_core_model_is_explained_or_passed(models: Path) -> None:
 
 def test_work_that_does_not_fit_says_what_would(models: Path) -> None:
     model = BlockSwap.execute(ours(save(models, "t2v")), **(SWAP | {"ram_budget_gb": 1.0})).result[0]
-    with pytest.raises(ValueError, match="Raise ram_budget_gb to at least") as error:
+    with pytest.raises(ValueError, match="Raise the RAM budget to at least") as error:
         sample(model, *prompts(), empty_latent())
     assert "\n" not in str(error.value)
 
