@@ -14,6 +14,7 @@ import torch
 
 from .attention.select import ATTENTION_MODES
 from .demo.show import make_demo
+from .diffusion.settings import RunSettings, usable_device
 from .memory.footprint import WorkSize
 from .memory.limits import limits_for
 from .memory.plan import describe as describe_plan
@@ -26,7 +27,6 @@ from .wanvideo.checkpoint import open_wan
 from .wanvideo.identify import describe, identify
 from .wanvideo.pipeline import WanFiles, WanPipeline
 from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, defaults_for
-from .wanvideo.settings import RunSettings, usable_device
 from .wanvideo.streamed import StreamedWan
 from .wanvideo.vae import WAN21_VAE, WAN22_VAE
 from .weights.compute import QUANTIZATIONS

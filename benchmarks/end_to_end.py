@@ -19,10 +19,10 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.report import GIB
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
-from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
 from lowvram_video.wanvideo.vae import WAN21_VAE, WanVAE
 from measure import Ballast, save_results

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.footprint import GIB, Limits, WorkSize
 from lowvram_video.memory.lanes import TimedLanes
 from lowvram_video.memory.limits import limits_for
 from lowvram_video.memory.report import RunReport, process_rss_bytes
-from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import disk_gbps, drop_page_cache, save_results
 from torch import Tensor

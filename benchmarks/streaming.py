@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.footprint import GIB, WorkSize
 from lowvram_video.memory.limits import hold_budget, limits_for
 from lowvram_video.memory.report import process_rss_bytes
-from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.lora import LoraChoice
 from measure import Ballast, Watch, disk_gbps, drop_page_cache, save_results

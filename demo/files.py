@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..wanvideo.pipeline import RunSettings, WanFiles, WanPipeline
+from ..diffusion.settings import RunSettings
+from ..wanvideo.pipeline import WanFiles, WanPipeline
 from ..wanvideo.request import WanRequest
 
 FOLDER = Path(__file__).parent

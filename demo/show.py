@@ -11,9 +11,9 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..diffusion.progress import Progress
 from ..memory.report import write_atomically
 from ..video import VideoWriter, check_writable
-from ..wanvideo.pipeline import Progress
 from .files import make_clip, open_demo
 
 PROMPTS = (

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo.files import DEMO_FILES
-from ..wanvideo.settings import RunSettings
+from ..diffusion.settings import RunSettings
 from ..wanvideo.text_checkpoint import load_text_encoder
 from ..wanvideo.text_encoder import TextEncoder
 from . import host

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compilation.blocks import compile_modules, dynamo_limits, uncompile_modules
+from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits, WorkSize
 from ..memory.host_buffers import HostBlocks
 from ..memory.ladder import RAM_MARGIN_BYTES
@@ -24,7 +25,6 @@ from ..memory.plan import MemoryPlan, PlanError
 from ..memory.rates import Rates, measure_rates
 from ..memory.report import MemoryMonitor, RunReport
 from ..wanvideo.model import Extras
-from ..wanvideo.settings import RunSettings
 from ..wanvideo.streamed import StreamedWan
 from . import host
 from .options import StreamOptions

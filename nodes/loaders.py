@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..attention.select import ATTENTION_MODES
-from ..wanvideo.settings import RunSettings
+from ..diffusion.settings import RunSettings
 from ..weights.compute import QUANTIZATIONS
 from . import host
 from .engine import Engine

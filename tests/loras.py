@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.footprint import Limits, WorkSize
 from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
 from lowvram_video.memory.ring import DeviceRing
-from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.lora import LoraChoice
 from safetensors.torch import load_file, save_file

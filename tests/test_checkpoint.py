@@ -13,11 +13,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from lowvram_video.diffusion.checkpoint import is_quantisation_name
+from lowvram_video.diffusion.file_kinds import file_kind
 from lowvram_video.wanvideo.checkpoint import (
     NUM_HEADS_KEY,
-    file_kind,
     infer_config,
-    is_quantisation_name,
     load_wan,
     official_names,
     open_wan,

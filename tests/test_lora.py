@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.wanvideo.checkpoint import official_names
-from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.formats import assign_formats
 from lowvram_video.weights.gguf_reference import dequantize_reference

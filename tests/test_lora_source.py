@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_video.cli import main, make_parser
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.host_buffers import HostBlocks
 from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
-from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.dialects import plain_dialect
 from lowvram_video.weights.lora import LoraChoice, open_lora

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.attention.sdpa import Sdpa
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.footprint import GIB, Limits, WorkSize
 from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
@@ -19,7 +20,6 @@ from lowvram_video.memory.ring import DeviceRing
 from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.pipeline import Conditions, WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
-from lowvram_video.wanvideo.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.wanvideo.text_checkpoint import load_text_encoder
 from lowvram_video.wanvideo.vae import WanVAE

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowvram_video.diffusion.tiles import cut, plan_grid
 from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
-from lowvram_video.wanvideo.vae_tiles import cut, decode_tiled, encode_tiled, plan_grid
+from lowvram_video.wanvideo.vae_tiles import decode_tiled, encode_tiled
 
 
 @pytest.fixture(scope="module", params=[WAN21_VAE, WAN22_VAE], ids=lambda config: config.name)

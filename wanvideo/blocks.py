@@ -16,11 +16,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..diffusion.layers import Affine, Scale, parameter
+from ..diffusion.transformer import Block
+from ..diffusion.workspace import Workspace
 from ..fused.select import Rope, RowGroups
 from ..weights.linear import Linear, project_together
 from .config import WanConfig
-from .embeddings import Affine, Scale, parameter
-from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Pass:
     controls: tuple[ControlStream, ...] = ()
 
 
-class WanBlock(nn.Module):
+class WanBlock(Block):
     """Self-attention, cross-attention to text and image, feed-forward; all added to `x` in place."""
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):

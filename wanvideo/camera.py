@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..diffusion.layers import parameter
 from .config import WanConfig
-from .embeddings import parameter
 
 PIXELS = 8  # per latent position, each way
 

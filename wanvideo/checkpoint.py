@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from ..weights.dialects import is_beside_quantised, plain_dialect
-from ..weights.formats import assign_formats
-from ..weights.linear import Linear
+from ..diffusion.checkpoint import adopt_tensors, load_tensors
+from ..diffusion.file_kinds import file_kind
+from ..weights.dialects import plain_dialect
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from .camera import PIXELS as CAMERA_PIXELS
 from .config import WanConfig
@@ -30,25 +27,13 @@ def load_wan(path: str | Path) -> WanModel:
     of the file. Raises CheckpointError.
     """
     config, checkpoint = open_wan(path)
-    model = build_wan(config, checkpoint)
-    # In the order of the file, which is the fastest way through it.
-    for info in sorted(checkpoint.tensors.values(), key=lambda info: (str(info.file), info.offset)):
-        module, _, leaf = info.name.rpartition(".")
-        parameter = nn.Parameter(checkpoint.read(info.name), requires_grad=False)
-        setattr(model.get_submodule(module), leaf, parameter)
-    return model.eval()
+    return load_tensors(build_wan(config, checkpoint), checkpoint)
 
 
 def build_wan(config: WanConfig, checkpoint: Checkpoint) -> WanModel:
     """The model on the meta device, every tensor of the dtype that the file stores. Raises CheckpointError."""
-    model = WanModel(config, device="meta")
-    check_tensors(model, checkpoint)
-    assign_formats(model, checkpoint)
-    for name, info in checkpoint.tensors.items():
-        module, _, leaf = name.rpartition(".")
-        stored = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(stored, requires_grad=False))
-    return model.eval()
+    expected = "a Wan 2.1/2.2 T2V, I2V, FLF2V or TI2V file"
+    return adopt_tensors(WanModel(config, device="meta"), checkpoint, "this Wan transformer", expected)
 
 
 def open_wan(path: str | Path) -> tuple[WanConfig, Checkpoint]:
@@ -76,43 +61,6 @@ def _with_leading_one(info: TensorInfo) -> TensorInfo:
     if len(info.shape) == 2 and info.quant is None and re.search(r"(^|\.)(modulation|emb_pos)$", info.name):
         return replace(info, shape=(1, *info.shape))
     return info
-
-
-def check_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless `checkpoint` holds each of the model's tensors, in its shape, and no more."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in expected if name not in checkpoint.tensors]
-    unknown = [
-        name
-        for name in checkpoint.tensors
-        if name not in expected and not is_beside_quantised(name, checkpoint.tensors)
-    ]
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    scales = [name for name in unknown if is_quantisation_name(name)]
-    packed = scales or [name for name, info in checkpoint.tensors.items() if info.quant and name not in linear]
-    if packed:
-        raise CheckpointError(
-            f"{checkpoint.path}: a quantised file ({_some(packed, 'tensor')}); expected plain weights; "
-            "choose the bf16, fp16 or plain (not scaled) fp8 version of the model"
-        )
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.path}: lacks {_some(missing, 'tensor')} of this Wan transformer; "
-            f"expected {len(expected)} tensors; the file is incomplete: download it again"
-        )
-    if unknown:
-        raise CheckpointError(
-            f"{checkpoint.path}: {_some(unknown, 'tensor')} not known to a plain Wan transformer; expected "
-            f"{len(expected)} tensors; the file is another variant: choose a Wan 2.1/2.2 T2V, I2V, FLF2V or TI2V file"
-        )
-    for name, shape in expected.items():
-        info = checkpoint.tensors[name]
-        given = info.logical_shape or info.shape
-        if given != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} is {list(given)}; expected {list(shape)} "
-                "by the file's other tensors; it mixes two models: download it again"
-            )
 
 
 # --- key layouts -----------------------------------------------------------------------------------------
@@ -167,10 +115,6 @@ OTHER_PARTS = re.compile(
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 VACE_BLOCK = re.compile(r"vace_blocks\.(\d+)\.(.+)")
-QUANTISATION_NAME = re.compile(
-    r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_2)?|input_scale|output_scale|comfy_quant)$"
-    r"|\.weight\._(data|scale|shift)$"
-)
 
 
 def official_names(names: Iterable[str]) -> dict[str, str]:
@@ -186,11 +130,6 @@ def official_names(names: Iterable[str]) -> dict[str, str]:
     if any(name.startswith(DIFFUSERS_ROOTS) or ".attn1.to_q." in name for name in plain.values()):
         return {old: _from_diffusers(name) for old, name in plain.items()}
     return plain
-
-
-def is_quantisation_name(name: str) -> bool:
-    """Whether a tensor belongs to how a weight is stored (a scale, a format marker), not to the model."""
-    return QUANTISATION_NAME.search(name) is not None
 
 
 def _num_rooted(names: list[str], prefix: str) -> int:
@@ -337,71 +276,3 @@ def _unsupported(checkpoint: Checkpoint, variant: str) -> CheckpointError:
         f"{checkpoint.path}: this is {variant}, which is not supported by this loader yet; "
         "expected Wan 2.1/2.2 T2V, I2V, FLF2V, TI2V, VACE or Fun; choose one of those files"
     )
-
-
-# --- what kind of file -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FileKind:
-    """What a file is: `kind` is for code, `title` (with its article) and `advice` complete an error's sentence."""
-
-    kind: str
-    title: str
-    advice: str
-
-
-AS_LORA = "load it as a LoRA, on top of a Wan transformer"
-AS_VAE = "load it as the VAE, and a Wan transformer here"
-AS_TEXT = "load it as the text encoder, and a Wan transformer here"
-AS_VISION = "load it as the CLIP vision model, and a Wan transformer here"
-NOT_OURS = "choose a Wan transformer file (wan2.1_… or wan2.2_…)"
-
-# All fragments must occur in the names, each of which has a newline before and after it.
-FINGERPRINTS: tuple[tuple[FileKind, tuple[str, ...]], ...] = (
-    (FileKind("lora", "a LoRA", AS_LORA), (".lora_A.",)),
-    (FileKind("lora", "a LoRA", AS_LORA), (".lora_down.",)),
-    (FileKind("lora", "a LoRA", AS_LORA), (".lora_up.",)),
-    (FileKind("lora", "a LoRA (full differences)", AS_LORA), (".diff\n",)),
-    (
-        FileKind("framepack transformer", "a FramePack transformer", "load it with the FramePack loader"),
-        ("clean_x_embedder.proj_4x.",),
-    ),
-    (FileKind("wan transformer", "a Wan transformer", ""), ("patch_embedding.weight\n", ".cross_attn.norm_q.")),
-    (FileKind("wan transformer", "a Wan transformer", ""), ("time_projection.1.", ".cross_attn.norm_q.")),
-    (FileKind("wan transformer", "a Wan transformer", ""), ("condition_embedder.time_proj.", ".attn2.to_q.")),
-    (FileKind("wan vae", "a Wan VAE", AS_VAE), ("\ndecoder.middle.0.residual.0.gamma\n", "conv2.weight\n")),
-    (FileKind("wan vae", "a Wan VAE (diffusers layout)", AS_VAE), ("decoder.mid_block.resnets.0.norm1.gamma\n",)),
-    (FileKind("umt5 encoder", "a UMT5 text encoder", AS_TEXT), ("block.1.layer.0.SelfAttention.relative_att",)),
-    (FileKind("umt5 encoder", "a UMT5 text encoder", AS_TEXT), ("token_embedding.weight\n", "blocks.0.pos_embedding.")),
-    (FileKind("umt5 encoder", "a UMT5 text encoder (GGUF layout)", AS_TEXT), ("enc.blk.1.attn_rel_b",)),
-    (FileKind("clip vision", "a CLIP vision model", AS_VISION), ("vision_model.encoder.layers.0.",)),
-    (FileKind("clip vision", "a CLIP vision model", AS_VISION), ("visual.transformer.",)),
-    (FileKind("unknown", "a Wan VACE module without its transformer", NOT_OURS), ("vace_blocks.0.",)),
-    (FileKind("unknown", "a T5 text encoder (of Flux or SD 3)", NOT_OURS), ("block.0.layer.0.SelfAttention.",)),
-    (FileKind("unknown", "a HunyuanVideo transformer", NOT_OURS), ("double_blocks.0.", "individual_token_refiner")),
-    (FileKind("unknown", "a Flux transformer", NOT_OURS), ("double_blocks.0.", "single_blocks.0.")),
-    (FileKind("unknown", "a Flux transformer (diffusers)", NOT_OURS), ("x_embedder.", "single_transformer_blocks.0.")),
-    (FileKind("unknown", "a Stable Diffusion 3 transformer", NOT_OURS), ("joint_blocks.0.",)),
-    (FileKind("unknown", "a Stable Diffusion checkpoint", NOT_OURS), ("input_blocks.0.0.",)),
-    (FileKind("unknown", "a Stable Diffusion UNet", NOT_OURS), ("down_blocks.0.resnets.0.", "time_embedding.")),
-    (FileKind("unknown", "an LTX-Video transformer", NOT_OURS), ("adaln_single.", "scale_shift_table")),
-    (FileKind("unknown", "a CLIP text encoder", NOT_OURS), ("text_model.encoder.layers.0.",)),
-    (FileKind("unknown", "an image VAE, not Wan's", NOT_OURS), ("decoder.conv_in.", "decoder.conv_out.")),
-)  # fmt: skip
-
-
-def file_kind(names: Iterable[str]) -> FileKind:
-    """What kind of model a file with these tensor names (in any layout) is."""
-    names = list(names)
-    text = "\n" + "\n".join(names) + "\n"
-    for kind, fragments in FINGERPRINTS:
-        if all(fragment in text for fragment in fragments):
-            return kind
-    return FileKind("unknown", f"no known model ({_some(names, 'tensor')})", NOT_OURS)
-
-
-def _some(names: list[str], noun: str) -> str:
-    """Count and first few: "12 tensors (a, b, c, …)"."""
-    first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({first})"

@@ -5,32 +5,10 @@ Source: Wan-Video/Wan2.1 `wan/image2video.py`, `wan/first_last_frame2video.py` a
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from .vae import WanVAE
-
-
-def load_image(path: Path, width: int, height: int) -> Tensor:
-    """A picture cropped to the aspect and resized, `[1, 3, 1, height, width]` in -1 ... 1. ValueError if unreadable."""
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")  # upright, as a phone meant it
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such picture; give the path of a PNG, JPEG or WebP file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
-    scale = max(width / picture.width, height / picture.height)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    picture = picture.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1.0)
-    return pixels.permute(2, 0, 1)[None, :, None]
 
 
 def image_channels(vae: WanVAE, first: Tensor | None, last: Tensor | None, num_frames: int) -> Tensor:

@@ -13,10 +13,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..diffusion.layers import Affine, parameter
+from ..diffusion.workspace import Workspace
 from ..fused.select import Rope
 from ..weights.linear import Linear
 from .config import WanConfig
-from .workspace import Workspace
 
 
 class PatchEmbedding(nn.Module):
@@ -109,33 +110,6 @@ class ReferenceEmbedding(nn.Module):
         return F.conv2d(picture.to(dtype), weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
 
 
-class Affine(nn.Module):
-    """LayerNorm with weight and bias, computed in fp32 (eps 1e-5 of PyTorch where called by itself)."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.weight = parameter(dim, device=device, dtype=dtype)
-        self.bias = parameter(dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float()).to(x.dtype)
-
-
-class Scale(nn.Module):
-    """The weight of an RMS norm."""
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.weight = parameter(dim, device=device, dtype=dtype)
-
-
-def sinusoidal_embedding(dim: int, position: Tensor) -> Tensor:
-    """`[n] -> [n, dim]`: cosines, then sines, of geometrically spaced frequencies; fp32 from fp64."""
-    half = torch.arange(dim // 2, device=position.device, dtype=torch.float64)
-    angles = position.double()[:, None] * torch.pow(10000, -half / (dim // 2))
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
-
-
 @dataclass(frozen=True)
 class AxisPositions:
     """Positions of the tokens along (t, h, w): `shift + scale * index`."""
@@ -162,8 +136,3 @@ def rotary_angles(
         cos.append(angles.cos().float().view(shape).expand(*grid, -1))
         sin.append(angles.sin().float().view(shape).expand(*grid, -1))
     return Rope(torch.cat(cos, -1).flatten(0, 2), torch.cat(sin, -1).flatten(0, 2))
-
-
-def parameter(*shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """An uninitialised weight; it never takes gradients."""
-    return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)

@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..diffusion.file_kinds import file_kind
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo
-from .checkpoint import OTHER_PARTS, file_kind, infer_config, official_names, variant_name
+from .checkpoint import OTHER_PARTS, infer_config, official_names, variant_name
 from .config import WanConfig
 
 

@@ -7,8 +7,7 @@ a reference picture, camera movement) is there where its configuration says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -16,6 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.layers import parameter, sinusoidal_embedding
+from ..diffusion.transformer import Transformer
+from ..diffusion.workspace import Workspace
 from ..fused.select import RowGroups
 from ..weights.linear import Linear
 from .blocks import Context, ControlStream, Pass, WanBlock
@@ -26,12 +28,9 @@ from .embeddings import (
     ImageEmbedding,
     PatchEmbedding,
     ReferenceEmbedding,
-    parameter,
     rotary_angles,
-    sinusoidal_embedding,
 )
 from .vace import VaceBlock, vace_places
-from .workspace import Execution, Workspace
 
 # Told of every block in turn by its name ("blocks.3"), with the pass as it stands and what runs the block.
 Visit = Callable[[str, Pass, Callable[[], None]], None]
@@ -39,14 +38,6 @@ Visit = Callable[[str, Pass, Callable[[], None]], None]
 
 def run_block(name: str, state: Pass, run: Callable[[], None]) -> None:
     run()
-
-
-# Brings modules to the device for a `with` block, into the bytes of a tensor that nobody needs meanwhile (or None).
-Lend = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
-
-
-def here_already(modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -74,16 +65,12 @@ class Extras:
         )
 
 
-class WanModel(nn.Module):
+class WanModel(Transformer):
     """Velocity of the flow at a timestep, `[B, in, T, H, W] -> [B, out, T, H, W]`."""
-
-    stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
-    lend: Lend = staticmethod(here_already)  # or a Lender
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        self.execution = Execution()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config, **factory)
@@ -189,9 +176,8 @@ class WanModel(nn.Module):
         return time.float(), modulation.float().unflatten(1, (6, -1))
 
     def workspace(self, num_rows: int, device: torch.device) -> Workspace:
-        config, dtype = self.config, self.execution.dtype
-        scratch = max((block.scratch_elements(dtype) for block in self.ordered_blocks().values()), default=0)
-        return Workspace(self.execution, num_rows, config.dim, config.ffn_dim, device, scratch)
+        config = self.config
+        return Workspace(self.execution, num_rows, config.dim, config.ffn_dim, device, self.scratch_elements())
 
 
 class Head(nn.Module):

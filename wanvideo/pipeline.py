@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..diffusion.pictures import load_image, to_uint8
+from ..diffusion.placing import on_device, visiting
+from ..diffusion.progress import Progress, Silent
+from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits, WorkSize
 from ..memory.lanes import Span
 from ..memory.limits import hold_budget, limits_for
@@ -21,9 +24,8 @@ from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
 from ..weights.lora import LoraChoice, LoraReport
 from ..weights.reader import CheckpointError
-from .conditioning import image_channels, load_image
+from .conditioning import image_channels
 from .request import WanDefaults, WanRequest, check_request, check_size, defaults_for
-from .settings import RunSettings
 from .streamed import StreamedWan
 from .text_checkpoint import load_text_encoder, open_text_encoder, open_tokenizer
 from .text_encoder import TextEncoder
@@ -34,8 +36,6 @@ from .vae_tiles import decode_tiled
 logger = logging.getLogger(__name__)
 
 TILE_OVERLAP = 64  # pixels
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,6 @@ class WanFiles:
     model_low: Path | None = None
     loras: tuple[LoraChoice, ...] = ()
     loras_low: tuple[LoraChoice, ...] = ()
-
-
-class Progress(Protocol):
-    """Told what happens; see `progress.TerminalProgress`."""
-
-    def begin(self, title: str) -> None: ...
-    def update(self, done: int, total: int) -> None: ...
-    def end(self) -> None: ...
-
-
-class Silent:
-    """Progress for nobody."""
-
-    def begin(self, title: str) -> None:
-        return
-
-    def update(self, done: int, total: int) -> None:
-        return
-
-    def end(self) -> None:
-        return
 
 
 @dataclass(frozen=True)
@@ -198,7 +177,7 @@ class WanPipeline:
         first, last = pictures
         if first is None and last is None:
             return conditions
-        with _on_device(self._load_vae(), self.settings.device) as vae:
+        with on_device(self._load_vae(), self.settings.device) as vae:
             if self.config.model_type == "ti2v":
                 assert first is not None
                 return replace(conditions, first_frame=vae.encode(first).float())
@@ -210,8 +189,8 @@ class WanPipeline:
         device = self.settings.device
         if device.type == "cpu":
             return encoder.encode(prompts)
-        encoder.model.stream = lambda blocks: _visiting(blocks, device)
-        with _on_device(encoder.model.encoder.final_layer_norm, device):
+        encoder.model.stream = lambda blocks: visiting(blocks, device)
+        with on_device(encoder.model.encoder.final_layer_norm, device):
             return encoder.encode(prompts)
 
     def _denoise(self, request: WanRequest, conditions: Conditions, sigmas: Tensor) -> Tensor:
@@ -288,7 +267,7 @@ class WanPipeline:
         self.progress.begin("decode")
         done = 0
         problem: torch.cuda.OutOfMemoryError | None = None
-        with _on_device(self._load_vae(), self.settings.device) as vae:
+        with on_device(self._load_vae(), self.settings.device) as vae:
             for tile in decode_tiles(plan):
                 seen = 0
                 try:
@@ -307,11 +286,11 @@ class WanPipeline:
 
     def _decoded(self, vae: WanVAE, latent: Tensor, tile: int) -> Iterator[Tensor]:
         if tile and self.settings.device.type != "cpu":
-            yield _to_uint8(decode_tiled(vae, latent, tile, TILE_OVERLAP, on_chunk=self.progress.update))
+            yield to_uint8(decode_tiled(vae, latent, tile, TILE_OVERLAP, on_chunk=self.progress.update))
             return
         done, total = 0, (latent.shape[2] - 1) * vae.config.temporal_stride + 1
         for frames in vae.decode(latent):
-            yield _to_uint8(frames)
+            yield to_uint8(frames)
             done += frames.shape[2]
             self.progress.update(done, total)
 
@@ -394,31 +373,5 @@ class WanPipeline:
             raise ValueError(f"{self.files.model.name} takes a first frame only: leave out {request.end_image}")
 
 
-class _on_device(Generic[M]):
-    """A module on a device for the length of a `with` block, and back on the CPU afterwards."""
-
-    def __init__(self, module: M, device: torch.device):
-        self.module, self.device = module, device
-
-    def __enter__(self) -> M:
-        return self.module.to(self.device)
-
-    def __exit__(self, *_: object) -> None:
-        self.module.to("cpu")
-
-
-def _visiting(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[nn.Module]:
-    """Each block on the device for its turn; for a model that runs once."""
-    for block in blocks:
-        with _on_device(block, device):
-            yield block
-
-
 def _tile_words(tile: int) -> str:
     return f"in tiles of {tile} pixels" if tile else "whole frames"
-
-
-def _to_uint8(video: Tensor) -> Tensor:
-    """`[1, 3, T, H, W]` in -1 ... 1 to `[T, H, W, 3]` uint8 on the CPU."""
-    pixels = (video[0].float() + 1.0).mul_(127.5).round_().clamp_(0, 255)
-    return pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu()

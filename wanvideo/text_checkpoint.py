@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.file_kinds import file_kind
 from ..weights.formats import assign_formats, format_for
 from ..weights.linear import DenseProjection, Linear, Projection, Scratch
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
-from .checkpoint import file_kind
 from .text_encoder import TextEncoder, UMT5Config, UMT5Encoder
 from .text_gguf import gguf_names, gguf_spiece, use_packed_table
 from .tokenizer import Tokenizer

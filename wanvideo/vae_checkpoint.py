@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ..diffusion.file_kinds import file_kind
 from ..weights.reader import Checkpoint, CheckpointError, open_checkpoint
-from .checkpoint import file_kind
 from .vae import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
 
 logger = logging.getLogger(__name__)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from .lora_names import ALPHA, DIFF, DIFFERENCE_LEAVES, DOWN, MAGNITUDE, UP, LayerNames, split_key
 from .reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 4  # names in a message
 
@@ -90,6 +93,16 @@ def open_lora(path: str | Path, tensors: Mapping[str, TensorInfo], aliases: Mapp
     lora = Lora(checkpoint, sorter.pairs(), sorter.differences(), sorter.report())
     sorter.check_model(lora)
     return lora
+
+
+def open_loras(
+    choices: Sequence[LoraChoice], tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]
+) -> list[Lora]:
+    """The chosen LoRAs, opened for one model (see `open_lora`); what of them finds no place is logged."""
+    loras = [open_lora(choice.path, tensors, aliases) for choice in choices]
+    for lora in loras:
+        logger.log(logging.WARNING if lora.report.skipped else logging.INFO, "LoRA %s", lora.report)
+    return loras
 
 
 @dataclass

@@ -12,13 +12,13 @@ import folder_paths
 import gguf
 import pytest
 import torch
+from lowvram_pack.diffusion.settings import RunSettings
 from lowvram_pack.memory.footprint import Limits, WorkSize
 from lowvram_pack.memory.ladder import RAM_MARGIN_BYTES
 from lowvram_pack.nodes.demo import LoadDemo
 from lowvram_pack.nodes.loaders import LoadWanModel
 from lowvram_pack.nodes.memory import BlockSwap
 from lowvram_pack.wanvideo.model import Extras
-from lowvram_pack.wanvideo.settings import RunSettings
 from lowvram_pack.wanvideo.streamed import StreamedWan
 from lowvram_pack.weights.lora import LoraChoice
 from lowvram_pack.weights.reader import Checkpoint

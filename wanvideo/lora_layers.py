@@ -1,38 +1,16 @@
-"""LoRAs of Wan transformers: the names that layers go by, and a model's files opened for it."""
+"""The names that layers of Wan transformers go by in LoRA files."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-import torch
-
-from ..weights.lora import LoraChoice, open_lora
-from ..weights.lora_source import AttachedLoras, Source
 from .checkpoint import DIFFUSERS_BLOCK_NAMES, DIFFUSERS_NAMES
-from .model import WanModel
-
-logger = logging.getLogger(__name__)
 
 BLOCK = re.compile(r"(?P<block>(?:vace_)?blocks\.\d+)\.(?P<rest>.+)")
 # official -> diffusers, by the tables that read diffusers' files
 TO_DIFFUSERS = {official: theirs for theirs, official in DIFFUSERS_NAMES.items()}
 BLOCK_TO_DIFFUSERS = {official: theirs for theirs, official in DIFFUSERS_BLOCK_NAMES.items()}
-
-
-def attach_wan_loras(
-    model: WanModel, source: Source, choices: Sequence[LoraChoice], dtype: torch.dtype, mode: str
-) -> AttachedLoras:
-    """The chosen LoRAs on a model that is on the meta device; what of them finds no place is logged.
-
-    Raises CheckpointError for a file that is no LoRA, or one of another model.
-    """
-    aliases = wan_aliases(source.tensors)
-    loras = [open_lora(choice.path, source.tensors, aliases) for choice in choices]
-    for lora in loras:
-        logger.log(logging.WARNING if lora.report.skipped else logging.INFO, "LoRA %s", lora.report)
-    return AttachedLoras(model, source, loras, [choice.strength for choice in choices], dtype, mode)
 
 
 def wan_aliases(names: Iterable[str]) -> dict[str, str]:

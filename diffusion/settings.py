@@ -8,7 +8,6 @@ import torch
 
 from ..attention.select import AttentionSpec, select_attention
 from ..fused.select import select_fused_ops
-from .config import WanConfig
 from .workspace import Execution
 
 CPU = torch.device("cpu")
@@ -61,7 +60,7 @@ class RunSettings:
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
 
-    def execution(self, config: WanConfig) -> Execution:
+    def execution(self, head_dim: int) -> Execution:
         """Backends for this device; chunk sizes come with the plan. ValueError where the attention mode cannot run."""
-        spec = AttentionSpec(self.device, self.compute_dtype, config.head_dim)
+        spec = AttentionSpec(self.device, self.compute_dtype, head_dim)
         return Execution(self.compute_dtype, select_attention(self.attention_mode, spec), select_fused_ops(self.device))

@@ -1,0 +1,46 @@
+"""What a streamer, a lender and the memory plan know of a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .workspace import Execution
+
+# Brings modules to the device for a `with` block, into the bytes of a tensor that nobody needs meanwhile (or None).
+Lend = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
+
+
+def here_already(modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class Block(nn.Module):
+    """A part of a transformer that can be streamed by itself."""
+
+    def scratch_elements(self, dtype: torch.dtype) -> int:
+        """The most elements that this block has unpacked at a time when it computes in `dtype`."""
+        raise NotImplementedError
+
+
+class Transformer(nn.Module):
+    """A model that is a sequence of blocks, with a little before and behind them."""
+
+    stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
+    lend: Lend = staticmethod(here_already)  # or a Lender
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.execution = Execution()
+
+    def ordered_blocks(self) -> Mapping[str, Block]:
+        """All blocks by name, in the order of a pass."""
+        raise NotImplementedError
+
+    def scratch_elements(self) -> int:
+        """The most weight elements that are unpacked at a time."""
+        dtype = self.execution.dtype
+        return max((block.scratch_elements(dtype) for block in self.ordered_blocks().values()), default=0)

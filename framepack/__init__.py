@@ -1,0 +1,1 @@
+"""FramePack: configuration, transformer, sections, VAE, checkpoint files, pipeline."""
