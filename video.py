@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,15 +28,16 @@ class VideoWriter:
 
     The file grows beside its place and moves there when closed, after an error or Ctrl-C too: what was written by
     then plays. Nothing is left behind when no frame came. `crf` is x264's quality, 0 (lossless) to 51.
+    `b_frames` save a tenth of the size, but only files without them can be joined with `join_videos`.
     Raises ValueError where `path` cannot be written and VideoError where ffmpeg cannot go on.
     """
 
-    def __init__(self, path: str | Path, fps: float, crf: int = 12):
+    def __init__(self, path: str | Path, fps: float, crf: int = 12, b_frames: bool = True):
         self.path = check_writable(path)
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
         self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
-        self.fps, self.crf = fps, crf
+        self.fps, self.crf, self.b_frames = fps, crf, b_frames
         self.num_frames = 0
         self._encoder: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
@@ -77,34 +80,85 @@ class VideoWriter:
     def _start(self, width: int, height: int) -> subprocess.Popen[bytes]:
         # imageio_ffmpeg.write_frames would kill ffmpeg when Ctrl-C strikes in a write, and the file with it
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "-"]
-        target = ["-an", "-c:v", "libx264", "-crf", str(self.crf), "-pix_fmt", "yuv420p", str(self.partial)]
+        options = ["-c:v", "libx264", "-crf", str(self.crf), *([] if self.b_frames else ["-bf", "0"])]
+        target = ["-an", *options, "-pix_fmt", "yuv420p", str(self.partial)]
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - read when ffmpeg stops
-        try:
-            return subprocess.Popen(
-                [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=self._complaints,
-                # out of the terminal's process group, so that Ctrl-C does not stop it
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
-            )
-        except (OSError, RuntimeError) as error:
-            raise VideoError(
-                f"{self.path}: ffmpeg cannot be started ({error}): reinstall imageio-ffmpeg, "
-                "or name an ffmpeg with the environment variable IMAGEIO_FFMPEG_EXE"
-            ) from error
+        return _launch([*source, *target], self.path, subprocess.PIPE, self._complaints)
 
     def _why_stopped(self) -> str:
-        reason = "no reason given"
-        if self._complaints is not None:
-            self._complaints.seek(0)
-            lines = self._complaints.read().decode(errors="replace").splitlines()
-            reason = next((line for line in reversed(lines) if line.strip()), reason)
         return (
-            f"{self.path}: ffmpeg stopped after {self.num_frames} frames ({reason}): "
+            f"{self.path}: ffmpeg stopped after {self.num_frames} frames ({_reason(self._complaints)}): "
             "check the free space and the rights of that folder"
         )
+
+
+def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float) -> None:
+    """Write `parts`, (file, number of frames) in play order, to `path` as one video, with their pictures as encoded.
+
+    The parts lie in one folder, have names of letters, digits, `_`, `-` and `.`, and come from VideoWriters of one
+    size, rate and quality with `b_frames=False`: then decoding and showing order are the same, and times fit at
+    every joint. Raises VideoError where ffmpeg cannot go on; what it has written of `path` is removed then.
+    """
+    folder = parts[0][0].parent
+    lines, frames_before = [], 0
+    for part, num_frames in parts:
+        assert part.parent == folder and re.fullmatch(r"[\w.-]+", part.name), part
+        # ffmpeg counts microseconds, and adds them up: no part may round on its own
+        start, end = (round(frames * 1e6 / fps) for frames in (frames_before, frames_before + num_frames))
+        lines += [f"file {part.name}", f"duration {(end - start) / 1e6:.6f}"]
+        frames_before += num_frames
+    listing = folder / "parts.txt"
+    index_first = ["-movflags", "+faststart"] if path.suffix.lower() in (".mp4", ".mov") else []
+    try:
+        listing.write_text("\n".join(["ffconcat version 1.0", *lines, ""]), encoding="ascii")
+        with tempfile.TemporaryFile() as complaints:
+            arguments = ["-f", "concat", "-i", listing.name, "-c", "copy", *index_first, str(path.absolute())]
+            # from within the folder no path has to be quoted
+            process = _launch(arguments, path, subprocess.DEVNULL, complaints, folder)
+            try:
+                failed = process.wait() != 0
+            finally:
+                process.kill()  # after Ctrl-C; else it has ended
+                process.wait()
+            if failed:
+                path.unlink(missing_ok=True)
+                raise VideoError(
+                    f"{path}: ffmpeg could not join {len(parts)} parts ({_reason(complaints)}): "
+                    "check the free space and the rights of that folder"
+                )
+    finally:
+        listing.unlink(missing_ok=True)
+
+
+def _launch(
+    arguments: list[str], path: Path, stdin: int, complaints: IO[bytes], folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """ffmpeg with `arguments`, started in `folder`; VideoError naming `path` where it cannot be."""
+    try:
+        return subprocess.Popen(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *arguments],
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            cwd=folder,
+            # out of the terminal's process group, so that Ctrl-C does not stop it
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
+        )
+    except (OSError, RuntimeError) as error:
+        raise VideoError(
+            f"{path}: ffmpeg cannot be started ({error}): reinstall imageio-ffmpeg, "
+            "or name an ffmpeg with the environment variable IMAGEIO_FFMPEG_EXE"
+        ) from error
+
+
+def _reason(complaints: IO[bytes] | None) -> str:
+    """The last line of what ffmpeg said."""
+    if complaints is None:
+        return "no reason given"
+    complaints.seek(0)
+    lines = complaints.read().decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "no reason given")
 
 
 def check_writable(path: str | Path) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Generic, TypeVar, cast
 
@@ -49,6 +50,8 @@ class StreamedModel(Generic[M]):
 
     # Modules that are needed for a moment before the blocks only, so they can share bytes with what comes later.
     lendable: tuple[str, ...] = ()
+    # Modules that are needed once per run, before `start`: see `preparing`.
+    once: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class StreamedModel(Generic[M]):
         try:
             self._load_fixed(plan)
             self.loras.place(self.settings.device)
-            part = Part.STREAM if plan.cache_text_kv else Part.ALL
+            part = Part.STREAM if plan.cache_text_kv or self.once else Part.ALL
             self.ring = ring or self._make_ring(plan)
             self._timed_since = time.perf_counter()
             self.streamer = BlockStreamer(
@@ -177,9 +180,7 @@ class StreamedModel(Generic[M]):
         streamer, self.streamer, self.ring = self.streamer, None, None
         if streamer is not None:
             streamer.unload()
-        for name in self._fixed_names():
-            info = self.weights.tensors[name]
-            self._assign(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
+        self._unload(self._fixed_names())
 
     def release(self) -> None:
         """Give device and host memory back."""
@@ -261,14 +262,31 @@ class StreamedModel(Generic[M]):
             layouts.append(layout_block(self.weights, prefix, names, self.optional_names(names)))
         return layouts
 
+    @contextmanager
+    def preparing(self, plan: MemoryPlan) -> Iterator[None]:
+        """The modules of `once` on the device, and `visit` at hand, for what is made once per run.
+
+        The model is stopped for it, so that this memory and that of a pass are not wanted at the same time.
+        """
+        self.stop()
+        self.read(plan)
+        names = [name for name in self._fixed_names() if name.startswith(self.once)]
+        try:
+            self._load(names)
+            self.loras.place(self.settings.device)
+            yield
+        finally:
+            self._unload(names)
+
     def visit(self, make: Callable[[Block], T]) -> list[T]:
         """What `make` makes of each block in a pass with only its optional weights; they then stay at home."""
         assert self.source is not None
         sizes = [layout.part_bytes(Part.OPTIONAL) for layout in self.layouts]
-        ring = None if self.ring is None else DeviceRing(2 * max(sizes), self.settings.device)
+        device = self.settings.device
+        in_place = device.type == "cpu" and isinstance(self.source, HostBlocks)
         visitor = BlockStreamer(
-            [self.blocks], self.source, self.settings.device, ring=ring, part=Part.OPTIONAL,
-            between_blocks=self.between_blocks,
+            [self.blocks], self.source, device, ring=None if in_place else DeviceRing(2 * max(sizes), device),
+            part=Part.OPTIONAL, between_blocks=self.between_blocks,
         )  # fmt: skip
         try:
             visitor.load()
@@ -324,10 +342,17 @@ class StreamedModel(Generic[M]):
             modules = {name: module for name in self.lendable if (module := getattr(self.model, name)) is not None}
             self.lender = Lender(self.weights, modules, device, self._pinned_budget())
             self.model.lend = self.lender
-        names = [name for name in self._fixed_names() if not name.startswith(lent)]
+        self._load([name for name in self._fixed_names() if not name.startswith(lent + self.once)])
+
+    def _load(self, names: Sequence[str]) -> None:
         with ThreadPoolExecutor(NUM_READERS) as readers:
             for name, tensor in zip(names, readers.map(self._read, names), strict=True):
-                self._assign(name, tensor.to(device))
+                self._assign(name, tensor.to(self.settings.device))
+
+    def _unload(self, names: Sequence[str]) -> None:
+        for name in names:
+            info = self.weights.tensors[name]
+            self._assign(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
     def _read(self, name: str) -> Tensor:
         info = self.weights.tensors[name]

@@ -31,6 +31,11 @@ class VaeFootprint:
     cache_bytes_per_pixel: int
     working_bytes_per_pixel: int
 
+    def moving_bytes(self, work: WorkSize, tile: int) -> int:
+        """What decoding takes beside weights and latents in tiles of `tile` pixels (0: whole frames)."""
+        height, width = (min(size, tile or size) for size in (work.height, work.width))
+        return height * width * (self.cache_bytes_per_pixel + self.working_bytes_per_pixel)
+
 
 # bf16. Two frames are cached per causal convolution: 2,364 elements per pixel, which is 1.76 GiB at 480x832 and
 # 4.06 GiB at 720x1280. At work: 4 frames of 96 channels, four tensors of them, cuDNN's workspace and what the
@@ -46,6 +51,7 @@ class ModelFootprint:
 
     `block_bytes` holds the stored bytes of each block in order, `text_kv_bytes` the part of every block that makes
     keys and values of the text (and image) and need not be there once they are cached (0: cannot be cached).
+    `once_bytes` of all blocks together are needed once per run: they stay in host memory and are not among the others.
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `lendable_bytes` of the fixed ones are needed only for a
     moment before the blocks, and can be brought for it. `control_streams` are token-sized tensors beside `x` (VACE).
@@ -57,6 +63,7 @@ class ModelFootprint:
     num_heads: int
     block_bytes: tuple[int, ...]
     fixed_bytes: int
+    once_bytes: int = 0
     text_kv_bytes: int = 0
     lendable_bytes: int = 0
     scratch_elements: int = 0
@@ -80,6 +87,53 @@ class ModelFootprint:
         """Bytes of each block that a pass needs, with or without the text's keys and values cached."""
         spared = self.text_kv_bytes if cache_text_kv else 0
         return tuple(size - spared for size in self.block_bytes)
+
+    def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """x, the pool of q, k, v and FFN hidden, rotary angles, and the largest of the temporaries."""
+        dim, rows, element = self.dim, work.rows, self.compute_bytes
+        chunk = min(choice.token_chunk, rows)
+        pool = max(3 * rows * dim, chunk * self.ffn_dim) * element
+        angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
+        streams = (1 + self.control_streams) * rows * dim * element
+        return streams + pool + angles + max(
+            self._attention_bytes(rows, choice.head_groups, limits.sage_attention),
+            # eager steps work in fp32
+            chunk * (3 * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)),
+            0 if choice.cache_text_kv else self._text_projection_bytes(work),
+        )  # fmt: skip
+
+    def _attention_bytes(self, rows: int, head_groups: int, sage_attention: bool) -> int:
+        """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
+        outputs = 2 if self.image_tokens else 1
+        output = outputs * rows * self.dim * self.compute_bytes
+        # Sage keeps int8 copies of q and k and a transposed v; the exact backends keep one fp32 sum per row and head
+        workspace = rows * self.dim * 4 if sage_attention else rows * self.num_heads * 4
+        return -(-(output + workspace) // head_groups)
+
+    def _text_projection_bytes(self, work: WorkSize) -> int:
+        """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
+        weight = self.dim**2 * self.compute_bytes if self.scratch_elements else 0
+        return weight + work.batch * self.context_tokens * self.dim * (2 * 4 + 2 * self.compute_bytes)
+
+    def text_cache_bytes(self, work: WorkSize) -> int:
+        """Keys and values of all prompts' text in every block."""
+        rows = work.batch * work.passes_per_step * self.context_tokens
+        return self.num_blocks * 2 * rows * self.dim * self.compute_bytes
+
+    def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
+        """FLOPs of one pass, (matrix products, attention): per block 2 M (6 d^2 + 2 d ffn) and 4 tokens^2 d batch."""
+        dim = self.dim
+        products = 2.0 * work.rows * (6 * dim**2 + 2 * dim * self.ffn_dim)
+        if not cache_text_kv:
+            products += 2.0 * work.batch * self.context_tokens * 2 * dim**2
+        attention = 4.0 * work.rows * (work.tokens + self.context_tokens) * dim
+        return self.num_blocks * products, self.num_blocks * attention
+
+    def text_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """The embedded prompts and, where cached, their keys and values."""
+        context_rows = work.batch * work.passes_per_step * self.context_tokens
+        cached = self.text_cache_bytes(work) if choice.cache_text_kv else 0
+        return 2 * context_rows * self.dim * self.compute_bytes + cached
 
 
 @dataclass(frozen=True)
@@ -121,6 +175,10 @@ class WorkSize:
     def rows(self) -> int:
         """Tokens of all samples of one pass."""
         return self.batch * self.tokens
+
+    def advice(self, frames: int) -> str:
+        """What to do so that there are at most so many frames."""
+        return f"make at most {frames} frames"
 
     @property
     def size_unit(self) -> int:
@@ -195,12 +253,9 @@ def denoise_memory(
     model: ModelFootprint, work: WorkSize, choice: Choice, ring_bytes: int, resident_bytes: int, limits: Limits
 ) -> DenoiseMemory:
     """Predicted VRAM of a denoising pass."""
-    activations = activation_bytes(model, work, choice, limits)
+    activations = model.activation_bytes(work, choice, limits)
     scratch = model.scratch_elements * model.compute_bytes
-    context_rows = work.batch * work.passes_per_step * model.context_tokens
-    text = 2 * context_rows * model.dim * model.compute_bytes
-    if choice.cache_text_kv:
-        text += text_cache_bytes(model, work)
+    text = model.text_bytes(work, choice)
     channels = 10 * model.latent_channels + max(0, model.in_channels - model.latent_channels)
     latents = 4 * work.batch * work.latent_positions * channels  # fp32, of solver, guidance and preview
     return DenoiseMemory(
@@ -216,63 +271,16 @@ def denoise_memory(
     )
 
 
-def activation_bytes(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> int:
-    """x, the pool of q, k, v and FFN hidden, rotary angles, and the largest of the temporaries."""
-    dim, rows, element = model.dim, work.rows, model.compute_bytes
-    chunk = min(choice.token_chunk, rows)
-    pool = max(3 * rows * dim, chunk * model.ffn_dim) * element
-    angles = 2 * 4 * work.tokens * (dim // model.num_heads // 2)  # cos and sin, fp32
-    streams = (1 + model.control_streams) * rows * dim * element
-    return streams + pool + angles + max(
-        _attention_bytes(model, rows, choice.head_groups, limits.sage_attention),
-        chunk * (3 * dim * element if limits.fused else max(16 * dim, 8 * model.ffn_dim)),  # eager steps work in fp32
-        0 if choice.cache_text_kv else _text_projection_bytes(model, work),
-    )  # fmt: skip
-
-
-def _attention_bytes(model: ModelFootprint, rows: int, head_groups: int, sage_attention: bool) -> int:
-    """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
-    outputs = 2 if model.image_tokens else 1
-    output = outputs * rows * model.dim * model.compute_bytes
-    # Sage keeps int8 copies of q and k and a transposed v; the exact backends keep one fp32 sum per row and head
-    workspace = rows * model.dim * 4 if sage_attention else rows * model.num_heads * 4
-    return -(-(output + workspace) // head_groups)
-
-
-def _text_projection_bytes(model: ModelFootprint, work: WorkSize) -> int:
-    """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
-    weight = model.dim**2 * model.compute_bytes if model.scratch_elements else 0
-    return weight + work.batch * model.context_tokens * model.dim * (2 * 4 + 2 * model.compute_bytes)
-
-
-def text_cache_bytes(model: ModelFootprint, work: WorkSize) -> int:
-    """Keys and values of all prompts' text in every block."""
-    rows = work.batch * work.passes_per_step * model.context_tokens
-    return model.num_blocks * 2 * rows * model.dim * model.compute_bytes
-
-
 def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile: int, context_bytes: int) -> int:
     """Predicted VRAM of decoding in `tile` x `tile` pixels (0: whole frames); finished frames leave the device."""
-    height, width = (min(size, tile or size) for size in (work.height, work.width))
-    pixels = height * width * (vae.cache_bytes_per_pixel + vae.working_bytes_per_pixel)
     latents = 2 * 4 * work.batch * work.latent_positions * latent_channels
-    moving = pixels + latents
+    moving = vae.moving_bytes(work, tile) + latents
     return context_bytes + vae.weight_bytes + moving + SLACK_BYTES + int(SLACK_FRACTION * moving)
-
-
-def pass_flops(model: ModelFootprint, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
-    """FLOPs of one pass, (matrix products, attention): per block 2 M (6 d^2 + 2 d ffn) and 4 tokens^2 d batch."""
-    dim = model.dim
-    products = 2.0 * work.rows * (6 * dim**2 + 2 * dim * model.ffn_dim)
-    if not cache_text_kv:
-        products += 2.0 * work.batch * model.context_tokens * 2 * dim**2
-    attention = 4.0 * work.rows * (work.tokens + model.context_tokens) * dim
-    return model.num_blocks * products, model.num_blocks * attention
 
 
 def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> float:
     """Predicted time of one pass when no block has to be waited for."""
-    products, attention = pass_flops(model, work, choice.cache_text_kv)
+    products, attention = model.pass_flops(work, choice.cache_text_kv)
     rows = min(choice.token_chunk, work.rows)
     share = next(share for least, share in GEMM_EFFICIENCY if rows >= least)
     few_heads = choice.head_groups > 1 and model.num_heads < FULL_SPEED_HEADS * choice.head_groups

@@ -19,7 +19,6 @@ from .footprint import (
     WorkSize,
     compute_seconds,
     denoise_memory,
-    text_cache_bytes,
 )
 from .ring import ring_bytes
 
@@ -137,7 +136,7 @@ def _cached_text(choice: Choice, model: ModelFootprint, work: WorkSize, limits: 
         return None
     streamed = model.num_blocks - choice.num_resident
     held = choice.num_resident + min(streamed, limits.num_slots or DEFAULT_SLOTS)
-    cost = text_cache_bytes(model, work) - held * model.text_kv_bytes
+    cost = model.text_cache_bytes(work) - held * model.text_kv_bytes
     return replace(choice, cache_text_kv=True) if cost < streamed * model.text_kv_bytes else None
 
 
@@ -193,7 +192,7 @@ def _plan_of(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limi
 
     ram = limits.ram_budget_bytes
     # cached keys and values spare the bus, not the RAM: their weights are wanted again for the next prompt
-    host_bytes = sum(size for index, size in enumerate(model.block_bytes) if index not in kept)
+    host_bytes = model.once_bytes + sum(size for index, size in enumerate(model.block_bytes) if index not in kept)
     from_disk = bool(streamed) and ram is not None and host_bytes + RAM_MARGIN_BYTES > ram
     num_staging = 0
     if from_disk and ram is not None:

@@ -225,7 +225,7 @@ def _refusal(model: ModelFootprint, work: WorkSize, limits: Limits) -> PlanError
     if limits.blocks_to_swap >= 0 and (swap := _smallest_swap(model, work, limits)) is not None:
         advice.append(f"set blocks_to_swap to at least {swap}")
     if frames is not None:
-        advice.append(f"make at most {frames} frames")
+        advice.append(work.advice(frames))
     if size is not None:
         advice.append(f"make the video at most {size[1]}x{size[0]}")
     streamed = "all blocks" if limits.blocks_to_swap < 0 else f"{limits.blocks_to_swap} of {model.num_blocks} blocks"

@@ -302,13 +302,3 @@ class BlockStreamer:
         if index is None:
             raise ValueError(f"a {type(block).__name__} was to be streamed that is none of the streamer's blocks")
         return index
-
-
-def spread_residents(num_blocks: int, num_resident: int) -> tuple[int, ...]:
-    """Indices of the blocks to keep on the device, evenly between the streamed ones.
-
-    So the compute of the residents hides the copies of the others. Raises ValueError outside 0…num_blocks.
-    """
-    if not 0 <= num_resident <= num_blocks:
-        raise ValueError(f"num_resident is {num_resident}, allowed are 0 to {num_blocks} (all blocks)")
-    return tuple((2 * i + 1) * num_blocks // (2 * num_resident) for i in range(num_resident))

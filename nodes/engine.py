@@ -232,10 +232,7 @@ class Engine:
         if self.options.vram_budget_gb:
             host.unload_others(self.owner() if self.owner is not None else None, self.device)
         self._apply_patches()
-        try:
-            plan = self._plan_batch(size, latent.shape[0])
-        except PlanError as refusal:
-            raise ValueError(named_as_widgets(refusal)) from None
+        plan = self._plan_batch(size, latent.shape[0])
         self.streamed.start(plan)
         self._streaming_since = time.perf_counter()
         self._tell_owner()
@@ -318,8 +315,3 @@ class Engine:
         if owner is not None:
             owner.device = self.device if self.streamed.started else host.offload_device()
             owner.model_loaded_weight_memory = self.device_bytes
-
-
-def named_as_widgets(refusal: ValueError) -> str:
-    """A refusal's advice in the names of our widgets."""
-    return str(refusal).replace("_gib", "_gb")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..memory.footprint import Limits
 from ..memory.plan import MemoryPlan, describe, plan_memory
 from . import host
-from .engine import Engine, named_as_widgets
+from .engine import Engine
 from .patcher import StreamedModelPatcher
 
 GIB = 2**30
@@ -140,7 +140,7 @@ class VramPlan(io.ComfyNode):
                     min=0.0,
                     max=192.0,
                     step=1.0,
-                    tooltip="0: this machine as it is now. N: a card of N GB with nothing else on it.",
+                    tooltip="0: this machine as it is now. N: a card of N GB, half a GiB of it left to the desktop.",
                     extra_dict={"advanced": True},
                 ),
             ],
@@ -169,7 +169,7 @@ def plan_text(patcher: StreamedModelPatcher, size: tuple[int, int, int], passes:
         else:
             plan = engine.plan(work, patcher.options)
     except ValueError as refusal:
-        return note + named_as_widgets(refusal)
+        return f"{note}{refusal}"
     return note + describe(plan)
 
 

@@ -17,7 +17,6 @@ from lowvram_video.memory.footprint import (
     WorkSize,
     compute_seconds,
     decode_memory,
-    pass_flops,
     wan_footprint,
 )
 from lowvram_video.memory.ladder import RAM_MARGIN_BYTES, spread_residents
@@ -158,7 +157,7 @@ class TestKnownFigures:
         ("work", "products", "attention"), [(LONG_480P, 19.6e12, 22.0e12), (LONG_720P, 45.2e12, 117e12)]
     )
     def test_flops_per_block(self, work, products, attention):
-        total = pass_flops(FP8, work, cache_text_kv=True)
+        total = FP8.pass_flops(work, cache_text_kv=True)
         assert total[0] / 40 == pytest.approx(products, rel=0.02)
         assert total[1] / 40 == pytest.approx(attention, rel=0.02)
 

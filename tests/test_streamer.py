@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.host_buffers import HostBlocks
+from lowvram_video.memory.ladder import spread_residents
 from lowvram_video.memory.lanes import BlockEvents, Pair
 from lowvram_video.memory.layout import LayoutError, Part, layout_blocks
 from lowvram_video.memory.ring import DeviceRing, ring_bytes
-from lowvram_video.memory.streamer import BlockStreamer, StreamerError, spread_residents
+from lowvram_video.memory.streamer import BlockStreamer, StreamerError
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
+from lowvram_video.memory.ladder import spread_residents
 from lowvram_video.memory.lanes import TimedLanes
 from lowvram_video.memory.layout import layout_blocks
 from lowvram_video.memory.ring import DeviceRing, ring_bytes
-from lowvram_video.memory.streamer import BlockStreamer, spread_residents
+from lowvram_video.memory.streamer import BlockStreamer
 from torch import Tensor, nn
 
 pytestmark = [
