@@ -26,6 +26,7 @@ from ..memory.spool import Spool
 from ..memory.streamer import BlockStreamer
 from ..weights.compute import select_compute
 from ..weights.lora import Lora, LoraChoice, open_loras
+from ..weights.lora_names import Aliases
 from ..weights.lora_source import AttachedLoras
 from ..weights.lora_source import Source as WeightSource
 from ..weights.quantize import QuantizedSource
@@ -45,7 +46,7 @@ T = TypeVar("T")
 class StreamedModel(Generic[M]):
     """One checkpoint's model with its host memory, its plan and, between `start` and `stop`, its device memory.
 
-    `model` is on the meta device, `aliases` are the names that LoRAs may call its layers by (see `LayerNames`).
+    `model` is on the meta device, `aliases` are the names that LoRAs may call its layers by (see `Aliases`).
     """
 
     # Modules that are needed for a moment before the blocks only, so they can share bytes with what comes later.
@@ -59,7 +60,7 @@ class StreamedModel(Generic[M]):
         checkpoint: Checkpoint,
         settings: RunSettings,
         head_dim: int,
-        aliases: Mapping[str, str],
+        aliases: Aliases,
         registrar: Registrar | None = None,
         between_blocks: Callable[[], None] | None = None,
         loras: Sequence[LoraChoice] = (),

@@ -40,6 +40,10 @@ class Transformer(nn.Module):
         """All blocks by name, in the order of a pass."""
         raise NotImplementedError
 
+    def outer_modules(self) -> list[nn.Module]:
+        """Modules beside the blocks that are worth compiling."""
+        return []
+
     def scratch_elements(self) -> int:
         """The most weight elements that are unpacked at a time."""
         dtype = self.execution.dtype

@@ -34,7 +34,8 @@ class Workspace:
     """Every token-sized buffer of a pass besides the residual stream: q, k and v.
 
     The FFN's hidden activations live in the same bytes, for as many rows at a time as fit (`hidden_rows`).
-    Rows are tokens of all samples in order: `[batch * tokens, dim]`.
+    Rows are tokens of all samples in order: `[batch * tokens, dim]`. Where a model joins attention and FFN in rows of
+    `joined_dim`, those live in the bytes of k and v while q is still read (`joined_rows`).
     """
 
     def __init__(
@@ -45,16 +46,19 @@ class Workspace:
         ffn_dim: int,
         device: torch.device,
         scratch_elements: int,
+        joined_dim: int = 0,
     ):
         self.execution = execution
         self.ops = execution.ops
         self.dtype = execution.dtype
         self.num_rows = num_rows
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
-        size = max(3 * num_rows * dim, min(num_rows, execution.token_chunk) * ffn_dim)
+        chunk = min(num_rows, execution.token_chunk)
+        size = max(3 * num_rows * dim, chunk * ffn_dim, num_rows * dim + chunk * joined_dim)
         self.pool = torch.empty(size, device=device, dtype=execution.dtype)
-        self.dim, self.ffn_dim = dim, ffn_dim
+        self.dim, self.ffn_dim, self.joined_dim = dim, ffn_dim, joined_dim
         self.hidden_rows = min(num_rows, size // ffn_dim)
+        self.joined_rows = min(num_rows, (size - num_rows * dim) // joined_dim) if joined_dim else 0
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
 
     # Views are made where they are used: torch.compile takes no inputs that share memory and are written to.
@@ -69,6 +73,12 @@ class Workspace:
     def hidden(self) -> Tensor:
         """`[hidden_rows, ffn_dim]`, over the same bytes."""
         return self.pool[: self.hidden_rows * self.ffn_dim].view(self.hidden_rows, self.ffn_dim)
+
+    @property
+    def joined(self) -> Tensor:
+        """`[joined_rows, joined_dim]`, over the bytes of k and v."""
+        first = self.num_rows * self.dim
+        return self.pool[first : first + self.joined_rows * self.joined_dim].view(self.joined_rows, self.joined_dim)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Row ranges of at most `token_chunk` rows that cover `start .. stop` evenly."""

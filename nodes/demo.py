@@ -14,9 +14,9 @@ from ..diffusion.settings import RunSettings
 from ..wanvideo.text_checkpoint import load_text_encoder
 from ..wanvideo.text_encoder import TextEncoder
 from . import host
-from .engine import Engine
 from .native import make_model
 from .patcher import StreamedModelPatcher
+from .wan_engine import WanEngine
 
 
 class LoadDemo(io.ComfyNode):
@@ -37,7 +37,7 @@ class LoadDemo(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         device = host.compute_device()
-        engine = Engine(DEMO_FILES.model, RunSettings(device=device))
+        engine = WanEngine(DEMO_FILES.model, RunSettings(device=device))
         model = StreamedModelPatcher(make_model(engine), device, host.offload_device(), engine.total_bytes)
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(DEMO_FILES.vae), safe_load=True))
         return io.NodeOutput(model, DemoClip(load_text_encoder(DEMO_FILES.text_encoder, dtype=torch.float32)), vae)

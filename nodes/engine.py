@@ -5,27 +5,27 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..compilation.blocks import compile_modules, dynamo_limits, uncompile_modules
 from ..diffusion.settings import RunSettings
+from ..diffusion.streamed import StreamedModel
 from ..memory.footprint import Limits, WorkSize
 from ..memory.host_buffers import HostBlocks
 from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.lanes import TimedLanes
 from ..memory.limits import hold_budget, limits_for
-from ..memory.plan import MemoryPlan, PlanError
+from ..memory.pinned import Registrar
+from ..memory.plan import MemoryPlan
 from ..memory.rates import Rates, measure_rates
 from ..memory.report import MemoryMonitor, RunReport
-from ..wanvideo.model import Extras
-from ..wanvideo.streamed import StreamedWan
 from . import host
 from .options import StreamOptions
 from .patches import PatchedCheckpoint, SortedPatches, sort_patches
@@ -33,19 +33,32 @@ from .patches import PatchedCheckpoint, SortedPatches, sort_patches
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+S = TypeVar("S", bound=StreamedModel[Any], covariant=True)
 ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
 
 
-class Engine:
+class OpenModel(Protocol[S]):
+    """Opens a model's file, such as the class StreamedWan."""
+
+    def __call__(
+        self,
+        path: Path,
+        settings: RunSettings,
+        registrar: Registrar | None = None,
+        between_blocks: Callable[[], None] | None = None,
+    ) -> S: ...
+
+
+class Engine(Generic[S]):
     """Shared by all MODELs that come from one loader; the last one loaded says how it runs (`configure`).
 
     Nothing is on the device before the first pass: only then is the size of the work known.
     """
 
-    def __init__(self, path: Path, settings: RunSettings):
+    def __init__(self, open_model: OpenModel[S], path: Path, settings: RunSettings):
         settings = replace(settings, timed=True, pinned_memory=host.memory_flags().may_pin)
         registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
-        self.streamed = StreamedWan(path, settings, registrar, host.stop_if_interrupted)
+        self.streamed: S = open_model(path, settings, registrar, host.stop_if_interrupted)
         self.options = StreamOptions()
         self.report: RunReport | None = None
         self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
@@ -56,7 +69,6 @@ class Engine:
         self._monitor: MemoryMonitor | None = None
         self._watching = ExitStack()
         self._streaming_since = 0.0
-        self._new_run = True
         self._running = False
 
     # What ComfyUI's memory management asks of it
@@ -117,7 +129,6 @@ class Engine:
     def begin_run(self) -> None:
         """A sampler starts."""
         self.end_run()
-        self._new_run = True
         self._monitor = MemoryMonitor(self.device)
         self._watching.enter_context(self._monitor)
         self._watching.enter_context(self._monitor.phase("denoise"))
@@ -133,20 +144,9 @@ class Engine:
 
     # Planning
 
-    def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1) -> WorkSize:
-        """The work of a pass over latents of `latent_size` (frames, height, width)."""
-        config = self.streamed.config
-        stride = (4, 16, 16) if config.out_channels == 48 else (4, 8, 8)
-        frames, height, width = latent_size
-        return WorkSize(
-            (frames - 1) * stride[0] + 1,
-            height * stride[1],
-            width * stride[2],
-            batch=batch,
-            passes_per_step=passes_per_step,
-            stride=stride,
-            patch=config.patch_size,
-        )
+    def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
+        """The work of one step of a video of this size, in pixels and frames."""
+        raise NotImplementedError
 
     def plan(self, work: WorkSize, options: StreamOptions | None = None) -> MemoryPlan:
         """The plan for this work as memory is now. PlanError says what would fit."""
@@ -200,54 +200,22 @@ class Engine:
 
     # Running
 
-    def run(
-        self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
-    ) -> Tensor:
-        """The velocity (see `WanModel.forward`). Memory is returned when it fails or is interrupted."""
-        with self._returning_memory():
-            self._start(latent, extras)
-            assert self.streamed.plan is not None
-            batch = self.streamed.plan.work.batch
-            with self._within_budget(), dynamo_limits(self.options.compile):
-                if latent.shape[0] <= batch:
-                    return self.streamed(latent, timestep, text, image_tokens, extras)
-                velocities = []
-                for first in range(0, latent.shape[0], batch):
-                    part = slice(first, first + batch)
-                    image = None if image_tokens is None else image_tokens[part]
-                    velocities.append(self.streamed(latent[part], timestep[part], text[part], image, extras.cut(part)))
-                return torch.cat(velocities)
-
-    def _start(self, latent: Tensor, extras: Extras) -> None:
-        """Have the model on the device, planned for this work."""
-        frames, height, width = latent.shape[2:]
-        size = (frames + (extras.reference is not None), height, width)
-        plan, new_run, self._new_run = self.streamed.plan, self._new_run, False
-        if plan is not None and self.streamed.started:
-            planned, rows = plan.work, self.work_size(size, 1).rows
-            same = planned.latent_size == size and planned.batch == latent.shape[0]
-            if same or (not new_run and rows <= planned.tokens):
-                return
+    def prepare(self) -> None:
+        """Before a run is planned: other models make room for a budget, and the weights carry their patches."""
         self.streamed.stop()
         if self.options.vram_budget_gb:
             host.unload_others(self.owner() if self.owner is not None else None, self.device)
         self._apply_patches()
-        plan = self._plan_batch(size, latent.shape[0])
+
+    def start(self, plan: MemoryPlan) -> None:
+        """Have the model on the device."""
         self.streamed.start(plan)
         self._streaming_since = time.perf_counter()
         self._tell_owner()
         logger.info("%s\n%s", plan.model, "\n".join(plan.reasons))
 
-    def _plan_batch(self, size: tuple[int, int, int], batch: int) -> MemoryPlan:
-        """A plan for the batch, or for one sample at a time where only that fits."""
-        # a single sample: cond and uncond probably come one after the other
-        single = self.work_size(size, 1, 2)
-        if batch == 1:
-            return self.plan(single)
-        try:
-            return self.plan(self.work_size(size, batch))
-        except PlanError:
-            return self.plan(single)
+    def check_latent(self, latent: Tensor) -> None:
+        """Before one of ComfyUI's samplers runs: ValueError, with the fix, for what this model cannot sample."""
 
     def _apply_patches(self) -> None:
         """Have the weights carry the patches that were asked for, and no others."""
@@ -262,14 +230,15 @@ class Engine:
     def _compile(self, options: StreamOptions) -> None:
         if options.compile == self.options.compile:
             return
-        modules: list[nn.Module] = [*self.streamed.blocks]
-        head = self.streamed.model.head
-        uncompile_modules([*modules, head])
+        blocks: list[nn.Module] = [*self.streamed.blocks]
+        others = self.streamed.model.outer_modules()
+        uncompile_modules([*blocks, *others])
         if options.compile is not None:
-            compile_modules(modules if options.compile.transformer_blocks_only else [*modules, head], options.compile)
+            compile_modules(blocks if options.compile.transformer_blocks_only else [*blocks, *others], options.compile)
 
     @contextmanager
-    def _returning_memory(self) -> Iterator[None]:
+    def returning_memory(self) -> Iterator[None]:
+        """Device and host memory are given back when what goes in here fails or is interrupted."""
         self._running = True
         try:
             yield
@@ -282,17 +251,18 @@ class Engine:
             self._running = False
 
     @contextmanager
-    def _within_budget(self) -> Iterator[None]:
-        """A budget given by hand is held by PyTorch's allocator while the model runs."""
+    def within_budget(self) -> Iterator[None]:
+        """Passes go in here; a budget given by hand is held by PyTorch's allocator meanwhile."""
         limits = self.streamed.limits
-        if not self.options.vram_budget_gb or self.device.type != "cuda" or limits is None:
-            yield
-            return
-        hold_budget(self.device, replace(limits, vram_budget_bytes=int(self.options.vram_budget_gb * GIB)))
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        with dynamo_limits(self.options.compile):
+            if not self.options.vram_budget_gb or self.device.type != "cuda" or limits is None:
+                yield
+                return
+            hold_budget(self.device, replace(limits, vram_budget_bytes=int(self.options.vram_budget_gb * GIB)))
+            try:
+                yield
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     def _report(self, monitor: MemoryMonitor) -> RunReport:
         plan, limits = self.streamed.plan, self.streamed.limits

@@ -9,9 +9,9 @@ from ..attention.select import ATTENTION_MODES
 from ..diffusion.settings import RunSettings
 from ..weights.compute import QUANTIZATIONS
 from . import host
-from .engine import Engine
 from .native import make_model
 from .patcher import StreamedModelPatcher
+from .wan_engine import WanEngine
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,6 +71,6 @@ class LoadWanModel(io.ComfyNode):
         settings = RunSettings(
             device=device, dtype=DTYPES[compute_dtype], attention_mode=attention_mode, quantization=quantization
         )
-        engine = Engine(host.model_path(model_name), settings)
+        engine = WanEngine(host.model_path(model_name), settings)
         patcher = StreamedModelPatcher(make_model(engine), device, host.offload_device(), engine.total_bytes)
         return io.NodeOutput(patcher)

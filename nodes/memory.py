@@ -158,9 +158,7 @@ def plan_text(patcher: StreamedModelPatcher, size: tuple[int, int, int], passes:
     """The plan for a video of `size` (width, height, frames) as text, or why there is none and what would fit."""
     engine = patcher.engine
     width, height, frames = size
-    unit = engine.work_size((1, 1, 1), 1)
-    latent = ((frames - 1) // unit.stride[0] + 1, height // unit.stride[1], width // unit.stride[2])
-    work = engine.work_size(latent, 1, passes)
+    work = engine.video_work(width, height, frames, passes)
     note = ""
     try:
         if card_gb or engine.device.type != "cuda":
@@ -173,7 +171,7 @@ def plan_text(patcher: StreamedModelPatcher, size: tuple[int, int, int], passes:
     return note + describe(plan)
 
 
-def _plan_for_card(engine: Engine, work: Any, patcher: StreamedModelPatcher, card_gb: float) -> MemoryPlan:
+def _plan_for_card(engine: Engine[Any], work: Any, patcher: StreamedModelPatcher, card_gb: float) -> MemoryPlan:
     options = patcher.options
     budget = min(options.vram_budget_gb or card_gb, card_gb - 0.5)  # half a GiB to the desktop
     limits = Limits(
@@ -222,7 +220,7 @@ class MemoryReport(io.ComfyNode):
         return io.NodeOutput(text, picture, ui=shown)
 
 
-def _timeline(engine: Engine) -> Tensor:
+def _timeline(engine: Engine[Any]) -> Tensor:
     """The run as an IMAGE `[1, H, W, 3]`."""
     from ..memory.timeline import draw_timeline  # matplotlib: a report without a picture is better than none
 

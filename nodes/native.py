@@ -22,12 +22,13 @@ from ..wanvideo.config import WanConfig
 from ..wanvideo.embeddings import AxisPositions
 from ..wanvideo.model import Extras
 from .engine import Engine
+from .wan_engine import WanEngine
 
 # Core's estimate of activations, from which it frees VRAM and batches prompts, is for its own model.
 ACTIVATION_SHARE = 0.4
 
 
-def make_model(engine: Engine) -> comfy.model_base.BaseModel:
+def make_model(engine: WanEngine) -> comfy.model_base.BaseModel:
     """ComfyUI's model of this variant around the engine's network."""
     config = engine.streamed.config
     # core tells the variant from the same entries that it detects in a checkpoint
@@ -47,16 +48,24 @@ def make_model(engine: Engine) -> comfy.model_base.BaseModel:
     return model
 
 
-class NativeWan(nn.Module):
-    """What core's BaseModel calls. Its children are the engine's own modules."""
+class NativeModel(nn.Module):
+    """Our network where core has its own. Its children are the engine's own modules."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine[Any]):
         super().__init__()
         self.engine = engine
         self.dtype = engine.streamed.model.execution.dtype
-        self.patch_size = engine.streamed.config.patch_size
         for name, child in engine.streamed.model.named_children():
             self.add_module(name, child)
+
+
+class NativeWan(NativeModel):
+    """What core's BaseModel calls."""
+
+    def __init__(self, engine: WanEngine):
+        super().__init__(engine)
+        self.wan = engine
+        self.patch_size = engine.streamed.config.patch_size
 
     def forward(
         self,
@@ -92,7 +101,7 @@ class NativeWan(nn.Module):
         extras = self._extras(inputs, transformer_options, latent)
         if extras.reference is not None and timestep.ndim == 2:
             timestep = torch.cat([timestep[:, :1], timestep], dim=1)
-        velocity = self.engine.run(latent, timestep, context, clip_fea, extras)
+        velocity = self.wan.run(latent, timestep, context, clip_fea, extras)
         return velocity[:, :, :frames, :height, :width]
 
     def _pad(self, latent: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ class NativeWan(nn.Module):
             raise ValueError(
                 "latents as in-context references are not supported by the LowVRAM loader: leave that node out"
             )
-        config = self.engine.streamed.config
+        config = self.wan.streamed.config
         vace = inputs.get("vace_context") if config.vace_layers else None  # [B, N, C, T, H, W]
         return Extras(
             vace_frames=() if vace is None else tuple(self._pad(frames) for frames in vace.unbind(1)),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import host
 from .engine import Engine
-from .native import NativeWan
+from .native import NativeModel
 from .options import StreamOptions
 
 WRAPPER_KEY = "lowvram"
@@ -40,9 +40,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _check_latent)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine[Any]:
         network = self.model.diffusion_model
-        assert isinstance(network, NativeWan)
+        assert isinstance(network, NativeModel)
         return network.engine
 
     def clone(self, *args: Any, **kwargs: Any) -> StreamedModelPatcher:
@@ -132,12 +132,5 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def _check_latent(executor: WrapperExecutor, noise: Tensor, *arguments: Any, **named: Any) -> Tensor:
-    """Before sampling: ValueError, with the fix, for the latent of another model."""
-    wanted = executor.class_obj.model_patcher.engine.streamed.config.out_channels
-    if noise.ndim != 5 or noise.shape[1] != wanted:
-        vae = "wan2.2_vae (Wan22ImageToVideoLatent)" if wanted == 48 else "wan_2.1_vae (EmptyHunyuanLatentVideo)"
-        raise ValueError(
-            f"the latent has the shape {list(noise.shape)}, but this Wan model takes video latents of {wanted} "
-            f"channels: make it with {vae}"
-        )
+    executor.class_obj.model_patcher.engine.check_latent(noise)
     return executor(noise, *arguments, **named)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..diffusion.checkpoint import adopt_tensors, load_tensors
-from ..diffusion.file_kinds import file_kind
+from ..diffusion.dimensions import Dimensions, model_prefix
+from ..diffusion.file_kinds import WantedKind, check_kind
 from ..weights.dialects import plain_dialect
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from .camera import PIXELS as CAMERA_PIXELS
@@ -18,6 +19,14 @@ from .model import WanModel
 
 NUM_HEADS_KEY = "lowvram_video.num_heads"  # header metadata, for models whose heads are not 128 wide
 HEAD_DIM = 128
+TITLE = "a Wan transformer"
+WANTED = WantedKind(
+    "wan transformer",
+    TITLE,
+    "a Wan 2.1 or 2.2 transformer",
+    "wan2.1_… or wan2.2_…",
+    ("wan vae", "umt5 encoder", "clip vision"),
+)
 
 
 def load_wan(path: str | Path) -> WanModel:
@@ -43,11 +52,7 @@ def open_wan(path: str | Path) -> tuple[WanConfig, Checkpoint]:
     file are left out. Raises CheckpointError, which says what the file is when it is another kind of model.
     """
     checkpoint = open_checkpoint(path)
-    kind = file_kind(checkpoint.tensors)
-    if kind.kind != "wan transformer":
-        raise CheckpointError(
-            f"{checkpoint.path}: this is {kind.title}; expected a Wan 2.1 or 2.2 transformer; {kind.advice}"
-        )
+    check_kind(checkpoint, WANTED)
     names: dict[str, str | None] = dict(official_names(checkpoint.tensors))
     names |= {name: None for name in checkpoint.tensors if OTHER_PARTS.search(name)}
     checkpoint = plain_dialect(checkpoint.renamed(names), names)
@@ -64,8 +69,6 @@ def _with_leading_one(info: TensorInfo) -> TensorInfo:
 
 
 # --- key layouts -----------------------------------------------------------------------------------------
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
 
 # The first parts of a Wan transformer's names in either layout: what tells a prefix from a chance match.
 ROOTS = ("blocks.", "patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "head.")
@@ -114,7 +117,6 @@ OTHER_PARTS = re.compile(
 )
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-VACE_BLOCK = re.compile(r"vace_blocks\.(\d+)\.(.+)")
 
 
 def official_names(names: Iterable[str]) -> dict[str, str]:
@@ -123,18 +125,13 @@ def official_names(names: Iterable[str]) -> dict[str, str]:
     Tensors of a quantised layer (scales, markers) move with their layer; names that fit nothing stay.
     """
     names = list(names)
-    prefix = max(PREFIXES, key=lambda prefix: _num_rooted(names, prefix))
-    if not _num_rooted(names, prefix):
+    prefix = model_prefix(names, ROOTS + DIFFUSERS_ROOTS)
+    if prefix is None:
         return {name: name for name in names}
     plain = {name: name.removeprefix(prefix) for name in names}
     if any(name.startswith(DIFFUSERS_ROOTS) or ".attn1.to_q." in name for name in plain.values()):
         return {old: _from_diffusers(name) for old, name in plain.items()}
     return plain
-
-
-def _num_rooted(names: list[str], prefix: str) -> int:
-    roots = tuple(prefix + root for root in ROOTS + DIFFUSERS_ROOTS)
-    return sum(name.startswith(roots) for name in names)
 
 
 def _from_diffusers(name: str) -> str:
@@ -176,45 +173,46 @@ def infer_config(checkpoint: Checkpoint) -> WanConfig:
     variant = variant_name(checkpoint.tensors)
     if variant is not None:
         raise _unsupported(checkpoint, variant)
-    dim, in_channels, *patch = _shape(checkpoint, "patch_embedding.weight", 5)
-    image_dim = _shape(checkpoint, "img_emb.proj.0.weight", 1)[0] if _has(checkpoint, "img_emb.proj.0.weight") else 0
-    positions = _shape(checkpoint, "img_emb.emb_pos", 3)[1] if _has(checkpoint, "img_emb.emb_pos") else 0
-    out_channels = _shape(checkpoint, "head.head.weight", 2)[0] // math.prod(patch)
+    sizes = Dimensions(checkpoint, TITLE)
+    dim, in_channels, *patch = sizes.shape("patch_embedding.weight", 5)
+    image_dim = sizes.shape("img_emb.proj.0.weight", 1)[0] if sizes.has("img_emb.proj.0.weight") else 0
+    positions = sizes.shape("img_emb.emb_pos", 3)[1] if sizes.has("img_emb.emb_pos") else 0
+    out_channels = sizes.shape("head.head.weight", 2)[0] // math.prod(patch)
     return WanConfig(
-        model_type=_model_type(checkpoint, in_channels, out_channels, image_dim, positions),
+        model_type=_model_type(sizes, in_channels, out_channels, image_dim, positions),
         dim=dim,
         # The first sizes: packed formats shorten the last.
-        ffn_dim=_shape(checkpoint, "blocks.0.ffn.0.weight", 2)[0],
+        ffn_dim=sizes.shape("blocks.0.ffn.0.weight", 2)[0],
         num_heads=_num_heads(checkpoint, dim),
-        num_layers=_num_layers(checkpoint),
+        num_layers=sizes.num_blocks("blocks"),
         in_channels=in_channels,
         out_channels=out_channels,
-        text_dim=_shape(checkpoint, "text_embedding.0.weight", 2)[1],
-        freq_dim=_shape(checkpoint, "time_embedding.0.weight", 2)[1],
+        text_dim=sizes.shape("text_embedding.0.weight", 2)[1],
+        freq_dim=sizes.shape("time_embedding.0.weight", 2)[1],
         image_dim=image_dim,
         image_pos_tokens=positions,
-        **_extra_inputs(checkpoint),
+        **_extra_inputs(sizes),
         patch_size=(patch[0], patch[1], patch[2]),
     )
 
 
-def _extra_inputs(checkpoint: Checkpoint) -> dict[str, int]:
+def _extra_inputs(sizes: Dimensions) -> dict[str, int]:
     """Dimensions of what some variants take beside the latent, the text and a picture."""
     extra = {}
-    if _has(checkpoint, "vace_patch_embedding.weight"):
-        extra["vace_channels"] = _shape(checkpoint, "vace_patch_embedding.weight", 5)[1]
-        extra["vace_layers"] = _num_layers(checkpoint, VACE_BLOCK)
-    if _has(checkpoint, "ref_conv.weight"):
-        extra["reference_channels"] = _shape(checkpoint, "ref_conv.weight", 4)[1]
-    if _has(checkpoint, "control_adapter.conv.weight"):
-        extra["camera_channels"] = _shape(checkpoint, "control_adapter.conv.weight", 4)[1] // CAMERA_PIXELS**2
+    if sizes.has("vace_patch_embedding.weight"):
+        extra["vace_channels"] = sizes.shape("vace_patch_embedding.weight", 5)[1]
+        extra["vace_layers"] = sizes.num_blocks("vace_blocks")
+    if sizes.has("ref_conv.weight"):
+        extra["reference_channels"] = sizes.shape("ref_conv.weight", 4)[1]
+    if sizes.has("control_adapter.conv.weight"):
+        extra["camera_channels"] = sizes.shape("control_adapter.conv.weight", 4)[1] // CAMERA_PIXELS**2
     return extra
 
 
-def _model_type(checkpoint: Checkpoint, in_channels: int, out_channels: int, image_dim: int, positions: int) -> str:
-    if _has(checkpoint, "vace_patch_embedding.weight"):
+def _model_type(sizes: Dimensions, in_channels: int, out_channels: int, image_dim: int, positions: int) -> str:
+    if sizes.has("vace_patch_embedding.weight"):
         return "vace"
-    if _has(checkpoint, "control_adapter.conv.weight"):
+    if sizes.has("control_adapter.conv.weight"):
         return "camera"
     takes_image = in_channels == 2 * out_channels + 4  # noise, image latent and a mask of 4
     if takes_image and out_channels == 16:
@@ -224,18 +222,8 @@ def _model_type(checkpoint: Checkpoint, in_channels: int, out_channels: int, ima
     # Fun Control: the latents of a control video, of a first frame, or both, with or without a mask
     if in_channels > out_channels and in_channels % out_channels in (0, 4):
         return "control"
-    raise _unsupported(checkpoint, f"a Wan variant with {in_channels} input and {out_channels} output channels")
-
-
-def _num_layers(checkpoint: Checkpoint, pattern: re.Pattern[str] = BLOCK) -> int:
-    blocks = {int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))}
-    absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
-    if absent < len(blocks):
-        raise CheckpointError(
-            f"{checkpoint.path}: block {absent} is missing, though there are {len(blocks)} blocks up to "
-            f"{max(blocks)}; expected them numbered from 0; the file is incomplete: download it again"
-        )
-    return len(blocks)
+    title = f"a Wan variant with {in_channels} input and {out_channels} output channels"
+    raise _unsupported(sizes.checkpoint, title)
 
 
 def _num_heads(checkpoint: Checkpoint, dim: int) -> int:
@@ -249,26 +237,6 @@ def _num_heads(checkpoint: Checkpoint, dim: int) -> int:
         f"{checkpoint.path}: a Wan transformer of dim {dim} with {given}; expected dim to be a multiple of "
         f"{HEAD_DIM}, or {NUM_HEADS_KEY} to divide it; write that key into the file's metadata"
     )
-
-
-def _has(checkpoint: Checkpoint, name: str) -> bool:
-    return name in checkpoint.tensors
-
-
-def _shape(checkpoint: Checkpoint, name: str, num_dims: int) -> tuple[int, ...]:
-    info = checkpoint.tensors.get(name)
-    if info is None:
-        raise CheckpointError(
-            f"{checkpoint.path}: a Wan transformer without {name}; expected that tensor to tell its size; "
-            "the file is incomplete: download it again"
-        )
-    shape = info.logical_shape or info.shape
-    if len(shape) != num_dims:
-        raise CheckpointError(
-            f"{checkpoint.path}: {name} has shape {list(shape)}; expected {num_dims} dimensions; "
-            "it is not a Wan 2.1/2.2 transformer's: choose another file"
-        )
-    return shape
 
 
 def _unsupported(checkpoint: Checkpoint, variant: str) -> CheckpointError:

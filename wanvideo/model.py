@@ -138,6 +138,9 @@ class WanModel(Transformer):
                 ordered[f"vace_blocks.{places[index]}"] = cast(WanBlock, self.vace_blocks[places[index]])
         return ordered
 
+    def outer_modules(self) -> list[nn.Module]:
+        return [self.head]
+
     def embed_latent(self, latent: Tensor, extras: Extras, work: Workspace) -> Tensor:
         """The pass's first tokens `[B * tokens, dim]`: of the reference where there is one, and of the latent."""
         x = self.patch_embedding(latent, work)

@@ -1,0 +1,78 @@
+"""What a FramePack transformer and one of its sections cost, for the memory planner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..memory.footprint import Choice, Limits, ModelFootprint, WorkSize
+
+TWICE_FRAMES, FOUR_FRAMES = 2, 16  # latents of the history that are shown at half and at a quarter of the size
+TEXT_TOKENS = 512  # at most
+IMAGE_TOKENS = 729
+
+
+@dataclass(frozen=True)
+class SectionSize(WorkSize):
+    """One section: `frames` that are made at once (4 w - 3), beside `clean_frames` and the shrunken history."""
+
+    clean_frames: int = 3  # start, the nearest neighbour, the end
+    with_history: bool = True
+    context_tokens: int = TEXT_TOKENS + IMAGE_TOKENS
+
+    @property
+    def noisy_tokens(self) -> int:
+        """Tokens of the latents that are made."""
+        return self._grid(self.latent_size[0], (1, 2, 2))
+
+    @property
+    def tokens(self) -> int:
+        history = self._grid(TWICE_FRAMES, (2, 4, 4)) + self._grid(FOUR_FRAMES, (4, 8, 8))
+        shown = self._grid(self.clean_frames, (1, 2, 2)) + (history if self.with_history else 0)
+        return self.noisy_tokens + shown + self.context_tokens
+
+    def _grid(self, frames: int, kernel: tuple[int, int, int]) -> int:
+        size = (frames, *self.latent_size[1:])
+        return math.prod(-(-length // step) for length, step in zip(size, kernel, strict=True))
+
+    def advice(self, frames: int) -> str:
+        return f"use a latent_window_size of at most {(frames - 1) // self.stride[0] + 1}"
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}, sections of {self.frames} frames"
+
+
+@dataclass(frozen=True)
+class FramePackFootprint(ModelFootprint):
+    """`ffn_dim` is the MLP's width; `num_double` of the blocks have weights of their own for image and text.
+
+    `step_cache` keeps two more token-sized tensors: what the last step's signal was, and what its blocks added.
+    """
+
+    num_double: int = 0
+    step_cache: bool = False
+
+    def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """As Wan's; a single block's hidden rows, of attention and MLP together, lie in the bytes of k and v."""
+        rows, chunk = work.rows, min(choice.token_chunk, work.rows)
+        hidden = chunk * (self.dim + self.ffn_dim)
+        beyond = max(0, hidden - 2 * rows * self.dim) * self.compute_bytes
+        cached = 2 * rows * self.dim * self.compute_bytes if self.step_cache else 0
+        return super().activation_bytes(work, choice, limits) + beyond + cached
+
+    def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
+        """Double and single blocks; modulation is made once per run."""
+        dim, mlp = self.dim, self.ffn_dim
+        num_single = self.num_blocks - self.num_double
+        per_row = self.num_double * (4 * dim**2 + 2 * dim * mlp)
+        per_row += num_single * (3 * dim**2 + dim * mlp + (dim + mlp) * dim)
+        attention = 4.0 * work.rows * work.tokens * dim
+        return 2.0 * work.rows * per_row, self.num_blocks * attention
+
+    def text_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """Text and modulation of one step; the other steps' wait in host memory."""
+        modulation = 12 * self.num_double + 3 * (self.num_blocks - self.num_double) + 2
+        return (2 * (TEXT_TOKENS + IMAGE_TOKENS) + 2 * modulation) * self.dim * self.compute_bytes
+
+    def _text_projection_bytes(self, work: WorkSize) -> int:
+        return 0

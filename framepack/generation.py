@@ -1,0 +1,203 @@
+"""FramePack's loop: section after section, each shown the others and resumed where a run stopped.
+
+Source: lllyasviel/FramePack (`demo_gradio.py`, `demo_gradio_f1.py`), arXiv:2504.12626. Latents and noise are made on
+the CPU in fp32, so that a run is the same on every machine but for the network's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..memory.plan import MemoryPlan
+from ..sampling.guidance import RescaledGuidance
+from ..sampling.samplers import StepInfo, select_sampler
+from ..sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
+from ..sampling.step_cache import TeaCache
+from .model import BlockCache, Frames, History, StepCondition
+from .request import Material, Sampling
+from .runs import RunStore
+from .sections import Section, section_noise
+from .streamed import StreamedFramePack
+
+# (noisy, history, condition, image, cache) -> velocity; a StreamedFramePack that is started, or a model.
+Velocity = Callable[[Frames, History, StepCondition, Tensor | None, BlockCache | None], Tensor]
+OnStep = Callable[[Section, StepInfo], None]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the steps see: of each prompt by step, of the negative one, and the image tokens of each section."""
+
+    prompts: Mapping[str, Sequence[StepCondition]]
+    negative: Sequence[StepCondition] | None
+    images: Sequence[Tensor | None]
+
+    def of(self, prompts: Sequence[tuple[str, float]], step: int) -> StepCondition:
+        """One step of a prompt, or of several mixed by their weights."""
+        if len(prompts) == 1:
+            return self.prompts[prompts[0][0]][step]
+        parts = [(self.prompts[name][step], weight) for name, weight in prompts]
+
+        def mix(pick: Callable[[StepCondition], Tensor]) -> Tensor:
+            return torch.stack([pick(part).float() * weight for part, weight in parts]).sum(0).to(pick(parts[0][0]))
+
+        num_blocks = len(parts[0][0].blocks)
+        blocks = tuple(mix(lambda part, index=index: part.blocks[index]) for index in range(num_blocks))  # type: ignore[misc]
+        return StepCondition(mix(lambda part: part.text), blocks, mix(lambda part: part.head))
+
+
+@dataclass(frozen=True)
+class MadeSection:
+    """A section that is done: its own latents, and those to decode now (`section.decoding`), all on the CPU.
+
+    `video` are all latents made so far, in the video's order. `resumed` ones were there from an earlier run.
+    """
+
+    section: Section
+    latents: Tensor
+    to_decode: Tensor
+    video: Tensor
+    resumed: bool
+
+
+def noise_levels(sampling: Sampling, latent_size: tuple[int, int]) -> Tensor:
+    """Sigmas `[steps + 1]` of every section."""
+    height, width = latent_size
+    tokens = sampling.window * (height // 2) * (width // 2)
+    mu = math.log(sampling.shift) if sampling.shift else framepack_shift(tokens)
+    return framepack_sigmas(sampling.num_steps, mu, sampling.strength)
+
+
+def prepare(
+    model: StreamedFramePack, plan: MemoryPlan, sampling: Sampling, material: Material, sections: tuple[Section, ...]
+) -> Conditions:
+    """All that depends on steps, prompts and pictures alone. The model is not started yet."""
+    sigmas = noise_levels(sampling, material.latent_size)
+    # the model was trained with timesteps rounded to bf16
+    timesteps = (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).bfloat16().float()
+    prompts = dict(material.padded_prompts(sections))
+    wanted = list(prompts.values())
+    if sampling.cfg != 1.0 and material.negative is not None:
+        wanted.append(material.negative)
+    features = [material.features(section) for section in sections]
+    made, images = model.prepared(plan, wanted, features, timesteps, sampling.guidance * NUM_TRAIN_TIMESTEPS)
+    negative = made[-1] if len(made) > len(prompts) else None
+    return Conditions(dict(zip(prompts, made, strict=False)), negative, images)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One run, ready to go: `for made in generation.run(): ...`."""
+
+    velocity: Velocity
+    sampling: Sampling
+    material: Material
+    sections: tuple[Section, ...]
+    conditions: Conditions
+    device: torch.device
+    store: RunStore | None = None
+    on_step: OnStep | None = None
+
+    def run(self) -> Iterator[MadeSection]:
+        """The sections in order of generation; those that the store has are not made again."""
+        generator = torch.Generator().manual_seed(self.sampling.seed)
+        history = self.material.new_history(self.sampling.mode)
+        num_before = history.shape[2]
+        caches = self._caches()
+        for section in self.sections:
+            resumed = self.store is not None and section.number < self.store.completed
+            if resumed:
+                assert self.store is not None
+                stored = self.store.load(section.number)
+                latents = stored.latents
+                generator.set_state(stored.generator_state)
+            else:
+                try:
+                    latents = self._make(section, history, generator, caches)
+                finally:
+                    for cache in caches:
+                        cache.begin_section()
+                if self.store is not None:
+                    self.store.save_section(section.number, latents, generator.get_state())
+            history = torch.cat([latents, history] if section.prepend else [history, latents], dim=2)
+            yield MadeSection(
+                section, latents, history[:, :, section.decoding.latents], self._video(history, num_before), resumed
+            )
+
+    def _make(
+        self, section: Section, history: Tensor, generator: torch.Generator, caches: Sequence[TeaCache]
+    ) -> Tensor:
+        """The section's latents `[1, 16, window (+ 1 with the start's), h, w]`."""
+        sigmas = noise_levels(self.sampling, self.material.latent_size)
+        shape = (1, history.shape[1], len(section.indices.noisy), *self.material.latent_size)
+        noise = section_noise(generator, shape)
+        initial = self.material.initial_latents(section)
+        x = noise if initial is None else torch.lerp(initial, noise, float(sigmas[0]))
+        shown = self._history(section, history)
+        steps = {float(sigma): step for step, sigma in enumerate(sigmas[:-1])}
+        indices = torch.tensor(section.indices.noisy)
+        image = self.conditions.images[section.number]
+        image = None if image is None else image.to(self.device)
+        prompts = self.material.timed.prompts_at(section)
+        negative = self.conditions.negative
+
+        def cond(x: Tensor, sigma: Tensor) -> Tensor:
+            condition = self.conditions.of(prompts, steps[float(sigma)])
+            return self.velocity(Frames(x, indices), shown, condition, image, caches[0] if caches else None)
+
+        def uncond(x: Tensor, sigma: Tensor) -> Tensor:
+            assert negative is not None
+            condition = negative[steps[float(sigma)]]
+            return self.velocity(Frames(x, indices), shown, condition, image, caches[1] if caches else None)
+
+        def report(step: StepInfo) -> None:
+            if self.on_step is not None:
+                self.on_step(section, step)
+
+        settings = self.sampling
+        denoise = RescaledGuidance(cond, uncond if negative else None, settings.cfg, settings.cfg_rescale)
+        latents = select_sampler(settings.sampler)(denoise, x.to(self.device), sigmas, report).float().cpu()
+        if section.prepend_start:
+            latents = torch.cat([self.material.start_latent(), latents], dim=2)
+        return latents
+
+    def _history(self, section: Section, history: Tensor) -> History:
+        """What a section is shown, on the device."""
+        places, sources = section.indices, section.sources
+        near = [self.material.start_latent()]
+        if sources is not None:
+            near.append(history[:, :, sources.one])
+        if places.end is not None and not section.end_is_one:
+            assert self.material.end is not None
+            near.append(self.material.end)
+        clean = self._frames(torch.cat(near, dim=2), places.clean)
+        if sources is None:
+            return History(clean)
+        return History(
+            clean,
+            self._frames(history[:, :, sources.two], places.two),
+            self._frames(history[:, :, sources.four], places.four),
+        )
+
+    def _frames(self, latents: Tensor, indices: Sequence[int]) -> Frames:
+        return Frames(latents.to(self.device), torch.tensor(indices))
+
+    def _video(self, history: Tensor, num_before: int) -> Tensor:
+        """Of the history what belongs to the video."""
+        if self.sampling.mode == "f1":
+            given = 1 if self.material.given is None else self.material.given.shape[2]
+            return history[:, :, num_before - given :]
+        return history[:, :, : history.shape[2] - num_before]
+
+    def _caches(self) -> list[TeaCache]:
+        """One for each prompt of a step: their signals differ."""
+        settings = self.sampling
+        if settings.cache_threshold is None or settings.strength == 0.0:
+            return []
+        num_prompts = 2 if self.conditions.negative else 1
+        return [TeaCache(settings.num_steps, settings.cache_threshold) for _ in range(num_prompts)]

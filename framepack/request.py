@@ -1,0 +1,207 @@
+"""What to generate: the settings of the sampling loop, and what the video is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .model import Prompt
+from .sections import NUM_HISTORY, Section, SectionMode, plan_one_frame, plan_sections
+from .timed_prompts import TimedPrompt
+
+# How a section's image features come from those of the start and the end image: only the start's; both, weighted by the
+# start's strength; or gliding from one to the other along the video.
+Interpolation = Literal["disabled", "weighted_average", "linear"]
+
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the sections are made. `shift` 0 is chosen for the size; `cache_threshold` None computes every step.
+
+    `guidance` is the distilled one, `cfg` runs a second pass (1: none). `strength` below 1 begins from a given video.
+    `one_frame` makes a single picture, so many latents after the start image. `mode` is the kind of the model.
+    """
+
+    seconds: float = 5.0
+    mode: SectionMode = "base"
+    window: int = 9
+    num_steps: int = 30
+    sampler: str = "unipc_bh1"
+    guidance: float = 10.0
+    cfg: float = 1.0
+    cfg_rescale: float = 0.0
+    shift: float = 0.0
+    seed: int = 0
+    cache_threshold: float | None = 0.15
+    strength: float = 1.0
+    one_frame: int | None = None
+
+    def check(self) -> None:
+        """ValueError where a value is no use; the video's length is `plan_sections`'s to check."""
+        if not 1 <= self.num_steps <= MAX_STEPS:
+            raise ValueError(f"steps is {self.num_steps}: use 1 to {MAX_STEPS} (25 or 30 are usual)")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}: use a whole number from 0 to {2**64 - 1}")
+        for name, value in (("guidance_scale", self.guidance), ("cfg", self.cfg), ("shift", self.shift)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}: use a number from 0 up")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the video is made of, all on the CPU in fp32. `latent_size` is (height, width) of the latents.
+
+    Latents are the network's `[1, 16, T, h, w]`, features SigLIP's `[1, m, image_dim]`. Without a start image the
+    video is made of the text alone. `initial` is a video to begin from (`strength`), `given` one to extend (F1).
+    """
+
+    latent_size: tuple[int, int]
+    timed: TimedPrompt
+    prompts: Mapping[str, Prompt]  # all that `timed` names
+    negative: Prompt | None = None
+    start: Tensor | None = None
+    end: Tensor | None = None
+    start_features: Tensor | None = None
+    end_features: Tensor | None = None
+    start_strength: float = 1.0
+    interpolation: Interpolation = "linear"
+    initial: Tensor | None = None
+    given: Tensor | None = None
+
+    def sections(self, sampling: Sampling) -> tuple[Section, ...]:
+        """The sections in order of generation. ValueError where settings and material contradict each other."""
+        sampling.check()
+        self._check(sampling)
+        if sampling.one_frame is not None:
+            return plan_one_frame(sampling.one_frame)
+        given = 0 if self.given is None else self.given.shape[2]
+        return plan_sections(
+            sampling.seconds,
+            sampling.window,
+            sampling.mode,
+            end_image=self.end is not None,
+            given_latents=given,
+        )
+
+    def start_latent(self) -> Tensor:
+        """`[1, 16, 1, h, w]`; zeros where there is no start image."""
+        if self.start is not None:
+            return self.start
+        return torch.zeros(1, 16, 1, *self.latent_size) if self.given is None else self.given[:, :, :1]
+
+    def new_history(self, mode: SectionMode) -> Tensor:
+        """What the first section sees as the rest of the video: nothing, the end image, a given video."""
+        start = self.start_latent()
+        nothing = torch.zeros(1, start.shape[1], NUM_HISTORY, *self.latent_size)
+        if mode == "f1":
+            return torch.cat([nothing, start if self.given is None else self.given], dim=2)
+        if self.end is not None:
+            nothing[:, :, :1] = self.end
+        return nothing
+
+    def initial_latents(self, section: Section) -> Tensor | None:
+        """The given video where this section lies; its last latent stays where it is too short."""
+        if self.initial is None:
+            return None
+        first, end = section.span.noisy
+        last = self.initial.shape[2] - 1
+        return self.initial[:, :, [min(index, last) for index in range(first, end)]]
+
+    def features(self, section: Section) -> Tensor | None:
+        """The image features that a section is shown, `[1, m, image_dim]`."""
+        start, end = self.start_features, self.end_features
+        if start is None:
+            return end
+        if end is None or self.interpolation == "disabled":
+            return start * self.start_strength
+        share = self.start_strength if self.interpolation == "weighted_average" else 1.0 - self._place(section)
+        return start * share + end * (1.0 - share)
+
+    def padded_prompts(self, sections: tuple[Section, ...]) -> Mapping[str, Prompt]:
+        """The prompts that are heard; of one length where some are mixed."""
+        heard = [self.timed.prompts_at(section) for section in sections]
+        names = dict.fromkeys(name for prompts in heard for name, _ in prompts)
+        prompts = {name: self.prompts[name] for name in names}
+        if all(len(each) == 1 for each in heard):
+            return prompts
+        length = max(prompt.text.shape[1] for prompt in prompts.values())
+        return {
+            name: Prompt(F.pad(prompt.text, (0, 0, 0, length - prompt.text.shape[1])), prompt.pooled)
+            for name, prompt in prompts.items()
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """All of it as JSON values and tensors: what a run is known by."""
+        return {
+            "timed": asdict(self.timed),
+            "prompts": {name: [prompt.text, prompt.pooled] for name, prompt in self.prompts.items()},
+            "negative": None if self.negative is None else [self.negative.text, self.negative.pooled],
+            "latent_size": list(self.latent_size),
+            "interpolation": self.interpolation,
+            "start_strength": self.start_strength,
+        } | {
+            name: getattr(self, name) for name in ("start", "end", "start_features", "end_features", "initial", "given")
+        }
+
+    def _place(self, section: Section) -> float:
+        """Where the section lies in the video, 0 (begin) to 1 (end)."""
+        if section.num_sections == 1:
+            return 0.5
+        order = section.num_sections - 1 - section.number if section.prepend else section.number
+        return order / (section.num_sections - 1)
+
+    def _check(self, sampling: Sampling) -> None:
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(f"embed_interpolation is {self.interpolation!r}: use {', '.join(get_args(Interpolation))}")
+        if sampling.cfg != 1.0 and self.negative is None:
+            raise ValueError(f"cfg is {sampling.cfg}, which needs a negative prompt: connect one, or set cfg to 1")
+        if sampling.strength < 1.0 and self.initial is None:
+            raise ValueError(
+                f"denoise_strength is {sampling.strength}, but there is no video to begin from: connect "
+                "initial_samples, or set denoise_strength to 1"
+            )
+        if self.given is not None and sampling.mode != "f1":
+            raise ValueError(
+                "a video is extended forwards, which the base model cannot do (it works from the end to the start): "
+                "choose an F1 model, or give the video's last frame as the start image"
+            )
+        for name in ("start", "end", "initial", "given"):
+            latent: Tensor | None = getattr(self, name)
+            if latent is not None and (latent.ndim != 5 or tuple(latent.shape[3:]) != self.latent_size):
+                height, width = self.latent_size
+                raise ValueError(
+                    f"the {name} latent has the shape {list(latent.shape)}; expected [1, 16, frames, {height}, "
+                    f"{width}] as the start image has: bring all pictures to {8 * width}x{8 * height} first"
+                )
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What else a result depends on: the model's file, its LoRAs, and how it is computed."""
+
+    file: str
+    num_bytes: int
+    loras: tuple[Any, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_settings(sampling: Sampling, material: Material, model: ModelIdentity) -> dict[str, Any]:
+    """All that the sections of a run depend on, as `run_key` takes it."""
+    return {
+        "sampling": asdict(sampling),
+        "material": material.identity(),
+        "model": {
+            "file": model.file,
+            "num_bytes": model.num_bytes,
+            "loras": list(model.loras),
+            "settings": dict(model.settings),
+        },
+    }

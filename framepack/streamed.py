@@ -1,0 +1,118 @@
+"""A FramePack transformer whose blocks stream; what depends on step and prompt alone is made once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..diffusion.settings import RunSettings
+from ..diffusion.streamed import StreamedModel
+from ..memory.footprint import ModelFootprint
+from ..memory.layout import Part
+from ..memory.pinned import Registrar
+from ..memory.plan import MemoryPlan
+from ..weights.lora import LoraChoice
+from ..weights.quantize import quantize_checkpoint
+from .checkpoint import build_framepack, open_framepack
+from .footprint import FramePackFootprint
+from .lora_layers import framepack_aliases
+from .model import BlockCache, FramePackModel, Frames, History, Prompt, StepCondition
+
+# Modulation: a quarter of all weights, which act on one vector per step.
+MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm.linear.")
+
+
+class StreamedFramePack(StreamedModel[FramePackModel]):
+    """A FramePack checkpoint. Opening reads the header only; CheckpointError for a file of another kind.
+
+    `model_type` is "base" or "f1", or "auto": by the file's metadata or name, as their weights have the same names.
+    """
+
+    once = ("time_text_embed.", "context_embedder.", "image_projection.", "norm_out.")
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: RunSettings,
+        registrar: Registrar | None = None,
+        between_blocks: Callable[[], None] | None = None,
+        loras: Sequence[LoraChoice] = (),
+        model_type: str = "auto",
+    ):
+        self.config, checkpoint = open_framepack(path, model_type)
+        checkpoint = quantize_checkpoint(checkpoint, settings.quantization, settings.device)
+        model = build_framepack(self.config, checkpoint)
+        aliases = framepack_aliases(checkpoint.tensors)
+        head_dim = self.config.head_dim
+        super().__init__(model, checkpoint, settings, head_dim, aliases, registrar, between_blocks, loras)
+
+    def optional_names(self, names: Sequence[str]) -> set[str]:
+        return {name for name in names if name.startswith(MODULATION)}
+
+    def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
+        """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
+        config, dtype = self.config, dtype or self.model.execution.dtype
+        fixed = [name for name in self._fixed_names() if not name.startswith(self.once)]
+        return FramePackFootprint(
+            name=self.checkpoint.path.name,
+            dim=config.dim,
+            ffn_dim=config.mlp_dim,
+            num_heads=config.num_heads,
+            block_bytes=tuple(layout.stream_bytes for layout in self.layouts),
+            once_bytes=sum(layout.part_bytes(Part.OPTIONAL) for layout in self.layouts),
+            fixed_bytes=sum(self.weights.tensors[name].nbytes for name in fixed),
+            scratch_elements=max((block.scratch_elements(dtype) for block in self.blocks), default=0),
+            in_channels=config.in_channels,
+            latent_channels=config.out_channels,
+            compute_bytes=dtype.itemsize,
+            vae=None,
+            num_double=config.num_layers,
+        )
+
+    def prepared(
+        self,
+        plan: MemoryPlan,
+        prompts: Sequence[Prompt],
+        features: Sequence[Tensor | None],
+        timesteps: Tensor,
+        guidance: float,
+    ) -> tuple[list[list[StepCondition]], list[Tensor | None]]:
+        """What each step sees of every prompt, and the tokens of every picture's features, in host memory.
+
+        Call it before `start`: its weights and those of a pass are not on the device at the same time. `timesteps [S]`
+        and `guidance` are times 1000. Equal features in a row share their tokens.
+        """
+        device, home = self.settings.device, torch.device("cpu")
+        conditions: list[list[StepCondition]] = []
+        images: list[Tensor | None] = []
+        with self.preparing(plan):
+            for prompt in prompts:
+                made = self.model.conditions(prompt.to(device), timesteps, guidance, self.visit)
+                conditions.append([self._at_home(condition) for condition in made])
+            for index, tokens in enumerate(features):
+                before = features[index - 1] if index else None
+                if tokens is not None and before is not None and tokens.equal(before):
+                    images.append(images[-1])
+                else:
+                    images.append(None if tokens is None else self.model.embed_image(tokens.to(device)).to(home))
+        return conditions, images
+
+    def __call__(
+        self,
+        noisy: Frames,
+        history: History,
+        condition: StepCondition,
+        image: Tensor | None,
+        cache: BlockCache | None = None,
+    ) -> Tensor:
+        """The velocity (see `FramePackModel`); when the device runs out of memory, again with a leaner plan."""
+        condition = condition.to(self.settings.device)
+        return self.retrying(lambda: self.model(noisy, history, condition, image, cache))
+
+    def _at_home(self, condition: StepCondition) -> StepCondition:
+        """Pinned where that is allowed, so that its way back waits for nothing."""
+        home = condition.to(torch.device("cpu"))
+        return home.pinned() if self._registrar is not None and self.settings.pinned_memory else home
