@@ -1,4 +1,4 @@
-"""From a velocity model to a denoiser: classifier-free guidance, and the two experts of Wan 2.2."""
+"""From a velocity model to a denoiser: classifier-free guidance, its rescaled form, and the two experts of Wan 2.2."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .samplers import Denoiser
 from .schedules import NUM_TRAIN_TIMESTEPS, is_high_noise
+from .solver import Denoiser
 
 # (latent [B, ...], timestep [B] = sigma * 1000 in float32, context [B, L, C]) -> velocity [B, ...].
 # The latent arrives in the solver's float32; the function casts it to whatever its model computes in.
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+# The same with everything but (latent, sigma as a 0-d CPU tensor) bound, one for each prompt.
+BoundVelocity = Callable[[Tensor, Tensor], Tensor]
 ScaleSchedule = Callable[[float], float]  # sigma -> guidance scale
 Expert = Literal["high", "low"]
 
@@ -68,6 +70,37 @@ class Guidance:
         return velocity_to_denoised(x, self.velocity(x, timestep, _for_batch(context, x)), level)
 
 
+@dataclass(frozen=True)
+class RescaledGuidance:
+    """A Denoiser made of two bound velocity functions, guided and rescaled as FramePack does.
+
+    Each function is one pass over its own prompt (and its own step cache). Where `scale` is 1, `uncond` never runs.
+    `rescale` is phi of `rescale_to_cond`. Raises ValueError for a scale other than 1 without `uncond`, or values out
+    of range.
+    """
+
+    cond: BoundVelocity
+    uncond: BoundVelocity | None = None
+    scale: float = 1.0
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"Guidance scale is {self.scale}; expected a finite number (1 turns guidance off).")
+        if not 0.0 <= self.rescale <= 1.0:
+            raise ValueError(f"Guidance rescale is {self.rescale}; expected 0 (off) to 1 (the deviation of cond).")
+        if self.scale != 1.0 and self.uncond is None:
+            raise ValueError(_missing_uncond(self.scale))
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return the guided clean latent for x at `sigma` (0-d), in the shape of x."""
+        velocity = self.cond(x, sigma).to(x.dtype)
+        if self.scale != 1.0 and self.uncond is not None:
+            guided = classifier_free(velocity, self.uncond(x, sigma).to(x.dtype), self.scale)
+            velocity = rescale_to_cond(guided, velocity, self.rescale)
+        return velocity_to_denoised(x, velocity, float(sigma))
+
+
 @dataclass
 class ExpertSwitch:
     """A Denoiser that gives each noise level to its expert: `high` where sigma >= boundary, else `low` (Wan 2.2).
@@ -105,6 +138,19 @@ def classifier_free(denoised_cond: Tensor, denoised_uncond: Tensor, scale: float
     Denoised is affine in velocity, so this equals guiding the velocity as Wan's own pipeline does.
     """
     return denoised_uncond + scale * (denoised_cond - denoised_uncond)
+
+
+def rescale_to_cond(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
+    """Return `guided` with part of its deviation, over each sample of a batch, brought back to that of `cond`.
+
+    rescale * guided * std(cond) / std(guided) + (1 - rescale) * guided: Lin et al. 2023 (arXiv:2305.08891), section
+    3.4, as in diffusers' `rescale_noise_cfg`. Not affine: it belongs on the velocity, where FramePack has it.
+    """
+    if rescale == 0.0:
+        return guided
+    dims = tuple(range(1, guided.ndim))
+    ratio = cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    return guided * (rescale * ratio + (1.0 - rescale))
 
 
 def velocity_to_denoised(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:

@@ -12,59 +12,33 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .schedules import add_noise, check_sigmas
+from .schedules import add_noise
+from .solver import Denoiser, OnStep, Sampler, StepInfo, prepare, report, step_towards
+from .unipc import sample_unipc_bh1, sample_unipc_bh2
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, sigma as a 0-d CPU tensor) -> denoised, shaped as x
+__all__ = [
+    "SAMPLERS",
+    "Denoiser",
+    "OnStep",
+    "Sampler",
+    "StepInfo",
+    "sample_dpmpp_2m",
+    "sample_euler",
+    "sample_lcm",
+    "sample_unipc",
+    "select_sampler",
+]
 
 # At sigma = 1 the log signal-to-noise ratio is -inf; diffusers' UniPC clamps sigma by the same amount.
 LARGEST_FINITE_SIGMA = 1.0 - 1e-6
 # Below this count diffusers and Wan take the last second-order step at first order, for stability.
 FEW_STEPS = 15
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a step did.
-
-    `x` is the latent after the step, at `sigma_next`; `denoised` is the estimate of the clean latent that the step
-    used (for previews). Solvers never write into either afterwards, so they may be kept.
-    """
-
-    index: int
-    num_steps: int
-    sigma: float
-    sigma_next: float
-    x: Tensor
-    denoised: Tensor
-
-
-OnStep = Callable[[StepInfo], None]
-
-
-class Sampler(Protocol):
-    """The shape of a solver.
-
-    Takes x (any shape) at sigmas[0] and returns it at sigmas[-1], in float32 (or float64 if x is). `sigmas` is
-    [num_steps + 1], strictly decreasing within [0, 1]; `on_step` is called after every step. `generator` feeds
-    solvers that add noise; the others ignore it. Raises ValueError for malformed sigmas.
-    """
-
-    def __call__(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        sigmas: Tensor,
-        on_step: OnStep | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor: ...
 
 
 def sample_euler(
@@ -79,11 +53,11 @@ def sample_euler(
     Lipman et al. 2022 (arXiv:2210.02747); Esser et al. 2024 (arXiv:2403.03206). Equals diffusers'
     FlowMatchEulerDiscreteScheduler.
     """
-    x, sigmas, levels = _prepare(x, sigmas)
+    x, sigmas, levels = prepare(x, sigmas)
     for index, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         denoised = denoise(x, sigmas[index]).to(x.dtype)
-        x = _step_towards(denoised, x, sigma, sigma_next)
-        _report(on_step, index, levels, x, denoised)
+        x = step_towards(denoised, x, sigma, sigma_next)
+        report(on_step, index, levels, x, denoised)
     return x
 
 
@@ -100,7 +74,7 @@ def sample_dpmpp_2m(
     DPMSolverMultistepScheduler with `use_flow_sigmas` and Wan's `fm_solvers.py`: the first step, the step to
     sigma 0, and the last of fewer than 15 steps are first order.
     """
-    x, sigmas, levels = _prepare(x, sigmas)
+    x, sigmas, levels = prepare(x, sigmas)
     num_steps = len(levels) - 1
     previous: Tensor | None = None
     for index, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
@@ -109,9 +83,9 @@ def sample_dpmpp_2m(
         target = denoised
         if previous is not None and not final:
             target = _extrapolate(denoised, previous, levels[index - 1], sigma, sigma_next)
-        x = _step_towards(target, x, sigma, sigma_next)
+        x = step_towards(target, x, sigma, sigma_next)
         previous = denoised
-        _report(on_step, index, levels, x, denoised)
+        report(on_step, index, levels, x, denoised)
     return x
 
 
@@ -122,13 +96,13 @@ def sample_unipc(
     on_step: OnStep | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """UniPC of order 2 (bh2, data prediction): each new evaluation also corrects the step that led to it.
+    """Wan's UniPC, order 2 (bh2, data prediction): each new evaluation also corrects the step that led to it.
 
     See `Sampler` for arguments and errors. Zhao et al. 2023 (arXiv:2302.04867). Equals diffusers'
     UniPCMultistepScheduler with `use_flow_sigmas` and Wan's `fm_solvers_unipc.py`: the first and the last step
     predict at first order, and nothing corrects the last one.
     """
-    x, sigmas, levels = _prepare(x, sigmas)
+    x, sigmas, levels = prepare(x, sigmas)
     num_steps = len(levels) - 1
     history: list[Tensor] = []  # denoised latents of the last two levels, newest last
     start = x  # where the step that led to the present x began
@@ -136,14 +110,14 @@ def sample_unipc(
         denoised = denoise(x, sigmas[index]).to(x.dtype)
         if history:
             target = _correct(denoised, history, levels[max(0, index - 2) : index + 1])
-            x = _step_towards(target, start, levels[index - 1], sigma)
+            x = step_towards(target, start, levels[index - 1], sigma)
         target = denoised
         if history and index < num_steps - 1:
             # With bh2 the second-order predictor is that of DPM-Solver++(2M).
             target = _extrapolate(denoised, history[-1], levels[index - 1], sigma, sigma_next)
-        start, x = x, _step_towards(target, x, sigma, sigma_next)
+        start, x = x, step_towards(target, x, sigma, sigma_next)
         history = [*history[-1:], denoised]
-        _report(on_step, index, levels, x, denoised)
+        report(on_step, index, levels, x, denoised)
     return x
 
 
@@ -162,14 +136,14 @@ def sample_lcm(
     """
     if generator is None:
         raise ValueError("The lcm sampler adds noise at every step: pass torch.Generator().manual_seed(seed).")
-    x, sigmas, levels = _prepare(x, sigmas)
+    x, sigmas, levels = prepare(x, sigmas)
     for index, sigma_next in enumerate(levels[1:]):
         denoised = denoise(x, sigmas[index]).to(x.dtype)
         x = denoised
         if sigma_next > 0.0:
             noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32)
             x = add_noise(denoised, noise.to(x), sigma_next)
-        _report(on_step, index, levels, x, denoised)
+        report(on_step, index, levels, x, denoised)
     return x
 
 
@@ -179,6 +153,8 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "unipc": sample_unipc,
         "dpm++_2m": sample_dpmpp_2m,
         "lcm": sample_lcm,
+        "unipc_bh1": sample_unipc_bh1,
+        "unipc_bh2": sample_unipc_bh2,
     }
 )
 
@@ -188,22 +164,6 @@ def select_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"Sampler {name!r} does not exist; choose one of {', '.join(SAMPLERS)}.")
     return SAMPLERS[name]
-
-
-def _prepare(x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-    # On the CPU, reading a level never waits for the device.
-    sigmas = check_sigmas(sigmas).cpu()
-    return x.to(torch.promote_types(x.dtype, torch.float32)), sigmas, sigmas.tolist()
-
-
-def _report(on_step: OnStep | None, index: int, levels: list[float], x: Tensor, denoised: Tensor) -> None:
-    if on_step is not None:
-        on_step(StepInfo(index, len(levels) - 1, levels[index], levels[index + 1], x, denoised))
-
-
-def _step_towards(target: Tensor, x: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Move x from sigma to sigma_next as if `target` were the clean latent."""
-    return target + (sigma_next / sigma) * (x - target)
 
 
 def _half_log_snr(sigma: float) -> float:

@@ -2,7 +2,8 @@
 
 x_sigma = (1 - sigma) * clean + sigma * noise, and the model is told sigma * 1000.
 Sources: Esser et al. 2024 (arXiv:2403.03206) for the path and the shift; Wan-Video/Wan2.2
-`wan/utils/fm_solvers.py` and ComfyUI `comfy/samplers.py` for the spacings.
+`wan/utils/fm_solvers.py` and ComfyUI `comfy/samplers.py` for the spacings;
+lllyasviel/FramePack for its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
 SPACINGS = ("uniform", "simple")
+FRAMEPACK_MAX_SHIFT = 7.0
 
 
 def flow_sigmas(num_steps: int, shift: float, spacing: str = "uniform", denoise: float = 1.0) -> Tensor:
@@ -54,6 +56,37 @@ def flow_sigmas(num_steps: int, shift: float, spacing: str = "uniform", denoise:
         raise ValueError(f"spacing is {spacing!r}; expected one of {', '.join(SPACINGS)}.")
     sigmas = torch.tensor([shift_sigma(level, shift) for level in levels] + [0.0], dtype=torch.float32)
     return check_sigmas(sigmas)
+
+
+def framepack_shift(num_tokens: int) -> float:
+    """Return FramePack's mu for that many noisy tokens; exp(mu) is the shift.
+
+    Linear from 0.5 at 256 tokens to 1.15 at 4096 as in Flux, at most ln 7. A section of height x width pixels has
+    window * (height / 16) * (width / 16) noisy tokens. Source: lllyasviel/FramePack
+    `diffusers_helper/pipelines/k_diffusion_hunyuan.py`. Raises ValueError for fewer than 1 token.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens is {num_tokens}; expected the number of noisy tokens of a section, at least 1.")
+    return min(0.5 + (num_tokens - 256) * (1.15 - 0.5) / (4096 - 256), math.log(FRAMEPACK_MAX_SHIFT))
+
+
+def framepack_sigmas(num_steps: int, mu: float, strength: float = 1.0) -> Tensor:
+    """Return FramePack's noise levels, float32 [num_steps + 1] on the CPU, strictly decreasing to 0.
+
+    sigma = e^mu / (e^mu + 1/t - 1) for t from 1 to 0; a `shift` given by the user is mu = ln(shift). `strength` below 1
+    (video-to-video) multiplies every level, so the run starts at sigma = strength with all its steps, as FramePack
+    does; `flow_sigmas(denoise=...)` instead starts part-way along the shifted curve. Strength 0 is no step at all:
+    the single level [0.], from which `sample_unipc_bh1` and `_bh2` return the input.
+    Raises ValueError for values out of range.
+    """
+    if not math.isfinite(mu):
+        raise ValueError(f"mu is {mu}; expected a finite number: ln(shift), or framepack_shift(noisy tokens).")
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength is {strength}; expected 0 (keep the given video) to 1 (start from pure noise).")
+    sigmas = flow_sigmas(num_steps, math.exp(mu))
+    if strength == 0.0:
+        return torch.zeros(1)
+    return check_sigmas(sigmas * strength)
 
 
 def sigmas_from_timesteps(timesteps: Sequence[float], shift: float = 1.0) -> Tensor:

@@ -178,7 +178,7 @@ def test_lcm_renoises_along_the_flow_path() -> None:
 
 
 def test_table_and_errors() -> None:
-    assert list(SAMPLERS) == ["euler", "unipc", "dpm++_2m", "lcm"]
+    assert list(SAMPLERS) == ["euler", "unipc", "dpm++_2m", "lcm", "unipc_bh1", "unipc_bh2"]
     assert select_sampler("unipc") is SAMPLERS["unipc"]
     with pytest.raises(ValueError, match=r"'ddim' does not exist; choose one of euler, unipc, dpm\+\+_2m, lcm"):
         select_sampler("ddim")

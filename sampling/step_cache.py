@@ -1,0 +1,122 @@
+"""TeaCache: a step whose input has hardly changed reuses what the blocks added at the last computed one.
+
+Liu et al. 2024 (arXiv:2411.19108). The change of the first block's modulated input, relative L1 between consecutive
+steps, is turned by a fitted polynomial into an estimate of the change of the output; those add up until they reach the
+threshold, and then a step is computed. Polynomial, signal and thresholds: lllyasviel/FramePack
+`diffusers_helper/models/hunyuan_video_packed.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Highest power first.
+FRAMEPACK_POLYNOMIAL = (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896)
+FRAMEPACK_THRESHOLD = 0.15
+# 2048 rows of 3072 columns are 24 MiB in float32, instead of 215 MiB for a whole FramePack sequence.
+ROWS_AT_ONCE = 2048
+
+
+class TeaCache:
+    """Decides which passes of one prompt are computed, and keeps what the last computed one added (`BlockCache`).
+
+    cond and uncond need an object each: their signals and residuals differ. The first and the last of `num_steps`
+    passes are always computed. Call `begin_section()` before every section and after the last. A model asks
+    `reuse(signal)` once a pass; if that is False it computes and assigns `residual`, otherwise it adds `residual`. A
+    computed pass that ends without assigning it (out of memory, interrupt) does not count: the step may be run again.
+
+    Holds one signal and one residual on the device, in the dtypes they come in, until `begin_section()`.
+    Raises ValueError for values out of range.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        threshold: float = FRAMEPACK_THRESHOLD,
+        polynomial: Sequence[float] = FRAMEPACK_POLYNOMIAL,
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; expected the number of steps of a section, at least 1.")
+        if not (math.isfinite(threshold) and threshold >= 0.0):
+            raise ValueError(
+                f"The TeaCache threshold is {threshold}; expected 0 (compute every step) or more, 0.15 is usual."
+            )
+        self.num_steps = num_steps
+        self.threshold = threshold
+        self.polynomial = tuple(polynomial)
+        self.num_reused = 0  # over all sections
+        self.begin_section()
+
+    def begin_section(self) -> None:
+        """Forget everything: the next pass is the first of a section."""
+        self._step = 0
+        self._change = 0.0  # estimated change of the output since the last computed pass
+        self._signal: Tensor | None = None
+        self._residual: Tensor | None = None
+        self._computing = False
+
+    @property
+    def residual(self) -> Tensor | None:
+        """What the blocks added at the last computed pass, [noisy rows, dim]; None before the first one."""
+        return self._residual
+
+    @residual.setter
+    def residual(self, residual: Tensor) -> None:
+        self._residual = residual
+        if self._computing:
+            self._computing = False
+            self._step += 1
+
+    def reuse(self, signal: Tensor) -> bool:
+        """Tell whether this pass may add `residual` instead of running the blocks.
+
+        `signal` is the first block's modulated input over the whole packed sequence, [rows, dim], any float dtype; it
+        is copied, so the model may overwrite it. Reads one number back from the device.
+        """
+        repeated = self._computing  # the pass before this one never got to its residual
+        known = self._signal is not None and self._signal.shape == signal.shape and self._residual is not None
+        if known and not repeated and 0 < self._step < self.num_steps - 1:
+            assert self._signal is not None
+            self._change += self._estimate(relative_l1(signal, self._signal))
+            reuse = self._change < self.threshold  # not a number compares False, and is computed
+        else:
+            reuse = False
+        self._keep(signal)
+        if reuse:
+            self.num_reused += 1
+            self._step += 1
+        else:
+            self._change = 0.0
+            self._computing = True
+        return reuse
+
+    def _estimate(self, change: float) -> float:
+        value = 0.0
+        for coefficient in self.polynomial:
+            value = value * change + coefficient
+        return value
+
+    def _keep(self, signal: Tensor) -> None:
+        held = self._signal
+        if held is None or held.shape != signal.shape or held.dtype != signal.dtype or held.device != signal.device:
+            self._signal = signal.clone()
+        else:
+            held.copy_(signal)
+
+
+def relative_l1(signal: Tensor, previous: Tensor) -> float:
+    """Return mean |signal - previous| / mean |previous|, summed in float32; both are [rows, dim].
+
+    Works through the rows in chunks, adds up on the device and waits for it once.
+    """
+    sums = torch.zeros(2, dtype=torch.float32, device=signal.device)
+    for now, before in zip(signal.split(ROWS_AT_ONCE), previous.split(ROWS_AT_ONCE), strict=True):
+        # A difference in bfloat16 would round away most of what is measured here.
+        change = now.to(torch.float32, copy=True).sub_(before)
+        sums[0] += torch.linalg.vector_norm(change, ord=1)
+        sums[1] += torch.linalg.vector_norm(before, ord=1, dtype=torch.float32)
+    return float((sums[0] / sums[1]).item())
