@@ -28,7 +28,7 @@ class VideoWriter:
 
     The file grows beside its place and moves there when closed, after an error or Ctrl-C too: what was written by
     then plays. Nothing is left behind when no frame came. `crf` is x264's quality, 0 (lossless) to 51.
-    `b_frames` save a tenth of the size, but only files without them can be joined with `join_videos`.
+    `b_frames=False` makes a file that `join_videos` can join with others.
     Raises ValueError where `path` cannot be written and VideoError where ffmpeg cannot go on.
     """
 
@@ -135,8 +135,11 @@ def _launch(
 ) -> subprocess.Popen[bytes]:
     """ffmpeg with `arguments`, started in `folder`; VideoError naming `path` where it cannot be."""
     try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        if os.path.dirname(program):
+            program = os.path.abspath(program)  # it is found from `folder` too
         return subprocess.Popen(
-            [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *arguments],
+            [program, "-y", "-v", "error", *arguments],
             stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=complaints,

@@ -53,9 +53,14 @@ class Dimensions:
         return shape
 
     def num_blocks(self, stem: str) -> int:
-        """How many numbers follow `stem` at the start of names; CheckpointError for a gap between them."""
+        """How many numbers follow `stem` at the start of names; CheckpointError for none, or a gap between them."""
         pattern = re.compile(rf"{re.escape(stem)}\.(\d+)\.")
         blocks = {int(match[1]) for name in self.checkpoint.tensors if (match := pattern.match(name))}
+        if not blocks:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {self.title} without {stem}.0; expected at least that block; "
+                "the file is incomplete: download it again"
+            )
         absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
         if absent < len(blocks):
             raise CheckpointError(

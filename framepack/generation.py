@@ -18,11 +18,14 @@ from ..sampling.guidance import RescaledGuidance
 from ..sampling.samplers import StepInfo, select_sampler
 from ..sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ..sampling.step_cache import TeaCache
+from .footprint import SectionSize
 from .model import BlockCache, Frames, History, StepCondition
 from .request import Material, Sampling
 from .runs import RunStore
-from .sections import Section, section_noise
+from .sections import Section, num_frames, section_noise
 from .streamed import StreamedFramePack
+
+SPATIAL_STRIDE = 8  # pixels per latent
 
 # (noisy, history, condition, image, cache) -> velocity; a StreamedFramePack that is started, or a model.
 Velocity = Callable[[Frames, History, StepCondition, Tensor | None, BlockCache | None], Tensor]
@@ -71,6 +74,20 @@ def noise_levels(sampling: Sampling, latent_size: tuple[int, int]) -> Tensor:
     tokens = sampling.window * (height // 2) * (width // 2)
     mu = math.log(sampling.shift) if sampling.shift else framepack_shift(tokens)
     return framepack_sigmas(sampling.num_steps, mu, sampling.strength)
+
+
+def section_size(sampling: Sampling, material: Material) -> SectionSize:
+    """The work of one pass over a section."""
+    height, width = (SPATIAL_STRIDE * side for side in material.latent_size)
+    one_frame = sampling.one_frame is not None
+    return SectionSize(
+        1 if one_frame else num_frames(sampling.window),
+        height,
+        width,
+        passes_per_step=1 if sampling.cfg == 1.0 else 2,
+        clean_frames=1 if one_frame else 2 + (material.end is not None),
+        with_history=not one_frame,
+    )
 
 
 def prepare(
@@ -170,9 +187,9 @@ class Generation:
         """What a section is shown, on the device."""
         places, sources = section.indices, section.sources
         near = [self.material.start_latent()]
-        if sources is not None:
+        if sources is not None and not section.end_is_one:
             near.append(history[:, :, sources.one])
-        if places.end is not None and not section.end_is_one:
+        if places.end is not None:
             assert self.material.end is not None
             near.append(self.material.end)
         clean = self._frames(torch.cat(near, dim=2), places.clean)

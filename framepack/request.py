@@ -98,13 +98,11 @@ class Material:
         return torch.zeros(1, 16, 1, *self.latent_size) if self.given is None else self.given[:, :, :1]
 
     def new_history(self, mode: SectionMode) -> Tensor:
-        """What the first section sees as the rest of the video: nothing, the end image, a given video."""
+        """What the first section sees as the rest of the video: nothing, or (F1) the start or a given video."""
         start = self.start_latent()
         nothing = torch.zeros(1, start.shape[1], NUM_HISTORY, *self.latent_size)
         if mode == "f1":
             return torch.cat([nothing, start if self.given is None else self.given], dim=2)
-        if self.end is not None:
-            nothing[:, :, :1] = self.end
         return nothing
 
     def initial_latents(self, section: Section) -> Tensor | None:

@@ -42,6 +42,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         loras: Sequence[LoraChoice] = (),
         model_type: str = "auto",
     ):
+        self.step_cache = True  # its tensors count in the plan
         self.config, checkpoint = open_framepack(path, model_type)
         checkpoint = quantize_checkpoint(checkpoint, settings.quantization, settings.device)
         model = build_framepack(self.config, checkpoint)
@@ -70,6 +71,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             compute_bytes=dtype.itemsize,
             vae=None,
             num_double=config.num_layers,
+            step_cache=self.step_cache,
         )
 
     def prepared(

@@ -28,7 +28,7 @@ class EagerOps:
         return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
 
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
-        y = x.float()
+        y = x.float().unflatten(-1, (-1, weight.shape[0]))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
         if rope is not None:
             num_tokens, half = rope.cos.shape

@@ -51,7 +51,10 @@ class FusedOps(Protocol):
         ...
 
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
-        """RMSNorm over the whole row, then rotation of interleaved pairs head by head, in place."""
+        """RMSNorm over the whole row, then rotation of interleaved pairs head by head, in place.
+
+        A `weight` shorter than the row is that of one head: every run of so many elements is normalised by itself.
+        """
         ...
 
     def gelu_(self, x: Tensor) -> None:
@@ -98,6 +101,8 @@ def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> f
     for each in (ops, reference):
         y = each.modulated_norm(x, modulation, modulation, 1, RowGroups(4), 1e-6)
         each.rms_norm_(y, weight, 1e-6, rope, 0)
+        each.rms_norm_(y, weight[:128], 1e-6, rope, 2)
+        each.rms_norm_(y, weight[:64], 1e-6, None, 0)
         each.gelu_(y)
         each.gated_add_(y, each.affine_norm(x, weight, weight, 1e-6), modulation, 1, RowGroups(4))
         results.append(y.float())

@@ -47,6 +47,15 @@ class TritonOps:
         rows, dim = x.shape
         cos, sin = (rope.cos, rope.sin) if rope is not None else (x, x)
         num_tokens, half = rope.cos.shape if rope is not None else (1, 1)
+        run = weight.shape[0]
+        if run < dim:
+            assert dim % run == 0 and run % 2 == 0 and (rope is None or run == 2 * half)
+            _head_norm_kernel[(rows,)](
+                x, weight, cos, sin, first_row, num_tokens, eps, dim // run, run, x.stride(0),
+                ROTATE=rope is not None, RUNS_BLOCK=triton.next_power_of_2(dim // run),
+                HALF_BLOCK=triton.next_power_of_2(run) // 2, num_warps=_num_warps(dim),
+            )  # fmt: skip
+            return
         _rms_norm_kernel[(rows,)](
             x, weight, cos, sin, first_row, num_tokens, half, eps, dim, x.stride(0),
             ROTATE=rope is not None, HALF_BLOCK=triton.next_power_of_2(dim) // 2, num_warps=_num_warps(dim),
@@ -108,6 +117,30 @@ def _rms_norm_kernel(
         sin = tl.load(sin_ptr + angle, mask=pair < dim // 2, other=0.0)
         real, imag = tl.split(tl.reshape(x, (HALF_BLOCK, 2)))
         x = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (2 * HALF_BLOCK,))
+    tl.store(address, x, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _head_norm_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, first_row, num_tokens, eps, num_runs, run_size, row_stride,
+    ROTATE: tl.constexpr, RUNS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    run = tl.arange(0, RUNS_BLOCK)[:, None]
+    col = tl.arange(0, 2 * HALF_BLOCK)[None, :]
+    inside = (run < num_runs) & (col < run_size)
+    address = x_ptr + row.to(tl.int64) * row_stride + run * run_size + col
+    x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + col, mask=col < run_size, other=0.0).to(tl.float32)
+    x = x / tl.sqrt(tl.sum(x * x, 1)[:, None] / run_size + eps) * weight
+    if ROTATE:
+        pair = tl.arange(0, HALF_BLOCK)[None, :]
+        half = run_size // 2
+        angle = ((first_row + row) % num_tokens) * half + pair
+        cos = tl.load(cos_ptr + angle, mask=pair < half, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=pair < half, other=0.0)
+        real, imag = tl.split(tl.reshape(x, (RUNS_BLOCK, HALF_BLOCK, 2)))
+        x = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (RUNS_BLOCK, 2 * HALF_BLOCK))
     tl.store(address, x, mask=inside)
 
 

@@ -11,12 +11,14 @@ logger = logging.getLogger(__name__)
 
 # module -> its nodes, in the order in which they are listed
 PARTS = {
-    "loaders": ("LoadWanModel",),
+    "loaders": ("LoadWanModel", "LoadFramePackModel"),
     "memory": ("BlockSwap", "VramPlan", "MemoryReport"),
     "compile": ("TorchCompileSettings",),
     "vae": ("DecodeVideo",),
     "demo": ("LoadDemo",),
     "text": ("LoadClipGGUF",),
+    "framepack": ("FramePackSampler",),
+    "framepack_inputs": ("FramePackEndImage", "TimedPrompts", "NearestBucket"),
 }
 
 

@@ -15,8 +15,9 @@ import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
+import latent_preview
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 CATEGORY = "LowVRAM Video"
@@ -73,6 +74,22 @@ def output_path(prefix: str, suffix: str) -> Path:
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 
+def output_folder(name: str) -> Path:
+    """A folder in ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()) / name
+
+
+def saved_result(path: Path) -> ui.SavedResult:
+    """A file in the output folder as the frontend shows it."""
+    place = path.parent.relative_to(folder_paths.get_output_directory())
+    return ui.SavedResult(path.name, "" if place == Path() else place.as_posix(), io.FolderType.output)
+
+
+def video(path: Path | None) -> Any:
+    """A VIDEO of the file."""
+    return None if path is None else InputImpl.VideoFromFile(str(path))
+
+
 def temporary_path(name: str) -> Path:
     """A file in ComfyUI's temporary folder, which is emptied at each start."""
     folder = Path(folder_paths.get_temp_directory())
@@ -112,6 +129,17 @@ def offload_device() -> torch.device:
 def free_vram(device: torch.device) -> int:
     """Bytes that may be used now beyond what is loaded: free ones and those that PyTorch holds unused."""
     return int(mm.get_free_memory(device))
+
+
+def vram_without(preserved_gb: float, device: torch.device) -> float:
+    """GiB of the card less what shall stay free. ValueError where nothing is left."""
+    total = mm.get_total_memory(device) / GIB
+    if preserved_gb >= total:
+        raise ValueError(
+            f"gpu_memory_preservation is {preserved_gb:g} GB, but the device has {total:.1f} GiB in all: use less, or "
+            "0 to plan from what is free"
+        )
+    return float(total - preserved_gb)
 
 
 def reserved_vram() -> int:
@@ -175,6 +203,28 @@ def decode_device() -> torch.device:
 def stop_if_interrupted() -> None:
     """Raises ComfyUI's InterruptProcessingException (a BaseException) once the user has asked for it."""
     mm.throw_exception_if_processing_interrupted()
+
+
+def check_interrupt(done: int, total: int) -> None:
+    stop_if_interrupted()
+
+
+def load_model(patcher: Any) -> None:
+    """Have ComfyUI count the model among those in use, and make it the one that runs."""
+    mm.load_models_gpu([patcher])
+
+
+class SamplingPreview:
+    """ComfyUI's progress bar with its preview of the latents."""
+
+    def __init__(self, patcher: Any, num_steps: int):
+        self._show = latent_preview.prepare_callback(patcher, num_steps)
+        self._num_steps, self._done = num_steps, 0
+
+    def step(self, denoised: Tensor) -> None:
+        """Another step is done."""
+        self._show(min(self._done, self._num_steps - 1), denoised, denoised, self._num_steps)
+        self._done += 1
 
 
 class Progress:

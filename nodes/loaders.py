@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
 from ..attention.select import ATTENTION_MODES
 from ..diffusion.settings import RunSettings
 from ..weights.compute import QUANTIZATIONS
-from . import host
-from .native import make_model
+from . import host, native, native_framepack
+from .engine import Engine
+from .framepack_engine import FramePackEngine
 from .patcher import StreamedModelPatcher
 from .wan_engine import WanEngine
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODEL_TYPES = ("auto", "base", "f1")
 
 
 class LoadWanModel(io.ComfyNode):
@@ -34,29 +38,7 @@ class LoadWanModel(io.ComfyNode):
                     tooltip="A .safetensors or .gguf file in models/diffusion_models or models/unet. Wan 2.1/2.2 "
                     "T2V, I2V, first-last-frame, TI2V 5B, VACE and Fun models; the variant is read from the file.",
                 ),
-                io.Combo.Input(
-                    "compute_dtype",
-                    options=list(DTYPES),
-                    default="auto",
-                    tooltip="What the model computes in, whatever its weights are stored as. auto: bf16 on GPUs that "
-                    "have it, else fp16; fp32 on a CPU.",
-                ),
-                io.Combo.Input(
-                    "attention_mode",
-                    options=list(ATTENTION_MODES),
-                    default="auto",
-                    tooltip="auto takes the fastest exact one that is installed and works here. sageattn is faster "
-                    "and slightly inexact, so it is only taken when chosen. One that cannot run says why.",
-                ),
-                io.Combo.Input(
-                    "quantization",
-                    options=list(QUANTIZATIONS),
-                    default="none",
-                    tooltip="none: weights stay as the file has them (GGUF, fp8 and int8 files too). fp8, int8: bf16 "
-                    "weights are quantised while they are read, which halves them. fp8_fast also multiplies in fp8: "
-                    "faster on RTX 40 and newer (compute capability 8.9), slightly inexact. int8 multiplies in int8: "
-                    "the fast choice for RTX 20 and 30. One that cannot run here says why.",
-                ),
+                *_compute_inputs(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -67,10 +49,90 @@ class LoadWanModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str, attention_mode: str, quantization: str) -> io.NodeOutput:
-        device = host.compute_device()
-        settings = RunSettings(
-            device=device, dtype=DTYPES[compute_dtype], attention_mode=attention_mode, quantization=quantization
+        engine = WanEngine(host.model_path(model_name), _settings(compute_dtype, attention_mode, quantization))
+        return io.NodeOutput(_patcher(native.make_model(engine), engine))
+
+
+class LoadFramePackModel(io.ComfyNode):
+    """A FramePack transformer from its file, as a MODEL for FramePack Sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="LowVRAMLoadFramePackModel",
+            display_name="Load FramePack Model (Low VRAM)",
+            description="Loads a FramePack or FramePack F1 model whose weights stream from RAM or disk while it runs. "
+            "Sample it with FramePack Sampler (Low VRAM).",
+            search_aliases=["framepack loader", "framepack f1", "block swap", "low vram", "gguf"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files(),
+                    tooltip="A .safetensors or .gguf file in models/diffusion_models or models/unet, such as "
+                    "FramePackI2V_HY_fp8_e4m3fn.safetensors; of the model's shards, any one.",
+                ),
+                io.Combo.Input(
+                    "model_type",
+                    options=list(MODEL_TYPES),
+                    default="auto",
+                    tooltip="base works from the end of the video to its start, F1 from the start on. auto: by the "
+                    "file's metadata or name, as nothing else in the files tells them apart.",
+                ),
+                *_compute_inputs(),
+            ],
+            outputs=[io.Model.Output()],
         )
-        engine = WanEngine(host.model_path(model_name), settings)
-        patcher = StreamedModelPatcher(make_model(engine), device, host.offload_device(), engine.total_bytes)
-        return io.NodeOutput(patcher)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **_: str) -> str:
+        return host.model_stamp(model_name)
+
+    @classmethod
+    def execute(
+        cls, model_name: str, model_type: str, compute_dtype: str, attention_mode: str, quantization: str
+    ) -> io.NodeOutput:
+        settings = _settings(compute_dtype, attention_mode, quantization)
+        engine = FramePackEngine(host.model_path(model_name), settings, model_type)
+        return io.NodeOutput(_patcher(native_framepack.make_model(engine), engine))
+
+
+def _settings(compute_dtype: str, attention_mode: str, quantization: str) -> RunSettings:
+    return RunSettings(
+        device=host.compute_device(),
+        dtype=DTYPES[compute_dtype],
+        attention_mode=attention_mode,
+        quantization=quantization,
+    )
+
+
+def _patcher(model: Any, engine: Engine[Any]) -> StreamedModelPatcher:
+    return StreamedModelPatcher(model, engine.device, host.offload_device(), engine.total_bytes)
+
+
+def _compute_inputs() -> list[io.Input]:
+    """How a model computes; the same for all loaders."""
+    return [
+        io.Combo.Input(
+            "compute_dtype",
+            options=list(DTYPES),
+            default="auto",
+            tooltip="What the model computes in, whatever its weights are stored as. auto: bf16 on GPUs that "
+            "have it, else fp16; fp32 on a CPU.",
+        ),
+        io.Combo.Input(
+            "attention_mode",
+            options=list(ATTENTION_MODES),
+            default="auto",
+            tooltip="auto takes the fastest exact one that is installed and works here. sageattn is faster "
+            "and slightly inexact, so it is only taken when chosen. One that cannot run says why.",
+        ),
+        io.Combo.Input(
+            "quantization",
+            options=list(QUANTIZATIONS),
+            default="none",
+            tooltip="none: weights stay as the file has them (GGUF, fp8 and int8 files too). fp8, int8: bf16 "
+            "weights are quantised while they are read, which halves them. fp8_fast also multiplies in fp8: "
+            "faster on RTX 40 and newer (compute capability 8.9), slightly inexact. int8 multiplies in int8: "
+            "the fast choice for RTX 20 and 30. One that cannot run here says why.",
+        ),
+    ]

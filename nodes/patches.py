@@ -163,3 +163,16 @@ class PatchedCheckpoint:
                 f"{self.checkpoint.path.name} stores {name} as {stored}, into which this LoRA (LoHa, LoKr, DoRA or a "
                 "difference) cannot be merged: use a plain LoRA, or the bf16, fp16, fp8 or int8 file of this model"
             )
+
+
+def patch_identity(patches: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """What a result depends on of a ModelPatcher's patches, as JSON values and tensors."""
+    return [[key, [_plain(part) for patch in found for part in patch]] for key, found in sorted(patches.items())]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return [type(value).__name__, _plain(getattr(value, "weights", None))]  # an adapter of ComfyUI's

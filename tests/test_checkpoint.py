@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from lowvram_video.diffusion.checkpoint import is_quantisation_name
 from lowvram_video.diffusion.file_kinds import file_kind
+from lowvram_video.identify import describe, identify
 from lowvram_video.wanvideo.checkpoint import (
     NUM_HEADS_KEY,
     infer_config,
@@ -23,7 +24,6 @@ from lowvram_video.wanvideo.checkpoint import (
     open_wan,
 )
 from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.identify import describe, identify
 from lowvram_video.wanvideo.model import WanModel
 from lowvram_video.weights.reader import Checkpoint, CheckpointError, TensorInfo
 from safetensors.torch import load_file, save_file

@@ -34,6 +34,18 @@ def test_rotation_is_complex_multiplication_per_head() -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_short_weight_normalises_head_by_head(rotate: bool) -> None:
+    x, weight, angle = rand(10, 24), rand(8, seed=1), rand(12, 4, seed=2)
+    got = x.clone()
+    EagerOps().rms_norm_(got, weight, 1e-6, Rope(angle.cos(), angle.sin()) if rotate else None, 2)
+    want = F.rms_norm(x.view(10, 3, 8), (8,), weight, 1e-6)
+    if rotate:
+        turn = torch.polar(torch.ones_like(angle), angle)[2:12, None]
+        want = torch.view_as_real(torch.view_as_complex(want.view(10, 3, 4, 2)) * turn).reshape(10, 3, 8)
+    torch.testing.assert_close(got, want.reshape(10, 24))
+
+
 def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: float) -> None:
     from lowvram_video.fused.triton_ops import TritonOps
 
@@ -46,14 +58,18 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
     rope, groups = Rope(angle.cos(), angle.sin()), RowGroups(3)
     results = []
     for ops in (TritonOps(), EagerOps()):
-        rotated, plain, act, added = (x.clone() for _ in range(4))
+        rotated, plain, heads, head_rope, act, added = (wide.clone()[:, :dim] for _ in range(6))
         ops.rms_norm_(rotated, weight, 1e-6, rope, 2)
         ops.rms_norm_(plain, weight, 1e-6, None, 0)
+        ops.rms_norm_(heads, weight[: 2 * half], 1e-6, None, 0)
+        ops.rms_norm_(head_rope, weight[: 2 * half], 1e-6, rope, 2)
         ops.gelu_(act)
         ops.gated_add_(added, y, modulation[2], 1, groups)
         norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, groups, 1e-6)
-        results.append([norm, ops.affine_norm(x, weight, y[0], 1e-6), rotated, plain, act, added])
-    for name, got, want in zip(["norm", "affine", "rope", "rms", "gelu", "add"], *results, strict=True):
+        affine = ops.affine_norm(x, weight, y[0], 1e-6)
+        results.append([norm, affine, rotated, plain, heads, head_rope, act, added])
+    names = ["norm", "affine", "rope", "rms", "heads", "heads, rope", "gelu", "add"]
+    for name, got, want in zip(names, *results, strict=True):
         error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
         print(f"{device} {dtype} {name}: max relative error {error:.1e}")
         assert error <= bound, name
@@ -62,7 +78,7 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-@pytest.mark.parametrize("dim", [256, 1536, 5120])
+@pytest.mark.parametrize("dim", [256, 1536, 3072, 5120])
 def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
     check_triton("cuda", dtype, dim, 64, bound)
     assert select_fused_ops(torch.device("cuda")).name == "triton"
@@ -72,7 +88,7 @@ def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
 def test_triton_interpreted_on_the_cpu() -> None:
     # the interpreter is chosen when kernels are defined: a process of its own
     code = f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_fused as t; "
-    code += "[t.check_triton('cpu', torch.float32, dim, 4, 1e-5) for dim in (24, 64)]"
+    code += "[t.check_triton('cpu', torch.float32, *sizes, 1e-5) for sizes in ((24, 4), (64, 4), (36, 6))]"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,10 +7,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from lowvram_video.identify import describe, identify
 from lowvram_video.memory.layout import bind, layout_blocks
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
 from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.identify import describe, identify
 from lowvram_video.wanvideo.model import WanModel
 from lowvram_video.weights.formats import assign_formats, format_for
 from lowvram_video.weights.gguf import GGUF_FORMATS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from lowvram_video.wanvideo.identify import describe, identify
+from lowvram_video.identify import describe, identify
 from lowvram_video.wanvideo.text_checkpoint import load_text_encoder
 from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
 from lowvram_video.wanvideo.text_gguf import BLOCK_NAMES, PackedTable, gguf_spiece

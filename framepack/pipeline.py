@@ -1,0 +1,219 @@
+"""From files and a prompt to a video that grows section by section: encode, denoise, decode, and kept at every step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..diffusion.pictures import load_image
+from ..diffusion.placing import on_device
+from ..diffusion.progress import Progress, Silent
+from ..diffusion.settings import RunSettings
+from ..memory.footprint import Limits
+from ..memory.lanes import Span
+from ..memory.limits import hold_budget, limits_for
+from ..memory.plan import MemoryPlan
+from ..memory.report import MemoryMonitor, RunReport, others_bytes
+from ..sampling.solver import StepInfo
+from ..weights.lora import LoraChoice, LoraReport
+from .decoding import decode_section
+from .film import Film
+from .generation import Generation, MadeSection, prepare, section_size
+from .model import BlockCache, Frames, History, StepCondition
+from .request import Material, ModelIdentity, Sampling, run_settings
+from .runs import RunStore
+from .sections import FRAMES_PER_SECOND, Section, num_frames
+from .streamed import StreamedFramePack
+from .vae import HunyuanVAE
+from .vae_checkpoint import load_vae, open_vae
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FramePackFiles:
+    """The checkpoint files of one model; `model_type` is "auto", "base" or "f1"."""
+
+    model: Path
+    vae: Path
+    loras: tuple[LoraChoice, ...] = ()
+    model_type: str = "auto"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Picture files that latents are made of; `size` is (width, height) in pixels."""
+
+    size: tuple[int, int]
+    start: Path | None = None
+    end: Path | None = None
+
+
+class FramePackPipeline:
+    """One model's files, ready to make videos. Opening reads headers; CheckpointError for files of other models."""
+
+    def __init__(
+        self,
+        files: FramePackFiles,
+        settings: RunSettings = RunSettings(),  # noqa: B008 - immutable
+        progress: Progress = Silent(),  # noqa: B008
+    ):
+        self.files, self.settings, self.progress = files, settings, progress
+        self.model = StreamedFramePack(files.model, settings, loras=files.loras, model_type=files.model_type)
+        open_vae(files.vae)
+        self.plan: MemoryPlan | None = None
+        self._limits: Limits | None = None
+        self._monitor = MemoryMonitor(settings.device)
+        self._pinned_bytes = 0
+        self._others_bytes = 0
+        self._spans: list[Span] = []
+
+    @property
+    def mode(self) -> str:
+        """ "base" or "f1"."""
+        return self.model.config.model_type
+
+    @torch.inference_mode()
+    def encode_pictures(self, pictures: Pictures) -> tuple[Tensor | None, Tensor | None]:
+        """Latents `[1, 16, 1, h, w]` of the start and the end picture, where given."""
+        width, height = pictures.size
+        images = [None if path is None else load_image(path, width, height) for path in (pictures.start, pictures.end)]
+        if not any(image is not None for image in images):
+            return None, None
+        with on_device(self._load_vae(), self.settings.device) as vae:
+            start, end = (None if image is None else vae.encode(image).float().cpu() for image in images)
+        return start, end
+
+    @torch.inference_mode()
+    def generate(self, sampling: Sampling, material: Material, output: Path, runs: Path | None = None) -> Film | None:
+        """Make a video, whole at `output` after each section; returns it (None in one-frame mode: see `picture`).
+
+        In `runs` every section is kept, and the same request goes on where it stopped. Bad requests are ValueErrors
+        before anything is loaded.
+        """
+        sections = material.sections(sampling)
+        for prompt in material.timed.unheard(sections):
+            logger.warning("the prompt %r holds for less than a section, and is not heard", prompt)
+        self.plan = self._plan(sampling, material)
+        self._monitor = MemoryMonitor(self.settings.device)
+        self._spans.clear()
+        with ExitStack() as open_files, self._monitor as monitor:
+            store = None if runs is None else open_files.enter_context(self._store(runs, sampling, material, sections))
+            folder = output.with_suffix("") if store is None else store.folder / "film"
+            film = Film(folder, output, FRAMES_PER_SECOND, grows="front" if sections[0].prepend else "back")
+            try:
+                with monitor.phase("prepare"):
+                    self.progress.begin("prepare")
+                    conditions = prepare(self.model, self.plan, sampling, material, sections)
+                generation = Generation(
+                    self._velocity, sampling, material, sections, conditions, self.settings.device, store, self._on_step
+                )
+                made = iter(generation.run())
+                while True:
+                    with monitor.phase("denoise"):
+                        section = next(made, None)
+                    if section is None:
+                        break
+                    if section.section.number >= film.num_sections:
+                        with monitor.phase("decode"):
+                            self._decode(section, film, num_frames(sampling.window))
+            finally:
+                self.progress.end()
+                self._stop()
+            if store is not None:
+                store.finish()
+        return film
+
+    def lora_reports(self) -> list[LoraReport]:
+        """How much of each LoRA is applied."""
+        return [lora.report for lora in self.model.loras.loras]
+
+    def report(self) -> RunReport:
+        """What the last video used."""
+        budget = self._limits.vram_budget_bytes if self._limits and self.settings.device.type == "cuda" else None
+        report = self._monitor.report(self._pinned_bytes, self._others_bytes, budget)
+        if self._spans:
+            report = report.with_spans(self._spans, 0.0)
+        if self.plan is None or budget is None:
+            return report
+        return report.with_predictions({"denoise": self.plan.predicted_denoise_bytes})
+
+    def _plan(self, sampling: Sampling, material: Material) -> MemoryPlan:
+        settings = self.settings
+        self._limits = limits_for(
+            settings.device,
+            vram_budget_gib=settings.vram_budget_gib,
+            ram_budget_gib=settings.ram_budget_gib,
+            blocks_to_swap=settings.blocks_to_swap,
+            num_slots=None if settings.prefetch is None else settings.prefetch + 1,
+            fused=self.model.model.execution.ops.name != "eager",
+            sage_attention=self.model.model.execution.attention.name == "sageattn",
+        )
+        hold_budget(settings.device, self._limits)
+        self._others_bytes = others_bytes(settings.device, self._limits.context_bytes)
+        self.model.step_cache = sampling.cache_threshold is not None
+        return self.model.make_plan(section_size(sampling, material), self._limits)
+
+    def _store(self, runs: Path, sampling: Sampling, material: Material, sections: Sequence[Section]) -> RunStore:
+        loras = tuple([choice.path.name, choice.path.stat().st_size, choice.strength] for choice in self.files.loras)
+        model = ModelIdentity(
+            self.files.model.name,
+            sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
+            loras,
+            {"dtype": str(self.model.model.execution.dtype), "quantization": self.settings.quantization},
+        )
+        return RunStore.open(runs, run_settings(sampling, material, model), len(sections))
+
+    def _velocity(
+        self, noisy: Frames, history: History, condition: StepCondition, image: Tensor | None, cache: BlockCache | None
+    ) -> Tensor:
+        if not self.model.started:
+            assert self.plan is not None
+            self.model.limits = self._limits
+            self.model.start(self.model.plan or self.plan)  # leaner than at first, if the device ran out of memory
+            self._pinned_bytes = max(self._pinned_bytes, self.model.pinned_bytes)
+        return self.model(noisy, history, condition, image, cache)
+
+    def _on_step(self, section: Section, step: StepInfo) -> None:
+        if step.index == 0:
+            self.progress.begin(f"section {section.number + 1} of {section.num_sections}")
+        self.progress.update(step.index + 1, step.num_steps)
+
+    def _decode(self, made: MadeSection, film: Film, overlap: int) -> None:
+        """Frames of a section, with the model's device memory given back meanwhile."""
+        self.progress.begin("decode")
+        self._note_spans()
+        self.model.stop()
+        device, limits = self.settings.device, self._limits
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with on_device(self._load_vae(), device) as vae:
+            free_bytes = None
+            if device.type == "cuda" and limits is not None:
+                free_bytes = limits.vram_budget_bytes - limits.context_bytes - torch.cuda.memory_allocated(device)
+            frames = decode_section(vae, made.to_decode, free_bytes)
+        film.add(frames, overlap)
+
+    def _load_vae(self) -> HunyuanVAE:
+        vae = load_vae(self.files.vae, self.settings.compute_dtype, "cpu")
+        if self.settings.device.type == "cuda" and self.settings.compute_dtype.itemsize == 2:
+            vae.to_channels_last()
+        return vae
+
+    def _stop(self) -> None:
+        self._note_spans()
+        self.model.release()
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _note_spans(self) -> None:
+        """Keep what its lanes did, on the monitor's clock: the lanes go with the model."""
+        spans, age = self.model.spans()
+        since_ms = 1e3 * (self._monitor.now() - age)
+        self._spans += [replace(s, begin_ms=s.begin_ms + since_ms, end_ms=s.end_ms + since_ms) for s in spans]

@@ -1,0 +1,63 @@
+"""A FramePack model under ComfyUI's memory management."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..diffusion.settings import RunSettings
+from ..framepack.footprint import SectionSize
+from ..framepack.generation import Conditions, prepare, section_size
+from ..framepack.model import BlockCache, Frames, History, StepCondition
+from ..framepack.request import Material, Sampling
+from ..framepack.sections import Section
+from ..framepack.streamed import StreamedFramePack
+from ..memory.footprint import WorkSize
+from .engine import Engine
+
+
+class FramePackEngine(Engine[StreamedFramePack]):
+    """Planned for a section; on the device from its first pass until something else wants the room."""
+
+    def __init__(self, path: Path, settings: RunSettings, model_type: str = "auto"):
+        super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings)
+        self._work: WorkSize | None = None
+
+    def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
+        """A section of the usual length: that of the video does not matter."""
+        return SectionSize(4 * 9 - 3, height, width, passes_per_step=passes_per_step)
+
+    def check_latent(self, latent: Tensor) -> None:
+        raise ValueError(
+            "FramePack makes a video section by section, which ComfyUI's samplers cannot do: connect this model to "
+            "FramePack Sampler (Low VRAM)"
+        )
+
+    def prepared(self, sampling: Sampling, material: Material, sections: tuple[Section, ...]) -> Conditions:
+        """What is made once per run. PlanError, before anything is read, where a section does not fit."""
+        with self.returning_memory():
+            self.prepare()
+            self._work = section_size(sampling, material)
+            self.streamed.step_cache = sampling.cache_threshold is not None
+            plan = self.plan(self._work)
+            with self.within_budget():
+                return prepare(self.streamed, plan, sampling, material, sections)
+
+    def velocity(
+        self,
+        noisy: Frames,
+        history: History,
+        condition: StepCondition,
+        image: Tensor | None,
+        cache: BlockCache | None,
+    ) -> Tensor:
+        """The velocity (see `FramePackModel.forward`). Memory is returned when it fails or is interrupted."""
+        assert self._work is not None
+        with self.returning_memory():
+            if not self.streamed.started:
+                self.prepare()
+                self.start(self.plan(self._work))
+            with self.within_budget():
+                return self.streamed(noisy, history, condition, image, cache)

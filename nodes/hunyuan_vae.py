@@ -1,0 +1,60 @@
+"""Our HunyuanVideo decoder with the weights of ComfyUI's VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..framepack.vae import HunyuanVAE
+from ..framepack.vae_checkpoint import adopt_vae, find_prefix
+from ..weights.reader import Checkpoint, TensorInfo
+from . import host
+
+MIB = 2**20
+
+
+def is_hunyuan_vae(vae: Any) -> bool:
+    """Whether a VAE is HunyuanVideo's, which FramePack shares."""
+    return find_prefix(vae.first_stage_model.state_dict()) == ""
+
+
+@contextmanager
+def native_decoder(vae: Any) -> Iterator[tuple[HunyuanVAE, int | None]]:
+    """Our decoder on the device while it works, and the bytes that it may use beside its weights (None: any number).
+
+    ValueError for the VAE of another model.
+    """
+    stored: dict[str, Tensor] = vae.first_stage_model.state_dict()
+    if find_prefix(stored) != "":
+        raise ValueError(
+            "FramePack needs the HunyuanVideo VAE (hunyuan_video_vae_bf16), and this is another: load that"
+        )
+    infos = {
+        name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
+        for name, tensor in stored.items()
+    }
+    config, fitting = adopt_vae(Checkpoint(Path("the connected VAE"), infos, {}))
+    device, dtype = host.decode_device(), vae.vae_dtype
+    decoder = HunyuanVAE(config, device="meta", dtype=dtype)
+    host.make_room(sum(info.nbytes for info in infos.values()) + 256 * MIB, device)
+    weights = {}
+    for name, info in fitting.tensors.items():
+        weights[name] = stored[info.name].view(info.shape).to(device=device, dtype=dtype)
+    decoder.load_state_dict(weights, assign=True)
+    if device.type == "cuda" and dtype.itemsize == 2:
+        decoder.to_channels_last()
+    try:
+        yield decoder.requires_grad_(False), _free_bytes(device)
+    finally:
+        decoder.to("meta")
+        host.empty_cache()
+
+
+def _free_bytes(device: Any) -> int | None:
+    if device.type != "cuda":
+        return None
+    return max(0, host.free_vram(device) - host.reserved_vram())
