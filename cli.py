@@ -14,7 +14,10 @@ import torch
 
 from .attention.select import ATTENTION_MODES
 from .demo.show import make_demo
+from .diffusion.file_kinds import file_kind
 from .diffusion.settings import RunSettings, usable_device
+from .framepack.checkpoint import open_framepack
+from .identify import describe, identify
 from .memory.footprint import WorkSize
 from .memory.limits import limits_for
 from .memory.plan import describe as describe_plan
@@ -24,7 +27,6 @@ from .sampling.samplers import SAMPLERS
 from .sampling.schedules import SPACINGS
 from .video import VideoWriter, check_writable
 from .wanvideo.checkpoint import open_wan
-from .wanvideo.identify import describe, identify
 from .wanvideo.pipeline import WanFiles, WanPipeline
 from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, defaults_for
 from .wanvideo.streamed import StreamedWan
@@ -33,7 +35,7 @@ from .weights.compute import QUANTIZATIONS
 from .weights.convert import FILE_FORMATS, convert
 from .weights.lora import LoraChoice
 from .weights.lora_source import LORA_MODES
-from .weights.reader import open_checkpoint
+from .weights.reader import Checkpoint, CheckpointError, open_checkpoint
 
 BAD_INPUT = 2
 
@@ -240,8 +242,8 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def convert_file(options: argparse.Namespace) -> None:
-    """Write a quantised copy of a Wan transformer, tensor by tensor."""
-    _, checkpoint = open_wan(options.source)
+    """Write a quantised copy of a Wan or FramePack transformer, tensor by tensor."""
+    checkpoint = _open_transformer(options.source)
     progress = TerminalProgress(sys.stderr)
     progress.begin("convert")
     try:
@@ -249,6 +251,18 @@ def convert_file(options: argparse.Namespace) -> None:
     finally:
         progress.end()
     print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
+
+
+def _open_transformer(path: Path) -> Checkpoint:
+    found = file_kind(open_checkpoint(path).tensors)
+    if found.kind == "wan transformer":
+        return open_wan(path)[1]
+    if found.kind == "framepack transformer":
+        return open_framepack(path)[1]
+    raise CheckpointError(
+        f"{path}: this is {found.title}; expected a Wan or FramePack transformer; "
+        "choose such a file (wan2.1_…, wan2.2_… or FramePackI2V_HY_…)"
+    )
 
 
 def demo(options: argparse.Namespace) -> None:

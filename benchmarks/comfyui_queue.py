@@ -531,7 +531,8 @@ def highvram(bench: Bench, record: Record) -> None:
     """All blocks stay on the card."""
     flagged(bench, record, "--highvram", budget=False)
     size = (bench.base / "models" / "diffusion_models" / bench.size.large.file).stat().st_size
-    record.check("the whole model is in VRAM", record.figures["allocated_bytes"] >= 0.95 * size)
+    # the text's keys and values are made once, and the weights for that (a seventh) need not stay
+    record.check("all blocks are in VRAM", record.figures["allocated_bytes"] >= 0.8 * size)
 
 
 def lowvram(bench: Bench, record: Record) -> None:
@@ -595,6 +596,9 @@ def _check_budget(bench: Bench, record: Record, peak_bytes: int) -> None:
         record.check(f"never above the budget of {budget} GiB", peak_bytes <= budget * GIB, peak_bytes / GIB)
 
 
+LIBRARY_BYTES = 384 << 20
+
+
 def _check_returned(record: Record, what: str, loaded: State, after: State, empty: State) -> None:
     """Nothing pinned, nothing loaded, and 95 % of the VRAM between `loaded` and `empty` free again."""
     record.check(f"{what}: nothing is pinned", after["pinned_bytes"] == 0, after["pinned_bytes"])
@@ -603,7 +607,9 @@ def _check_returned(record: Record, what: str, loaded: State, after: State, empt
     if ON_GPU:
         taken = loaded["vram_bytes"] - empty["vram_bytes"]
         share = (loaded["vram_bytes"] - after["vram_bytes"]) / max(1, taken)
-        record.check(f"{what}: VRAM is returned", share >= 0.95, share)
+        # what libraries took meanwhile (cuBLAS, core's own loader) stays in the process
+        left = after["vram_bytes"] - empty["vram_bytes"]
+        record.check(f"{what}: VRAM is returned", share >= 0.95 or left <= LIBRARY_BYTES, share)
 
 
 def _wait_for_step(bench: Bench, prompt: str, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Full-size Wan checkpoints with random weights, for measuring: speed and memory depend on shapes and dtypes alone.
+"""Full-size Wan and FramePack checkpoints with random weights: speed and memory depend on shapes and dtypes alone.
 
 python benchmarks/synthetic.py 14b fp8 /tmp/wan14b_fp8.safetensors
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import struct
 import sys
 import time
@@ -15,30 +16,49 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lowvram_video.framepack.config import FramePackConfig
+from lowvram_video.framepack.model import FramePackModel
 from lowvram_video.wanvideo.config import WanConfig
 from lowvram_video.wanvideo.model import WanModel
 from lowvram_video.weights.gguf_reference import random_blocks
 from safetensors.torch import save_file
 
-CONFIGS: Mapping[str, WanConfig] = {
+Config = WanConfig | FramePackConfig
+
+CONFIGS: Mapping[str, Config] = {
     "1.3b": WanConfig("t2v", 1536, 8960, 12, 30),
     "14b": WanConfig("t2v", 5120, 13824, 40, 40),
     "14b-i2v": WanConfig("i2v", 5120, 13824, 40, 40, in_channels=36, image_dim=1280),
     "5b": WanConfig("ti2v", 3072, 14336, 24, 30, in_channels=48, out_channels=48),
+    "framepack": FramePackConfig(),
 }
+IN_BLOCK = re.compile(r"^(?:single_)?(?:transformer_)?blocks\.(\d+)\.")
 DTYPES = {"bf16": (torch.bfloat16, "BF16"), "fp8": (torch.float8_e4m3fn, "F8_E4M3")}
 
 
-def write_checkpoint(path: Path, config: WanConfig, dtype: str, device: str, num_blocks: int | None = None) -> int:
+def tensors_of(config: Config) -> dict[str, torch.Tensor]:
+    """The model's tensors on the meta device, by their names in files."""
+    model = WanModel if isinstance(config, WanConfig) else FramePackModel
+    return dict(model(config, device="meta").state_dict())
+
+
+def block_number(name: str) -> int | None:
+    """The number of the block that a tensor belongs to, if any."""
+    match = IN_BLOCK.match(name)
+    return None if match is None else int(match[1])
+
+
+def write_checkpoint(path: Path, config: Config, dtype: str, device: str, num_blocks: int | None = None) -> int:
     """Write a safetensors file in the official layout; linear weights of the blocks in `dtype`, the rest in bf16.
 
     Tensors are made one at a time, so any size fits. Returns the file's bytes.
     """
     tensors = {}
-    for name, tensor in WanModel(config, device="meta").state_dict().items():
-        if num_blocks is not None and name.startswith("blocks.") and int(name.split(".")[1]) >= num_blocks:
+    for name, tensor in tensors_of(config).items():
+        number = block_number(name)
+        if num_blocks is not None and number is not None and number >= num_blocks:
             continue
-        quantised = name.startswith("blocks.") and tensor.ndim == 2
+        quantised = number is not None and tensor.ndim == 2
         stored, label = DTYPES[dtype if quantised else "bf16"]
         tensors[name] = (tuple(tensor.shape), stored, label)
     header, end = {}, 0
@@ -63,7 +83,7 @@ def write_checkpoint(path: Path, config: WanConfig, dtype: str, device: str, num
     return len(raw) + 8 + end
 
 
-def write_gguf(path: Path, config: WanConfig, quant: str, device: str) -> int:
+def write_gguf(path: Path, config: Config, quant: str, device: str) -> int:
     """Write a GGUF file whose block weights hold random valid bytes of a type, the rest F32. Returns the file's bytes.
 
     One matrix of each shape is made and written again for every layer of that shape.
@@ -75,9 +95,9 @@ def write_gguf(path: Path, config: WanConfig, quant: str, device: str) -> int:
     writer = gguf.GGUFWriter(path, "wan")
     made: dict[tuple[int, ...], np.ndarray] = {}
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in WanModel(config, device="meta").state_dict().items():
+    for name, tensor in tensors_of(config).items():
         shape = tuple(tensor.shape)
-        if name.startswith("blocks.") and tensor.ndim == 2:
+        if block_number(name) is not None and tensor.ndim == 2:
             if shape not in made:
                 blocks = random_blocks(quant, shape[0] * shape[1] // elements, generator)
                 made[shape] = blocks.reshape(shape[0], shape[1] // elements * nbytes).numpy()
@@ -94,12 +114,12 @@ def write_gguf(path: Path, config: WanConfig, quant: str, device: str) -> int:
     return path.stat().st_size
 
 
-def write_lora(path: Path, config: WanConfig, rank: int, seed: int = 0) -> int:
+def write_lora(path: Path, config: Config, rank: int, seed: int = 0) -> int:
     """Write a LoRA of all linear layers of the blocks, bf16. Returns the file's bytes."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, tensor in WanModel(config, device="meta").state_dict().items():
-        if not name.startswith("blocks.") or tensor.ndim != 2:
+    for name, tensor in tensors_of(config).items():
+        if block_number(name) is None or tensor.ndim != 2:
             continue
         layer = f"diffusion_model.{name.removesuffix('.weight')}"
         out_features, in_features = tensor.shape

@@ -66,19 +66,19 @@ class Workspace:
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         """`[rows, dim]` each."""
-        q, k, v = self.pool[: 3 * self.num_rows * self.dim].view(3, self.num_rows, self.dim).unbind(0)
+        size = self.num_rows * self.dim
+        q, k, v = (rows_of(self.pool, first, self.num_rows, self.dim) for first in (0, size, 2 * size))
         return q, k, v
 
     @property
     def hidden(self) -> Tensor:
         """`[hidden_rows, ffn_dim]`, over the same bytes."""
-        return self.pool[: self.hidden_rows * self.ffn_dim].view(self.hidden_rows, self.ffn_dim)
+        return rows_of(self.pool, 0, self.hidden_rows, self.ffn_dim)
 
     @property
     def joined(self) -> Tensor:
         """`[joined_rows, joined_dim]`, over the bytes of k and v."""
-        first = self.num_rows * self.dim
-        return self.pool[first : first + self.joined_rows * self.joined_dim].view(self.joined_rows, self.joined_dim)
+        return rows_of(self.pool, self.num_rows * self.dim, self.joined_rows, self.joined_dim)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Row ranges of at most `token_chunk` rows that cover `start .. stop` evenly."""
@@ -100,3 +100,11 @@ class Workspace:
             for other in others:
                 first_out.add_(other)
             query.copy_(first_out)
+
+
+def rows_of(buffer: Tensor, first: int, num_rows: int, dim: int) -> Tensor:
+    """`[num_rows, dim]` of a contiguous buffer from its element `first` on.
+
+    By strides: inductor writes to such a view where it lies, and to a slice by making the whole buffer anew.
+    """
+    return buffer.as_strided((num_rows, dim), (dim, 1), first)

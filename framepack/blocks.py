@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..diffusion.layers import Scale
 from ..diffusion.transformer import Block
-from ..diffusion.workspace import Workspace
+from ..diffusion.workspace import Workspace, rows_of
 from ..fused.select import Rope, RowGroups
 from ..weights.linear import Linear, Projection, project_together
 from .config import FramePackConfig
@@ -98,6 +98,7 @@ class DoubleBlock(FramePackBlock):
 
     def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
         """`x [rows, dim]` in place; `modulation [12, dim]` fp32, six vectors for image and six for text."""
+        x = rows_of(x, 0, *x.shape)
         attn, eps = self.attn, self.eps
         image, text = slice(0, num_image), slice(num_image, x.shape[0])
         norm_image, add_image = modulated(x, modulation[0:3], eps, work)
@@ -142,6 +143,7 @@ class SingleBlock(FramePackBlock):
 
     def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
         """`x [rows, dim]` in place; `modulation [3, dim]` fp32."""
+        x = rows_of(x, 0, *x.shape)
         attn, eps = self.attn, self.eps
         normed, add = modulated(x, modulation, eps, work)
         everything = slice(0, x.shape[0])

@@ -74,11 +74,6 @@ class FramePackPipeline:
         self._others_bytes = 0
         self._spans: list[Span] = []
 
-    @property
-    def mode(self) -> str:
-        """ "base" or "f1"."""
-        return self.model.config.model_type
-
     @torch.inference_mode()
     def encode_pictures(self, pictures: Pictures) -> tuple[Tensor | None, Tensor | None]:
         """Latents `[1, 16, 1, h, w]` of the start and the end picture, where given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .checkpoint import build_framepack, open_framepack
 from .footprint import FramePackFootprint
 from .lora_layers import framepack_aliases
 from .model import BlockCache, FramePackModel, Frames, History, Prompt, StepCondition
+from .sections import SectionMode
 
 # Modulation: a quarter of all weights, which act on one vector per step.
 MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm.linear.")
@@ -49,6 +51,11 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         aliases = framepack_aliases(checkpoint.tensors)
         head_dim = self.config.head_dim
         super().__init__(model, checkpoint, settings, head_dim, aliases, registrar, between_blocks, loras)
+
+    @property
+    def mode(self) -> SectionMode:
+        """Whether sections are made from the end (base) or from the start (F1)."""
+        return cast(SectionMode, self.config.model_type)
 
     def optional_names(self, names: Sequence[str]) -> set[str]:
         return {name for name in names if name.startswith(MODULATION)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -242,8 +243,10 @@ class Engine(Generic[S]):
         self._running = True
         try:
             yield
-        except BaseException:  # an interrupt is no Exception
+        except BaseException as error:  # an interrupt is no Exception
             self._running = False
+            # its frames hold the failed pass's activations for as long as anybody holds the error
+            traceback.clear_frames(error.__traceback__)
             self.release()
             host.empty_cache()
             raise

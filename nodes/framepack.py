@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import torch
@@ -101,7 +101,7 @@ class FramePackSampler(io.ComfyNode):
                     tooltip="GB of VRAM that stay free for others: a hard limit. 0: planned from what is free, or as "
                     "Block Swap says.",
                 ),
-                io.Combo.Input("sampler", options=list(SAMPLERS), default="unipc_bh1", tooltip="The first is FramePack's."),
+                io.Combo.Input("sampler", options=list(SAMPLERS), default="unipc_bh1", tooltip="FramePack's first."),
                 io.Float.Input(
                     "denoise_strength", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="With initial_samples: 1 makes a new video, 0 keeps the given one.",
@@ -161,15 +161,16 @@ class FramePackSampler(io.ComfyNode):
             patcher = patcher.with_options(
                 vram_budget_gb=host.vram_without(gpu_memory_preservation, patcher.load_device)
             )
-        engine: FramePackEngine = patcher.engine
+        engine = cast(FramePackEngine, patcher.engine)
         latents = _Latents(patcher)
         start = latents.given(start_latent, 1)
         timed, prompts = timed_prompt_of(positive)
         end = end_image or EndImageOptions(None, None, 1.0, "linear")
-        size = (height // SPATIAL_STRIDE, width // SPATIAL_STRIDE) if start is None else tuple(start.shape[3:])
         given = latents.given(extend_samples)
+        pictured = given if start is None else start
+        size = (height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
         material = Material(
-            latent_size=tuple(given.shape[3:]) if start is None and given is not None else size,
+            latent_size=size if pictured is None else (pictured.shape[3], pictured.shape[4]),
             timed=timed,
             prompts={name: _prompt(text, options) for name, text, options in prompts},
             negative=None if negative is None else _prompt(*negative[0]),
@@ -201,7 +202,7 @@ def framepack_model(model: Any) -> StreamedModelPatcher:
 def _sampling(engine: FramePackEngine, widgets: dict[str, Any]) -> Sampling:
     return Sampling(
         seconds=widgets["total_second_length"],
-        mode=engine.streamed.config.model_type,
+        mode=engine.streamed.mode,
         window=widgets["latent_window_size"],
         num_steps=widgets["steps"],
         sampler=widgets["sampler"],

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ..diffusion.layers import Affine, Scale, parameter
 from ..diffusion.transformer import Block
-from ..diffusion.workspace import Workspace
+from ..diffusion.workspace import Workspace, rows_of
 from ..fused.select import Rope, RowGroups
-from ..weights.linear import Linear, project_together
+from ..weights.linear import Linear, project_gelu, project_together
 from .config import WanConfig
 
 
@@ -90,6 +90,7 @@ class WanBlock(Block):
         work: Workspace,
     ) -> None:
         """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
+        x = rows_of(x, 0, *x.shape)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
         ops, eps = work.ops, self.eps
 
@@ -208,8 +209,7 @@ class FeedForward(nn.Sequential):
             project = self.widen.prepare(work.dtype, work.scratch)
             for rows in work.chunks(start, stop):
                 hidden = work.hidden[rows.start - start : rows.stop - start]
-                project(normed(rows), out=hidden)
-                work.ops.gelu_(hidden)
+                project_gelu(project, normed(rows), hidden, work.ops.gelu_)
             work.scratch.reset()
             project = self.narrow.prepare(work.dtype, work.scratch)
             for rows in work.chunks(start, stop):

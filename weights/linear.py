@@ -13,13 +13,14 @@ Formats that multiply 8-bit numbers quantise their rows first; layers that read 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .low_rank import LowRank, SideBranch
+from .low_rank import LowRank, SideBranch, hidden_of
+from .low_rank_ops import TORCH, LowRankOps
 
 
 class Projection(Protocol):
@@ -42,12 +43,31 @@ class Projection(Protocol):
 
 
 def project_together(projections: Sequence[Projection], x: Tensor, outs: Sequence[Tensor]) -> None:
-    """Write the products of several layers with the same rows; the rows are quantised once per form."""
+    """Write the products of several layers with the same rows.
+
+    The rows are quantised once per form, and read once for all low-rank updates together.
+    """
+    hidden = iter(hidden_of([project for project in projections if isinstance(project, SideBranch)], x))
     forms: dict[str, Any] = {}
     for project, out in zip(projections, outs, strict=True):
-        if project.form not in forms:
-            forms[project.form] = project.quantize(x)
-        project.multiply(forms[project.form], out=out)
+        main = project.project if isinstance(project, SideBranch) else project
+        if main.form not in forms:
+            forms[main.form] = main.quantize(x)
+        main.multiply(forms[main.form], out=out)
+        if isinstance(project, SideBranch):
+            project.add_up_(out, next(hidden))
+
+
+def project_gelu(project: Projection, x: Tensor, out: Tensor, gelu_: Callable[[Tensor], None]) -> None:
+    """Write GELU (tanh approximation) of a layer's product into `out`; `gelu_` does that in place.
+
+    A low-rank update beside the layer does it while it passes over the product anyway.
+    """
+    if isinstance(project, SideBranch):
+        project.project_gelu(x, out, gelu_)
+    else:
+        project(x, out=out)
+        gelu_(out)
 
 
 class Scratch:
@@ -156,6 +176,7 @@ class Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.format: WeightFormat = PLAIN
+        self.low_rank_ops: LowRankOps = TORCH
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
@@ -182,7 +203,7 @@ class Linear(nn.Module):
         if isinstance(project, DenseProjection) and project.weight is not packed["weight"]:
             update.add_to_weight_(project.weight)
             return project
-        return SideBranch(project, update)
+        return SideBranch(project, update, self.low_rank_ops)
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""

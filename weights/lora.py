@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from .lora_names import ALPHA, DIFF, DIFFERENCE_LEAVES, DOWN, MAGNITUDE, UP, LayerNames, split_key
+from .lora_names import ALPHA, DIFF, DIFFERENCE_LEAVES, DOWN, MAGNITUDE, UP, Aliases, LayerNames, split_key
 from .reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class LoraChoice:
 class LowRankPair:
     """One layer's factors by their keys: `up [out, rank] @ down [rank, in] * scale`; `scale` is alpha / rank.
 
-    With a `magnitude` it is a DoRA: the changed weight's rows (or columns) get those lengths.
+    With a `magnitude` it is a DoRA: the changed weight's rows (or columns) get those lengths. `rows` are the layer's of
+    up and magnitude, in its order (see `LayerPart`).
     """
 
     down: str
@@ -39,6 +41,15 @@ class LowRankPair:
     rank: int
     scale: float = 1.0
     magnitude: str | None = None
+    rows: tuple[range, ...] = ()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is added to one tensor, by its key; `rows` see `LayerPart`."""
+
+    key: str
+    rows: tuple[range, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,23 +80,40 @@ class LoraReport:
 
 @dataclass(frozen=True)
 class Lora:
-    """An open LoRA: low-rank pairs by layer, whole differences by tensor (with their keys)."""
+    """An open LoRA: low-rank pairs by layer, whole differences by tensor."""
 
     checkpoint: Checkpoint
     pairs: Mapping[str, LowRankPair]
-    differences: Mapping[str, str]
+    differences: Mapping[str, Difference]
     report: LoraReport
 
-    def factors(self, pair: LowRankPair) -> tuple[Tensor, Tensor]:
-        """`up [out, rank]` and `down [rank, in]` as stored."""
-        return self.checkpoint.read(pair.up).flatten(1), self.checkpoint.read(pair.down).flatten(1)
+    def up(self, pair: LowRankPair) -> Tensor:
+        """`[out, rank]` as stored."""
+        return self._rows(pair.up, pair.rows).flatten(1)
+
+    def down(self, pair: LowRankPair) -> Tensor:
+        """`[rank, in]` as stored."""
+        return self.checkpoint.read(pair.down).flatten(1)
+
+    def magnitude(self, pair: LowRankPair) -> Tensor:
+        """One number per output, or per input, of a DoRA."""
+        assert pair.magnitude is not None
+        return self._rows(pair.magnitude, pair.rows)
+
+    def difference(self, difference: Difference) -> Tensor:
+        """As stored; its shape may have more or fewer dimensions than the tensor's."""
+        return self._rows(difference.key, difference.rows)
+
+    def _rows(self, key: str, rows: Sequence[range]) -> Tensor:
+        tensor = self.checkpoint.read(key)
+        return torch.cat([tensor[part.start : part.stop] for part in rows]) if rows else tensor
 
 
-def open_lora(path: str | Path, tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> Lora:
+def open_lora(path: str | Path, tensors: Mapping[str, TensorInfo], aliases: Aliases) -> Lora:
     """Open a LoRA for a model; reads its header and its alphas.
 
-    `tensors` are the model's by official name, `aliases` see `LayerNames`. CheckpointError for a file that is no LoRA
-    or one of another model; what merely finds no place is in the report.
+    `tensors` are the model's by official name. CheckpointError for a file that is no LoRA or one of another model; what
+    merely finds no place is in the report.
     """
     checkpoint = open_checkpoint(path)
     sorter = _Sorter(checkpoint, tensors, LayerNames(aliases))
@@ -95,14 +123,21 @@ def open_lora(path: str | Path, tensors: Mapping[str, TensorInfo], aliases: Mapp
     return lora
 
 
-def open_loras(
-    choices: Sequence[LoraChoice], tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]
-) -> list[Lora]:
+def open_loras(choices: Sequence[LoraChoice], tensors: Mapping[str, TensorInfo], aliases: Aliases) -> list[Lora]:
     """The chosen LoRAs, opened for one model (see `open_lora`); what of them finds no place is logged."""
     loras = [open_lora(choice.path, tensors, aliases) for choice in choices]
     for lora in loras:
         logger.log(logging.WARNING if lora.report.skipped else logging.INFO, "LoRA %s", lora.report)
     return loras
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A key, and the rows of it that are a layer's; in all it should have `num_rows` (0: as many as the layer)."""
+
+    key: str
+    rows: tuple[range, ...] = ()
+    num_rows: int = 0
 
 
 @dataclass
@@ -112,7 +147,7 @@ class _Sorter:
     checkpoint: Checkpoint
     tensors: Mapping[str, TensorInfo]
     names: LayerNames
-    found: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))  # layer -> part -> key
+    found: dict[str, dict[str, _Found]] = field(default_factory=lambda: defaultdict(dict))  # layer -> part of its LoRA
     skipped: dict[str, str] = field(default_factory=dict)
     misfits: dict[str, str] = field(default_factory=dict)  # layer -> how its shapes differ
     num_lora_keys: int = 0
@@ -124,18 +159,20 @@ class _Sorter:
                 self.skipped[key] = "not known as a part of a LoRA"
                 continue
             self.num_lora_keys += 1
-            layer = self.names.find(split[0])
-            if layer is None:
-                self.skipped[key] = "the model has no such layer"
-            elif split[1] in self.found[layer]:
-                self.skipped[key] = f"{self.found[layer][split[1]]} is the same"
-            else:
-                self.found[layer][split[1]] = key
+            stem, part = split
+            layers = self.names.find(stem)
+            others = [self.found[each.layer][part].key for each in layers if part in self.found[each.layer]]
+            if not layers or others:
+                self.skipped[key] = f"{others[0]} is the same" if others else "the model has no such layer"
+                continue
+            num_rows = sum(len(rows) for each in layers for rows in each.rows)
+            for each in layers:
+                self.found[each.layer][part] = _Found(key, each.rows, num_rows)
 
     def pairs(self) -> dict[str, LowRankPair]:
         pairs: dict[str, LowRankPair] = {}
         for layer, parts in self.found.items():
-            keys = [parts[part] for part in (DOWN, UP, ALPHA, MAGNITUDE) if part in parts]
+            keys = [parts[part].key for part in (DOWN, UP, ALPHA, MAGNITUDE) if part in parts]
             if not keys:
                 continue
             reason = self._pair_problem(layer, parts)
@@ -145,18 +182,19 @@ class _Sorter:
                 self.skipped |= dict.fromkeys(keys, reason)
         return pairs
 
-    def differences(self) -> dict[str, str]:
-        differences: dict[str, str] = {}
+    def differences(self) -> dict[str, Difference]:
+        differences: dict[str, Difference] = {}
         for layer, parts in self.found.items():
             for part, leaf in DIFFERENCE_LEAVES.items():
                 if part not in parts:
                     continue
                 name = layer if part == DIFF and layer in self.tensors else f"{layer}.{leaf}"
-                reason = self._difference_problem(name, parts[part])
+                found = parts[part]
+                reason = self._difference_problem(name, found)
                 if reason is None:
-                    differences[name] = parts[part]
+                    differences[name] = Difference(found.key, found.rows)
                 else:
-                    self.skipped[parts[part]] = reason
+                    self.skipped[found.key] = reason
         return differences
 
     def report(self) -> LoraReport:
@@ -186,13 +224,14 @@ class _Sorter:
                 f"{next(iter(self.tensors)).rpartition('.')[0]}; choose a LoRA that was made for this model"
             )
 
-    def _pair(self, parts: Mapping[str, str]) -> LowRankPair:
+    def _pair(self, parts: Mapping[str, _Found]) -> LowRankPair:
         rank = self._shape(parts[DOWN])[0]
         # without an alpha it is the rank
-        scale = 1.0 if ALPHA not in parts else float(self.checkpoint.read(parts[ALPHA])) / rank
-        return LowRankPair(parts[DOWN], parts[UP], rank, scale, parts.get(MAGNITUDE))
+        scale = 1.0 if ALPHA not in parts else float(self.checkpoint.read(parts[ALPHA].key)) / rank
+        magnitude = parts[MAGNITUDE].key if MAGNITUDE in parts else None
+        return LowRankPair(parts[DOWN].key, parts[UP].key, rank, scale, magnitude, parts[UP].rows)
 
-    def _pair_problem(self, layer: str, parts: Mapping[str, str]) -> str | None:
+    def _pair_problem(self, layer: str, parts: Mapping[str, _Found]) -> str | None:
         if DOWN not in parts or UP not in parts:
             return "half of a pair"
         weight = self.tensors.get(f"{layer}.weight")
@@ -200,7 +239,8 @@ class _Sorter:
             return "the model has no such layer"
         shape = weight.logical_shape or weight.shape
         down, up = self._shape(parts[DOWN]), self._shape(parts[UP])
-        wanted = (shape[0], math.prod(shape[1:]))
+        num_rows = parts[UP].num_rows
+        wanted = (num_rows or shape[0], math.prod(shape[1:]))
         given = (up[0], math.prod(down[1:])) if down and up else (0, 0)
         if len(shape) < 2 or wanted != given:
             return self._misfit(layer, f"{given[1]} to {given[0]} features, the model has {wanted[1]} to {wanted[0]}")
@@ -208,26 +248,28 @@ class _Sorter:
             return f"its factors are {list(up)} and {list(down)}, which cannot be multiplied"
         if ALPHA in parts and math.prod(self._shape(parts[ALPHA])) != 1:
             return "its alpha is not one number"
-        if MAGNITUDE in parts and math.prod(self._shape(parts[MAGNITUDE])) not in wanted:
+        # of a part of the layer there are no magnitudes per input
+        if MAGNITUDE in parts and math.prod(self._shape(parts[MAGNITUDE])) not in wanted[: 1 if num_rows else 2]:
             return "its magnitudes are neither one per output nor one per input"
         return None
 
-    def _difference_problem(self, name: str, key: str) -> str | None:
+    def _difference_problem(self, name: str, found: _Found) -> str | None:
         info = self.tensors.get(name)
         if info is None:
             return f"the model has no {name.rpartition('.')[2]} there"
         shape = info.logical_shape or info.shape
-        given = self._shape(key)
-        if math.prod(shape) != math.prod(given):
-            return self._misfit(name, f"{list(given)}, the model has {list(shape)}")
+        wanted = (found.num_rows, *shape[1:]) if found.num_rows else shape
+        given = self._shape(found)
+        if math.prod(wanted) != math.prod(given) or (found.num_rows and given[0] != found.num_rows):
+            return self._misfit(name, f"{list(given)}, the model has {list(wanted)}")
         return None
 
     def _misfit(self, name: str, how: str) -> str:
         self.misfits[name] = how
         return f"another size: {how}"
 
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return self.checkpoint.tensors[key].shape
+    def _shape(self, found: _Found) -> tuple[int, ...]:
+        return self.checkpoint.tensors[found.key].shape
 
 
 def _some(names: Iterable[str]) -> str:

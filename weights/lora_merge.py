@@ -8,7 +8,7 @@ from torch import Tensor
 from .fp8 import Fp8Dequantized
 from .int8 import Int8Dequantized, rotate, rotation_matrix
 from .linear import Plain, WeightFormat
-from .lora import Lora, LowRankPair
+from .lora import Difference, Lora, LowRankPair
 from .rows import FP8_MAX, INT8_MAX, row_scales
 
 LARGEST = {torch.float8_e4m3fn: FP8_MAX, torch.float8_e5m2: 57344.0, torch.int8: INT8_MAX}
@@ -17,17 +17,17 @@ LARGEST = {torch.float8_e4m3fn: FP8_MAX, torch.float8_e5m2: 57344.0, torch.int8:
 def merge_pair_(weight: Tensor, lora: Lora, pair: LowRankPair, strength: float) -> None:
     """`weight [out, ...]` fp32 in place."""
     flat = weight.view(weight.shape[0], -1)
-    up, down = (factor.float() for factor in lora.factors(pair))
+    up, down = lora.up(pair).float(), lora.down(pair).float()
     if pair.magnitude is None:
         flat.addmm_(up, down, alpha=pair.scale * strength)
         return
-    changed = decomposed(flat.addmm(up, down, alpha=pair.scale), lora.checkpoint.read(pair.magnitude).float())
+    changed = decomposed(flat.addmm(up, down, alpha=pair.scale), lora.magnitude(pair).float())
     flat.lerp_(changed, strength)
 
 
-def merge_difference_(weight: Tensor, lora: Lora, key: str, strength: float) -> None:
+def merge_difference_(weight: Tensor, lora: Lora, difference: Difference, strength: float) -> None:
     """`weight` fp32 in place."""
-    weight.add_(lora.checkpoint.read(key).float().view(weight.shape), alpha=strength)
+    weight.add_(lora.difference(difference).float().view(weight.shape), alpha=strength)
 
 
 def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:

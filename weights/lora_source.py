@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .formats import format_for
 from .linear import Linear, WeightFormat
-from .lora import Lora, LowRankPair
+from .lora import Difference, Lora, LowRankPair
 from .lora_merge import can_requantize, merge_difference_, merge_pair_, requantize
 from .low_rank import DOWN, SCALE, UP
+from .low_rank_ops import select_low_rank_ops
 from .reader import CheckpointError, TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """What one LoRA, by its number, merges into one tensor: a pair, or a difference by its key."""
+    """What one LoRA, by its number, merges into one tensor: a pair or a difference."""
 
     number: int
-    what: LowRankPair | str
+    what: LowRankPair | Difference
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,14 @@ class AttachedLoras:
         return LoraSource(self._origin, self.loras, self.strengths, self._shares, self._dtype, layers)
 
     def place(self, device: torch.device) -> None:
-        """Have the strengths on the device where the layers run."""
+        """Have the strengths on the device where the layers run, and what is fastest there beside them."""
         with torch.inference_mode(False):  # changed from outside later
             self._scale = self._scales().to(device)
         parts = self._scale.split([sum(share.pair.rank for share in shares) for shares in self._shares.values()])
         for layer, part in zip(self._shares, parts, strict=True):
-            self._model.get_submodule(layer).register_buffer(SCALE, part, persistent=False)
+            module = self._model.get_submodule(layer)
+            module.register_buffer(SCALE, part, persistent=False)
+            module.low_rank_ops = select_low_rank_ops(device)
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """Other strengths, one per LoRA, from the next product on: new numbers in the same tensor.
@@ -143,8 +146,8 @@ class AttachedLoras:
                     shares[layer].append(Share(number, pair))
                 else:
                     changes[f"{layer}.weight"].append(Change(number, pair))
-            for name, key in lora.differences.items():
-                changes[name].append(Change(number, key))
+            for name, difference in lora.differences.items():
+                changes[name].append(Change(number, difference))
         self._shares = {layer: tuple(found) for layer, found in shares.items()}
         self._changes = {name: tuple(found) for name, found in changes.items()}
 
@@ -233,8 +236,7 @@ class LoraSource:
         first = 0
         for share in self.shares[layer]:
             lora, rank = self.loras[share.number], share.pair.rank
-            key = share.pair.down if leaf == DOWN else share.pair.up
-            factor = lora.checkpoint.read(key).flatten(1)
+            factor = lora.down(share.pair) if leaf == DOWN else lora.up(share.pair)
             whole.narrow(0 if leaf == DOWN else 1, first, rank).copy_(factor)
             first += rank
 
@@ -254,7 +256,7 @@ class LoraSource:
             weight = merged.format.dequantize(packed, torch.float32).clone()
             for change in merged.changes:
                 lora, strength = self.loras[change.number], self.strengths[change.number]
-                if isinstance(change.what, str):
+                if isinstance(change.what, Difference):
                     merge_difference_(weight, lora, change.what, strength)
                 else:
                     merge_pair_(weight, lora, change.what, strength)
