@@ -70,7 +70,8 @@ class StreamedModel(Generic[M]):
         self.aliases = aliases
         self.model.execution = settings.execution(head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())
-        select_compute(self.model, self.blocks, settings.quantization, settings.device)
+        busy = [module for block in self.blocks for module in block.busy_modules()]
+        select_compute(self.model, busy, settings.quantization, settings.device)
         self.loras = AttachedLoras(
             self.model,
             self.checkpoint,

@@ -25,6 +25,10 @@ class Block(nn.Module):
         """The most elements that this block has unpacked at a time when it computes in `dtype`."""
         raise NotImplementedError
 
+    def busy_modules(self) -> list[nn.Module]:
+        """Those whose layers see thousands of rows: worth multiplying in 8 bits."""
+        return [self]
+
 
 class Transformer(nn.Module):
     """A model that is a sequence of blocks, with a little before and behind them."""

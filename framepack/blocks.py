@@ -77,6 +77,10 @@ class FramePackBlock(Block):
     def scratch_elements(self, dtype: torch.dtype) -> int:
         return max(sum(layer.scratch_elements(dtype) for layer in layers) for layers in self.together())
 
+    def busy_modules(self) -> list[nn.Module]:
+        """All but the modulation, which acts on one row per step."""
+        return [layer for layers in self.together() for layer in layers]
+
 
 class DoubleBlock(FramePackBlock):
     """Joint attention and feed-forward; image and text rows have weights of their own."""

@@ -3,44 +3,120 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..memory.pinned import PinnedBudget, Registrar, allocate_extent
 from .vae import HunyuanVAE, decode_footprint
 from .vae_frames import SpillStore
-from .vae_tiles import OVERLAP, TILE, decode_tiled
+from .vae_tiles import OVERLAP, TEMPORAL_TILE, decode_tiled
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_TILE = 128
+TILES = (512, 448, 384, 320, 256, 192, 128)  # pixels
 HEADROOM_BYTES = 256 << 20  # cuDNN's workspaces, and what the allocator cannot fit together again
 OnChunk = Callable[[int, int], None]
 
 
-def decode_section(vae: HunyuanVAE, latents: Tensor, free_bytes: int | None, on_chunk: OnChunk | None = None) -> Tensor:
-    """Frames `[T, H, W, 3]` in -1 ... 1 on the CPU of `latents [1, 16, t, h, w]`.
+@dataclass(frozen=True)
+class DecodeRoom:
+    """Bytes that decoding may take beside the weights: of the device, and of host memory, pinned by `registrar`."""
 
-    `free_bytes` of the VAE's device may be used (None: any number). Whole clips are exact; where they fit only with
-    their frames in host memory they are as exact and slower; tiles, the last resort, are close.
+    device_bytes: int
+    host_bytes: int = 0
+    registrar: Registrar | None = None
+
+
+@dataclass(frozen=True)
+class DecodeWay:
+    """`tile` 0 is the whole frame; `spill` keeps surplus clips in host memory; `temporal` tiles cut time as well."""
+
+    tile: int = 0
+    spill: bool = False
+    temporal: bool = False
+
+    def __str__(self) -> str:
+        if not self.tile:
+            return "whole, with clips in host memory" if self.spill else "whole"
+        return f"in tiles of {self.tile} pixels" + (" and 16 latents" if self.temporal else "")
+
+
+def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None) -> list[DecodeWay]:
+    """How these latents may be decoded, the most exact first; None is room for anything.
+
+    Whole frames are exact, wherever their clips lie. Tiles are not, as norms see the tile alone: larger ones and ones
+    over the whole time are closer.
     """
-    frames, height, width = latents.shape[2], *(vae.config.spatial_stride * side for side in latents.shape[3:])
-    footprint = decode_footprint(vae.config, frames, height, width, vae.dtype.itemsize)
-    room = None if free_bytes is None else free_bytes - HEADROOM_BYTES - footprint.scratch_bytes
-    tile = 0
-    while True:
+    if room is None:
+        return [DecodeWay()]
+    stride = vae.config.spatial_stride
+    frames, height, width = latents.shape[2], *(stride * side for side in latents.shape[3:])
+    whole = decode_footprint(vae.config, frames, height, width, vae.dtype.itemsize)
+    free = room.device_bytes - HEADROOM_BYTES
+    ways = []
+    if whole.total_bytes <= free:
+        ways.append(DecodeWay())
+    if whole.scratch_bytes <= free and whole.clip_bytes <= room.host_bytes:
+        ways.append(DecodeWay(spill=True))
+    for tile in TILES:
+        sides = min(tile, height), min(tile, width)
+        part = decode_footprint(vae.config, frames, *sides, vae.dtype.itemsize)
+        if tile < max(height, width) and part.total_bytes <= free:
+            ways.append(DecodeWay(tile))
+    return [*ways, DecodeWay(256, temporal=True), DecodeWay(128, temporal=True)]
+
+
+def decode_section(
+    vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None = None, on_chunk: OnChunk | None = None
+) -> Tensor:
+    """Frames `[T, H, W, 3]` in about -1 ... 1 on the CPU of `latents [1, 16, t, h, w]`, in the most exact way."""
+    ways = decode_ways(vae, latents, room)
+    for index, way in enumerate(ways):
         try:
-            if tile or (room is not None and room < 0):
-                tile = tile or TILE
-                video = decode_tiled(vae, latents, tile, min(OVERLAP, tile // 2), on_chunk=on_chunk)
-            else:
-                spills = room is not None and room < footprint.clip_bytes
-                video = vae.decode(latents.to(vae.device), SpillStore(room) if spills and room is not None else None)
+            logger.info("decoding %s", way)
+            video = _decode(vae, latents, way, room, on_chunk)
             return video[0].permute(1, 2, 3, 0).float().cpu()
         except torch.cuda.OutOfMemoryError:
-            if tile == SMALLEST_TILE:
+            if index == len(ways) - 1:
                 raise
-            tile = SMALLEST_TILE if tile else TILE
-        logger.warning("out of VRAM while decoding: tiles of %d pixels are tried", tile)
+        logger.warning("out of VRAM while decoding %s: next %s", way, ways[index + 1])
         torch.cuda.empty_cache()
+    raise AssertionError("there is always a way")
+
+
+def _decode(
+    vae: HunyuanVAE, latents: Tensor, way: DecodeWay, room: DecodeRoom | None, on_chunk: OnChunk | None
+) -> Tensor:
+    if way.tile:
+        overlap, frames = min(OVERLAP, way.tile // 2), TEMPORAL_TILE if way.temporal else None
+        return decode_tiled(vae, latents, way.tile, overlap, temporal_tile=frames, on_chunk=on_chunk)
+    if not way.spill or room is None:
+        return vae.decode(latents)
+    with _host_memory(room) as allocate:
+        return vae.decode(latents, SpillStore(0, allocate)).cpu()
+
+
+@contextmanager
+def _host_memory(room: DecodeRoom) -> Iterator[Callable[[int], Tensor]]:
+    """Host memory for clips, given back at the end; pinned where that is allowed, as copies then take a fifth."""
+    extents: list[Tensor] = []
+    budget = None if room.registrar is None else PinnedBudget(room.registrar, room.host_bytes)
+
+    def allocate(nbytes: int) -> Tensor:
+        extent = allocate_extent(nbytes)
+        if budget is not None and budget.pin(extent) is None:
+            extents.append(extent)
+        return extent[:nbytes]
+
+    try:
+        yield allocate
+    finally:
+        if room.registrar is not None and extents:
+            torch.cuda.synchronize()
+        for extent in extents:
+            assert budget is not None
+            budget.unpin(extent)

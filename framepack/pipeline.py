@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,19 +15,20 @@ from ..diffusion.placing import on_device
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits
+from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.lanes import Span
 from ..memory.limits import hold_budget, limits_for
+from ..memory.pinned import CudaRegistrar
 from ..memory.plan import MemoryPlan
 from ..memory.report import MemoryMonitor, RunReport, others_bytes
 from ..sampling.solver import StepInfo
 from ..weights.lora import LoraChoice, LoraReport
-from .decoding import decode_section
-from .film import Film
+from .decoding import DecodeRoom, decode_section
 from .generation import Generation, MadeSection, prepare, section_size
 from .model import BlockCache, Frames, History, StepCondition
 from .request import Material, ModelIdentity, Sampling, run_settings
 from .runs import RunStore
-from .sections import FRAMES_PER_SECOND, Section, num_frames
+from .sections import Section, num_frames
 from .streamed import StreamedFramePack
 from .vae import HunyuanVAE
 from .vae_checkpoint import load_vae, open_vae
@@ -53,6 +53,15 @@ class Pictures:
     size: tuple[int, int]
     start: Path | None = None
     end: Path | None = None
+
+
+@dataclass(frozen=True)
+class DecodedSection:
+    """A section's frames `[T, H, W, 3]` in -1 ... 1, `overlap` of which its neighbours have too (`Film.add`)."""
+
+    made: MadeSection
+    frames: Tensor
+    overlap: int
 
 
 class FramePackPipeline:
@@ -85,12 +94,25 @@ class FramePackPipeline:
             start, end = (None if image is None else vae.encode(image).float().cpu() for image in images)
         return start, end
 
-    @torch.inference_mode()
-    def generate(self, sampling: Sampling, material: Material, output: Path, runs: Path | None = None) -> Film | None:
-        """Make a video, whole at `output` after each section; returns it (None in one-frame mode: see `picture`).
+    def open_run(self, runs: Path, sampling: Sampling, material: Material) -> RunStore:
+        """Where the sections of this request are kept, and those that are there already."""
+        loras = tuple([choice.path.name, choice.path.stat().st_size, choice.strength] for choice in self.files.loras)
+        model = ModelIdentity(
+            self.files.model.name,
+            sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
+            loras,
+            {"dtype": str(self.model.model.execution.dtype), "quantization": self.settings.quantization},
+        )
+        settings = run_settings(sampling, material, model)
+        return RunStore.open(runs, settings, len(material.sections(sampling)))
 
-        In `runs` every section is kept, and the same request goes on where it stopped. Bad requests are ValueErrors
-        before anything is loaded.
+    @torch.inference_mode()
+    def generate(
+        self, sampling: Sampling, material: Material, store: RunStore | None = None, num_decoded: int = 0
+    ) -> Iterator[DecodedSection]:
+        """The sections as they are decoded, but for the first `num_decoded`; `store` keeps their latents.
+
+        Bad requests are ValueErrors before anything is loaded.
         """
         sections = material.sections(sampling)
         for prompt in material.timed.unheard(sections):
@@ -98,10 +120,7 @@ class FramePackPipeline:
         self.plan = self._plan(sampling, material)
         self._monitor = MemoryMonitor(self.settings.device)
         self._spans.clear()
-        with ExitStack() as open_files, self._monitor as monitor:
-            store = None if runs is None else open_files.enter_context(self._store(runs, sampling, material, sections))
-            folder = output.with_suffix("") if store is None else store.folder / "film"
-            film = Film(folder, output, FRAMES_PER_SECOND, grows="front" if sections[0].prepend else "back")
+        with self._monitor as monitor:
             try:
                 with monitor.phase("prepare"):
                     self.progress.begin("prepare")
@@ -115,15 +134,15 @@ class FramePackPipeline:
                         section = next(made, None)
                     if section is None:
                         break
-                    if section.section.number >= film.num_sections:
+                    if section.section.number >= num_decoded:
                         with monitor.phase("decode"):
-                            self._decode(section, film, num_frames(sampling.window))
+                            frames = self._decode(section)
+                        yield DecodedSection(section, frames, num_frames(sampling.window))
             finally:
                 self.progress.end()
                 self._stop()
-            if store is not None:
-                store.finish()
-        return film
+        if store is not None:
+            store.finish()
 
     def lora_reports(self) -> list[LoraReport]:
         """How much of each LoRA is applied."""
@@ -155,16 +174,6 @@ class FramePackPipeline:
         self.model.step_cache = sampling.cache_threshold is not None
         return self.model.make_plan(section_size(sampling, material), self._limits)
 
-    def _store(self, runs: Path, sampling: Sampling, material: Material, sections: Sequence[Section]) -> RunStore:
-        loras = tuple([choice.path.name, choice.path.stat().st_size, choice.strength] for choice in self.files.loras)
-        model = ModelIdentity(
-            self.files.model.name,
-            sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
-            loras,
-            {"dtype": str(self.model.model.execution.dtype), "quantization": self.settings.quantization},
-        )
-        return RunStore.open(runs, run_settings(sampling, material, model), len(sections))
-
     def _velocity(
         self, noisy: Frames, history: History, condition: StepCondition, image: Tensor | None, cache: BlockCache | None
     ) -> Tensor:
@@ -180,20 +189,27 @@ class FramePackPipeline:
             self.progress.begin(f"section {section.number + 1} of {section.num_sections}")
         self.progress.update(step.index + 1, step.num_steps)
 
-    def _decode(self, made: MadeSection, film: Film, overlap: int) -> None:
+    def _decode(self, made: MadeSection) -> Tensor:
         """Frames of a section, with the model's device memory given back meanwhile."""
         self.progress.begin("decode")
         self._note_spans()
         self.model.stop()
-        device, limits = self.settings.device, self._limits
+        device = self.settings.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
         with on_device(self._load_vae(), device) as vae:
-            free_bytes = None
-            if device.type == "cuda" and limits is not None:
-                free_bytes = limits.vram_budget_bytes - limits.context_bytes - torch.cuda.memory_allocated(device)
-            frames = decode_section(vae, made.to_decode, free_bytes)
-        film.add(frames, overlap)
+            return decode_section(vae, made.to_decode, self._decode_room())
+
+    def _decode_room(self) -> DecodeRoom | None:
+        """What the budgets leave for decoding; host memory only what no budget forbids and the model does not hold."""
+        device, limits = self.settings.device, self._limits
+        if device.type != "cuda" or limits is None:
+            return None
+        free = limits.vram_budget_bytes - limits.context_bytes - torch.cuda.memory_allocated(device)
+        host_bytes = 0
+        if limits.ram_budget_bytes is not None:
+            host_bytes = max(0, limits.ram_budget_bytes - RAM_MARGIN_BYTES - self.model.host_bytes)
+        return DecodeRoom(free, host_bytes, CudaRegistrar(device) if self.settings.pinned_memory else None)
 
     def _load_vae(self) -> HunyuanVAE:
         vae = load_vae(self.files.vae, self.settings.compute_dtype, "cpu")

@@ -287,8 +287,8 @@ class _Run:
             self.engine.end_run()
 
     def _decode(self, made: MadeSection, film: Film, vae: Any) -> None:
-        with native_decoder(vae) as (decoder, free_bytes):
-            frames = decode_section(decoder, made.to_decode, free_bytes, host.check_interrupt)
+        with native_decoder(vae) as (decoder, room):
+            frames = decode_section(decoder, made.to_decode, room, host.check_interrupt)
         # so many frames are shared with the section before and with the one after
         film.add(frames, num_frames(self.sampling.window))
 

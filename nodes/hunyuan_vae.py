@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..framepack.decoding import DecodeRoom
 from ..framepack.vae import HunyuanVAE
-from ..framepack.vae_checkpoint import adopt_vae, find_prefix
+from ..framepack.vae_checkpoint import adopt_vae, find_prefix, to_diffusers_names
 from ..weights.reader import Checkpoint, TensorInfo
 from . import host
 
@@ -23,8 +25,8 @@ def is_hunyuan_vae(vae: Any) -> bool:
 
 
 @contextmanager
-def native_decoder(vae: Any) -> Iterator[tuple[HunyuanVAE, int | None]]:
-    """Our decoder on the device while it works, and the bytes that it may use beside its weights (None: any number).
+def native_decoder(vae: Any) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
+    """Our decoder on the device while it works, and the memory that it may use beside its weights (None: any).
 
     ValueError for the VAE of another model.
     """
@@ -33,8 +35,9 @@ def native_decoder(vae: Any) -> Iterator[tuple[HunyuanVAE, int | None]]:
         raise ValueError(
             "FramePack needs the HunyuanVideo VAE (hunyuan_video_vae_bf16), and this is another: load that"
         )
+    names = to_diffusers_names(stored)
     infos = {
-        name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
+        names[name]: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
         for name, tensor in stored.items()
     }
     config, fitting = adopt_vae(Checkpoint(Path("the connected VAE"), infos, {}))
@@ -48,13 +51,15 @@ def native_decoder(vae: Any) -> Iterator[tuple[HunyuanVAE, int | None]]:
     if device.type == "cuda" and dtype.itemsize == 2:
         decoder.to_channels_last()
     try:
-        yield decoder.requires_grad_(False), _free_bytes(device)
+        yield decoder.requires_grad_(False), _room(device)
     finally:
         decoder.to("meta")
         host.empty_cache()
 
 
-def _free_bytes(device: Any) -> int | None:
+def _room(device: torch.device) -> DecodeRoom | None:
     if device.type != "cuda":
         return None
-    return max(0, host.free_vram(device) - host.reserved_vram())
+    registrar = host.HostRegistrar(device) if host.memory_flags().may_pin else None
+    free = max(0, host.free_vram(device) - host.reserved_vram())
+    return DecodeRoom(free, host.free_ram() // 2, registrar)

@@ -397,5 +397,6 @@ def test_layers_that_share_rows_quantise_them_once(wan: Path, tmp_path: Path) ->
     x, outs = torch.randn(9, DIM), [torch.empty(9, DIM) for _ in range(3)]
     project_together(projections, x, outs)
     for project, out in zip(projections, outs, strict=True):
-        assert torch.equal(project(x), out)
-        assert torch.equal(project(x.view(3, 3, DIM)).view(9, DIM), out)
+        # fp32 sums in another order: together, the LoRAs of the three are one product
+        torch.testing.assert_close(project(x), out, rtol=1e-5, atol=1e-5)
+        assert torch.equal(project(x.view(3, 3, DIM)).view(9, DIM), project(x))

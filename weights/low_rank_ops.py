@@ -122,7 +122,7 @@ def _choose(candidates: Sequence[LowRankOps], rank: int, device: torch.device) -
     large = Probe(device, rank, num_rows=8192, features=5120)  # a chunk of a Wan 14B's tokens
     picks: list[LowRankOps] = []
     for step in (Probe.down, Probe.up, Probe.up_gelu):
-        working = [ops for ops in candidates if _agrees(step, ops, small)]
+        working = [ops for ops in candidates if agrees(step, ops, small)]
         times = {ops: large.seconds(step, ops) for ops in (TORCH, *working)}
         shown = ", ".join(f"{ops.name} {1e3 * took:.3f} ms" for ops, took in times.items())
         logger.info("LoRA, rank %d, %s: %s", rank, step.__name__, shown)
@@ -175,7 +175,7 @@ class Probe:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 2)]
         for start, end in events:
             for _ in range(4):
-                self.x.mul_(0.5)
+                self.x.neg_()
             start.record()
             step(self, ops)
             end.record()
@@ -183,7 +183,8 @@ class Probe:
         return sorted(start.elapsed_time(end) for start, end in events[2:])[repeats // 2] / 1e3
 
 
-def _agrees(step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps, probe: Probe) -> bool:
+def agrees(step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps, probe: Probe) -> bool:
+    """Whether a step works here as it should; logged where not."""
     try:
         error = probe.error(step, ops)
     except FAILURES as problem:

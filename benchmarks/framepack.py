@@ -1,0 +1,247 @@
+"""FramePack on a small card: streamed against all-resident steps, and five seconds of video end to end.
+
+    python benchmarks/synthetic.py framepack fp8 /tmp/framepack_fp8.safetensors
+    python benchmarks/framepack.py /tmp/framepack_fp8.safetensors
+
+Every line is a process of its own beside one that holds the rest of the VRAM. "vram" is what it used of the whole
+device, CUDA context and libraries included. The floor of a step is its FLOPs at the rates that were measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.framepack.generation import noise_levels, prepare, section_size
+from lowvram_video.framepack.model import Frames, History, Prompt
+from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
+from lowvram_video.framepack.request import Material, Sampling
+from lowvram_video.framepack.streamed import StreamedFramePack
+from lowvram_video.framepack.timed_prompts import parse_timed_prompt
+from lowvram_video.framepack.vae import HunyuanVAE
+from lowvram_video.memory.footprint import GIB
+from lowvram_video.memory.limits import hold_budget, limits_for
+from lowvram_video.memory.report import process_rss_bytes
+from lowvram_video.weights.lora import LoraChoice
+from measure import Ballast, Watch, save_results
+from safetensors.torch import save_file
+
+SIZE = (608 // 8, 640 // 8)
+TEXT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line. `vram_gib` 0: unlimited and all blocks resident. `seconds` 0: only steps of one section."""
+
+    name: str
+    path: str
+    vram_gib: float = 0
+    blocks_to_swap: int = -1
+    steps: int = 4
+    seconds: float = 0
+    vae: str = ""
+    quantization: str = "none"
+    loras: tuple[str, ...] = ()
+    cache: float | None = None
+
+
+def random_material(model: StreamedFramePack | None = None) -> Material:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Material(
+        latent_size=SIZE,
+        timed=parse_timed_prompt("any"),
+        prompts={"any": Prompt(randn(1, TEXT_TOKENS, 4096), randn(1, 768))},
+        start=randn(1, 16, 1, *SIZE),
+        start_features=randn(1, 729, 1152),
+    )
+
+
+def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
+    """One section's conditions, then `steps` passes after a warm-up one."""
+    device = torch.device("cuda")
+    sampling, given = Sampling(num_steps=case.steps + 1, cache_threshold=None), random_material()
+    sections = given.sections(sampling)
+    with torch.inference_mode(), Watch() as watch:
+        limits = limits_for(
+            device, vram_budget_gib=case.vram_gib or 120, blocks_to_swap=case.blocks_to_swap, fused=True
+        )
+        hold_budget(device, limits)
+        began = time.perf_counter()
+        loras = [LoraChoice(Path(lora)) for lora in case.loras]
+        model = StreamedFramePack(case.path, RunSettings(device=device, quantization=case.quantization), loras=loras)
+        model.step_cache = False
+        work = section_size(sampling, given)
+        plan = model.make_plan(work, limits)
+        conditions = prepare(model, plan, sampling, given, sections)
+        prepared = time.perf_counter() - began
+        model.start(plan)
+        section = sections[0]
+        history = torch.randn(1, 16, 19, *SIZE, device=device)
+        shown = History(*(
+            Frames(latents, torch.tensor(indices))
+            for latents, indices in zip(
+                (torch.cat([history[:, :, :1], given.start.to(device)], dim=2), history[:, :, 1:3], history[:, :, 3:]),
+                (section.indices.clean, section.indices.two, section.indices.four),
+                strict=True,
+            )
+        ))  # fmt: skip
+        noisy = Frames(torch.randn(1, 16, 9, *SIZE, device=device), torch.tensor(section.indices.noisy))
+        image = conditions.images[0].to(device)
+        seconds = []
+        for step in range(len(noise_levels(sampling, SIZE)) - 1):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            velocity = model(noisy, shown, conditions.prompts["any"][step], image)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    used, final = free_bytes - watch.min_free, model.plan
+    products, attention = model.footprint().pass_flops(work, False)
+    return {
+        **asdict(case),
+        "seconds_each": [round(s, 4) for s in seconds],
+        "step": statistics.median(seconds[1:]),
+        "prepare_seconds": prepared,
+        "vram_gib_used": used / GIB,
+        "predicted_gib": final.predicted_denoise_bytes / GIB,
+        "rss_gib": watch.rss_peak / GIB,
+        "pinned_gib": model.pinned_bytes / GIB,
+        "streamed": final.num_streamed,
+        "streamed_bytes": final.streamed_bytes,
+        "block_bytes": sum(layout.nbytes for layout in model.layouts),
+        "tokens": work.tokens,
+        "products_tflop": products / 1e12,
+        "attention_tflop": attention / 1e12,
+        "rates": [limits.tflops_matmul, limits.tflops_attention],
+        "floor": products / 1e12 / limits.tflops_matmul + attention / 1e12 / limits.tflops_attention,
+        "transfer_floor": final.streamed_bytes / limits.h2d_gbps / 1e9,
+        "h2d_gbps": limits.h2d_gbps,
+        "token_chunk": final.token_chunk,
+        "head_groups": final.head_groups,
+        "retried": final is not plan,
+        "finite": bool(velocity.isfinite().all()),
+        "file_gib": Path(case.path).stat().st_size / GIB,
+    }
+
+
+def run_video(case: Case, free_bytes: int) -> dict[str, object]:
+    """The whole pipeline but for text encoders and the mp4."""
+    settings = RunSettings(
+        device=torch.device("cuda"), vram_budget_gib=case.vram_gib or None, blocks_to_swap=case.blocks_to_swap
+    )
+    before = process_rss_bytes()
+    with Watch() as watch, tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        pipeline = FramePackPipeline(FramePackFiles(Path(case.path), Path(case.vae)), settings)
+        sampling = Sampling(seconds=case.seconds, num_steps=case.steps, cache_threshold=case.cache)
+        given = random_material()
+        with pipeline.open_run(Path(folder), sampling, given) as store:
+            shapes = [list(section.frames.shape) for section in pipeline.generate(sampling, given, store)]
+        seconds = time.perf_counter() - began
+    report = pipeline.report()
+    return {
+        **asdict(case),
+        "total_seconds": seconds,
+        "sections": shapes,
+        "phases": {phase.name: phase.seconds for phase in report.phases},
+        "vram_gib_by_phase": {phase.name: report.vram_bytes(phase) / GIB for phase in report.phases},
+        "vram_gib_used": (free_bytes - watch.min_free) / GIB,
+        "rss_gib": watch.rss_peak / GIB,
+        "rss_before_gib": before / GIB,
+        "file_gib": Path(case.path).stat().st_size / GIB,
+        "predicted_gib": pipeline.plan.predicted_denoise_bytes / GIB,
+        "table": report.table(),
+    }
+
+
+def in_own_process(case: Case) -> dict[str, object]:
+    """Run a case in a fresh process beside a ballast; a failure is a result too."""
+    with Ballast(case.vram_gib) as ballast:
+        command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--free", str(ballast.free_bytes)]
+        env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    sys.stderr.write(done.stderr[-3000:])
+    if done.returncode:
+        return {**asdict(case), "error": done.stderr.strip().splitlines()[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cases(fp8: str, vae: str, steps: int) -> list[Case]:
+    return [
+        Case("resident", fp8),
+        Case("all streamed in 4", fp8, vram_gib=4, blocks_to_swap=60),
+        Case("planned in 6", fp8, vram_gib=6),
+        Case("fp8_fast streamed in 4", fp8, vram_gib=4, blocks_to_swap=60, quantization="fp8_fast"),
+        Case("5 s of video in 4", fp8, vram_gib=4, blocks_to_swap=60, seconds=5, steps=steps, vae=vae),
+        Case("5 s, TeaCache", fp8, vram_gib=4, blocks_to_swap=60, seconds=5, steps=steps, vae=vae, cache=0.15),
+    ]
+
+
+def table(results: list[dict[str, object]]) -> str:
+    resident = next((r["step"] for r in results if not r["vram_gib"] and "step" in r), None)
+    lines = [
+        f"{'case':<24}{'s/step':>8}{'ratio':>7}{'x floor':>8}{'VRAM':>7}{'pred':>7}{'RSS':>7}{'file':>7}{'bytes':>8}"
+    ]
+    for r in results:
+        if "error" in r:
+            lines.append(f"{r['name']:<24} FAILED {r['error']}")
+        elif "step" in r:
+            lines.append(
+                f"{r['name']:<24}{r['step']:>8.3f}{r['step'] / resident if resident else 0:>7.3f}"
+                f"{r['step'] / r['floor']:>8.3f}{r['vram_gib_used']:>7.2f}{r['predicted_gib']:>7.2f}"
+                f"{r['rss_gib']:>7.2f}{r['file_gib']:>7.2f}{r['streamed_bytes'] / r['block_bytes']:>7.0%}"
+            )
+        else:
+            lines.append(
+                f"{r['name']:<24}{r['total_seconds']:>8.1f} s in all  VRAM {r['vram_gib_used']:.2f} "
+                f"RSS {r['rss_gib']:.2f} file {r['file_gib']:.2f}  {r['sections']}\n{r['table']}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fp8", nargs="?", help="FramePack fp8 file (see synthetic.py)")
+    parser.add_argument("--only", help="run the cases whose name contains this")
+    parser.add_argument("--steps", type=int, default=25, help="of the videos")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--free", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        case = Case(**json.loads(options.case))
+        print(json.dumps((run_video if case.seconds else run_steps)(case, options.free)))
+        return
+    vae = Path(options.fp8).with_name("hunyuan_vae_random.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {
+            name: (torch.randn(tensor.shape, generator=generator) * 0.02).bfloat16()
+            for name, tensor in HunyuanVAE(device="meta").state_dict().items()
+        },
+        vae,
+    )
+    results = []
+    for case in cases(options.fp8, str(vae), options.steps):
+        if options.only is None or options.only in case.name:
+            results.append(in_own_process(case))
+    path = save_results("framepack", {"cases": results})
+    print(f"results in {path}")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
