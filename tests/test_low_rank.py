@@ -173,7 +173,9 @@ def test_a_cpu_has_pytorch_s_products() -> None:
 
 def test_ops_are_chosen_by_rank() -> None:
     few, many = CountingLowRank(), CountingLowRank()
-    ops: LowRankOps = ChosenLowRankOps((Choice(4, few, few, few), Choice(8, many, many, many)))
+    ops: LowRankOps = ChosenLowRankOps(
+        (Choice(4, few, few, few), Choice(8, many, many, many), Choice(sys.maxsize, TORCH, TORCH, TORCH))
+    )
     x = rand(3, 16)
     for rank, calls in ((1, (1, 0)), (4, (2, 0)), (5, (2, 1)), (8, (2, 2)), (9, (2, 2))):
         down, up, scale = rand(rank, 16), rand(16, rank), rand(rank)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..diffusion.layers import Affine, Scale, parameter
 from ..diffusion.transformer import Block
-from ..diffusion.workspace import Workspace, rows_of
+from ..diffusion.workspace import Workspace, writable
 from ..fused.select import Rope, RowGroups
 from ..weights.linear import Linear, project_gelu, project_together
 from .config import WanConfig
@@ -90,7 +90,7 @@ class WanBlock(Block):
         work: Workspace,
     ) -> None:
         """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
-        x = rows_of(x, 0, *x.shape)
+        x = writable(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
         ops, eps = work.ops, self.eps
 

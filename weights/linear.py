@@ -89,7 +89,8 @@ class Scratch:
         num = torch.Size(shape).numel()
         if self.used + num > self.buffer.numel():
             self.buffer = torch.empty(self.used + num, device=self.buffer.device, dtype=self.buffer.dtype)
-        view = self.buffer[self.used : self.used + num].view(shape)
+        # by strides: torch.compile then writes to it where it lies
+        view = self.buffer.as_strided((num,), (1,), self.used).view(shape)
         self.used += num
         return view
 

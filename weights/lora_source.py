@@ -106,6 +106,7 @@ class AttachedLoras:
         parts = self._scale.split([sum(share.pair.rank for share in shares) for shares in self._shares.values()])
         for layer, part in zip(self._shares, parts, strict=True):
             module = self._model.get_submodule(layer)
+            assert isinstance(module, Linear), "sorted so"
             module.register_buffer(SCALE, part, persistent=False)
             module.low_rank_ops = select_low_rank_ops(device)
 

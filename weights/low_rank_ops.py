@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -75,7 +76,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class ChosenLowRankOps:
-    """The fastest for each step and rank; `choices` by ascending rank."""
+    """The fastest for each step and rank; `choices` by ascending rank, the last one for any."""
 
     choices: tuple[Choice, ...]
     name: str = "chosen"
@@ -90,11 +91,10 @@ class ChosenLowRankOps:
         self._of(up.shape[1]).up_gelu.add_up_gelu_(y, hidden, up, gelu_)
 
     def _of(self, rank: int) -> Choice:
-        for choice in self.choices:
+        for choice in self.choices[:-1]:
             if rank <= choice.rank:
                 return choice
-        # one pass over y is saved at any rank
-        return Choice(rank, TORCH, TORCH, self.choices[-1].up_gelu)
+        return self.choices[-1]
 
 
 @functools.cache
@@ -114,19 +114,19 @@ def select_low_rank_ops(device: torch.device) -> LowRankOps:
         logger.warning("Triton cannot be used (%s): LoRAs beside quantised layers run by PyTorch.", problem)
         return TORCH
     torch.cuda.empty_cache()  # the probes' buffers: a plan counts on that memory
-    return ChosenLowRankOps(tuple(choices))
+    above = Choice(sys.maxsize, TORCH, TORCH, choices[-1].up_gelu)  # a pass over y is saved at any rank
+    return ChosenLowRankOps((*choices, above))
 
 
 def _choose(candidates: Sequence[LowRankOps], rank: int, device: torch.device) -> Choice:
-    small = Probe(device, rank, num_rows=70, features=160)
-    large = Probe(device, rank, num_rows=8192, features=5120)  # a chunk of a Wan 14B's tokens
+    small, large = probes(device, rank)
     picks: list[LowRankOps] = []
     for step in (Probe.down, Probe.up, Probe.up_gelu):
         working = [ops for ops in candidates if agrees(step, ops, small)]
         times = {ops: large.seconds(step, ops) for ops in (TORCH, *working)}
         shown = ", ".join(f"{ops.name} {1e3 * took:.3f} ms" for ops, took in times.items())
         logger.info("LoRA, rank %d, %s: %s", rank, step.__name__, shown)
-        picks.append(min(times, key=lambda ops: times[ops]))  # noqa: B023 - called at once
+        picks.append(min(times, key=lambda ops: times[ops]))
     return Choice(rank, *picks)
 
 
@@ -181,6 +181,11 @@ class Probe:
             end.record()
         torch.cuda.synchronize(self.device)
         return sorted(start.elapsed_time(end) for start, end in events[2:])[repeats // 2] / 1e3
+
+
+def probes(device: torch.device, rank: int) -> tuple[Probe, Probe]:
+    """One to check with and one to time with: of few rows and of a chunk of a Wan 14B's; both run the same code."""
+    return Probe(device, rank, num_rows=70, features=5120), Probe(device, rank, num_rows=8192, features=5120)
 
 
 def agrees(step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps, probe: Probe) -> bool:

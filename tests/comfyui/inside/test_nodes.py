@@ -179,8 +179,8 @@ def test_blocks_are_compiled_once_for_all_blocks_steps_seeds_and_loras(
     counting_backend = counted(graphs)
     compile_module = torch.nn.Module.compile
 
-    def counting(self: Any, *, backend: str, mode: str, **options: Any) -> None:
-        compile_module(self, backend=counting_backend, **{**options, "fullgraph": True})
+    def counting(self: Any, *, backend: str, options: dict[str, Any], **others: Any) -> None:
+        compile_module(self, backend=counting_backend, **{**others, "fullgraph": True})
 
     monkeypatch.setattr(torch.nn.Module, "compile", counting)
     model = ours(save(models, "t2v"))

@@ -1,0 +1,265 @@
+"""FramePack's nodes inside ComfyUI: sampled, resumed, changed by LoRA and our options, refused with a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sd
+import comfy.utils
+import folder_paths
+import imageio_ffmpeg
+import pytest
+import torch
+from lowvram_pack.framepack.checkpoint import ROPE_AXES_KEY
+from lowvram_pack.framepack.config import FramePackConfig
+from lowvram_pack.framepack.model import FramePackModel
+from lowvram_pack.nodes import host
+from lowvram_pack.nodes.compile import TorchCompileSettings
+from lowvram_pack.nodes.framepack import FramePackSampler
+from lowvram_pack.nodes.framepack_inputs import FramePackEndImage, NearestBucket, TimedPrompts
+from lowvram_pack.nodes.loaders import LoadFramePackModel
+from lowvram_pack.nodes.memory import BlockSwap, MemoryReport, VramPlan
+from safetensors.torch import save_file
+from tiny_models import empty_latent, prompts, sample
+from torch import Tensor
+
+CONFIG = FramePackConfig(
+    num_heads=2, head_dim=16, num_layers=2, num_single_layers=2, text_dim=24, pooled_dim=12, image_dim=20,
+    rope_axes=(4, 6, 6),
+)  # fmt: skip
+SIZE = (4, 6)
+WIDGETS = {
+    "total_second_length": 1.2, "latent_window_size": 3, "steps": 3, "cfg": 1.0, "guidance_scale": 10.0, "shift": 0.0,
+    "seed": 3, "use_teacache": False, "teacache_rel_l1_thresh": 0.15, "gpu_memory_preservation": 0.0,
+    "sampler": "unipc_bh1", "denoise_strength": 1.0, "cfg_rescale": 0.0, "width": 64, "height": 64,
+    "one_frame_index": 0, "resume": False, "filename_prefix": "video/FramePackTest",
+}  # fmt: skip
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def save(folder: Path, name: str = "FramePack_tiny.safetensors") -> str:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, like in FramePackModel(CONFIG, device="meta").state_dict().items():
+        scale = 0.7 / like[0].numel() ** 0.5 if like.ndim > 1 else 0.05
+        tensors[key] = torch.randn(like.shape, generator=generator) * scale + ("norm" in key and like.ndim == 1)
+    save_file(tensors, folder / name, {ROPE_AXES_KEY: ",".join(map(str, CONFIG.rope_axes))})
+    return name
+
+
+@pytest.fixture(scope="module")
+def model(models: Path) -> Any:
+    return LoadFramePackModel.execute(save(models), "auto", "fp32", "sdpa", "none").result[0]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    yield
+    mm.unload_all_models()
+
+
+def said(seed: int, length: int = 7) -> list[Any]:
+    text = randn(1, length, CONFIG.text_dim, seed=seed)
+    return [[text, {"pooled_output": randn(1, CONFIG.pooled_dim, seed=seed + 1)}]]
+
+
+def seen(seed: int) -> Any:
+    return SimpleNamespace(last_hidden_state=randn(1, 5, CONFIG.image_dim, seed=seed))
+
+
+def given() -> dict[str, Any]:
+    return {
+        "positive": said(10),
+        "start_latent": {"samples": randn(1, 16, 1, *SIZE, seed=1)},
+        "image_embeds": seen(2),
+    }
+
+
+def run(model: Any, **changes: Any) -> Tensor:
+    return FramePackSampler.execute(model, **(WIDGETS | given() | changes)).result[0]["samples"]
+
+
+def test_a_video_of_three_sections(model: Any) -> None:
+    samples = run(model)
+    assert samples.shape == (1, 16, 10, *SIZE) and samples.isfinite().all()
+    # the start image is the first latent, in ComfyUI's scale
+    assert torch.allclose(samples[:, :, :1], given()["start_latent"]["samples"], atol=1e-6)
+    assert torch.equal(samples, run(model))
+    assert not torch.equal(samples, run(model, seed=4))
+
+
+def test_the_f1_model_is_told_by_its_name(models: Path) -> None:
+    f1 = LoadFramePackModel.execute(save(models, "FramePack_F1_tiny.safetensors"), "auto", "fp32", "sdpa", "none")
+    assert f1.result[0].engine.streamed.mode == "f1"
+    forced = LoadFramePackModel.execute("FramePack_F1_tiny.safetensors", "base", "fp32", "sdpa", "none").result[0]
+    assert forced.engine.streamed.mode == "base"
+    video = run(f1.result[0])
+    assert video.shape[2] == 10
+    longer = run(f1.result[0], extend_samples={"samples": video}, start_latent=None)
+    assert longer.shape[2] == 19 and torch.allclose(longer[:, :, :10], video, atol=1e-5)
+
+
+def test_memory_comes_back_and_the_report_says_what_was_used(model: Any) -> None:
+    run(model)
+    assert "denoise" in MemoryReport.execute(model).result[0]
+    assert "sections of 33 frames" in VramPlan.execute(model, 640, 608, 33, True, 8.0).result[1]
+    mm.unload_all_models()
+    assert model.loaded_size() == 0 and not model.engine.streamed.started
+
+
+def test_block_swap_and_compile_apply(model: Any) -> None:
+    want = run(model)
+    little = {"blocks_to_swap": -1, "vram_budget_gb": 0.0, "prefetch": 0, "ram_budget_gb": 1.502, "pinned_memory": True}
+    streamed = BlockSwap.execute(model, **little).result[0]
+    assert torch.equal(run(streamed), want)
+    compiled = TorchCompileSettings.execute(
+        model, backend="inductor", fullgraph=False, mode="default", dynamic="auto",
+        compile_transformer_blocks_only=True, dynamo_cache_size_limit=64, dynamo_recompile_limit=128,
+        force_parameter_static_shapes=False,
+    ).result[0]  # fmt: skip
+    assert compiled.options.compile is not None
+
+
+@pytest.mark.parametrize("style", ["diffusers", "musubi"])
+def test_a_native_lora_applies(model: Any, tmp_path: Path, style: str) -> None:
+    layer = "transformer_blocks.0.attn.to_q"
+    name = f"transformer.{layer}.lora_{{}}.weight" if style == "diffusers" else "lora_unet_{}.lora_{{}}.weight".format(
+        layer.replace(".", "_")
+    )  # fmt: skip
+    down, up = ("A", "B") if style == "diffusers" else ("down", "up")
+    tensors = {name.format(down): randn(4, 32, seed=1), name.format(up): randn(32, 4, seed=2)}
+    changed, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    nothing, _ = comfy.sd.load_lora_for_models(model, None, tensors, 0.0, 0.0)
+    want = run(model)
+    assert not torch.equal(run(changed), want)
+    assert torch.equal(run(nothing), want)
+    assert torch.equal(run(model), want), "the model without it is as it was"
+
+
+def test_an_interrupted_run_goes_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = run(model)
+    calls = []
+
+    def third_section(self: Any, denoised: Tensor) -> None:
+        calls.append(denoised.shape)
+        if len(calls) == 7:
+            raise mm.InterruptProcessingException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.SamplingPreview, "step", third_section)
+        with pytest.raises(mm.InterruptProcessingException):
+            run(model, resume=True)
+    assert len(list(Path(folder_paths.output_directory).rglob("section_*.safetensors"))) == 2
+    steps = []
+    monkeypatch.setattr(host.SamplingPreview, "step", lambda self, denoised: steps.append(1))
+    assert torch.equal(run(model, resume=True), want)
+    assert len(steps) == 3, "only the missing section was made"
+    assert torch.equal(run(model, resume=True), want) and len(steps) == 3
+    assert not torch.equal(run(model, resume=True, seed=99), want) and len(steps) == 12
+
+
+def test_an_interrupt_between_blocks_returns_every_byte(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = []
+
+    def interrupt() -> None:
+        count.append(1)
+        if len(count) == 20:
+            raise mm.InterruptProcessingException
+
+    monkeypatch.setattr(model.engine.streamed, "between_blocks", interrupt)
+    with pytest.raises(mm.InterruptProcessingException):
+        run(model)
+    assert model.engine.streamed.host_bytes == 0 and not model.engine.streamed.started
+    monkeypatch.undo()
+
+
+class Clip:
+    """Stands for DualCLIPLoader: a random text per prompt."""
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list[Any]:
+        return said(sum(map(ord, tokens)) % 1000, 5 + len(tokens) % 4)
+
+
+def test_timed_prompts_reach_the_sampler(model: Any) -> None:
+    def timed(text: str, fade: float = 0.0) -> list[Any]:
+        return TimedPrompts.execute(Clip(), text, fade).result[0]
+
+    plain = run(model, positive=timed("she stands"))
+    assert torch.equal(plain, run(model, positive=Clip().encode_from_tokens_scheduled("she stands")))
+    later = run(model, positive=timed("she stands [0.9s: she waves]"))
+    assert not torch.equal(plain, later)
+    assert not torch.equal(later, run(model, positive=timed("she stands [0.9s: she waves]", 1.0)))
+    with pytest.raises(ValueError, match="time"):
+        timed("she [waves]")
+
+
+def test_an_end_image_changes_the_video(model: Any) -> None:
+    end = FramePackEndImage.execute("linear", 1.0, {"samples": randn(1, 16, 1, *SIZE, seed=8)}, seen(9)).result[0]
+    assert not torch.equal(run(model), run(model, end_image=end))
+    with pytest.raises(ValueError, match="no picture"):
+        FramePackEndImage.execute("linear", 1.0)
+
+
+def test_the_nearest_bucket_is_framepacks() -> None:
+    assert NearestBucket.execute(torch.zeros(1, 480, 832, 3), 640).result == (832, 480)
+
+
+def test_text_alone_and_one_picture(model: Any) -> None:
+    assert run(model, start_latent=None, image_embeds=None).shape == (1, 16, 10, 8, 8)
+    assert run(model, one_frame_index=4).shape == (1, 16, 1, *SIZE)
+
+
+def test_wrong_inputs_are_refused_with_a_sentence(model: Any, models: Path) -> None:
+    for changes, words in (
+        ({"cfg": 3.0}, "negative"),
+        ({"start_latent": {"samples": torch.zeros(1, 4, 8, 8)}}, "hunyuan_video_vae"),
+        ({"positive": [[torch.zeros(1, 7, 24), {}]]}, "DualCLIPLoader"),
+        ({"denoise_strength": 0.5}, "initial_samples"),
+        ({"extend_samples": {"samples": torch.zeros(1, 16, 3, *SIZE)}}, "F1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(model, **changes)
+    with pytest.raises(ValueError, match="FramePack Sampler"):
+        sample(model, *prompts(), empty_latent())
+    (models / "not.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError):
+        LoadFramePackModel.execute("not.safetensors", "auto", "fp32", "sdpa", "none")
+
+
+def test_the_film_grows_and_is_shown(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny decoder in place of ComfyUI's full-size VAE."""
+    from contextlib import contextmanager
+
+    from lowvram_pack.framepack.vae import HUNYUAN_VAE, HunyuanVAE
+    from lowvram_pack.nodes import framepack
+
+    vae = HunyuanVAE(replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=4, layers_per_block=1))
+    for parameter in vae.parameters():
+        parameter.copy_(randn(*parameter.shape, seed=0) * 0.1)
+
+    @contextmanager
+    def decoder(_: Any) -> Any:
+        yield vae, None
+
+    monkeypatch.setattr(framepack, "native_decoder", decoder)
+    done = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": object(), "resume": True}))
+    (shown,) = done.ui.as_dict()["images"]
+    path = Path(folder_paths.output_directory) / shown["subfolder"] / shown["filename"]
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    assert frames == 4 * 9 + 1
+    assert done.result[1].get_duration() == pytest.approx(37 / 30, abs=0.05)
+    again = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": object(), "resume": True}))
+    assert again.ui.as_dict()["images"] == [shown], "the finished film is shown, not made again"
+    assert comfy.utils is not None
