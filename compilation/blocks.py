@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor
 from torch import nn
 
 from .settings import CompileSettings
@@ -19,11 +20,20 @@ from .settings import CompileSettings
 def compile_modules(modules: Sequence[nn.Module], settings: CompileSettings) -> None:
     """Let each module run as compiled code from its next call on. ValueError where that cannot be."""
     settings.check()
-    options: dict[str, Any] = {"mode": settings.mode} if settings.backend == "inductor" else {}
+    options: dict[str, Any] = {"options": inductor_options(settings.mode)} if settings.backend == "inductor" else {}
     for module in modules:
         module.compile(
             backend=settings.backend, fullgraph=settings.fullgraph, dynamic=settings.dynamic, **options
         )  # fmt: skip
+
+
+def inductor_options(mode: str) -> dict[str, Any]:
+    """What inductor's `mode` stands for, with the steps of a block left in their order.
+
+    A block's steps write to the same bytes one after the other. Inductor sees functions of tensors instead, and moved
+    to where they are used first these would need copies of those bytes.
+    """
+    return {**torch._inductor.list_mode_options(mode), "reorder_for_locality": False}
 
 
 def uncompile_modules(modules: Sequence[nn.Module]) -> None:

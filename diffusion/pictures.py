@@ -29,6 +29,10 @@ def load_image(path: Path, width: int, height: int) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """`[1, 3, T, H, W]` in -1 ... 1 to `[T, H, W, 3]` uint8 on the CPU."""
-    pixels = (video[0].float() + 1.0).mul_(127.5).round_().clamp_(0, 255)
-    return pixels.to(torch.uint8).permute(1, 2, 3, 0).cpu()
+    """`[1, 3, T, H, W]` in -1 ... 1 to `[T, H, W, 3]` uint8 on the CPU; frame by frame, as fp32 copies are large."""
+    _, _, num_frames, height, width = video.shape
+    frames = torch.empty(num_frames, height, width, 3, dtype=torch.uint8)
+    for index in range(num_frames):
+        pixels = (video[0, :, index].float() + 1.0).mul_(127.5).round_().clamp_(0, 255)
+        frames[index] = pixels.to(torch.uint8).permute(1, 2, 0)
+    return frames

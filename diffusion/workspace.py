@@ -49,7 +49,6 @@ class Workspace:
         joined_dim: int = 0,
     ):
         self.execution = execution
-        self.ops = execution.ops
         self.dtype = execution.dtype
         self.num_rows = num_rows
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
@@ -60,6 +59,11 @@ class Workspace:
         self.hidden_rows = min(num_rows, size // ffn_dim)
         self.joined_rows = min(num_rows, (size - num_rows * dim) // joined_dim) if joined_dim else 0
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
+
+    @property
+    def ops(self) -> FusedOps:
+        """The elementwise steps; code that is compiled has them in a form of its own, and no other code sees that."""
+        return self.execution.ops.compiled() if torch.compiler.is_compiling() else self.execution.ops
 
     # Views are made where they are used: torch.compile takes no inputs that share memory and are written to.
 
@@ -103,8 +107,14 @@ class Workspace:
 
 
 def rows_of(buffer: Tensor, first: int, num_rows: int, dim: int) -> Tensor:
-    """`[num_rows, dim]` of a contiguous buffer from its element `first` on.
+    """`[num_rows, dim]` of a flat buffer, the first in its storage, from element `first` on.
 
-    By strides: inductor writes to such a view where it lies, and to a slice by making the whole buffer anew.
+    By strides, because inductor writes to such a view, and to slices of it, where they lie; to a slice of the buffer
+    itself it writes by making the whole buffer anew (`_ALWAYS_MUTATING_SCATTER_OPS` in `fx_passes/reinplace.py`).
     """
     return buffer.as_strided((num_rows, dim), (dim, 1), first)
+
+
+def writable(x: Tensor) -> Tensor:
+    """The same tensor as a view that compiled code writes to where it lies; see `rows_of`."""
+    return x.as_strided(x.shape, x.stride())

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..diffusion.layers import Scale
 from ..diffusion.transformer import Block
-from ..diffusion.workspace import Workspace, rows_of
+from ..diffusion.workspace import Workspace, rows_of, writable
 from ..fused.select import Rope, RowGroups
 from ..weights.linear import Linear, Projection, project_together
 from .config import FramePackConfig
@@ -102,7 +102,7 @@ class DoubleBlock(FramePackBlock):
 
     def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
         """`x [rows, dim]` in place; `modulation [12, dim]` fp32, six vectors for image and six for text."""
-        x = rows_of(x, 0, *x.shape)
+        x = writable(x)
         attn, eps = self.attn, self.eps
         image, text = slice(0, num_image), slice(num_image, x.shape[0])
         norm_image, add_image = modulated(x, modulation[0:3], eps, work)
@@ -147,7 +147,7 @@ class SingleBlock(FramePackBlock):
 
     def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
         """`x [rows, dim]` in place; `modulation [3, dim]` fp32."""
-        x = rows_of(x, 0, *x.shape)
+        x = writable(x)
         attn, eps = self.attn, self.eps
         normed, add = modulated(x, modulation, eps, work)
         everything = slice(0, x.shape[0])
@@ -306,7 +306,7 @@ def widen_into(project: Projection, x: Tensor, out: Tensor, work: Workspace) -> 
     buffer = x.new_empty(step, out.shape[1])
     for first in range(0, x.shape[0], step):
         rows = x[first : first + step]
-        hidden = buffer[: rows.shape[0]]
+        hidden = rows_of(buffer, 0, rows.shape[0], out.shape[1])
         project(rows, out=hidden)
         work.ops.gelu_(hidden)
         out[first : first + step].copy_(hidden)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..diffusion.pictures import to_uint8
 from ..memory.pinned import PinnedBudget, Registrar, allocate_extent
 from .vae import HunyuanVAE, decode_footprint
 from .vae_frames import SpillStore
@@ -73,13 +74,13 @@ def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None) -> li
 def decode_section(
     vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None = None, on_chunk: OnChunk | None = None
 ) -> Tensor:
-    """Frames `[T, H, W, 3]` in about -1 ... 1 on the CPU of `latents [1, 16, t, h, w]`, in the most exact way."""
+    """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way there is room for."""
     ways = decode_ways(vae, latents, room)
     for index, way in enumerate(ways):
         try:
             logger.info("decoding %s", way)
             video = _decode(vae, latents, way, room, on_chunk)
-            return video[0].permute(1, 2, 3, 0).float().cpu()
+            return to_uint8(video)
         except torch.cuda.OutOfMemoryError:
             if index == len(ways) - 1:
                 raise

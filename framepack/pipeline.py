@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..diffusion.pictures import load_image
-from ..diffusion.placing import on_device
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits
@@ -57,7 +56,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class DecodedSection:
-    """A section's frames `[T, H, W, 3]` in -1 ... 1, `overlap` of which its neighbours have too (`Film.add`)."""
+    """A section's frames `[T, H, W, 3]`, uint8, `overlap` of which its neighbours have too (`Film.add`)."""
 
     made: MadeSection
     frames: Tensor
@@ -90,8 +89,10 @@ class FramePackPipeline:
         images = [None if path is None else load_image(path, width, height) for path in (pictures.start, pictures.end)]
         if not any(image is not None for image in images):
             return None, None
-        with on_device(self._load_vae(), self.settings.device) as vae:
-            start, end = (None if image is None else vae.encode(image).float().cpu() for image in images)
+        vae = self._load_vae()
+        start, end = (None if image is None else vae.encode(image).float().cpu() for image in images)
+        del vae
+        self._empty_cache()
         return start, end
 
     def open_run(self, runs: Path, sampling: Sampling, material: Material) -> RunStore:
@@ -194,11 +195,12 @@ class FramePackPipeline:
         self.progress.begin("decode")
         self._note_spans()
         self.model.stop()
-        device = self.settings.device
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        with on_device(self._load_vae(), device) as vae:
-            return decode_section(vae, made.to_decode, self._decode_room())
+        self._empty_cache()
+        vae = self._load_vae()
+        frames = decode_section(vae, made.to_decode, self._decode_room())
+        del vae
+        self._empty_cache()
+        return frames
 
     def _decode_room(self) -> DecodeRoom | None:
         """What the budgets leave for decoding; host memory only what no budget forbids and the model does not hold."""
@@ -212,16 +214,16 @@ class FramePackPipeline:
         return DecodeRoom(free, host_bytes, CudaRegistrar(device) if self.settings.pinned_memory else None)
 
     def _load_vae(self) -> HunyuanVAE:
-        vae = load_vae(self.files.vae, self.settings.compute_dtype, "cpu")
-        if self.settings.device.type == "cuda" and self.settings.compute_dtype.itemsize == 2:
-            vae.to_channels_last()
-        return vae
+        return load_vae(self.files.vae, self.settings.compute_dtype, self.settings.device)
+
+    def _empty_cache(self) -> None:
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _stop(self) -> None:
         self._note_spans()
         self.model.release()
-        if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._empty_cache()
 
     def _note_spans(self) -> None:
         """Keep what its lanes did, on the monitor's clock: the lanes go with the model."""

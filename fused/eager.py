@@ -9,13 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from .select import Rope, RowGroups
+    from .select import FusedOps, Rope, RowGroups
 
 
 class EagerOps:
     """See `FusedOps` for what each step computes."""
 
     name = "eager"
+
+    def compiled(self) -> FusedOps:
+        return self
 
     def modulated_norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float

@@ -40,6 +40,10 @@ class FusedOps(Protocol):
 
     name: str
 
+    def compiled(self) -> FusedOps:
+        """The same steps in a form that torch.compile can take; see `Workspace.ops`."""
+        ...
+
     def modulated_norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
     ) -> Tensor:

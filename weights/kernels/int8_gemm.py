@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..rows import QuantizedRows
+from .row_op import multiply_int8
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Int8Triton:
 
     def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
         (m, k), n, tile = rows.values.shape, weight.shape[0], self.tile
+        if torch.compiler.is_compiling():
+            sizes = (tile.m, tile.n, tile.k, tile.num_warps, tile.num_stages)
+            multiply_int8(rows.values, rows.scales, weight, columns, bias, sizes, out)
+            return
         assert weight.is_contiguous() and rows.values.is_contiguous()
         grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
         try:

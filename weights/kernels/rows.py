@@ -12,10 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import FP8_MAX, INT8_MAX, SMALLEST_SCALE, TorchRowOps
+from .row_op import dequantize_rows, quantize_rows, rescale_rows
 
 
 class TritonRowOps:
-    """See `RowOps` for what each step computes. `fp8`: the GPU casts to fp8 (compute capability 8.9)."""
+    """See `RowOps` for what each step computes. `fp8`: the GPU casts to fp8 (compute capability 8.9).
+
+    In compiled code the steps are operators, which it calls.
+    """
 
     name = "triton"
 
@@ -23,14 +27,21 @@ class TritonRowOps:
         self.fp8 = fp8
 
     def quantize_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return quantize_rows(x, torch.float8_e4m3fn)
         if not self.fp8:
             return TorchRowOps().quantize_fp8(x)
         return _quantize(x, torch.float8_e4m3fn, FP8_MAX)
 
     def quantize_int8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return quantize_rows(x, torch.int8)
         return _quantize(x, torch.int8, INT8_MAX)
 
     def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            dequantize_rows(values, scales, out)
+            return out
         assert values.is_contiguous() and out.is_contiguous()
         if values.element_size() != 1:
             return TorchRowOps().dequantize(values, scales, out)
@@ -43,6 +54,9 @@ class TritonRowOps:
         return out
 
     def rescale(self, product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            rescale_rows(product, rows, columns, bias, out)
+            return out
         num_rows, dim = product.shape
         block = 2048
         _rescale_kernel[(num_rows, triton.cdiv(dim, block))](

@@ -1,0 +1,161 @@
+"""Wan on the command line: its own flags, `generate` and `plan`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from .cli_arguments import Say, WantedFile, lora_choice, numbers, positive, refuse_foreign, settings_of
+from .diffusion.settings import RunSettings
+from .memory.footprint import WorkSize
+from .memory.limits import limits_for
+from .memory.plan import describe as describe_plan
+from .memory.timeline import draw_timeline
+from .progress import TerminalProgress
+from .sampling.schedules import SPACINGS
+from .video import VideoWriter, check_writable
+from .wanvideo.pipeline import WanFiles, WanPipeline
+from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, defaults_for
+from .wanvideo.streamed import StreamedWan
+from .wanvideo.vae import WAN21_VAE, WAN22_VAE
+
+SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
+TEXT_ENCODER = WantedFile("text_encoder", "a umt5-xxl encoder", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", SOURCE)
+VAE = WantedFile("vae", "a Wan VAE", "wan_2.1_vae.safetensors (TI2V 5B: wan2.2_vae.safetensors)", SOURCE)
+
+ONE_PIECE = "Wan makes a video in one piece"
+# FramePack's options, and what Wan has instead.
+FOREIGN: Mapping[str, str] = MappingProxyType(
+    {
+        "seconds": "Wan takes --frames",
+        "window": f"{ONE_PIECE}, of --frames",
+        "cfg": "Wan takes --guidance",
+        "distilled_guidance": "Wan takes --guidance",
+        "clip_l": "Wan has one text encoder, --text-encoder",
+        "clip_vision": "Wan models that read CLIP vision features run in ComfyUI only",
+        "tokenizers": "Wan's tokenizer is in its text encoder, or a spiece.model beside it",
+        "cross_fade": "Wan has one prompt for the whole video",
+        "extend": "only FramePack F1 models go on from a video",
+        "video": "only FramePack models begin from a video here",
+        "strength": "only FramePack models begin from a video here",
+        "one_frame": "for a single picture give --frames 1",
+        "teacache": "it is FramePack's step cache",
+        "no_teacache": "it is FramePack's step cache",
+        "model_type": "it tells FramePack's base and F1 models apart",
+        "runs": f"{ONE_PIECE}, so there are no sections to keep",
+        "no_resume": f"{ONE_PIECE}, so there are no sections to go on from",
+    }
+)
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """Flags that Wan alone has; none has a default, so that FramePack can refuse them."""
+    wan = parser.add_argument_group("Wan only")
+    wan.add_argument("--model-low", type=Path, help="the low-noise expert of Wan 2.2 A14B")
+    wan.add_argument(
+        "--lora-low", type=lora_choice, action="append", default=[], metavar="FILE:STRENGTH",
+        help="a LoRA for the low-noise expert",
+    )  # fmt: skip
+    wan.add_argument("--frames", type=int, help="4n + 1")
+    wan.add_argument("--fps", type=positive)
+    wan.add_argument("--spacing", choices=list(SPACINGS))
+    wan.add_argument("--timesteps", type=numbers, help="a distilled model's own list, e.g. 1000,937.5,833.3,625")
+    wan.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 turns it off")
+    wan.add_argument("--guidance-high", type=float, help="the same for the high-noise expert")
+    wan.add_argument("--boundary", type=float, help="sigma where the low-noise expert takes over")
+    wan.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch instead of in turn")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Flags of `plan` that Wan alone has."""
+    wan = parser.add_argument_group("Wan only")
+    wan.add_argument("--frames", type=int, help="4n + 1")
+    wan.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch")
+    wan.add_argument("--cfg-1", action="store_true", help="no guidance: one pass per step, as distilled models run")
+
+
+def generate_wan(options: argparse.Namespace, say: Say) -> None:
+    """Make one video, its frames written as they are decoded."""
+    refuse_foreign(options, FOREIGN, "Wan models")
+    loras = tuple(options.lora), tuple(options.lora_low)
+    text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
+    pipeline = WanPipeline(
+        WanFiles(options.model, text_encoder, vae, options.model_low, *loras),
+        settings_of(options),
+        TerminalProgress(sys.stderr),
+    )
+    for lora in pipeline.lora_reports():
+        say(lora.summary)  # what was not applied is in the log
+    if options.report is not None:
+        check_writable(options.report)
+    output = options.output or Path("output/video.mp4")
+    writer = VideoWriter(output, options.fps or pipeline.defaults.fps)
+    try:
+        with writer:
+            for frames in pipeline.generate(_request(options)):
+                writer.write(frames)
+    except KeyboardInterrupt:
+        kept = f"{output} holds the {writer.num_frames} frames made so far"
+        raise KeyboardInterrupt(f"interrupted: {kept if writer.num_frames else 'no frame was made yet'}") from None
+    say(f"{output}: {writer.num_frames} frames")
+    report = pipeline.report()
+    say(report.table())
+    if options.report is not None:
+        report.save(options.report)
+        draw_timeline(report, options.report.with_suffix(".png"))
+
+
+def plan_wan(options: argparse.Namespace, say: Say) -> None:
+    """Tell how a run would use a card that need not be in this machine."""
+    refuse_foreign(options, FOREIGN, "Wan models")
+    model = StreamedWan(options.model, RunSettings(dtype=torch.bfloat16))
+    known = defaults_for(model.config, experts=False)
+    vae = WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE
+    request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
+    width, height, num_frames = request.completed(known).size
+    check_size(vae, model.config.patch_size[1], width, height, num_frames)
+    work = WorkSize(
+        num_frames,
+        height,
+        width,
+        batch=2 if options.batch_cfg else 1,
+        passes_per_step=1 if options.batch_cfg or options.cfg_1 else 2,
+        stride=(vae.temporal_stride, vae.spatial_stride, vae.spatial_stride),
+        patch=model.config.patch_size,
+    )
+    limits = limits_for(
+        torch.device("cuda"),
+        vram_budget_gib=options.vram_budget,
+        ram_budget_gib=options.ram_budget,
+        blocks_to_swap=options.blocks_to_swap,
+        fused=True,
+        measure=False,
+    )
+    say(describe_plan(model.make_plan(work, limits)))
+
+
+def _request(options: argparse.Namespace) -> WanRequest:
+    negative = options.negative_prompt
+    return WanRequest(
+        prompt=options.prompt,
+        negative_prompt=NEGATIVE_PROMPT if negative is None else negative,
+        width=options.width,
+        height=options.height,
+        num_frames=options.frames,
+        seed=options.seed,
+        num_steps=options.steps,
+        sampler=options.sampler or "unipc",
+        spacing=options.spacing or "uniform",
+        shift=options.shift,
+        guidance=options.guidance,
+        guidance_high=options.guidance_high,
+        boundary=options.boundary,
+        timesteps=options.timesteps,
+        image=options.image,
+        end_image=options.end_image,
+    )

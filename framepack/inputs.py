@@ -1,0 +1,172 @@
+"""What a video is asked to be made of, as the network takes it: prompts, pictures and videos through their encoders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..diffusion.progress import Progress, Silent
+from ..diffusion.settings import RunSettings
+from ..weights.reader import CheckpointError
+from .config import FramePackConfig
+from .encoders.images import ImageEncoder
+from .encoders.prompts import PromptEncoder
+from .model import Prompt
+from .request import Material
+from .timed_prompts import TimedPrompt
+from .vae import HunyuanVAE
+from .vae_checkpoint import load_vae
+from .vae_tiles import OVERLAP, TEMPORAL_TILE, encode_tiled
+
+logger = logging.getLogger(__name__)
+
+IMAGE_TOKENS = 729
+# (tile in pixels, latents of a temporal tile) for clips that the device does not hold, the closest to untiled first.
+ENCODE_TILES: tuple[tuple[int, int | None], ...] = (
+    (512, None), (384, None), (256, None), (256, TEMPORAL_TILE), (128, TEMPORAL_TILE)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """LLaVA-LLaMA-3, CLIP-L, SigLIP (only for pictures) and the VAE; `tokenizers` None: beside the text encoders."""
+
+    text_encoder: Path
+    clip: Path
+    vae: Path
+    vision: Path | None = None
+    tokenizers: Path | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Texts, pictures `[1, 3, 1, H, W]` in -1 ... 1 and videos uint8 `[T, H, W, 3]` of 4n + 1 frames, all on the CPU.
+
+    `size` is their (width, height). `initial` is a video to change, `given` the end of one to go on from. A video
+    without a start picture starts at its first frame.
+    """
+
+    timed: TimedPrompt
+    size: tuple[int, int]
+    negative: str | None = None
+    start: Tensor | None = None
+    end: Tensor | None = None
+    initial: Tensor | None = None
+    given: Tensor | None = None
+
+    @property
+    def first_picture(self) -> Tensor | None:
+        """What the video starts at, `[1, 3, 1, H, W]`."""
+        if self.start is not None:
+            return self.start
+        video = self.given if self.initial is None else self.initial
+        return None if video is None else _clip(video[:1])
+
+
+class Encoders:
+    """All encoders of one model, opened: headers and tokenizers are read, weights only while each works.
+
+    CheckpointError for files of other models.
+    """
+
+    def __init__(self, files: EncoderFiles, settings: RunSettings, progress: Progress = Silent()):  # noqa: B008
+        self.files, self.settings, self.progress = files, settings, progress
+        # as FramePack's own; bf16 would keep three bits less of features that decide the whole video
+        dtype = torch.float32 if settings.compute_dtype == torch.float32 else torch.float16
+        self._prompts = PromptEncoder(files.text_encoder, files.clip, files.tokenizers, settings.device, dtype)
+        self._images = None if files.vision is None else ImageEncoder(files.vision, settings.device, dtype)
+
+    def check(self, config: FramePackConfig, model: Path) -> None:
+        """CheckpointError unless the model reads what these encoders make."""
+        made = [
+            (self.files.text_encoder, "hidden states", self._prompts.text_dim, config.text_dim),
+            (self.files.clip, "pooled vectors", self._prompts.pooled_dim, config.pooled_dim),
+        ]
+        if self._images is not None and self.files.vision is not None:
+            made.append((self.files.vision, "image features", self._images.image_dim, config.image_dim))
+        for path, what, found, wanted in made:
+            if found != wanted:
+                raise CheckpointError(
+                    f"{path}: makes {what} of width {found}, but {model.name} reads {wanted}; "
+                    "choose the encoders that go with that model (lowvram-video inspect names them)"
+                )
+
+    @torch.inference_mode()
+    def encode(self, inputs: Inputs, config: FramePackConfig) -> Material:
+        """Everything through its encoder, one encoder on the device at a time and none when this returns."""
+        with self._alone("prompts"):
+            names = inputs.timed.prompts()
+            texts = [*names, *([] if inputs.negative is None else [inputs.negative])]
+            made: list[Prompt] = self._prompts.encode(texts)
+        first = inputs.first_picture
+        with self._alone("image features"):
+            start_features, end_features = (self._features(picture) for picture in (first, inputs.end))
+        if start_features is None and end_features is None:
+            start_features = torch.zeros(1, IMAGE_TOKENS, config.image_dim)  # the network always has some
+        start = first if inputs.given is None else inputs.start  # a video to go on from has its own first latent
+        videos = [None if video is None else _clip(video) for video in (inputs.initial, inputs.given)]
+        with self._alone("latents"):
+            start_latent, end_latent, initial, given = self._latents([start, inputs.end, *videos])
+        width, height = inputs.size
+        return Material(
+            latent_size=(height // 8, width // 8),
+            timed=inputs.timed,
+            prompts=dict(zip(names, made, strict=False)),
+            negative=None if inputs.negative is None else made[-1],
+            start=start_latent,
+            end=end_latent,
+            start_features=start_features,
+            end_features=end_features,
+            initial=initial,
+            given=given,
+        )
+
+    @contextmanager
+    def _alone(self, title: str) -> Iterator[None]:
+        """One encoder's turn: what it leaves on the device is given back."""
+        self.progress.begin(title)
+        try:
+            yield
+        finally:
+            self.progress.end()
+            if self.settings.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _features(self, picture: Tensor | None) -> Tensor | None:
+        if picture is None:
+            return None
+        assert self._images is not None, "pictures want a vision model"
+        return self._images.encode(picture[:, :, 0])
+
+    def _latents(self, clips: Sequence[Tensor | None]) -> list[Tensor | None]:
+        if all(clip is None for clip in clips):
+            return [None] * len(clips)
+        vae = load_vae(self.files.vae, self.settings.compute_dtype, self.settings.device)
+        return [None if clip is None else encode_clip(vae, clip) for clip in clips]
+
+
+def encode_clip(vae: HunyuanVAE, clip: Tensor) -> Tensor:
+    """Latents `[1, 16, t, h, w]` fp32 on the CPU of `clip [1, 3, T, H, W]`; in tiles where the device is too small."""
+    try:
+        return vae.encode(clip).float().cpu()
+    except torch.cuda.OutOfMemoryError as error:
+        problem = error.with_traceback(None)  # the traceback holds the failed pass's tensors
+    for tile, latents in ENCODE_TILES:
+        torch.cuda.empty_cache()
+        logger.warning("out of VRAM while encoding %d frames: next in tiles of %d pixels", clip.shape[2], tile)
+        try:
+            return encode_tiled(vae, clip, tile, min(OVERLAP, tile // 2), temporal_tile=latents)
+        except torch.cuda.OutOfMemoryError as error:
+            problem = error.with_traceback(None)
+    raise problem
+
+
+def _clip(video: Tensor) -> Tensor:
+    """uint8 `[T, H, W, 3]` as `[1, 3, T, H, W]` in -1 ... 1."""
+    return video.permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1.0)

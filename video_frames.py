@@ -1,0 +1,82 @@
+"""Video files as frames of a wanted size, for models that go on from a video or change one."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import torch
+from torch import Tensor
+
+HOW = "give an MP4, MOV, MKV or WebM file"
+
+
+def video_size(path: Path) -> tuple[int, int]:
+    """Width and height of a video as it is shown. ValueError where there is none."""
+    _check_there(path)
+    try:
+        with closing(imageio_ffmpeg.read_frames(str(path.absolute()))) as frames:
+            info: dict[str, Any] = next(frames)
+            width, height = info["size"]
+    # what it raises where ffmpeg says nothing of a picture size
+    except (OSError, RuntimeError, LookupError, ValueError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path}: cannot be read as a video ({_last_line(str(error))}); {HOW}") from error
+    return width, height
+
+
+def read_video(
+    path: Path, width: int, height: int, fps: float, first: int | None = None, last: int | None = None
+) -> Tensor:
+    """Frames uint8 `[T, height, width, 3]` of a video at `fps`, cropped to the aspect and resized.
+
+    `first` or `last` is how many to keep at most, of its beginning or of its end: no others are held in memory.
+    Frames are doubled or left out where the video has another rate, so that it lasts as long. ValueError where it
+    cannot be read.
+    """
+    _check_there(path)
+    fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos,crop={width}:{height}"
+    kept: deque[Tensor] = deque(maxlen=last)
+    with closing(_frames(path, f"fps={fps},{fit}", width * height * 3)) as frames:
+        for frame in frames:
+            kept.append(torch.frombuffer(frame, dtype=torch.uint8).view(height, width, 3))
+            if len(kept) == first:
+                break
+    if not kept:
+        raise ValueError(f"{path}: this video has no frames; {HOW}")
+    return torch.stack(list(kept))
+
+
+def _frames(path: Path, filters: str, frame_bytes: int) -> Iterator[bytearray]:
+    """The bytes of each frame; ffmpeg is gone when the iterator is closed."""
+    program = imageio_ffmpeg.get_ffmpeg_exe()
+    source = ["-nostdin", "-v", "error", "-i", str(path.absolute()), "-map", "0:v:0"]
+    target = ["-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen([program, *source, *target], stdout=subprocess.PIPE, stderr=complaints)
+        assert process.stdout is not None
+        try:
+            while len(frame := bytearray(process.stdout.read(frame_bytes))) == frame_bytes:
+                yield frame
+            if process.wait() != 0:
+                complaints.seek(0)
+                reason = _last_line(complaints.read().decode(errors="replace"))
+                raise ValueError(f"{path}: cannot be read as a video ({reason}); {HOW}")
+        finally:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such video; {HOW}")
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
