@@ -274,7 +274,7 @@ def main() -> None:
     )
     results = []
     for case in cases(options.fp8, str(vae), options.steps):
-        if options.only is None or options.only in case.name:
+        if options.only is None or any(word in case.name for word in options.only.split(",")):
             results.append(in_own_process(case))
     path = save_results("framepack", {"cases": results})
     print(f"results in {path}")

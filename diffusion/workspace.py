@@ -14,6 +14,8 @@ from ..fused.eager import EagerOps
 from ..fused.select import FusedOps
 from ..weights.linear import Scratch
 
+TILE_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -58,6 +60,7 @@ class Workspace:
         self.dim, self.ffn_dim, self.joined_dim = dim, ffn_dim, joined_dim
         self.hidden_rows = min(num_rows, size // ffn_dim)
         self.joined_rows = min(num_rows, (size - num_rows * dim) // joined_dim) if joined_dim else 0
+        self.beside_rows = min(num_rows, (size - num_rows * dim) // ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
 
     @property
@@ -84,11 +87,18 @@ class Workspace:
         """`[joined_rows, joined_dim]`, over the bytes of k and v."""
         return rows_of(self.pool, self.num_rows * self.dim, self.joined_rows, self.joined_dim)
 
+    @property
+    def beside(self) -> Tensor:
+        """Hidden activations while q is still read: `[beside_rows, ffn_dim]`, over the bytes of k and v."""
+        return rows_of(self.pool, self.num_rows * self.dim, self.beside_rows, self.ffn_dim)
+
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """Row ranges of at most `token_chunk` rows that cover `start .. stop` evenly."""
+        """Row ranges of at most `token_chunk` rows that cover `start .. stop` about evenly."""
         stop = self.num_rows if stop is None else stop
-        count = -(-(stop - start) // self.execution.token_chunk)
-        step = -(-(stop - start) // count)
+        chunk = self.execution.token_chunk
+        count = -(-(stop - start) // chunk)
+        # products are computed in tiles of up to 256 rows: a tile that is begun costs as much as a whole one
+        step = min(chunk, -(-(stop - start) // count // TILE_ROWS) * TILE_ROWS)
         for first in range(start, stop, step):
             yield slice(first, min(first + step, stop))
 

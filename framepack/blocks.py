@@ -21,7 +21,7 @@ from ..diffusion.layers import Scale
 from ..diffusion.transformer import Block
 from ..diffusion.workspace import Workspace, rows_of, writable
 from ..fused.select import Rope, RowGroups
-from ..weights.linear import Linear, Projection, project_together
+from ..weights.linear import DenseProjection, Linear, Projection, project_gelu, project_together
 from .config import FramePackConfig
 
 Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
@@ -153,11 +153,31 @@ class SingleBlock(FramePackBlock):
         everything = slice(0, x.shape[0])
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), normed, everything, rope, eps, work)
         attn.attend(work)
-        for start in range(0, work.num_rows, work.joined_rows):
-            self.join(normed, add, slice(start, min(start + work.joined_rows, work.num_rows)), work)
+        dense = self.proj_out.is_dense(work.dtype)
+        step = work.beside_rows if dense else work.joined_rows
+        for start in range(0, work.num_rows, step):
+            span = slice(start, min(start + step, work.num_rows))
+            if dense:
+                self.add_both(normed, add, span, work)
+            else:
+                self.join(normed, add, span, work)
+
+    def add_both(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
+        """MLP and output of some rows; the two halves of the output's weight are multiplied one after the other."""
+        attended = work.qkv[0]
+        work.scratch.reset()
+        project = self.proj_mlp.prepare(work.dtype, work.scratch)
+        for rows in work.chunks(span.start, span.stop):
+            hidden = work.beside[rows.start - span.start : rows.stop - span.start]
+            project_gelu(project, normed(rows), hidden, work.ops.gelu_)
+        work.scratch.reset()
+        of_attention, of_mlp = cast(DenseProjection, self.proj_out.prepare(work.dtype, work.scratch)).split(work.dim)
+        for rows in work.chunks(span.start, span.stop):
+            out = of_mlp(work.beside[rows.start - span.start : rows.stop - span.start])
+            add(rows, out.addmm_(attended[rows], of_attention.weight.t()))
 
     def join(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
-        """MLP and output of some rows, as many as the bytes of k and v hold; their attention lies in q."""
+        """The same, joined in one row for a product that quantises whole rows."""
         q, dim = work.qkv[0], work.dim
         work.scratch.reset()
         project = self.proj_mlp.prepare(work.dtype, work.scratch)
@@ -230,8 +250,7 @@ class FeedForward(nn.Module):
             project = self.widen.prepare(work.dtype, work.scratch)
             for rows in work.chunks(start, stop):
                 hidden = work.hidden[rows.start - start : rows.stop - start]
-                project(normed(rows), out=hidden)
-                work.ops.gelu_(hidden)
+                project_gelu(project, normed(rows), hidden, work.ops.gelu_)
             work.scratch.reset()
             project = self.narrow.prepare(work.dtype, work.scratch)
             for rows in work.chunks(start, stop):
@@ -307,6 +326,5 @@ def widen_into(project: Projection, x: Tensor, out: Tensor, work: Workspace) -> 
     for first in range(0, x.shape[0], step):
         rows = x[first : first + step]
         hidden = rows_of(buffer, 0, rows.shape[0], out.shape[1])
-        project(rows, out=hidden)
-        work.ops.gelu_(hidden)
+        project_gelu(project, rows, hidden, work.ops.gelu_)
         out[first : first + step].copy_(hidden)

@@ -74,7 +74,7 @@ def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None) -> li
 def decode_section(
     vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None = None, on_chunk: OnChunk | None = None
 ) -> Tensor:
-    """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way there is room for."""
+    """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way that fits."""
     ways = decode_ways(vae, latents, room)
     for index, way in enumerate(ways):
         try:

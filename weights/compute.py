@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .fp8 import Fp8Dequantized, Fp8Matmul
-from .gemms import cuda_seconds, int8_refusal, select_fp8_gemm, select_int8_gemm
+from .gemms import cuda_seconds, fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
 from .int8 import Int8Dequantized, Int8Matmul
 from .kitchen import KitchenInt8, kitchen_int8_available
 from .linear import PLAIN, Linear, Plain, WeightFormat
@@ -32,8 +32,10 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
     ops = select_row_ops(device)
+    epilogue = fuses_gelu(device)
     for layer in _linears([model]):
         layer.format = _unpacked(layer.format, ops)
+        layer.fuses_gelu = epilogue
     layers = list(_linears(blocks))
     _use_int8(layers, quantization, device, ops)
     if quantization == "fp8_fast":

@@ -5,6 +5,7 @@ All compute `out = values [m, k] @ weight [n, k].T * rows [m, 1] * columns [n] +
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -230,3 +231,20 @@ def _operands(
     scales, columns = draw(m, 1).abs_() * 1e-3, draw(n).abs_() * 1e-3
     out_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return QuantizedRows(values, scales, torch.Size((m, k)), out_dtype), weight, columns, draw(n).to(out_dtype)
+
+
+@functools.cache
+def fuses_gelu(device: torch.device) -> bool:
+    """Whether a product can end with GELU (tanh approximation) in its own kernel: cuBLASLt's epilogue, tried once."""
+    if device.type != "cuda" or not hasattr(torch, "_addmm_activation"):
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight = (torch.randn(256, 256, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
+    bias, out = weight[0].clone(), torch.empty_like(x)
+    try:
+        torch._addmm_activation(bias, x, weight.t() * 0.1, use_gelu=True, out=out)
+    except FAILURES as problem:
+        logger.info("GELU takes a pass of its own here: %s", problem)
+        return False
+    want = torch.nn.functional.gelu(torch.addmm(bias, x, weight.t() * 0.1).float(), approximate="tanh")
+    return bool((out.float() - want).abs().max() < 2e-2 * want.abs().max())

@@ -65,6 +65,8 @@ def project_gelu(project: Projection, x: Tensor, out: Tensor, gelu_: Callable[[T
     """
     if isinstance(project, SideBranch):
         project.project_gelu(x, out, gelu_)
+    elif isinstance(project, DenseProjection) and project.fuses_gelu and not torch.compiler.is_compiling():
+        project.multiply_gelu(x, out)
     else:
         project(x, out=out)
         gelu_(out)
@@ -121,8 +123,9 @@ class DenseProjection:
 
     form = "dense"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, fuses_gelu: bool = False):
         self.weight, self.bias = weight, bias
+        self.fuses_gelu = fuses_gelu and bias is not None  # see `gemms.fuses_gelu`
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self.multiply(x, out)
@@ -136,6 +139,17 @@ class DenseProjection:
         if self.bias is None:
             return torch.mm(rows, self.weight.t(), out=out)
         return torch.addmm(self.bias, rows, self.weight.t(), out=out)
+
+    def multiply_gelu(self, rows: Tensor, out: Tensor) -> None:
+        """GELU (tanh approximation) of the product, in the product's own kernel."""
+        assert self.bias is not None
+        torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=True, out=out)
+
+    def split(self, num_inputs: int) -> tuple[DenseProjection, DenseProjection]:
+        """Two that add up to this one: of the first `num_inputs` inputs, and of the others (with the bias)."""
+        return DenseProjection(self.weight[:, :num_inputs], None), DenseProjection(
+            self.weight[:, num_inputs:], self.bias, self.fuses_gelu
+        )
 
 
 class Plain:
@@ -178,6 +192,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.format: WeightFormat = PLAIN
         self.low_rank_ops: LowRankOps = TORCH
+        self.fuses_gelu = False
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
@@ -199,12 +214,21 @@ class Linear(nn.Module):
         packed = self.packed()
         update = LowRank.take_from(packed)
         project = self.format.prepare(packed, bias, dtype, scratch)
+        if isinstance(project, DenseProjection):
+            project = DenseProjection(project.weight, bias, self.fuses_gelu)
         if update is None:
             return project
         if isinstance(project, DenseProjection) and project.weight is not packed["weight"]:
             update.add_to_weight_(project.weight)
             return project
         return SideBranch(project, update, self.low_rank_ops)
+
+    def is_dense(self, dtype: torch.dtype) -> bool:
+        """Whether `prepare` gives a `DenseProjection`, known without unpacking anything."""
+        packed = self.packed()
+        if self.format.scratch_elements(packed, dtype):
+            return True
+        return self.format is PLAIN and LowRank.take_from(packed) is None
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""
