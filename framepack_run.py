@@ -7,15 +7,19 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
+import torch
 from PIL import Image
 
 from .framepack.film import Film, film_bytes
-from .framepack.generation import SPATIAL_STRIDE
+from .framepack.generation import SPATIAL_STRIDE, section_size
 from .framepack.pipeline import FramePackPipeline
 from .framepack.request import Material, Sampling
 from .framepack.runs import RunStore
 from .framepack.sections import FRAMES_PER_LATENT, FRAMES_PER_SECOND, num_frames
+from .framepack.timed_prompts import TimedPrompt
+from .memory.limits import hold_budget, limits_for
 from .video_frames import read_video
 
 
@@ -48,8 +52,8 @@ class FramePackRun:
         self.film: Film | None = None
         self._check_room()
         if sampling.one_frame is None:
-            grows = "front" if sampling.mode == "base" else "back"
-            self.film = Film(folder / "film", places.output, FRAMES_PER_SECOND, grows=grows)  # type: ignore[arg-type]
+            grows: Literal["front", "back"] = "front" if sampling.mode == "base" else "back"
+            self.film = Film(folder / "film", places.output, FRAMES_PER_SECOND, grows=grows)
 
     @classmethod
     @contextmanager
@@ -78,7 +82,8 @@ class FramePackRun:
         num_decoded = 0 if self.film is None else self.film.num_sections - before
         if num_decoded == self.num_sections:
             return
-        with closing(self.pipeline.generate(self.sampling, self.material, self.store, num_decoded)) as sections:
+        generator = self.pipeline.generate(self.sampling, self.material, self.store, num_decoded)
+        with closing(generator) as sections:  # type: ignore[type-var] # it is one, though its type says less
             for section in sections:
                 if self.film is not None:
                     self.film.add(section.frames, section.overlap)
@@ -126,3 +131,26 @@ class FramePackRun:
             total = FRAMES_PER_LATENT * window * self.num_sections
             film = film_bytes(total, stride * height, stride * width, num_frames(window))
         self.store.check_room(4 * 16 * (window + 1) * height * width, film)
+
+
+def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int, int], end_image: bool) -> None:
+    """Hold the budget from here on, encoders included; PlanError where the sections will not fit in it.
+
+    `size` is (width, height). The pipeline plans again when it begins: what is free may be less by then.
+    """
+    settings, model = pipeline.settings, pipeline.model
+    limits = limits_for(
+        settings.device,
+        vram_budget_gib=settings.vram_budget_gib,
+        ram_budget_gib=settings.ram_budget_gib,
+        blocks_to_swap=settings.blocks_to_swap,
+        num_slots=None if settings.prefetch is None else settings.prefetch + 1,
+        fused=model.model.execution.ops.name != "eager",
+        sage_attention=model.model.execution.attention.name == "sageattn",
+    )
+    hold_budget(settings.device, limits)
+    height, width = size[1] // SPATIAL_STRIDE, size[0] // SPATIAL_STRIDE
+    end = torch.zeros(1, 16, 1, height, width) if end_image else None
+    nothing_yet = Material((height, width), TimedPrompt(""), {}, end=end)
+    model.step_cache = sampling.cache_threshold is not None
+    model.make_plan(section_size(sampling, nothing_yet), limits)

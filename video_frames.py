@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,13 @@ HOW = "give an MP4, MOV, MKV or WebM file"
 
 def video_size(path: Path) -> tuple[int, int]:
     """Width and height of a video as it is shown. ValueError where there is none."""
-    _check_there(path)
-    try:
-        with closing(imageio_ffmpeg.read_frames(str(path.absolute()))) as frames:
-            info: dict[str, Any] = next(frames)
-            width, height = info["size"]
-    # what it raises where ffmpeg says nothing of a picture size
-    except (OSError, RuntimeError, LookupError, ValueError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{path}: cannot be read as a video ({_last_line(str(error))}); {HOW}") from error
+    width, height = _told(path)["size"]
     return width, height
+
+
+def video_seconds(path: Path) -> float:
+    """How long a video lasts, 0 where its file does not say. ValueError where there is none."""
+    return float(_told(path)["duration"])
 
 
 def read_video(
@@ -52,7 +50,7 @@ def read_video(
     return torch.stack(list(kept))
 
 
-def _frames(path: Path, filters: str, frame_bytes: int) -> Iterator[bytearray]:
+def _frames(path: Path, filters: str, frame_bytes: int) -> Generator[bytearray, None, None]:
     """The bytes of each frame; ffmpeg is gone when the iterator is closed."""
     program = imageio_ffmpeg.get_ffmpeg_exe()
     source = ["-nostdin", "-v", "error", "-i", str(path.absolute()), "-map", "0:v:0"]
@@ -71,6 +69,17 @@ def _frames(path: Path, filters: str, frame_bytes: int) -> Iterator[bytearray]:
             process.kill()
             process.stdout.close()
             process.wait()
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What ffmpeg says of a video."""
+    _check_there(path)
+    try:
+        with closing(imageio_ffmpeg.read_frames(str(path.absolute()))) as frames:
+            return next(frames)
+    # what it raises where ffmpeg says nothing of pictures
+    except (OSError, RuntimeError, LookupError, ValueError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path}: cannot be read as a video ({_last_line(str(error))}); {HOW}") from error
 
 
 def _check_there(path: Path) -> None:

@@ -14,9 +14,10 @@ GIB = 2**30
 
 # Rows of a matrix product, and the share of full speed it reaches with at least so many: fewer leave the last wave of
 # tiles half empty. Likewise for the heads of an attention call.
-GEMM_EFFICIENCY = ((8192, 1.0), (4096, 0.97), (2048, 0.9), (1024, 0.8), (0, 0.6))
+GEMM_EFFICIENCY = ((32768, 1.0), (16384, 0.99), (8192, 0.98), (4096, 0.95), (2048, 0.88), (1024, 0.78), (0, 0.58))
 FULL_SPEED_HEADS = 8
-FEW_HEADS_EFFICIENCY = 0.97
+GROUPED_EFFICIENCY = 0.99
+FEW_HEADS_EFFICIENCY = 0.96
 
 # The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact.
 SLACK_FRACTION = 0.03
@@ -281,10 +282,12 @@ def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile:
 def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> float:
     """Predicted time of one pass when no block has to be waited for."""
     products, attention = model.pass_flops(work, choice.cache_text_kv)
-    rows = min(choice.token_chunk, work.rows)
+    rows = choice.token_chunk if choice.token_chunk < work.rows else GEMM_EFFICIENCY[0][0]  # all at once is the best
     share = next(share for least, share in GEMM_EFFICIENCY if rows >= least)
-    few_heads = choice.head_groups > 1 and model.num_heads < FULL_SPEED_HEADS * choice.head_groups
-    attention_share = FEW_HEADS_EFFICIENCY if few_heads else 1.0
+    few_heads = model.num_heads < FULL_SPEED_HEADS * choice.head_groups
+    attention_share = 1.0
+    if choice.head_groups > 1:
+        attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
     products_seconds = products / (limits.tflops_matmul * 1e12 * share)
     return products_seconds + attention / (limits.tflops_attention * 1e12 * attention_share)
 

@@ -22,7 +22,7 @@ from .footprint import (
 )
 from .ring import ring_bytes
 
-TOKEN_CHUNKS = (1024, 2048, 4096, 8192)
+TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 DEFAULT_SLOTS = 2
 MIN_STAGING, MAX_STAGING = 3, 4
 RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the weights
@@ -158,11 +158,11 @@ def _more_residents(choice: Choice, model: ModelFootprint, work: WorkSize, limit
 
 
 def _head_groups(model: ModelFootprint) -> list[int]:
-    """Numbers of head groups worth having, most first: even ones, of 4 heads up to what runs at full speed."""
+    """Numbers of head groups worth having, most first: even ones, of 4 heads up to what runs at full speed, or one."""
     heads = model.num_heads
     even = [groups for groups in range(heads, 0, -1) if heads % groups == 0 and heads // groups >= 4] or [1]
     full = next((groups for groups in even if heads // groups >= FULL_SPEED_HEADS), 1)
-    return [groups for groups in even if groups >= full]
+    return [groups for groups in even if groups >= full or groups == 1]
 
 
 def _choice(plan: MemoryPlan) -> Choice:

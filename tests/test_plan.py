@@ -343,7 +343,7 @@ class TestDecode:
 class TestChoices:
     def test_spare_memory_buys_speed_first(self):
         chunks = [plan_memory(FP8, LONG_480P, limits(gib / 8)).token_chunk for gib in range(28, 40)]
-        assert chunks == sorted(chunks) and chunks[-1] == 8192
+        assert chunks == sorted(chunks) and chunks[-1] == 32768
 
     def test_everything_resident_on_a_large_card(self):
         plan = plan_memory(FP8, LONG_480P, limits(24))
