@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.disk_blocks import DiskBlocks
-from ..memory.footprint import Limits, ModelFootprint, WorkSize
+from ..memory.footprint import DENSE_CHUNK_TENSORS, QUANTIZED_CHUNK_TENSORS, Limits, ModelFootprint, WorkSize
 from ..memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
 from ..memory.lanes import Span, TimedLanes, lanes_for
 from ..memory.layout import BlockLayout, Part, TensorSource, layout_block
@@ -25,6 +25,7 @@ from ..memory.ring import DeviceRing
 from ..memory.spool import Spool
 from ..memory.streamer import BlockStreamer
 from ..weights.compute import select_compute
+from ..weights.linear import Linear
 from ..weights.lora import Lora, LoraChoice, open_loras
 from ..weights.lora_names import Aliases
 from ..weights.lora_source import AttachedLoras
@@ -100,6 +101,13 @@ class StreamedModel(Generic[M]):
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         raise NotImplementedError
+
+    def chunk_tensors(self, dtype: torch.dtype) -> float:
+        """See `ModelFootprint`."""
+        busy = [module for block in self.blocks for module in block.busy_modules()]
+        layers = [layer for module in busy for layer in module.modules() if isinstance(layer, Linear)]
+        dense = all(layer.is_dense(dtype) for layer in layers)
+        return DENSE_CHUNK_TENSORS if dense else QUANTIZED_CHUNK_TENSORS
 
     def optional_names(self, names: Sequence[str]) -> set[str]:
         """Those of a block's tensors that a pass can do without, once what they make has been made (`visit`)."""

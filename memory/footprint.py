@@ -20,6 +20,7 @@ GROUPED_EFFICIENCY = 0.99
 FEW_HEADS_EFFICIENCY = 0.96
 
 # The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact.
+DENSE_CHUNK_TENSORS, QUANTIZED_CHUNK_TENSORS = 1.25, 3.0  # of rows of the model's width; measured
 SLACK_FRACTION = 0.03
 SLACK_BYTES = 32 * MIB
 
@@ -55,7 +56,8 @@ class ModelFootprint:
     `once_bytes` of all blocks together are needed once per run: they stay in host memory and are not among the others.
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `lendable_bytes` of the fixed ones are needed only for a
-    moment before the blocks, and can be brought for it. `control_streams` are token-sized tensors beside `x` (VACE).
+    moment before the blocks, and can be brought for it. `control_streams` are token-sized tensors beside `x` (VACE),
+    `chunk_tensors` those of one chunk of rows: what is normed, and for products in 8 bits their rows as well.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ModelFootprint:
     image_tokens: int = 0
     compute_bytes: int = 2
     control_streams: int = 0
+    chunk_tensors: float = DENSE_CHUNK_TENSORS
     vae: VaeFootprint | None = WAN21_VAE
 
     @property
@@ -99,7 +102,7 @@ class ModelFootprint:
         return streams + pool + angles + max(
             self._attention_bytes(rows, choice.head_groups, limits.sage_attention),
             # eager steps work in fp32
-            chunk * (3 * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)),
+            int(chunk * (self.chunk_tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim))),
             0 if choice.cache_text_kv else self._text_projection_bytes(work),
         )  # fmt: skip
 
