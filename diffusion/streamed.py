@@ -69,6 +69,7 @@ class StreamedModel(Generic[M]):
         self.model, self.checkpoint, self.settings = model, checkpoint, settings
         self.between_blocks = between_blocks
         self.aliases = aliases
+        self.compiled = False  # whether the blocks run as compiled code
         self.model.execution = settings.execution(head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())
         busy = [module for block in self.blocks for module in block.busy_modules()]
@@ -102,12 +103,13 @@ class StreamedModel(Generic[M]):
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         raise NotImplementedError
 
-    def chunk_tensors(self, dtype: torch.dtype) -> float:
-        """See `ModelFootprint`."""
+    def chunk_tensors(self, dtype: torch.dtype, ffn_dim: int, dim: int) -> float:
+        """See `ModelFootprint`; compiled code makes products in a tensor of their own and copies them."""
         busy = [module for block in self.blocks for module in block.busy_modules()]
         layers = [layer for module in busy for layer in module.modules() if isinstance(layer, Linear)]
         dense = all(layer.is_dense(dtype) for layer in layers)
-        return DENSE_CHUNK_TENSORS if dense else QUANTIZED_CHUNK_TENSORS
+        tensors = DENSE_CHUNK_TENSORS if dense else QUANTIZED_CHUNK_TENSORS
+        return tensors + (ffn_dim / dim if self.compiled else 0.0)
 
     def optional_names(self, names: Sequence[str]) -> set[str]:
         """Those of a block's tensors that a pass can do without, once what they make has been made (`visit`)."""

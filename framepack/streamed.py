@@ -76,7 +76,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             in_channels=config.in_channels,
             latent_channels=config.out_channels,
             compute_bytes=dtype.itemsize,
-            chunk_tensors=self.chunk_tensors(dtype),
+            chunk_tensors=self.chunk_tensors(dtype, config.mlp_dim, config.dim),
             vae=None,
             num_double=config.num_layers,
             step_cache=self.step_cache,

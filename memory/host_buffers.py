@@ -12,7 +12,6 @@ from torch import Tensor
 from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
 from .pinned import CudaRegistrar, PinnedBudget, Registrar, allocate_extent, default_pinned_cap
 from .staging import Fence, Job, Staging
-from .trim import return_free_memory
 
 __all__ = ["CudaRegistrar", "HostBlocks", "PinnedBudget", "Registrar", "default_pinned_cap"]
 
@@ -95,13 +94,12 @@ class HostBlocks:
     # What a streamer asks of its source; DiskBlocks answers the same.
 
     def prepare(self, order: Sequence[int], part: Part) -> None:
-        """Blocks `order` will be copied to the device, this part of each: over and over, or (optional parts) once."""
+        """Blocks `order` will be copied to the device over and over, this part of each."""
         self.pause()
         self._part = part
         if self._budget is None or not order:
             return
-        # for a single copy pinning would cost more than it gains
-        missing = set() if part is Part.OPTIONAL else set(order) - self._pinned - self._refused
+        missing = set(order) - self._pinned - self._refused
         for index in sorted(self._within_cap(missing)):
             self._pin(index)
         self._staged = frozenset(order) - self._pinned
@@ -149,9 +147,7 @@ class HostBlocks:
         """Unpin and free everything; again is harmless. Unload the streamer first."""
         self.unpin()
         self.extents.clear()
-        if self._areas:
-            self._areas.clear()
-            return_free_memory()
+        self._areas.clear()
 
     def __del__(self) -> None:
         if hasattr(self, "_lock") and not sys.is_finalizing():

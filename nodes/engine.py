@@ -56,6 +56,8 @@ class Engine(Generic[S]):
     Nothing is on the device before the first pass: only then is the size of the work known.
     """
 
+    plan_note = ""  # said with every plan that is shown
+
     def __init__(self, open_model: OpenModel[S], path: Path, settings: RunSettings):
         settings = replace(settings, timed=True, pinned_memory=host.memory_flags().may_pin)
         registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
@@ -63,6 +65,8 @@ class Engine(Generic[S]):
         self.options = StreamOptions()
         self.report: RunReport | None = None
         self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
+        # Of LoRA files, by file and name, while anything uses them: for another strength nothing is read again.
+        self.lora_tensors: weakref.WeakValueDictionary[tuple[str, ...], Tensor] = weakref.WeakValueDictionary()
         self._patches_id: object = None  # ComfyUI's name for a set of patches
         self._patches = SortedPatches()
         self._applied = self._patches  # those that weights are read with
@@ -234,6 +238,7 @@ class Engine(Generic[S]):
         blocks: list[nn.Module] = [*self.streamed.blocks]
         others = self.streamed.model.outer_modules()
         uncompile_modules([*blocks, *others])
+        self.streamed.compiled = options.compile is not None
         if options.compile is not None:
             compile_modules(blocks if options.compile.transformer_blocks_only else [*blocks, *others], options.compile)
 
