@@ -72,10 +72,19 @@ def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None) -> li
 
 
 def decode_section(
-    vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None = None, on_chunk: OnChunk | None = None
+    vae: HunyuanVAE,
+    latents: Tensor,
+    room: DecodeRoom | None = None,
+    on_chunk: OnChunk | None = None,
+    tile: int = 0,
 ) -> Tensor:
-    """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way that fits."""
+    """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way that fits.
+
+    `tile` pixels instead, where given.
+    """
     ways = decode_ways(vae, latents, room)
+    if tile and tile < vae.config.spatial_stride * max(latents.shape[3:]):
+        ways = [DecodeWay(tile), *(way for way in ways if way.tile and way.tile < tile)]
     for index, way in enumerate(ways):
         try:
             logger.info("decoding %s", way)

@@ -17,6 +17,7 @@ PARTS = {
     "vae": ("DecodeVideo",),
     "demo": ("LoadDemo",),
     "text": ("LoadClipGGUF",),
+    "lora": ("LoadLora",),
     "framepack": ("FramePackSampler",),
     "framepack_inputs": ("FramePackEndImage", "TimedPrompts", "NearestBucket"),
 }

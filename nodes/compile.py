@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..compilation.settings import BACKENDS, DYNAMIC, MODES, CompileSettings
 from . import host
-from .memory import streamed_model
+from .memory import LOADERS, streamed_model
 
 
 class TorchCompileSettings(io.ComfyNode):
@@ -23,7 +23,7 @@ class TorchCompileSettings(io.ComfyNode):
             "The first step takes longer, the others less. Needs Triton for inductor on a GPU.",
             search_aliases=["torch compile", "inductor", "dynamo"],
             inputs=[
-                io.Model.Input("model", tooltip="A MODEL of Load Wan Video Model (Low VRAM)."),
+                io.Model.Input("model", tooltip=f"A MODEL of {LOADERS}."),
                 io.Combo.Input(
                     "backend",
                     options=list(BACKENDS),

@@ -47,6 +47,7 @@ class FramePackSampler(io.ComfyNode):
             "request goes on where it stopped after a crash, an interrupt or a restart. With a VAE connected the "
             "video file grows section by section, too.",
             search_aliases=["framepack", "framepack f1", "image to video", "long video"],
+            is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip=f"A MODEL of {LOADER}."),
                 io.Conditioning.Input("positive", tooltip="CLIP Text Encode or FramePack Timed Prompt."),
@@ -242,6 +243,9 @@ class _Run:
         with RunStore.open(host.output_folder("framepack"), settings, len(self.sections)) as store:
             height, width = self.material.latent_size
             store.check_room(4 * 16 * (self.sampling.window + 1) * height * width)
+            if store.completed:
+                found = store.completed, len(self.sections)
+                logger.info("%s: %d of %d sections are there already, of an earlier run", store.folder, *found)
             yield store
 
     @contextmanager
@@ -275,10 +279,11 @@ class _Run:
                 store,
                 on_step,
             )
+            num_before = self._add_given(film, vae)
             made: MadeSection | None = None
             for made in generation.run():
-                if film is not None and made.section.number >= film.num_sections:
-                    self._decode(made, film, vae)
+                if film is not None and made.section.number + num_before >= film.num_sections:
+                    self._decode(made.to_decode, film, vae)
             assert made is not None
             if store is not None:
                 store.finish()
@@ -286,9 +291,21 @@ class _Run:
         finally:
             self.engine.end_run()
 
-    def _decode(self, made: MadeSection, film: Film, vae: Any) -> None:
+    def _add_given(self, film: Film | None, vae: Any) -> int:
+        """Put the video to extend before its continuation; returns how many of the film's sections that is.
+
+        A video shorter than a section is a part of the first section's frames instead.
+        """
+        given = self.material.given
+        if film is None or given is None or given.shape[2] < self.sampling.window:
+            return 0
+        if not film.num_sections:
+            self._decode(given, film, vae)
+        return 1
+
+    def _decode(self, latents: Tensor, film: Film, vae: Any) -> None:
         with native_decoder(vae) as (decoder, room):
-            frames = decode_section(decoder, made.to_decode, room, host.check_interrupt)
+            frames = decode_section(decoder, latents, room, host.check_interrupt)
         # so many frames are shared with the section before and with the one after
         film.add(frames, num_frames(self.sampling.window))
 

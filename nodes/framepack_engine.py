@@ -21,6 +21,8 @@ from .engine import Engine
 class FramePackEngine(Engine[StreamedFramePack]):
     """Planned for a section; on the device from its first pass until something else wants the room."""
 
+    plan_note = "FramePack makes a video section by section: its length does not matter to this plan, which is for one."
+
     def __init__(self, path: Path, settings: RunSettings, model_type: str = "auto"):
         super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings)
         self._work: WorkSize | None = None

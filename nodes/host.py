@@ -23,6 +23,7 @@ from torch import Tensor
 CATEGORY = "LowVRAM Video"
 MODEL_FOLDER = "diffusion_models"  # ComfyUI's models/unet is one of its places
 TEXT_FOLDER = "text_encoders"  # models/clip too
+LORA_FOLDER = "loras"
 MODEL_SUFFIXES = (".safetensors", ".gguf")
 GIB = 2**30
 EVERYTHING = 1e30  # bytes, as ComfyUI itself asks for all
@@ -263,6 +264,16 @@ def low_rank_patch(patch: Any) -> LowRankPatch | None:
     if strength_model != 1.0 or any(part is not None for part in parts) or up.ndim != 2 or down.ndim != 2:
         return None
     return LowRankPatch(up, down, 1.0 if alpha is None else alpha / down.shape[0], strength)
+
+
+def lora_patch(up: Tensor, down: Tensor, alpha: float, magnitude: Tensor | None = None) -> Any:
+    """ComfyUI's patch of a weight by a LoRA, or with a magnitude (`[out, 1]` or `[1, in]`) by a DoRA."""
+    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, magnitude, None))
+
+
+def difference_patch(difference: Tensor) -> Any:
+    """ComfyUI's patch of a tensor by a difference of its shape."""
+    return "diff", (difference,)
 
 
 def make_wan_clip(weights: dict[str, Tensor], device: torch.device | None, **config: int) -> Any:

@@ -17,7 +17,7 @@ from .engine import Engine
 from .patcher import StreamedModelPatcher
 
 GIB = 2**30
-LOADER = "Load Wan Video Model (Low VRAM)"
+LOADERS = "Load Wan Video Model or Load FramePack Model (Low VRAM)"
 CARD_GB = 8.0  # whose plan is shown where there is no GPU and none was named
 
 
@@ -26,8 +26,8 @@ def streamed_model(model: Any, node: str) -> StreamedModelPatcher:
     if isinstance(model, StreamedModelPatcher):
         return model
     raise ValueError(
-        f"{node} works on models of {LOADER}; this one comes from another loader, whose weights ComfyUI streams by "
-        "itself: load the file with that node, or take this one out"
+        f"{node} works on models of {LOADERS}; this one comes from another loader, whose weights ComfyUI streams by "
+        "itself: load the file with one of those, or take this one out"
     )
 
 
@@ -43,7 +43,7 @@ class BlockSwap(io.ComfyNode):
             "Without this node everything is planned from what is free.",
             search_aliases=["block swap", "vram budget", "offload", "blocks to swap"],
             inputs=[
-                io.Model.Input("model", tooltip=f"A MODEL of {LOADER}."),
+                io.Model.Input("model", tooltip=f"A MODEL of {LOADERS}."),
                 io.Int.Input(
                     "blocks_to_swap",
                     default=-1,
@@ -124,10 +124,17 @@ class VramPlan(io.ComfyNode):
             search_aliases=["vram plan", "vram estimate", "memory estimate"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip=f"A MODEL of {LOADER}, with Block Swap where you use it."),
+                io.Model.Input("model", tooltip=f"A MODEL of {LOADERS}, with Block Swap where you use it."),
                 io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Of the video, in pixels."),
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the video, in pixels."),
-                io.Int.Input("length", default=81, min=1, max=8192, step=4, tooltip="Frames: 4n + 1."),
+                io.Int.Input(
+                    "length",
+                    default=81,
+                    min=1,
+                    max=8192,
+                    step=4,
+                    tooltip="Frames: 4n + 1. Of no matter with FramePack: a section is planned.",
+                ),
                 io.Boolean.Input(
                     "guidance",
                     default=True,
@@ -159,10 +166,10 @@ def plan_text(patcher: StreamedModelPatcher, size: tuple[int, int, int], passes:
     engine = patcher.engine
     width, height, frames = size
     work = engine.video_work(width, height, frames, passes)
-    note = ""
+    note = f"{engine.plan_note}\n" if engine.plan_note else ""
     try:
         if card_gb or engine.device.type != "cuda":
-            note = "" if card_gb else "ComfyUI runs on the CPU: this is the plan for a card of 8 GB.\n"
+            note += "" if card_gb else "ComfyUI runs on the CPU: this is the plan for a card of 8 GB.\n"
             plan = _plan_for_card(engine, work, patcher, card_gb or CARD_GB)
         else:
             plan = engine.plan(work, patcher.options)
@@ -196,7 +203,7 @@ class MemoryReport(io.ComfyNode):
             search_aliases=["memory report", "vram usage", "timeline"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip=f"The MODEL of {LOADER} that the sampler used."),
+                io.Model.Input("model", tooltip=f"The MODEL of {LOADERS} that the sampler used."),
                 io.AnyType.Input("after", optional=True, tooltip="What to wait for: the sampler's LATENT."),
             ],
             outputs=[io.String.Output("report"), io.Image.Output("timeline")],

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..framepack.decoding import decode_section
 from ..memory.footprint import WAN21_VAE, WAN22_VAE, WorkSize, decode_memory
 from ..memory.plan import VAE_TILES
 from ..wanvideo.vae import WanVAE, check_latent
@@ -20,6 +21,7 @@ from ..wanvideo.vae_checkpoint import find_prefix, infer_config
 from ..wanvideo.vae_tiles import decode_tiled
 from ..weights.reader import Checkpoint, TensorInfo
 from . import host
+from .hunyuan_vae import is_hunyuan_vae, native_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,12 @@ class DecodeVideo(io.ComfyNode):
             "whole frames. Time is never cut, so there are no pulses; frames move to RAM as they are made.",
             search_aliases=["vae decode tiled", "wan vae", "decode video"],
             inputs=[
-                io.Latent.Input("samples", tooltip="The latent of a Wan model."),
-                io.Vae.Input("vae", tooltip="wan_2.1_vae for Wan 2.1 and 2.2 14B, wan2.2_vae for TI2V 5B."),
+                io.Latent.Input("samples", tooltip="The latent of a Wan or FramePack model."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="wan_2.1_vae for Wan 2.1 and 2.2 14B, wan2.2_vae for TI2V 5B, hunyuan_video_vae_bf16 for "
+                    "FramePack.",
+                ),
                 io.Int.Input(
                     "tile_size",
                     default=0,
@@ -78,10 +84,22 @@ class DecodeVideo(io.ComfyNode):
         latent: Tensor = samples["samples"]
         if keep_latent:
             logger.info("the latent is kept in %s", _save(latent))
+        if is_hunyuan_vae(vae):
+            return io.NodeOutput(_decode_hunyuan(vae, latent, tile_size))
         with _decoder(vae, latent) as decoder:
             tile = tile_size or _choose_tile(decoder, latent)
             video = _decode(decoder, _normalise(latent, decoder), tile, temporal_chunk)
         return io.NodeOutput(_to_images(video))
+
+
+def _decode_hunyuan(vae: Any, latent: Tensor, tile: int) -> Tensor:
+    """IMAGE of FramePack's and HunyuanVideo's latents: a clip at a time, whole where there is room."""
+    clips = []
+    with native_decoder(vae) as (decoder, room):
+        for clip in latent.float().cpu().split(1):
+            scaled = clip * decoder.config.scaling_factor  # ComfyUI's latents have the scale of the encoder
+            clips.append(decode_section(decoder, scaled, room, host.check_interrupt, tile))
+    return torch.cat(clips).float().div_(255)
 
 
 @contextmanager
@@ -90,8 +108,8 @@ def _decoder(vae: Any, latent: Tensor) -> Iterator[WanVAE]:
     stored: dict[str, Tensor] = vae.first_stage_model.state_dict()
     if find_prefix(stored) != "":
         raise ValueError(
-            "Decode Video (Tiled, Low VRAM) needs a Wan video VAE (wan_2.1_vae or wan2.2_vae), and this is another: "
-            "load one of those, or decode with VAE Decode"
+            "Decode Video (Tiled, Low VRAM) needs a Wan or HunyuanVideo VAE (wan_2.1_vae, wan2.2_vae, "
+            "hunyuan_video_vae_bf16), and this is another: load one of those, or decode with VAE Decode"
         )
     infos = {
         name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)

@@ -1,14 +1,14 @@
-// Shows the text that VRAM Plan and Memory Report make on the nodes themselves.
+// Shows the text that VRAM Plan, Memory Report and Load LoRA make on the nodes themselves.
 import { app } from "../../scripts/app.js";
 
-const NODES = new Set(["LowVRAMPlan", "LowVRAMMemoryReport"]);
-const HEIGHT = 280;
+const HEIGHTS = { LowVRAMPlan: 280, LowVRAMMemoryReport: 280, LowVRAMLoadLora: 60 };
 
 app.registerExtension({
     name: "LowVRAMVideo.ShowText",
 
     nodeCreated(node) {
-        if (!NODES.has(node.comfyClass)) {
+        const height = HEIGHTS[node.comfyClass];
+        if (!height) {
             return;
         }
         const text = document.createElement("pre");
@@ -21,7 +21,7 @@ app.registerExtension({
         const widget = node.addDOMWidget("shown", "text", text, {
             serialize: false, // not part of the prompt
             hideOnZoom: false,
-            getMinHeight: () => HEIGHT,
+            getMinHeight: () => height,
         });
         widget.serialize = false; // nor of the saved workflow
 

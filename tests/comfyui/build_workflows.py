@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from . import model_files as files
-from .graph import BYPASSED, Group, ModelFile, Node, Output, Workflow
+from .build_framepack import FRAMEPACK_WORKFLOWS
+from .graph import BYPASSED, GREEN_BOX, GREY_BOX, RED_BOX, Group, ModelFile, Node, Output, Workflow
 from .notes import DEMO_NOTE, NOTES
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
-RED_BOX, GREEN_BOX, GREY_BOX = "#8A3A3A", "#3A7A4A", "#555"
 
 # Wan's own sample_neg_prompt (wan/configs/shared_config.py)
 NEGATIVE = (
@@ -331,6 +331,7 @@ WORKFLOWS = {
     "wan2.2_t2v_A14B_4steps": t2v_experts,
     "wan2.2_i2v_A14B_4steps": i2v_experts,
     "wan2.2_ti2v_5B": ti2v,
+    **FRAMEPACK_WORKFLOWS,
 }
 
 

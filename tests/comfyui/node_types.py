@@ -56,15 +56,69 @@ VIDEO_SIZE = {"width": 832, "height": 480, "length": 81, "batch_size": 1}
 SAMPLER = "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT"
 CONDITIONED = "positive:CONDITIONING negative:CONDITIONING vae:VAE"
 PROMPTS = "positive:CONDITIONING negative:CONDITIONING latent:LATENT"
+COMPUTE = {"compute_dtype": "auto", "attention_mode": "auto", "quantization": "none"}
 
 NODE_TYPES: dict[str, NodeType] = {
     # ours
     "LowVRAMLoadWanModel": _kind(
         "",
-        {"model_name": "", "compute_dtype": "auto", "attention_mode": "auto", "quantization": "none"},
+        {"model_name": "", **COMPUTE},
         "MODEL",
         extra_width=100,
     ),
+    "LowVRAMLoadFramePackModel": _kind(
+        "", {"model_name": "", "model_type": "auto", **COMPUTE}, "MODEL", extra_width=100
+    ),
+    "LowVRAMFramePackSampler": _kind(
+        "model:MODEL positive:CONDITIONING negative:CONDITIONING start_latent:LATENT image_embeds:CLIP_VISION_OUTPUT "
+        "end_image:LOWVRAM_END_IMAGE initial_samples:LATENT extend_samples:LATENT vae:VAE",
+        {
+            "total_second_length": 5.0,
+            "latent_window_size": 9,
+            "steps": 30,
+            "cfg": 1.0,
+            "guidance_scale": 10.0,
+            "shift": 0.0,
+            "seed": _seed("seed"),
+            "use_teacache": True,
+            "teacache_rel_l1_thresh": 0.15,
+            "gpu_memory_preservation": 0.0,
+            "sampler": "unipc_bh1",
+            "denoise_strength": 1.0,
+            "cfg_rescale": 0.0,
+            "width": 640,
+            "height": 608,
+            "one_frame_index": 0,
+            "resume": True,
+            "filename_prefix": Widget("filename_prefix", "video/FramePack", "STRING"),
+        },
+        "samples:LATENT video:VIDEO",
+        optional=(
+            "negative",
+            "start_latent",
+            "image_embeds",
+            "end_image",
+            "initial_samples",
+            "extend_samples",
+            "vae",
+        ),
+        extra_width=160,
+        extra_height=520,
+    ),
+    "LowVRAMFramePackNearestBucket": _kind("image:IMAGE", {"base_resolution": 640}, "width:INT height:INT"),
+    "LowVRAMFramePackTimedPrompt": _kind(
+        "clip:CLIP",
+        {"text": Widget("text", "", "STRING", multiline=True), "cross_fade": 0.0},
+        "CONDITIONING",
+        extra_width=60,
+    ),
+    "LowVRAMFramePackEndImage": _kind(
+        "latent:LATENT image_embeds:CLIP_VISION_OUTPUT",
+        {"embed_interpolation": "linear", "start_embed_strength": 1.0},
+        "end_image:LOWVRAM_END_IMAGE",
+        optional=("latent", "image_embeds"),
+    ),
+    "LowVRAMLoadLora": _kind("model:MODEL", {"lora_name": "", "strength": 1.0}, "MODEL", extra_width=100),
     "LowVRAMLoadDemo": _kind("", {}, "MODEL CLIP VAE"),
     "LowVRAMBlockSwap": _kind(
         "model:MODEL",
@@ -98,6 +152,9 @@ NODE_TYPES: dict[str, NodeType] = {
     ),
     # ComfyUI's
     "CLIPLoader": _kind("", {"clip_name": "", "type": "wan", "device": "default"}, "CLIP", extra_width=100),
+    "DualCLIPLoader": _kind(
+        "", {"clip_name1": "", "clip_name2": "", "type": "hunyuan_video", "device": "default"}, "CLIP", extra_width=100
+    ),
     "VAELoader": _kind("", {"vae_name": ""}, "VAE", extra_width=100),
     "CLIPVisionLoader": _kind("", {"clip_name": ""}, "CLIP_VISION", extra_width=100),
     "LoraLoaderModelOnly": _kind("model:MODEL", {"lora_name": "", "strength_model": 1.0}, "MODEL", extra_width=100),
@@ -108,6 +165,13 @@ NODE_TYPES: dict[str, NodeType] = {
     "LoadImage": _kind(
         "", {"image": Widget("image", "example.png", "COMBO", ("image",))}, "IMAGE MASK", extra_height=260
     ),
+    "LoadVideo": _kind("", {"file": Widget("file", "example.mp4", "COMBO", ("image",))}, "VIDEO", extra_height=400),
+    "GetVideoComponents": _kind("video:VIDEO", {}, "images:IMAGE audio:AUDIO fps:FLOAT"),
+    "ImageFromBatch": _kind("image:IMAGE", {"batch_index": 0, "length": 1}, "IMAGE"),
+    "ImageScale": _kind(
+        "image:IMAGE", {"upscale_method": "lanczos", "width": 640, "height": 608, "crop": "center"}, "IMAGE"
+    ),
+    "VAEEncode": _kind("pixels:IMAGE vae:VAE", {}, "LATENT"),
     "PrimitiveInt": _kind("", {"value": Widget("value", 0, "INT", ("fixed",))}, "INT"),
     "EmptyHunyuanLatentVideo": _kind("", VIDEO_SIZE, "LATENT"),
     "WanImageToVideo": _kind(

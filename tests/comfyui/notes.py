@@ -49,9 +49,12 @@ CHANGES_EXPERTS = (
 )
 
 
+SIZE = "- **Size and length** are set once, in group 3. Length is 4n + 1 frames."
+
+
 @dataclass(frozen=True)
 class Note:
-    """`fits` are (VRAM, what runs there); `changes` is a line of its own."""
+    """`fits` are (VRAM, what runs there); `changes` and `size` are lines of their own."""
 
     title: str
     intro: str
@@ -60,6 +63,8 @@ class Note:
     ram: str
     changes: str
     encoder: str = ENCODER_GPU
+    size: str = SIZE
+    help: str = HELP
 
     def text(self) -> str:
         links = [f"- [{f.name}]({f.url}) ({files.SIZES[f]:g} GB) → `models/{f.directory}`" for f in self.files]
@@ -82,11 +87,11 @@ class Note:
                 "card set `card_gb`.",
                 self.ram,
                 "## What to change",
-                "- **Size and length** are set once, in group 3. Length is 4n + 1 frames.",
+                self.size,
                 "- **Memory:** leave *Block Swap* alone at first: `-1` and `0` mean that it is planned.",
                 self.encoder,
                 self.changes,
-                HELP,
+                self.help,
             ]
         )
 

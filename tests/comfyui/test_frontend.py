@@ -20,7 +20,8 @@ from PIL import Image
 
 from .browser import Browser, Page, find_chromium
 from .server import PACK_FOLDER, Server
-from .workflows import FOLDER, NAMES, load, make_models, make_picture, to_prompt
+from .tiny_files import make_inputs, make_models
+from .workflows import FOLDER, NAMES, for_test, load, to_prompt
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium (set CHROMIUM to its path)")
 
@@ -52,6 +53,7 @@ BOUNDS = """(() => {
         x(Math.max(...boxes.map(box => box[0] + box[2]))), y(Math.max(...boxes.map(box => box[1] + box[3]))),
     ];
 })()"""
+CLIENT = "window.app.api.clientId"
 PROMPT = "window.app.graphToPrompt().then(result => result.output)"
 
 
@@ -59,13 +61,13 @@ PROMPT = "window.app.graphToPrompt().then(result => result.output)"
 def server(comfyui: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("base")
     make_models(base / "models")
-    make_picture(base / "input")
+    make_inputs(base / "input")
     another = os.environ.get("COMFYUI_FRONTEND")
     flags = ("--cpu", "--front-end-root", another) if another else ("--cpu",)
     with Server(comfyui.folder, comfyui.python, base, flags) as running:
         running.post("/settings", SETTINGS)
         yield running
-    shutil.rmtree(base / "models")  # 1.4 GB, which pytest would keep
+    shutil.rmtree(base / "models")  # 1.9 GB, which pytest would keep
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,15 @@ def test_the_demo_runs_from_the_page(page: Page, server: Server, name: str, tmp_
     assert "predicted peak" in plan
     assert "denoise" in report
     keep(screenshot(page), name, tmp_path)
+
+
+def test_framepacks_sampler_shows_its_video(page: Page, server: Server) -> None:
+    drop(page, "framepack_i2v")
+    server.run(for_test(to_prompt(load("framepack_i2v"), server.get("/object_info"))), page.evaluate(CLIENT))
+    page.wait_for("document.querySelector('video')", 30)
+    assert page.evaluate(COMPLAINTS) == []
+    (shown,) = page.evaluate("[...document.querySelectorAll('video')].map(element => element.src)")
+    assert "filename=framepack_i2v_" in shown and ".mp4" in shown and "type=output" in shown
 
 
 def keep(picture: Image.Image, name: str, folder: Path) -> None:

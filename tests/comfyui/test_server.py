@@ -23,6 +23,9 @@ NODES = {
     "LowVRAMDecodeVideo": "Decode Video (Tiled, Low VRAM)",
     "LowVRAMPlan": "VRAM Plan",
     "LowVRAMMemoryReport": "Memory Report",
+    "LowVRAMLoadLora": "Load LoRA (Low VRAM)",
+    "LowVRAMLoadFramePackModel": "Load FramePack Model (Low VRAM)",
+    "LowVRAMFramePackSampler": "FramePack Sampler (Low VRAM)",
 }
 
 

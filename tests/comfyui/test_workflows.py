@@ -16,7 +16,8 @@ from lowvram_video.demo.score import judge
 
 from .node_types import NODE_TYPES
 from .server import PromptError, Server
-from .workflows import NAMES, for_test, load, make_models, make_picture, size_nodes, to_prompt
+from .tiny_files import make_inputs, make_models
+from .workflows import NAMES, for_test, load, size_nodes, to_prompt
 
 DEMO_FRAMES = (17, 96, 96, 3)
 
@@ -26,14 +27,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("models")
     make_models(folder)
     yield folder
-    shutil.rmtree(folder)  # 1.4 GB, which pytest would keep
+    shutil.rmtree(folder)  # 1.9 GB, which pytest would keep
 
 
 @pytest.fixture(scope="module")
 def server(comfyui: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("base")
     (base / "models").symlink_to(models, target_is_directory=True)
-    make_picture(base / "input")
+    make_inputs(base / "input")
     with Server(comfyui.folder, comfyui.python, base) as running:
         yield running
 
@@ -70,6 +71,15 @@ def test_the_nodes_are_as_the_workflows_assume(object_info: dict[str, Any]) -> N
         assert outputs[: len(kind.outputs)] == list(kind.outputs), name
 
 
+def shape_of(name: str) -> tuple[int, int, int, int]:
+    """Of the video that a workflow makes in the tests' size."""
+    if "framepack" in name:
+        num_sections, frames_per_latent, window = 2, 4, 2
+        start = 5 if "extend" in name else 1  # the frames that are given
+        return (start + num_sections * frames_per_latent * window, 64, 64, 3)
+    return (5, 48, 64, 3)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "demo"])
 def test_a_workflow_makes_a_video(server: Server, object_info: dict[str, Any], name: str) -> None:
     graph = for_test(to_prompt(load(name), object_info))
@@ -79,7 +89,7 @@ def test_a_workflow_makes_a_video(server: Server, object_info: dict[str, Any], n
         print(server.tail(60))
         raise
     frames = read_video(server, outputs)
-    assert frames.shape == (5, 48, 64, 3) if "ti2v" not in name else (5, 64, 64, 3)
+    assert frames.shape == shape_of(name)
     assert frames.std() > 1, "the video is blank"
     text = [line for output in outputs.values() for line in output.get("text", ())]
     assert any("predicted peak" in line for line in text), text

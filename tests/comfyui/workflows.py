@@ -1,24 +1,12 @@
-"""The example workflows as the tests run them: tiny files under their names, as prompts, in small sizes."""
+"""The example workflows as the tests run them: as prompts, in small sizes (see `tiny_files`)."""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
-from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor
-
-from ..tiny import randomize
-from . import model_files as files
-from .graph import ModelFile
 from .server import Graph
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
@@ -26,96 +14,23 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 NOT_RUN = {"MarkdownNote"}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
-STAND_INS = {"CLIPTextEncode": "TestConditioning", "CLIPVisionEncode": "TestClipVision"}
-REPLACED_LOADERS = {"CLIPLoader", "CLIPVisionLoader"}
-
-TINY = WanConfig("t2v", dim=128, ffn_dim=192, num_heads=1, num_layers=2)
-I2V = replace(TINY, model_type="i2v", in_channels=36)
-CONFIGS: dict[ModelFile, WanConfig] = {
-    files.T2V_SMALL: TINY,
-    files.T2V_HIGH: TINY,
-    files.T2V_LOW: TINY,
-    files.I2V_480P: replace(I2V, image_dim=1280),
-    files.I2V_HIGH: I2V,
-    files.I2V_LOW: I2V,
-    files.FLF2V: replace(I2V, model_type="flf2v", image_dim=1280, image_pos_tokens=514),
-    files.VACE_SMALL: replace(TINY, model_type="vace", vace_layers=1, vace_channels=96),
-    files.TI2V: replace(TINY, model_type="ti2v", in_channels=48, out_channels=48),
+ADDING = ("control_after_generate", "image_upload", "video_upload")  # another entry in widgets_values
+# loaders whose files ComfyUI wants in their full size
+STAND_INS: Graph = {
+    "CLIPLoader": {"class_type": "TestTextEncoder", "inputs": {"pooled": False}},
+    "DualCLIPLoader": {"class_type": "TestTextEncoder", "inputs": {"pooled": True}},
+    "CLIPVisionLoader": {"class_type": "TestImageEncoder", "inputs": {}},
 }
-LORAS = (files.T2V_LORA_HIGH, files.T2V_LORA_LOW, files.I2V_LORA_HIGH, files.I2V_LORA_LOW)
+# of FramePack: two sections of 2 latents in 64x64
+SMALL = {
+    "LowVRAMFramePackNearestBucket": {"base_resolution": 64},
+    "LowVRAMFramePackSampler": {"total_second_length": 0.5, "latent_window_size": 2, "steps": 2},
+}
 
 
 def load(name: str) -> dict[str, Any]:
     """A workflow as shipped."""
     return dict(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
-
-
-# --- files -----------------------------------------------------------------------------------------------
-
-
-def make_models(folder: Path) -> None:
-    """ComfyUI's models folder with a tiny file for every download of the workflows."""
-    for number, (file, config) in enumerate(CONFIGS.items()):
-        tensors = dict(randomize(WanModel(config), number).state_dict())
-        _save(folder, file, _as_named(file.name, tensors))
-    for file in LORAS:
-        _save(folder, file, _lora())
-    vae = randomize(WanVAE(replace(WAN21_VAE, encoder_dim=8, decoder_dim=8)))
-    _save(folder, files.VAE_21, dict(vae.state_dict()))
-    _save(folder, files.VAE_22, _full_size(WanVAE(WAN22_VAE, device="meta")))
-    # the loaders of these are replaced, but their menus are checked
-    for file in (files.TEXT_ENCODER, files.CLIP_VISION):
-        _save(folder, file, {"empty": torch.zeros(1)})
-
-
-def make_picture(folder: Path) -> None:
-    """The picture that ComfyUI ships as its example."""
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.linear_gradient("L").convert("RGB").save(folder / "example.png")
-
-
-def _save(folder: Path, file: ModelFile, tensors: dict[str, Tensor]) -> None:
-    (folder / file.directory).mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / file.directory / file.name)
-
-
-def _as_named(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stored as the file's name says: fp16, fp8, or fp8 with a scale per layer."""
-    if "fp8" not in name:
-        return {key: tensor.half() for key, tensor in tensors.items()}
-    stored: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not (key.startswith("blocks.") and key.endswith("weight") and tensor.ndim == 2):
-            stored[key] = tensor.half()
-            continue
-        scale = tensor.abs().max() / 448 if "scaled" in name else torch.ones(())
-        stored[key] = (tensor / scale).to(torch.float8_e4m3fn)
-        if "scaled" in name:
-            stored[key.replace(".weight", ".scale_weight")] = scale.float()
-    if "scaled" in name:
-        stored["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
-    return stored
-
-
-def _lora(rank: int = 4) -> dict[str, Tensor]:
-    layer, generator = "diffusion_model.blocks.1.self_attn.q", torch.Generator().manual_seed(0)
-    return {
-        f"{layer}.lora_down.weight": torch.randn(rank, TINY.dim, generator=generator) / TINY.dim**0.5,
-        f"{layer}.lora_up.weight": torch.randn(TINY.dim, rank, generator=generator) * 0.5,
-        f"{layer}.alpha": torch.tensor(float(rank)),
-    }
-
-
-def _full_size(model: WanVAE) -> dict[str, Tensor]:
-    """Core builds this VAE in its full size: random fp16, the same numbers again and again to be quick."""
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        values = noise.repeat(tensor.numel() // noise.numel() + 1)[: tensor.numel()].view(tensor.shape)
-        fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
-        tensors[name] = (torch.ones(tensor.shape) if "gamma" in name else values * (0.7 / fan_in**0.5)).half()
-    return tensors
 
 
 # --- prompts ---------------------------------------------------------------------------------------------
@@ -148,9 +63,11 @@ def _widget_inputs(schema: dict[str, Any], values: list[Any], prefix: str = "") 
             if not (isinstance(kind, list) or kind in WIDGET_TYPES or kind == DYNAMIC):
                 continue
             value = values.pop(0) if values else _default(kind, options)
-            if values and (options.get("control_after_generate") or options.get("image_upload")):
+            if values and any(options.get(key) for key in ADDING):
                 values.pop(0)
             inputs[prefix + name] = value
+            if options.get("video_upload"):
+                inputs["video-preview"] = ""  # the page's player, which is a widget too
             if kind == DYNAMIC:
                 chosen = next(option for option in options["options"] if option["key"] == value)
                 inputs |= _widget_inputs(chosen["inputs"], values, f"{prefix}{name}.")
@@ -168,21 +85,22 @@ def _default(kind: Any, options: dict[str, Any]) -> Any:
 def for_test(prompt: Graph, width: int = 64, height: int = 48, length: int = 5, steps: int = 2) -> Graph:
     """A copy with stand-ins for text encoder and CLIP vision, a small size, and few steps."""
     graph = copy.deepcopy(prompt)
-    sizes = {"Width": width, "Height": height, "Frames": length}
     for number, node in list(graph.items()):
         kind, inputs = node["class_type"], node["inputs"]
-        if kind in REPLACED_LOADERS:
-            del graph[number]
-        elif kind in STAND_INS:
-            graph[number] = {"class_type": STAND_INS[kind], "inputs": {"seed": int(number)}}
+        if kind in STAND_INS:
+            graph[number] = copy.deepcopy(STAND_INS[kind])
         elif kind == "KSampler":
             inputs["steps"] = steps
-    for value, number in zip(sizes.values(), size_nodes(graph), strict=True):
+        inputs.update(SMALL.get(kind, {}))
+    for value, number in zip((width, height, length), size_nodes(graph), strict=False):
         graph[number]["inputs"]["value"] = value
     return graph
 
 
 def size_nodes(graph: Graph) -> list[str]:
-    """The nodes of width, height and frames."""
+    """The nodes of width, height and frames; none where a picture decides."""
     plan = next(node for node in graph.values() if node["class_type"] == "LowVRAMPlan")
-    return [plan["inputs"][name][0] for name in ("width", "height", "length")]
+    sources = [plan["inputs"][name][0] for name in ("width", "height") if isinstance(plan["inputs"][name], list)]
+    if any(graph[number]["class_type"] != "PrimitiveInt" for number in sources):
+        return []
+    return [*sources, plan["inputs"]["length"][0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import weakref
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def test_memory_is_flat_when_two_workflows_alternate(models: Path) -> None:
         gc.collect()
         seen.append(process_rss_bytes() / 2**20)
     print(f"RSS in MiB after each of ten rounds: {', '.join(f'{size:.0f}' for size in seen)}")
-    assert max(seen[5:]) - min(seen[2:5]) < 20
+    # in single rounds the allocator gives 40 MiB back, or has them again; a leak adds up in every round
+    assert statistics.median(seen[7:]) - statistics.median(seen[2:5]) < 15
 
 
 @pytest.mark.parametrize("variant", ["t2v", "vace"])

@@ -111,7 +111,9 @@ def test_the_f1_model_is_told_by_its_name(models: Path) -> None:
 def test_memory_comes_back_and_the_report_says_what_was_used(model: Any) -> None:
     run(model)
     assert "denoise" in MemoryReport.execute(model).result[0]
-    assert "sections of 33 frames" in VramPlan.execute(model, 640, 608, 33, True, 8.0).result[1]
+    plan = VramPlan.execute(model, 640, 608, 33, True, 8.0).result[1]
+    assert "sections of 33 frames" in plan and "length does not matter" in plan
+    assert VramPlan.execute(model, 640, 608, 9999, True, 8.0).result[1] == plan
     mm.unload_all_models()
     assert model.loaded_size() == 0 and not model.engine.streamed.started
 
@@ -238,8 +240,9 @@ def test_wrong_inputs_are_refused_with_a_sentence(model: Any, models: Path) -> N
         LoadFramePackModel.execute("not.safetensors", "auto", "fp32", "sdpa", "none")
 
 
-def test_the_film_grows_and_is_shown(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tiny decoder in place of ComfyUI's full-size VAE."""
+@pytest.fixture
+def tiny_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny one in place of ComfyUI's full-size VAE."""
     from contextlib import contextmanager
 
     from lowvram_pack.framepack.vae import HUNYUAN_VAE, HunyuanVAE
@@ -254,12 +257,32 @@ def test_the_film_grows_and_is_shown(model: Any, monkeypatch: pytest.MonkeyPatch
         yield vae, None
 
     monkeypatch.setattr(framepack, "native_decoder", decoder)
-    done = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": object(), "resume": True}))
+
+
+def film_of(done: Any) -> tuple[int, Path]:
+    """How many frames the shown video has, and where it is."""
     (shown,) = done.ui.as_dict()["images"]
     path = Path(folder_paths.output_directory) / shown["subfolder"] / shown["filename"]
-    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    return imageio_ffmpeg.count_frames_and_secs(str(path))[0], path
+
+
+@pytest.mark.parametrize("num_given", [2, 3, 7])
+def test_an_extended_video_is_saved_whole(models: Path, tiny_decoder: None, num_given: int) -> None:
+    f1 = LoadFramePackModel.execute(save(models, "FramePack_F1_tiny.safetensors"), "auto", "fp32", "sdpa", "none")
+    given = {"samples": randn(1, 16, num_given, *SIZE, seed=6)}
+    inputs = {"positive": said(10), "image_embeds": seen(2), "extend_samples": given, "vae": object(), "resume": True}
+    done = FramePackSampler.execute(f1.result[0], **(WIDGETS | inputs))
+    frames, path = film_of(done)
+    assert done.result[0]["samples"].shape[2] == num_given + 9
+    assert frames == 4 * (num_given + 9) - 3
+    assert film_of(FramePackSampler.execute(f1.result[0], **(WIDGETS | inputs))) == (frames, path)
+
+
+def test_the_film_grows_and_is_shown(model: Any, tiny_decoder: None) -> None:
+    done = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": object(), "resume": True}))
+    frames, path = film_of(done)
     assert frames == 4 * 9 + 1
     assert done.result[1].get_duration() == pytest.approx(37 / 30, abs=0.05)
     again = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": object(), "resume": True}))
-    assert again.ui.as_dict()["images"] == [shown], "the finished film is shown, not made again"
+    assert film_of(again) == (frames, path), "the finished film is shown, not made again"
     assert comfy.utils is not None

@@ -154,7 +154,7 @@ def test_a_wrong_vae_is_named(vae: Any) -> None:
     class Other:
         first_stage_model = torch.nn.Conv2d(3, 3, 3)
 
-    with pytest.raises(ValueError, match="needs a Wan video VAE"):
+    with pytest.raises(ValueError, match="needs a Wan or HunyuanVideo VAE"):
         DecodeVideo.execute(random_latent(), Other(), 0, 0, False)
 
 

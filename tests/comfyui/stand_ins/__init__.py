@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zlib
 from typing import Any
 
 import comfy.clip_vision
@@ -28,22 +29,60 @@ class Conditioning(io.ComfyNode):
         return io.NodeOutput([[torch.randn(1, 512, 4096, generator=generator), {}]])
 
 
-class ClipVision(io.ComfyNode):
-    """Random tokens of a seed, as CLIP ViT-H would give for a picture."""
+class TextEncoder:
+    """Random text of a prompt's own: umt5-xxl's, or with `pooled` HunyuanVideo's."""
+
+    def __init__(self, pooled: bool):
+        self._pooled = pooled
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, text: str) -> list[Any]:
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        if not self._pooled:
+            return [[torch.randn(1, 512, 4096, generator=generator), {}]]
+        tokens = torch.randn(1, 12 + len(text) % 8, 4096, generator=generator)
+        return [[tokens, {"pooled_output": torch.randn(1, 768, generator=generator)}]]
+
+
+class LoadTextEncoder(io.ComfyNode):
+    """In place of CLIPLoader and DualCLIPLoader."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="TestClipVision",
-            inputs=[io.Int.Input("seed", default=0)],
-            outputs=[io.ClipVisionOutput.Output()],
+            node_id="TestTextEncoder",
+            inputs=[io.Boolean.Input("pooled", default=False)],
+            outputs=[io.Clip.Output()],
         )
 
     @classmethod
-    def execute(cls, seed: int) -> io.NodeOutput:
+    def execute(cls, pooled: bool) -> io.NodeOutput:
+        return io.NodeOutput(TextEncoder(pooled))
+
+
+class ImageEncoder:
+    """Random tokens of a picture's own: CLIP ViT-H's, and SigLIP's as its last hidden state."""
+
+    def encode_image(self, image: torch.Tensor, crop: bool) -> comfy.clip_vision.Output:
+        generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes()))
         output = comfy.clip_vision.Output()
-        output.penultimate_hidden_states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(seed))
-        return io.NodeOutput(output)
+        output.penultimate_hidden_states = torch.randn(1, 257, 1280, generator=generator)
+        output.last_hidden_state = torch.randn(1, 729, 1152, generator=generator)
+        return output
+
+
+class LoadImageEncoder(io.ComfyNode):
+    """In place of CLIPVisionLoader."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="TestImageEncoder", inputs=[], outputs=[io.ClipVision.Output()])
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(ImageEncoder())
 
 
 class Loaded(io.ComfyNode):
@@ -67,7 +106,7 @@ class Loaded(io.ComfyNode):
 
 class StandIns(ComfyExtension):
     async def get_node_list(self) -> list[Any]:
-        return [Conditioning, ClipVision, Loaded]
+        return [Conditioning, LoadTextEncoder, LoadImageEncoder, Loaded]
 
 
 async def comfy_entrypoint() -> StandIns:
