@@ -54,6 +54,10 @@ class Conditions:
         return StepCondition(mix(lambda part: part.text), blocks, mix(lambda part: part.head))
 
 
+# For a run whose sections are all there.
+NOTHING = Conditions({}, None, ())
+
+
 @dataclass(frozen=True)
 class MadeSection:
     """A section that is done: its own latents, and those to decode now (`section.decoding`), all on the CPU.

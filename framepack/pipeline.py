@@ -23,7 +23,7 @@ from ..memory.report import MemoryMonitor, RunReport, others_bytes
 from ..sampling.solver import StepInfo
 from ..weights.lora import LoraChoice, LoraReport
 from .decoding import DecodeRoom, decode_section
-from .generation import Generation, MadeSection, prepare, section_size
+from .generation import NOTHING, Generation, MadeSection, prepare, section_size
 from .model import BlockCache, Frames, History, StepCondition
 from .request import Material, ModelIdentity, Sampling, run_settings
 from .runs import RunStore
@@ -102,7 +102,7 @@ class FramePackPipeline:
             self.files.model.name,
             sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
             loras,
-            {"dtype": str(self.model.model.execution.dtype), "quantization": self.settings.quantization},
+            self.model.arithmetic,
         )
         settings = run_settings(sampling, material, model)
         return RunStore.open(runs, settings, len(material.sections(sampling)))
@@ -125,7 +125,10 @@ class FramePackPipeline:
             try:
                 with monitor.phase("prepare"):
                     self.progress.begin("prepare")
-                    conditions = prepare(self.model, self.plan, sampling, material, sections)
+                    complete = store is not None and store.completed == len(sections)
+                    conditions = NOTHING
+                    if not complete:
+                        conditions = prepare(self.model, self.plan, sampling, material, sections)
                 generation = Generation(
                     self._velocity, sampling, material, sections, conditions, self.settings.device, store, self._on_step
                 )

@@ -57,6 +57,16 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         """Whether sections are made from the end (base) or from the start (F1)."""
         return cast(SectionMode, self.config.model_type)
 
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """What a result depends on beside the weights: a run that goes on must compute as before."""
+        execution = self.model.execution
+        return {
+            "dtype": str(execution.dtype),
+            "quantization": self.settings.quantization,
+            "attention": execution.attention.name,
+        }
+
     def optional_names(self, names: Sequence[str]) -> set[str]:
         return {name for name in names if name.startswith(MODULATION)}
 

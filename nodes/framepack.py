@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..framepack.decoding import decode_section
 from ..framepack.film import Film
-from ..framepack.generation import SPATIAL_STRIDE, Generation, MadeSection
+from ..framepack.generation import NOTHING, SPATIAL_STRIDE, Generation, MadeSection
 from ..framepack.model import Prompt
 from ..framepack.request import Material, ModelIdentity, Sampling, run_settings
 from ..framepack.runs import RunStore
@@ -235,9 +235,9 @@ class _Run:
         streamed = self.engine.streamed
         identity = ModelIdentity(
             streamed.checkpoint.path.name,
-            self.engine.total_bytes,
+            sum(info.nbytes for info in streamed.checkpoint.tensors.values()),
             tuple(patch_identity(self.patcher.patches)),
-            {"dtype": str(streamed.model.execution.dtype), "quantization": streamed.settings.quantization},
+            streamed.arithmetic,
         )
         settings = run_settings(self.sampling, self.material, identity)
         with RunStore.open(host.output_folder("framepack"), settings, len(self.sections)) as store:
@@ -263,7 +263,9 @@ class _Run:
         self.engine.begin_run()
         try:
             num_missing = len(self.sections) - (0 if store is None else store.completed)
-            conditions = self.engine.prepared(self.sampling, self.material, self.sections)
+            conditions = NOTHING
+            if num_missing:
+                conditions = self.engine.prepared(self.sampling, self.material, self.sections)
             preview = host.SamplingPreview(self.patcher, max(1, num_missing) * self.sampling.num_steps)
 
             def on_step(section: Section, step: StepInfo) -> None:

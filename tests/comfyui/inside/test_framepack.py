@@ -169,6 +169,18 @@ def test_an_interrupted_run_goes_on(model: Any, monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(run(model, resume=True, seed=99), want) and len(steps) == 12
 
 
+def test_a_finished_run_is_not_made_again_with_a_lora_either(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{layer}.lora_A.weight": randn(4, 32, seed=1), f"{layer}.lora_B.weight": randn(32, 4, seed=2)}
+    changed, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    steps = []
+    monkeypatch.setattr(host.SamplingPreview, "step", lambda self, denoised: steps.append(1))
+    want = run(changed, resume=True)
+    assert len(steps) == 9
+    assert torch.equal(run(changed, resume=True), want) and len(steps) == 9
+    assert not torch.equal(run(model, resume=True), want) and len(steps) == 18
+
+
 def test_an_interrupt_between_blocks_returns_every_byte(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     count = []
 
