@@ -8,7 +8,7 @@ k and v where q is still read), and residuals are added in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,15 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..diffusion.feed_forward import Add, Normed, feed_forward
 from ..diffusion.layers import Scale
 from ..diffusion.transformer import Block
 from ..diffusion.workspace import Workspace, rows_of, writable
 from ..fused.select import Rope, RowGroups
 from ..weights.linear import DenseProjection, Linear, Projection, project_gelu, project_together
 from .config import FramePackConfig
-
-Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
-Add = Callable[[slice, Tensor], None]  # adds to those rows of x
 
 
 @dataclass(frozen=True)
@@ -244,17 +242,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": widen, "2": Linear(mlp_dim, dim, device=device, dtype=dtype)})
 
     def forward(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
-        for start in range(span.start, span.stop, work.hidden_rows):
-            stop = min(start + work.hidden_rows, span.stop)
-            work.scratch.reset()
-            project = self.widen.prepare(work.dtype, work.scratch)
-            for rows in work.chunks(start, stop):
-                hidden = work.hidden[rows.start - start : rows.stop - start]
-                project_gelu(project, normed(rows), hidden, work.ops.gelu_)
-            work.scratch.reset()
-            project = self.narrow.prepare(work.dtype, work.scratch)
-            for rows in work.chunks(start, stop):
-                add(rows, project(work.hidden[rows.start - start : rows.stop - start]))
+        feed_forward(self.widen, self.narrow, normed, add, span, work)
 
     @property
     def widen(self) -> Linear:

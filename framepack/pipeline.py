@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion.pictures import load_image
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits
@@ -46,15 +45,6 @@ class FramePackFiles:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Picture files that latents are made of; `size` is (width, height) in pixels."""
-
-    size: tuple[int, int]
-    start: Path | None = None
-    end: Path | None = None
-
-
-@dataclass(frozen=True)
 class DecodedSection:
     """A section's frames `[T, H, W, 3]`, uint8, `overlap` of which its neighbours have too (`Film.add`)."""
 
@@ -81,19 +71,6 @@ class FramePackPipeline:
         self._pinned_bytes = 0
         self._others_bytes = 0
         self._spans: list[Span] = []
-
-    @torch.inference_mode()
-    def encode_pictures(self, pictures: Pictures) -> tuple[Tensor | None, Tensor | None]:
-        """Latents `[1, 16, 1, h, w]` of the start and the end picture, where given."""
-        width, height = pictures.size
-        images = [None if path is None else load_image(path, width, height) for path in (pictures.start, pictures.end)]
-        if not any(image is not None for image in images):
-            return None, None
-        vae = self._load_vae()
-        start, end = (None if image is None else vae.encode(image).float().cpu() for image in images)
-        del vae
-        self._empty_cache()
-        return start, end
 
     def open_run(self, runs: Path, sampling: Sampling, material: Material) -> RunStore:
         """Where the sections of this request are kept, and those that are there already."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.vae_checks import check_video
 from .vae_blocks import NORM_EPS, CausalConv3d, DownStage, MiddleBlock, UpStage
 from .vae_frames import Clip, DeviceStore, FrameStore
 
@@ -20,7 +21,7 @@ class VAEConfig:
     """Dimensions of a HunyuanVideo autoencoder; the defaults are the released one's.
 
     `block_out_channels` are the channels at each resolution, from pixels to latent; `layers_per_block` counts the
-    encoder's residual blocks at each (the decoder has one more). `file_name` is for messages.
+    encoder's residual blocks at each (the decoder has one more). `name` and `file_name` are for messages.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -28,6 +29,7 @@ class VAEConfig:
     latent_channels: int = 16
     num_groups: int = 32
     scaling_factor: float = 0.476986
+    name: str = "HunyuanVideo"
     file_name: str = "hunyuan_video_vae_bf16.safetensors"
 
     @property
@@ -205,29 +207,6 @@ def decode_footprint(config: VAEConfig, latent_frames: int, height: int, width: 
             # The ring, a frame in four pieces and whole, the folded kernels.
             scratch = max(scratch, (3 + 4 + 4) * dim * padded + 144 * dim * dim)
     return DecodeFootprint(clip * itemsize, scratch * itemsize)
-
-
-def check_video(config: VAEConfig, video: Tensor) -> None:
-    """Raise ValueError, with the fix, unless `config` can encode `video` [B, 3, T, H, W]."""
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(
-            f"the HunyuanVideo VAE encodes video [batch, 3, frames, height, width]; got {list(video.shape)}. "
-            "Move the colour channels to the second place and drop an alpha channel."
-        )
-    num_frames, height, width = video.shape[2:]
-    step, stride = config.temporal_stride, config.spatial_stride
-    if num_frames < 1 or (num_frames - 1) % step:
-        shorter = max(num_frames - 1, 0) // step * step + 1
-        raise ValueError(
-            f"the video has {num_frames} frames; the HunyuanVideo VAE encodes {step}n+1. "
-            f"Use {shorter} or {shorter + step} frames."
-        )
-    if height % stride or width % stride or min(height, width) < stride:
-        fitting = [max(round(side / stride), 1) * stride for side in (height, width)]
-        raise ValueError(
-            f"the video is {width}x{height} pixels; the HunyuanVideo VAE needs both sides to divide by {stride}. "
-            f"Resize or crop it to {fitting[1]}x{fitting[0]}."
-        )
 
 
 def check_latent(config: VAEConfig, latent: Tensor) -> None:

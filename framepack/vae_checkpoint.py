@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..diffusion.file_kinds import file_kind
+from ..diffusion.vae_checks import check_tensors
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from .vae import HUNYUAN_VAE, HunyuanVAE, VAEConfig
 
 logger = logging.getLogger(__name__)
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIXES = ("vae.", "first_stage_model.", "model.")
 
@@ -69,7 +69,7 @@ def adopt_vae(renamed: Checkpoint) -> tuple[VAEConfig, Checkpoint]:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     reshaped = {name: without_kernel(info, shapes.get(name)) for name, info in renamed.tensors.items()}
     fitting = Checkpoint(renamed.path, reshaped, renamed.metadata)
-    check_tensors(fitting, shapes)
+    check_tensors(fitting, config, shapes)
     return config, fitting
 
 
@@ -122,21 +122,6 @@ def infer_config(checkpoint: Checkpoint) -> VAEConfig:
         layers_per_block=len(blocks[0]),
         num_groups=math.gcd(HUNYUAN_VAE.num_groups, *dims),  # 32 for every width that 32 divides
     )
-
-
-def check_tensors(checkpoint: Checkpoint, wanted: Shapes) -> None:
-    """Raise CheckpointError unless the file holds every tensor of `wanted`, unpacked and in its shape."""
-    for name, shape in wanted.items():
-        info = checkpoint.tensors.get(name)
-        found = "nothing" if info is None else info.quant or list(info.shape)
-        if info is None or info.quant or info.shape != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} of a HunyuanVideo VAE is {found}; expected {list(shape)} as plain "
-                f"numbers. Download {HUNYUAN_VAE.file_name} again, in bf16, fp16 or fp32."
-            )
-    unused = sorted(checkpoint.tensors.keys() - wanted.keys())
-    if unused:
-        logger.info("%s: %d tensors are no part of the VAE, such as %s", checkpoint.path, len(unused), unused[0])
 
 
 # --- layouts ---------------------------------------------------------------------------------------------

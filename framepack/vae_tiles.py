@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.tiles import Cut, Grid, cut, plan_grid
-from .vae import HunyuanVAE, check_latent, check_video
+from ..diffusion.vae_checks import check_video
+from .vae import HunyuanVAE, check_latent
 from .vae_frames import FrameStore
 
 OnChunk = Callable[[int, int], None]  # (tiles done, tiles in all); may raise to stop

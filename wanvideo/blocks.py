@@ -7,7 +7,6 @@ q, the FFN's hidden activations live in the bytes of q, k and v, and residuals a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,11 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..diffusion.feed_forward import Add, Normed, feed_forward
 from ..diffusion.layers import Affine, Scale, parameter
 from ..diffusion.transformer import Block
 from ..diffusion.workspace import Workspace, writable
 from ..fused.select import Rope, RowGroups
-from ..weights.linear import Linear, project_gelu, project_together
+from ..weights.linear import Linear, project_together
 from .config import WanConfig
 
 
@@ -130,10 +130,6 @@ class WanBlock(Block):
         return max(sum(layer.scratch_elements(dtype) for layer in layers) for layers in together)
 
 
-Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
-Add = Callable[[slice, Tensor], None]  # adds to those rows of x
-
-
 class SelfAttention(nn.Module):
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -203,17 +199,7 @@ class FeedForward(nn.Sequential):
         )
 
     def forward(self, normed: Normed, add: Add, work: Workspace) -> None:  # type: ignore[override]
-        for start in range(0, work.num_rows, work.hidden_rows):
-            stop = min(start + work.hidden_rows, work.num_rows)
-            work.scratch.reset()
-            project = self.widen.prepare(work.dtype, work.scratch)
-            for rows in work.chunks(start, stop):
-                hidden = work.hidden[rows.start - start : rows.stop - start]
-                project_gelu(project, normed(rows), hidden, work.ops.gelu_)
-            work.scratch.reset()
-            project = self.narrow.prepare(work.dtype, work.scratch)
-            for rows in work.chunks(start, stop):
-                add(rows, project(work.hidden[rows.start - start : rows.stop - start]))
+        feed_forward(self.widen, self.narrow, normed, add, slice(0, work.num_rows), work)
 
     @property
     def widen(self) -> Linear:

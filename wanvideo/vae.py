@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..diffusion.vae_checks import check_video
 from .vae_blocks import (
     CausalCache,
     CausalConv3d,
@@ -287,29 +288,6 @@ def unfold_pixels(x: Tensor, patch_size: int) -> Tensor:
     if patch_size == 1:
         return x
     return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=patch_size, r=patch_size)
-
-
-def check_video(config: VAEConfig, video: Tensor) -> None:
-    """Raise ValueError, with the fix, unless `config` can encode `video` [B, 3, T, H, W]."""
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(
-            f"the {config.name} VAE encodes video [batch, 3, frames, height, width]; got {list(video.shape)}. "
-            "Move the colour channels to the second place and drop an alpha channel."
-        )
-    num_frames, height, width = video.shape[2:]
-    step, stride = config.temporal_stride, config.spatial_stride
-    if num_frames < 1 or (num_frames - 1) % step:
-        shorter = max(num_frames - 1, 0) // step * step + 1
-        raise ValueError(
-            f"the video has {num_frames} frames; the {config.name} VAE encodes {step}n+1. "
-            f"Use {shorter} or {shorter + step} frames."
-        )
-    if height % stride or width % stride or min(height, width) < stride:
-        fitting = [max(round(side / stride), 1) * stride for side in (height, width)]
-        raise ValueError(
-            f"the video is {width}x{height} pixels; the {config.name} VAE needs both sides to divide by {stride}. "
-            f"Resize or crop it to {fitting[1]}x{fitting[0]}."
-        )
 
 
 def check_latent(config: VAEConfig, latent: Tensor) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from ..diffusion.file_kinds import file_kind
+from ..diffusion.vae_checks import Shapes, check_tensors
 from ..weights.reader import Checkpoint, CheckpointError, open_checkpoint
 from .vae import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
 
 logger = logging.getLogger(__name__)
 
-Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIXES = ("vae.", "first_stage_model.", "model.")
 
@@ -134,21 +134,6 @@ def read_encoder_stages(shapes: Shapes) -> tuple[list[int], tuple[bool, ...], in
             halves_time.append("time_conv" in parts)
             stages.append([])
     return [stage[-1] for stage in stages if stage], tuple(halves_time), len(stages[0])
-
-
-def check_tensors(checkpoint: Checkpoint, config: VAEConfig, wanted: Shapes) -> None:
-    """Raise CheckpointError unless the file holds every tensor of `wanted`, unpacked and in its shape."""
-    for name, shape in wanted.items():
-        info = checkpoint.tensors.get(name)
-        found = "nothing" if info is None else info.quant or list(info.shape)
-        if info is None or info.quant or info.shape != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} of a {config.name} VAE is {found}; expected {list(shape)} as plain "
-                f"numbers. Download {config.file_name} again, in bf16, fp16 or fp32."
-            )
-    unused = sorted(checkpoint.tensors.keys() - wanted.keys())
-    if unused:
-        logger.info("%s: %d tensors are no part of the VAE, such as %s", checkpoint.path, len(unused), unused[0])
 
 
 # --- layouts ---------------------------------------------------------------------------------------------

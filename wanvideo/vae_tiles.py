@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.tiles import plan_grid
-from .vae import WanVAE, check_latent, check_video
+from ..diffusion.vae_checks import check_video
+from .vae import WanVAE, check_latent
 
 OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all); may raise to stop
 
