@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ SIZES = {
         Checkpoint("tiny_fp8.safetensors", TINY, "fp8"),
         Checkpoint("tinier_bf16.safetensors", WanConfig("t2v", 128, 192, 1, 2), "bf16"),
         64, 64, 5, endless_steps=5000,
+    ),
+    # a CPU's: what is outside the blocks, in full size
+    "wide": Size(
+        Checkpoint("14b_1_fp8.safetensors", replace(CONFIGS["14b"], num_layers=1), "fp8"),
+        Checkpoint("1.3b_1_bf16.safetensors", replace(CONFIGS["1.3b"], num_layers=1), "bf16"),
+        64, 64, 5,
     ),
 }  # fmt: skip
 

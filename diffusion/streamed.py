@@ -13,6 +13,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..host_memory import allocate_bytes
 from ..memory.disk_blocks import DiskBlocks
 from ..memory.footprint import DENSE_CHUNK_TENSORS, QUANTIZED_CHUNK_TENSORS, Limits, ModelFootprint, WorkSize
 from ..memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
@@ -368,7 +369,7 @@ class StreamedModel(Generic[M]):
 
     def _read(self, name: str) -> Tensor:
         info = self.weights.tensors[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        raw = allocate_bytes(info.nbytes)
         self.weights.read_into(name, raw)
         return raw.view(info.dtype).view(info.shape)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.pictures import to_uint8
-from ..memory.pinned import PinnedBudget, Registrar, allocate_extent
+from ..host_memory import allocate_extent
+from ..memory.pinned import PinnedBudget, Registrar
 from .vae import HunyuanVAE, decode_footprint
 from .vae_frames import SpillStore
 from .vae_tiles import OVERLAP, TEMPORAL_TILE, decode_tiled

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..host_memory import allocate_bytes
+
 HostAllocator = Callable[[int], Tensor]  # bytes -> a contiguous uint8 CPU tensor of at least that many
 
 
@@ -65,7 +67,7 @@ class SpillStore:
     def __init__(self, device_bytes: int, allocate: HostAllocator | None = None) -> None:
         self.device_bytes = device_bytes
         self._used_bytes = 0
-        self._allocate = allocate or allocate_pageable
+        self._allocate = allocate or allocate_bytes
         self._free: list[Tensor] = []
 
     def keep(self, frame: Tensor) -> Kept:
@@ -106,10 +108,6 @@ class SpillStore:
         if rest.numel():
             self._free.append(rest)
         return buffer[:nbytes]
-
-
-def allocate_pageable(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

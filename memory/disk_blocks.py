@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..host_memory import allocate_extent
 from ..raw_file import PAGE, RawFile
 from .layout import SMALL_BYTES, BlockLayout, Part, TensorPlace, TensorSource, align
-from .pinned import PinnedBudget, allocate_extent
+from .pinned import PinnedBudget
 from .staging import Fence, Job, Staging
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ from functools import partial
 
 from torch import Tensor
 
+from ..host_memory import allocate_extent
 from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
-from .pinned import CudaRegistrar, PinnedBudget, Registrar, allocate_extent, default_pinned_cap
+from .pinned import CudaRegistrar, PinnedBudget, Registrar, default_pinned_cap
 from .staging import Fence, Job, Staging
 
 __all__ = ["CudaRegistrar", "HostBlocks", "PinnedBudget", "Registrar", "default_pinned_cap"]

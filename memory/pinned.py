@@ -1,22 +1,16 @@
-"""Page-aligned host memory, pinned extent by extent and counted to the byte."""
+"""Host memory pinned extent by extent and counted to the byte."""
 
-import ctypes
 import logging
-import mmap
-import os
 import sys
 import threading
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .layout import align
+from ..host_memory import total_ram_bytes
 
 log = logging.getLogger(__name__)
-
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Registrar(Protocol):
@@ -97,73 +91,6 @@ class PinnedBudget:
             self._pinned_bytes -= extent.numel()
 
 
-def allocate_extent(nbytes: int) -> Tensor:
-    """Page-aligned host memory of whole pages, [nbytes rounded up to a page] uint8, not yet touched.
-
-    Raises MemoryError naming the size. The memory goes back to the system with the last view of it.
-    """
-    size = align(max(nbytes, 1), mmap.PAGESIZE)
-    try:
-        if sys.platform == "win32":
-            area = mmap.mmap(-1, size)
-        else:
-            # Private, not the default shared: only private memory gets huge pages, which pin faster.
-            area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                _advise_huge_pages(area)
-    except OSError as error:
-        raise MemoryError(
-            f"could not allocate {size / 2**30:.2f} GiB of host memory for model weights ({error}); "
-            f"free some RAM or set a RAM budget so that weights are read from disk"
-        ) from error
-    # I/O threads write to it, and those are never in inference mode.
-    with torch.inference_mode(False):
-        return torch.frombuffer(area, dtype=torch.uint8)
-
-
-def _advise_huge_pages(area: mmap.mmap) -> None:
-    try:
-        area.madvise(mmap.MADV_HUGEPAGE)
-    except OSError as error:
-        log.debug("no huge pages for weights: %s", error)
-
-
 def default_pinned_cap() -> int:
     """Bytes that may be pinned: 40 % of RAM on Windows (more makes the driver fail), else 85 %."""
     return int(total_ram_bytes() * (0.40 if sys.platform == "win32" else 0.85))
-
-
-def total_ram_bytes() -> int:
-    """The machine's RAM in bytes, or the container's limit where that is lower."""
-    if sys.platform == "win32":
-        return _windows_ram_bytes()
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = _CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return ram
-    return min(ram, int(limit)) if limit.isdigit() else ram
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of the Windows API."""
-
-    _fields_ = [
-        ("dwLength", ctypes.c_uint32),
-        ("dwMemoryLoad", ctypes.c_uint32),
-        ("ullTotalPhys", ctypes.c_uint64),
-        ("ullAvailPhys", ctypes.c_uint64),
-        ("ullTotalPageFile", ctypes.c_uint64),
-        ("ullAvailPageFile", ctypes.c_uint64),
-        ("ullTotalVirtual", ctypes.c_uint64),
-        ("ullAvailVirtual", ctypes.c_uint64),
-        ("ullAvailExtendedVirtual", ctypes.c_uint64),
-    ]
-
-
-def _windows_ram_bytes() -> int:
-    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
-    kernel32 = getattr(ctypes, "windll").kernel32  # noqa: B009 - absent elsewhere, also for type checkers
-    if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-        raise OSError("GlobalMemoryStatusEx failed: the amount of RAM is unknown")
-    return int(status.ullTotalPhys)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .pinned import CudaRegistrar, allocate_extent
+from ..host_memory import allocate_extent
+from .pinned import CudaRegistrar
 
 COPY_BYTES = 64 << 20
 MATMUL_SIZE = 4096

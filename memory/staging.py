@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .pinned import PinnedBudget, allocate_extent
+from ..host_memory import allocate_extent
+from .pinned import PinnedBudget
 
 Job = Callable[[], None]
 Fill = Callable[[int, Tensor], Sequence[Job]]  # (block, buffer) -> independent jobs that fill the buffer

@@ -20,6 +20,8 @@ import torch
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
+from ..host_memory import return_freed_bytes
+
 CATEGORY = "LowVRAM Video"
 MODEL_FOLDER = "diffusion_models"  # ComfyUI's models/unet is one of its places
 TEXT_FOLDER = "text_encoders"  # models/clip too
@@ -153,6 +155,8 @@ def free_ram() -> int:
 
 
 def empty_cache() -> None:
+    """Give freed VRAM and RAM back to the system."""
+    return_freed_bytes()
     mm.soft_empty_cache()
 
 

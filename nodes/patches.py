@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..host_memory import allocate_bytes
 from ..weights.formats import format_for
 from ..weights.linear import Linear, WeightFormat
 from ..weights.lora import Lora, LoraReport, LowRankPair
@@ -128,7 +129,7 @@ class PatchedCheckpoint:
             self._read_merged(name, out)
         elif leaf == SCALE and weight in self._patches:
             if weight not in self._scales:
-                self._read_merged(weight, torch.empty(self.tensors[weight].nbytes, dtype=torch.uint8))
+                self._read_merged(weight, allocate_bytes(self.tensors[weight].nbytes))
             out.copy_(self._scales[weight].reshape(-1).view(torch.uint8))
         else:
             self.checkpoint.read_into(name, out)

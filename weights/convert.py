@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import torch
 
+from ..host_memory import allocate_bytes
 from .dialects import HEADER_KEY, MARKER, OLD_MARKER
 from .quantize import CPU, FP8_ROWS, FP8_TENSORS, INT8_ROWS, Target, quantized_source
 from .reader import DTYPES, Checkpoint, CheckpointError, TensorInfo
@@ -111,7 +112,7 @@ def _write(file: BinaryIO, source: Checkpoint, entries: list[Entry], progress: P
         if marker is not None:
             file.write(marker)
         else:
-            raw = torch.empty(info.nbytes, dtype=torch.uint8)
+            raw = allocate_bytes(info.nbytes)
             source.read_into(info.name, raw)
             file.write(raw.numpy().data)
         done += info.nbytes

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..host_memory import allocate_bytes
 from .formats import format_for
 from .linear import Linear, WeightFormat
 from .lora import Difference, Lora, LowRankPair
@@ -250,7 +251,7 @@ class LoraSource:
         packed = {"weight": out.view(info.dtype).view(info.shape)}
         scale = self.origin.tensors.get(f"{place}.weight_scale")
         if scale is not None:
-            raw = torch.empty(scale.nbytes, dtype=torch.uint8)
+            raw = allocate_bytes(scale.nbytes)
             self.origin.read_into(f"{place}.weight_scale", raw)
             packed["weight_scale"] = raw.view(scale.dtype).view(scale.shape)
         with self.lock:
@@ -269,7 +270,7 @@ class LoraSource:
 
     def _read_scale(self, layer: str, name: str, out: Tensor) -> None:
         if layer not in self.scales:
-            weight = torch.empty(self.tensors[f"{layer}.weight"].nbytes, dtype=torch.uint8)
+            weight = allocate_bytes(self.tensors[f"{layer}.weight"].nbytes)
             self._read_merged(layer, weight)
         if layer in self.scales:
             out.copy_(self.scales[layer].view(torch.uint8))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..host_memory import allocate_bytes
 from .dialects import FP8_DTYPES
 from .formats import format_for
 from .fp8 import FP8, FP8_FULL_PRECISION
@@ -88,7 +89,7 @@ class QuantizedSource(Checkpoint):
             return
         scales = self.scales.get(layer) if leaf == "weight_scale" else None
         if scales is None:
-            weight = out if leaf == "weight" else torch.empty(self.tensors[f"{layer}.weight"].nbytes, dtype=torch.uint8)
+            weight = out if leaf == "weight" else allocate_bytes(self.tensors[f"{layer}.weight"].nbytes)
             scales = self._quantize(self.layers[layer], weight)
             with self.lock:
                 self.scales[layer] = scales

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..host_memory import allocate_bytes
 from ..raw_file import PAGE, RawFile
 
 DIRECT_BYTES = 2 << 20  # smaller tensors go through the page cache
@@ -61,7 +62,7 @@ class Checkpoint:
         Raises KeyError for an unknown name and CheckpointError when the file cannot be read.
         """
         info = self.tensors[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        raw = allocate_bytes(info.nbytes)
         self.read_into(name, raw)
         return raw.view(info.dtype).view(info.shape)
 

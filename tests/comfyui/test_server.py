@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -136,12 +137,12 @@ def test_bad_input_leaves_the_queue_usable(server: Server) -> None:
 
 def test_memory_is_flat(server: Server) -> None:
     sizes = []
-    for turn in range(10):
+    for turn in range(20):
         server.run(graph(seed=20 + turn, size=64 if turn % 2 else 96))
         sizes.append(rss_mib(server.pid))
-    print(f"server's RSS in MiB after ten prompts: {', '.join(f'{size:.0f}' for size in sizes)}")
-    # the allocator keeps a freed VAE's pages now and then; a leak would never come back down
-    assert min(sizes[6:]) - min(sizes[2:6]) < 30
+    print(f"server's RSS in MiB after twenty prompts: {', '.join(f'{size:.0f}' for size in sizes)}")
+    # Single prompts are some 40 MiB off either way, by where the allocator's free memory lies; a leak adds up.
+    assert median(sizes[10:]) - median(sizes[:10]) < 50  # 5 MiB a prompt
 
 
 def rss_mib(pid: int) -> float:

@@ -1,0 +1,106 @@
+"""Host memory: how much there is, and pages of it that all go back to the system."""
+
+import ctypes
+import logging
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+PAGES_FROM = 64 << 10  # bytes; what is smaller is not worth pages of its own
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def allocate_bytes(nbytes: int) -> Tensor:
+    """Host memory for a tensor that a thread reads, `[nbytes]` uint8, its contents undefined.
+
+    C's allocator has an arena per thread, and keeps in each what was freed there: a model's tensors, read by eight
+    threads, would leave hundreds of MiB behind. Raises MemoryError naming the size.
+    """
+    if nbytes < PAGES_FROM:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    return allocate_extent(nbytes)[:nbytes]
+
+
+def allocate_extent(nbytes: int) -> Tensor:
+    """Page-aligned host memory of whole pages, [nbytes rounded up to a page] uint8, not yet touched.
+
+    Raises MemoryError naming the size. The memory goes back to the system with the last view of it.
+    """
+    size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    try:
+        if sys.platform == "win32":
+            area = mmap.mmap(-1, size)
+        else:
+            # Private, not the default shared: only private memory gets huge pages, which pin faster.
+            area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                _advise_huge_pages(area)
+    except OSError as error:
+        raise MemoryError(
+            f"could not allocate {size / 2**30:.2f} GiB of host memory for model weights ({error}); "
+            f"free some RAM or set a RAM budget so that weights are read from disk"
+        ) from error
+    # I/O threads write to it, and those are never in inference mode.
+    with torch.inference_mode(False):
+        return torch.frombuffer(area, dtype=torch.uint8)
+
+
+def _advise_huge_pages(area: mmap.mmap) -> None:
+    try:
+        area.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        log.debug("no huge pages for weights: %s", error)
+
+
+def return_freed_bytes() -> None:
+    """Have C's allocator give back to the system what was freed; where it is not glibc's, nothing is done.
+
+    It keeps freed memory that lies below memory in use: after a decoding, often a tenth of a GiB in each thread.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
+def total_ram_bytes() -> int:
+    """The machine's RAM in bytes, or the container's limit where that is lower."""
+    if sys.platform == "win32":
+        return _windows_ram_bytes()
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return ram
+    return min(ram, int(limit)) if limit.isdigit() else ram
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = [
+        ("dwLength", ctypes.c_uint32),
+        ("dwMemoryLoad", ctypes.c_uint32),
+        ("ullTotalPhys", ctypes.c_uint64),
+        ("ullAvailPhys", ctypes.c_uint64),
+        ("ullTotalPageFile", ctypes.c_uint64),
+        ("ullAvailPageFile", ctypes.c_uint64),
+        ("ullTotalVirtual", ctypes.c_uint64),
+        ("ullAvailVirtual", ctypes.c_uint64),
+        ("ullAvailExtendedVirtual", ctypes.c_uint64),
+    ]
+
+
+def _windows_ram_bytes() -> int:
+    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
+    kernel32 = getattr(ctypes, "windll").kernel32  # noqa: B009 - absent elsewhere, also for type checkers
+    if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("GlobalMemoryStatusEx failed: the amount of RAM is unknown")
+    return int(status.ullTotalPhys)
