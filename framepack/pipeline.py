@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..diffusion.account import RunAccount
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
-from ..memory.footprint import Limits
 from ..memory.ladder import RAM_MARGIN_BYTES
-from ..memory.lanes import Span
-from ..memory.limits import hold_budget, limits_for
 from ..memory.pinned import CudaRegistrar
 from ..memory.plan import MemoryPlan
-from ..memory.report import MemoryMonitor, RunReport, others_bytes
+from ..memory.report import RunReport
 from ..sampling.solver import StepInfo
 from ..weights.lora import LoraChoice, LoraReport
 from .decoding import DecodeRoom, decode_section
@@ -66,11 +64,7 @@ class FramePackPipeline:
         self.model = StreamedFramePack(files.model, settings, loras=files.loras, model_type=files.model_type)
         open_vae(files.vae)
         self.plan: MemoryPlan | None = None
-        self._limits: Limits | None = None
-        self._monitor = MemoryMonitor(settings.device)
-        self._pinned_bytes = 0
-        self._others_bytes = 0
-        self._spans: list[Span] = []
+        self._account = RunAccount(settings)
 
     def open_run(self, runs: Path, sampling: Sampling, material: Material) -> RunStore:
         """Where the sections of this request are kept, and those that are there already."""
@@ -96,9 +90,7 @@ class FramePackPipeline:
         for prompt in material.timed.unheard(sections):
             logger.warning("the prompt %r holds for less than a section, and is not heard", prompt)
         self.plan = self._plan(sampling, material)
-        self._monitor = MemoryMonitor(self.settings.device)
-        self._spans.clear()
-        with self._monitor as monitor:
+        with self._account.monitor as monitor:
             try:
                 with monitor.phase("prepare"):
                     self.progress.begin("prepare")
@@ -131,38 +123,21 @@ class FramePackPipeline:
 
     def report(self) -> RunReport:
         """What the last video used."""
-        budget = self._limits.vram_budget_bytes if self._limits and self.settings.device.type == "cuda" else None
-        report = self._monitor.report(self._pinned_bytes, self._others_bytes, budget)
-        if self._spans:
-            report = report.with_spans(self._spans, 0.0)
-        if self.plan is None or budget is None:
-            return report
-        return report.with_predictions({"denoise": self.plan.predicted_denoise_bytes})
+        return self._account.report({"denoise": self.plan.predicted_denoise_bytes} if self.plan else {})
 
     def _plan(self, sampling: Sampling, material: Material) -> MemoryPlan:
-        settings = self.settings
-        self._limits = limits_for(
-            settings.device,
-            vram_budget_gib=settings.vram_budget_gib,
-            ram_budget_gib=settings.ram_budget_gib,
-            blocks_to_swap=settings.blocks_to_swap,
-            num_slots=None if settings.prefetch is None else settings.prefetch + 1,
-            fused=self.model.model.execution.ops.name != "eager",
-            sage_attention=self.model.model.execution.attention.name == "sageattn",
-        )
-        hold_budget(settings.device, self._limits)
-        self._others_bytes = others_bytes(settings.device, self._limits.context_bytes)
         self.model.step_cache = sampling.cache_threshold is not None
-        return self.model.make_plan(section_size(sampling, material), self._limits)
+        limits = self._account.begin(self.model.model.execution)
+        return self.model.make_plan(section_size(sampling, material), limits)
 
     def _velocity(
         self, noisy: Frames, history: History, condition: StepCondition, image: Tensor | None, cache: BlockCache | None
     ) -> Tensor:
         if not self.model.started:
             assert self.plan is not None
-            self.model.limits = self._limits
+            self.model.limits = self._account.limits
             self.model.start(self.model.plan or self.plan)  # leaner than at first, if the device ran out of memory
-            self._pinned_bytes = max(self._pinned_bytes, self.model.pinned_bytes)
+            self._account.note_pinned(self.model)
         return self.model(noisy, history, condition, image, cache)
 
     def _on_step(self, section: Section, step: StepInfo) -> None:
@@ -173,7 +148,7 @@ class FramePackPipeline:
     def _decode(self, made: MadeSection) -> Tensor:
         """Frames of a section, with the model's device memory given back meanwhile."""
         self.progress.begin("decode")
-        self._note_spans()
+        self._account.note_spans(self.model)
         self.model.stop()
         self._empty_cache()
         vae = self._load_vae()
@@ -184,7 +159,7 @@ class FramePackPipeline:
 
     def _decode_room(self) -> DecodeRoom | None:
         """What the budgets leave for decoding; host memory only what no budget forbids and the model does not hold."""
-        device, limits = self.settings.device, self._limits
+        device, limits = self.settings.device, self._account.limits
         if device.type != "cuda" or limits is None:
             return None
         free = limits.vram_budget_bytes - limits.context_bytes - torch.cuda.memory_allocated(device)
@@ -201,12 +176,6 @@ class FramePackPipeline:
             torch.cuda.empty_cache()
 
     def _stop(self) -> None:
-        self._note_spans()
+        self._account.note_spans(self.model)
         self.model.release()
         self._empty_cache()
-
-    def _note_spans(self) -> None:
-        """Keep what its lanes did, on the monitor's clock: the lanes go with the model."""
-        spans, age = self.model.spans()
-        since_ms = 1e3 * (self._monitor.now() - age)
-        self._spans += [replace(s, begin_ms=s.begin_ms + since_ms, end_ms=s.end_ms + since_ms) for s in spans]

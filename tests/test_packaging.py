@@ -28,7 +28,7 @@ DIRECTIONS: dict[str, set[str]] = {
     ".": {"nodes", "wanvideo", "framepack", "diffusion", "demo", *LEAVES},
 }
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
-PIPELINE_FILES = {"pipeline.py", "streamed.py", "footprint.py", "generation.py", "decoding.py"}
+PIPELINE_FILES = {"pipeline.py", "account.py", "streamed.py", "footprint.py", "generation.py", "decoding.py"}
 # modules beside cli.py that import nothing of the package
 ROOT_LEAVES = {"video", "progress", "raw_file", "host_memory"}
 RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}

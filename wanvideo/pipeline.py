@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..diffusion.account import RunAccount
 from ..diffusion.pictures import load_image, to_uint8
 from ..diffusion.placing import on_device, visiting
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
-from ..memory.footprint import Limits, WorkSize
-from ..memory.lanes import Span
-from ..memory.limits import hold_budget, limits_for
+from ..memory.footprint import WorkSize
 from ..memory.plan import MemoryPlan, decode_tiles
-from ..memory.report import MemoryMonitor, RunReport, others_bytes
+from ..memory.report import RunReport
 from ..sampling.guidance import ExpertSwitch, Guidance
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
@@ -85,11 +84,7 @@ class WanPipeline:
         self.plan: MemoryPlan | None = None
         self._text_encoder: TextEncoder | None = None
         self._vae: WanVAE | None = None
-        self._monitor = MemoryMonitor(settings.device)
-        self._limits: Limits | None = None
-        self._pinned_bytes = 0
-        self._others_bytes = 0
-        self._spans: list[Span] = []
+        self._account = RunAccount(settings)
 
     @torch.inference_mode()
     def generate(self, request: WanRequest) -> Iterator[Tensor]:
@@ -101,11 +96,7 @@ class WanPipeline:
         sigmas = self.sigmas(request)
         pictures = self._load_pictures(request)
         self.plan = self._plan(request)
-        assert self._limits is not None
-        self._others_bytes = others_bytes(self.settings.device, self._limits.context_bytes)
-        self._monitor = MemoryMonitor(self.settings.device)
-        self._spans.clear()
-        with self._monitor as monitor:
+        with self._account.monitor as monitor:
             try:
                 with monitor.phase("encode"):
                     conditions = self._encode(request, pictures)
@@ -131,14 +122,9 @@ class WanPipeline:
 
     def report(self) -> RunReport:
         """What the last video used."""
-        budget = self._limits.vram_budget_bytes if self._limits and self.settings.device.type == "cuda" else None
-        report = self._monitor.report(self._pinned_bytes, self._others_bytes, budget)
-        if self._spans:
-            report = report.with_spans(self._spans, 0.0)
-        if self.plan is None or budget is None:
-            return report
-        return report.with_predictions(
-            {"denoise": self.plan.predicted_denoise_bytes, "decode": self.plan.predicted_decode_bytes}
+        plan = self.plan
+        return self._account.report(
+            {"denoise": plan.predicted_denoise_bytes, "decode": plan.predicted_decode_bytes} if plan else {}
         )
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
@@ -154,19 +140,9 @@ class WanPipeline:
             stride=(self.vae_config.temporal_stride,) + (self.vae_config.spatial_stride,) * 2,
             patch=self.config.patch_size,
         )
-        self._limits = limits_for(
-            settings.device,
-            vram_budget_gib=settings.vram_budget_gib,
-            ram_budget_gib=settings.ram_budget_gib,
-            blocks_to_swap=settings.blocks_to_swap,
-            num_slots=None if settings.prefetch is None else settings.prefetch + 1,
-            fused=self.high.model.execution.ops.name != "eager",
-            sage_attention=self.high.model.execution.attention.name == "sageattn",
-        )
-        hold_budget(settings.device, self._limits)
         # one plan for both experts: their blocks differ by their LoRAs alone
         heavier = max([self.high, *([self.low] if self.low else [])], key=lambda model: model.largest_block_bytes)
-        return heavier.make_plan(work, self._limits)
+        return heavier.make_plan(work, self._account.begin(self.high.model.execution))
 
     def _encode(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Conditions:
         self.progress.begin("encode")
@@ -230,7 +206,7 @@ class WanPipeline:
             # one expert's RAM at a time
             assert self.low is not None
             gone, wanted = (self.high, self.low) if expert == "low" else (self.low, self.high)
-            self._note_spans(gone)
+            self._account.note_spans(gone)
             gone.release()
             self.plan = gone.plan  # leaner than at first, if the device ran out of memory
             self._start(wanted)
@@ -304,27 +280,21 @@ class WanPipeline:
 
     def _start(self, model: StreamedWan) -> None:
         assert self.plan is not None
-        model.limits = self._limits
+        model.limits = self._account.limits
         model.start(self.plan)
-        self._pinned_bytes = max(self._pinned_bytes, model.pinned_bytes)
+        self._account.note_pinned(model)
 
     def _stop(self) -> None:
         for model in (self.high, self.low):
             if model is None:
                 continue
-            self._note_spans(model)
+            self._account.note_spans(model)
             if self.settings.keep_loaded:
                 model.stop()
             else:
                 model.release()
         if self.settings.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _note_spans(self, model: StreamedWan) -> None:
-        """Keep what its lanes did, on the monitor's clock: the lanes go with the model."""
-        spans, age = model.spans()
-        since_ms = 1e3 * (self._monitor.now() - age)
-        self._spans += [replace(s, begin_ms=s.begin_ms + since_ms, end_ms=s.end_ms + since_ms) for s in spans]
 
     def _check_files(self) -> None:
         config, files = self.high.config, self.files
