@@ -16,6 +16,8 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
+from .whole_files import replace_file
+
 SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
@@ -67,7 +69,13 @@ class VideoWriter:
         if encoder.wait() != 0:
             self.partial.unlink(missing_ok=True)  # without its index nothing plays it
             raise VideoError(self._why_stopped())
-        os.replace(self.partial, self.path)
+        try:
+            replace_file(self.partial, self.path)
+        except OSError as error:
+            raise VideoError(
+                f"{self.path} cannot be written ({error.strerror}): the video is {self.partial}; close what has the "
+                "file open, or choose another output path"
+            ) from error
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lowvram_video.memory.report import write_atomically
+from lowvram_video.whole_files import write_file
 from measure import GIB, machine
 from queue_scenarios import SCENARIOS, Record, run_scenario
 from queue_server import ON_GPU, SIZES, TINY, Bench, Size
@@ -171,7 +171,7 @@ def main() -> None:
                 sys.stdout.flush()
                 found = {key: asdict(record) | {"verdict": record.verdict} for key, record in records.items()}
                 results |= {"servers": bench.servers, "seconds": time.monotonic() - began, "scenarios": found}
-                write_atomically(options.result, json.dumps(results, indent=1).encode())
+                write_file(options.result, json.dumps(results, indent=1).encode())
         finally:
             bench.stop()
     print(f"\n{'scenario':<24}{'verdict':<9}{'seconds':>8}{'s/step':>9}{'peak GiB':>10}{'pinned GiB':>12}")

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from lowvram_video.memory.report import process_rss_bytes, write_atomically
+from lowvram_video.memory.report import process_rss_bytes
+from lowvram_video.whole_files import write_file
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"
@@ -120,5 +121,5 @@ def save_results(what: str, results: Mapping[str, object]) -> Path:
     gpu = machine()["gpu"].lower().replace("nvidia ", "").replace(" ", "-").replace("none", "cpu")
     folder = Path(os.environ.get("RESULTS_DIR", RESULTS))
     path = folder / f"{what}_{gpu}_{datetime.date.today().isoformat()}.json"
-    write_atomically(path, json.dumps({"machine": machine(), **results}, indent=1).encode())
+    write_file(path, json.dumps({"machine": machine(), **results}, indent=1).encode())
     return path

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..diffusion.progress import Progress
-from ..memory.report import write_atomically
 from ..video import VideoWriter, check_writable
+from ..whole_files import write_file
 from .files import make_clip, open_demo
 
 PROMPTS = (
@@ -68,7 +68,7 @@ def _save_sheet(path: Path, clips: list[Tensor]) -> None:
             sheet.paste(frame, (column * cell_width, row * row_height + CAPTION_HEIGHT))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _zoomed(video: Tensor) -> Tensor:

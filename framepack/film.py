@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..diffusion.pictures import to_uint8
 from ..video import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
-from .runs import replace_file, write_file
+from ..whole_files import replace_file, write_file
 
 log = logging.getLogger(__name__)
 

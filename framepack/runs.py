@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..whole_files import write_file
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -33,8 +34,6 @@ FORMAT = 1  # of the files: another number is another run
 EXTRA = "extra."
 GIB = 2**30
 LOCK_BYTE = 2**20  # far behind the text: Windows lets nobody read a locked byte
-# seconds; elsewhere a refusal does not pass
-REPLACE_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
 
 
 class RunError(OSError):
@@ -55,7 +54,7 @@ class RunStore:
 
     Each section is one file that is there whole or not at all, with the run's key and the checksum of the section
     before it: the first `completed` sections are exactly what one run with these settings made. A file that is
-    damaged, cut off or of another run ends them there. Nothing is ever deleted but by `discard`.
+    damaged, cut off or of another run ends them there. Nothing of it is ever deleted.
     """
 
     def __init__(self, folder: Path, key: str, total_sections: int, lock: RunLock) -> None:
@@ -159,15 +158,6 @@ class RunStore:
                 f"{self.folder} is not finished: it has {self.completed} of {self.total_sections} sections"
             )
         self._write_description(self._read_description() | {"finished": _now()})
-
-    def discard(self) -> None:
-        """Remove the run with all that is in its folder. RunError where that is refused."""
-        self._checksums.clear()
-        self.close()
-        try:
-            shutil.rmtree(self.folder)
-        except OSError as error:
-            raise RunError(f"{self.folder} cannot be removed ({error.strerror or error}): remove it by hand") from error
 
     def close(self) -> None:
         """Let other processes open the run; again is harmless."""
@@ -291,40 +281,6 @@ def run_key(settings: Mapping[str, Any]) -> str:
     another type.
     """
     return hashlib.sha256(json.dumps(_canonical(settings, "settings"), sort_keys=True).encode("ascii")).hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write `path` so that it holds the old bytes or the new ones, whole, at any moment. OSError as the system's."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_file(partial, path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def replace_file(source: Path, target: Path) -> None:
-    """Move `source` over `target`, lasting: the folder is written too where the system can."""
-    for pause in (*REPLACE_PAUSES, None):
-        try:
-            os.replace(source, target)
-            break
-        except PermissionError:  # on Windows, while a virus scanner or a player has it open
-            if pause is None:
-                raise
-            time.sleep(pause)
-    if hasattr(os, "O_DIRECTORY"):
-        with suppress(OSError):  # some file systems refuse it, and lose no more than the latest file without
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
 
 def _canonical(value: Any, name: str) -> Any:

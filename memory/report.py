@@ -16,6 +16,7 @@ from types import TracebackType
 
 import torch
 
+from ..whole_files import write_file
 from .intervals import Interval, intersect, length, merge, subtract
 from .lanes import Span
 
@@ -148,7 +149,7 @@ class RunReport:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON; a reader sees the old file or the whole new one."""
-        write_atomically(path, self.to_json().encode())
+        write_file(Path(path), self.to_json().encode())
 
     def table(self) -> str:
         """The report as text, one line per phase."""
@@ -309,17 +310,6 @@ def summarize_stream(
         overlap_percent=100.0 * (1 - length(exposed) / copy_seconds) if copy_seconds else 100.0,
         stall_ms_per_pass=1e3 * stalled / len(passes) if passes else 0.0,
     )
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Replace the file in one step: whoever reads it sees the old bytes or all of the new ones."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def process_rss_bytes() -> int:

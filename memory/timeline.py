@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..whole_files import write_file
 from .intervals import Interval, intersect
-from .report import GIB, RunReport, write_atomically
+from .report import GIB, RunReport
 
 SIZE_INCHES, DPI = (10.0, 5.0), 120
 MEMORY_COLOR, BUDGET_COLOR, COPY_COLOR, COMPUTE_COLOR = "#3b6fb6", "#c0392b", "#e08e2b", "#4c9a5b"
@@ -26,7 +27,7 @@ def draw_timeline(report: RunReport, path: str | Path) -> None:
     _draw_lanes(lanes, report)
     png = BytesIO()
     canvas.print_png(png)
-    write_atomically(path, png.getvalue())
+    write_file(path, png.getvalue())
 
 
 def _draw_memory(axes: Axes, report: RunReport) -> None:

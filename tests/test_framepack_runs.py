@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from lowvram_video.framepack.runs import RunError, RunLock, RunStore, Section, run_key, write_file
+from lowvram_video.framepack.runs import RunError, RunLock, RunStore, Section, run_key
 from torch import Tensor
 
 SETTINGS = {"prompt": "she waves", "seed": 31337, "cfg": 1.0, "start": torch.arange(6.0).view(1, 2, 3)}
@@ -402,32 +402,6 @@ def test_a_full_disk_keeps_the_sections_before(tmp_path: Path, monkeypatch: pyte
         run.save_section(2, torch.zeros(3), state)
 
 
-@pytest.mark.parametrize("failures", [2, 99])
-def test_windows_may_refuse_to_replace_a_file_for_a_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
-) -> None:
-    calls, real = [0], os.replace
-
-    def refuse(source: Path, target: Path) -> None:
-        calls[0] += 1
-        if calls[0] <= failures:
-            raise PermissionError(13, "Access is denied")
-        real(source, target)
-
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    monkeypatch.setattr("lowvram_video.framepack.runs.REPLACE_PAUSES", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(os, "replace", refuse)
-    if failures == 2:
-        write_file(path, b"new")
-        assert path.read_bytes() == b"new"
-    else:
-        with pytest.raises(PermissionError):
-            write_file(path, b"new")
-        assert path.read_bytes() == b"old" and calls[0] == 4
-    assert os.listdir(tmp_path) == ["file"]
-
-
 # --- locks ------------------------------------------------------------------------------------------------
 
 Pipe = namedtuple("Pipe", "ours theirs")
@@ -478,7 +452,7 @@ def test_a_place_without_locks_is_only_told(
     assert "cannot be locked (Operation not supported): do not start this run twice" in caplog.text
 
 
-# --- room and removal -------------------------------------------------------------------------------------
+# --- room ------------------------------------------------------------------------------------------------
 
 
 def test_room_is_checked_for_what_is_missing(
@@ -494,16 +468,6 @@ def test_room_is_checked_for_what_is_missing(
         assert "this run leaves about 0.50 GiB free" in caplog.text
         with pytest.raises(ValueError, match=r"has room for 3.00 GiB, and this run needs about 3.50 GiB: free some"):
             run.check_room(2**30, 3 * 2**29)
-
-
-def test_discard_removes_one_run_and_no_other(tmp_path: Path) -> None:
-    generate(tmp_path)
-    generate(tmp_path, SETTINGS | {"seed": 1})
-    run = RunStore.open(tmp_path, SETTINGS, TOTAL)
-    run.discard()
-    assert run.completed == 0 and not run.folder.exists() and len(list(tmp_path.iterdir())) == 1
-    with RunStore.open(tmp_path, SETTINGS | {"seed": 1}, TOTAL) as other:
-        assert other.finished
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

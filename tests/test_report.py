@@ -22,7 +22,6 @@ from lowvram_video.memory.report import (
     RunReport,
     process_rss_bytes,
     summarize_stream,
-    write_atomically,
 )
 from lowvram_video.memory.timeline import draw_timeline
 from PIL import Image
@@ -127,14 +126,6 @@ class TestRunReport:
         assert "budget 5.00 GiB, used at most 4.50 GiB" in table
         assert "streamed 10.0 GB in 3 passes" in table
         assert "pinned 1.00 GiB, RAM peak 3.00 GiB" in table
-
-    def test_failed_write_leaves_the_old_file(self, tmp_path: Path):
-        path = tmp_path / "report.json"
-        write_atomically(path, b"old")
-        with pytest.raises(TypeError):
-            write_atomically(path, None)
-        assert path.read_bytes() == b"old"
-        assert os.listdir(tmp_path) == ["report.json"]
 
 
 class FakeDevice:

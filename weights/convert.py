@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import BinaryIO
 import torch
 
 from ..host_memory import allocate_bytes
+from ..whole_files import replace_file
 from .dialects import HEADER_KEY, MARKER, OLD_MARKER
 from .quantize import CPU, FP8_ROWS, FP8_TENSORS, INT8_ROWS, Target, quantized_source
 from .reader import DTYPES, Checkpoint, CheckpointError, TensorInfo
@@ -67,7 +67,7 @@ def convert(
     try:
         with open(part, "wb") as file:
             _write(file, source, entries, progress, total)
-        os.replace(part, out_path)
+        replace_file(part, out_path)
     finally:
         part.unlink(missing_ok=True)
     return out_path

@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all, whatever ends the process meanwhile."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+# seconds; elsewhere a refusal does not pass
+REPLACE_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `path` so that it holds the old bytes or the new ones, whole, at any moment. OSError as the system's."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_file(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Move `source` over `target`, lasting: the folder is written too where the system can."""
+    for pause in (*REPLACE_PAUSES, None):
+        try:
+            os.replace(source, target)
+            break
+        except PermissionError:  # on Windows, while a virus scanner or a player has it open
+            if pause is None:
+                raise
+            time.sleep(pause)
+    if hasattr(os, "O_DIRECTORY"):
+        with suppress(OSError):  # some file systems refuse it, and lose no more than the latest file without
+            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
