@@ -31,7 +31,7 @@ from .framepack.checkpoint import MODEL_TYPES
 from .framepack.footprint import SectionSize
 from .framepack.inputs import EncoderFiles, Encoders, Inputs
 from .framepack.pipeline import FramePackFiles, FramePackPipeline
-from .framepack.request import Material, Sampling
+from .framepack.request import SAMPLERS, Material, Sampling
 from .framepack.sections import (
     FRAMES_PER_LATENT,
     FRAMES_PER_SECOND,
@@ -51,14 +51,13 @@ from .memory.report import MemoryMonitor, RunReport
 from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
 from .video import SUFFIXES, check_writable
-from .video_frames import read_video, video_seconds, video_size
+from .video_frames import read_end, read_video, video_seconds, video_size
 
 logger = logging.getLogger(__name__)
 
 # As lllyasviel/FramePack's own demos have them, for base and F1.
 NUM_STEPS, DISTILLED_GUIDANCE, TEACACHE, WINDOW, SECONDS = 25, 10.0, 0.15, 9, 5.0
 SIZE = (640, 608)  # of a video without a picture
-SAMPLERS = ("unipc_bh1", "unipc_bh2", "euler", "dpm++_2m")
 
 REPACKAGED = "Comfy-Org/HunyuanVideo_repackaged"
 TEXT_ENCODER = WantedFile(
@@ -221,16 +220,19 @@ class _Job:
         options, (width, height) = self.options, self.size
         pictures = (options.image, options.end_image)
         start, end = (None if path is None else load_image(path, width, height) for path in pictures)
-        initial = given = None
+        initial, given, given_after = None, None, 0.0
         if options.video is not None:
             length = 1 + FRAMES_PER_LATENT * self.sampling.window * self._num_sections
             video = read_video(options.video, width, height, FRAMES_PER_SECOND, first=length)
             initial = video[: _whole(len(video))]
         if options.extend is not None:
-            video = read_video(options.extend, width, height, FRAMES_PER_SECOND, last=num_frames(NUM_HISTORY))
+            # what sections see of the video, and what the first one is faded into
+            last = num_frames(max(NUM_HISTORY, self.sampling.window))
+            video, num_before = read_end(options.extend, width, height, FRAMES_PER_SECOND, last)
             given = video[-_whole(len(video)) :]
+            given_after = (num_before + len(video) - len(given)) / FRAMES_PER_SECOND
         negative = (options.negative_prompt or "") if self.sampling.cfg != 1.0 else None
-        return Inputs(self.timed, self.size, negative, start, end, initial, given)
+        return Inputs(self.timed, self.size, negative, start, end, initial, given, given_after)
 
     @property
     def _num_sections(self) -> int:

@@ -12,15 +12,17 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from .framepack.film import Film, film_bytes
-from .framepack.generation import SPATIAL_STRIDE, section_size
+from .diffusion.account import RunAccount
+from .framepack.film import Film
+from .framepack.generation import section_size
 from .framepack.pipeline import FramePackPipeline
 from .framepack.request import Material, Sampling
+from .framepack.room import check_room
 from .framepack.runs import RunStore
-from .framepack.sections import FRAMES_PER_LATENT, FRAMES_PER_SECOND, num_frames
+from .framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE, num_frames
 from .framepack.timed_prompts import TimedPrompt
-from .memory.limits import hold_budget, limits_for
-from .video_frames import read_video
+from .video_frames import read_pieces
+from .weights.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class FramePackRun:
         self._check_room()
         if sampling.one_frame is None:
             grows: Literal["front", "back"] = "front" if sampling.mode == "base" else "back"
-            self.film = Film(folder / "film", places.output, FRAMES_PER_SECOND, grows=grows)
+            vae = fingerprint(pipeline.files.vae)
+            self.film = Film(folder / "film", places.output, FRAMES_PER_SECOND, grows=grows, made_by=vae)
 
     @classmethod
     @contextmanager
@@ -89,6 +92,8 @@ class FramePackRun:
                     self.film.add(section.frames, section.overlap)
                 else:
                     Image.fromarray(section.frames[0].numpy()).save(self.places.output)
+        if self.film is not None:
+            self.film.finish()
 
     def result(self) -> str:
         """One line on what was made."""
@@ -117,20 +122,12 @@ class FramePackRun:
             return 0
         if self.film.num_sections == 0:
             height, width = (SPATIAL_STRIDE * side for side in self.material.latent_size)
-            frames = read_video(video, width, height, FRAMES_PER_SECOND)
-            self.film.add(frames, num_frames(self.sampling.window))
+            self.film.begin(read_pieces(video, width, height, FRAMES_PER_SECOND), num_frames(self.sampling.window))
         return 1
 
     def _check_room(self) -> None:
-        if self.store is None:
-            return
-        height, width = self.material.latent_size
-        window, stride = self.sampling.window, SPATIAL_STRIDE
-        film = 0
-        if self.sampling.one_frame is None:
-            total = FRAMES_PER_LATENT * window * self.num_sections
-            film = film_bytes(total, stride * height, stride * width, num_frames(window))
-        self.store.check_room(4 * 16 * (window + 1) * height * width, film)
+        if self.store is not None:
+            check_room(self.store, self.sampling, self.material, with_film=self.sampling.one_frame is None)
 
 
 def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int, int], end_image: bool) -> None:
@@ -138,17 +135,8 @@ def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int,
 
     `size` is (width, height). The pipeline plans again when it begins: what is free may be less by then.
     """
-    settings, model = pipeline.settings, pipeline.model
-    limits = limits_for(
-        settings.device,
-        vram_budget_gib=settings.vram_budget_gib,
-        ram_budget_gib=settings.ram_budget_gib,
-        blocks_to_swap=settings.blocks_to_swap,
-        num_slots=None if settings.prefetch is None else settings.prefetch + 1,
-        fused=model.model.execution.ops.name != "eager",
-        sage_attention=model.model.execution.attention.name == "sageattn",
-    )
-    hold_budget(settings.device, limits)
+    model = pipeline.model
+    limits = RunAccount(pipeline.settings).begin(model.model.execution)
     height, width = size[1] // SPATIAL_STRIDE, size[0] // SPATIAL_STRIDE
     end = torch.zeros(1, 16, 1, height, width) if end_image else None
     nothing_yet = Material((height, width), TimedPrompt(""), {}, end=end)

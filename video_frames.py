@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,44 @@ def video_seconds(path: Path) -> float:
     return float(_told(path)["duration"])
 
 
-def read_video(
-    path: Path, width: int, height: int, fps: float, first: int | None = None, last: int | None = None
-) -> Tensor:
-    """Frames uint8 `[T, height, width, 3]` of a video at `fps`, cropped to the aspect and resized.
+def read_video(path: Path, width: int, height: int, fps: float, first: int | None = None) -> Tensor:
+    """Frames uint8 `[T, height, width, 3]` of a video at `fps`, cropped to the aspect and resized; the `first` so many.
 
-    `first` or `last` is how many to keep at most, of its beginning or of its end: no others are held in memory.
     Frames are doubled or left out where the video has another rate, so that it lasts as long. ValueError where it
     cannot be read.
     """
-    _check_there(path)
-    fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos,crop={width}:{height}"
-    kept: deque[Tensor] = deque(maxlen=last)
-    with closing(_frames(path, f"fps={fps},{fit}", width * height * 3)) as frames:
-        for frame in frames:
-            kept.append(torch.frombuffer(frame, dtype=torch.uint8).view(height, width, 3))
-            if len(kept) == first:
-                break
+    with closing(_frames(path, width, height, fps)) as frames:
+        kept = list(islice(frames, first))
     if not kept:
         raise ValueError(f"{path}: this video has no frames; {HOW}")
-    return torch.stack(list(kept))
+    return torch.stack(kept)
 
 
-def _frames(path: Path, filters: str, frame_bytes: int) -> Generator[bytearray, None, None]:
-    """The bytes of each frame; ffmpeg is gone when the iterator is closed."""
+def read_end(path: Path, width: int, height: int, fps: float, last: int) -> tuple[Tensor, int]:
+    """At most the `last` so many frames of a video, as `read_video`, and how many come before; only those are held."""
+    kept: deque[Tensor] = deque(maxlen=last)
+    total = 0
+    with closing(_frames(path, width, height, fps)) as frames:
+        for frame in frames:
+            kept.append(frame)
+            total += 1
+    if not kept:
+        raise ValueError(f"{path}: this video has no frames; {HOW}")
+    return torch.stack(list(kept)), total - len(kept)
+
+
+def read_pieces(path: Path, width: int, height: int, fps: float, num_frames: int = 64) -> Iterator[Tensor]:
+    """A whole video as `read_video` gives it, at most `num_frames` at a time."""
+    with closing(_frames(path, width, height, fps)) as frames:
+        while piece := list(islice(frames, num_frames)):
+            yield torch.stack(piece)
+
+
+def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor, None, None]:
+    """Frame after frame, uint8 `[height, width, 3]`; ffmpeg is gone when the iterator is closed."""
+    _check_there(path)
+    fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos,crop={width}:{height}"
+    filters, frame_bytes = f"fps={fps},{fit}", width * height * 3
     program = imageio_ffmpeg.get_ffmpeg_exe()
     source = ["-nostdin", "-v", "error", "-i", str(path.absolute()), "-map", "0:v:0"]
     target = ["-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
@@ -60,7 +75,7 @@ def _frames(path: Path, filters: str, frame_bytes: int) -> Generator[bytearray, 
         assert process.stdout is not None
         try:
             while len(frame := bytearray(process.stdout.read(frame_bytes))) == frame_bytes:
-                yield frame
+                yield torch.frombuffer(frame, dtype=torch.uint8).view(height, width, 3)
             if process.wait() != 0:
                 complaints.seek(0)
                 reason = _last_line(complaints.read().decode(errors="replace"))

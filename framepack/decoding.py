@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,14 +15,14 @@ from ..diffusion.pictures import to_uint8
 from ..host_memory import allocate_extent
 from ..memory.pinned import PinnedBudget, Registrar
 from .vae import HunyuanVAE, decode_footprint
-from .vae_frames import SpillStore
+from .vae_frames import CheckedStore, DeviceStore, FrameStore, SpillStore
 from .vae_tiles import OVERLAP, TEMPORAL_TILE, decode_tiled
 
 logger = logging.getLogger(__name__)
 
 TILES = (512, 448, 384, 320, 256, 192, 128)  # pixels
 HEADROOM_BYTES = 256 << 20  # cuDNN's workspaces, and what the allocator cannot fit together again
-OnChunk = Callable[[int, int], None]
+OnChunk = Callable[[int, int], None]  # (parts done, parts in all), before every frame too; may raise to stop
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,15 @@ def _decode(
     if way.tile:
         overlap, frames = min(OVERLAP, way.tile // 2), TEMPORAL_TILE if way.temporal else None
         return decode_tiled(vae, latents, way.tile, overlap, temporal_tile=frames, on_chunk=on_chunk)
+    check = None if on_chunk is None else partial(on_chunk, 0, 1)
     if not way.spill or room is None:
-        return vae.decode(latents)
+        return vae.decode(latents, _checked(DeviceStore(), check))
     with _host_memory(room) as allocate:
-        return vae.decode(latents, SpillStore(0, allocate)).cpu()
+        return vae.decode(latents, _checked(SpillStore(0, allocate), check)).cpu()
+
+
+def _checked(store: FrameStore, check: Callable[[], None] | None) -> FrameStore:
+    return store if check is None else CheckedStore(store, check)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ class _State:
     fps: float
     crf: int
     grows: str
+    made_by: str = ""
     num_sections: int = 0
     height: int = 0
     width: int = 0
@@ -60,11 +62,18 @@ class Film:
     section, unencoded in `folder`; all others are encoded once, into parts that are copied together into the
     video. The video is replaced when the next is complete, so it plays at any moment. What the process leaves
     in `folder`, however it ends, is taken up again: `num_sections` are there already. The folder is the film's alone.
-    `crf` is x264's quality. Raises ValueError where `path` cannot be written.
+    `crf` is x264's quality; `made_by` names what decodes the frames: a film of another is built anew. Raises
+    ValueError where `path` cannot be written.
     """
 
     def __init__(
-        self, folder: Path, path: str | Path, fps: float = 30, crf: int = 12, grows: Literal["front", "back"] = "back"
+        self,
+        folder: Path,
+        path: str | Path,
+        fps: float = 30,
+        crf: int = 12,
+        grows: Literal["front", "back"] = "back",
+        made_by: str = "",
     ) -> None:
         if grows not in ("front", "back"):
             raise ValueError(f'grows is {grows!r}; a film grows at its "front" or at its "back"')
@@ -72,7 +81,7 @@ class Film:
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
         check_writable(folder / "film.json")
-        self._state = _State(FORMAT, float(fps), crf, grows)
+        self._state = _State(FORMAT, float(fps), crf, grows, made_by)
         self._edge: Tensor | None = None  # uint8 [E, H, W, 3]
         self._resume()
 
@@ -103,9 +112,56 @@ class Film:
             edge, final = frames.split(sizes)
         else:
             final, edge = frames.split(sizes[::-1])
-        # names never used before: nothing that the last film.json names is written over
-        name = f"{self.num_sections:04d}-{secrets.token_hex(4)}"
-        new = [self._encode(final, f"final_{name}"), self._encode(edge, f"open_{name}", keep_pixels=True)]
+        name = self._new_name()
+        self._grow(self._encode([final], f"final_{name}"), edge, name)
+
+    def begin(self, pieces: Iterable[Tensor], still_open: int) -> None:
+        """What plays before all that is made, as the first section: uint8 `[T, H, W, 3]`, piece by piece.
+
+        Only a piece and the last `still_open` frames, which wait for the next section, are held in memory. The film is
+        empty and grows at its back. Raises as `add`.
+        """
+        assert not self.num_sections and not self._at_front
+        edge: Tensor | None = None
+
+        def final() -> Iterator[Tensor]:
+            nonlocal edge
+            for piece in pieces:
+                frames = self._check(piece, 0)
+                edge = frames if edge is None else torch.cat([edge, frames])
+                num_done = max(0, len(edge) - still_open)
+                yield edge[:num_done]
+                edge = edge[num_done:].clone()
+
+        name = self._new_name()
+        part = self._encode(final(), f"final_{name}")
+        if edge is None:
+            raise ValueError(f"there are no frames to begin {self.path} with: give a video that has some")
+        self._grow(part, edge, name)
+
+    def finish(self) -> None:
+        """No section follows: what was kept for the next one, unencoded, is removed. VideoError as `add`."""
+        parts = tuple(replace(part, pixels=None, pixels_sha256=None) for part in self._state.parts)
+        if parts != self._state.parts:
+            self._commit(replace(self._state, parts=parts))
+            self._edge = None
+            self._tidy()
+
+    @staticmethod
+    def is_at(folder: Path, path: Path) -> bool:
+        """Whether the file at `path` is the video that the film in `folder` wrote last."""
+        try:
+            return _sha256(path) == _read_state(folder / "film.json").film_sha256
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _new_name(self) -> str:
+        """Never used before: nothing that the last film.json names is written over."""
+        return f"{self.num_sections:04d}-{secrets.token_hex(4)}"
+
+    def _grow(self, final: _Part | None, edge: Tensor, name: str) -> None:
+        """Take in a section's encoded frames and those that wait for the next."""
+        new = [final, self._encode([edge], f"open_{name}", pixels=edge)]
         kept = [part for part in self._state.parts if part.pixels is None]
         ordered = [*new[::-1], *kept] if self._at_front else [*kept, *new]
         parts = tuple(part for part in ordered if part is not None)
@@ -114,13 +170,13 @@ class Film:
             replace(
                 self._state,
                 num_sections=self.num_sections + 1,
-                height=frames.shape[1],
-                width=frames.shape[2],
+                height=edge.shape[1],
+                width=edge.shape[2],
                 parts=parts,
                 film_sha256=self._publish(parts),
             )
         )
-        self._edge = edge.clone() if still_open else None
+        self._edge = edge.clone() if len(edge) else None
         self._tidy()
 
     @property
@@ -146,17 +202,20 @@ class Film:
             return to_uint8(frames.permute(3, 0, 1, 2)[None])
         return frames.cpu()
 
-    def _encode(self, frames: Tensor, name: str, keep_pixels: bool = False) -> _Part | None:
-        if not len(frames):
-            return None
-        video, pixels = self.folder / f"{name}.mp4", self.folder / f"{name}.safetensors"
+    def _encode(self, pieces: Iterable[Tensor], name: str, pixels: Tensor | None = None) -> _Part | None:
+        """Frames as a part, None where there are none; `pixels` are kept beside it as they are."""
+        video, kept = self.folder / f"{name}.mp4", self.folder / f"{name}.safetensors"
         with VideoWriter(video, self._state.fps, self._state.crf, b_frames=False) as writer:
-            writer.write(frames)
+            for frames in pieces:
+                if len(frames):
+                    writer.write(frames)
+        if not writer.num_frames:
+            return None
         try:
-            part = _Part(video.name, len(frames), _flush(video))
-            if keep_pixels:
-                write_file(pixels, save({"frames": frames.contiguous()}))
-                part = replace(part, pixels=pixels.name, pixels_sha256=_sha256(pixels))
+            part = _Part(video.name, writer.num_frames, _flush(video))
+            if pixels is not None:
+                write_file(kept, save({"frames": pixels.contiguous()}))
+                part = replace(part, pixels=kept.name, pixels_sha256=_sha256(kept))
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
         return part
@@ -194,7 +253,7 @@ class Film:
             try:
                 state = _read_state(path)
                 if _settings(state) != _settings(self._state):
-                    raise ValueError("its rate, quality or direction is another")
+                    raise ValueError("its rate, quality, direction or VAE is another")
                 self._edge = self._check_parts(state)
                 self._state = state
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -244,8 +303,8 @@ def film_bytes(num_frames: int, height: int, width: int, overlap: int) -> int:
     return round(3 * num_frames * height * width * PIXEL_BYTES) + 2 * overlap * frame
 
 
-def _settings(state: _State) -> tuple[int, float, int, str]:
-    return state.format, state.fps, state.crf, state.grows
+def _settings(state: _State) -> tuple[int, float, int, str, str]:
+    return state.format, state.fps, state.crf, state.grows, state.made_by
 
 
 def _read_state(path: Path) -> _State:

@@ -46,7 +46,8 @@ class SectionSize(WorkSize):
 class FramePackFootprint(ModelFootprint):
     """`ffn_dim` is the MLP's width; `num_double` of the blocks have weights of their own for image and text.
 
-    `step_cache` keeps two more token-sized tensors: what the last step's signal was, and what its blocks added.
+    `step_cache` keeps two more token-sized tensors for each pass of a step: what the last step's signal was, and what
+    its blocks added.
     """
 
     num_double: int = 0
@@ -57,7 +58,7 @@ class FramePackFootprint(ModelFootprint):
         rows, chunk = work.rows, min(choice.token_chunk, work.rows)
         hidden = chunk * (self.dim + self.ffn_dim)
         beyond = max(0, hidden - 2 * rows * self.dim) * self.compute_bytes
-        cached = 2 * rows * self.dim * self.compute_bytes if self.step_cache else 0
+        cached = 2 * work.passes_per_step * rows * self.dim * self.compute_bytes if self.step_cache else 0
         return super().activation_bytes(work, choice, limits) + beyond + cached
 
     def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:

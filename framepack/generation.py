@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..memory.plan import MemoryPlan
 from ..sampling.guidance import RescaledGuidance
@@ -22,10 +23,8 @@ from .footprint import SectionSize
 from .model import BlockCache, Frames, History, StepCondition
 from .request import Material, Sampling
 from .runs import RunStore
-from .sections import Section, num_frames, section_noise
+from .sections import SPATIAL_STRIDE, Section, num_frames, section_noise
 from .streamed import StreamedFramePack
-
-SPATIAL_STRIDE = 8  # pixels per latent
 
 # (noisy, history, condition, image, cache) -> velocity; a StreamedFramePack that is started, or a model.
 Velocity = Callable[[Frames, History, StepCondition, Tensor | None, BlockCache | None], Tensor]
@@ -46,12 +45,17 @@ class Conditions:
             return self.prompts[prompts[0][0]][step]
         parts = [(self.prompts[name][step], weight) for name, weight in prompts]
 
+        num_tokens = max(len(part.text) for part, _ in parts)
+
         def mix(pick: Callable[[StepCondition], Tensor]) -> Tensor:
             return torch.stack([pick(part).float() * weight for part, weight in parts]).sum(0).to(pick(parts[0][0]))
 
+        def text(part: StepCondition) -> Tensor:
+            return F.pad(part.text, (0, 0, 0, num_tokens - len(part.text)))
+
         num_blocks = len(parts[0][0].blocks)
         blocks = tuple(mix(lambda part, index=index: part.blocks[index]) for index in range(num_blocks))  # type: ignore[misc]
-        return StepCondition(mix(lambda part: part.text), blocks, mix(lambda part: part.head))
+        return StepCondition(mix(text), blocks, mix(lambda part: part.head))
 
 
 # For a run whose sections are all there.
@@ -75,7 +79,8 @@ class MadeSection:
 def noise_levels(sampling: Sampling, latent_size: tuple[int, int]) -> Tensor:
     """Sigmas `[steps + 1]` of every section."""
     height, width = latent_size
-    tokens = sampling.window * (height // 2) * (width // 2)
+    num_latents = sampling.window if sampling.one_frame is None else 1
+    tokens = num_latents * (height // 2) * (width // 2)
     mu = math.log(sampling.shift) if sampling.shift else framepack_shift(tokens)
     return framepack_sigmas(sampling.num_steps, mu, sampling.strength)
 
@@ -101,7 +106,7 @@ def prepare(
     sigmas = noise_levels(sampling, material.latent_size)
     # the model was trained with timesteps rounded to bf16
     timesteps = (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).bfloat16().float()
-    prompts = dict(material.padded_prompts(sections))
+    prompts = dict(material.heard_prompts(sections))
     wanted = list(prompts.values())
     if sampling.cfg != 1.0 and material.negative is not None:
         wanted.append(material.negative)
@@ -146,18 +151,27 @@ class Generation:
                 if self.store is not None:
                     self.store.save_section(section.number, latents, generator.get_state())
             history = torch.cat([latents, history] if section.prepend else [history, latents], dim=2)
-            yield MadeSection(
-                section, latents, history[:, :, section.decoding.latents], self._video(history, num_before), resumed
-            )
+            video = latents if section.sources is None else self._video(history, num_before)
+            yield MadeSection(section, latents, history[:, :, section.decoding.latents], video, resumed)
 
     def _make(
         self, section: Section, history: Tensor, generator: torch.Generator, caches: Sequence[TeaCache]
     ) -> Tensor:
         """The section's latents `[1, 16, window (+ 1 with the start's), h, w]`."""
+        latents = self._sample(section, history, generator, caches)
+        if section.prepend_start:
+            latents = torch.cat([self.material.start_latent(), latents], dim=2)
+        return latents
+
+    def _sample(
+        self, section: Section, history: Tensor, generator: torch.Generator, caches: Sequence[TeaCache]
+    ) -> Tensor:
         sigmas = noise_levels(self.sampling, self.material.latent_size)
         shape = (1, history.shape[1], len(section.indices.noisy), *self.material.latent_size)
         noise = section_noise(generator, shape)
         initial = self.material.initial_latents(section)
+        if initial is not None and len(sigmas) == 1:  # a strength of 0 leaves no step
+            return initial
         x = noise if initial is None else torch.lerp(initial, noise, float(sigmas[0]))
         shown = self._history(section, history)
         steps = {float(sigma): step for step, sigma in enumerate(sigmas[:-1])}
@@ -182,10 +196,7 @@ class Generation:
 
         settings = self.sampling
         denoise = RescaledGuidance(cond, uncond if negative else None, settings.cfg, settings.cfg_rescale)
-        latents = select_sampler(settings.sampler)(denoise, x.to(self.device), sigmas, report).float().cpu()
-        if section.prepend_start:
-            latents = torch.cat([self.material.start_latent(), latents], dim=2)
-        return latents
+        return select_sampler(settings.sampler)(denoise, x.to(self.device), sigmas, report).float().cpu()
 
     def _history(self, section: Section, history: Tensor) -> History:
         """What a section is shown, on the device."""
@@ -211,8 +222,8 @@ class Generation:
     def _video(self, history: Tensor, num_before: int) -> Tensor:
         """Of the history what belongs to the video."""
         if self.sampling.mode == "f1":
-            given = 1 if self.material.given is None else self.material.given.shape[2]
-            return history[:, :, num_before - given :]
+            first = self.material.num_given or int(self.material.has_start)
+            return history[:, :, num_before - first :]
         return history[:, :, : history.shape[2] - num_before]
 
     def _caches(self) -> list[TeaCache]:

@@ -48,8 +48,8 @@ class EncoderFiles:
 class Inputs:
     """Texts, pictures `[1, 3, 1, H, W]` in -1 ... 1 and videos uint8 `[T, H, W, 3]` of 4n + 1 frames, all on the CPU.
 
-    `size` is their (width, height). `initial` is a video to change, `given` the end of one to go on from. A video
-    without a start picture starts at its first frame.
+    `size` is their (width, height). `initial` is a video to change, `given` the end of one to go on from, of which
+    `given_after` seconds come before. A video without a start picture starts at its first frame.
     """
 
     timed: TimedPrompt
@@ -59,6 +59,7 @@ class Inputs:
     end: Tensor | None = None
     initial: Tensor | None = None
     given: Tensor | None = None
+    given_after: float = 0.0
 
     @property
     def first_picture(self) -> Tensor | None:
@@ -125,6 +126,7 @@ class Encoders:
             end_features=end_features,
             initial=initial,
             given=given,
+            given_after=inputs.given_after,
         )
 
     @contextmanager

@@ -69,15 +69,10 @@ class StepCondition:
     head: Tensor
 
     def to(self, device: torch.device) -> StepCondition:
-        """The same on a device; from pinned memory nothing waits for the copies."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
-
-    def pinned(self) -> StepCondition:
-        """The same in pinned host memory."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> StepCondition:
-        return StepCondition(change(self.text), tuple(change(tensor) for tensor in self.blocks), change(self.head))
+        """The same on a device."""
+        return StepCondition(
+            self.text.to(device), tuple(block.to(device) for block in self.blocks), self.head.to(device)
+        )
 
 
 class BlockCache(Protocol):

@@ -18,6 +18,7 @@ from ..memory.pinned import CudaRegistrar
 from ..memory.plan import MemoryPlan
 from ..memory.report import RunReport
 from ..sampling.solver import StepInfo
+from ..weights.fingerprint import fingerprint
 from ..weights.lora import LoraChoice, LoraReport
 from .decoding import DecodeRoom, decode_section
 from .generation import NOTHING, Generation, MadeSection, prepare, section_size
@@ -68,13 +69,8 @@ class FramePackPipeline:
 
     def open_run(self, runs: Path, sampling: Sampling, material: Material) -> RunStore:
         """Where the sections of this request are kept, and those that are there already."""
-        loras = tuple([choice.path.name, choice.path.stat().st_size, choice.strength] for choice in self.files.loras)
-        model = ModelIdentity(
-            self.files.model.name,
-            sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
-            loras,
-            self.model.arithmetic,
-        )
+        loras = tuple([choice.path.name, fingerprint(choice.path), choice.strength] for choice in self.files.loras)
+        model = ModelIdentity(self.files.model.name, fingerprint(self.files.model), loras, self.model.arithmetic)
         settings = run_settings(sampling, material, model)
         return RunStore.open(runs, settings, len(material.sections(sampling)))
 
@@ -87,6 +83,7 @@ class FramePackPipeline:
         Bad requests are ValueErrors before anything is loaded.
         """
         sections = material.sections(sampling)
+        material.check_for(self.model.config)
         for prompt in material.timed.unheard(sections):
             logger.warning("the prompt %r holds for less than a section, and is not heard", prompt)
         self.plan = self._plan(sampling, material)

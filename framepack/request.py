@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .config import FramePackConfig
 from .model import Prompt
 from .sections import NUM_HISTORY, Section, SectionMode, plan_one_frame, plan_sections
 from .timed_prompts import TimedPrompt
@@ -20,6 +20,7 @@ from .timed_prompts import TimedPrompt
 Interpolation = Literal["disabled", "weighted_average", "linear"]
 
 MAX_STEPS = 1000
+SAMPLERS = ("unipc_bh1", "unipc_bh2", "euler", "dpm++_2m")  # the first is FramePack's own
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,15 @@ class Sampling:
             raise ValueError(f"steps is {self.num_steps}: use 1 to {MAX_STEPS} (25 or 30 are usual)")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}: use a whole number from 0 to {2**64 - 1}")
-        for name, value in (("guidance_scale", self.guidance), ("cfg", self.cfg), ("shift", self.shift)):
+        numbers = {"guidance_scale": self.guidance, "cfg": self.cfg, "shift": self.shift}
+        for name, value in (numbers | {"the TeaCache threshold": self.cache_threshold or 0.0}).items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}: use a number from 0 up")
+        for name, value in (("cfg_rescale", self.cfg_rescale), ("denoise_strength", self.strength)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value}: use a number from 0 to 1")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} does not apply to FramePack: use {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class Material:
     """What the video is made of, all on the CPU in fp32. `latent_size` is (height, width) of the latents.
 
     Latents are the network's `[1, 16, T, h, w]`, features SigLIP's `[1, m, image_dim]`. Without a start image the
-    video is made of the text alone. `initial` is a video to begin from (`strength`), `given` one to extend (F1).
+    video is made of the text alone. `initial` is a video to begin from (`strength`), `given` one to extend (F1), or its
+    end: `given_after` seconds of it come before.
     """
 
     latent_size: tuple[int, int]
@@ -75,6 +83,7 @@ class Material:
     interpolation: Interpolation = "linear"
     initial: Tensor | None = None
     given: Tensor | None = None
+    given_after: float = 0.0
 
     def sections(self, sampling: Sampling) -> tuple[Section, ...]:
         """The sections in order of generation. ValueError where settings and material contradict each other."""
@@ -82,20 +91,32 @@ class Material:
         self._check(sampling)
         if sampling.one_frame is not None:
             return plan_one_frame(sampling.one_frame)
-        given = 0 if self.given is None else self.given.shape[2]
-        return plan_sections(
+        sections = plan_sections(
             sampling.seconds,
             sampling.window,
             sampling.mode,
+            start_image=self.has_start,
             end_image=self.end is not None,
-            given_latents=given,
+            given_latents=self.num_given,
         )
+        return tuple(replace(section, span=section.span.later(self.given_after)) for section in sections)
+
+    @property
+    def num_given(self) -> int:
+        """Latents of the video to extend."""
+        return 0 if self.given is None else self.given.shape[2]
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the video begins with a picture of its own: the start image, or the first of `initial`."""
+        return self.start is not None or self.initial is not None
 
     def start_latent(self) -> Tensor:
-        """`[1, 16, 1, h, w]`; zeros where there is no start image."""
+        """`[1, 16, 1, h, w]` that every section is shown; zeros where the video starts at no picture."""
         if self.start is not None:
             return self.start
-        return torch.zeros(1, 16, 1, *self.latent_size) if self.given is None else self.given[:, :, :1]
+        video = self.given if self.initial is None else self.initial
+        return torch.zeros(1, 16, 1, *self.latent_size) if video is None else video[:, :, :1]
 
     def new_history(self, mode: SectionMode) -> Tensor:
         """What the first section sees as the rest of the video: nothing, or (F1) the start or a given video."""
@@ -123,18 +144,10 @@ class Material:
         share = self.start_strength if self.interpolation == "weighted_average" else 1.0 - self._place(section)
         return start * share + end * (1.0 - share)
 
-    def padded_prompts(self, sections: tuple[Section, ...]) -> Mapping[str, Prompt]:
-        """The prompts that are heard; of one length where some are mixed."""
+    def heard_prompts(self, sections: tuple[Section, ...]) -> Mapping[str, Prompt]:
+        """The prompts that these sections hear."""
         heard = [self.timed.prompts_at(section) for section in sections]
-        names = dict.fromkeys(name for prompts in heard for name, _ in prompts)
-        prompts = {name: self.prompts[name] for name in names}
-        if all(len(each) == 1 for each in heard):
-            return prompts
-        length = max(prompt.text.shape[1] for prompt in prompts.values())
-        return {
-            name: Prompt(F.pad(prompt.text, (0, 0, 0, length - prompt.text.shape[1])), prompt.pooled)
-            for name, prompt in prompts.items()
-        }
+        return {name: self.prompts[name] for prompts in heard for name, _ in prompts}
 
     def identity(self) -> dict[str, Any]:
         """All of it as JSON values and tensors: what a run is known by."""
@@ -143,6 +156,7 @@ class Material:
             "prompts": {name: [prompt.text, prompt.pooled] for name, prompt in self.prompts.items()},
             "negative": None if self.negative is None else [self.negative.text, self.negative.pooled],
             "latent_size": list(self.latent_size),
+            "given_after": self.given_after,
             "interpolation": self.interpolation,
             "start_strength": self.start_strength,
         } | {
@@ -156,7 +170,42 @@ class Material:
         order = section.num_sections - 1 - section.number if section.prepend else section.number
         return order / (section.num_sections - 1)
 
+    def check_for(self, config: FramePackConfig) -> None:
+        """ValueError where prompts, pictures or latents are not those that this model reads."""
+        named = {f"the prompt {name!r}": prompt for name, prompt in self.prompts.items()}
+        if self.negative is not None:
+            named["the negative prompt"] = self.negative
+        for title, prompt in named.items():
+            if not prompt.text.shape[1]:
+                raise ValueError(f"{title} has no tokens: write a word, or encode it again")
+            widths = prompt.text.shape[-1], prompt.pooled.shape[-1]
+            if widths != (config.text_dim, config.pooled_dim):
+                raise ValueError(
+                    f"{title} has text of width {widths[0]} and a pooled vector of {widths[1]}; FramePack reads "
+                    f"{config.text_dim} and {config.pooled_dim}: encode it with llava_llama3 and clip_l "
+                    "(DualCLIPLoader, type hunyuan_video)"
+                )
+        pictures = {"start": self.start_features, "end": self.end_features}
+        for title, features in pictures.items():
+            if features is not None and features.shape[-1] != config.image_dim:
+                raise ValueError(
+                    f"the {title} image's features have the width {features.shape[-1]}; FramePack reads "
+                    f"{config.image_dim}: use sigclip_vision_patch14_384 as the vision model"
+                )
+        lengths = {features.shape[1] for features in pictures.values() if features is not None}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the start and the end image have features of {' and '.join(map(str, sorted(lengths)))} tokens: "
+                "encode both with the same vision model"
+            )
+
     def _check(self, sampling: Sampling) -> None:
+        height, width = self.latent_size
+        if height % 2 or width % 2:
+            raise ValueError(
+                f"{8 * width}x{8 * height} cannot be made: FramePack needs sides that are multiples of 16; bring the "
+                "picture to a size that FramePack Find Nearest Bucket names"
+            )
         if self.interpolation not in get_args(Interpolation):
             raise ValueError(f"embed_interpolation is {self.interpolation!r}: use {', '.join(get_args(Interpolation))}")
         if sampling.cfg != 1.0 and self.negative is None:
@@ -174,7 +223,6 @@ class Material:
         for name in ("start", "end", "initial", "given"):
             latent: Tensor | None = getattr(self, name)
             if latent is not None and (latent.ndim != 5 or tuple(latent.shape[3:]) != self.latent_size):
-                height, width = self.latent_size
                 raise ValueError(
                     f"the {name} latent has the shape {list(latent.shape)}; expected [1, 16, frames, {height}, "
                     f"{width}] as the start image has: bring all pictures to {8 * width}x{8 * height} first"
@@ -183,10 +231,10 @@ class Material:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What else a result depends on: the model's file, its LoRAs, and how it is computed."""
+    """What else a result depends on: the model's file and `fingerprint`, its LoRAs, and how it is computed."""
 
     file: str
-    num_bytes: int
+    fingerprint: str
     loras: tuple[Any, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -198,7 +246,7 @@ def run_settings(sampling: Sampling, material: Material, model: ModelIdentity) -
         "material": material.identity(),
         "model": {
             "file": model.file,
-            "num_bytes": model.num_bytes,
+            "fingerprint": model.fingerprint,
             "loras": list(model.loras),
             "settings": dict(model.settings),
         },

@@ -1,7 +1,8 @@
 """Which latents every section sees, where they lie in time, and what part of the video it makes: index arithmetic.
 
 A FramePack video of S sections with a window of w latents has S * w + 1 latents, the start image first, and
-4 * S * w + 1 frames. `base` generates the sections from the last to the first, `f1` from the first to the last.
+4 * S * w + 1 frames; without a start image it has S * w latents and 4 * S * w - 3 frames. `base` generates the
+sections from the last to the first, `f1` from the first to the last.
 Source: lllyasviel/FramePack `demo_gradio.py` and `demo_gradio_f1.py`; the end image in every section is our own.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 SectionMode = Literal["base", "f1"]
 
 FRAMES_PER_LATENT = 4
+SPATIAL_STRIDE = 8  # pixels per latent
 FRAMES_PER_SECOND = 30
 MAX_WINDOW = 33
 NUM_ONE, NUM_TWO, NUM_FOUR = 1, 2, 16  # latents of the history at 1x, 2x and 4x
@@ -66,6 +68,11 @@ class Span:
     noisy: tuple[int, int]
     frames: tuple[int, int]
     seconds: tuple[float, float]
+
+    def later(self, seconds: float) -> Span:
+        """The same behind so much of the video that none of the latents hold."""
+        begin, end = self.seconds
+        return replace(self, seconds=(begin + seconds, end + seconds))
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,14 @@ def plan_sections(
     mode: SectionMode = "base",
     fps: float = FRAMES_PER_SECOND,
     *,
+    start_image: bool = True,
     end_image: bool = False,
     given_latents: int = 0,
 ) -> tuple[Section, ...]:
     """Return the sections of a video in order of generation.
 
-    `window` is in latents. `end_image` gives every section a place for one more clean latent: behind what is between
+    `window` is in latents. Without a `start_image` its place is shown to every section all the same, but belongs to no
+    part of the video. `end_image` gives every section a place for one more clean latent: behind what is between
     the section and the end, but not beyond the reach of the history. `given_latents` (f1 only) extends a video of so
     many latents by `seconds`; the history then begins with 19 zeros and those latents, and the film with its frames.
     Raises ValueError naming what is out of range.
@@ -136,8 +145,11 @@ def plan_sections(
         )
     count = count_sections(seconds, window, fps)
     if mode == "base":
-        return tuple(_base_section(number, count, window, fps, end_image) for number in range(count))
-    return tuple(_f1_section(number, count, window, fps, end_image, given_latents) for number in range(count))
+        return tuple(_base_section(number, count, window, fps, start_image, end_image) for number in range(count))
+    num_first = given_latents or int(start_image)
+    return tuple(
+        _f1_section(number, count, window, fps, end_image, num_first, bool(given_latents)) for number in range(count)
+    )
 
 
 def plan_one_frame(target_index: int = 1, fps: float = FRAMES_PER_SECOND) -> tuple[Section, ...]:
@@ -196,21 +208,21 @@ def section_noise(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
-def _base_section(number: int, count: int, window: int, fps: float, end_image: bool) -> Section:
+def _base_section(number: int, count: int, window: int, fps: float, start_image: bool, end_image: bool) -> Section:
     padding = base_paddings(count)[number] * window
     start, _, noisy, one, two, four = _consecutive(1, padding, window, NUM_ONE, NUM_TWO, NUM_FOUR)
     # `number` sections have been made behind this one, and the end image lies behind them.
     end = _end_index("base", noisy, number * window) if end_image else None
-    is_last = number == count - 1
-    num_latents = window * (1 if number == 0 else 2) + is_last
+    with_start = start_image and number == count - 1
+    num_latents = window * (1 if number == 0 else 2) + with_start
     return Section(
         number=number,
         num_sections=count,
         indices=TimeIndices(noisy, start[0], one, two, four, end),
         sources=Sources(slice(0, 1), slice(1, 3), slice(3, NUM_HISTORY)),
         prepend=True,
-        prepend_start=is_last,
-        span=_span(1 + (count - 1 - number) * window, window, fps, with_start=is_last),
+        prepend_start=with_start,
+        span=_span(start_image + (count - 1 - number) * window, window, fps, with_start=with_start),
         decoding=Decoding(
             latents=slice(0, num_latents),
             num_latents=num_latents,
@@ -220,13 +232,16 @@ def _base_section(number: int, count: int, window: int, fps: float, end_image: b
     )
 
 
-def _f1_section(number: int, count: int, window: int, fps: float, end_image: bool, given_latents: int) -> Section:
+def _f1_section(
+    number: int, count: int, window: int, fps: float, end_image: bool, num_first: int, extends: bool
+) -> Section:
+    """`num_first` latents are before the first section: the start image, or those of a video that it extends."""
     start, four, two, one, noisy = _consecutive(1, NUM_FOUR, NUM_TWO, NUM_ONE, window)
     end = _end_index("f1", noisy, (count - 1 - number) * window) if end_image else None
-    num_before = (given_latents or 1) + number * window
+    num_before = num_first + number * window
     # The first section has no film before it but that of a given video.
-    overlap = min(num_before, window) if number or given_latents else 0
-    num_latents = (overlap or 1) + window
+    overlap = min(num_before, window) if number or extends else 0
+    num_latents = (overlap or num_first) + window
     return Section(
         number=number,
         num_sections=count,
@@ -234,7 +249,7 @@ def _f1_section(number: int, count: int, window: int, fps: float, end_image: boo
         sources=Sources(slice(-1, None), slice(-3, -1), slice(-NUM_HISTORY, -3)),
         prepend=False,
         prepend_start=False,
-        span=_span(num_before, window, fps, with_start=number == 0 and not given_latents),
+        span=_span(num_before, window, fps, with_start=number == 0 and num_first > 0 and not extends),
         decoding=Decoding(
             latents=slice(-num_latents, None),
             num_latents=num_latents,
@@ -261,7 +276,7 @@ def _end_index(mode: SectionMode, noisy: tuple[int, ...], distance: int) -> int:
 def _span(begin: int, window: int, fps: float, with_start: bool) -> Span:
     """Span of the noisy latents from `begin` on, and of the start latent where it belongs to the section."""
     end = begin + window
-    first_frame = 0 if with_start else num_frames(begin)
+    first_frame = 0 if with_start or begin == 0 else num_frames(begin)
     frames = (first_frame, num_frames(end))
     return Span(
         latents=(begin - with_start, end),

@@ -111,7 +111,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         with self.preparing(plan):
             for prompt in prompts:
                 made = self.model.conditions(prompt.to(device), timesteps, guidance, self.visit)
-                conditions.append([self._at_home(condition) for condition in made])
+                conditions.append([condition.to(home) for condition in made])
             for index, tokens in enumerate(features):
                 before = features[index - 1] if index else None
                 if tokens is not None and before is not None and tokens.equal(before):
@@ -131,8 +131,3 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         """The velocity (see `FramePackModel`); when the device runs out of memory, again with a leaner plan."""
         condition = condition.to(self.settings.device)
         return self.retrying(lambda: self.model(noisy, history, condition, image, cache))
-
-    def _at_home(self, condition: StepCondition) -> StepCondition:
-        """Pinned where that is allowed, so that its way back waits for nothing."""
-        home = condition.to(torch.device("cpu"))
-        return home.pinned() if self._registrar is not None and self.settings.pinned_memory else home

@@ -111,6 +111,27 @@ class SpillStore:
 
 
 @dataclass(frozen=True)
+class CheckedStore:
+    """Another store that asks before every frame whether to go on: `check` raises to stop."""
+
+    store: FrameStore
+    check: Callable[[], None]
+
+    def keep(self, frame: Tensor) -> Kept:
+        self.check()
+        return self.store.keep(frame)
+
+    def load(self, kept: Kept) -> Tensor:
+        return self.store.load(kept)
+
+    def drop(self, kept: Kept) -> None:
+        self.store.drop(kept)
+
+    def settle(self) -> None:
+        self.store.settle()
+
+
+@dataclass(frozen=True)
 class NormSiLU:
     """A group norm whose statistics are known, as one multiplication and addition per channel, and SiLU.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..diffusion.settings import RunSettings
@@ -14,7 +15,8 @@ from ..framepack.model import BlockCache, Frames, History, StepCondition
 from ..framepack.request import Material, Sampling
 from ..framepack.sections import Section
 from ..framepack.streamed import StreamedFramePack
-from ..memory.footprint import WorkSize
+from ..memory.footprint import GIB, WorkSize
+from . import host
 from .engine import Engine
 
 
@@ -46,6 +48,20 @@ class FramePackEngine(Engine[StreamedFramePack]):
             plan = self.plan(self._work)
             with self.within_budget():
                 return prepare(self.streamed, plan, sampling, material, sections)
+
+    def leave_device(self) -> None:
+        """Free device memory, for a decoding between sections; the weights stay in host memory as they are."""
+        self.streamed.stop()
+        self._tell_owner()
+        host.empty_cache()
+
+    def vram_left(self) -> int | None:
+        """Bytes that a budget given by hand leaves beside what PyTorch holds now; None without one."""
+        if not self.options.vram_budget_gb or self.device.type != "cuda":
+            return None
+        limits = self.streamed.limits or self.limits(self.options)
+        used = limits.context_bytes + torch.cuda.memory_allocated(self.device)
+        return max(0, int(self.options.vram_budget_gb * GIB) - used)
 
     def velocity(
         self,

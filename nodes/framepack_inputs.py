@@ -20,10 +20,10 @@ NAME_KEY = "lowvram_prompt"
 
 @dataclass(frozen=True)
 class EndImageOptions:
-    """The picture that a video goes to: a LATENT's samples and CLIP vision features, and how they mix."""
+    """The picture that a video goes to, as LATENT and CLIP_VISION_OUTPUT, and how its features and the start's mix."""
 
-    samples: Tensor | None
-    features: Tensor | None
+    latent: dict[str, Any] | None
+    features: Any
     start_strength: float
     interpolation: Interpolation
 
@@ -127,7 +127,8 @@ class FramePackEndImage(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much the start image's features count: with weighted_average the end's get the rest.",
+                    tooltip="How much the start image's features count: with weighted_average the end's get the rest. "
+                    "Without effect with linear where both pictures have features.",
                 ),
             ],
             outputs=[EndImage.Output("end_image")],
@@ -146,15 +147,23 @@ class FramePackEndImage(io.ComfyNode):
                 "FramePack End Image has no picture: connect the end image by VAE Encode (latent), CLIP Vision Encode "
                 "(image_embeds), or both"
             )
-        features = None if image_embeds is None else image_embeds.last_hidden_state
-        samples = None if latent is None else latent["samples"]
-        return io.NodeOutput(EndImageOptions(samples, features, start_embed_strength, embed_interpolation))
+        return io.NodeOutput(EndImageOptions(latent, image_embeds, start_embed_strength, embed_interpolation))
 
 
 def timed_prompt_of(conditioning: list[Any]) -> tuple[TimedPrompt, list[tuple[str, Tensor, dict[str, Any]]]]:
-    """The schedule of a CONDITIONING and its (name, text, options) entries; any other node's is one prompt."""
+    """The schedule of a CONDITIONING and its (name, text, options) entries; any other node's is one prompt.
+
+    ValueError for one that is empty, or put together from several nodes.
+    """
+    if not conditioning:
+        raise ValueError("the positive conditioning is empty: connect CLIP Text Encode or FramePack Timed Prompt")
     _, options = conditioning[0]
     timed = options.get(TIMED_KEY)
-    if timed is None:
+    if timed is None and not any(TIMED_KEY in options for _, options in conditioning):
         return TimedPrompt("prompt"), [("prompt", *conditioning[0])]
+    if any(options.get(TIMED_KEY) is not timed for _, options in conditioning):
+        raise ValueError(
+            "FramePack Timed Prompt cannot be combined with other conditioning: connect it to the sampler directly and "
+            "write all of the prompt into it"
+        )
     return timed, [(options[NAME_KEY], text, options) for text, options in conditioning]

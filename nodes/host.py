@@ -18,6 +18,7 @@ import folder_paths
 import latent_preview
 import torch
 from comfy_api.latest import InputImpl, io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..host_memory import return_freed_bytes
@@ -88,9 +89,14 @@ def saved_result(path: Path) -> ui.SavedResult:
     return ui.SavedResult(path.name, "" if place == Path() else place.as_posix(), io.FolderType.output)
 
 
-def video(path: Path | None) -> Any:
+def video(path: Path) -> Any:
     """A VIDEO of the file."""
-    return None if path is None else InputImpl.VideoFromFile(str(path))
+    return InputImpl.VideoFromFile(str(path))
+
+
+def nothing(why: str) -> ExecutionBlocker:
+    """An output that is not made: nodes that want it do not run, and say why."""
+    return ExecutionBlocker(why)
 
 
 def temporary_path(name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..framepack.decoding import DecodeRoom
+from ..framepack.runs import run_key
 from ..framepack.vae import HunyuanVAE
 from ..framepack.vae_checkpoint import adopt_vae, find_prefix, to_diffusers_names
 from ..weights.reader import Checkpoint, TensorInfo
 from . import host
 
 MIB = 2**20
+NUM_SAMPLED = 64
 
 
 def is_hunyuan_vae(vae: Any) -> bool:
@@ -25,10 +27,12 @@ def is_hunyuan_vae(vae: Any) -> bool:
 
 
 @contextmanager
-def native_decoder(vae: Any) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
+def native_decoder(
+    vae: Any, vram_left: Callable[[], int | None] = lambda: None
+) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
     """Our decoder on the device while it works, and the memory that it may use beside its weights (None: any).
 
-    ValueError for the VAE of another model.
+    `vram_left` tells what a budget leaves then, if there is one. ValueError for the VAE of another model.
     """
     stored: dict[str, Tensor] = vae.first_stage_model.state_dict()
     if find_prefix(stored) != "":
@@ -51,15 +55,23 @@ def native_decoder(vae: Any) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
     if device.type == "cuda" and dtype.itemsize == 2:
         decoder.to_channels_last()
     try:
-        yield decoder.requires_grad_(False), _room(device)
+        yield decoder.requires_grad_(False), _room(device, vram_left())
     finally:
         decoder.to("meta")
         host.empty_cache()
 
 
-def _room(device: torch.device) -> DecodeRoom | None:
+def vae_fingerprint(vae: Any) -> str:
+    """What tells a VAE's weights from others', by the first numbers of every tensor."""
+    stored: dict[str, Tensor] = vae.first_stage_model.state_dict()
+    return run_key({name: tensor.flatten()[:NUM_SAMPLED] for name, tensor in stored.items()})
+
+
+def _room(device: torch.device, vram_left: int | None) -> DecodeRoom | None:
     if device.type != "cuda":
         return None
     registrar = host.HostRegistrar(device) if host.memory_flags().may_pin else None
     free = max(0, host.free_vram(device) - host.reserved_vram())
+    if vram_left is not None:
+        free = min(free, vram_left)
     return DecodeRoom(free, host.free_ram() // 2, registrar)

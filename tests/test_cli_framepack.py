@@ -26,7 +26,7 @@ from lowvram_video.framepack.request import Material, Sampling
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
 from lowvram_video.framepack.vae import HunyuanVAE, VAEConfig
 from lowvram_video.video import VideoWriter
-from lowvram_video.video_frames import read_video, video_seconds, video_size
+from lowvram_video.video_frames import read_end, read_pieces, read_video, video_seconds, video_size
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
@@ -256,7 +256,7 @@ def test_text_alone_needs_no_vision_model(files: Files, tmp_path: Path) -> None:
     words = arguments(files, tmp_path / "a.mp4", *video("--no-teacache"), image=False)
     where = words.index("--clip-vision")
     assert main(words[:where] + words[where + 2 :]) == 0
-    assert num_frames(tmp_path / "a.mp4") == NEW_FRAMES + 1
+    assert num_frames(tmp_path / "a.mp4") == NEW_FRAMES - 3  # no start image: its sections alone
 
 
 def test_one_frame_is_a_picture(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,7 +605,9 @@ def test_videos_are_read_at_the_wanted_rate_and_size(tmp_path: Path) -> None:
     assert same.shape == frames.shape and (same.int() - frames.int()).abs().float().mean() < 3
     assert len(read_video(path, 64, 32, 30)) == 40
     assert torch.equal(read_video(path, 64, 32, 15, first=7), same[:7])
-    assert torch.equal(read_video(path, 64, 32, 15, last=7), same[-7:])
+    last, num_before = read_end(path, 64, 32, 15, last=7)
+    assert torch.equal(last, same[-7:]) and num_before == len(same) - 7
+    assert torch.equal(torch.cat(list(read_pieces(path, 64, 32, 15, num_frames=8))), same)
     middle = read_video(path, 32, 32, 15)  # the sides are cut off
     assert (middle.int() - frames[:, :, 16:48].int()).abs().float().mean() < 3
 
@@ -657,9 +659,12 @@ def test_plan_of_a_section(full_size: Path, capsys: pytest.CaptureFixture[str]) 
     cached = peak(capsys.readouterr().out)
     assert main([*words, "--blocks-to-swap", "60", "--no-teacache"]) == 0
     assert peak(capsys.readouterr().out) < cached, "without the step cache's two tensors"
-    assert main([*words, "--cfg", "2"]) == 0
-    guided = capsys.readouterr().out
-    moved = [float(re.search(r"per step: ([\d.]+) GB", text)[1]) for text in (out, guided)]  # type: ignore[index]
+    moved = []
+    for cfg in ("1", "2"):
+        assert main([*words, "--blocks-to-swap", "60", "--cfg", cfg]) == 0
+        text = capsys.readouterr().out
+        moved.append(float(re.search(r"per step: ([\d.]+) GB", text)[1]))  # type: ignore[index]
+        assert (peak(text) > cached) == (cfg == "2"), "a step cache for each pass"
     assert moved[1] == pytest.approx(2 * moved[0], rel=0.01)
 
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.framepack.generation import Generation, MadeSection, OnStep, prepare, section_size
+from lowvram_video.framepack.generation import Generation, MadeSection, OnStep, noise_levels, prepare, section_size
 from lowvram_video.framepack.model import Frames, History, Prompt, StepCondition
-from lowvram_video.framepack.request import Material, Sampling
+from lowvram_video.framepack.request import SAMPLERS, Material, Sampling
 from lowvram_video.framepack.runs import RunStore
+from lowvram_video.framepack.sections import SectionMode
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
 from lowvram_video.memory.footprint import GIB
@@ -278,6 +279,15 @@ def test_a_cross_fade_lies_between_its_prompts(checkpoint: Path) -> None:
     assert (both - only_a).norm() < apart and (both - only_b).norm() < apart
 
 
+def test_a_section_outside_a_cross_fade_hears_its_prompt_as_ever(checkpoint: Path) -> None:
+    prompts = {"a": prompt(20, 5), "b": prompt(30, 9)}
+    forward = replace(SAMPLING, mode="f1")
+    faded = parse_timed_prompt(f"a [{SECONDS / 2}s: b]", SECONDS / 6)
+    plain = run(checkpoint, forward, material(timed=parse_timed_prompt("a"), prompts=prompts))
+    mixed = run(checkpoint, forward, material(timed=faded, prompts=prompts))
+    assert changed(plain, mixed) == [False, True, True]
+
+
 def test_the_end_image_reaches_every_section(checkpoint: Path) -> None:
     for mode in ("base", "f1"):
         sampling = replace(SAMPLING, mode=mode)
@@ -363,13 +373,46 @@ def test_a_video_is_extended_forwards(checkpoint: Path) -> None:
 def test_one_frame_is_a_single_latent(checkpoint: Path) -> None:
     made = run(checkpoint, replace(SAMPLING, one_frame=3))
     assert len(made) == 1 and made[0].latents.shape[2] == 1
+    assert made[0].latents.std() > 0.1
+    for mode in ("base", "f1"):
+        (picture,) = run(checkpoint, replace(SAMPLING, one_frame=3, mode=mode))
+        assert torch.equal(picture.video, made[0].latents), "the picture alone, whatever the model's mode"
     other = run(checkpoint, replace(SAMPLING, one_frame=9))
     assert not torch.equal(made[0].latents, other[0].latents)
 
 
-def test_text_alone_makes_a_video(checkpoint: Path) -> None:
-    made = run(checkpoint, given=material(start=None, start_features=torch.zeros(1, 5, CONFIG.image_dim)))
-    assert made[-1].video.isfinite().all() and made[-1].video[:, :, :1].eq(0).all()
+def test_one_frame_has_the_noise_levels_of_one_latent() -> None:
+    levels = noise_levels(replace(SAMPLING, one_frame=3), (76, 80))
+    assert torch.equal(levels, framepack_sigmas(STEPS, framepack_shift(76 * 80 // 4)))
+
+
+@pytest.mark.parametrize("mode", ["base", "f1"])
+def test_text_alone_makes_a_video_of_its_sections(checkpoint: Path, mode: SectionMode) -> None:
+    """The place of the start image is shown, as nothing, but is no part of the video."""
+    text = material(start=None, start_features=torch.zeros(1, 5, CONFIG.image_dim))
+    made = run(checkpoint, replace(SAMPLING, mode=mode), text)
+    shown = run(checkpoint, replace(SAMPLING, mode=mode), replace(text, start=torch.zeros(1, 16, 1, *SIZE)))
+    assert made[-1].video.shape[2] == 3 * WINDOW
+    assert torch.equal(made[-1].video, shown[-1].video[:, :, 1:])
+    for section, other in zip(made, shown, strict=True):
+        first = 1 if other.section.span.frames[0] == 0 else 0
+        assert torch.equal(section.to_decode, other.to_decode[:, :, first:])
+        assert section.section.decoding.num_latents == section.to_decode.shape[2]
+
+
+def test_a_video_to_change_starts_at_its_own_first_latent(checkpoint: Path) -> None:
+    video = randn(1, 16, 3 * WINDOW + 1, *SIZE, seed=50)
+    half = replace(SAMPLING, strength=0.5)
+    made = run(checkpoint, half, material(start=None, initial=video))
+    named = run(checkpoint, half, material(start=video[:, :, :1], initial=video))
+    assert torch.equal(made[-1].video, named[-1].video) and torch.equal(made[-1].video[:, :, :1], video[:, :, :1])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_strength_of_0_keeps_the_video(checkpoint: Path, sampler: str) -> None:
+    video = randn(1, 16, 3 * WINDOW + 1, *SIZE, seed=50)
+    made = run(checkpoint, replace(SAMPLING, strength=0.0, sampler=sampler), material(initial=video, start=None))
+    assert torch.equal(made[-1].video, video)
 
 
 def test_a_lora_changes_what_its_strength_says(checkpoint: Path, tmp_path: Path) -> None:
@@ -396,6 +439,10 @@ def test_a_lora_changes_what_its_strength_says(checkpoint: Path, tmp_path: Path)
         (replace(SAMPLING, cfg=3.0), {}, "negative prompt"),
         (replace(SAMPLING, strength=0.5), {}, "initial_samples"),
         (replace(SAMPLING, num_steps=0), {}, "steps is 0"),
+        (replace(SAMPLING, sampler="ddim"), {}, "sampler 'ddim'"),
+        (replace(SAMPLING, cfg_rescale=2.0), {}, "cfg_rescale is 2.0"),
+        (replace(SAMPLING, cache_threshold=-1.0), {}, "TeaCache threshold is -1.0"),
+        (SAMPLING, {"latent_size": (5, 6)}, "48x40 cannot be made"),
         (replace(SAMPLING, seconds=-1.0), {}, "length"),
         (SAMPLING, {"end": torch.zeros(1, 16, 1, 8, 8)}, "the end latent"),
         (SAMPLING, {"interpolation": "cubic"}, "embed_interpolation"),
@@ -406,3 +453,19 @@ def test_requests_that_contradict_themselves_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         material(**given).sections(sampling)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompts": {"she stands": Prompt(torch.zeros(1, 0, CONFIG.text_dim), prompt(1).pooled)}}, "has no tokens"),
+        ({"prompts": {"she stands": Prompt(torch.zeros(1, 7, 8), prompt(1).pooled)}}, "text of width 8"),
+        ({"negative": Prompt(prompt(1).text, torch.zeros(1, 3))}, "the negative prompt has .* pooled vector of 3"),
+        ({"start_features": torch.zeros(1, 5, 8)}, "the start image's features have the width 8"),
+        ({"end_features": torch.zeros(1, 6, CONFIG.image_dim)}, "features of 5 and 6 tokens"),
+    ],
+)
+def test_encodings_of_other_models_are_refused(given: dict[str, object], words: str) -> None:
+    material().check_for(CONFIG)
+    with pytest.raises(ValueError, match=words):
+        material(**given).check_for(CONFIG)
