@@ -128,8 +128,8 @@ class FramePackSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, **inputs: Any) -> io.NodeOutput:
-        request = SamplerInputs(**inputs)
+    def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
+        request = SamplerInputs(model, **inputs)
         run = SamplerRun(request.patcher, request.sampling(), request.material())
         with run.store(request.resume) as store, run.film(store, request.vae, request.filename_prefix) as film:
             samples = run.make(store, film, request.vae)

@@ -91,6 +91,7 @@ NODE_TYPES: dict[str, NodeType] = {
             "one_frame_index": 0,
             "resume": True,
             "filename_prefix": Widget("filename_prefix", "video/FramePack", "STRING"),
+            "image_embed_strength": 1.0,
         },
         "samples:LATENT video:VIDEO",
         optional=(

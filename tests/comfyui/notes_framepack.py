@@ -63,7 +63,7 @@ FRAMEPACK_NOTES: dict[str, Note] = {
         "FramePack image to video, fp8",
         "Makes a picture move, for seconds or for minutes. Choose a picture in group 3, say in the prompt what "
         "happens, and press **Run**. The video is made in sections of 1.2 seconds, the last one first: it grows "
-        "towards its start, and is saved and shown in *FramePack Sampler* after each section.",
+        "towards its start. It is saved after each section, and *FramePack Sampler* shows it at the end.",
         files.FRAMEPACK,
         "- **Prompt:** short, and about motion: *The girl dances gracefully, with clear movements.*",
         QUALITY,
@@ -72,8 +72,8 @@ FRAMEPACK_NOTES: dict[str, Note] = {
     "framepack_f1": _note(
         "FramePack F1 image to video, fp8",
         "F1 makes a video from its start on, with larger motion than FramePack; the picture may drift in long videos. "
-        "Choose a picture in group 3, say in the prompt what happens, and press **Run**. The video is saved and shown "
-        "in *FramePack Sampler* after each section.",
+        "Choose a picture in group 3, say in the prompt what happens, and press **Run**. The video is saved "
+        "after each section, and *FramePack Sampler* shows it at the end.",
         files.FRAMEPACK_F1,
         "- **Model type:** read from the file's name. If you renamed it, set `model_type` to `f1`.",
         QUALITY,

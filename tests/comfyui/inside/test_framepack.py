@@ -21,6 +21,7 @@ from lowvram_pack.nodes import host
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.framepack import FramePackSampler
 from lowvram_pack.nodes.framepack_inputs import FramePackEndImage, NearestBucket, TimedPrompts
+from lowvram_pack.nodes.framepack_request import SamplerInputs
 from lowvram_pack.nodes.loaders import LoadFramePackModel
 from lowvram_pack.nodes.memory import BlockSwap, MemoryReport, VramPlan
 from safetensors.torch import save_file
@@ -231,8 +232,35 @@ def test_the_nearest_bucket_is_framepacks() -> None:
 
 
 def test_text_alone_and_one_picture(model: Any) -> None:
-    assert run(model, start_latent=None, image_embeds=None).shape == (1, 16, 10, 8, 8)
-    assert run(model, one_frame_index=4).shape == (1, 16, 1, *SIZE)
+    assert run(model, start_latent=None, image_embeds=None).shape == (1, 16, 9, 8, 8)
+    picture = run(model, one_frame_index=4)
+    assert picture.shape == (1, 16, 1, *SIZE) and picture.std() > 0.1
+    done = FramePackSampler.execute(model, **(WIDGETS | given() | {"one_frame_index": 4, "vae": "a VAE"}))
+    assert "saves a video only with a VAE" in done.result[1].message
+
+
+def test_a_video_to_change_has_its_own_size_and_start(model: Any) -> None:
+    video = {"samples": randn(1, 16, 10, *SIZE, seed=12)}
+    made = run(model, start_latent=None, initial_samples=video, denoise_strength=0.5)
+    assert made.shape == video["samples"].shape
+    kept = run(model, start_latent=None, initial_samples=video, denoise_strength=0.0)
+    assert torch.allclose(kept, video["samples"], atol=1e-6)
+
+
+def test_the_images_features_count_as_much_as_is_said(model: Any) -> None:
+    want = run(model)
+    assert torch.equal(run(model, image_embed_strength=1.0), want)
+    assert not torch.equal(run(model, image_embed_strength=0.5), want)
+
+
+@pytest.mark.parametrize(("swap", "kept", "budget"), [(2.0, 1.0, 2.0), (0.0, 1.0, 9.0), (16.0, 1.0, 9.0)])
+def test_the_tighter_budget_holds(
+    model: Any, monkeypatch: pytest.MonkeyPatch, swap: float, kept: float, budget: float
+) -> None:
+    monkeypatch.setattr(host, "vram_without", lambda gb, _: 10.0 - gb)
+    swapped = model.with_options(vram_budget_gb=swap)
+    request = SamplerInputs(swapped, **(WIDGETS | given() | {"gpu_memory_preservation": kept}))
+    assert request.patcher.options.vram_budget_gb == budget
 
 
 def test_wrong_inputs_are_refused_with_a_sentence(model: Any, models: Path) -> None:
@@ -242,6 +270,11 @@ def test_wrong_inputs_are_refused_with_a_sentence(model: Any, models: Path) -> N
         ({"positive": [[torch.zeros(1, 7, 24), {}]]}, "DualCLIPLoader"),
         ({"denoise_strength": 0.5}, "initial_samples"),
         ({"extend_samples": {"samples": torch.zeros(1, 16, 3, *SIZE)}}, "F1"),
+        ({"positive": []}, "positive conditioning is empty"),
+        ({"positive": TimedPrompts.execute(Clip(), "a [1s: b]", 0.0).result[0] + said(10)}, "cannot be combined"),
+        ({"positive": [[torch.zeros(1, 7, 8), {"pooled_output": torch.zeros(1, 12)}]]}, "text of width 8"),
+        ({"image_embeds": SimpleNamespace(last_hidden_state=None)}, "no hidden states"),
+        ({"start_latent": {"samples": torch.zeros(1, 16, 1, 5, 6)}}, "multiples of 16"),
     ):
         with pytest.raises(ValueError, match=words):
             run(model, **changes)
@@ -258,17 +291,18 @@ def tiny_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import contextmanager
 
     from lowvram_pack.framepack.vae import HUNYUAN_VAE, HunyuanVAE
-    from lowvram_pack.nodes import framepack
+    from lowvram_pack.nodes import framepack_run
 
     vae = HunyuanVAE(replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=4, layers_per_block=1))
     for parameter in vae.parameters():
         parameter.copy_(randn(*parameter.shape, seed=0) * 0.1)
 
     @contextmanager
-    def decoder(_: Any) -> Any:
+    def decoder(*_: Any) -> Any:
         yield vae, None
 
-    monkeypatch.setattr(framepack, "native_decoder", decoder)
+    monkeypatch.setattr(framepack_run, "native_decoder", decoder)
+    monkeypatch.setattr(framepack_run, "vae_fingerprint", lambda given: given)
 
 
 def film_of(done: Any) -> tuple[int, Path]:
@@ -282,7 +316,7 @@ def film_of(done: Any) -> tuple[int, Path]:
 def test_an_extended_video_is_saved_whole(models: Path, tiny_decoder: None, num_given: int) -> None:
     f1 = LoadFramePackModel.execute(save(models, "FramePack_F1_tiny.safetensors"), "auto", "fp32", "sdpa", "none")
     given = {"samples": randn(1, 16, num_given, *SIZE, seed=6)}
-    inputs = {"positive": said(10), "image_embeds": seen(2), "extend_samples": given, "vae": object(), "resume": True}
+    inputs = {"positive": said(10), "image_embeds": seen(2), "extend_samples": given, "vae": "a VAE", "resume": True}
     done = FramePackSampler.execute(f1.result[0], **(WIDGETS | inputs))
     frames, path = film_of(done)
     assert done.result[0]["samples"].shape[2] == num_given + 9
@@ -291,10 +325,81 @@ def test_an_extended_video_is_saved_whole(models: Path, tiny_decoder: None, num_
 
 
 def test_the_film_grows_and_is_shown(model: Any, tiny_decoder: None) -> None:
-    done = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": object(), "resume": True}))
+    done = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE", "resume": True}))
     frames, path = film_of(done)
     assert frames == 4 * 9 + 1
     assert done.result[1].get_duration() == pytest.approx(37 / 30, abs=0.05)
-    again = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": object(), "resume": True}))
+    again = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE", "resume": True}))
     assert film_of(again) == (frames, path), "the finished film is shown, not made again"
     assert comfy.utils is not None
+
+
+def test_a_film_never_replaces_anothers(model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI gives a file's name again where there is no file: after an interrupt, or once it was deleted."""
+
+    def video(**changes: Any) -> tuple[int, Path]:
+        inputs = WIDGETS | given() | {"vae": "a VAE", "resume": True} | changes
+        return film_of(FramePackSampler.execute(model, **inputs))
+
+    def interrupt(*_: Any) -> None:
+        raise mm.InterruptProcessingException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.SamplingPreview, "step", interrupt)
+        with pytest.raises(mm.InterruptProcessingException):
+            video()
+    _, other = video(seed=4)
+    frames, path = video()
+    assert path != other and other.is_file()
+    path.unlink()
+    _, third = video(seed=5)
+    before = third.read_bytes()
+    again, newest = video()
+    assert again == frames and newest not in (other, third) and third.read_bytes() == before
+    assert video() == (again, newest)
+    assert video(filename_prefix="video/Elsewhere")[1].name.startswith("Elsewhere")
+    assert not list(Path(folder_paths.output_directory).rglob("open_*.safetensors")), "nothing waits for more sections"
+
+
+def test_another_vae_decodes_the_film_anew(model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram_pack.nodes import framepack_run
+
+    calls = []
+    decode = framepack_run.decode_section
+    monkeypatch.setattr(framepack_run, "decode_section", lambda *given: calls.append(1) or decode(*given))
+    inputs = WIDGETS | given() | {"resume": True}
+    FramePackSampler.execute(model, **inputs, vae="one VAE")
+    FramePackSampler.execute(model, **inputs, vae="one VAE")
+    assert len(calls) == 3
+    FramePackSampler.execute(model, **inputs, vae="another VAE")
+    assert len(calls) == 6
+
+
+def test_a_model_of_the_same_name_has_a_run_of_its_own(models: Path) -> None:
+    (models / "other").mkdir(exist_ok=True)
+    name = save(models / "other")
+    tensors = comfy.utils.load_torch_file(str(models / "other" / name))
+    tensors = {key: tensor * 1.1 for key, tensor in tensors.items()}
+    save_file(tensors, models / "other" / name, {ROPE_AXES_KEY: ",".join(map(str, CONFIG.rope_axes))})
+    one = LoadFramePackModel.execute(save(models), "auto", "fp32", "sdpa", "none").result[0]
+    other = LoadFramePackModel.execute(f"other/{name}", "auto", "fp32", "sdpa", "none").result[0]
+    assert not torch.equal(run(one, resume=True), run(other, resume=True))
+
+
+def test_the_model_is_off_the_card_while_a_section_is_decoded(
+    model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowvram_pack.nodes import framepack_run
+
+    decode, seen = framepack_run.decode_section, []
+
+    def watched(*given: Any) -> Tensor:
+        seen.append((model.engine.streamed.started, model.engine.streamed.host_bytes > 0))
+        mm.unload_all_models()  # as ComfyUI may, to make room
+        return decode(*given)
+
+    monkeypatch.setattr(framepack_run, "decode_section", watched)
+    FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE"}))
+    assert [started for started, _ in seen] == [False] * 3
+    known = [getattr(loaded.model, "engine", None) for loaded in mm.current_loaded_models]
+    assert model.engine in known, "ComfyUI can still evict it"
