@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -31,7 +32,7 @@ from .framepack.checkpoint import MODEL_TYPES
 from .framepack.footprint import SectionSize
 from .framepack.inputs import EncoderFiles, Encoders, Inputs
 from .framepack.pipeline import FramePackFiles, FramePackPipeline
-from .framepack.request import SAMPLERS, Material, Sampling
+from .framepack.request import SAMPLERS, Interpolation, Material, Sampling
 from .framepack.sections import (
     FRAMES_PER_LATENT,
     FRAMES_PER_SECOND,
@@ -110,6 +111,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--extend", type=Path, metavar="VIDEO", help="a video to go on from (F1 models)")
     own.add_argument("--video", type=Path, metavar="VIDEO", help="a video to change, by --strength")
     own.add_argument("--strength", type=fraction, help="0 keeps the video, 1 makes a new one")
+    own.add_argument("--image-strength", type=fraction, help="how much the start image's features count (1)")
+    own.add_argument(
+        "--embed-interpolation",
+        choices=get_args(Interpolation),
+        help="features between --image and --end-image: linear glides (default), weighted_average by --image-strength",
+    )
     own.add_argument("--one-frame", type=int, metavar="N", help="a PNG instead of a video, N latents after --image")
     own.add_argument("--distilled-guidance", type=not_negative, help=f"({DISTILLED_GUIDANCE:g})")
     own.add_argument("--cfg", type=not_negative, help="above 1: a second pass with --negative-prompt (1)")
@@ -232,7 +239,18 @@ class _Job:
             given = video[-_whole(len(video)) :]
             given_after = (num_before + len(video) - len(given)) / FRAMES_PER_SECOND
         negative = (options.negative_prompt or "") if self.sampling.cfg != 1.0 else None
-        return Inputs(self.timed, self.size, negative, start, end, initial, given, given_after)
+        return Inputs(
+            self.timed,
+            self.size,
+            negative,
+            start,
+            end,
+            initial,
+            given,
+            given_after,
+            1.0 if options.image_strength is None else options.image_strength,
+            options.embed_interpolation or "linear",
+        )
 
     @property
     def _num_sections(self) -> int:
@@ -260,6 +278,12 @@ def _check_combination(options: argparse.Namespace) -> None:
             "--video and --strength belong together: give the video to change, and how much (0 keeps it, 1 makes a "
             "new one; 0.6 is a start)"
         )
+    if options.embed_interpolation is not None and options.end_image is None:
+        raise ValueError("--embed-interpolation has nothing to go to: give --end-image too, or leave it out")
+    if options.image_strength is not None and not any(
+        is_given(options, option) for option in ("image", "extend", "video")
+    ):
+        raise ValueError("--image-strength has no picture to act on: give --image, or leave it out")
     if options.no_resume and options.runs is not None:
         raise ValueError("--runs and --no-resume exclude each other: sections are kept, or they are not; leave one out")
     if options.negative_prompt and options.cfg in (None, 1.0):

@@ -44,6 +44,8 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "video": "only FramePack models begin from a video here",
         "strength": "only FramePack models begin from a video here",
         "one_frame": "for a single picture give --frames 1",
+        "image_strength": "Wan is given the picture itself",
+        "embed_interpolation": "Wan is given the pictures themselves",
         "teacache": "it is FramePack's step cache",
         "no_teacache": "it is FramePack's step cache",
         "model_type": "it tells FramePack's base and F1 models apart",

@@ -14,7 +14,7 @@ def load_image(path: Path, width: int, height: int) -> Tensor:
     """A picture cropped to the aspect and resized, `[1, 3, 1, height, width]` in -1 ... 1. ValueError if unreadable."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")  # upright, as a phone meant it
+            picture = _in_colour(ImageOps.exif_transpose(file))  # upright, as a phone meant it
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such picture; give the path of a PNG, JPEG or WebP file") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
@@ -26,6 +26,18 @@ def load_image(path: Path, width: int, height: int) -> Tensor:
     picture = picture.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1.0)
     return pixels.permute(2, 0, 1)[None, :, None]
+
+
+def _in_colour(picture: Image.Image) -> Image.Image:
+    """Any picture as RGB: 16-bit grey scaled to 8, what is transparent on white."""
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture, dtype=np.float32) / 257.0
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    shown = picture.convert("RGBA")
+    white = Image.new("RGBA", shown.size, "white")
+    return Image.alpha_composite(white, shown).convert("RGB")
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .config import FramePackConfig
 from .encoders.images import ImageEncoder
 from .encoders.prompts import PromptEncoder
 from .model import Prompt
-from .request import Material
+from .request import Interpolation, Material
 from .timed_prompts import TimedPrompt
 from .vae import HunyuanVAE
 from .vae_checkpoint import load_vae
@@ -60,6 +60,8 @@ class Inputs:
     initial: Tensor | None = None
     given: Tensor | None = None
     given_after: float = 0.0
+    start_strength: float = 1.0
+    interpolation: Interpolation = "linear"
 
     @property
     def first_picture(self) -> Tensor | None:
@@ -127,6 +129,8 @@ class Encoders:
             initial=initial,
             given=given,
             given_after=inputs.given_after,
+            start_strength=inputs.start_strength,
+            interpolation=inputs.interpolation,
         )
 
     @contextmanager

@@ -69,8 +69,8 @@ class FramePackSampler(io.ComfyNode):
                     "shift", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Of the noise levels. 0: by the size."
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True,
-                    tooltip="The same seed and settings make the same video.",
+                    "seed", default=0, min=0, max=2**64 - 1, control_after_generate=host.fixed_seed(),
+                    tooltip="The same seed and settings make the same video; resuming needs them.",
                 ),
                 io.Boolean.Input(
                     "use_teacache", default=True,

@@ -38,6 +38,12 @@ def schema(**values: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **{name: value for name, value in values.items() if name in known})
 
 
+def fixed_seed() -> Any:
+    """A seed's control that leaves it as it is; ComfyUIs that cannot say so begin with a random one."""
+    control = getattr(io, "ControlAfterGenerate", None)
+    return True if control is None else control.fixed
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 

@@ -206,6 +206,7 @@ def test_sections_are_those_of_the_encoders_and_the_loop_by_hand(
     text = "she stands [0.3s: she waves]"
     flags = ["--end-image", folder / "end.png", "--cfg", 2, "--negative-prompt", "blurry", "--seed", 9, "--shift", 5]
     flags += ["--distilled-guidance", 8, "--sampler", "unipc_bh2", "--teacache", 0.3, "--cross-fade", 0.2]
+    flags += ["--image-strength", 0.4, "--embed-interpolation", "weighted_average"]
     words = arguments(files, tmp_path / "a.mp4", *video(*flags, "--model-type", mode), prompt=text)
     assert main(words) == 0
 
@@ -224,6 +225,8 @@ def test_sections_are_those_of_the_encoders_and_the_loop_by_hand(
         end=vae.encode(end),
         start_features=vision.encode(start[:, :, 0]),
         end_features=vision.encode(end[:, :, 0]),
+        start_strength=0.4,
+        interpolation="weighted_average",
     )
     sampling = Sampling(
         SECONDS, mode, WINDOW, STEPS, "unipc_bh2", guidance=8.0, cfg=2.0, shift=5.0, seed=9, cache_threshold=0.3
@@ -433,6 +436,7 @@ def test_loras_and_machine_flags(files: Files, tmp_path: Path, capsys: pytest.Ca
         (["--prompt", "she [waves"], "The bracket '[waves' is not closed"),
         (["--prompt", "she [waves]"], "'[waves]' does not begin with a time"),
         (["--cross-fade", 1], "--cross-fade has nothing to fade"),
+        (["--embed-interpolation", "linear"], "--embed-interpolation has nothing to go to: give --end-image"),
         (["--width", 50], "50x32 cannot be made: FramePack needs sides that are multiples of 16; use 48x32"),
         (["--steps", 0], "steps is 0: use 1 to"),
         (["--window", 0], "latent_window_size is 0; expected 1 to 33"),

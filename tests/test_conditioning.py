@@ -74,6 +74,20 @@ def test_channels_want_a_picture(vae: WanVAE) -> None:
 # --- pictures --------------------------------------------------------------------------------------------
 
 
+def test_grey_of_16_bits_and_transparent_pictures(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 48 * 32).astype(np.uint16).reshape(32, 48)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    pixels = load_image(tmp_path / "grey.png", 48, 32)[0, :, 0]
+    assert torch.equal(pixels[0], pixels[2]) and pixels.min() == -1 and pixels.max() == 1
+    assert (pixels[0] - torch.from_numpy(grey / 32767.5 - 1)).abs().max() < 0.006
+    hidden = np.zeros((32, 48, 4), dtype=np.uint8)
+    hidden[..., 0], hidden[:, :24, 3] = 200, 255
+    Image.fromarray(hidden).save(tmp_path / "clear.png")
+    pixels = load_image(tmp_path / "clear.png", 48, 32)[0, :, 0]
+    assert pixels[:, :, 24:].eq(1).all(), "white where nothing is"
+    assert torch.allclose(pixels[:, 0, 0], torch.tensor([200 / 127.5 - 1, -1, -1]))
+
+
 def test_a_picture_of_the_right_size_is_taken_as_it_is(tmp_path: Path) -> None:
     array = picture(32, 48)
     pixels = load_image(save(tmp_path / "a.png", array), 48, 32)
