@@ -290,6 +290,30 @@ def test_a_video_is_extended_in_full(f1: Files, folder: Path, tmp_path: Path) ->
     assert num_frames(output) == 40 + NEW_FRAMES
 
 
+def test_times_of_prompts_count_from_the_start_of_the_video_to_extend(f1: Files, tmp_path: Path) -> None:
+    """Sections see the last 73 frames of it only."""
+    given = tmp_path / "given.mp4"
+    with VideoWriter(given, 30) as writer:
+        writer.write(torch.randint(0, 255, (100, HEIGHT, WIDTH, 3), dtype=torch.uint8))
+    made = []
+    for name, text in (("one", PROMPT), ("timed", f"{PROMPT} [{(100 + 4 * WINDOW) / 30}s: she waves]")):
+        words = arguments(
+            f1, tmp_path / f"{name}.mp4", *video("--extend", given, "--runs", tmp_path / name), prompt=text
+        )
+        assert main(words) == 0
+        made.append(latents(tmp_path / name))
+    assert torch.equal(made[0][0], made[1][0]) and not torch.equal(made[0][1], made[1][1])
+
+
+def test_a_window_wider_than_the_history_keeps_all_of_the_video(f1: Files, tmp_path: Path) -> None:
+    given = tmp_path / "given.mp4"
+    with VideoWriter(given, 30) as writer:
+        writer.write(torch.randint(0, 255, (130, HEIGHT, WIDTH, 3), dtype=torch.uint8))
+    words = arguments(f1, tmp_path / "a.mp4", *video("--extend", given, "--window", 25, "--no-resume"))
+    assert main(words) == 0
+    assert num_frames(tmp_path / "a.mp4") == 130 + 4 * 25
+
+
 def test_a_video_shorter_than_a_window_is_in_the_first_section(f1: Files, folder: Path, tmp_path: Path) -> None:
     words = arguments(f1, tmp_path / "a.mp4", *video("--extend", folder / "short.mp4", "--window", 3))
     assert main(words) == 0
