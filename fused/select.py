@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..triton_errors import triton_errors
 from .eager import EagerOps
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,7 @@ def select_fused_ops(device: torch.device) -> FusedOps:
 
         ops = TritonOps()
         error = _disagreement(ops, eager, device)
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as problem:
-        # a broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU
+    except triton_errors() as problem:
         logger.warning("Triton cannot be used (%s): elementwise steps run in eager PyTorch.", problem)
         return eager
     if not error < 2e-2:

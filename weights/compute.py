@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..triton_errors import triton_errors
 from .fp8 import Fp8Dequantized, Fp8Matmul
 from .gemms import cuda_seconds, fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
 from .int8 import Int8Dequantized, Int8Matmul
@@ -103,7 +104,7 @@ def _faster(product: Int8Matmul, device: torch.device) -> Int8Matmul | KitchenIn
         return product
     try:
         return kitchen if layer_seconds(kitchen, device) < layer_seconds(product, device) else product
-    except (RuntimeError, TypeError, ValueError, OSError) as problem:
+    except triton_errors() as problem:
         logger.info("comfy-kitchen's int8 product is not used: %s", problem)
         return product
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..triton_errors import triton_errors
 from .rows import FP8_MAX, QuantizedRows, RowOps, TorchRowOps
 
 logger = logging.getLogger(__name__)
@@ -21,9 +22,6 @@ logger = logging.getLogger(__name__)
 FP8_CAPABILITY = (8, 9)
 INT8_CAPABILITY = (7, 5)
 PRODUCT_BYTES = 64 << 20  # of int32 at a time: more costs memory and gains nothing
-
-# Ways in which a product can fail on a GPU or in a torch release that lacks it.
-FAILURES = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 
 
 class Gemm(Protocol):
@@ -174,7 +172,7 @@ def _fastest(candidates: Sequence[Gemm], dtype: torch.dtype, device: torch.devic
     for gemm in candidates:
         try:
             error = gemm_error(gemm, dtype, device)
-        except FAILURES as problem:
+        except triton_errors() as problem:
             reasons.append(f"{gemm.name}: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}")
             continue
         if error < 2e-2:
@@ -243,7 +241,7 @@ def fuses_gelu(device: torch.device) -> bool:
     bias, out = weight[0].clone(), torch.empty_like(x)
     try:
         torch._addmm_activation(bias, x, weight.t() * 0.1, use_gelu=True, out=out)
-    except FAILURES as problem:
+    except triton_errors() as problem:
         logger.info("GELU takes a pass of its own here: %s", problem)
         return False
     want = torch.nn.functional.gelu(torch.addmm(bias, x, weight.t() * 0.1).float(), approximate="tanh")

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .gemms import FAILURES
+from ..triton_errors import triton_errors
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def select_low_rank_ops(device: torch.device) -> LowRankOps:
         from .kernels.low_rank import CANDIDATES
 
         choices = [_choose(CANDIDATES, rank, device) for rank in RANKS]
-    except FAILURES as problem:
-        # a broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU
+    except triton_errors() as problem:
         logger.warning("Triton cannot be used (%s): LoRAs beside quantised layers run by PyTorch.", problem)
         return TORCH
     torch.cuda.empty_cache()  # the probes' buffers: a plan counts on that memory
@@ -192,7 +191,7 @@ def agrees(step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps, probe: 
     """Whether a step works here as it should; logged where not."""
     try:
         error = probe.error(step, ops)
-    except FAILURES as problem:
+    except triton_errors() as problem:
         logger.info("%s is not used for LoRAs: %s", ops.name, problem)
         return False
     if not error < 2e-2:

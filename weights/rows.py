@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..triton_errors import triton_errors
+
 logger = logging.getLogger(__name__)
 
 FP8_MAX = 448.0  # of e4m3fn
@@ -97,8 +99,7 @@ def select_row_ops(device: torch.device) -> RowOps:
 
         ops = TritonRowOps(fp8=torch.cuda.get_device_capability(device) >= (8, 9))
         error = _disagreement(ops, reference, device)
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as problem:
-        # a broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU
+    except triton_errors() as problem:
         logger.warning("Triton cannot be used (%s): quantised layers are unpacked by PyTorch.", problem)
         return reference
     if not error < 2e-2:
