@@ -17,7 +17,7 @@ from .cli_framepack import generate_framepack, plan_framepack
 from .cli_wan import generate_wan, plan_wan
 from .demo.show import make_demo
 from .diffusion.file_kinds import file_kind
-from .diffusion.settings import usable_device
+from .diffusion.settings import use_device
 from .framepack.checkpoint import open_framepack
 from .identify import describe, identify
 from .progress import TerminalProgress
@@ -156,7 +156,7 @@ def convert_file(options: argparse.Namespace) -> None:
     progress = TerminalProgress(sys.stderr)
     progress.begin("convert")
     try:
-        path = convert(checkpoint, options.target, options.to, progress.update, usable_device(options.device))
+        path = convert(checkpoint, options.target, options.to, progress.update, use_device(options.device))
     finally:
         progress.end()
     print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
@@ -177,7 +177,7 @@ def _open_transformer(path: Path) -> Checkpoint:
 def demo(options: argparse.Namespace) -> None:
     """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
     torch.set_num_threads(1)  # its tensors are so small that threads cost more than they give
-    shown = make_demo(options.output, options.seed, usable_device(options.device), TerminalProgress(sys.stderr))
+    shown = make_demo(options.output, options.seed, use_device(options.device), TerminalProgress(sys.stderr))
     print(shown)
 
 

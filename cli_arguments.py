@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .attention.select import ATTENTION_MODES
-from .diffusion.settings import RunSettings, usable_device
+from .diffusion.settings import RunSettings, use_device
 from .weights.compute import QUANTIZATIONS
 from .weights.lora import LoraChoice
 from .weights.lora_source import LORA_MODES
@@ -84,7 +84,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
     """The machine's flags as settings."""
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return RunSettings(
-        device=usable_device(options.device),
+        device=use_device(options.device),
         dtype=dtypes[options.dtype],
         attention_mode=options.attention,
         quantization=options.quantization,

@@ -29,6 +29,14 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def use_device(name: str) -> torch.device:
+    """`usable_device`, and from here on this thread's current one: there Triton launches its kernels."""
+    device = usable_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Device, precision and limits. None means: chosen for the device, or planned.

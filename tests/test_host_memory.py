@@ -3,12 +3,18 @@
 import mmap
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from lowvram_video.diffusion.settings import use_device
 from lowvram_video.host_memory import PAGES_FROM, allocate_bytes, allocate_extent, return_freed_bytes, total_ram_bytes
+from lowvram_video.memory.pinned import CudaRegistrar
 from safetensors.torch import save_file
 
 MIB = 1 << 20
@@ -74,3 +80,56 @@ def test_freed_memory_goes_back() -> None:
 
 def test_the_ram_is_the_machines() -> None:
     assert 0 < total_ram_bytes() <= psutil.virtual_memory().total
+
+
+class FakeCuda:
+    """CUDA with two devices, as far as pinning goes; notes on which of them each call was made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = threading.local()  # each thread has its own current device, 0 at first
+        self.calls: list[tuple[str, int]] = []
+        monkeypatch.setattr(torch.cuda, "current_device", self.current)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+
+    def current(self) -> int:
+        return getattr(self.now, "index", 0)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.now.index = self.current(), device.index
+        try:
+            yield
+        finally:
+            self.now.index = before
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.calls.append(("register", self.current()))
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append(("unregister", self.current()))
+        return 0
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "cuda"])
+def test_threads_pin_for_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    cuda = FakeCuda(monkeypatch)
+    cuda.now.index = 1
+    registrar, extent = CudaRegistrar(torch.device(name)), allocate_extent(100)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(registrar.pin, extent).result()
+        threads.submit(registrar.unpin, extent).result()
+    assert cuda.calls == [("register", 1), ("unregister", 1)]
+
+
+def test_a_device_chosen_by_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [str(use_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    assert chosen == [torch.device("cuda", 1)]
+    with pytest.raises(ValueError, match=r"device 'cuda:2' does not exist: this machine has 2 GPU"):
+        use_device("cuda:2")
