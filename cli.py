@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(interrupt) or "interrupted")
     except torch.cuda.OutOfMemoryError as error:
         problem = f"the GPU ran out of memory ({str(error).splitlines()[0]})"
-        return _fail(f"{problem}: lower --vram-budget, the size, or the frames (FramePack: --window)")
+        advice = "close what else uses it, or make a smaller or shorter video (FramePack: --window)"
+        return _fail(f"{problem}: {advice}")
+    except MemoryError as error:
+        return _fail(str(error) or "out of RAM: close other programs, or give a smaller --ram-budget")
     except (ValueError, OSError) as error:
         return _fail(str(error))
     return 0

@@ -8,6 +8,7 @@ import torch
 
 from ..attention.select import AttentionSpec, select_attention
 from ..fused.select import select_fused_ops
+from ..half_precision import half_dtype
 from .workspace import Execution
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ class RunSettings:
             return self.dtype
         if self.device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
+        return half_dtype(self.device)
 
     def execution(self, head_dim: int) -> Execution:
         """Backends for this device; chunk sizes come with the plan. ValueError where the attention mode cannot run."""

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..half_precision import half_dtype
 from ..triton_errors import triton_errors
 from .eager import EagerOps
 
@@ -96,7 +97,7 @@ def select_fused_ops(device: torch.device) -> FusedOps:
 def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(0)
 
-    def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def rand(*shape: int, dtype: torch.dtype = half_dtype(device)) -> Tensor:  # noqa: B008 - of this call
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     x, weight, modulation = rand(6, 256), rand(256), rand(2, 256, dtype=torch.float32)

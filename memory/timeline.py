@@ -27,7 +27,7 @@ def draw_timeline(report: RunReport, path: str | Path) -> None:
     _draw_lanes(lanes, report)
     png = BytesIO()
     canvas.print_png(png)
-    write_file(path, png.getvalue())
+    write_file(Path(path), png.getvalue())
 
 
 def _draw_memory(axes: Axes, report: RunReport) -> None:

@@ -281,7 +281,8 @@ class WanPipeline:
     def _start(self, model: StreamedWan) -> None:
         assert self.plan is not None
         model.limits = self._account.limits
-        model.start(self.plan)
+        model.start_fitting(self.plan)
+        self.plan = model.plan
         self._account.note_pinned(model)
 
     def _stop(self) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..half_precision import half_dtype
 from ..triton_errors import triton_errors
 from .rows import FP8_MAX, QuantizedRows, RowOps, TorchRowOps
 
@@ -227,7 +228,7 @@ def _operands(
     largest = FP8_MAX if dtype.is_floating_point else 127
     values, weight = ((draw(rows, k) * (largest / 6)).clamp_(-largest, largest).to(dtype) for rows in (m, n))
     scales, columns = draw(m, 1).abs_() * 1e-3, draw(n).abs_() * 1e-3
-    out_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    out_dtype = half_dtype(device) if device.type == "cuda" else torch.float32
     return QuantizedRows(values, scales, torch.Size((m, k)), out_dtype), weight, columns, draw(n).to(out_dtype)
 
 
@@ -237,7 +238,7 @@ def fuses_gelu(device: torch.device) -> bool:
     if device.type != "cuda" or not hasattr(torch, "_addmm_activation"):
         return False
     generator = torch.Generator(device).manual_seed(0)
-    x, weight = (torch.randn(256, 256, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
+    x, weight = (torch.randn(256, 256, generator=generator, device=device, dtype=half_dtype(device)) for _ in range(2))
     bias, out = weight[0].clone(), torch.empty_like(x)
     try:
         torch._addmm_activation(bias, x, weight.t() * 0.1, use_gelu=True, out=out)

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..half_precision import half_dtype
 from ..triton_errors import triton_errors
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,7 @@ class Probe:
 
     def __init__(self, device: torch.device, rank: int, num_rows: int, features: int):
         generator = torch.Generator(device).manual_seed(0)
-        has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-        dtype = torch.bfloat16 if has_bf16 else torch.float16
+        dtype = half_dtype(device)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device).to(dtype)

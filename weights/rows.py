@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..half_precision import half_dtype
 from ..triton_errors import triton_errors
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def select_row_ops(device: torch.device) -> RowOps:
 
 def _disagreement(ops: RowOps, reference: RowOps, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(6, 192, generator=generator, device=device, dtype=torch.bfloat16)
+    x = torch.randn(6, 192, generator=generator, device=device, dtype=half_dtype(device))
     results = []
     for each in (ops, reference):
         parts = []
