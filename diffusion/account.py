@@ -34,7 +34,10 @@ class RunAccount:
         return self._limits
 
     def begin(self, execution: Execution) -> Limits:
-        """A run's limits by its settings and what is free now (of RAM too); from here on PyTorch's allocator holds the budget."""
+        """A run's limits by its settings and what is free now, of VRAM and of RAM.
+
+        From here on PyTorch's allocator holds the VRAM budget.
+        """
         settings = self._settings
         ram_budget_gib = settings.ram_budget_gib
         if ram_budget_gib is None:  # what a model already holds there is not wanted again

@@ -366,10 +366,13 @@ class StreamedModel(Generic[M]):
         device = self.settings.device
         lent = self.lendable if plan.lend_fixed and device.type != "cpu" else ()
         if lent:
-            modules = {name: module for name in self.lendable if (module := getattr(self.model, name)) is not None}
-            self.lender = Lender(self.weights, modules, device, self._budget)
-            self.model.lend = self.lender
+            self._lend(lent)
         self._load([name for name in self._fixed_names() if not name.startswith(lent + self.once)])
+
+    def _lend(self, names: Sequence[str]) -> None:
+        modules = {name: module for name in names if (module := getattr(self.model, name)) is not None}
+        self.lender = Lender(self.weights, modules, self.settings.device, self._budget)
+        self.model.lend = self.lender
 
     def _load(self, names: Sequence[str]) -> None:
         with ThreadPoolExecutor(NUM_READERS) as readers:

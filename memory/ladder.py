@@ -33,8 +33,9 @@ class MemoryPlan:
     """How one model and one piece of work use the device; everything a streamer and a model need to be set up.
 
     Per pass: `streamed_bytes` over the bus, `compute_seconds` and `transfer_seconds` predicted. `pinned_bytes` and
-    `pageable_bytes` of host memory hold the streamed blocks; `from_disk` means that RAM holds no blocks: the streamed
-    ones are read again in every pass through `num_staging` pinned buffers, the residents once. `vae_tile` is a side in pixels, 0 for whole frames.
+    `pageable_bytes` of host memory hold the streamed blocks. `from_disk` means that RAM holds no block: the streamed
+    ones are read again in every pass through `num_staging` pinned buffers, the residents once. `vae_tile` is a side in
+    pixels, 0 for whole frames.
     """
 
     model: str

@@ -205,9 +205,10 @@ def _check_ram(model: ModelFootprint, plan: MemoryPlan, limits: Limits) -> None:
     needed = num_buffers * max(model.block_bytes) + RAM_MARGIN_BYTES
     if needed > limits.ram_budget_bytes:
         smallest = _round_up(needed)
+        buffers = f"{num_buffers} staging buffer{'s' if num_buffers > 1 else ''}"
         raise PlanError(
-            f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {num_buffers} staging "
-            f"buffers and the process need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
+            f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the process "
+            f"need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
             smallest_ram_bytes=smallest,
         )
 
@@ -317,10 +318,9 @@ def _block_reasons(plan: MemoryPlan, model: ModelFootprint, limits: Limits) -> l
 def _host_reasons(plan: MemoryPlan, limits: Limits) -> list[str]:
     reasons = []
     if plan.from_disk and limits.ram_budget_bytes is not None:
-        how = (
-            f"in every pass, through {plan.num_staging} staging buffers" if plan.num_streamed else "once, to the device"
-        )
-        ram = _gib(limits.ram_budget_bytes)
+        ram, how = _gib(limits.ram_budget_bytes), "once, to the device"
+        if plan.num_streamed:
+            how = f"in every pass, through {plan.num_staging} staging buffers"
         reasons.append(f"Blocks are read from the file {how}: {ram} of RAM cannot hold them all.")
     if plan.pageable_bytes and limits.pinned_cap_bytes is not None:
         reasons.append(
