@@ -150,7 +150,7 @@ class StreamedModel(Generic[M]):
                     "from disk at once: the quantised bytes are in no file. Convert it first (lowvram-video convert), "
                     "or raise the RAM budget"
                 )
-            self.spool = Spool(self.weights, self.layouts)
+            self.spool = Spool(self.weights, self.layouts, self.checkpoint.path.parent)
             self.source = DiskBlocks(self.spool, self.layouts, budget, plan.num_staging)
         else:
             streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
