@@ -207,8 +207,8 @@ def _check_ram(model: ModelFootprint, plan: MemoryPlan, limits: Limits) -> None:
         smallest = _round_up(needed)
         buffers = f"{num_buffers} staging buffer{'s' if num_buffers > 1 else ''}"
         raise PlanError(
-            f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the process "
-            f"need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
+            f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the "
+            f"process need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
             smallest_ram_bytes=smallest,
         )
 
