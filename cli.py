@@ -17,7 +17,7 @@ from .cli_framepack import generate_framepack, plan_framepack
 from .cli_wan import generate_wan, plan_wan
 from .demo.show import make_demo
 from .diffusion.file_kinds import file_kind
-from .diffusion.settings import usable_device
+from .diffusion.settings import use_device
 from .framepack.checkpoint import open_framepack
 from .identify import describe, identify
 from .progress import TerminalProgress
@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(interrupt) or "interrupted")
     except torch.cuda.OutOfMemoryError as error:
         problem = f"the GPU ran out of memory ({str(error).splitlines()[0]})"
-        return _fail(f"{problem}: lower --vram-budget, the size, or the frames (FramePack: --window)")
+        advice = "close what else uses it, or make a smaller or shorter video (FramePack: --window)"
+        return _fail(f"{problem}: {advice}")
+    except MemoryError as error:
+        return _fail(str(error) or "out of RAM: close other programs, or give a smaller --ram-budget")
     except (ValueError, OSError) as error:
         return _fail(str(error))
     return 0
@@ -156,7 +159,7 @@ def convert_file(options: argparse.Namespace) -> None:
     progress = TerminalProgress(sys.stderr)
     progress.begin("convert")
     try:
-        path = convert(checkpoint, options.target, options.to, progress.update, usable_device(options.device))
+        path = convert(checkpoint, options.target, options.to, progress.update, use_device(options.device))
     finally:
         progress.end()
     print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
@@ -177,7 +180,7 @@ def _open_transformer(path: Path) -> Checkpoint:
 def demo(options: argparse.Namespace) -> None:
     """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
     torch.set_num_threads(1)  # its tensors are so small that threads cost more than they give
-    shown = make_demo(options.output, options.seed, usable_device(options.device), TerminalProgress(sys.stderr))
+    shown = make_demo(options.output, options.seed, use_device(options.device), TerminalProgress(sys.stderr))
     print(shown)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .attention.select import ATTENTION_MODES
-from .diffusion.settings import RunSettings, usable_device
+from .diffusion.settings import RunSettings, use_device
 from .weights.compute import QUANTIZATIONS
 from .weights.lora import LoraChoice
 from .weights.lora_source import LORA_MODES
@@ -75,7 +75,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--vram-budget", type=positive, metavar="GIB", help="hard limit (left out: what is free)")
     machine.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")
     machine.add_argument("--blocks-to-swap", type=int, default=-1, help="-1: planned; else how many blocks stream")
-    machine.add_argument("--prefetch", type=int, help="blocks fetched ahead (left out: planned)")
+    machine.add_argument("--prefetch", type=block_count, help="blocks fetched ahead (left out: planned)")
     machine.add_argument("--no-pinned", action="store_true", help="stream from pageable memory")
     machine.add_argument("--report", type=Path, help="write what the run used as JSON, and a timeline PNG beside it")
 
@@ -84,7 +84,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
     """The machine's flags as settings."""
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return RunSettings(
-        device=usable_device(options.device),
+        device=use_device(options.device),
         dtype=dtypes[options.dtype],
         attention_mode=options.attention,
         quantization=options.quantization,
@@ -124,6 +124,15 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
     return value
+
+
+def block_count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of blocks from 1 up: one arrives while another computes"
+        )
+    return int(text)
 
 
 def lora_choice(text: str) -> LoraChoice:

@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 PAGES_FROM = 64 << 10  # bytes; what is smaller is not worth pages of its own
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUPS = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
 
 def allocate_bytes(nbytes: int) -> Tensor:
@@ -73,13 +74,47 @@ def return_freed_bytes() -> None:
 def total_ram_bytes() -> int:
     """The machine's RAM in bytes, or the container's limit where that is lower."""
     if sys.platform == "win32":
-        return _windows_ram_bytes()
+        return int(_windows_memory().ullTotalPhys)
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([ram, *(limit for limit, _ in _container_bytes())])
+
+
+def available_ram_bytes() -> int:
+    """What could be taken of the RAM now without swapping, in bytes; all of it where the system does not say."""
+    if sys.platform == "win32":
+        return int(_windows_memory().ullAvailPhys)
+    found = [int(line.split()[1]) << 10 for line in _lines(MEMINFO) if line.startswith("MemAvailable:")]
+    return min([total_ram_bytes(), *found, *(max(0, limit - used) for limit, used in _container_bytes())])
+
+
+def _container_bytes() -> list[tuple[int, int]]:
+    """The container's limit and what it uses of it, for each version of cgroups that sets one."""
+    versions = (
+        (CGROUPS / "memory.max", CGROUPS / "memory.current"),
+        (CGROUPS / "memory" / "memory.limit_in_bytes", CGROUPS / "memory" / "memory.usage_in_bytes"),
+    )
+    found = []
+    for limit, usage in versions:
+        numbers = [next(iter(_lines(path)), "") for path in (limit, usage)]
+        if numbers[0].isdigit():  # "max": none
+            used = int(numbers[1]) if numbers[1].isdigit() else 0
+            found.append((int(numbers[0]), max(0, used - _cached_bytes(usage.parent / "memory.stat"))))
+    return found
+
+
+def _cached_bytes(stat: Path) -> int:
+    """Pages of files among what a cgroup uses: they are given up for anything else. Version 1 sums them as `total_`."""
+    sizes = dict(line.split()[:2] for line in _lines(stat) if len(line.split()) >= 2)
+    names = ("inactive_file", "active_file")
+    return sum(int(sizes.get(f"total_{name}", sizes.get(name, "0"))) for name in names)
+
+
+def _lines(path: Path) -> list[str]:
+    """A file's lines, none where it cannot be read."""
     try:
-        limit = _CGROUP_LIMIT.read_text().strip()
+        return path.read_text().splitlines()
     except OSError:
-        return ram
-    return min(ram, int(limit)) if limit.isdigit() else ram
+        return []
 
 
 class _MemoryStatus(ctypes.Structure):
@@ -98,9 +133,9 @@ class _MemoryStatus(ctypes.Structure):
     ]
 
 
-def _windows_ram_bytes() -> int:
+def _windows_memory() -> _MemoryStatus:
     status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
     kernel32 = getattr(ctypes, "windll").kernel32  # noqa: B009 - absent elsewhere, also for type checkers
     if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         raise OSError("GlobalMemoryStatusEx failed: the amount of RAM is unknown")
-    return int(status.ullTotalPhys)
+    return status

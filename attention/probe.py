@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..triton_errors import triton_errors
 
 if TYPE_CHECKING:
     from .select import AttentionSpec, Backend
@@ -26,8 +27,6 @@ QUANTISED_COSINE = 0.99
 
 # What packages built for another torch, CUDA or Triton are seen to raise when imported.
 _IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
-# The same when called: assertions on unsupported inputs, launch failures, a missing compiler behind Triton.
-_CALL_ERRORS = (*_IMPORT_ERRORS, AssertionError, LookupError, subprocess.SubprocessError)
 
 
 class KernelMissing(ImportError):
@@ -131,7 +130,7 @@ def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
                 out = backend.attend(q, k, v, mask)
                 reason = _find_difference(out, expected, spec.dtype, backend.exact)
                 changed = not all(map(torch.equal, (q, k, v), before))
-            except _call_errors() as error:
+            except triton_errors() as error:
                 return f"fails on {spec.device} ({_brief(error)}): update it for torch {torch.__version__}"
             if changed:
                 return f"overwrites its inputs on {spec.device}"
@@ -174,12 +173,6 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = mask.float()
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def _call_errors() -> tuple[type[Exception], ...]:
-    # Triton's errors derive from Exception alone; whoever raises them has imported triton already.
-    triton_error = getattr(sys.modules.get("triton.errors"), "TritonError", None)
-    return _CALL_ERRORS if triton_error is None else (*_CALL_ERRORS, triton_error)
 
 
 def _brief(error: BaseException) -> str:

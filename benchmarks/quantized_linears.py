@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from lowvram_video.triton_errors import triton_errors
 from lowvram_video.weights.compute import select_compute
 from lowvram_video.weights.fp8 import Fp8Dequantized, Fp8Matmul
-from lowvram_video.weights.gemms import FAILURES, Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
+from lowvram_video.weights.gemms import Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
 from lowvram_video.weights.int8 import Int8Dequantized, Int8Matmul, rotate, rotation_matrix
 from lowvram_video.weights.kitchen import KitchenInt8, kitchen_int8_available
 from lowvram_video.weights.linear import PLAIN, Linear, Scratch, WeightFormat, project_together
@@ -159,7 +160,7 @@ def measure(shape: Shape, tokens: int, chunk: int, found: Sequence[Way], repeats
         layers = [layer_of(weight, way)] * shape.num_layers
         try:
             took = seconds(lambda: run(layers, x, outs, chunk, scratch), repeats)  # noqa: B023 - called at once
-        except FAILURES as problem:
+        except triton_errors() as problem:
             results[way.name] = {"failed": (str(problem) or type(problem).__name__).splitlines()[0]}
             continue
         want = sample @ weight.double().t() + layers[0].bias.double()

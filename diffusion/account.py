@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..memory.footprint import Limits
+from ..host_memory import available_ram_bytes
+from ..memory.footprint import GIB, Limits
 from ..memory.lanes import Span
 from ..memory.limits import hold_budget, limits_for
 from ..memory.report import MemoryMonitor, RunReport, others_bytes
@@ -25,6 +26,7 @@ class RunAccount:
         self._others_bytes = 0
         self._pinned_bytes = 0
         self._spans: list[Span] = []
+        self._models: list[StreamedModel[Any]] = []  # those that have run
 
     @property
     def limits(self) -> Limits | None:
@@ -32,17 +34,24 @@ class RunAccount:
         return self._limits
 
     def begin(self, execution: Execution) -> Limits:
-        """A run's limits by its settings and what is free now; from here on PyTorch's allocator holds the budget."""
+        """A run's limits by its settings and what is free now, of VRAM and of RAM.
+
+        From here on PyTorch's allocator holds the VRAM budget.
+        """
         settings = self._settings
-        self._limits = limits_for(
+        ram_budget_gib = settings.ram_budget_gib
+        if ram_budget_gib is None:  # what a model already holds there is not wanted again
+            ram_budget_gib = (available_ram_bytes() + sum(model.host_bytes for model in self._models)) / GIB
+        limits = limits_for(
             settings.device,
             vram_budget_gib=settings.vram_budget_gib,
-            ram_budget_gib=settings.ram_budget_gib,
+            ram_budget_gib=ram_budget_gib,
             blocks_to_swap=settings.blocks_to_swap,
             num_slots=None if settings.prefetch is None else settings.prefetch + 1,
             fused=execution.ops.name != "eager",
             sage_attention=execution.attention.name == "sageattn",
         )
+        self._limits = limits if settings.pinned_memory else replace(limits, pinned_cap_bytes=0)
         hold_budget(settings.device, self._limits)
         self._others_bytes = others_bytes(settings.device, self._limits.context_bytes)
         self._monitor = MemoryMonitor(settings.device)
@@ -57,6 +66,8 @@ class RunAccount:
 
     def note_pinned(self, model: StreamedModel[Any]) -> None:
         """Count what a model that has just started has pinned."""
+        if model not in self._models:
+            self._models.append(model)
         self._pinned_bytes = max(self._pinned_bytes, model.pinned_bytes)
 
     def note_spans(self, model: StreamedModel[Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from ..attention.select import AttentionSpec, select_attention
 from ..fused.select import select_fused_ops
+from ..half_precision import half_dtype
 from .workspace import Execution
 
 CPU = torch.device("cpu")
@@ -26,6 +27,14 @@ def usable_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used: {why}; use cpu, or install PyTorch for your GPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+def use_device(name: str) -> torch.device:
+    """`usable_device`, and from here on this thread's current one: there Triton launches its kernels."""
+    device = usable_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -58,7 +67,7 @@ class RunSettings:
             return self.dtype
         if self.device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
+        return half_dtype(self.device)
 
     def execution(self, head_dim: int) -> Execution:
         """Backends for this device; chunk sizes come with the plan. ValueError where the attention mode cannot run."""

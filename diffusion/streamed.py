@@ -93,6 +93,7 @@ class StreamedModel(Generic[M]):
         self.streamer: BlockStreamer | None = None
         self.lender: Lender | None = None
         self.ring: DeviceRing | None = None
+        self._budget: PinnedBudget | None = None  # for everything that is pinned between `read` and `release`
         self._timed_since = 0.0
         self._registrar = registrar
         if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
@@ -125,25 +126,31 @@ class StreamedModel(Generic[M]):
 
     def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
         """The plan for this work; PlanError names what would fit where this does not."""
-        if self.settings.device.type == "cpu" and limits.ram_budget_bytes is not None and limits.blocks_to_swap < 0:
-            # RAM is the device: no block is resident for free
-            limits = replace(limits, blocks_to_swap=len(self.layouts))
         self.limits = limits
-        return plan_memory(self.footprint(), work, limits)
+        plan = plan_memory(self.footprint(), work, limits)
+        if plan.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
+            # no block is resident for free
+            self.limits = replace(limits, blocks_to_swap=len(self.layouts))
+            plan = plan_memory(self.footprint(), work, self.limits)
+        return plan
 
     def read(self, plan: MemoryPlan) -> None:
         """Bring the blocks into host memory (or get ready to read them from disk); again is harmless."""
         if self.source is not None:
             return
-        budget = self._pinned_budget()
+        budget = self._budget = self._pinned_budget()
         if plan.from_disk:
+            logger.warning(
+                "%s is read from the disk as it runs, which is slower: it has %.2f GiB, more than the RAM budget or "
+                "what is free of RAM", self.checkpoint.path.name, sum(each.nbytes for each in self.layouts) / GIB,
+            )  # fmt: skip
             if isinstance(self.checkpoint, QuantizedSource):
                 raise ValueError(
                     f"{self.checkpoint.path.name} cannot be quantised to {self.settings.quantization} and streamed "
                     "from disk at once: the quantised bytes are in no file. Convert it first (lowvram-video convert), "
                     "or raise the RAM budget"
                 )
-            self.spool = Spool(self.weights, self.layouts)
+            self.spool = Spool(self.weights, self.layouts, self.checkpoint.path.parent)
             self.source = DiskBlocks(self.spool, self.layouts, budget, plan.num_staging)
         else:
             streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
@@ -306,14 +313,22 @@ class StreamedModel(Generic[M]):
             made = [make(cast(Block, block)) for block in visitor(self.blocks)]
         finally:
             visitor.unload()
-        if self.streamer is not None:  # both read from one source: what was prefetched is asked for again
-            self.streamer.lose_ring()
+            if self.streamer is not None:  # both read from one source: what was prefetched is asked for again
+                self.streamer.lose_ring()
         return made
 
+    def start_fitting(self, plan: MemoryPlan) -> None:
+        """`start`; when the device runs out of memory meanwhile, with a leaner plan."""
+        self.stop()
+        self.retrying(lambda: None if self.started else self.start(plan))
+
     def retrying(self, run: Callable[[], T]) -> T:
-        """A pass; when the device runs out of memory it is repeated with a leaner plan."""
+        """A pass; when the device runs out of memory, also while starting anew, it is repeated with a leaner plan."""
+        leaner: MemoryPlan | None = None
         while True:
             try:
+                if leaner is not None:
+                    self.start(leaner)
                 return run()
             except torch.cuda.OutOfMemoryError:
                 leaner = self._leaner_plan()
@@ -322,7 +337,6 @@ class StreamedModel(Generic[M]):
             # outside the handler: its traceback holds the failed pass's activations
             self.stop()
             torch.cuda.empty_cache()
-            self.start(leaner)
 
     def _leaner_plan(self) -> MemoryPlan | None:
         if self.plan is None or self.limits is None:
@@ -352,10 +366,13 @@ class StreamedModel(Generic[M]):
         device = self.settings.device
         lent = self.lendable if plan.lend_fixed and device.type != "cpu" else ()
         if lent:
-            modules = {name: module for name in self.lendable if (module := getattr(self.model, name)) is not None}
-            self.lender = Lender(self.weights, modules, device, self._pinned_budget())
-            self.model.lend = self.lender
+            self._lend(lent)
         self._load([name for name in self._fixed_names() if not name.startswith(lent + self.once)])
+
+    def _lend(self, names: Sequence[str]) -> None:
+        modules = {name: module for name in names if (module := getattr(self.model, name)) is not None}
+        self.lender = Lender(self.weights, modules, self.settings.device, self._budget)
+        self.model.lend = self.lender
 
     def _load(self, names: Sequence[str]) -> None:
         with ThreadPoolExecutor(NUM_READERS) as readers:

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..half_precision import half_dtype
+from ..triton_errors import triton_errors
 from .eager import EagerOps
 
 logger = logging.getLogger(__name__)
@@ -83,8 +85,7 @@ def select_fused_ops(device: torch.device) -> FusedOps:
 
         ops = TritonOps()
         error = _disagreement(ops, eager, device)
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as problem:
-        # a broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU
+    except triton_errors() as problem:
         logger.warning("Triton cannot be used (%s): elementwise steps run in eager PyTorch.", problem)
         return eager
     if not error < 2e-2:
@@ -96,7 +97,7 @@ def select_fused_ops(device: torch.device) -> FusedOps:
 def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(0)
 
-    def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def rand(*shape: int, dtype: torch.dtype = half_dtype(device)) -> Tensor:  # noqa: B008 - of this call
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     x, weight, modulation = rand(6, 256), rand(256), rand(2, 256, dtype=torch.float32)

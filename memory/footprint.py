@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 MIB = 2**20
 GIB = 2**30
+UNLIMITED = 1 << 60  # VRAM, where the device has no memory of its own
 
 # Rows of a matrix product, and the share of full speed it reaches with at least so many: fewer leave the last wave of
 # tiles half empty. Likewise for the heads of an attention call.
@@ -246,6 +247,11 @@ class Limits:
     h2d_gbps: float = 12.0
     pageable_gbps: float = 5.0
     disk_gbps: float = 1.5
+
+    @property
+    def ram_is_the_device(self) -> bool:
+        """Whether blocks lie in RAM when they are on the device, as on a CPU."""
+        return self.vram_budget_bytes >= UNLIMITED
 
     def __post_init__(self) -> None:
         for name in ("tflops_matmul", "tflops_attention", "h2d_gbps", "pageable_gbps", "disk_gbps"):

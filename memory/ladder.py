@@ -33,8 +33,9 @@ class MemoryPlan:
     """How one model and one piece of work use the device; everything a streamer and a model need to be set up.
 
     Per pass: `streamed_bytes` over the bus, `compute_seconds` and `transfer_seconds` predicted. `pinned_bytes` and
-    `pageable_bytes` of host memory hold the streamed blocks; `from_disk` means they are read again in every pass
-    through `num_staging` pinned buffers. `vae_tile` is a side in pixels, 0 for whole frames.
+    `pageable_bytes` of host memory hold the streamed blocks. `from_disk` means that RAM holds no block: the streamed
+    ones are read again in every pass through `num_staging` pinned buffers, the residents once. `vae_tile` is a side in
+    pixels, 0 for whole frames.
     """
 
     model: str
@@ -191,13 +192,13 @@ def _plan_of(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limi
     total = sum(streamed)
 
     ram = limits.ram_budget_bytes
-    # cached keys and values spare the bus, not the RAM: their weights are wanted again for the next prompt
-    host_bytes = model.once_bytes + sum(size for index, size in enumerate(model.block_bytes) if index not in kept)
-    from_disk = bool(streamed) and ram is not None and host_bytes + RAM_MARGIN_BYTES > ram
+    # all of it: residents stay in RAM too, and so do weights whose keys and values are cached, for the next prompt
+    host_bytes = model.once_bytes + sum(model.block_bytes)
+    from_disk = ram is not None and host_bytes + RAM_MARGIN_BYTES > ram
     num_staging = 0
     if from_disk and ram is not None:
-        num_staging = MAX_STAGING if MAX_STAGING * max(streamed) + RAM_MARGIN_BYTES <= ram else MIN_STAGING
-        staging = (max(streamed),) * num_staging
+        num_staging = MAX_STAGING if MAX_STAGING * max(sizes) + RAM_MARGIN_BYTES <= ram else MIN_STAGING
+        staging = (max(streamed),) * num_staging if streamed else ()
         pinned = _pinned_bytes(staging, limits.pinned_cap_bytes)
         pageable = sum(staging) - pinned
         transfer = total / (1e9 * min(limits.disk_gbps, limits.h2d_gbps))

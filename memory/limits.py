@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
 
-from .footprint import GIB, Limits
+from .footprint import GIB, UNLIMITED, Limits
 from .pinned import default_pinned_cap
 from .rates import measure_rates
 
+logger = logging.getLogger(__name__)
+
 RESERVE_BYTES = GIB // 2  # left to the desktop when the budget is what is free
-UNLIMITED = 1 << 60
 
 
 def limits_for(
@@ -51,9 +53,11 @@ def limits_for(
         tflops_attention=rates.tflops_attention,
         h2d_gbps=rates.h2d_gbps,
     )
-    if vram_budget_gib is not None:
-        return limits
     free, total = torch.cuda.mem_get_info(device)
+    if vram_budget_gib is not None:
+        if limits.vram_budget_bytes > total:
+            logger.warning("a VRAM budget of %g GiB: this card has %.2f GiB", vram_budget_gib, total / GIB)
+        return replace(limits, vram_budget_bytes=min(total, limits.vram_budget_bytes))
     # what is free, and the context that this process has already
     return replace(limits, vram_budget_bytes=min(total, free + limits.context_bytes) - RESERVE_BYTES)
 

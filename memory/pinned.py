@@ -29,20 +29,24 @@ class CudaRegistrar:
     _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        # by number: what is current is another matter in each thread
+        self._device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
     def pin(self, extent: Tensor) -> bool:
-        code = torch.cuda.cudart().cudaHostRegister(extent.data_ptr(), extent.numel(), self._PORTABLE)
-        if int(code) == 0:
-            return True
-        self._clear_error()
-        return False
+        # A reader thread's current device is GPU 0, which may be another, and would get a context for this.
+        with torch.cuda.device(self._device):
+            code = torch.cuda.cudart().cudaHostRegister(extent.data_ptr(), extent.numel(), self._PORTABLE)
+            if int(code) == 0:
+                return True
+            self._clear_error()
+            return False
 
     def unpin(self, extent: Tensor) -> None:
-        # The driver does not wait for copies that still read these pages.
-        torch.cuda.synchronize(self._device)
-        if int(torch.cuda.cudart().cudaHostUnregister(extent.data_ptr())) != 0:
-            self._clear_error()
+        with torch.cuda.device(self._device):
+            # The driver does not wait for copies that still read these pages.
+            torch.cuda.synchronize(self._device)
+            if int(torch.cuda.cudart().cudaHostUnregister(extent.data_ptr())) != 0:
+                self._clear_error()
 
     def _clear_error(self) -> None:
         # A refused registration stays behind as the thread's "last error", and the next innocent kernel

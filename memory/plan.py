@@ -201,12 +201,14 @@ def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:
 def _check_ram(model: ModelFootprint, plan: MemoryPlan, limits: Limits) -> None:
     if not plan.from_disk or limits.ram_budget_bytes is None:
         return
-    needed = MIN_STAGING * max(model.block_bytes) + RAM_MARGIN_BYTES
+    num_buffers = MIN_STAGING if plan.num_streamed else 1  # residents are read one after the other
+    needed = num_buffers * max(model.block_bytes) + RAM_MARGIN_BYTES
     if needed > limits.ram_budget_bytes:
         smallest = _round_up(needed)
+        buffers = f"{num_buffers} staging buffer{'s' if num_buffers > 1 else ''}"
         raise PlanError(
-            f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {MIN_STAGING} staging "
-            f"buffers and the process need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
+            f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the "
+            f"process need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
             smallest_ram_bytes=smallest,
         )
 
@@ -316,10 +318,10 @@ def _block_reasons(plan: MemoryPlan, model: ModelFootprint, limits: Limits) -> l
 def _host_reasons(plan: MemoryPlan, limits: Limits) -> list[str]:
     reasons = []
     if plan.from_disk and limits.ram_budget_bytes is not None:
-        reasons.append(
-            f"Blocks are read from the file in every pass, through {plan.num_staging} staging buffers: "
-            f"{_gib(limits.ram_budget_bytes)} of RAM cannot hold them."
-        )
+        ram, how = _gib(limits.ram_budget_bytes), "once, to the device"
+        if plan.num_streamed:
+            how = f"in every pass, through {plan.num_staging} staging buffers"
+        reasons.append(f"Blocks are read from the file {how}: {ram} of RAM cannot hold them all.")
     if plan.pageable_bytes and limits.pinned_cap_bytes is not None:
         reasons.append(
             f"{_gib(plan.pageable_bytes)} of the streamed blocks stay in pageable memory, which copies more slowly: "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..half_precision import half_dtype
 from ..host_memory import allocate_extent
 from .pinned import CudaRegistrar
 
@@ -27,8 +28,12 @@ class Rates:
     h2d_gbps: float
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Rates:
-    """Time a product, an attention and a copy on an idle CUDA device; about a tenth of a second, 200 MiB."""
+def measure_rates(device: torch.device, dtype: torch.dtype | None = None) -> Rates:
+    """Time a product, an attention and a copy on an idle CUDA device; about a tenth of a second, 200 MiB.
+
+    `dtype` None: the 16 bits that the device computes in.
+    """
+    dtype = dtype or half_dtype(device)
     a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
     product = _seconds(lambda: torch.mm(a, a), device)
     q = torch.randn(1, 8, ATTENTION_TOKENS, 128, device=device, dtype=dtype)

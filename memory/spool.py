@@ -20,10 +20,11 @@ PAGE = 4096
 class Spool:
     """A source whose every large tensor lies in a file; those that lay in none are in a temporary one until `close`.
 
-    ValueError where the disk has no room for them.
+    It is put into `home` where that has room and can be written to, else to temporary files, which are often memory.
+    ValueError where no disk has room for them.
     """
 
-    def __init__(self, source: TensorSource, layouts: Sequence[BlockLayout]) -> None:
+    def __init__(self, source: TensorSource, layouts: Sequence[BlockLayout], home: Path | None = None) -> None:
         self._source = source
         self.tensors: Mapping[str, TensorInfo] = source.tensors
         names = [f"{layout.prefix}.{place.name}" for layout in layouts for place in layout.places]
@@ -33,8 +34,7 @@ class Spool:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.num_bytes = sum(align(source.tensors[name].nbytes, PAGE) for name in made)
         if made:
-            self._check_room()
-            self._folder = tempfile.TemporaryDirectory(prefix="lowvram-video-", ignore_cleanup_errors=True)
+            self._folder = self._make_folder(home)
             try:
                 self.tensors = {**source.tensors, **self._write(made, Path(self._folder.name) / "weights")}
             except BaseException:
@@ -51,14 +51,23 @@ class Spool:
         if folder is not None:
             folder.cleanup()
 
-    def _check_room(self) -> None:
-        free = shutil.disk_usage(tempfile.gettempdir()).free
-        if free < self.num_bytes:
-            raise ValueError(
-                f"{self.num_bytes / 2**30:.2f} GiB of weights are made as they are read and must be put on the disk "
-                f"to be streamed from there, but {tempfile.gettempdir()} has {free / 2**30:.2f} GiB free: make room, "
-                "set TMPDIR (TEMP on Windows) to another disk, or give a larger RAM budget"
-            )
+    def _make_folder(self, home: Path | None) -> tempfile.TemporaryDirectory[str]:
+        places = [Path(tempfile.gettempdir())] if home is None else [home, Path(tempfile.gettempdir())]
+        refusals = []
+        for place in places:
+            free = shutil.disk_usage(place).free
+            if free < self.num_bytes:
+                refusals.append(f"{place} has {free / 2**30:.2f} GiB free")
+                continue
+            try:
+                return tempfile.TemporaryDirectory(prefix=".lowvram-video-", dir=place, ignore_cleanup_errors=True)
+            except OSError as error:
+                refusals.append(f"{place} cannot be written to ({error.strerror})")
+        raise ValueError(
+            f"{self.num_bytes / 2**30:.2f} GiB of weights are made as they are read and must be put on the disk to be "
+            f"streamed from there, but {' and '.join(refusals)}: make room, set TMPDIR (TEMP on Windows) to another "
+            "disk, or give a larger RAM budget"
+        )
 
     def _write(self, names: Sequence[str], path: Path) -> dict[str, TensorInfo]:
         infos: dict[str, TensorInfo] = {}

@@ -36,6 +36,7 @@ def diffusers_name(layer: str) -> str:
 
 AB = ("lora_A.weight", "lora_B.weight")
 DEFAULT = ("lora_A.default.weight", "lora_B.default.weight")
+NAMED = ("lora_A.my_style.weight", "lora_B.my_style.weight")
 DOWN_UP = ("lora_down.weight", "lora_up.weight")
 DIALECTS: dict[str, tuple[Callable[[str], str], tuple[str, str]]] = {
     "official": (lambda layer: layer, AB),
@@ -48,6 +49,8 @@ DIALECTS: dict[str, tuple[Callable[[str], str], tuple[str, str]]] = {
     "diffusers, underscored": (lambda layer: f"lora_unet_{diffusers_name(layer).replace('.', '_')}", DOWN_UP),
     "PEFT": (lambda layer: f"base_model.model.{layer}", AB),
     "PEFT, named": (lambda layer: f"base_model.model.{layer}", DEFAULT),
+    "PEFT, of another name": (lambda layer: f"base_model.model.{layer}", NAMED),
+    "bare": (lambda layer: f"diffusion_model.{layer}", ("lora_A", "lora_B")),
     "PEFT in ComfyUI": (lambda layer: f"base_model.model.diffusion_model.{layer}", AB),
     "DiffSynth": (lambda layer: f"pipe.dit.{layer}", DEFAULT),
 }

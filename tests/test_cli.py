@@ -319,6 +319,7 @@ def test_models_that_want_clip_features_are_refused(
         (["--vram-budget", "0"], "'0' is no number above 0"),
         (["--vram-budget", "inf"], "'inf' is no number above 0"),
         (["--ram-budget", "lots"], "'lots' is no number above 0"),
+        (["--prefetch", "0"], "'0' is no number of blocks from 1 up: one arrives while another computes"),
         (["--ram-budget", "1"], "cannot stream from disk in 1.00 GiB of RAM"),
         (["--fps", "0"], "'0' is no number above 0"),
         (["--width", "wide"], "argument --width: invalid int value: 'wide'"),
@@ -382,8 +383,10 @@ def test_incomplete_commands(capsys: pytest.CaptureFixture[str], words: list[str
     [
         (
             torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
-            "the GPU ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): lower --vram-budget",
+            "the GPU ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): close what else uses it",
         ),
+        (MemoryError("could not allocate 9.00 GiB of host memory"), "could not allocate 9.00 GiB of host memory"),
+        (MemoryError(), "out of RAM: close other programs"),
         (KeyboardInterrupt(), "interrupted: no frame was made yet"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],

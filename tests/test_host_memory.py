@@ -3,12 +3,29 @@
 import mmap
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from lowvram_video.host_memory import PAGES_FROM, allocate_bytes, allocate_extent, return_freed_bytes, total_ram_bytes
+from lowvram_video import host_memory
+from lowvram_video.diffusion.settings import RunSettings, use_device
+from lowvram_video.half_precision import half_dtype
+from lowvram_video.host_memory import (
+    PAGES_FROM,
+    allocate_bytes,
+    allocate_extent,
+    available_ram_bytes,
+    return_freed_bytes,
+    total_ram_bytes,
+)
+from lowvram_video.memory.limits import limits_for
+from lowvram_video.memory.pinned import CudaRegistrar
+from lowvram_video.memory.rates import Rates
 from safetensors.torch import save_file
 
 MIB = 1 << 20
@@ -74,3 +91,115 @@ def test_freed_memory_goes_back() -> None:
 
 def test_the_ram_is_the_machines() -> None:
     assert 0 < total_ram_bytes() <= psutil.virtual_memory().total
+
+
+def container(root: Path, version: int, limit: str, used: int, cached: int) -> None:
+    """The files of a control group, as the kernel writes them."""
+    folder, names = root, ("memory.max", "memory.current")
+    stat = f"anon 1\ninactive_file {cached}\nactive_file 0\n"
+    if version == 1:
+        folder, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        stat = f"inactive_file 1\ntotal_inactive_file {cached // 2}\ntotal_active_file {cached // 2}\n"
+    folder.mkdir(exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (limit, str(used), stat), strict=True):
+        (folder / name).write_text(f"{text}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no control groups")
+@pytest.mark.parametrize(
+    ("version", "limit", "total", "available"),
+    [
+        (2, "2147483648", 2 << 30, (2 << 30) - 400 * MIB),
+        (1, "2147483648", 2 << 30, (2 << 30) - 400 * MIB),
+        (2, "max", None, 3 << 30),
+        (1, "9223372036854771712", None, 3 << 30),
+    ],
+)
+def test_a_containers_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, limit: str, total: int | None, available: int
+) -> None:
+    container(tmp_path, version, limit, used=500 * MIB, cached=100 * MIB)
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: 3145728 kB\n")
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(host_memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(host_memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 22}.__getitem__)
+    assert total_ram_bytes() == (total or 16 << 30)
+    assert available_ram_bytes() == available
+    meminfo.unlink()
+    assert available_ram_bytes() == (available if total else 16 << 30)
+
+
+def test_what_is_available_is_part_of_the_whole() -> None:
+    assert 0 < available_ram_bytes() <= total_ram_bytes()
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_gpus_without_bf16_compute_in_fp16(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert half_dtype(torch.device("cuda", 0)) == dtype
+    assert RunSettings(device=torch.device("cuda", 0)).compute_dtype == dtype
+    assert half_dtype(torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("asked", "planned"), [(4.0, 4.0), (24.0, 12.0)])
+def test_a_vram_budget_ends_at_the_card(monkeypatch: pytest.MonkeyPatch, asked: float, planned: float) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (3 << 30, 12 << 30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("lowvram_video.memory.limits.measure_rates", lambda *_: Rates(1.0, 1.0, 1.0))
+    assert limits_for(torch.device("cuda", 0), vram_budget_gib=asked).vram_budget_bytes == planned * (1 << 30)
+
+
+class FakeCuda:
+    """CUDA with two devices, as far as pinning goes; notes on which of them each call was made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = threading.local()  # each thread has its own current device, 0 at first
+        self.calls: list[tuple[str, int]] = []
+        monkeypatch.setattr(torch.cuda, "current_device", self.current)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+
+    def current(self) -> int:
+        return getattr(self.now, "index", 0)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.now.index = self.current(), device.index
+        try:
+            yield
+        finally:
+            self.now.index = before
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.calls.append(("register", self.current()))
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append(("unregister", self.current()))
+        return 0
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "cuda"])
+def test_threads_pin_for_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    cuda = FakeCuda(monkeypatch)
+    cuda.now.index = 1
+    registrar, extent = CudaRegistrar(torch.device(name)), allocate_extent(100)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(registrar.pin, extent).result()
+        threads.submit(registrar.unpin, extent).result()
+    assert cuda.calls == [("register", 1), ("unregister", 1)]
+
+
+def test_a_device_chosen_by_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [str(use_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    assert chosen == [torch.device("cuda", 1)]
+    with pytest.raises(ValueError, match=r"device 'cuda:2' does not exist: this machine has 2 GPU"):
+        use_device("cuda:2")

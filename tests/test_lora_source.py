@@ -1,6 +1,7 @@
 """LoRAs merged into weights, streamed with their blocks, and from the command line."""
 
 import logging
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,16 +192,32 @@ def test_a_loras_bytes_travel_with_their_blocks(tmp_path: Path) -> None:
             model.release()
 
 
+def refuse_folders_in(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """As where models lie on a disk that is mounted read-only."""
+    make = tempfile.mkdtemp
+
+    def refusing(suffix: str | None = None, prefix: str | None = None, dir: Path | None = None) -> str:
+        if dir == home:
+            raise OSError(30, "Read-only file system")
+        return make(suffix, prefix, dir)
+
+    monkeypatch.setattr("tempfile.mkdtemp", refusing)
+
+
+@pytest.mark.parametrize("writable", [True, False], ids=["beside the model", "models are read-only"])
 @pytest.mark.parametrize("mode", ["auto", "merge"])
 def test_large_tensors_that_are_in_no_file_stream_from_disk(
-    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mode: str, writable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Above 1 MiB tensors are read from a file in every pass: from a temporary one, deleted afterwards."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    home, temporary = tmp_path / "models", tmp_path / "temporary"
+    home.mkdir(), temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    if not writable:
+        refuse_folders_in(monkeypatch, home)
+    folder, other = (home, temporary) if writable else (temporary, home)
     config = replace(CONFIGS["t2v"], ffn_dim=4096, num_layers=5)
-    wan = tmp_path / "wan.safetensors"
+    wan = home / "wan.safetensors"
     save_file({name: t.contiguous() for name, t in randomize(WanModel(config)).state_dict().items()}, wan)
     generator = torch.Generator().manual_seed(0)
     pair = torch.randn(80, DIM, generator=generator), torch.randn(4096, 80, generator=generator) / 80, 80.0
@@ -209,12 +226,11 @@ def test_large_tensors_that_are_in_no_file_stream_from_disk(
     resident = velocity(wan, lora, settings=settings)
     with torch.inference_mode():
         model = start(StreamedWan(wan, settings, loras=[lora]), 5, disk=True)
-        assert (
-            len(list(folder.rglob("weights"))) == 1 and model.spool is not None and model.spool.num_bytes >= 2 * 2**20
-        )
+        assert len(list(folder.rglob("weights"))) == 1 and not list(other.rglob("weights"))
+        assert model.spool is not None and model.spool.num_bytes >= 2 * 2**20
         assert torch.equal(model(*INPUTS), resident) and not torch.equal(resident, velocity(wan))
         model.release()
-    assert not list(folder.iterdir())
+    assert [path.name for path in (*home.iterdir(), *temporary.iterdir())] == ["wan.safetensors"]
 
 
 def test_loras_beside_a_model_loaded_whole_do_nothing_to_it(wan: Path) -> None:

@@ -30,7 +30,7 @@ DIRECTIONS: dict[str, set[str]] = {
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
 PIPELINE_FILES = {"pipeline.py", "account.py", "streamed.py", "footprint.py", "generation.py", "decoding.py"}
 # modules beside cli.py that import nothing of the package
-ROOT_LEAVES = {"video", "progress", "raw_file", "host_memory", "whole_files"}
+ROOT_LEAVES = {"video", "progress", "raw_file", "host_memory", "whole_files", "triton_errors", "half_precision"}
 RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}
 OPTIONAL = {"triton", "sageattention", "flash_attn", "flash_attn_interface", "comfy_kitchen", "ftfy", "torch_tensorrt"}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}
@@ -101,6 +101,37 @@ def test_run_time_imports_are_the_listed_ones() -> None:
         for inside, outside in imports_of(path):
             if inside is None and outside not in standard | RUNTIME | OPTIONAL | COMFYUI:
                 raise AssertionError(f"{path.relative_to(ROOT)} imports {outside}, which is no run-time dependency")
+
+
+# what an operator may take and return in torch 2.4, as `torch._library.infer_schema` of that release lists it
+PLAIN_TYPES = {"Tensor", "int", "float", "bool", "str", "torch.dtype", "torch.device"}
+OPERATOR_TYPE = re.compile(r"(?:(?:Sequence|List)\[)?([\w.]+)\]?(?: \| None)?")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_operators_are_of_types_that_torch_24_knows(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if "@torch.library.custom_op" not in text:
+        return
+    tree = ast.parse(text)
+    assert "from __future__ import annotations" not in text.replace("`from __future__ import annotations`", "")
+    operators = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(each).startswith("torch.library.custom_op") for each in node.decorator_list)
+    ]
+    assert operators
+    for operator in operators:
+        returned = ast.unparse(operator.returns or ast.Constant(None))
+        assert returned in ("None", "Tensor") or re.fullmatch(r"tuple\[Tensor(, Tensor)*\]", returned), operator.name
+        for argument in operator.args.args:
+            found = OPERATOR_TYPE.fullmatch(ast.unparse(argument.annotation or ast.Constant(None)))
+            assert found and found[1] in PLAIN_TYPES, f"{operator.name}: {argument.arg}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "collections.abc":
+            taken = {alias.name for alias in node.names}
+            assert not taken & {"Sequence"}, "torch 2.4 knows the one of typing alone"
 
 
 def test_requirements_never_name_what_comfyui_brings() -> None:

@@ -15,6 +15,7 @@ from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.footprint import GIB, Limits, WorkSize
 from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
 from lowvram_video.memory.lanes import Span
+from lowvram_video.memory.limits import limits_for
 from lowvram_video.memory.plan import MemoryPlan
 from lowvram_video.memory.ring import DeviceRing
 from lowvram_video.wanvideo.checkpoint import load_wan
@@ -346,7 +347,7 @@ def velocity_of(path: Path, *, swap: int, disk: bool = False, cached: bool = Fal
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["text by block", "text cached"])
-@pytest.mark.parametrize(("swap", "disk"), [(0, False), (3, False), (6, False), (6, True)])
+@pytest.mark.parametrize(("swap", "disk"), [(0, False), (0, True), (3, False), (3, True), (6, False), (6, True)])
 def test_every_placement_of_the_blocks_gives_the_same_bits(t2v: WanFiles, swap: int, disk: bool, cached: bool) -> None:
     with torch.inference_mode():
         expected = load_wan(t2v.model)(*inputs())
@@ -418,6 +419,100 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_a_leaner_plan(
         assert torch.equal(model(*inputs()), velocity)
     assert scarce.calls == 6 + 2 * 12  # the failed pass stopped at once
     model.release()
+
+
+@pytest.mark.parametrize("failing", [range(0), range(5, 6)], ids=["at first", "after a pass"])
+def test_memory_that_runs_out_while_starting_is_no_end(
+    t2v: WanFiles, monkeypatch: pytest.MonkeyPatch, failing: range
+) -> None:
+    with torch.inference_mode():
+        expected = load_wan(t2v.model)(*inputs())
+    model, _, plan = scarce_model(t2v.model, failing)
+    make_ring, tried = model._make_ring, list[MemoryPlan]()
+
+    def make(wanted: MemoryPlan) -> DeviceRing:
+        tried.append(wanted)
+        if len(tried) == 1 + len(failing):  # the start, or the one after the pass that failed
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return make_ring(wanted)
+
+    monkeypatch.setattr(model, "_make_ring", make)
+    model.start_fitting(plan)
+    with torch.inference_mode():
+        velocity = model(*inputs())
+    sizes = [wanted.predicted_denoise_bytes for wanted in tried]
+    assert len(sizes) == 2 + len(failing) and sizes == sorted(set(sizes), reverse=True)
+    assert model.plan is tried[-1]
+    assert relative_error(velocity, expected) <= 1e-5
+    model.release()
+
+
+def test_a_visit_that_fails_leaves_the_streamer_usable(t2v: WanFiles) -> None:
+    model = Ringed(t2v.model, RunSettings())
+    plan = model.make_plan(WorkSize(5, 32, 48), Limits(UNLIMITED, blocks_to_swap=6))
+
+    def fail(block: torch.nn.Module) -> None:
+        raise KeyboardInterrupt
+
+    with torch.inference_mode():
+        model.start(replace(plan, cache_text_kv=True))
+        want = model(*inputs())
+        assert model.streamer is not None
+        model.streamer.prefetch()
+        with pytest.raises(KeyboardInterrupt):
+            model.visit(fail)
+        assert not any(model.streamer._held)  # the source was set up for the visit
+        assert torch.equal(model(*inputs()), want)
+    model.release()
+
+
+def test_a_card_that_need_not_be_here_is_planned_as_one(t2v: WanFiles) -> None:
+    model = StreamedWan(t2v.model, RunSettings(dtype=torch.bfloat16))
+    limits = limits_for(torch.device("cuda"), vram_budget_gib=8.0, ram_budget_gib=32.0, measure=False)
+    plan = model.make_plan(WorkSize(5, 32, 48), limits)
+    assert plan.num_streamed == 0 and not plan.from_disk  # a CPU's settings, but no CPU's limits
+
+
+def test_without_a_budget_what_is_free_of_ram_decides(t2v: WanFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = latent_of(t2v)
+    monkeypatch.setattr("lowvram_video.diffusion.account.available_ram_bytes", lambda: RAM_MARGIN_BYTES + 3 * 2**20)
+    pipeline = Recording(t2v, RunSettings(pinned_memory=False))
+    run(pipeline)
+    assert pipeline.plan is not None and pipeline.plan.from_disk
+    assert torch.equal(pipeline.latent, want)
+    assert pipeline._account.limits is not None and pipeline._account.limits.pinned_cap_bytes == 0
+
+
+def test_what_a_kept_model_holds_is_not_wanted_again(t2v: WanFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Recording(t2v, RunSettings(keep_loaded=True))
+    run(pipeline)
+    monkeypatch.setattr("lowvram_video.diffusion.account.available_ram_bytes", lambda: RAM_MARGIN_BYTES)
+    run(pipeline)
+    assert pipeline.plan is not None and not pipeline.plan.from_disk
+    pipeline.high.release()
+
+
+class Pinning:
+    """A registrar that never refuses."""
+
+    def pin(self, extent: Tensor) -> bool:
+        return True
+
+    def unpin(self, extent: Tensor) -> None:
+        return
+
+
+def test_lent_weights_and_blocks_are_pinned_under_one_cap(t2v: WanFiles) -> None:
+    model = Ringed(t2v.model, RunSettings(), registrar=Pinning())
+    limits = Limits(UNLIMITED, blocks_to_swap=6, pinned_cap_bytes=1 << 30)
+    model.start(model.make_plan(WorkSize(5, 32, 48), limits))
+    budget = model._budget
+    assert budget is not None and 0 < budget.pinned_bytes == model.pinned_bytes
+    before = budget.pinned_bytes
+    model._lend(("time_embedding",))
+    assert model.lender is not None and model.lender.pinned_bytes == budget.pinned_bytes - before > 0
+    model.release()
+    assert budget.pinned_bytes == 0
 
 
 def test_memory_that_never_suffices_ends_in_the_error(t2v: WanFiles) -> None:

@@ -311,6 +311,24 @@ class TestHostMemory:
         assert plan.from_disk and plan.num_staging in (3, 4)
         assert plan.pinned_bytes + RAM_MARGIN_BYTES <= ram
 
+    def test_residents_count_too_as_they_stay_in_ram(self):
+        # 28 GB of blocks on a large card in a machine of 16 GiB
+        plan = plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=16 * GIB))
+        assert plan.num_streamed == 0 and plan.from_disk and plan.pinned_bytes == plan.pageable_bytes == 0
+        assert plan.num_staging >= 3  # keys and values of the text are made of all blocks
+        assert any("read from the file once, to the device: 16.00 GiB of RAM" in reason for reason in plan.reasons)
+        assert not plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=32 * GIB)).from_disk
+
+    def test_half_of_the_blocks_resident_halves_no_ram(self):
+        plan = plan_memory(FP8, LONG_480P, limits(24, ram_budget_bytes=10 * GIB, blocks_to_swap=20))
+        assert plan.num_resident == 20 and plan.from_disk
+
+    def test_residents_alone_are_read_one_by_one(self):
+        ram = RAM_MARGIN_BYTES + BF16.block_bytes[0]
+        assert plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=ram)).from_disk
+        with pytest.raises(PlanError, match="1 staging buffer and the process need"):
+            plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=ram - MIB))
+
     def test_enough_ram_does_not(self):
         assert not plan_memory(FP8, LONG_480P, limits(6, ram_budget_bytes=16 * GIB)).from_disk
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowvram_video.diffusion.tiles import cut, plan_grid
 from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
-from lowvram_video.wanvideo.vae_tiles import decode_tiled, encode_tiled
+from lowvram_video.wanvideo.vae_tiles import decode_tiled, encode_fitting, encode_tiled
 
 
 @pytest.fixture(scope="module", params=[WAN21_VAE, WAN22_VAE], ids=lambda config: config.name)
@@ -120,6 +120,38 @@ def test_encoded_tiles_are_those_of_their_pixels(vae):
     assert latent.shape == (1, vae.config.z_dim, 2, 2, 4)
     assert torch.equal(latent[..., :2], vae.encode(video[..., : 2 * stride]))
     assert torch.equal(latent[..., 2:], vae.encode(video[..., 2 * stride :]))
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_video_that_the_device_does_not_hold_is_encoded_in_tiles(vae, failures, monkeypatch, caplog):
+    stride = vae.config.spatial_stride
+    video = random_video(5, 2 * stride, 4 * stride)
+    want, tries = vae.encode(video), []
+
+    def encode(pixels):
+        tries.append(pixels.shape[-1])
+        if len(tries) <= failures:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return WanVAE.encode(vae, pixels)
+
+    monkeypatch.setattr(vae, "encode", encode)
+    monkeypatch.setattr("lowvram_video.wanvideo.vae_tiles.ENCODE_TILES", (4 * stride, 2 * stride))
+    got = encode_fitting(vae, video)
+    if failures == 1:  # a tile as large as the video
+        assert torch.equal(got, want)
+    assert got.shape == want.shape and got.device == vae.device
+    assert tries[:3] == [4 * stride, 4 * stride, 2 * stride][: len(tries)] and min(tries) == stride * (6 - 2 * failures)
+    assert caplog.text.count("out of VRAM while encoding 5 frames: next in tiles of") == failures
+
+
+def test_a_video_that_no_tile_fits_ends_in_the_devices_error(vae, monkeypatch):
+    def encode(pixels):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(vae, "encode", encode)
+    stride = vae.config.spatial_stride
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        encode_fitting(vae, random_video(5, 2 * stride, 2 * stride))
 
 
 def test_a_half_precision_vae_gives_half_precision_video():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .vae import WanVAE
+from .vae_tiles import encode_fitting
 
 
 def image_channels(vae: WanVAE, first: Tensor | None, last: Tensor | None, num_frames: int) -> Tensor:
@@ -16,6 +17,7 @@ def image_channels(vae: WanVAE, first: Tensor | None, last: Tensor | None, num_f
 
     `first`, `last` are `[1, 3, 1, H, W]` in -1 ... 1; returns `[1, 4 + z, T, h, w]`. The mask has a channel for each
     of the four frames that a latent frame stands for; the first latent frame stands for one, counted four times.
+    Where the device runs out of memory the video is encoded in tiles.
     """
     given = first if first is not None else last
     if given is None:
@@ -26,7 +28,7 @@ def image_channels(vae: WanVAE, first: Tensor | None, last: Tensor | None, num_f
         video[:, :, :1], known[0] = first, 1
     if last is not None:
         video[:, :, -1:], known[-1] = last, 1
-    latent = vae.encode(video)
+    latent = encode_fitting(vae, video)
     frames = torch.cat([known[:1].repeat(vae.config.temporal_stride), known[1:]])
     mask = frames.view(-1, vae.config.temporal_stride).t()  # [4, T]
     mask = mask[None, :, :, None, None].expand(1, -1, -1, *latent.shape[-2:])

@@ -30,7 +30,7 @@ from .text_checkpoint import load_text_encoder, open_text_encoder, open_tokenize
 from .text_encoder import TextEncoder
 from .vae import WanVAE
 from .vae_checkpoint import load_vae, open_vae
-from .vae_tiles import decode_tiled
+from .vae_tiles import decode_tiled, encode_fitting
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class WanPipeline:
         with on_device(self._load_vae(), self.settings.device) as vae:
             if self.config.model_type == "ti2v":
                 assert first is not None
-                return replace(conditions, first_frame=vae.encode(first).float())
+                return replace(conditions, first_frame=encode_fitting(vae, first).float())
             return replace(conditions, channels=image_channels(vae, first, last, request.size[2]).float())
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -281,7 +281,8 @@ class WanPipeline:
     def _start(self, model: StreamedWan) -> None:
         assert self.plan is not None
         model.limits = self._account.limits
-        model.start(self.plan)
+        model.start_fitting(self.plan)
+        self.plan = model.plan
         self._account.note_pinned(model)
 
     def _stop(self) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..half_precision import half_dtype
+from ..triton_errors import triton_errors
 from .fp8 import Fp8Dequantized, Fp8Matmul
 from .gemms import cuda_seconds, fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
 from .int8 import Int8Dequantized, Int8Matmul
@@ -103,7 +105,7 @@ def _faster(product: Int8Matmul, device: torch.device) -> Int8Matmul | KitchenIn
         return product
     try:
         return kitchen if layer_seconds(kitchen, device) < layer_seconds(product, device) else product
-    except (RuntimeError, TypeError, ValueError, OSError) as problem:
+    except triton_errors() as problem:
         logger.info("comfy-kitchen's int8 product is not used: %s", problem)
         return product
 
@@ -119,9 +121,10 @@ class LayerSize:
 
 def layer_seconds(form: WeightFormat, device: torch.device, size: LayerSize = LayerSize()) -> float:  # noqa: B008 - immutable
     """Median time on the GPU of one layer of int8 weights, activations quantised included."""
-    x = torch.randn(size.rows, size.inputs, device=device, dtype=torch.bfloat16)
+    dtype = half_dtype(device)
+    x = torch.randn(size.rows, size.inputs, device=device, dtype=dtype)
     weight = torch.randint(-127, 128, (size.outputs, size.inputs), device=device, dtype=torch.int8)
     packed = {"weight": weight, "weight_scale": torch.rand(size.outputs, 1, device=device) * 1e-3}
-    out = torch.empty(size.rows, size.outputs, device=device, dtype=torch.bfloat16)
-    project = form.prepare(packed, torch.zeros_like(out[0]), torch.bfloat16, None)
+    out = torch.empty(size.rows, size.outputs, device=device, dtype=dtype)
+    project = form.prepare(packed, torch.zeros_like(out[0]), dtype, None)
     return cuda_seconds(lambda: project(x, out=out), device)

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..half_precision import half_dtype
+from ..triton_errors import triton_errors
 from .rows import FP8_MAX, QuantizedRows, RowOps, TorchRowOps
 
 logger = logging.getLogger(__name__)
@@ -21,9 +23,6 @@ logger = logging.getLogger(__name__)
 FP8_CAPABILITY = (8, 9)
 INT8_CAPABILITY = (7, 5)
 PRODUCT_BYTES = 64 << 20  # of int32 at a time: more costs memory and gains nothing
-
-# Ways in which a product can fail on a GPU or in a torch release that lacks it.
-FAILURES = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 
 
 class Gemm(Protocol):
@@ -174,7 +173,7 @@ def _fastest(candidates: Sequence[Gemm], dtype: torch.dtype, device: torch.devic
     for gemm in candidates:
         try:
             error = gemm_error(gemm, dtype, device)
-        except FAILURES as problem:
+        except triton_errors() as problem:
             reasons.append(f"{gemm.name}: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}")
             continue
         if error < 2e-2:
@@ -229,7 +228,7 @@ def _operands(
     largest = FP8_MAX if dtype.is_floating_point else 127
     values, weight = ((draw(rows, k) * (largest / 6)).clamp_(-largest, largest).to(dtype) for rows in (m, n))
     scales, columns = draw(m, 1).abs_() * 1e-3, draw(n).abs_() * 1e-3
-    out_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    out_dtype = half_dtype(device) if device.type == "cuda" else torch.float32
     return QuantizedRows(values, scales, torch.Size((m, k)), out_dtype), weight, columns, draw(n).to(out_dtype)
 
 
@@ -239,11 +238,11 @@ def fuses_gelu(device: torch.device) -> bool:
     if device.type != "cuda" or not hasattr(torch, "_addmm_activation"):
         return False
     generator = torch.Generator(device).manual_seed(0)
-    x, weight = (torch.randn(256, 256, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
+    x, weight = (torch.randn(256, 256, generator=generator, device=device, dtype=half_dtype(device)) for _ in range(2))
     bias, out = weight[0].clone(), torch.empty_like(x)
     try:
         torch._addmm_activation(bias, x, weight.t() * 0.1, use_gelu=True, out=out)
-    except FAILURES as problem:
+    except triton_errors() as problem:
         logger.info("GELU takes a pass of its own here: %s", problem)
         return False
     want = torch.nn.functional.gelu(torch.addmm(bias, x, weight.t() * 0.1).float(), approximate="tanh")

@@ -12,7 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .lora_names import ALPHA, DIFF, DIFFERENCE_LEAVES, DOWN, MAGNITUDE, UP, Aliases, LayerNames, split_key
+from .lora_names import (
+    ALPHA,
+    DIFF,
+    DIFFERENCE_LEAVES,
+    DOWN,
+    MAGNITUDE,
+    UP,
+    Aliases,
+    LayerNames,
+    foreign_kind,
+    split_key,
+)
 from .reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -156,7 +167,8 @@ class _Sorter:
         for key in self.checkpoint.tensors:
             split = split_key(key)
             if split is None:
-                self.skipped[key] = "not known as a part of a LoRA"
+                kind = foreign_kind(key)
+                self.skipped[key] = f"of a {kind}" if kind else "not known as a part of a LoRA"
                 continue
             self.num_lora_keys += 1
             stem, part = split
@@ -201,6 +213,14 @@ class _Sorter:
         return LoraReport(self.checkpoint.path, len(self.checkpoint.tensors), self.skipped)
 
     def check_kind(self) -> None:
+        kinds = {kind for kind in map(foreign_kind, self.checkpoint.tensors) if kind}
+        # their alphas are named as a LoRA's are
+        if kinds and not any(set(parts) - {ALPHA, MAGNITUDE} for parts in self.found.values()):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: a {' and '.join(sorted(kinds))}, which is no LoRA of low-rank pairs; "
+                "expected names that end in lora_A.weight, lora_down.weight, diff or the like; load it with ComfyUI's "
+                "LoRA loaders, or choose a LoRA file"
+            )
         if not self.num_lora_keys:
             raise CheckpointError(
                 f"{self.checkpoint.path}: no LoRA: none of its {len(self.checkpoint.tensors)} tensors "

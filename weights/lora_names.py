@@ -7,6 +7,7 @@ be several of the model's in one, such as the projections to q, k and v.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,22 +18,27 @@ DOWN, UP, ALPHA, MAGNITUDE, DIFF, DIFF_BIAS, DIFF_MODULATION = (
 
 ENDINGS: Mapping[str, str] = {
     ".lora_A.weight": DOWN,
-    ".lora_A.default.weight": DOWN,
+    ".lora_A": DOWN,
     ".lora_down.weight": DOWN,
     ".lora.down.weight": DOWN,
     ".lora_B.weight": UP,
-    ".lora_B.default.weight": UP,
+    ".lora_B": UP,
     ".lora_up.weight": UP,
     ".lora.up.weight": UP,
     ".alpha": ALPHA,
     ".dora_scale": MAGNITUDE,
     ".lora_magnitude_vector": MAGNITUDE,
     ".lora_magnitude_vector.weight": MAGNITUDE,
-    ".lora_magnitude_vector.default.weight": MAGNITUDE,
     ".diff": DIFF,
     ".diff_b": DIFF_BIAS,
     ".diff_m": DIFF_MODULATION,
 }
+
+# PEFT puts an adapter's name in between: `.lora_A.default.weight`.
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.weight")
+
+# Decompositions that are no low-rank pairs, by how the last part of their keys begins.
+FOREIGN_KINDS: Mapping[str, str] = {"hada_": "LoHa", "lokr_": "LoKr"}
 
 # What a difference is added to, after the stem; a stem may also be a tensor's whole name.
 DIFFERENCE_LEAVES: Mapping[str, str] = {DIFF: "weight", DIFF_BIAS: "bias", DIFF_MODULATION: "modulation"}
@@ -58,10 +64,17 @@ UNDERSCORED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # "lora_
 
 def split_key(key: str) -> tuple[str, str] | None:
     """The stem of a key and the part that it holds; None where the ending is not known."""
+    key = _ADAPTER.sub(r"\1.weight", key)
     for ending, part in ENDINGS.items():
         if key.endswith(ending):
             return key.removesuffix(ending), part
     return None
+
+
+def foreign_kind(key: str) -> str | None:
+    """LoHa or LoKr, where a key is of one."""
+    last = key.rpartition(".")[2]
+    return next((kind for start, kind in FOREIGN_KINDS.items() if last.startswith(start)), None)
 
 
 class LayerNames:

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .gemms import FAILURES
+from ..half_precision import half_dtype
+from ..triton_errors import triton_errors
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,7 @@ def select_low_rank_ops(device: torch.device) -> LowRankOps:
         from .kernels.low_rank import CANDIDATES
 
         choices = [_choose(CANDIDATES, rank, device) for rank in RANKS]
-    except FAILURES as problem:
-        # a broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU
+    except triton_errors() as problem:
         logger.warning("Triton cannot be used (%s): LoRAs beside quantised layers run by PyTorch.", problem)
         return TORCH
     torch.cuda.empty_cache()  # the probes' buffers: a plan counts on that memory
@@ -135,8 +135,7 @@ class Probe:
 
     def __init__(self, device: torch.device, rank: int, num_rows: int, features: int):
         generator = torch.Generator(device).manual_seed(0)
-        has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-        dtype = torch.bfloat16 if has_bf16 else torch.float16
+        dtype = half_dtype(device)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device).to(dtype)
@@ -192,7 +191,7 @@ def agrees(step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps, probe: 
     """Whether a step works here as it should; logged where not."""
     try:
         error = probe.error(step, ops)
-    except FAILURES as problem:
+    except triton_errors() as problem:
         logger.info("%s is not used for LoRAs: %s", ops.name, problem)
         return False
     if not error < 2e-2:

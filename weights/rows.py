@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..half_precision import half_dtype
+from ..triton_errors import triton_errors
+
 logger = logging.getLogger(__name__)
 
 FP8_MAX = 448.0  # of e4m3fn
@@ -97,8 +100,7 @@ def select_row_ops(device: torch.device) -> RowOps:
 
         ops = TritonRowOps(fp8=torch.cuda.get_device_capability(device) >= (8, 9))
         error = _disagreement(ops, reference, device)
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as problem:
-        # a broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU
+    except triton_errors() as problem:
         logger.warning("Triton cannot be used (%s): quantised layers are unpacked by PyTorch.", problem)
         return reference
     if not error < 2e-2:
@@ -109,7 +111,7 @@ def select_row_ops(device: torch.device) -> RowOps:
 
 def _disagreement(ops: RowOps, reference: RowOps, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(6, 192, generator=generator, device=device, dtype=torch.bfloat16)
+    x = torch.randn(6, 192, generator=generator, device=device, dtype=half_dtype(device))
     results = []
     for each in (ops, reference):
         parts = []

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from ...triton_errors import triton_errors
 from ..gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,7 @@ def triton_agrees(quant: str, device: torch.device) -> bool:
     got = torch.full_like(want, torch.nan)
     try:
         _run_triton(packed, got, quant)
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as problem:
-        # A broken Triton fails in many ways: no compiler, a DLL of another version, an unsupported GPU.
+    except triton_errors() as problem:
         logger.warning("Triton cannot unpack %s here (%s): the slower torch path is used.", quant, problem)
         return False
     if not torch.equal(got, want):

@@ -1,8 +1,8 @@
 """The Triton kernels of 8-bit rows as operators that torch.compile leaves alone; off the GPU the torch reference."""
 
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[int]
 
 import torch
 from torch import Tensor
