@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -21,15 +20,15 @@ from ..diffusion.streamed import StreamedModel
 from ..memory.footprint import Limits, WorkSize
 from ..memory.host_buffers import HostBlocks
 from ..memory.ladder import RAM_MARGIN_BYTES
-from ..memory.lanes import TimedLanes
 from ..memory.limits import hold_budget, limits_for
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan
 from ..memory.rates import Rates, measure_rates
-from ..memory.report import MemoryMonitor, RunReport
+from ..memory.report import RunReport
 from . import host
 from .options import StreamOptions
 from .patches import PatchedCheckpoint, SortedPatches, sort_patches
+from .run_monitor import RunMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +70,7 @@ class Engine(Generic[S]):
         self._patches = SortedPatches()
         self._applied = self._patches  # those that weights are read with
         self._rates: Rates | None = None
-        self._monitor: MemoryMonitor | None = None
-        self._watching = ExitStack()
-        self._streaming_since = 0.0
+        self._monitor = RunMonitor(settings.device)
         self._running = False
 
     # What ComfyUI's memory management asks of it
@@ -134,18 +131,12 @@ class Engine(Generic[S]):
     def begin_run(self) -> None:
         """A sampler starts."""
         self.end_run()
-        self._monitor = MemoryMonitor(self.device)
-        self._watching.enter_context(self._monitor)
-        self._watching.enter_context(self._monitor.phase("denoise"))
-        self._monitor_since = time.perf_counter()
+        self._monitor.begin()
 
     def end_run(self) -> None:
         """The sampler is done, or gave up."""
-        self._watching.close()
+        self.report = self._monitor.end(self.streamed) or self.report
         self.streamed.forget_contexts()
-        monitor, self._monitor = self._monitor, None
-        if monitor is not None:
-            self.report = self._report(monitor)
 
     # Planning
 
@@ -215,7 +206,7 @@ class Engine(Generic[S]):
     def start(self, plan: MemoryPlan) -> None:
         """Have the model on the device."""
         self.streamed.start(plan)
-        self._streaming_since = time.perf_counter()
+        self._monitor.streaming_begins()
         self._tell_owner()
         logger.info("%s\n%s", plan.model, "\n".join(plan.reasons))
 
@@ -271,22 +262,6 @@ class Engine(Generic[S]):
                 yield
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0, self.device)
-
-    def _report(self, monitor: MemoryMonitor) -> RunReport:
-        plan, limits = self.streamed.plan, self.streamed.limits
-        on_gpu = self.device.type == "cuda" and limits is not None
-        report = monitor.report(
-            pinned_bytes=self.streamed.pinned_bytes,
-            budget_bytes=limits.vram_budget_bytes if on_gpu and limits is not None else None,
-        )
-        if plan is not None and on_gpu:
-            report = report.with_predictions({"denoise": plan.predicted_denoise_bytes})
-        lanes = self.streamed.ring.lanes if self.streamed.ring is not None else None
-        if isinstance(lanes, TimedLanes):
-            report = report.with_spans(lanes.spans(), self._streaming_since - self._monitor_since)
-        return report
-
-    _monitor_since = 0.0
 
     def _tell_owner(self) -> None:
         owner: Any = self.owner() if self.owner is not None else None
