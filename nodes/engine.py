@@ -22,7 +22,7 @@ from ..memory.host_buffers import HostBlocks
 from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.limits import hold_budget, limits_for
 from ..memory.pinned import Registrar
-from ..memory.plan import MemoryPlan
+from ..memory.plan import MemoryPlan, plan_memory
 from ..memory.rates import Rates, measure_rates
 from ..memory.report import RunReport
 from . import host
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 S = TypeVar("S", bound=StreamedModel[Any], covariant=True)
+DESKTOP_GB = 0.5  # of a card that is not this machine's
 ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
 
 
@@ -120,7 +121,7 @@ class Engine(Generic[S]):
 
     def unpin(self) -> None:
         """Give pinned memory back while nothing runs."""
-        if isinstance(self.streamed.source, HostBlocks) and not self.streamed.started:
+        if isinstance(self.streamed.source, HostBlocks) and not self.streamed.started and not self._running:
             self.streamed.source.unpin()
 
     def release(self) -> None:
@@ -149,15 +150,39 @@ class Engine(Generic[S]):
         options = options or self.options
         return self.streamed.make_plan(work, self.limits(options))
 
-    def limits(self, options: StreamOptions) -> Limits:
-        """What may be used now, this model's own memory included."""
+    def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
+        """The plan that a run with these options would have; with `card_gb` on a card of so many GB.
+
+        Where ComfyUI runs on the CPU a card is needed, and planned for in bf16. PlanError says what would fit.
+        """
+        dtype = None if self.device.type == "cuda" else torch.bfloat16
+        if card_gb:
+            limits = self.card_limits(options, card_gb)
+        else:
+            limits = self.limits(options, host.evictable_vram(self._owner(), self.device))
+        return plan_memory(self.streamed.footprint(dtype), work, limits)
+
+    def limits(self, options: StreamOptions, evictable_bytes: int = 0) -> Limits:
+        """What may be used now, this model's own memory included, and as many bytes of VRAM that others will free."""
+        limits = self._limits(options, self.device)
+        if self.device.type != "cuda":
+            return limits
+        return replace(limits, vram_budget_bytes=self._vram_budget(options, limits.context_bytes, evictable_bytes))
+
+    def card_limits(self, options: StreamOptions, card_gb: float) -> Limits:
+        """What might be used on a card of so many GB, half a GiB of it left to the desktop."""
+        budget = min(options.vram_budget_gb or card_gb, card_gb - DESKTOP_GB)
+        return replace(self._limits(options, torch.device("cuda")), vram_budget_bytes=int(budget * GIB))
+
+    def _limits(self, options: StreamOptions, device: torch.device) -> Limits:
+        """All but the budget of VRAM."""
         flags = host.memory_flags()
         swap = options.blocks_to_swap
         if swap < 0 and (flags.keep_all or flags.stream_all):
             swap = 0 if flags.keep_all else len(self.streamed.blocks)
         execution = self.streamed.model.execution
         limits = limits_for(
-            self.device,
+            device,
             vram_budget_gib=0.0,
             ram_budget_gib=self._ram_budget(options),
             blocks_to_swap=swap,
@@ -172,19 +197,19 @@ class Engine(Generic[S]):
             self._rates = measure_rates(self.device)
         return replace(
             limits,
-            vram_budget_bytes=self._vram_budget(options, limits.context_bytes),
             pinned_cap_bytes=host.pinned_room() + self.streamed.pinned_bytes,
             tflops_matmul=self._rates.tflops_matmul,
             tflops_attention=self._rates.tflops_attention,
             h2d_gbps=self._rates.h2d_gbps,
         )
 
-    def _vram_budget(self, options: StreamOptions, context_bytes: int) -> int:
+    def _vram_budget(self, options: StreamOptions, context_bytes: int, evictable_bytes: int = 0) -> int:
         """For the whole process, as plans count it: with the context, which has its memory already."""
-        free = host.free_vram(self.device) + self.device_bytes - host.reserved_vram() + context_bytes
+        ours = self.device_bytes + evictable_bytes
+        free = host.free_vram(self.device) + ours - host.reserved_vram() + context_bytes
         if not options.vram_budget_gb:
             return max(0, free)
-        others = torch.cuda.memory_allocated(self.device) - self.device_bytes
+        others = max(0, torch.cuda.memory_allocated(self.device) - ours)  # ComfyUI keeps some outside PyTorch
         return max(0, min(int(options.vram_budget_gb * GIB) - others, free))
 
     def _ram_budget(self, options: StreamOptions) -> float | None:
@@ -200,7 +225,7 @@ class Engine(Generic[S]):
         """Before a run is planned: other models make room for a budget, and the weights carry their patches."""
         self.streamed.stop()
         if self.options.vram_budget_gb:
-            host.unload_others(self.owner() if self.owner is not None else None, self.device)
+            host.unload_others(self._owner(), self.device)
         self._apply_patches()
 
     def start(self, plan: MemoryPlan) -> None:
@@ -263,8 +288,11 @@ class Engine(Generic[S]):
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
+    def _owner(self) -> nn.Module | None:
+        return self.owner() if self.owner is not None else None
+
     def _tell_owner(self) -> None:
-        owner: Any = self.owner() if self.owner is not None else None
+        owner: Any = self._owner()
         if owner is not None:
             owner.device = self.device if self.streamed.started else host.offload_device()
             owner.model_loaded_weight_memory = self.device_bytes
