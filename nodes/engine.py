@@ -69,7 +69,7 @@ class Engine(Generic[S]):
         self.lora_tensors: weakref.WeakValueDictionary[tuple[str, ...], Tensor] = weakref.WeakValueDictionary()
         self._patches_id: object = None  # ComfyUI's name for a set of patches
         self._patches = SortedPatches()
-        self._applied = self._patches  # those that weights are read with
+        self._applied: SortedPatches | None = self._patches  # those that the weights have; None: it failed midway
         self._rates: Rates | None = None
         self._monitor = RunMonitor(settings.device)
         self._running = False
@@ -99,8 +99,10 @@ class Engine(Generic[S]):
         if patches_id != self._patches_id or not patches:
             self._patches_id = patches_id
             self._patches = sort_patches(patches, self.streamed.model) if patches else SortedPatches()
-        if self._patches.same_but_strengths(self._applied):
-            if self._patches.strengths != self._applied.strengths:
+        applied = self._applied
+        if applied is not None and self._patches.same_but_strengths(applied):
+            if self._patches.strengths != applied.strengths:
+                self._applied = None
                 self.streamed.set_lora_strengths(self._patches.strengths)
             self._applied = self._patches
         elif self._patches is not self._applied:
@@ -245,8 +247,9 @@ class Engine(Generic[S]):
             return
         checkpoint = self.streamed.checkpoint
         source = PatchedCheckpoint(checkpoint, wanted.merged) if wanted.merged else checkpoint
-        self._applied = wanted
+        self._applied = None  # until all of it is there
         self.streamed.attach_loras(wanted.loras(), wanted.strengths, source)
+        self._applied = wanted
 
     def _compile(self, options: StreamOptions) -> None:
         if options.compile == self.options.compile:
