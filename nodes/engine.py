@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -21,20 +20,21 @@ from ..diffusion.streamed import StreamedModel
 from ..memory.footprint import Limits, WorkSize
 from ..memory.host_buffers import HostBlocks
 from ..memory.ladder import RAM_MARGIN_BYTES
-from ..memory.lanes import TimedLanes
 from ..memory.limits import hold_budget, limits_for
 from ..memory.pinned import Registrar
-from ..memory.plan import MemoryPlan
+from ..memory.plan import MemoryPlan, plan_memory
 from ..memory.rates import Rates, measure_rates
-from ..memory.report import MemoryMonitor, RunReport
+from ..memory.report import RunReport
 from . import host
 from .options import StreamOptions
 from .patches import PatchedCheckpoint, SortedPatches, sort_patches
+from .run_monitor import RunMonitor
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
 S = TypeVar("S", bound=StreamedModel[Any], covariant=True)
+DESKTOP_GB = 0.5  # of a card that is not this machine's
 ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
 
 
@@ -69,11 +69,9 @@ class Engine(Generic[S]):
         self.lora_tensors: weakref.WeakValueDictionary[tuple[str, ...], Tensor] = weakref.WeakValueDictionary()
         self._patches_id: object = None  # ComfyUI's name for a set of patches
         self._patches = SortedPatches()
-        self._applied = self._patches  # those that weights are read with
+        self._applied: SortedPatches | None = self._patches  # those that the weights have; None: it failed midway
         self._rates: Rates | None = None
-        self._monitor: MemoryMonitor | None = None
-        self._watching = ExitStack()
-        self._streaming_since = 0.0
+        self._monitor = RunMonitor(settings.device)
         self._running = False
 
     # What ComfyUI's memory management asks of it
@@ -101,8 +99,10 @@ class Engine(Generic[S]):
         if patches_id != self._patches_id or not patches:
             self._patches_id = patches_id
             self._patches = sort_patches(patches, self.streamed.model) if patches else SortedPatches()
-        if self._patches.same_but_strengths(self._applied):
-            if self._patches.strengths != self._applied.strengths:
+        applied = self._applied
+        if applied is not None and self._patches.same_but_strengths(applied):
+            if self._patches.strengths != applied.strengths:
+                self._applied = None
                 self.streamed.set_lora_strengths(self._patches.strengths)
             self._applied = self._patches
         elif self._patches is not self._applied:
@@ -123,7 +123,7 @@ class Engine(Generic[S]):
 
     def unpin(self) -> None:
         """Give pinned memory back while nothing runs."""
-        if isinstance(self.streamed.source, HostBlocks) and not self.streamed.started:
+        if isinstance(self.streamed.source, HostBlocks) and not self.streamed.started and not self._running:
             self.streamed.source.unpin()
 
     def release(self) -> None:
@@ -134,18 +134,12 @@ class Engine(Generic[S]):
     def begin_run(self) -> None:
         """A sampler starts."""
         self.end_run()
-        self._monitor = MemoryMonitor(self.device)
-        self._watching.enter_context(self._monitor)
-        self._watching.enter_context(self._monitor.phase("denoise"))
-        self._monitor_since = time.perf_counter()
+        self._monitor.begin()
 
     def end_run(self) -> None:
         """The sampler is done, or gave up."""
-        self._watching.close()
+        self.report = self._monitor.end(self.streamed) or self.report
         self.streamed.forget_contexts()
-        monitor, self._monitor = self._monitor, None
-        if monitor is not None:
-            self.report = self._report(monitor)
 
     # Planning
 
@@ -158,15 +152,39 @@ class Engine(Generic[S]):
         options = options or self.options
         return self.streamed.make_plan(work, self.limits(options))
 
-    def limits(self, options: StreamOptions) -> Limits:
-        """What may be used now, this model's own memory included."""
+    def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
+        """The plan that a run with these options would have; with `card_gb` on a card of so many GB.
+
+        Where ComfyUI runs on the CPU a card is needed, and planned for in bf16. PlanError says what would fit.
+        """
+        dtype = None if self.device.type == "cuda" else torch.bfloat16
+        if card_gb:
+            limits = self.card_limits(options, card_gb)
+        else:
+            limits = self.limits(options, host.evictable_vram(self._owner(), self.device))
+        return plan_memory(self.streamed.footprint(dtype), work, limits)
+
+    def limits(self, options: StreamOptions, evictable_bytes: int = 0) -> Limits:
+        """What may be used now, this model's own memory included, and as many bytes of VRAM that others will free."""
+        limits = self._limits(options, self.device)
+        if self.device.type != "cuda":
+            return limits
+        return replace(limits, vram_budget_bytes=self._vram_budget(options, limits.context_bytes, evictable_bytes))
+
+    def card_limits(self, options: StreamOptions, card_gb: float) -> Limits:
+        """What might be used on a card of so many GB, half a GiB of it left to the desktop."""
+        budget = min(options.vram_budget_gb or card_gb, card_gb - DESKTOP_GB)
+        return replace(self._limits(options, torch.device("cuda")), vram_budget_bytes=int(budget * GIB))
+
+    def _limits(self, options: StreamOptions, device: torch.device) -> Limits:
+        """All but the budget of VRAM."""
         flags = host.memory_flags()
         swap = options.blocks_to_swap
         if swap < 0 and (flags.keep_all or flags.stream_all):
             swap = 0 if flags.keep_all else len(self.streamed.blocks)
         execution = self.streamed.model.execution
         limits = limits_for(
-            self.device,
+            device,
             vram_budget_gib=0.0,
             ram_budget_gib=self._ram_budget(options),
             blocks_to_swap=swap,
@@ -181,19 +199,19 @@ class Engine(Generic[S]):
             self._rates = measure_rates(self.device)
         return replace(
             limits,
-            vram_budget_bytes=self._vram_budget(options, limits.context_bytes),
             pinned_cap_bytes=host.pinned_room() + self.streamed.pinned_bytes,
             tflops_matmul=self._rates.tflops_matmul,
             tflops_attention=self._rates.tflops_attention,
             h2d_gbps=self._rates.h2d_gbps,
         )
 
-    def _vram_budget(self, options: StreamOptions, context_bytes: int) -> int:
+    def _vram_budget(self, options: StreamOptions, context_bytes: int, evictable_bytes: int = 0) -> int:
         """For the whole process, as plans count it: with the context, which has its memory already."""
-        free = host.free_vram(self.device) + self.device_bytes - host.reserved_vram() + context_bytes
+        ours = self.device_bytes + evictable_bytes
+        free = host.free_vram(self.device) + ours - host.reserved_vram() + context_bytes
         if not options.vram_budget_gb:
             return max(0, free)
-        others = torch.cuda.memory_allocated(self.device) - self.device_bytes
+        others = max(0, torch.cuda.memory_allocated(self.device) - ours)  # ComfyUI keeps some outside PyTorch
         return max(0, min(int(options.vram_budget_gb * GIB) - others, free))
 
     def _ram_budget(self, options: StreamOptions) -> float | None:
@@ -209,13 +227,13 @@ class Engine(Generic[S]):
         """Before a run is planned: other models make room for a budget, and the weights carry their patches."""
         self.streamed.stop()
         if self.options.vram_budget_gb:
-            host.unload_others(self.owner() if self.owner is not None else None, self.device)
+            host.unload_others(self._owner(), self.device)
         self._apply_patches()
 
     def start(self, plan: MemoryPlan) -> None:
         """Have the model on the device."""
         self.streamed.start(plan)
-        self._streaming_since = time.perf_counter()
+        self._monitor.streaming_begins()
         self._tell_owner()
         logger.info("%s\n%s", plan.model, "\n".join(plan.reasons))
 
@@ -229,8 +247,9 @@ class Engine(Generic[S]):
             return
         checkpoint = self.streamed.checkpoint
         source = PatchedCheckpoint(checkpoint, wanted.merged) if wanted.merged else checkpoint
-        self._applied = wanted
+        self._applied = None  # until all of it is there
         self.streamed.attach_loras(wanted.loras(), wanted.strengths, source)
+        self._applied = wanted
 
     def _compile(self, options: StreamOptions) -> None:
         if options.compile == self.options.compile:
@@ -272,24 +291,11 @@ class Engine(Generic[S]):
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
-    def _report(self, monitor: MemoryMonitor) -> RunReport:
-        plan, limits = self.streamed.plan, self.streamed.limits
-        on_gpu = self.device.type == "cuda" and limits is not None
-        report = monitor.report(
-            pinned_bytes=self.streamed.pinned_bytes,
-            budget_bytes=limits.vram_budget_bytes if on_gpu and limits is not None else None,
-        )
-        if plan is not None and on_gpu:
-            report = report.with_predictions({"denoise": plan.predicted_denoise_bytes})
-        lanes = self.streamed.ring.lanes if self.streamed.ring is not None else None
-        if isinstance(lanes, TimedLanes):
-            report = report.with_spans(lanes.spans(), self._streaming_since - self._monitor_since)
-        return report
-
-    _monitor_since = 0.0
+    def _owner(self) -> nn.Module | None:
+        return self.owner() if self.owner is not None else None
 
     def _tell_owner(self) -> None:
-        owner: Any = self.owner() if self.owner is not None else None
+        owner: Any = self._owner()
         if owner is not None:
             owner.device = self.device if self.streamed.started else host.offload_device()
             owner.model_loaded_weight_memory = self.device_bytes

@@ -183,7 +183,8 @@ class HostRegistrar:
     def __init__(self, device: torch.device):
         self._device = device
         # ComfyUI counts without a lock; our readers pin from several threads
-        self._lock = threading.Lock()
+        # again from within: what the collector frees while we pin may give pinned memory back
+        self._lock = threading.RLock()
 
     def pin(self, extent: Tensor) -> bool:
         with self._lock:
@@ -203,10 +204,30 @@ def make_room(bytes_needed: int, device: torch.device, keep: Iterable[Any] = ())
 
 
 def unload_others(model: object, device: torch.device) -> None:
-    """Have ComfyUI evict every other model: a budget given by hand is for the whole process."""
+    """Have ComfyUI evict every model that does not run with this one: a budget by hand is for the whole process."""
     if device.type != "cpu":
-        keep = [loaded for loaded in mm.current_loaded_models if getattr(loaded.model, "model", None) is model]
+        others = _others(model, device)
+        keep = [loaded for loaded in mm.current_loaded_models if not any(loaded is other for other in others)]
         mm.free_memory(EVERYTHING, device, keep_loaded=keep)
+
+
+def evictable_vram(model: object, device: torch.device) -> int:
+    """Bytes of the device that ComfyUI frees when this model runs: those of all that does not run with it."""
+    return sum(int(loaded.model_loaded_memory()) for loaded in _others(model, device))
+
+
+def vram_in_reach(device: torch.device) -> int:
+    """Bytes of the device that ComfyUI has free or could free; it changes when other programs take some."""
+    return free_vram(device) + evictable_vram(None, device)
+
+
+def _others(model: object, device: torch.device) -> list[Any]:
+    """ComfyUI's loaded models on the device, but for this one and those that its nodes run beside it."""
+    on_device = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
+    kept = [loaded.model for loaded in on_device if model is not None and getattr(loaded.model, "model", None) is model]
+    for patcher in tuple(kept):
+        kept += [*patcher.get_nested_additional_models(), *patcher.model_patches_models()]
+    return [loaded for loaded in on_device if not any(loaded.model.is_clone(patcher) for patcher in kept)]
 
 
 def decode_device() -> torch.device:

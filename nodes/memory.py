@@ -10,8 +10,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..memory.footprint import Limits
-from ..memory.plan import MemoryPlan, describe, plan_memory
+from ..memory.plan import describe
 from . import host
 from .engine import Engine
 from .patcher import StreamedModelPatcher
@@ -155,6 +154,14 @@ class VramPlan(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, card_gb: float | None = None, **_: Any) -> str:
+        """Changes with the VRAM that this machine has to give, in GiB. Not always: what follows would sample again."""
+        device = host.compute_device()
+        if card_gb or device.type != "cuda":
+            return ""
+        return f"{host.vram_in_reach(device) / GIB:.0f} GiB"
+
+    @classmethod
     def execute(cls, model: Any, width: int, height: int, length: int, guidance: bool, card_gb: float) -> io.NodeOutput:
         patcher = streamed_model(model, "VRAM Plan")
         text = plan_text(patcher, (width, height, length), 2 if guidance else 1, card_gb)
@@ -167,27 +174,13 @@ def plan_text(patcher: StreamedModelPatcher, size: tuple[int, int, int], passes:
     width, height, frames = size
     work = engine.video_work(width, height, frames, passes)
     note = f"{engine.plan_note}\n" if engine.plan_note else ""
+    if not card_gb and engine.device.type != "cuda":
+        note += f"ComfyUI runs on the CPU: this is the plan for a card of {CARD_GB:g} GB.\n"
+        card_gb = CARD_GB
     try:
-        if card_gb or engine.device.type != "cuda":
-            note += "" if card_gb else "ComfyUI runs on the CPU: this is the plan for a card of 8 GB.\n"
-            plan = _plan_for_card(engine, work, patcher, card_gb or CARD_GB)
-        else:
-            plan = engine.plan(work, patcher.options)
+        return note + describe(engine.preview(work, patcher.options, card_gb))
     except ValueError as refusal:
         return f"{note}{refusal}"
-    return note + describe(plan)
-
-
-def _plan_for_card(engine: Engine[Any], work: Any, patcher: StreamedModelPatcher, card_gb: float) -> MemoryPlan:
-    options = patcher.options
-    budget = min(options.vram_budget_gb or card_gb, card_gb - 0.5)  # half a GiB to the desktop
-    limits = Limits(
-        int(budget * GIB),
-        ram_budget_bytes=int(options.ram_budget_gb * GIB) or None,
-        blocks_to_swap=options.blocks_to_swap,
-        num_slots=options.prefetch + 1 if options.prefetch else None,
-    )
-    return plan_memory(engine.streamed.footprint(torch.bfloat16), work, limits)
 
 
 class MemoryReport(io.ComfyNode):

@@ -7,7 +7,6 @@ have the official names, so LoRA keys fit, and lie on the meta device but while 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.common_dit
@@ -17,10 +16,10 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ..wanvideo.blocks import Pass
 from ..wanvideo.config import WanConfig
 from ..wanvideo.embeddings import AxisPositions
 from ..wanvideo.model import Extras
+from .block_patches import BlockPatches, check_patches
 from .engine import Engine
 from .wan_engine import WanEngine
 
@@ -65,7 +64,8 @@ class NativeWan(NativeModel):
     def __init__(self, engine: WanEngine):
         super().__init__(engine)
         self.wan = engine
-        self.patch_size = engine.streamed.config.patch_size
+        config = engine.streamed.config
+        self.dim, self.patch_size = config.dim, config.patch_size
 
     def forward(
         self,
@@ -74,15 +74,14 @@ class NativeWan(NativeModel):
         context: Tensor,
         clip_fea: Tensor | None = None,
         time_dim_concat: Tensor | None = None,
-        transformer_options: dict[str, Any] = {},  # noqa: B006 - core's signature; only read
+        transformer_options: dict[str, Any] | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Velocity `[B, out, T, H, W]` for noisy latents and core's conditioning."""
-        wrappers = comfy.patcher_extension.get_all_wrappers(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
-        )
+        options = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **inputs)
+        return executor.execute(x, timestep, context, clip_fea, time_dim_concat, options, **inputs)
 
     def _forward(
         self,
@@ -91,14 +90,16 @@ class NativeWan(NativeModel):
         context: Tensor,
         clip_fea: Tensor | None = None,
         time_dim_concat: Tensor | None = None,
-        transformer_options: dict[str, Any] = {},  # noqa: B006
+        transformer_options: dict[str, Any] | None = None,
         **inputs: Any,
     ) -> Tensor:
+        options = {} if transformer_options is None else transformer_options
+        check_patches(options)
         frames, height, width = x.shape[2:]
         latent = self._pad(x)
         if time_dim_concat is not None:
             latent = torch.cat([latent, self._pad(time_dim_concat)], dim=2)
-        extras = self._extras(inputs, transformer_options, latent)
+        extras = self._extras(inputs, options, latent)
         if extras.reference is not None and timestep.ndim == 2:
             timestep = torch.cat([timestep[:, :1], timestep], dim=1)
         velocity = self.wan.run(latent, timestep, context, clip_fea, extras)
@@ -114,62 +115,15 @@ class NativeWan(NativeModel):
             )
         config = self.wan.streamed.config
         vace = inputs.get("vace_context") if config.vace_layers else None  # [B, N, C, T, H, W]
+        reference = inputs.get("reference_latent") if config.reference_channels else None
         return Extras(
             vace_frames=() if vace is None else tuple(self._pad(frames) for frames in vace.unbind(1)),
             vace_strengths=() if vace is None else tuple(inputs["vace_strength"]),
-            reference=inputs.get("reference_latent") if config.reference_channels else None,
+            reference=reference,
             camera=inputs.get("camera_conditions") if config.camera_channels else None,
             positions=_positions(transformer_options),
-            visit=_Patches(transformer_options, latent).visit,
+            visitor=BlockPatches(transformer_options, latent, config, reference is not None),
         )
-
-
-class _Patches:
-    """Core's patches around blocks of a transformer: `patches_replace["dit"]` and `patches["double_block"]`."""
-
-    def __init__(self, transformer_options: dict[str, Any], latent: Tensor):
-        self.options = transformer_options
-        self.latent = latent
-        self.replacements = transformer_options.get("patches_replace", {}).get("dit", {})
-        self.after = transformer_options.get("patches", {}).get("double_block", [])
-
-    def visit(self, name: str, state: Pass, run: Callable[[], None]) -> None:
-        kind, _, number = name.partition(".")
-        index = int(number)
-        replacement = self.replacements.get(("double_block", index)) if kind == "blocks" else None
-        if kind != "blocks" or (replacement is None and not self.after):
-            run()
-            return
-        self.options["block_index"] = index
-        if replacement is None:
-            run()
-        else:
-            self._replace(replacement, state, run)
-        for patch in self.after:
-            tokens = self._tokens(state)
-            arguments = {"img": tokens, "x": self.latent, "block_index": index, "img_offset": 0}
-            out = patch({**arguments, "vec": state.modulation, "transformer_options": self.options})
-            _write(out["img"], tokens)
-
-    def _replace(self, replacement: Callable[..., dict[str, Tensor]], state: Pass, run: Callable[[], None]) -> None:
-        tokens = self._tokens(state)
-
-        def original(arguments: dict[str, Any]) -> dict[str, Tensor]:
-            _write(arguments["img"], tokens)
-            run()
-            return {"img": tokens}
-
-        arguments = {"img": tokens, "txt": None, "vec": state.modulation, "pe": state.rope}
-        out = replacement({**arguments, "transformer_options": self.options}, {"original_block": original})
-        _write(out["img"], tokens)
-
-    def _tokens(self, state: Pass) -> Tensor:
-        return state.x.view(self.latent.shape[0], -1, state.x.shape[1])
-
-
-def _write(value: Tensor, tokens: Tensor) -> None:
-    if value is not tokens:
-        tokens.copy_(value)
 
 
 def _positions(transformer_options: dict[str, Any]) -> AxisPositions:

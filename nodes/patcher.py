@@ -85,6 +85,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> float:
         """Make this clone the one that runs. What it may use is decided by the plan, at the first pass."""
+        if force_patch_weights:  # older ComfyUIs ask for weights to save in no other way
+            self.engine.unload()  # core no longer counts it among what is loaded
+            raise self._not_here()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(unpatch_weights=False)
             self.patch_model(load_weights=False)
@@ -107,6 +110,24 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpin_all_weights(self) -> None:
         self.engine.unpin()
+
+    # Weights, which are not where core would read them
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        raise self._not_here()
+
+    def state_dict_for_saving(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
+        raise self._not_here()
+
+    def model_state_dict_for_saving(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
+        raise self._not_here()
+
+    def _not_here(self) -> ValueError:
+        name = self.engine.streamed.checkpoint.path.name
+        return ValueError(
+            f"{name} was opened by the LowVRAM loader, whose weights are in memory only while it runs, so it cannot be "
+            "saved or merged: load it with ComfyUI's own loader for that, or use lowvram-video convert"
+        )
 
     # Sampling
 

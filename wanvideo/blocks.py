@@ -7,7 +7,7 @@ q, the FFN's hidden activations live in the bytes of q, k and v, and residuals a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -51,16 +51,38 @@ class ControlStream:
     strength: float = 1.0
 
 
+class Taps:
+    """What a host is shown inside blocks, to read or to write in place; this one sees nothing.
+
+    Compiled code looks at the flags alone: a class that sets one makes its method no part of it
+    (`torch.compiler.disable`).
+    """
+
+    sees_attention = False  # whether `attended` is called
+    sees_text = False  # whether `after_text` is
+
+    def attended(self, x: Tensor, q: Tensor, k: Tensor) -> None:
+        """Self-attention's result `x` before its projection, and what it is of; `[B, L, H, D]` each."""
+
+    def after_text(self, x: Tensor) -> None:
+        """The residual stream `[rows, dim]` between cross-attention and feed-forward."""
+
+
 @dataclass(frozen=True)
 class Pass:
-    """What the blocks of one forward pass share: `x [rows, dim]`, changed in place; `modulation [groups, 6, dim]`."""
+    """What the blocks of one forward pass share: `x [rows, dim]`, changed in place, and what steers them.
+
+    `time [groups, dim]` is the embedding that `modulation [groups, 6, dim]` is made of.
+    """
 
     x: Tensor
+    time: Tensor
     modulation: Tensor
     groups: RowGroups
     rope: Rope
     work: Workspace
     controls: tuple[ControlStream, ...] = ()
+    taps: Taps = field(default_factory=Taps)
 
 
 class WanBlock(Block):
@@ -78,7 +100,11 @@ class WanBlock(Block):
 
     def advance(self, state: Pass, keys_values: KeysValues) -> None:
         """Take a pass through this block."""
-        self(state.x, state.modulation, state.groups, state.rope, keys_values, state.work)
+        self.run(state.x, state, keys_values)
+
+    def run(self, x: Tensor, state: Pass, keys_values: KeysValues) -> None:
+        """Take tokens `[rows, dim]` of a pass through this block."""
+        self(x, state.modulation, state.groups, state.rope, keys_values, state.work, state.taps)
 
     def forward(
         self,
@@ -88,6 +114,7 @@ class WanBlock(Block):
         rope: Rope,
         keys_values: KeysValues,
         work: Workspace,
+        taps: Taps,
     ) -> None:
         """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
         x = writable(x)
@@ -112,8 +139,10 @@ class WanBlock(Block):
         def add3(rows: slice, y: Tensor) -> None:
             x[rows].add_(y)
 
-        self.self_attn(norm1, add1, rope, work)
+        self.self_attn(norm1, add1, rope, work, taps)
         self.cross_attn(norm3, add3, keys_values, work)
+        if taps.sees_text:
+            taps.after_text(x)
         self.ffn(norm2, add2, work)
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
@@ -138,7 +167,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
         self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
 
-    def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace) -> None:
+    def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace, taps: Taps) -> None:
         q, k, v = work.qkv
         work.scratch.reset()
         projections = [layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.k, self.v)]
@@ -148,7 +177,10 @@ class SelfAttention(nn.Module):
             work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
         tokens = rope.cos.shape[0]
         heads = [rearrange(t, "(b n) (h d) -> b n h d", n=tokens, h=self.num_heads) for t in (q, k, v)]
+        queries = heads[0].clone() if taps.sees_attention else None  # attention writes over them
         work.attend_over(heads[0], [(heads[1], heads[2])])
+        if queries is not None:
+            taps.attended(heads[0], queries, heads[1])
         project_out(self.o, q, add, work)
 
 

@@ -20,7 +20,7 @@ from ..diffusion.transformer import Transformer
 from ..diffusion.workspace import Workspace
 from ..fused.select import RowGroups
 from ..weights.linear import Linear
-from .blocks import Context, ControlStream, Pass, WanBlock
+from .blocks import Context, ControlStream, Pass, Taps, WanBlock
 from .camera import CameraAdapter
 from .config import WanConfig
 from .embeddings import (
@@ -32,12 +32,17 @@ from .embeddings import (
 )
 from .vace import VaceBlock, vace_places
 
-# Told of every block in turn by its name ("blocks.3"), with the pass as it stands and what runs the block.
-Visit = Callable[[str, Pass, Callable[[], None]], None]
 
+class Visitor(Taps):
+    """What a host does around the blocks of a pass, and inside them; this one does nothing."""
 
-def run_block(name: str, state: Pass, run: Callable[[], None]) -> None:
-    run()
+    def visit(self, name: str, state: Pass, run: Callable[[], None]) -> None:
+        """Told of every block in turn by its name ("blocks.3"), with the pass as it stands and what runs the block."""
+        run()
+
+    def cut(self, part: slice) -> Visitor:
+        """The same for some samples of the batch."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Extras:
     reference: Tensor | None = None
     camera: Tensor | None = None
     positions: AxisPositions = field(default_factory=AxisPositions)
-    visit: Visit = run_block
+    visitor: Visitor = field(default_factory=Visitor)
 
     def cut(self, part: slice) -> Extras:
         """The same for some samples of the batch."""
@@ -62,6 +67,7 @@ class Extras:
             vace_frames=tuple(frames[part] for frames in self.vace_frames),
             reference=None if self.reference is None else self.reference[part],
             camera=None if self.camera is None else self.camera[part],
+            visitor=self.visitor.cut(part),
         )
 
 
@@ -116,12 +122,13 @@ class WanModel(Transformer):
         rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
 
         x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
-        state = Pass(x, modulation, groups, rope, work, self.embed_controls(x, extras, work))
+        controls, visitor = self.embed_controls(x, extras, work), extras.visitor
+        state = Pass(x, time, modulation, groups, rope, work, controls, visitor)
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
         for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
             keys_values = context.keys_values[index] if context.keys_values else block.cross_attn.keys_values(context)
-            extras.visit(name, state, partial(block.advance, state, keys_values))
+            visitor.visit(name, state, partial(block.advance, state, keys_values))
         patches = self.head(x, time, groups, work)
         if extras.reference is not None:
             patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])

@@ -34,7 +34,7 @@ class VaceBlock(WanBlock):
     def advance(self, state: Pass, keys_values: KeysValues) -> None:
         work = state.work
         for control in state.controls:
-            self(control.tokens, state.modulation, state.groups, state.rope, keys_values, work)
+            self.run(control.tokens, state, keys_values)
             work.scratch.reset()
             project = self.after_proj.prepare(work.dtype, work.scratch)
             for rows in work.chunks():

@@ -242,3 +242,24 @@ def test_lora_on_the_demo_model() -> None:
     print(f"LoRA on the demo model: effects {changes}")
     assert 0 < changes[0] < changes[1]
     assert torch.equal(sample(model, positive, negative, latent), plain)
+
+
+def test_a_lora_that_failed_to_attach_is_attached_by_the_next_run(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ours(save(models, "t2v"))
+    plain = sample(model, *prompts(), empty_latent(), steps=1)
+    with_lora = comfy.sd.load_lora_for_models(model, None, PLAIN, 0.8, 0)[0]
+    expected = sample(with_lora, *prompts(), empty_latent(), steps=1)
+
+    def broken(*arguments: Any) -> None:
+        raise OSError("the disk is gone")
+
+    for wanted, other in ((with_lora, model), (model, with_lora)):  # on, and off
+        sample(other, *prompts(), empty_latent(), steps=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.engine.streamed), "attach_loras", broken)
+            with pytest.raises(OSError, match="disk is gone"):
+                sample(wanted, *prompts(), empty_latent(), steps=1)
+        got = sample(wanted, *prompts(), empty_latent(), steps=1)
+        assert torch.equal(got, expected if wanted is with_lora else plain)
