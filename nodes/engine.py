@@ -232,7 +232,7 @@ class Engine(Generic[S]):
 
     def start(self, plan: MemoryPlan) -> None:
         """Have the model on the device."""
-        self.streamed.start(plan)
+        self.streamed.start_fitting(plan)
         self._monitor.streaming_begins()
         self._tell_owner()
         logger.info("%s\n%s", plan.model, "\n".join(plan.reasons))

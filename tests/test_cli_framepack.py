@@ -401,7 +401,7 @@ def test_running_out_of_memory_says_what_is_kept(
     assert main(arguments(files, tmp_path / "a.mp4", *video())) == 2
     out, err = capsys.readouterr()
     assert "2 of 2 sections are kept" in out and "the same command goes on from there" in out
-    assert "lower --vram-budget" in err.splitlines()[-1] and "--window" in err
+    assert "make a smaller or shorter video" in err.splitlines()[-1] and "--window" in err
 
 
 def test_no_resume_leaves_the_video_alone(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
