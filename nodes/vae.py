@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class DecodeVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         latent: Tensor = samples["samples"]
         if keep_latent:
-            logger.info("the latent is kept in %s", _save(latent))
+            _keep(latent)
         if is_hunyuan_vae(vae):
             return io.NodeOutput(_decode_hunyuan(vae, latent, tile_size))
         with _decoder(vae, latent) as decoder:
@@ -196,12 +197,16 @@ def _normalise(latent: Tensor, decoder: WanVAE) -> Tensor:
     return (latent.float().cpu() - mean) / std
 
 
-def _save(latent: Tensor) -> Path:
-    """Write the latent as ComfyUI's Save Latent does."""
-    path = host.output_path("latents/LowVRAM", ".latent")
+def _keep(latent: Tensor) -> None:
+    """Write the latent as ComfyUI's Save Latent does; where that fails, decoding is all the more wanted."""
     tensors = {"latent_tensor": latent.contiguous().cpu(), "latent_format_version_0": torch.tensor([])}
-    save_file(tensors, path)
-    return path
+    try:
+        path = host.output_path("latents/LowVRAM", ".latent")
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("the latent is not kept, as it cannot be written (%s): decoding goes on", error)
+    else:
+        logger.info("the latent is kept in %s", path)
 
 
 def _to_images(video: Tensor) -> Tensor:

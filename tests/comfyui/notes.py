@@ -30,7 +30,7 @@ RAM_14B = (
 )
 RAM_EXPERTS = (
     "- **RAM:** 32 GB holds one expert at a time, so that the other is read from the disk when its turn comes; 64 GB "
-    "holds both. The LoRAs are merged into the weights in RAM, so an expert has to fit there: about 20 GB free."
+    "holds both. The LoRAs run beside the layers and stream with them, from the disk too: nothing is merged in RAM."
 )
 FITS_480P = (
     ("6 GB", "832x480, 81 frames, nearly all blocks streamed"),

@@ -16,6 +16,7 @@ from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.memory import MemoryReport, VramPlan
 from lowvram_pack.nodes.vae import DecodeVideo
 from lowvram_pack.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_models import core, empty_latent, ours, prompts, relative_error, sample, save
 
@@ -145,6 +146,30 @@ def test_the_latent_is_saved_first(vae: Any, tmp_path: Path, monkeypatch: pytest
     tensors = load_file(saved)
     assert torch.equal(tensors["latent_tensor"], latent["samples"])
     assert "latent_format_version_0" in tensors
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), SafetensorError("Error while serializing")])
+def test_a_latent_that_cannot_be_saved_is_decoded(
+    vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(sys.modules[DecodeVideo.__module__], "save_file", full)
+    latent = random_latent()
+    images = DecodeVideo.execute(latent, vae, 0, 0, True).result[0]
+    assert torch.equal(images, DecodeVideo.execute(latent, vae, 0, 0, False).result[0])
+    assert str(error) in caplog.text
+
+
+def test_a_latent_is_decoded_where_no_folder_can_be_made(
+    vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "latents").write_bytes(b"")  # a file where the folder would be
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    assert DecodeVideo.execute(random_latent(), vae, 0, 0, True).result[0].isfinite().all()
+    assert "the latent is not kept" in caplog.text
 
 
 def test_a_wrong_vae_is_named(vae: Any) -> None:
