@@ -157,13 +157,16 @@ class FramePackPipeline:
         return frames
 
     def _decode_room(self) -> DecodeRoom | None:
-        """What the budgets leave for decoding; host memory only what no budget forbids and the model does not hold."""
+        """What the budgets leave for decoding.
+
+        Host memory only of a RAM budget given by hand: the clips of a section take as much as the model.
+        """
         device, limits = self.settings.device, self._account.limits
         if device.type != "cuda" or limits is None:
             return None
         free = limits.vram_budget_bytes - limits.context_bytes - torch.cuda.memory_allocated(device)
         host_bytes = 0
-        if limits.ram_budget_bytes is not None:
+        if self.settings.ram_budget_gib is not None and limits.ram_budget_bytes is not None:
             host_bytes = max(0, limits.ram_budget_bytes - RAM_MARGIN_BYTES - self.model.host_bytes)
         return DecodeRoom(free, host_bytes, CudaRegistrar(device) if self.settings.pinned_memory else None)
 
