@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .diffusion.account import RunAccount
 from .framepack.film import Film
@@ -23,6 +25,7 @@ from .framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE, num_frames
 from .framepack.timed_prompts import TimedPrompt
 from .video_frames import read_pieces
 from .weights.fingerprint import fingerprint
+from .whole_files import write_file
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class FramePackRun:
                 if self.film is not None:
                     self.film.add(section.frames, section.overlap)
                 else:
-                    Image.fromarray(section.frames[0].numpy()).save(self.places.output)
+                    write_file(self.places.output, _png(section.frames[0]))
         if self.film is not None:
             self.film.finish()
 
@@ -128,6 +131,13 @@ class FramePackRun:
     def _check_room(self) -> None:
         if self.store is not None:
             check_room(self.store, self.sampling, self.material, with_film=self.sampling.one_frame is None)
+
+
+def _png(frame: Tensor) -> bytes:
+    """`frame [H, W, 3]`, uint8, as a file."""
+    data = BytesIO()
+    Image.fromarray(frame.numpy()).save(data, "PNG")
+    return data.getvalue()
 
 
 def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int, int], end_image: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..framepack.decoding import decode_section
@@ -21,6 +21,7 @@ from ..wanvideo.vae import WanVAE, check_latent
 from ..wanvideo.vae_checkpoint import find_prefix, infer_config
 from ..wanvideo.vae_tiles import decode_tiled
 from ..weights.reader import Checkpoint, TensorInfo
+from ..whole_files import write_file
 from . import host
 from .hunyuan_vae import is_hunyuan_vae, native_decoder
 
@@ -202,7 +203,7 @@ def _keep(latent: Tensor) -> None:
     tensors = {"latent_tensor": latent.contiguous().cpu(), "latent_format_version_0": torch.tensor([])}
     try:
         path = host.output_path("latents/LowVRAM", ".latent")
-        save_file(tensors, path)
+        write_file(path, save(tensors))
     except (OSError, SafetensorError) as error:
         logger.warning("the latent is not kept, as it cannot be written (%s): decoding goes on", error)
     else:

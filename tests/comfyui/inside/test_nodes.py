@@ -156,7 +156,7 @@ def test_a_latent_that_cannot_be_saved_is_decoded(
         raise error
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    monkeypatch.setattr(sys.modules[DecodeVideo.__module__], "save_file", full)
+    monkeypatch.setattr(sys.modules[DecodeVideo.__module__], "write_file", full)
     latent = random_latent()
     images = DecodeVideo.execute(latent, vae, 0, 0, True).result[0]
     assert torch.equal(images, DecodeVideo.execute(latent, vae, 0, 0, False).result[0])
