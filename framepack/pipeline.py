@@ -133,9 +133,8 @@ class FramePackPipeline:
         if not self.model.started:
             assert self.plan is not None
             self.model.limits = self._account.limits
-            self.model.start_fitting(
-                self.model.plan or self.plan
-            )  # leaner than at first, if the device ran out of memory
+            # leaner than at first, if the device ran out of memory
+            self.model.start_fitting(self.model.plan or self.plan)
             self._account.note_pinned(self.model)
         return self.model(noisy, history, condition, image, cache)
 
