@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
+from ..diffusion.tile_retries import Tile, in_shrinking_tiles
 from ..weights.reader import CheckpointError
 from .config import FramePackConfig
 from .encoders.images import ImageEncoder
@@ -24,13 +24,9 @@ from .vae import HunyuanVAE
 from .vae_checkpoint import load_vae
 from .vae_tiles import OVERLAP, TEMPORAL_TILE, encode_tiled
 
-logger = logging.getLogger(__name__)
-
 IMAGE_TOKENS = 729
-# (tile in pixels, latents of a temporal tile) for clips that the device does not hold, the closest to untiled first.
-ENCODE_TILES: tuple[tuple[int, int | None], ...] = (
-    (512, None), (384, None), (256, None), (256, TEMPORAL_TILE), (128, TEMPORAL_TILE)
-)  # fmt: skip
+# for clips that the device does not hold, the closest to untiled first
+ENCODE_TILES = (Tile(512), Tile(384), Tile(256), Tile(256, TEMPORAL_TILE), Tile(128, TEMPORAL_TILE))
 
 
 @dataclass(frozen=True)
@@ -159,18 +155,13 @@ class Encoders:
 
 def encode_clip(vae: HunyuanVAE, clip: Tensor) -> Tensor:
     """Latents `[1, 16, t, h, w]` fp32 on the CPU of `clip [1, 3, T, H, W]`; in tiles where the device is too small."""
-    try:
-        return vae.encode(clip).float().cpu()
-    except torch.cuda.OutOfMemoryError as error:
-        problem = error.with_traceback(None)  # the traceback holds the failed pass's tensors
-    for tile, latents in ENCODE_TILES:
-        torch.cuda.empty_cache()
-        logger.warning("out of VRAM while encoding %d frames: next in tiles of %d pixels", clip.shape[2], tile)
-        try:
-            return encode_tiled(vae, clip, tile, min(OVERLAP, tile // 2), temporal_tile=latents)
-        except torch.cuda.OutOfMemoryError as error:
-            problem = error.with_traceback(None)
-    raise problem
+
+    def tiled(tile: Tile) -> Tensor:
+        overlap = min(OVERLAP, tile.pixels // 2)
+        return encode_tiled(vae, clip, tile.pixels, overlap, temporal_tile=tile.latents)
+
+    what = f"encoding {clip.shape[2]} frame{'s' if clip.shape[2] > 1 else ''}"
+    return in_shrinking_tiles(lambda: vae.encode(clip).float().cpu(), tiled, ENCODE_TILES, what)
 
 
 def _clip(video: Tensor) -> Tensor:

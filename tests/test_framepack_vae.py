@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowvram_video.diffusion.tile_retries import Tile
 from lowvram_video.diffusion.tiles import plan_grid
-from lowvram_video.framepack import vae_blocks
+from lowvram_video.framepack import inputs, vae_blocks
 from lowvram_video.framepack.vae import HUNYUAN_VAE, HunyuanVAE, VAEConfig, decode_footprint
 from lowvram_video.framepack.vae_blocks import Upsample, attend
 from lowvram_video.framepack.vae_checkpoint import load_vae, open_vae, to_diffusers_names
@@ -351,6 +352,28 @@ def test_encoded_tiles_are_those_of_their_frames(vae):
     latent = encode_tiled(vae, video, 16, 0, temporal_tile=2, temporal_overlap=0)
     assert torch.equal(latent[:, :, :3, :, :2], vae.encode(video[:, :, :9, :, :16]))
     assert torch.equal(latent[:, :, 3:, :, 2:], vae.encode(video[:, :, 8:, :, 16:])[:, :, 1:])
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_clip_that_the_device_does_not_hold_is_encoded_in_tiles(vae, failures, monkeypatch, caplog):
+    clip, tries = random_video(5, 32, 48, batch=1), []
+    want = vae.encode(clip)
+
+    def encode(pixels, *store):
+        tries.append(pixels.shape[-1])
+        if len(tries) <= failures:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return HunyuanVAE.encode(vae, pixels, *store)
+
+    monkeypatch.setattr(vae, "encode", encode)
+    monkeypatch.setattr(inputs, "ENCODE_TILES", (Tile(48), Tile(32, 16)))
+    got = inputs.encode_clip(vae, clip)
+    assert got.shape == want.shape and got.dtype == torch.float32 and got.device.type == "cpu"
+    if failures < 2:  # whole, or a tile as large as the clip
+        assert torch.equal(got, want)
+    assert tries[:3] == [48, 48, 32][: len(tries)]
+    told = ["48 pixels", "32 pixels, 16 latents of time at once"][:failures]
+    assert [line.rpartition("tiles of ")[2] for line in caplog.messages if "encoding 5 frames" in line] == told
 
 
 def test_tiles_of_an_even_surface_are_those_of_the_whole(pair):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowvram_video.diffusion.tile_retries import Tile
 from lowvram_video.diffusion.tiles import cut, plan_grid
 from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
 from lowvram_video.wanvideo.vae_tiles import decode_tiled, encode_fitting, encode_tiled
@@ -135,7 +136,7 @@ def test_a_video_that_the_device_does_not_hold_is_encoded_in_tiles(vae, failures
         return WanVAE.encode(vae, pixels)
 
     monkeypatch.setattr(vae, "encode", encode)
-    monkeypatch.setattr("lowvram_video.wanvideo.vae_tiles.ENCODE_TILES", (4 * stride, 2 * stride))
+    monkeypatch.setattr("lowvram_video.wanvideo.vae_tiles.ENCODE_TILES", (Tile(4 * stride), Tile(2 * stride)))
     got = encode_fitting(vae, video)
     if failures == 1:  # a tile as large as the video
         assert torch.equal(got, want)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..diffusion.tile_retries import in_shrinking_tiles
+from ..diffusion.tile_retries import Tile, in_shrinking_tiles
 from ..diffusion.tiles import plan_grid
 from ..diffusion.vae_checks import check_video
 from .vae import WanVAE, check_latent
 
-ENCODE_TILES = (512, 384, 256, 128)  # pixels, for videos that the device does not hold
+ENCODE_TILES = tuple(Tile(pixels) for pixels in (512, 384, 256, 128))  # for videos that the device does not hold
 ENCODE_OVERLAP = 64  # pixels
 
 OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all); may raise to stop
@@ -51,8 +51,8 @@ def decode_tiled(vae: WanVAE, latent: Tensor, tile: int, overlap: int, on_chunk:
 def encode_fitting(vae: WanVAE, video: Tensor) -> Tensor:
     """`vae.encode(video)` on the VAE's device; in tiles, and then fp32, where that runs out of memory."""
 
-    def tiled(tile: int) -> Tensor:
-        return encode_tiled(vae, video, tile, min(ENCODE_OVERLAP, tile // 2)).to(vae.device)
+    def tiled(tile: Tile) -> Tensor:
+        return encode_tiled(vae, video, tile.pixels, min(ENCODE_OVERLAP, tile.pixels // 2)).to(vae.device)
 
     what = f"encoding {video.shape[2]} frame{'s' if video.shape[2] > 1 else ''}"
     return in_shrinking_tiles(lambda: vae.encode(video), tiled, ENCODE_TILES, what)
