@@ -135,7 +135,12 @@ class StreamedModel(Generic[M]):
         return plan
 
     def read(self, plan: MemoryPlan) -> None:
-        """Bring the blocks into host memory (or get ready to read them from disk); again is harmless."""
+        """Bring the blocks into host memory (or get ready to read them from disk); again is harmless.
+
+        What host memory holds stays there; what was read from the disk moves there when the plan has room for it.
+        """
+        if isinstance(self.source, DiskBlocks) and not plan.from_disk:
+            self.release()
         if self.source is not None:
             return
         budget = self._budget = self._pinned_budget()

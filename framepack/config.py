@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+IMAGE_TOKENS = 729  # of a picture, by SigLIP
+
 
 @dataclass(frozen=True)
 class FramePackConfig:

@@ -92,10 +92,11 @@ def decode_section(
             logger.info("decoding %s", way)
             video = _decode(vae, latents, way, room, on_chunk)
             return to_uint8(video)
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             if index == len(ways) - 1:
                 raise
-        logger.warning("out of VRAM while decoding %s: next %s", way, ways[index + 1])
+            memory = "RAM" if isinstance(error, MemoryError) else "VRAM"
+        logger.warning("out of %s while decoding %s: next %s", memory, way, ways[index + 1])
         torch.cuda.empty_cache()
     raise AssertionError("there is always a way")
 

@@ -14,7 +14,7 @@ from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
 from ..diffusion.tile_retries import Tile, in_shrinking_tiles
 from ..weights.reader import CheckpointError
-from .config import FramePackConfig
+from .config import IMAGE_TOKENS, FramePackConfig
 from .encoders.images import ImageEncoder
 from .encoders.prompts import PromptEncoder
 from .model import Prompt
@@ -24,7 +24,6 @@ from .vae import HunyuanVAE
 from .vae_checkpoint import load_vae
 from .vae_tiles import OVERLAP, TEMPORAL_TILE, encode_tiled
 
-IMAGE_TOKENS = 729
 # for clips that the device does not hold, the closest to untiled first
 ENCODE_TILES = (Tile(512), Tile(384), Tile(256), Tile(256, TEMPORAL_TILE), Tile(128, TEMPORAL_TILE))
 

@@ -215,6 +215,10 @@ class Material:
                 f"denoise_strength is {sampling.strength}, but there is no video to begin from: connect "
                 "initial_samples, or set denoise_strength to 1"
             )
+        if self.given is not None and self.initial is not None:
+            raise ValueError(
+                "a video is either changed (initial_samples) or extended (extend_samples): connect one of them"
+            )
         if self.given is not None and sampling.mode != "f1":
             raise ValueError(
                 "a video is extended forwards, which the base model cannot do (it works from the end to the start): "

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,19 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..file_lock import lock_file
 from ..whole_files import write_file
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files: another number is another run
 EXTRA = "extra."
 GIB = 2**30
-LOCK_BYTE = 2**20  # far behind the text: Windows lets nobody read a locked byte
 
 
 class RunError(OSError):
@@ -248,7 +242,7 @@ class RunLock:
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] | None = open(path, "a+b", buffering=0)  # noqa: SIM115 - held open
         try:
-            _lock(self._file)
+            lock_file(self._file)
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read(200).decode(errors="replace") or "another process"
@@ -324,12 +318,3 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _lock(file: IO[bytes]) -> None:
-    """BlockingIOError or PermissionError where another holds it, another OSError where nothing can."""
-    if sys.platform == "win32":
-        file.seek(LOCK_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..diffusion.file_kinds import file_kind
 from ..diffusion.vae_checks import check_tensors
@@ -19,6 +20,7 @@ from .vae import HUNYUAN_VAE, HunyuanVAE, VAEConfig
 logger = logging.getLogger(__name__)
 
 
+DECODER = ("decoder.", "post_quant_conv.")
 PREFIXES = ("vae.", "first_stage_model.", "model.")
 
 # Both layouts have them; other autoencoders do not have both.
@@ -32,9 +34,22 @@ def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -
     Raises CheckpointError when the file is not a complete HunyuanVideo VAE.
     """
     config, checkpoint = open_vae(path)
+    return build_vae(config, checkpoint.read, dtype, device)
+
+
+def build_vae(
+    config: VAEConfig,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    decode_only: bool = False,
+) -> HunyuanVAE:
+    """An autoencoder of what `read` has under its tensors' names; the encoder stays on meta where it only decodes."""
     vae = HunyuanVAE(config, device="meta", dtype=dtype)
-    weights = {name: checkpoint.read(name).to(device=device, dtype=dtype) for name in vae.state_dict()}
-    vae.load_state_dict(weights, assign=True)
+    names = [name for name in vae.state_dict() if not decode_only or name.startswith(DECODER)]
+    weights = {name: read(name).to(device=device, dtype=dtype) for name in names}
+    vae.load_state_dict(weights, strict=False, assign=True)
+    del weights  # or another layout would be a second copy
     uses_cudnn = torch.device(device).type == "cuda" and torch.version.hip is None
     return vae.to_channels_last() if uses_cudnn and dtype != torch.float32 else vae
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from ..file_lock import lock_file
+from ..raw_file import PAGE
 from .layout import SMALL_BYTES, BlockLayout, TensorInfo, TensorSource, align
 
-PAGE = 4096
+PREFIX = ".lowvram-video-"
+NEW_SECONDS = 60  # so long nobody takes a folder for one that was left behind: its lock may be about to come
 
 
 class Spool:
@@ -32,6 +37,7 @@ class Spool:
         exist = {file: file.is_file() for file in {source.tensors[name].file for name in large}}
         made = [name for name in large if not exist[source.tensors[name].file]]
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock: IO[bytes] | None = None  # tells other processes that the folder is in use
         self.num_bytes = sum(align(source.tensors[name].nbytes, PAGE) for name in made)
         if made:
             self._folder = self._make_folder(home)
@@ -47,6 +53,9 @@ class Spool:
 
     def close(self) -> None:
         """Delete the temporary file; again is harmless. What reads from it must be closed first."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
         folder, self._folder = self._folder, None
         if folder is not None:
             folder.cleanup()
@@ -55,12 +64,17 @@ class Spool:
         places = [Path(tempfile.gettempdir())] if home is None else [home, Path(tempfile.gettempdir())]
         refusals = []
         for place in places:
+            remove_left_behind(place)
             free = shutil.disk_usage(place).free
             if free < self.num_bytes:
                 refusals.append(f"{place} has {free / 2**30:.2f} GiB free")
                 continue
             try:
-                return tempfile.TemporaryDirectory(prefix=".lowvram-video-", dir=place, ignore_cleanup_errors=True)
+                folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=place, ignore_cleanup_errors=True)
+                self._lock = open(Path(folder.name) / "lock", "wb")  # noqa: SIM115 - held open
+                with suppress(OSError):  # a file system without locks
+                    lock_file(self._lock)
+                return folder
             except OSError as error:
                 refusals.append(f"{place} cannot be written to ({error.strerror})")
         raise ValueError(
@@ -79,3 +93,16 @@ class Spool:
                 infos[name] = replace(info, file=path, offset=file.tell())
                 file.write(raw.numpy().data)
         return infos
+
+
+def remove_left_behind(place: Path) -> None:
+    """Delete the folders of processes that were killed: they hold gigabytes, and nobody else would."""
+    for folder in place.glob(f"{PREFIX}*"):
+        lock = folder / "lock"
+        with suppress(OSError):  # in use, or another user's
+            if time.time() - folder.stat().st_mtime < NEW_SECONDS:
+                continue
+            if lock.exists():
+                with lock.open("r+b") as file:
+                    lock_file(file)
+            shutil.rmtree(folder)

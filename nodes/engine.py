@@ -22,7 +22,7 @@ from ..memory.host_buffers import HostBlocks
 from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.limits import hold_budget, limits_for
 from ..memory.pinned import Registrar
-from ..memory.plan import MemoryPlan, plan_memory
+from ..memory.plan import MemoryPlan, PlanError, plan_memory
 from ..memory.rates import Rates, measure_rates
 from ..memory.report import RunReport
 from . import host
@@ -148,8 +148,17 @@ class Engine(Generic[S]):
         raise NotImplementedError
 
     def plan(self, work: WorkSize, options: StreamOptions | None = None) -> MemoryPlan:
-        """The plan for this work as memory is now. PlanError says what would fit."""
+        """The plan for this work as memory is now. PlanError says what would fit.
+
+        Another model that runs in turn with this one keeps its place while both fit.
+        """
         options = options or self.options
+        try:
+            return self.streamed.make_plan(work, self.limits(options))
+        except PlanError:
+            if not host.evictable_vram(self._owner(), self.device):
+                raise
+        host.unload_others(self._owner(), self.device)
         return self.streamed.make_plan(work, self.limits(options))
 
     def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
@@ -228,11 +237,13 @@ class Engine(Generic[S]):
         self.streamed.stop()
         if self.options.vram_budget_gb:
             host.unload_others(self._owner(), self.device)
+            host.empty_cache()  # what earlier nodes left in PyTorch's cache counts against the budget
         self._apply_patches()
 
     def start(self, plan: MemoryPlan) -> None:
         """Have the model on the device."""
-        self.streamed.start_fitting(plan)
+        with self.within_budget():
+            self.streamed.start_fitting(plan)
         self._monitor.streaming_begins()
         self._tell_owner()
         logger.info("%s\n%s", plan.model, "\n".join(plan.reasons))

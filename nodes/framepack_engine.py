@@ -53,6 +53,8 @@ class FramePackEngine(Engine[StreamedFramePack]):
         """Free device memory, for a decoding between sections; the weights stay in host memory as they are."""
         self.streamed.stop()
         self._tell_owner()
+        if self.options.vram_budget_gb:  # others count against it, also where no section is made any more
+            host.unload_others(self._owner(), self.device)
         host.empty_cache()
 
     def vram_left(self) -> int | None:

@@ -150,6 +150,17 @@ class FramePackEndImage(io.ComfyNode):
         return io.NodeOutput(EndImageOptions(latent, image_embeds, start_embed_strength, embed_interpolation))
 
 
+def single_prompt_of(conditioning: list[Any], name: str) -> tuple[Tensor, dict[str, Any]]:
+    """The text and options of a CONDITIONING with one entry. ValueError for one that was combined."""
+    if len(conditioning) > 1:
+        raise ValueError(
+            f"the {name} conditioning has {len(conditioning)} entries (of Conditioning Combine, areas or ranges), and "
+            "FramePack hears one prompt at a time: write one prompt, or connect FramePack Timed Prompt as positive"
+        )
+    text, options = conditioning[0]
+    return text, options
+
+
 def timed_prompt_of(conditioning: list[Any]) -> tuple[TimedPrompt, list[tuple[str, Tensor, dict[str, Any]]]]:
     """The schedule of a CONDITIONING and its (name, text, options) entries; any other node's is one prompt.
 
@@ -160,7 +171,8 @@ def timed_prompt_of(conditioning: list[Any]) -> tuple[TimedPrompt, list[tuple[st
     _, options = conditioning[0]
     timed = options.get(TIMED_KEY)
     if timed is None and not any(TIMED_KEY in options for _, options in conditioning):
-        return TimedPrompt("prompt"), [("prompt", *conditioning[0])]
+        text, options = single_prompt_of(conditioning, "positive")
+        return TimedPrompt("prompt"), [("prompt", text, options)]
     if any(options.get(TIMED_KEY) is not timed for _, options in conditioning):
         raise ValueError(
             "FramePack Timed Prompt cannot be combined with other conditioning: connect it to the sampler directly and "

@@ -9,16 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..framepack.config import IMAGE_TOKENS
 from ..framepack.model import Prompt
 from ..framepack.request import Material, Sampling
 from ..framepack.sections import SPATIAL_STRIDE
 from . import host
 from .framepack_engine import FramePackEngine
-from .framepack_inputs import EndImageOptions, timed_prompt_of
+from .framepack_inputs import EndImageOptions, single_prompt_of, timed_prompt_of
 from .patcher import StreamedModelPatcher
 
 LOADER = "Load FramePack Model (Low VRAM)"
-IMAGE_TOKENS = 729
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class SamplerInputs:
             latent_size=size if sized is None else (sized.shape[3], sized.shape[4]),
             timed=timed,
             prompts={name: _prompt(text, options) for name, text, options in prompts},
-            negative=_prompt(*self.negative[0]) if self.negative else None,
+            negative=_prompt(*single_prompt_of(self.negative, "negative")) if self.negative else None,
             start=start,
             end=latents.given(end.latent, 1),
             start_features=start_features,

@@ -70,8 +70,11 @@ class SamplerRun:
             return
         folder = host.temporary_path(f"framepack_film_{uuid4().hex}") if store is None else store.folder / "film"
         grows: Literal["front", "back"] = "front" if self.sections[0].prepend else "back"
-        path = _film_path(folder, prefix)
-        yield Film(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=vae_fingerprint(vae))
+        made_by, path = vae_fingerprint(vae), _film_path(folder, prefix)
+        film = Film(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+        if not film.num_sections and path.exists():  # it is begun anew, and what is there stays
+            film = Film(folder, _new_place(folder, prefix), FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+        yield film
 
     def make(self, store: RunStore | None, film: Film | None, vae: Any) -> Tensor:
         """All latents of the video, in its order."""
@@ -130,7 +133,7 @@ class SamplerRun:
         engine = self.engine
         with engine.returning_memory(), engine.within_budget():
             engine.leave_device()
-            with native_decoder(vae, engine.vram_left) as (decoder, room):
+            with native_decoder(vae, latents, engine.vram_left) as (decoder, room):
                 frames = decode_section(decoder, latents, room, host.check_interrupt)
         # making room for the VAE may have struck us off ComfyUI's list of models
         host.load_model(self.patcher)
@@ -146,6 +149,12 @@ def _film_path(folder: Path, prefix: str) -> Path:
         path = Path(place["path"])
         if place["prefix"] == prefix and Film.is_at(folder, path):
             return path
+    return _new_place(folder, prefix)
+
+
+def _new_place(folder: Path, prefix: str) -> Path:
+    """A file that is not there yet, noted as the film's."""
+    note = folder / "place.json"
     folder.mkdir(parents=True, exist_ok=True)
     path = host.output_path(prefix, ".mp4")
     write_file(note, json.dumps({"prefix": prefix, "path": str(path)}).encode())

@@ -21,7 +21,8 @@ from comfy_api.latest import InputImpl, io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..host_memory import return_freed_bytes
+from ..host_memory import available_ram_bytes, return_freed_bytes
+from ..memory.pinned import default_pinned_cap
 
 CATEGORY = "LowVRAM Video"
 MODEL_FOLDER = "diffusion_models"  # ComfyUI's models/unet is one of its places
@@ -69,8 +70,10 @@ def model_path(name: str, folder: str = MODEL_FOLDER) -> Path:
     )
 
 
-def model_stamp(name: str, folder: str = MODEL_FOLDER) -> str:
-    """Changes when the file does, so that a replaced file is loaded again."""
+def model_stamp(name: str | None, folder: str = MODEL_FOLDER) -> str:
+    """Changes when the file does, so that a replaced file is loaded again; None: the name comes from another node."""
+    if name is None:
+        return "linked"
     try:
         stat = model_path(name, folder).stat()
     except ValueError:
@@ -163,7 +166,8 @@ def reserved_vram() -> int:
 
 
 def free_ram() -> int:
-    return int(mm.get_free_memory(torch.device("cpu")))
+    """Bytes of RAM that are free. ComfyUI sees the machine's also in a container that may take less."""
+    return min(int(mm.get_free_memory(torch.device("cpu"))), available_ram_bytes())
 
 
 def empty_cache() -> None:
@@ -173,8 +177,8 @@ def empty_cache() -> None:
 
 
 def pinned_room() -> int:
-    """Bytes that ComfyUI would still pin."""
-    return max(0, int(mm.MAX_PINNED_MEMORY - mm.TOTAL_PINNED_MEMORY))
+    """Bytes that ComfyUI would still pin, of what this machine or container may."""
+    return max(0, int(min(mm.MAX_PINNED_MEMORY, default_pinned_cap()) - mm.TOTAL_PINNED_MEMORY))
 
 
 class HostRegistrar:
@@ -214,11 +218,6 @@ def unload_others(model: object, device: torch.device) -> None:
 def evictable_vram(model: object, device: torch.device) -> int:
     """Bytes of the device that ComfyUI frees when this model runs: those of all that does not run with it."""
     return sum(int(loaded.model_loaded_memory()) for loaded in _others(model, device))
-
-
-def vram_in_reach(device: torch.device) -> int:
-    """Bytes of the device that ComfyUI has free or could free; it changes when other programs take some."""
-    return free_vram(device) + evictable_vram(None, device)
 
 
 def _others(model: object, device: torch.device) -> list[Any]:

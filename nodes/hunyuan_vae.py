@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..framepack.decoding import DecodeRoom
+from ..framepack.decoding import HEADROOM_BYTES, DecodeRoom
 from ..framepack.runs import run_key
-from ..framepack.vae import HunyuanVAE
-from ..framepack.vae_checkpoint import adopt_vae, find_prefix, to_diffusers_names
+from ..framepack.vae import HunyuanVAE, decode_footprint
+from ..framepack.vae_checkpoint import DECODER, adopt_vae, build_vae, find_prefix, to_diffusers_names
 from ..weights.reader import Checkpoint, TensorInfo
 from . import host
 
-MIB = 2**20
 NUM_SAMPLED = 64
 
 
@@ -28,11 +27,12 @@ def is_hunyuan_vae(vae: Any) -> bool:
 
 @contextmanager
 def native_decoder(
-    vae: Any, vram_left: Callable[[], int | None] = lambda: None
+    vae: Any, latents: Tensor, vram_left: Callable[[], int | None] = lambda: None
 ) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
     """Our decoder on the device while it works, and the memory that it may use beside its weights (None: any).
 
-    `vram_left` tells what a budget leaves then, if there is one. ValueError for the VAE of another model.
+    Idle models leave the device as far as whole `latents [1, 16, t, h, w]` need their room. `vram_left` tells what a
+    budget leaves then, if there is one. ValueError for the VAE of another model.
     """
     stored: dict[str, Tensor] = vae.first_stage_model.state_dict()
     if find_prefix(stored) != "":
@@ -46,14 +46,16 @@ def native_decoder(
     }
     config, fitting = adopt_vae(Checkpoint(Path("the connected VAE"), infos, {}))
     device, dtype = host.decode_device(), vae.vae_dtype
-    decoder = HunyuanVAE(config, device="meta", dtype=dtype)
-    host.make_room(sum(info.nbytes for info in infos.values()) + 256 * MIB, device)
-    weights = {}
-    for name, info in fitting.tensors.items():
-        weights[name] = stored[info.name].view(info.shape).to(device=device, dtype=dtype)
-    decoder.load_state_dict(weights, assign=True)
-    if device.type == "cuda" and dtype.itemsize == 2:
-        decoder.to_channels_last()
+    weight_bytes = sum(info.nbytes for name, info in fitting.tensors.items() if name.startswith(DECODER))
+    frames, height, width = latents.shape[2], *(config.spatial_stride * side for side in latents.shape[3:])
+    whole = decode_footprint(config, frames, height, width, dtype.itemsize)
+    host.make_room(weight_bytes + whole.total_bytes + HEADROOM_BYTES, device)
+
+    def read(name: str) -> Tensor:
+        info = fitting.tensors[name]
+        return stored[info.name].view(info.shape)
+
+    decoder = build_vae(config, read, dtype, device, decode_only=True)
     try:
         yield decoder.requires_grad_(False), _room(device, vram_left())
     finally:

@@ -89,10 +89,10 @@ class _Patches:
         # several layers may have rows of one `up`, and share one `down`
         up = self._once((layer, "up"), lambda: self._lora.up(pair))
         down = self._once((pair.down,), lambda: self._lora.down(pair))
-        magnitude = None if pair.magnitude is None else self._lora.magnitude(pair).flatten()
-        if magnitude is not None:
-            by_row = len(magnitude) == self._shape(f"{layer}.weight")[0]
-            magnitude = magnitude.view(-1, 1) if by_row else magnitude.view(1, -1)
+        magnitude = None if pair.magnitude is None else self._lora.magnitude(pair)
+        if magnitude is not None:  # a square weight has as many columns as rows: the stored shape tells
+            by_row = magnitude.shape[0] == self._shape(f"{layer}.weight")[0]
+            magnitude = magnitude.reshape(-1, 1) if by_row else magnitude.reshape(1, -1)
         return host.lora_patch(up, down, pair.scale * pair.rank, magnitude)
 
     def _once(self, name: tuple[str, ...], read: Callable[[], Tensor]) -> Tensor:

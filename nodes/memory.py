@@ -154,14 +154,6 @@ class VramPlan(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, card_gb: float | None = None, **_: Any) -> str:
-        """Changes with the VRAM that this machine has to give, in GiB. Not always: what follows would sample again."""
-        device = host.compute_device()
-        if card_gb or device.type != "cuda":
-            return ""
-        return f"{host.vram_in_reach(device) / GIB:.0f} GiB"
-
-    @classmethod
     def execute(cls, model: Any, width: int, height: int, length: int, guidance: bool, card_gb: float) -> io.NodeOutput:
         patcher = streamed_model(model, "VRAM Plan")
         text = plan_text(patcher, (width, height, length), 2 if guidance else 1, card_gb)

@@ -129,6 +129,15 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             "saved or merged: load it with ComfyUI's own loader for that, or use lowvram-video convert"
         )
 
+    def set_injections(self, key: str, injections: Any) -> None:
+        """Core's bypass LoRAs replace `forward` of layers that our blocks do not call."""
+        if key == "bypass_lora":
+            raise ValueError(
+                "a LoRA in bypass mode (Load LoRA (Bypass)) is not supported by the LowVRAM loader: load it with Load "
+                "LoRA, which changes no stored weight here either"
+            )
+        super().set_injections(key, injections)
+
     # Sampling
 
     def pre_run(self) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ..diffusion.streamed import StreamedModel
 from ..memory.lanes import TimedLanes
-from ..memory.report import MemoryMonitor, RunReport
+from ..memory.report import MemoryMonitor, RunReport, others_bytes
 
 
 class RunMonitor:
@@ -21,17 +21,20 @@ class RunMonitor:
         self._monitor: MemoryMonitor | None = None
         self._watching = ExitStack()
         self._begun = 0.0
+        self._beside = 0  # bytes of the device that are none of PyTorch's here
         self._streaming_since = 0.0  # perhaps in an earlier run
 
     def begin(self) -> None:
         """A run starts; the one before has ended."""
+        self._beside = others_bytes(self._device, 0)
         self._monitor = MemoryMonitor(self._device)
         self._watching.enter_context(self._monitor)
         self._watching.enter_context(self._monitor.phase("denoise"))
         self._begun = time.perf_counter()
 
     def streaming_begins(self) -> None:
-        """The model is on its device: the clock of its timed lanes starts."""
+        """The model is on its device, others have made room: the clock of its timed lanes starts."""
+        self._beside = others_bytes(self._device, 0)
         self._streaming_since = time.perf_counter()
 
     def end(self, streamed: StreamedModel[Any]) -> RunReport | None:
@@ -44,6 +47,7 @@ class RunMonitor:
         on_gpu = self._device.type == "cuda" and limits is not None
         report = monitor.report(
             pinned_bytes=streamed.pinned_bytes,
+            other_bytes=max(0, self._beside - limits.context_bytes) if on_gpu and limits is not None else 0,
             budget_bytes=limits.vram_budget_bytes if on_gpu and limits is not None else None,
         )
         if plan is not None and on_gpu:

@@ -41,7 +41,7 @@ class DecodeVideo(io.ComfyNode):
             node_id="LowVRAMDecodeVideo",
             display_name="Decode Video (Tiled, Low VRAM)",
             description="Decodes a Wan video frame by frame, in overlapping tiles where the card is too small for "
-            "whole frames. Time is never cut, so there are no pulses; frames move to RAM as they are made.",
+            "whole frames. Wan's time is never cut, so there are no pulses; frames move to RAM as they are made.",
             search_aliases=["vae decode tiled", "wan vae", "decode video"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent of a Wan or FramePack model."),
@@ -97,7 +97,7 @@ class DecodeVideo(io.ComfyNode):
 def _decode_hunyuan(vae: Any, latent: Tensor, tile: int) -> Tensor:
     """IMAGE of FramePack's and HunyuanVideo's latents: a clip at a time, whole where there is room."""
     clips = []
-    with native_decoder(vae) as (decoder, room):
+    with native_decoder(vae, latent) as (decoder, room):
         for clip in latent.float().cpu().split(1):
             scaled = clip * decoder.config.scaling_factor  # ComfyUI's latents have the scale of the encoder
             clips.append(decode_section(decoder, scaled, room, host.check_interrupt, tile))

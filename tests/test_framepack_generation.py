@@ -446,6 +446,11 @@ def test_a_lora_changes_what_its_strength_says(checkpoint: Path, tmp_path: Path)
         (replace(SAMPLING, seconds=-1.0), {}, "length"),
         (SAMPLING, {"end": torch.zeros(1, 16, 1, 8, 8)}, "the end latent"),
         (SAMPLING, {"interpolation": "cubic"}, "embed_interpolation"),
+        (
+            replace(SAMPLING, mode="f1"),
+            {"initial": randn(1, 16, 8, *SIZE, seed=1), "given": randn(1, 16, 8, *SIZE, seed=2)},
+            "connect one of them",
+        ),
     ],
 )
 def test_requests_that_contradict_themselves_are_refused(

@@ -447,7 +447,7 @@ def test_a_place_without_locks_is_only_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusal = OSError(95, "Operation not supported")
-    monkeypatch.setattr("lowvram_video.framepack.runs._lock", lambda _: (_ for _ in ()).throw(refusal))
+    monkeypatch.setattr("lowvram_video.framepack.runs.lock_file", lambda _: (_ for _ in ()).throw(refusal))
     RunLock(tmp_path / "lock").release()
     assert "cannot be locked (Operation not supported): do not start this run twice" in caplog.text
 

@@ -1,6 +1,7 @@
 """LoRAs merged into weights, streamed with their blocks, and from the command line."""
 
 import logging
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,19 @@ import pytest
 import torch
 from lowvram_video.cli import main, make_parser
 from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.file_lock import lock_file
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.host_buffers import HostBlocks
+from lowvram_video.memory.spool import remove_left_behind
 from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.dialects import plain_dialect
+from lowvram_video.weights.fp8 import Fp8Dequantized
 from lowvram_video.weights.lora import LoraChoice, open_lora
-from lowvram_video.weights.lora_merge import decomposed
+from lowvram_video.weights.lora_merge import decomposed, requantize
 from lowvram_video.weights.lora_source import AttachedLoras
 from lowvram_video.weights.reader import CheckpointError, open_checkpoint
 from safetensors.torch import load_file, save_file
@@ -104,6 +108,15 @@ def test_differences_convolutions_and_dora_are_merged(
     assert said == ["LoRA: 11 tensors are merged as they are read."]
     with pytest.raises(CheckpointError, match=r"can only be merged.*choose lora_mode auto"):
         StreamedWan(wan, RunSettings(lora_mode="side"), loras=[LoraChoice(lora)])
+
+
+@pytest.mark.parametrize("num_scales", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_16_bit_weights_beside_a_scale_are_merged_into_too(dtype: torch.dtype, num_scales: int) -> None:
+    weight = rand(0, 6, 8)
+    values, scales = requantize(weight, Fp8Dequantized(), dtype, num_scales)
+    assert values.dtype == dtype and torch.equal(values, weight.to(dtype))
+    assert scales is not None and torch.equal(scales, torch.ones(num_scales))
 
 
 def test_decomposed_lengths() -> None:
@@ -231,6 +244,20 @@ def test_large_tensors_that_are_in_no_file_stream_from_disk(
         assert torch.equal(model(*INPUTS), resident) and not torch.equal(resident, velocity(wan))
         model.release()
     assert [path.name for path in (*home.iterdir(), *temporary.iterdir())] == ["wan.safetensors"]
+
+
+def test_what_a_killed_process_left_on_the_disk_is_removed(tmp_path: Path) -> None:
+    left, older, used, new = (tmp_path / f".lowvram-video-{name}" for name in ("left", "older", "used", "new"))
+    for folder in (left, older, used, new):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"many")
+        if folder != older:
+            (folder / "lock").touch()
+        os.utime(folder, (0, 0) if folder != new else None)
+    with (used / "lock").open("r+b") as file:
+        lock_file(file)
+        remove_left_behind(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([used, new])
 
 
 def test_loras_beside_a_model_loaded_whole_do_nothing_to_it(wan: Path) -> None:

@@ -30,7 +30,16 @@ DIRECTIONS: dict[str, set[str]] = {
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
 PIPELINE_FILES = {"pipeline.py", "account.py", "streamed.py", "footprint.py", "generation.py", "decoding.py"}
 # modules beside cli.py that import nothing of the package
-ROOT_LEAVES = {"video", "progress", "raw_file", "host_memory", "whole_files", "triton_errors", "half_precision"}
+ROOT_LEAVES = {
+    "video",
+    "progress",
+    "raw_file",
+    "host_memory",
+    "whole_files",
+    "file_lock",
+    "triton_errors",
+    "half_precision",
+}
 RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}
 OPTIONAL = {"triton", "sageattention", "flash_attn", "flash_attn_interface", "comfy_kitchen", "ftfy", "torch_tensorrt"}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}

@@ -13,6 +13,7 @@ from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.footprint import GIB, Limits, WorkSize
+from lowvram_video.memory.host_buffers import HostBlocks
 from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
 from lowvram_video.memory.lanes import Span
 from lowvram_video.memory.limits import limits_for
@@ -187,6 +188,12 @@ def test_batched_guidance_equals_guidance_in_turn(t2v: WanFiles) -> None:
     print(f"guidance in one batch: max relative error {error:.2e}")
     assert error <= 1e-5
     assert contexts == [1, 1, 1, 1]  # one pass per step, and the prompts are embedded once
+
+
+def test_guidance_0_follows_the_negative_prompt_alone(t2v: WanFiles) -> None:
+    swapped = replace(REQUEST, prompt=REQUEST.negative_prompt, negative_prompt=REQUEST.prompt, guidance=1.0)
+    error = relative_error(latent_of(t2v, replace(REQUEST, guidance=0.0)), latent_of(t2v, swapped))
+    assert error <= 1e-5
 
 
 def test_no_guidance_makes_one_pass_per_step(t2v: WanFiles) -> None:
@@ -444,6 +451,42 @@ def test_memory_that_runs_out_while_starting_is_no_end(
     assert len(sizes) == 2 + len(failing) and sizes == sorted(set(sizes), reverse=True)
     assert model.plan is tried[-1]
     assert relative_error(velocity, expected) <= 1e-5
+    model.release()
+
+
+def test_as_many_keys_and_values_are_kept_as_were_planned(t2v: WanFiles, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts that follow each other replace each other; for prompts that take turns the pass is planned anew."""
+    model = Ringed(t2v.model, RunSettings())
+    work = WorkSize(5, 32, 48, passes_per_step=2)
+    plan = replace(model.make_plan(work, Limits(UNLIMITED, blocks_to_swap=6)), cache_text_kv=True)
+    latent, timestep, _ = inputs()
+    texts = [torch.randn(1, 512, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    made: list[int] = []
+    with torch.inference_mode():
+        model.start(plan)
+        embed = model.model.embed_context
+        model.model.embed_context = lambda *given: made.append(1) or embed(*given)
+        want = [model(latent, timestep, text) for text in texts]
+        assert len(made) == 4 and len(model._contexts) == 2 and model.plan is plan
+        for _ in range(5):
+            got = [model(latent, timestep, text) for text in texts[1:]]
+        assert all(torch.equal(one, other) for one, other in zip(got, want[1:], strict=True))
+        assert len(made) < 4 + 8, "each of the three is embedded once more, and once after planning anew"
+        assert model.plan.work.passes_per_step == 3 and model.plan.work == replace(work, passes_per_step=3)
+    model.release()
+
+
+def test_what_was_read_from_the_disk_moves_to_ram_when_there_is_some(t2v: WanFiles) -> None:
+    model = StreamedWan(t2v.model, RunSettings())
+    scarce = Limits(UNLIMITED, ram_budget_bytes=RAM_MARGIN_BYTES + 3 * 2**20, blocks_to_swap=6)
+    with torch.inference_mode():
+        for limits, kind in ((scarce, DiskBlocks), (replace(scarce, ram_budget_bytes=None), HostBlocks)):
+            plan = model.make_plan(WorkSize(5, 32, 48), limits)
+            model.start(plan, DeviceRing(plan.ring_bytes, CPU))
+            assert isinstance(model.source, kind)
+        held = model.source
+        model.start(model.make_plan(WorkSize(5, 32, 48), scarce), DeviceRing(plan.ring_bytes, CPU))
+        assert model.source is held, "what RAM holds is not read again"
     model.release()
 
 

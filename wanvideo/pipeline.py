@@ -227,7 +227,8 @@ class WanPipeline:
                 text = both  # one tensor for all steps, so that it is embedded once
             return model(latent, timestep, text)
 
-        guided = Guidance(velocity, conditions.cond, conditions.uncond, scale or 1.0, self.settings.batched_guidance)
+        scale = 1.0 if scale is None else scale
+        guided = Guidance(velocity, conditions.cond, conditions.uncond, scale, self.settings.batched_guidance)
         if first_frame is None:
             return guided
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -14,12 +16,15 @@ from ..diffusion.streamed import StreamedModel
 from ..diffusion.transformer import Block
 from ..memory.footprint import WAN21_VAE, WAN22_VAE, ModelFootprint
 from ..memory.pinned import Registrar
+from ..memory.plan import PlanError
 from ..weights.lora import LoraChoice
 from ..weights.quantize import quantize_checkpoint
 from .blocks import Context, WanBlock
 from .checkpoint import build_wan, open_wan
 from .lora_layers import wan_aliases
 from .model import Extras, WanModel
+
+logger = logging.getLogger(__name__)
 
 # What only makes keys and values of the prompt: not needed in a pass once those are cached.
 TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img"))
@@ -44,6 +49,7 @@ class StreamedWan(StreamedModel[WanModel]):
         self.config, checkpoint = open_wan(path)
         checkpoint = quantize_checkpoint(checkpoint, settings.quantization, settings.device)
         self._contexts: list[tuple[Tensor, Tensor | None, Context]] = []
+        self._dropped: list[tuple[Tensor, Tensor | None]] = []  # prompts whose contexts had to make room for others
         model = build_wan(self.config, checkpoint)
         aliases = wan_aliases(checkpoint.tensors)
         head_dim = self.config.head_dim
@@ -88,6 +94,7 @@ class StreamedWan(StreamedModel[WanModel]):
         extras: Extras = Extras(),  # noqa: B008 - immutable
     ) -> Tensor:
         """The velocity (see `WanModel`); when the device runs out of memory the pass is repeated with a leaner plan."""
+        self._plan_for(text, image_tokens)
         return self.retrying(lambda: self.model(latent, timestep, self.context(text, image_tokens), extras=extras))
 
     def context(self, text: Tensor, image_tokens: Tensor | None) -> Context:
@@ -95,7 +102,7 @@ class StreamedWan(StreamedModel[WanModel]):
         for known_text, known_image, context in self._contexts:
             if _same(known_text, text) and _same(known_image, image_tokens):
                 return context
-        del self._contexts[: len(self._contexts) + 1 - MAX_CONTEXTS]
+        self._drop_contexts(len(text))
         device = self.settings.device
         context = self.model.embed_context(text.to(device), None if image_tokens is None else image_tokens.to(device))
         if self.plan is not None and self.plan.cache_text_kv:
@@ -105,6 +112,33 @@ class StreamedWan(StreamedModel[WanModel]):
 
     def forget_contexts(self) -> None:
         self._contexts.clear()
+        self._dropped.clear()
+
+    def _drop_contexts(self, num_new: int) -> None:
+        """Make room for the contexts of `num_new` samples; keys and values have as much as was planned for."""
+        plan, kept = self.plan, self._contexts
+        most = plan.work.batch * plan.work.passes_per_step if plan is not None and plan.cache_text_kv else None
+        while kept and (len(kept) >= MAX_CONTEXTS or (most is not None and self._num_kept() + num_new > most)):
+            text, image_tokens, _ = kept.pop(0)
+            self._dropped = [*self._dropped[1 - MAX_CONTEXTS :], (text, image_tokens)]
+
+    def _plan_for(self, text: Tensor, image_tokens: Tensor | None) -> None:
+        """Plan anew where more prompts take turns than were planned for: their keys and values would go and come."""
+        plan = self.plan
+        if plan is None or self.limits is None or not plan.cache_text_kv:
+            return
+        if not any(_same(known, text) and _same(image, image_tokens) for known, image in self._dropped):
+            return
+        passes = -(-(self._num_kept() + len(text)) // plan.work.batch)
+        try:
+            more = self.make_plan(replace(plan.work, passes_per_step=passes), self.limits)
+        except PlanError:
+            return
+        logger.info("%d prompts take turns: planned anew for so many", passes)
+        self.start_fitting(more)
+
+    def _num_kept(self) -> int:
+        return sum(len(text) for text, _, _ in self._contexts)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -67,6 +68,8 @@ def convert(
     try:
         with open(part, "wb") as file:
             _write(file, source, entries, progress, total)
+            file.flush()
+            os.fsync(file.fileno())
         replace_file(part, out_path)
     finally:
         part.unlink(missing_ok=True)

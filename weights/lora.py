@@ -109,7 +109,8 @@ class Lora:
     def magnitude(self, pair: LowRankPair) -> Tensor:
         """One number per output, or per input, of a DoRA."""
         assert pair.magnitude is not None
-        return self._rows(pair.magnitude, pair.rows)
+        by_column = self.checkpoint.tensors[pair.magnitude].shape[:1] == (1,)
+        return self._rows(pair.magnitude, () if by_column else pair.rows)
 
     def difference(self, difference: Difference) -> Tensor:
         """As stored; its shape may have more or fewer dimensions than the tensor's."""

@@ -52,7 +52,9 @@ def requantize(weight: Tensor, form: WeightFormat, dtype: torch.dtype, num_scale
         return (weight if largest is None else weight.clamp(-largest, largest)).to(dtype), None
     if isinstance(form, Int8Dequantized) and form.rotation:
         weight = rotate(weight, rotation_matrix(form.rotation, weight.device))
-    largest = LARGEST[dtype]
+    largest = LARGEST.get(dtype)
+    if largest is None:  # 16 bits beside a scale, which they do not need
+        return weight.to(dtype), torch.ones(num_scales)
     scales = row_scales(weight, largest)
     if num_scales == 1:
         scales = scales.max().reshape(1, 1)

@@ -271,6 +271,8 @@ def test_wrong_inputs_are_refused_with_a_sentence(model: Any, models: Path) -> N
         ({"denoise_strength": 0.5}, "initial_samples"),
         ({"extend_samples": {"samples": torch.zeros(1, 16, 3, *SIZE)}}, "F1"),
         ({"positive": []}, "positive conditioning is empty"),
+        ({"positive": said(10) + said(11)}, "positive conditioning has 2 entries"),
+        ({"negative": said(10) + said(11), "cfg": 2.0}, "negative conditioning has 2 entries"),
         ({"positive": TimedPrompts.execute(Clip(), "a [1s: b]", 0.0).result[0] + said(10)}, "cannot be combined"),
         ({"positive": [[torch.zeros(1, 7, 8), {"pooled_output": torch.zeros(1, 12)}]]}, "text of width 8"),
         ({"image_embeds": SimpleNamespace(last_hidden_state=None)}, "no hidden states"),
@@ -373,6 +375,39 @@ def test_another_vae_decodes_the_film_anew(model: Any, tiny_decoder: None, monke
     assert len(calls) == 3
     FramePackSampler.execute(model, **inputs, vae="another VAE")
     assert len(calls) == 6
+
+
+def test_a_video_that_is_decoded_anew_keeps_the_one_that_is_there(model: Any, tiny_decoder: None) -> None:
+    inputs = WIDGETS | given() | {"resume": True}
+    _, first = film_of(FramePackSampler.execute(model, **inputs, vae="one VAE"))
+    before = first.read_bytes()
+    _, second = film_of(FramePackSampler.execute(model, **inputs, vae="another VAE"))
+    assert second != first and first.read_bytes() == before
+    (part, *_) = Path(folder_paths.output_directory).rglob("final_*")
+    part.unlink()
+    frames, third = film_of(FramePackSampler.execute(model, **inputs, vae="another VAE"))
+    assert third not in (first, second) and second.is_file() and frames == 4 * 9 + 1
+    assert film_of(FramePackSampler.execute(model, **inputs, vae="another VAE")) == (frames, third)
+
+
+def test_decoding_has_the_room_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram_pack.framepack.vae import HUNYUAN_VAE, HunyuanVAE, decode_footprint
+    from lowvram_pack.nodes.hunyuan_vae import native_decoder
+
+    config = replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=8, layers_per_block=1)
+    network, asked = HunyuanVAE(config), []
+    latents, vae = randn(1, 16, 3, 8, 6, seed=0), SimpleNamespace(first_stage_model=network, vae_dtype=torch.float32)
+    monkeypatch.setattr(host, "make_room", lambda size, device: asked.append(size))
+    with native_decoder(vae, latents) as (decoder, room):
+        assert room is None, "on the CPU"
+        assert {name.partition(".")[0] for name, weight in decoder.named_parameters() if weight.is_meta} == {
+            "encoder",
+            "quant_conv",
+        }
+        assert torch.equal(decoder.decode(latents), network.decode(latents))
+    parts = (network.decoder, network.post_quant_conv)
+    weights = sum(weight.nbytes for part in parts for weight in part.parameters())
+    assert asked[0] > weights + decode_footprint(config, 3, 64, 48, 4).total_bytes
 
 
 def test_a_model_of_the_same_name_has_a_run_of_its_own(models: Path) -> None:

@@ -119,6 +119,22 @@ def test_wan_as_by_the_native_loader(models: Path, loras: Path, with_difference:
     assert error < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(64, 1), (1, 64)], ids=["rows", "columns"])
+def test_dora_of_square_layers_as_by_the_native_loader(models: Path, loras: Path, shape: tuple[int, int]) -> None:
+    path, layer = save(models, "t2v"), "diffusion_model.blocks.0.self_attn.q"
+    dim = load_file(path)["blocks.0.self_attn.q.weight"].shape[0]
+    tensors = {
+        f"{layer}.lora_A.weight": randn(4, dim, seed=1),
+        f"{layer}.lora_B.weight": randn(dim, 4, seed=2),
+        f"{layer}.dora_scale": randn(*(dim if size > 1 else 1 for size in shape), seed=3).abs() + 1,
+    }
+    save_file(tensors, loras / "dora.safetensors")
+    inputs = (*prompts(), empty_latent())
+    model = ours(path)
+    got, want = (sample(load(model, "dora.safetensors"), *inputs) for load in (loaded, native))
+    assert relative_error(got, want) < 1e-5 and relative_error(got, sample(model, *inputs)) > 1e-3
+
+
 def test_a_fused_file_is_its_split_version(framepack: Any, loras: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     fused, split = save_fused(loras / "fused.safetensors"), save_split(loras / "split.safetensors")

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.sd
+import comfy.utils
 import folder_paths
 import gguf
 import pytest
@@ -178,6 +179,15 @@ def test_what_is_no_plain_lora_is_merged_and_said_once(
     error = relative_error(got, sample(loha(loaded(core(path), 0.8)), *prompts(), empty_latent()))
     print(f"LoRA and LoHa: relative error to core's {error:.2e}")
     assert error < 1e-3
+
+
+def test_a_lora_in_bypass_mode_is_refused_in_one_line(models: Path, lora_file: Path) -> None:
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass mode")
+    model = ours(save(models, "t2v"))
+    tensors = comfy.utils.load_torch_file(str(lora_file))
+    with pytest.raises(ValueError, match=r"bypass mode .* Load LoRA"):
+        comfy.sd.load_bypass_lora_for_models(model, None, tensors, 1.0, 0.0)
 
 
 def test_loha_on_gguf_is_refused_in_one_line(models: Path) -> None:

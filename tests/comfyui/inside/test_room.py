@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import comfy.model_patcher
 import pytest
 import torch
 from lowvram_pack.memory.host_buffers import HostBlocks
+from lowvram_pack.memory.plan import PlanError
 from lowvram_pack.memory.rates import Rates
+from lowvram_pack.memory.report import MemoryMonitor
 from lowvram_pack.nodes import engine as engine_module
-from lowvram_pack.nodes import host
+from lowvram_pack.nodes import host, run_monitor
 from lowvram_pack.nodes.memory import VramPlan
 from lowvram_pack.nodes.patcher import StreamedModelPatcher
 from tiny_models import empty_latent, ours, prompts, sample, save
@@ -96,22 +99,68 @@ def test_the_plan_counts_on_what_core_will_evict(models: Path, monkeypatch: pyte
     assert engine.streamed.limits is None, "a plan that is shown is none that runs"
 
 
-def test_the_plan_is_made_again_when_the_machine_changes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, other = ours(save(models, "t2v")), Other(3 * GIB)
+def test_a_container_may_take_less_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mm, "get_free_memory", lambda device: 200 * GIB)
+    monkeypatch.setattr(host, "available_ram_bytes", lambda: 20 * GIB)
+    assert host.free_ram() == 20 * GIB
+    monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 240 * GIB)
+    monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", GIB)
+    monkeypatch.setattr(host, "default_pinned_cap", lambda: 27 * GIB)
+    assert host.pinned_room() == 26 * GIB
 
-    def stamp(card_gb: float = 0.0) -> str:
-        return VramPlan.fingerprint_inputs(width=832, height=480, card_gb=card_gb)
 
-    assert stamp() == stamp(8.0), "on the CPU nothing changes"
-    on_a_card(model, monkeypatch, GIB)
-    load_on_card(monkeypatch, other)
-    before = stamp()
-    load_on_card(monkeypatch)
-    on_a_card(model, monkeypatch, 4 * GIB)
-    assert stamp() == before, "evicting a model leaves as much in reach: nothing samples again"
-    on_a_card(model, monkeypatch, 2 * GIB)
-    assert stamp() != before
-    assert stamp(8.0) == ""
+def test_a_plan_that_does_not_fit_beside_another_model_has_its_room(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models that take turns within a step: the first one planned with all that was free."""
+    model, other = ours(save(models, "t2v")), Other(6 * GIB)
+    engine = model.engine
+    work = engine.video_work(832, 480, 81, 2)
+    on_a_card(model, monkeypatch, GIB // 8)
+    with pytest.raises(PlanError):
+        engine.plan(work)
+    load_on_card(monkeypatch, model, other)
+    evicted: list[Any] = []
+
+    def free_memory(size: float, device: torch.device, keep_loaded: list[Any]) -> None:
+        evicted.extend(loaded.model for loaded in mm.current_loaded_models if loaded not in keep_loaded)
+        on_a_card(model, monkeypatch, 6 * GIB)
+
+    monkeypatch.setattr(mm, "free_memory", free_memory)
+    assert engine.plan(work).budget_bytes > 6 * GIB and evicted == [other]
+
+
+def test_loading_is_within_the_budget_too(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours(save(models, "t2v"))
+    engine, begun = model.engine, []
+    within, start = engine.within_budget, engine.streamed.start_fitting
+
+    @contextmanager
+    def watched() -> Any:
+        with within():
+            begun.append("budget")
+            yield
+            begun.append("free")
+
+    monkeypatch.setattr(engine, "within_budget", watched)
+    monkeypatch.setattr(engine.streamed, "start_fitting", lambda plan: begun.append("loading") or start(plan))
+    sample(model, *prompts(), empty_latent(), steps=1)
+    assert begun[:3] == ["budget", "loading", "free"]
+
+
+def test_what_others_hold_is_not_the_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours(save(models, "t2v"))
+    monkeypatch.setattr(run_monitor, "others_bytes", lambda device, context: 2 * GIB - context)
+    monitor = model.engine._monitor
+    sample(model, *prompts(), empty_latent(), steps=1)
+    assert model.engine.report.other_bytes == 0, "there is no card"
+    monkeypatch.setattr(monitor, "_device", CUDA)
+    monkeypatch.setattr(run_monitor, "MemoryMonitor", lambda device: MemoryMonitor(torch.device("cpu")))
+    model.engine.begin_run()
+    streamed = model.engine.streamed
+    streamed.limits = replace(streamed.limits, context_bytes=GIB // 2)
+    model.engine.end_run()
+    assert model.engine.report.other_bytes == 3 * GIB // 2
 
 
 def test_a_named_card_is_planned_for_as_a_real_one(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
