@@ -30,7 +30,7 @@ from ..weights.linear import Linear
 from ..weights.lora import Lora, LoraChoice, open_loras
 from ..weights.lora_names import Aliases
 from ..weights.lora_source import AttachedLoras
-from ..weights.lora_source import Source as WeightSource
+from ..weights.merged_source import Source as WeightSource
 from ..weights.quantize import QuantizedSource
 from ..weights.reader import Checkpoint
 from .settings import RunSettings

@@ -27,7 +27,7 @@ from ..memory.rates import Rates, measure_rates
 from ..memory.report import RunReport
 from . import host
 from .options import StreamOptions
-from .patches import PatchedCheckpoint, SortedPatches, sort_patches
+from .patches import SortedPatches, patched_source, sort_patches
 from .run_monitor import RunMonitor
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ class Engine(Generic[S]):
         if wanted is self._applied:
             return
         checkpoint = self.streamed.checkpoint
-        source = PatchedCheckpoint(checkpoint, wanted.merged) if wanted.merged else checkpoint
+        source = patched_source(checkpoint, wanted.merged) if wanted.merged else checkpoint
         self._applied = None  # until all of it is there
         self.streamed.attach_loras(wanted.loras(), wanted.strengths, source)
         self._applied = wanted

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..host_memory import allocate_bytes
-from ..weights.formats import format_for
-from ..weights.linear import Linear, WeightFormat
+from ..weights.linear import Linear
 from ..weights.lora import Lora, LoraReport, LowRankPair
-from ..weights.lora_merge import can_requantize, requantize
-from ..weights.lora_source import made_from
-from ..weights.reader import Checkpoint, TensorInfo
+from ..weights.merged_source import MergedSource, refusal
+from ..weights.reader import Checkpoint
 from . import host
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."  # of our parameters' names in ComfyUI's model
-SCALE = "weight_scale"
 IN_MEMORY = Path("a LoRA loaded by ComfyUI")
 
 
@@ -96,74 +91,34 @@ def _fits(patch: host.LowRankPatch, layer: Linear) -> bool:
     return rank == same_rank and (out, inner) == (layer.out_features, layer.in_features)
 
 
-class PatchedCheckpoint:
-    """A checkpoint's tensors with patches merged into them; the file itself stays as it is.
+def patched_source(checkpoint: Checkpoint, patches: Mapping[str, Sequence[Any]]) -> MergedSource:
+    """A checkpoint's tensors with patches of a ModelPatcher (by ComfyUI's key) merged; the file stays as it is.
 
-    `patches` are those of a ModelPatcher, by ComfyUI's key. ValueError where a patched weight cannot be merged into.
+    ValueError where a patched weight cannot be merged into.
     """
-
-    def __init__(self, checkpoint: Checkpoint, patches: Mapping[str, Sequence[Any]]):
-        self.checkpoint = checkpoint
-        named = {key.removeprefix(PREFIX): (key, list(found)) for key, found in patches.items()}
-        self._patches = {name: found for name, found in named.items() if name in checkpoint.tensors}
-        self._scales: dict[str, Tensor] = {}
-        self._lock = threading.Lock()  # one weight in fp32 at a time
-        self.tensors: dict[str, TensorInfo] = dict(checkpoint.tensors)
-        for name in self._patches:
-            info = self.tensors[name]
-            self._check(name, info)
-            self.tensors[name] = replace(info, file=made_from(info.file))
-        rounded = any(self.tensors[name].dtype.itemsize == 1 for name in self._patches)
-        logger.info(
-            "%s: %d weights have patches that can only be merged (such as LoHa, LoKr, DoRA, differences)%s.",
-            checkpoint.path.name,
-            len(self._patches),
-            "; they are rounded to 8 bits again" if rounded else "",
-        )
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Read a tensor's bytes, patched, into `out` (1-D uint8 on the CPU); thread-safe."""
-        layer, _, leaf = name.rpartition(".")
-        weight = f"{layer}.weight"
-        if name in self._patches:
-            self._read_merged(name, out)
-        elif leaf == SCALE and weight in self._patches:
-            if weight not in self._scales:
-                self._read_merged(weight, allocate_bytes(self.tensors[weight].nbytes))
-            out.copy_(self._scales[weight].reshape(-1).view(torch.uint8))
-        else:
-            self.checkpoint.read_into(name, out)
-
-    def _read_merged(self, name: str, out: Tensor) -> None:
-        info, form, scale = self.checkpoint.tensors[name], self._format(name), self._scale_info(name)
-        self.checkpoint.read_into(name, out)
-        packed = {"weight": out.view(info.dtype).view(info.shape)}
-        if scale is not None:
-            packed[SCALE] = self.checkpoint.read(scale.name)
-        key, patches = self._patches[name]
-        with self._lock:
-            dense = form.dequantize(packed, torch.float32).clone()
-            merged = host.merge_patches(patches, dense, key).float()
-            num_scales = packed[SCALE].numel() if scale is not None else 0
-            values, scales = requantize(merged, form, info.dtype, num_scales)
-            packed["weight"].copy_(values)
-            if scales is not None and scale is not None:
-                self._scales[name] = scales.to(scale.dtype)
-
-    def _scale_info(self, name: str) -> TensorInfo | None:
-        return self.checkpoint.tensors.get(f"{name.rpartition('.')[0]}.{SCALE}") if name.endswith(".weight") else None
-
-    def _format(self, name: str) -> WeightFormat:
-        scale = self._scale_info(name)
-        return format_for(self.checkpoint.tensors[name], {SCALE: scale} if scale is not None else {})
-
-    def _check(self, name: str, info: TensorInfo) -> None:
-        if not can_requantize(self._format(name), info.dtype):
-            stored = info.quant or str(info.dtype).removeprefix("torch.")
+    changes: dict[str, Callable[[Tensor], Tensor]] = {}
+    for key, found in patches.items():
+        name = key.removeprefix(PREFIX)
+        if name not in checkpoint.tensors:
+            continue
+        if (stored := refusal(checkpoint, name)) is not None:
             raise ValueError(
-                f"{self.checkpoint.path.name} stores {name} as {stored}, into which this LoRA (LoHa, LoKr, DoRA or a "
+                f"{checkpoint.path.name} stores {name} as {stored}, into which this LoRA (LoHa, LoKr, DoRA or a "
                 "difference) cannot be merged: use a plain LoRA, or the bf16, fp16, fp8 or int8 file of this model"
             )
+        changes[name] = partial(_patch, patches=list(found), key=key)
+    rounded = any(checkpoint.tensors[name].dtype.itemsize == 1 for name in changes)
+    logger.info(
+        "%s: %d weights have patches that can only be merged (such as LoHa, LoKr, DoRA, differences)%s.",
+        checkpoint.path.name,
+        len(changes),
+        "; they are rounded to 8 bits again" if rounded else "",
+    )
+    return MergedSource(checkpoint, changes)
+
+
+def _patch(weight: Tensor, patches: list[Any], key: str) -> Tensor:
+    return host.merge_patches(patches, weight, key).float()
 
 
 def patch_identity(patches: Mapping[str, Sequence[Any]]) -> list[Any]:

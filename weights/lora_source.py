@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..host_memory import allocate_bytes
-from .formats import format_for
-from .linear import Linear, WeightFormat
+from .linear import Linear
 from .lora import Difference, Lora, LowRankPair
-from .lora_merge import can_requantize, merge_difference_, merge_pair_, requantize
+from .lora_merge import merge_difference_, merge_pair_
 from .low_rank import DOWN, SCALE, UP
 from .low_rank_ops import select_low_rank_ops
+from .merged_source import MergedSource, Source, made_from, refusal
 from .reader import CheckpointError, TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -27,15 +24,6 @@ logger = logging.getLogger(__name__)
 # "auto": low-rank pairs run beside linear layers, the rest is merged. "side": what would be merged is refused, so that
 # strengths are free to change. "merge": everything is merged, which costs nothing per step but rounds to the weights.
 LORA_MODES = ("auto", "side", "merge")
-
-
-class Source(Protocol):
-    """A model's stored tensors, such as a Checkpoint."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    def read_into(self, name: str, out: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -94,11 +82,14 @@ class AttachedLoras:
 
     def source(self) -> LoraSource:
         """The model's tensors with the LoRAs, at the strengths of now."""
-        layers = {}
-        for name, changes in self._changes.items():
-            layer = name.rpartition(".")[0] if name.endswith(".weight") else name
-            layers[layer] = MergedTensor(name, self._format(name), changes)
-        return LoraSource(self._origin, self.loras, self.strengths, self._shares, self._dtype, layers)
+        strengths = self.strengths
+        # what has no strength keeps its bytes: quantised again it would be another weight
+        changes = {
+            name: partial(merge, loras=self.loras, strengths=strengths, changes=found)
+            for name, found in self._changes.items()
+            if any(strengths[change.number] for change in found)
+        }
+        return LoraSource(MergedSource(self._origin, changes), self.loras, self._shares, self._dtype)
 
     def place(self, device: torch.device) -> None:
         """Have the strengths on the device where the layers run, and what is fastest there beside them."""
@@ -156,24 +147,16 @@ class AttachedLoras:
     def _check_merged(self, mode: str) -> None:
         for name, changes in self._changes.items():
             path = self.loras[changes[0].number].checkpoint.path
-            info = self._origin.tensors[name]
             if mode == "side":
                 raise CheckpointError(
                     f"{path}: what it has for {name} can only be merged; expected low-rank pairs of linear layers "
                     "with lora_mode side; choose lora_mode auto"
                 )
-            if not can_requantize(self._format(name), info.dtype):
-                stored = info.quant or str(info.dtype).removeprefix("torch.")
+            if (stored := refusal(self._origin, name)) is not None:
                 raise CheckpointError(
                     f"{path}: what it has for {name} must be merged, which cannot be done into {stored}; expected "
                     "weights in bf16, fp16, fp8 or int8; use such a file of the model, or leave this LoRA out"
                 )
-
-    def _format(self, name: str) -> WeightFormat:
-        layer, _, leaf = name.rpartition(".")
-        beside = self._origin.tensors.get(f"{layer}.weight_scale")
-        is_scaled = leaf == "weight" and beside is not None
-        return format_for(self._origin.tensors[name], {"weight_scale": beside} if is_scaled and beside else {})
 
     def _register(self, layer: str, leaf: str) -> None:
         info = side_info(self._origin, layer, leaf, self._shares[layer], self._dtype)
@@ -181,101 +164,50 @@ class AttachedLoras:
         self._model.get_submodule(layer).register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
 
 
-@dataclass(frozen=True)
-class MergedTensor:
-    """A tensor that is merged into, how it is stored, and the changes in their order."""
-
-    name: str
-    format: WeightFormat
-    changes: tuple[Change, ...]
-
-
-@dataclass(frozen=True)
 class LoraSource:
-    """A model's tensors with LoRAs merged into them or beside them; reading is thread-safe.
+    """A model's tensors with LoRAs beside them (`shares`, by layer) or merged into them; reading is thread-safe."""
 
-    `merged` is by layer (or by name, for what is no layer's weight). The bytes of these tensors are in no file as such.
-    """
+    def __init__(
+        self, merged: MergedSource, loras: Sequence[Lora], shares: Mapping[str, tuple[Share, ...]], dtype: torch.dtype
+    ) -> None:
+        self._merged, self._loras, self._shares = merged, loras, shares
+        beside = {
+            f"{layer}.{leaf}": side_info(merged, layer, leaf, shares[layer], dtype)
+            for layer in shares
+            for leaf in (DOWN, UP)
+        }
+        self.tensors: dict[str, TensorInfo] = {**merged.tensors, **beside}
 
-    origin: Source
-    loras: Sequence[Lora]
-    strengths: Sequence[float]
-    shares: Mapping[str, tuple[Share, ...]]
-    dtype: torch.dtype
-    merged: Mapping[str, MergedTensor]
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    scales: dict[str, Tensor] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)  # one weight in fp32 at a time
-
-    def __post_init__(self) -> None:
-        self.tensors.update(self.origin.tensors)
-        for merged in self.merged.values():
-            info = self.tensors[merged.name]
-            self.tensors[merged.name] = replace(info, file=made_from(info.file))
-        for layer, shares in self.shares.items():
-            for leaf in (DOWN, UP):
-                self.tensors[f"{layer}.{leaf}"] = side_info(self.origin, layer, leaf, shares, self.dtype)
-
-    @torch.inference_mode()
     def read_into(self, name: str, out: Tensor) -> None:
         """The tensor's bytes, as `Checkpoint.read_into`."""
         layer, _, leaf = name.rpartition(".")
-        if layer in self.shares and leaf in (DOWN, UP):
+        if layer in self._shares and leaf in (DOWN, UP):
             self._read_side(layer, leaf, out)
-        elif layer in self.merged and leaf == "weight_scale":
-            self._read_scale(layer, name, out)
-        elif layer in self.merged and self.merged[layer].name == name:
-            self._read_merged(layer, out)
-        elif name in self.merged:
-            self._read_merged(name, out)
         else:
-            self.origin.read_into(name, out)
+            self._merged.read_into(name, out)
 
+    @torch.inference_mode()
     def _read_side(self, layer: str, leaf: str, out: Tensor) -> None:
         """The LoRAs' factors, one after the other along the rank."""
         info = self.tensors[f"{layer}.{leaf}"]
         whole = out.view(info.dtype).view(info.shape)
         first = 0
-        for share in self.shares[layer]:
-            lora, rank = self.loras[share.number], share.pair.rank
+        for share in self._shares[layer]:
+            lora, rank = self._loras[share.number], share.pair.rank
             factor = lora.down(share.pair) if leaf == DOWN else lora.up(share.pair)
             whole.narrow(0 if leaf == DOWN else 1, first, rank).copy_(factor)
             first += rank
 
-    def _read_merged(self, place: str, out: Tensor) -> None:
-        merged = self.merged[place]
-        info = self.origin.tensors[merged.name]
-        self.origin.read_into(merged.name, out)
-        if all(self.strengths[change.number] == 0 for change in merged.changes):
-            return  # quantised again it would be another weight
-        packed = {"weight": out.view(info.dtype).view(info.shape)}
-        scale = self.origin.tensors.get(f"{place}.weight_scale")
-        if scale is not None:
-            raw = allocate_bytes(scale.nbytes)
-            self.origin.read_into(f"{place}.weight_scale", raw)
-            packed["weight_scale"] = raw.view(scale.dtype).view(scale.shape)
-        with self.lock:
-            weight = merged.format.dequantize(packed, torch.float32).clone()
-            for change in merged.changes:
-                lora, strength = self.loras[change.number], self.strengths[change.number]
-                if isinstance(change.what, Difference):
-                    merge_difference_(weight, lora, change.what, strength)
-                else:
-                    merge_pair_(weight, lora, change.what, strength)
-            num_scales = torch.Size(scale.shape).numel() if scale is not None else 0
-            values, scales = requantize(weight, merged.format, info.dtype, num_scales)
-            packed["weight"].copy_(values)
-            if scales is not None and scale is not None:
-                self.scales[place] = scales.to(scale.dtype)
 
-    def _read_scale(self, layer: str, name: str, out: Tensor) -> None:
-        if layer not in self.scales:
-            weight = allocate_bytes(self.tensors[f"{layer}.weight"].nbytes)
-            self._read_merged(layer, weight)
-        if layer in self.scales:
-            out.copy_(self.scales[layer].view(torch.uint8))
+def merge(weight: Tensor, loras: Sequence[Lora], strengths: Sequence[float], changes: Sequence[Change]) -> Tensor:
+    """`weight` fp32, in place, with what LoRAs merge into it."""
+    for change in changes:
+        lora, strength = loras[change.number], strengths[change.number]
+        if isinstance(change.what, Difference):
+            merge_difference_(weight, lora, change.what, strength)
         else:
-            self.origin.read_into(name, out)
+            merge_pair_(weight, lora, change.what, strength)
+    return weight
 
 
 def side_info(source: Source, layer: str, leaf: str, shares: Sequence[Share], dtype: torch.dtype) -> TensorInfo:
@@ -286,8 +218,3 @@ def side_info(source: Source, layer: str, leaf: str, shares: Sequence[Share], dt
     shape = (rank, columns) if leaf == DOWN else (rows, rank)
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     return TensorInfo(f"{layer}.{leaf}", dtype, shape, made_from(weight.file), weight.offset, nbytes)
-
-
-def made_from(file: Path) -> Path:
-    """In place of the file of bytes that are made as they are read, so that nobody looks for them there."""
-    return file.with_name(f"{file.name} (with LoRA)")
