@@ -36,7 +36,7 @@ from lowvram_video.memory.footprint import GIB
 from lowvram_video.memory.limits import hold_budget, limits_for
 from lowvram_video.memory.report import process_rss_bytes
 from lowvram_video.weights.lora import LoraChoice
-from measure import Ballast, Watch, save_results
+from measure import Ballast, Watch, run_cases
 from safetensors.torch import save_file
 
 SIZE = (608 // 8, 640 // 8)
@@ -272,11 +272,9 @@ def main() -> None:
         },
         vae,
     )
-    results = []
-    for case in cases(options.fp8, str(vae), options.steps):
-        if options.only is None or any(word in case.name for word in options.only.split(",")):
-            results.append(in_own_process(case))
-    path = save_results("framepack", {"cases": results})
+    words = (options.only or "").split(",")
+    chosen = (case for case in cases(options.fp8, str(vae), options.steps) if any(word in case.name for word in words))
+    results, path = run_cases("framepack", chosen, in_own_process)
     print(f"results in {path}")
     print(table(results))
 

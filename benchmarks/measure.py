@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 from lowvram_video.memory.report import process_rss_bytes
@@ -20,6 +21,8 @@ from lowvram_video.whole_files import write_file
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"
+
+C = TypeVar("C")
 
 _HOLD = """
 import sys, torch
@@ -114,6 +117,18 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def run_cases(
+    what: str, cases: Iterable[C], run: Callable[[C], dict[str, Any]], **more: object
+) -> tuple[list[dict[str, Any]], Path]:
+    """What `run` finds for every case, and the file that it is written to after each: what was measured is kept."""
+    results: list[dict[str, Any]] = []
+    path = save_results(what, {**more, "cases": results})
+    for case in cases:
+        results.append(run(case))
+        save_results(what, {**more, "cases": results})
+    return results, path
 
 
 def save_results(what: str, results: Mapping[str, object]) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from measure import save_results
+from measure import run_cases
 from streaming import Case, in_own_process
 
 VRAM_GIB = 8.0
@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    results = [in_own_process(case) for case in cases(options.folder) if options.only in case.name]
-    path = save_results("quantized_runs", {"cases": results})
+    chosen = (case for case in cases(options.folder) if options.only in case.name)
+    results, path = run_cases("quantized_runs", chosen, in_own_process)
     print(path)
     first = results[0].get("step")
     for r in results:

@@ -25,7 +25,7 @@ from lowvram_video.memory.limits import hold_budget, limits_for
 from lowvram_video.memory.report import process_rss_bytes
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.lora import LoraChoice
-from measure import Ballast, Watch, disk_gbps, drop_page_cache, save_results
+from measure import Ballast, Watch, disk_gbps, drop_page_cache, run_cases
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,8 @@ def main() -> None:
         print(json.dumps(run_case(Case(**json.loads(options.case)), options.free)))
         return
     disk = disk_gbps(Path(options.fp8))
-    results = []
-    for case in cases(options.fp8, options.bf16):
-        if options.only is None or options.only in case.name:
-            results.append(in_own_process(case))
-    path = save_results("streaming", {"disk_gbps": disk, "cases": results})
+    chosen = (case for case in cases(options.fp8, options.bf16) if options.only is None or options.only in case.name)
+    results, path = run_cases("streaming", chosen, in_own_process, disk_gbps=disk)
     print(f"disk {disk:.2f} GB/s; results in {path}")
     print(table(results, disk))
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from ..diffusion.tile_retries import Tile, in_shrinking_tiles
 from ..framepack.decoding import decode_section
 from ..memory.footprint import WAN21_VAE, WAN22_VAE, WorkSize, decode_memory
 from ..memory.plan import VAE_TILES
@@ -135,24 +136,21 @@ def _decoder(vae: Any, latent: Tensor) -> Iterator[WanVAE]:
 
 def _decode(decoder: WanVAE, latent: Tensor, tile: int, chunk: int) -> Tensor:
     """Video `[B, 3, T, H, W]` in -1 ... 1 on the CPU; smaller tiles where the device runs out of memory."""
-    stride = decoder.config.spatial_stride
-    while True:
-        try:
-            if not tile or tile >= stride * max(latent.shape[3:]):
-                return _decode_whole(decoder, latent, chunk)
-            progress = host.Progress(1)
-            return decode_tiled(decoder, latent, tile, min(OVERLAP, tile // 2), progress.update)
-        except torch.cuda.OutOfMemoryError:
-            smaller = _smaller_tile(tile or stride * max(latent.shape[3:]))
-            if smaller is None:
-                raise
-        logger.warning("out of VRAM while decoding with tiles of %s pixels: %d are tried", tile or "all", smaller)
-        tile = smaller
-        host.empty_cache()
+    side = decoder.config.spatial_stride * max(latent.shape[3:])
+
+    def tiled(tile: Tile) -> Tensor:
+        return decode_tiled(decoder, latent, tile.pixels, min(OVERLAP, tile.pixels // 2), host.Progress(1).update)
+
+    def as_asked() -> Tensor:
+        return tiled(Tile(tile)) if 0 < tile < side else _decode_whole(decoder, latent, chunk)
+
+    return in_shrinking_tiles(as_asked, tiled, _smaller_tiles(min(tile or side, side)), "decoding")
 
 
-def _smaller_tile(tile: int) -> int | None:
-    return next((size for size in VAE_TILES if size <= tile // 2), SMALLEST_TILE if tile > SMALLEST_TILE else None)
+def _smaller_tiles(tile: int) -> list[Tile]:
+    """Each about half as large as the one before."""
+    smaller = next((size for size in VAE_TILES if size <= tile // 2), SMALLEST_TILE)
+    return [Tile(smaller), *_smaller_tiles(smaller)] if smaller < tile else []
 
 
 def _decode_whole(decoder: WanVAE, latent: Tensor, chunk: int) -> Tensor:

@@ -420,6 +420,7 @@ def test_ctrl_c_leaves_a_video_that_plays(files: WanFiles, tmp_path: Path) -> No
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a terminal sends the signal to the whole group
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background jobs
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     partial = tmp_path / "a.partial.mp4"

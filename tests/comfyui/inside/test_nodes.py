@@ -138,6 +138,26 @@ def test_tiles_are_seamless_within_their_overlap(vae: Any) -> None:
     assert error < 0.1
 
 
+@pytest.mark.parametrize(("asked", "told"), [(0, ["128 pixels"]), (160, ["128 pixels"])])
+def test_a_video_that_the_device_does_not_hold_is_decoded_in_smaller_tiles(
+    vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: int, told: list[str]
+) -> None:
+    module, latent = sys.modules[DecodeVideo.__module__], random_latent(size=(2, 24, 24))
+    want = DecodeVideo.execute(latent, vae, 128, 0, False).result[0]
+    tile_by_tile = module.decode_tiled
+
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    def small_tiles_only(decoder: Any, latent: Any, tile: int, *rest: Any) -> Any:
+        return out_of_memory() if tile > 128 else tile_by_tile(decoder, latent, tile, *rest)
+
+    monkeypatch.setattr(module, "_decode_whole", out_of_memory)
+    monkeypatch.setattr(module, "decode_tiled", small_tiles_only)
+    assert torch.equal(DecodeVideo.execute(latent, vae, asked, 0, False).result[0], want)
+    assert [line.rpartition("in tiles of ")[2] for line in caplog.messages if "while decoding" in line] == told
+
+
 def test_the_latent_is_saved_first(vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     latent = random_latent()
