@@ -142,6 +142,8 @@ class StreamedModel(Generic[M]):
         if isinstance(self.source, DiskBlocks) and not plan.from_disk:
             self.release()
         if self.source is not None:
+            if isinstance(self.source, HostBlocks) and self._budget is not None and self._raise_cap(self._budget):
+                self.source.retry_pinning()
             return
         budget = self._budget = self._pinned_budget()
         if plan.from_disk:
@@ -160,6 +162,14 @@ class StreamedModel(Generic[M]):
         else:
             streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
             self.source = HostBlocks(self.weights, self.layouts, budget, pin=streamed, check=self.between_blocks)
+
+    def _raise_cap(self, budget: PinnedBudget) -> bool:
+        """Whether more may be pinned than when the budget was made; it then has the new cap."""
+        cap = self.limits.pinned_cap_bytes if self.limits else None
+        if cap is None or cap <= budget.cap_bytes:
+            return False
+        budget.cap_bytes = cap
+        return True
 
     def _pinned_budget(self) -> PinnedBudget | None:
         if self._registrar is None or not self.settings.pinned_memory:

@@ -42,6 +42,7 @@ class TritonOps:
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         rows, dim = x.shape
         out = torch.empty_like(x)
+        weight, bias = _readable(weight, x), _readable(bias, x)
         _norm_kernel[(rows,)](
             x, out, weight, bias, 0, 1, 0, eps, dim, x.stride(0),
             MODULATED=False, BLOCK=triton.next_power_of_2(dim), num_warps=_num_warps(dim),
@@ -50,6 +51,7 @@ class TritonOps:
 
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
         rows, dim = x.shape
+        weight = _readable(weight, x)
         cos, sin = (rope.cos, rope.sin) if rope is not None else (x, x)
         num_tokens, half = rope.cos.shape if rope is not None else (1, 1)
         run = weight.shape[0]
@@ -78,6 +80,11 @@ class TritonOps:
             x, y, gate, first_row, groups.rows_per_group, gate.stride(0), dim, x.stride(0), y.stride(0),
             BLOCK=block, num_warps=4,
         )  # fmt: skip
+
+
+def _readable(weight: Tensor, x: Tensor) -> Tensor:
+    """Triton cannot read fp8 on GPUs before compute capability 8.9; its numbers are exact in every other dtype."""
+    return weight if weight.element_size() > 1 else weight.to(x.dtype)
 
 
 def _num_warps(dim: int) -> int:

@@ -57,7 +57,8 @@ class ModelFootprint:
     `once_bytes` of all blocks together are needed once per run: they stay in host memory and are not among the others.
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `lendable_bytes` of the fixed ones are needed only for a
-    moment before the blocks, and can be brought for it. `control_streams` are token-sized tensors beside `x` (VACE),
+    moment before the blocks, and can be brought for it. `control_streams` are token-sized tensors beside `x` for each
+    control video (VACE), `ray_channels` numbers of an input per latent position beside the latent (camera),
     `chunk_tensors` those of one chunk of rows: what is normed, and for products in 8 bits their rows as well.
     """
 
@@ -77,6 +78,7 @@ class ModelFootprint:
     image_tokens: int = 0
     compute_bytes: int = 2
     control_streams: int = 0
+    ray_channels: int = 0
     chunk_tensors: float = DENSE_CHUNK_TENSORS
     vae: VaeFootprint | None = WAN21_VAE
 
@@ -99,8 +101,11 @@ class ModelFootprint:
         chunk = min(choice.token_chunk, rows)
         pool = max(3 * rows * dim, chunk * self.ffn_dim) * element
         angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
-        streams = (1 + self.control_streams) * rows * dim * element
-        return streams + pool + angles + max(
+        streams = (1 + work.controls * self.control_streams) * rows * dim * element
+        rays = work.batch * work.latent_positions * self.ray_channels * element
+        return streams + rays + pool + angles + max(
+            # the adapter's convolution over 3 x 3 positions: its weight cast, and as cuDNN lays it out
+            2 * 9 * dim**2 * element if self.ray_channels else 0,
             self._attention_bytes(rows, choice.head_groups, limits.sage_attention),
             # eager steps work in fp32
             int(chunk * (self.chunk_tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim))),
@@ -111,8 +116,9 @@ class ModelFootprint:
         """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
         outputs = 2 if self.image_tokens else 1
         output = outputs * rows * self.dim * self.compute_bytes
-        # Sage keeps int8 copies of q and k and a transposed v; the exact backends keep one fp32 sum per row and head
-        workspace = rows * self.dim * 4 if sage_attention else rows * self.num_heads * 4
+        # Sage keeps int8 copies of q and k and a 16-bit v, its version 1 another k besides; the exact backends keep one
+        # fp32 sum per row and head
+        workspace = rows * self.dim * 6 if sage_attention else rows * self.num_heads * 4
         return -(-(output + workspace) // head_groups)
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
@@ -145,7 +151,8 @@ class ModelFootprint:
 class WorkSize:
     """What to make: a video of `frames` x `height` x `width` pixels, `batch` samples in one forward pass.
 
-    `passes_per_step` is 2 where guidance runs cond and uncond one after the other.
+    `passes_per_step` is 2 where guidance runs cond and uncond one after the other. `controls` is how many control
+    videos steer a model that takes such (VACE).
     """
 
     frames: int
@@ -155,9 +162,10 @@ class WorkSize:
     passes_per_step: int = 1
     stride: tuple[int, int, int] = (4, 8, 8)
     patch: tuple[int, int, int] = (1, 2, 2)
+    controls: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "batch", "passes_per_step"):
+        for name in ("frames", "height", "width", "batch", "passes_per_step", "controls"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 

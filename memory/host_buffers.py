@@ -136,9 +136,14 @@ class HostBlocks:
         if staging is not None:
             staging.close()
 
+    def retry_pinning(self) -> None:
+        """The next `prepare` asks for what was refused too: others may have given pinned memory back."""
+        self._refused.clear()
+
     def unpin(self) -> None:
         """Give the pinned memory back and keep the bytes; `prepare` pins again. Unload the streamer first."""
         self.pause()
+        self.retry_pinning()
         while self._pinned and self._budget is not None:
             index = next(iter(self._pinned))
             self._budget.unpin(self._areas[index])

@@ -34,6 +34,7 @@ class _Buffer:
     taken: bool = False
     fence: Fence | None = None  # the last copy from it
     jobs: list["Future[None]"] = field(default_factory=list)
+    stale: list["Future[None]"] = field(default_factory=list)  # of earlier fillings, still running
 
 
 class Staging:
@@ -151,13 +152,13 @@ class Staging:
         self.start()
 
     def _drop(self, buffer: _Buffer) -> None:
-        # Jobs that already run cannot be called back; they stay listed and the next filling waits for them.
-        buffer.jobs = [job for job in buffer.jobs if not job.cancel()]
-        buffer.block = None
+        # Jobs that already run cannot be called back: every later filling waits until they have ended.
+        buffer.stale = [job for job in (*buffer.stale, *buffer.jobs) if not job.cancel() and not job.done()]
+        buffer.jobs, buffer.block = [], None
 
     def _assign(self, buffer: _Buffer) -> None:
         self._drop(buffer)
-        before, fence = list(buffer.jobs), buffer.fence
+        before, fence = list(buffer.stale), buffer.fence
 
         def run(job: Job) -> None:
             wait(before)
@@ -169,7 +170,6 @@ class Staging:
         block = self._order[self._next]
         for job in self._fill(block, buffer.extent):
             buffer.jobs.append(self._threads.submit(run, job))
-        buffer.jobs = buffer.jobs[len(before) :]
         self._serial += 1
         buffer.serial = self._serial
         # Last: an interrupt before this line leaves a buffer that counts as empty and is assigned anew.

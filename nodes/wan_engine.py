@@ -27,7 +27,9 @@ class WanEngine(Engine[StreamedWan]):
         super().begin_run()
         self._new_run = True
 
-    def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1) -> WorkSize:
+    def work_size(
+        self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1, controls: int = 1
+    ) -> WorkSize:
         """The work of a pass over latents of `latent_size` (frames, height, width)."""
         config = self.streamed.config
         stride = (4, 16, 16) if config.out_channels == 48 else (4, 8, 8)
@@ -40,6 +42,7 @@ class WanEngine(Engine[StreamedWan]):
             passes_per_step=passes_per_step,
             stride=stride,
             patch=config.patch_size,
+            controls=controls,
         )
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
@@ -78,22 +81,23 @@ class WanEngine(Engine[StreamedWan]):
         """Have the model on the device, planned for this work."""
         frames, height, width = latent.shape[2:]
         size = (frames + (extras.reference is not None), height, width)
+        controls = max(1, len(extras.vace_frames))
         plan, new_run, self._new_run = self.streamed.plan, self._new_run, False
         if plan is not None and self.streamed.started:
             planned, rows = plan.work, self.work_size(size, 1).rows
             same = planned.latent_size == size and planned.batch == latent.shape[0]
-            if same or (not new_run and rows <= planned.tokens):
+            if (same or (not new_run and rows <= planned.tokens)) and controls <= planned.controls:
                 return
         self.prepare()
-        self.start(self._plan_batch(size, latent.shape[0]))
+        self.start(self._plan_batch(size, latent.shape[0], controls))
 
-    def _plan_batch(self, size: tuple[int, int, int], batch: int) -> MemoryPlan:
+    def _plan_batch(self, size: tuple[int, int, int], batch: int, controls: int) -> MemoryPlan:
         """A plan for the batch, or for one sample at a time where only that fits."""
         # a single sample: cond and uncond probably come one after the other
-        single = self.work_size(size, 1, 2)
+        single = self.work_size(size, 1, 2, controls)
         if batch == 1:
             return self.plan(single)
         try:
-            return self.plan(self.work_size(size, batch))
+            return self.plan(self.work_size(size, batch, 1, controls))
         except PlanError:
             return self.plan(single)

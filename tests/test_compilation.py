@@ -229,8 +229,11 @@ class OpaqueGemm:
         row_op.multiply_int8(rows.values, rows.scales, weight, columns, bias, (1, 1, 1, 1, 1), out)
 
 
-def quantize_layers(blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+def quantize_layers(blocks: Sequence[nn.Module], dtype: torch.dtype, scaled: bool) -> None:
     for layer in (module for block in blocks for module in block.modules() if isinstance(module, Linear)):
+        if not scaled:
+            layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+            continue
         scale = row_scales(layer.weight, INT8_MAX if dtype == torch.int8 else 448.0)
         values = layer.weight / scale
         layer.weight = nn.Parameter((values.round() if dtype == torch.int8 else values).to(dtype), requires_grad=False)
@@ -239,10 +242,21 @@ def quantize_layers(blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
         layer.format = Int8Matmul(0, OpaqueGemm(), ops) if dtype == torch.int8 else Fp8Dequantized(ops=ops)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
-def test_eight_bit_layers_compile_without_copies(dtype: torch.dtype) -> None:
+def reads_fp8(node: torch.fx.Node) -> bool:
+    """Whether an operator of PyTorch's own, which inductor makes kernels of, reads fp8 numbers."""
+    values = [one.meta.get("val", one.meta.get("example_value")) for one in node.all_input_nodes]
+    fp8 = any(isinstance(value, Tensor) and value.dtype == torch.float8_e4m3fn for value in values)
+    return fp8 and "lowvram_video" not in str(node.target) and "view" not in str(node.target)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scaled"),
+    [(torch.int8, True), (torch.float8_e4m3fn, True), (torch.float8_e4m3fn, False)],
+    ids=["int8", "fp8", "fp8 cast"],
+)
+def test_eight_bit_layers_compile_without_copies(dtype: torch.dtype, scaled: bool) -> None:
     model, blocks, run = wan(OpaqueOps())
-    quantize_layers(blocks, dtype)
+    quantize_layers(blocks, dtype, scaled)
     want = run(500.0, 0)
     backend = Graphs()
     compile_with(backend, blocks)
@@ -251,6 +265,8 @@ def test_eight_bit_layers_compile_without_copies(dtype: torch.dtype) -> None:
     print(f"{dtype}: max relative error {relative(got, want):.1e}, largest tensor {backend.largest}, scratch {scratch}")
     assert torch.equal(got, want)
     assert len(backend.graphs) == 1 and not backend.left_out_of_place()
+    casts = [node for graph in backend.graphs for node in graph.graph.nodes if reads_fp8(node)]
+    assert not casts, "inductor cannot read fp8 on GPUs before compute capability 8.9"
     assert backend.largest <= ROWS["wan"] * model.config.dim and (not scratch or backend.largest < scratch)
 
 

@@ -75,6 +75,26 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
         assert error <= bound, name
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot read them on GPUs before compute capability 8.9, and files that were cast whole have such norms."""
+    triton_ops = pytest.importorskip("lowvram_video.fused.triton_ops")
+    given: list[torch.dtype] = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *values, **_: given.extend(v.dtype for v in values if isinstance(v, torch.Tensor))
+
+    for name in ("_norm_kernel", "_rms_norm_kernel", "_head_norm_kernel"):
+        monkeypatch.setattr(triton_ops, name, Kernel())
+    x, weight = rand(4, 32, dtype=torch.bfloat16), rand(32).to(stored)
+    ops = triton_ops.TritonOps()
+    ops.affine_norm(x, weight, weight, 1e-6)
+    ops.rms_norm_(x, weight, 1e-6, None, 0)
+    ops.rms_norm_(x, weight[:8], 1e-6, None, 0)
+    assert given and set(given) == {torch.bfloat16}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])

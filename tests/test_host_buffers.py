@@ -150,6 +150,19 @@ def test_a_refused_extent_stays_pageable_and_is_told_once(refuse_from: int, capl
     assert registrar.pinned == {}
 
 
+def test_what_was_refused_is_pinned_once_there_is_room() -> None:
+    source, registrar = Source([MIB] * 8), FakeRegistrar()
+    budget = PinnedBudget(registrar, 2 * MIB)
+    host = HostBlocks(source, source.layouts(), budget)
+    host.prepare(range(8), Part.ALL)
+    assert host.pinned_bytes <= 2 * MIB
+    budget.cap_bytes = 1 << 30
+    host.retry_pinning()
+    host.prepare(range(8), Part.ALL)
+    assert host._staging is None and len(registrar.pinned) == 8
+    host.release()
+
+
 def test_beyond_the_cap_blocks_pass_through_a_pinned_pair(caplog: pytest.LogCaptureFixture) -> None:
     sizes = [MIB] * 8
     source, registrar = Source(sizes), FakeRegistrar()

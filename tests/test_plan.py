@@ -386,6 +386,24 @@ class TestChoices:
         assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
 
+class TestInputs:
+    def test_every_control_video_has_its_tokens(self) -> None:
+        model, one = replace(FP8, control_streams=1), WorkSize(81, 480, 832)
+        tokens = one.rows * model.dim * model.compute_bytes
+        more = [
+            plan_memory(model, replace(one, controls=count), Limits(1 << 40)).denoise.activations for count in (1, 2, 3)
+        ]
+        assert [more[1] - more[0], more[2] - more[1]] == [tokens, tokens]
+
+    def test_the_cameras_rays_are_counted(self) -> None:
+        work = WorkSize(81, 480, 832)
+        without, beside = (
+            plan_memory(replace(FP8, ray_channels=channels), work, Limits(1 << 40)).denoise.activations
+            for channels in (0, 1536)
+        )
+        assert beside - without >= 81 // 4 * 60 * 104 * 1536 * 2
+
+
 class TestText:
     def test_table_says_it_all(self):
         plan = plan_memory(FP8, LONG_480P, limits(6))

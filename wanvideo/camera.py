@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +18,7 @@ PIXELS = 8  # per latent position, each way
 
 
 class CameraAdapter(nn.Module):
-    """Rays `[B, 24, T, 8 h, 8 w]` (6 numbers of 4 frames) to tokens `[B * tokens, dim]`."""
+    """Rays of a latent frame `[B, 24, 8 h, 8 w]` (6 numbers of 4 frames) to its tokens `[B, tokens, dim]`."""
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -28,10 +27,8 @@ class CameraAdapter(nn.Module):
         self.residual_blocks = nn.Sequential(ResidualBlock(config.dim, **factory))
 
     def forward(self, rays: Tensor, dtype: torch.dtype) -> Tensor:
-        frames = rearrange(rays.to(dtype), "b c t h w -> (b t) c h w")
-        features = self.conv(F.pixel_unshuffle(frames, PIXELS), stride=self.conv.weight.shape[-1])
-        features = self.residual_blocks(features)
-        return rearrange(features, "(b t) c h w -> (b t h w) c", b=rays.shape[0])
+        features = self.conv(F.pixel_unshuffle(rays.to(dtype), PIXELS), stride=self.conv.weight.shape[-1])
+        return self.residual_blocks(features).flatten(2).transpose(1, 2)
 
 
 class ResidualBlock(nn.Module):

@@ -152,7 +152,9 @@ class WanModel(Transformer):
         """The pass's first tokens `[B * tokens, dim]`: of the reference where there is one, and of the latent."""
         x = self.patch_embedding(latent, work)
         if extras.camera is not None and self.control_adapter is not None:
-            x += self.control_adapter(extras.camera, work.dtype)
+            frames = x.view(latent.shape[0], latent.shape[2] // self.config.patch_size[0], -1, x.shape[1])
+            for index, rays in enumerate(extras.camera.unbind(2)):  # one at a time: its features are as wide as tokens
+                frames[:, index] += self.control_adapter(rays, work.dtype)
         if extras.reference is None:
             return x
         if self.ref_conv is None:
@@ -165,7 +167,9 @@ class WanModel(Transformer):
         streams = []
         for frames, strength in zip(extras.vace_frames, extras.vace_strengths, strict=True):
             first = cast(VaceBlock, self.vace_blocks[0])
-            streams.append(ControlStream(first.join(self.vace_patch_embedding(frames, work), x), strength))
+            tokens = self.vace_patch_embedding(frames, work)
+            first.join_(tokens, x, work)
+            streams.append(ControlStream(tokens, strength))
         return tuple(streams)
 
     def embed_context(self, text: Tensor, image_tokens: Tensor | None = None) -> Context:
@@ -179,7 +183,10 @@ class WanModel(Transformer):
             return Context(self.text_embedding(text.to(dtype)), image)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding `[groups, dim]` and block modulation `[groups, 6, dim]`, fp32; one group per timestep."""
+        """Embedding `[groups, dim]` and block modulation `[groups, 6, dim]`; one group per timestep.
+
+        They are made in the compute dtype, as ComfyUI makes them, and given in fp32, in which blocks add to them.
+        """
         angles = sinusoidal_embedding(self.config.freq_dim, timestep.flatten())
         time = self.time_embedding(angles.to(self.execution.dtype))
         modulation = self.time_projection(time)

@@ -20,6 +20,7 @@ from ..memory.plan import PlanError
 from ..weights.lora import LoraChoice
 from ..weights.quantize import quantize_checkpoint
 from .blocks import Context, WanBlock
+from .camera import PIXELS
 from .checkpoint import build_wan, open_wan
 from .lora_layers import wan_aliases
 from .model import Extras, WanModel
@@ -82,6 +83,7 @@ class StreamedWan(StreamedModel[WanModel]):
             compute_bytes=dtype.itemsize,
             chunk_tensors=self.chunk_tensors(dtype, config.ffn_dim, config.dim),
             control_streams=1 if config.vace_layers else 0,
+            ray_channels=config.camera_channels * PIXELS**2,
             vae=WAN22_VAE if config.out_channels == 48 else WAN21_VAE,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..diffusion.workspace import Workspace
 from ..weights.linear import Linear
 from .blocks import KeysValues, Pass, WanBlock
 from .config import WanConfig
@@ -40,12 +41,16 @@ class VaceBlock(WanBlock):
             for rows in work.chunks():
                 state.x[rows].add_(project(control.tokens[rows]), alpha=control.strength)
 
-    def join(self, control: Tensor, x: Tensor) -> Tensor:
-        """Control tokens `[rows, dim]` as they enter the first block, beside the video's `x`."""
-        return self.before_proj(control).add_(x)
+    def join_(self, control: Tensor, x: Tensor, work: Workspace) -> None:
+        """Control tokens `[rows, dim]`, in place, as they enter the first block beside the video's `x`."""
+        work.scratch.reset()
+        project = self.before_proj.prepare(work.dtype, work.scratch)
+        for rows in work.chunks():
+            control[rows] = project(control[rows]).add_(x[rows])
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
-        return max(super().scratch_elements(dtype), self.after_proj.scratch_elements(dtype))
+        before = self.before_proj.scratch_elements(dtype) if hasattr(self, "before_proj") else 0
+        return max(super().scratch_elements(dtype), self.after_proj.scratch_elements(dtype), before)
 
 
 def vace_places(num_layers: int, vace_layers: int) -> dict[int, int]:

@@ -171,7 +171,18 @@ class Plain:
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight = packed["weight"]
+        if weight.element_size() == 1 and torch.compiler.is_compiling():
+            out = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
+            return _cast_in_compiled_code(weight, out)
         return weight.to(dtype) if out is None else out.copy_(weight)
+
+
+def _cast_in_compiled_code(weight: Tensor, out: Tensor) -> Tensor:
+    """`weight [rows, columns]` fp8 into `out`, by an operator: what inductor makes reads no fp8 before GPUs of 8.9."""
+    from .kernels.row_op import dequantize_rows
+
+    dequantize_rows(weight, torch.ones(1, device=weight.device), out)
+    return out
 
 
 PLAIN = Plain()
