@@ -47,6 +47,7 @@ from .framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from .framepack_run import FramePackRun, RunPlaces, plan_ahead
 from .memory.intervals import Interval
 from .memory.limits import limits_for
+from .memory.plan import assumed_rates
 from .memory.plan import describe as describe_plan
 from .memory.report import MemoryMonitor, RunReport
 from .memory.timeline import draw_timeline
@@ -152,7 +153,8 @@ def plan_framepack(options: argparse.Namespace, say: Say) -> None:
         fused=True,
         measure=False,
     )
-    say(describe_plan(model.make_plan(SectionSize(num_frames(window), height, width, passes_per_step=passes), limits)))
+    plan = model.make_plan(SectionSize(num_frames(window), height, width, passes_per_step=passes), limits)
+    say(f"{describe_plan(plan)}\n{assumed_rates(limits)}")
 
 
 def generate_framepack(options: argparse.Namespace, say: Say) -> None:

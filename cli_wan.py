@@ -14,13 +14,14 @@ from .cli_arguments import Say, WantedFile, lora_choice, numbers, positive, refu
 from .diffusion.settings import RunSettings
 from .memory.footprint import WorkSize
 from .memory.limits import limits_for
+from .memory.plan import assumed_rates
 from .memory.plan import describe as describe_plan
 from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
 from .sampling.schedules import SPACINGS
 from .video import VideoWriter, check_writable
 from .wanvideo.pipeline import WanFiles, WanPipeline
-from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, defaults_for
+from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, plan_defaults
 from .wanvideo.streamed import StreamedWan
 from .wanvideo.vae import WAN21_VAE, WAN22_VAE
 
@@ -116,7 +117,7 @@ def plan_wan(options: argparse.Namespace, say: Say) -> None:
     """Tell how a run would use a card that need not be in this machine."""
     refuse_foreign(options, FOREIGN, "Wan models")
     model = StreamedWan(options.model, RunSettings(dtype=torch.bfloat16))
-    known = defaults_for(model.config, experts=False)
+    known = plan_defaults(model.config)
     vae = WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE
     request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
     width, height, num_frames = request.completed(known).size
@@ -138,7 +139,7 @@ def plan_wan(options: argparse.Namespace, say: Say) -> None:
         fused=True,
         measure=False,
     )
-    say(describe_plan(model.make_plan(work, limits)))
+    say(f"{describe_plan(model.make_plan(work, limits))}\n{assumed_rates(limits)}")
 
 
 def _request(options: argparse.Namespace) -> WanRequest:

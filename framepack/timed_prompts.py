@@ -1,4 +1,4 @@
-"""Prompts with times: `"a street [0s: a man stands] [2s: she waves] [3s-5s: they walk]"`.
+"""Prompts with times: `"a man stands in a street [2s: a woman waves] [3s-5s: they walk]"`.
 
 Times are seconds of the finished video, in whatever order its sections are generated.
 """
@@ -67,9 +67,10 @@ class TimedPrompt:
         return tuple(dict.fromkeys(prompt for _, prompt in self._timeline()))
 
     def unheard(self, sections: Iterable[Section]) -> tuple[str, ...]:
-        """Return the prompts that no section gets: those that hold for less than a section, between two middles."""
+        """Return the prompts that no section gets: covered by others, or held for less than a section."""
         heard = {prompt for section in sections for prompt, _ in self.prompts_at(section)}
-        return tuple(prompt for prompt in self.prompts() if prompt not in heard)
+        said = dict.fromkeys((self.base, *self.prompts()) if self.base else self.prompts())
+        return tuple(prompt for prompt in said if prompt not in heard)
 
     def _faded_in(self, start: float, seconds: float) -> float:
         """How far the prompt that takes over at `start` has done so."""

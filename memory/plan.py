@@ -137,6 +137,15 @@ def describe(plan: MemoryPlan) -> str:
     return "\n".join(lines + [f"- {reason}" for reason in plan.reasons])
 
 
+def assumed_rates(limits: Limits) -> str:
+    """What a plan's times are of, where no card was measured."""
+    return (
+        f"Times are those of a card with {limits.tflops_matmul:g} TFLOP/s in products and "
+        f"{limits.tflops_attention:g} in attention behind a bus of {limits.h2d_gbps:g} GB/s: yours will differ, and so "
+        "may what sets the pace."
+    )
+
+
 _ROWS = {
     "context": "CUDA context and libraries",
     "fixed_weights": "weights outside the blocks",

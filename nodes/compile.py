@@ -20,7 +20,7 @@ class TorchCompileSettings(io.ComfyNode):
             node_id="LowVRAMTorchCompile",
             display_name="Torch Compile Settings (Low VRAM)",
             description="Compiles the model's blocks one by one with torch.compile, together with streaming and LoRA. "
-            "The first step takes longer, the others less. Needs Triton for inductor on a GPU.",
+            "The first step takes longer; measure whether the others take less. Needs Triton for inductor on a GPU.",
             search_aliases=["torch compile", "inductor", "dynamo"],
             inputs=[
                 io.Model.Input("model", tooltip=f"A MODEL of {LOADERS}."),

@@ -74,7 +74,7 @@ class FramePackSampler(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "use_teacache", default=True,
-                    tooltip="Skips steps that change little: about twice as fast, slightly less exact.",
+                    tooltip="Skips steps that change little: about 1.5 times as fast, slightly less exact.",
                 ),
                 io.Float.Input(
                     "teacache_rel_l1_thresh", default=0.15, min=0.0, max=1.0, step=0.01,

@@ -69,7 +69,7 @@ class TimedPrompts(io.ComfyNode):
             "[1s-3s: she sings] from 1 s to 3 s. Text outside brackets holds at all other times.",
             search_aliases=["timestamped prompt", "prompt schedule", "timed prompts"],
             inputs=[
-                io.Clip.Input("clip", tooltip="DualCLIPLoader, type hunyuan_video."),
+                io.Clip.Input("clip", tooltip="Load CLIP (Dual), type hunyuan_video."),
                 io.String.Input(
                     "text",
                     multiline=True,

@@ -39,7 +39,9 @@ class SamplerRun:
         self.engine = cast(FramePackEngine, patcher.engine)
         self.sections = material.sections(sampling)
         for prompt in material.timed.unheard(self.sections):
-            logger.warning("the prompt %r holds for less than a section, and is not heard", prompt)
+            logger.warning(
+                "the prompt %r is not heard: others hold all the time, or it holds for less than a section", prompt
+            )
 
     @contextmanager
     def store(self, resume: bool) -> Iterator[RunStore | None]:

@@ -480,6 +480,18 @@ def test_plan_shows_where_the_memory_goes(wan_14b: Path, capsys: pytest.CaptureF
     assert len(peaks) == 2 and max(peaks) <= 3.5
     assert re.search(r"blocks: \d+ resident, \d+ streamed through 2 slots", out)
     assert "of 40 blocks stream" in out
+    assert "Times are those of a card with 40 TFLOP/s in products" in out, "no card was measured"
+
+
+@pytest.mark.parametrize("kind", [{"vace_layers": 15, "vace_channels": 96}, {"camera_channels": 24}])
+def test_models_that_only_comfyui_can_feed_are_planned(
+    kind: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variant = "vace" if "vace_layers" in kind else "camera"
+    channels = {"in_channels": 16} if variant == "vace" else {"in_channels": 32, "image_dim": 1280}
+    path = save_sparse(tmp_path / "wan.safetensors", WanConfig(variant, 1536, 8960, 12, 30, **channels, **kind))
+    assert main(["plan", str(path), "--vram-budget", "8"]) == 0
+    assert "wan.safetensors: 832x480, 81 frames" in capsys.readouterr().out
 
 
 def test_plan_refuses_what_cannot_be_and_names_what_can(wan_14b: Path, capsys: pytest.CaptureFixture[str]) -> None:

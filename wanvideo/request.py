@@ -67,6 +67,13 @@ def defaults_for(config: WanConfig, experts: bool) -> WanDefaults:
     return DEFAULTS[config.model_type]
 
 
+def plan_defaults(config: WanConfig) -> WanDefaults:
+    """Those whose size and length are planned for, also of a model that only ComfyUI can feed."""
+    if config.model_type in DEFAULTS or config.model_type == "t2v":
+        return defaults_for(config, experts=False)
+    return DEFAULTS["t2v" if config.dim >= 5120 else "t2v small"]
+
+
 @dataclass(frozen=True)
 class WanRequest:
     """One video. None means the model's published setting (`completed`).

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from . import model_files as files
 from .graph import ModelFile
 
-HELP = """## If something fails
+PLANNED_BUDGET = (
+    "- **Out of memory while sampling:** set `vram_budget_gb` in *Block Swap* to 1 less than the budget that *VRAM "
+    "Plan* shows, or make the video smaller."
+)
+HELP = f"""## If something fails
 - **A node is red or missing:** update ComfyUI (0.8.0 or newer) and this pack, then restart.
-- **Out of memory while sampling:** set `vram_budget_gb` in *Block Swap* 1 GB lower, or make the video smaller.
+{PLANNED_BUDGET}
 - **The machine stutters or pinning fails:** turn `pinned_memory` off in *Block Swap*.
 - **Decoding fails:** set `tile_size` to 256 (6 GB) or 128 (4 GB). Nothing is lost: the latent is in `output/latents`.
 - Right-click a node and choose *Node Info* for its help page."""

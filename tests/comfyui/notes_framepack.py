@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from . import model_files as files
-from .notes import Note
+from .notes import PLANNED_BUDGET, Note
 
 ENCODERS = (files.LLAVA, files.CLIP_L, files.SIGCLIP, files.HUNYUAN_VAE)
 
-HELP = """## If something fails
+HELP = f"""## If something fails
 - **It stopped (a crash, an interrupt, no memory left):** press **Run** again with the same settings and seed. Finished
 sections are kept in `output/framepack` and are not made again. The seed is set to *fixed* for that; change it by hand
 for another video.
 - **A node is red or missing:** update ComfyUI (0.8.0 or newer) and this pack, then restart.
-- **Out of memory while sampling:** set `vram_budget_gb` in *Block Swap* 1 GB lower, or make the video smaller.
+{PLANNED_BUDGET}
 - **The machine stutters or pinning fails:** turn `pinned_memory` off in *Block Swap*.
 - Right-click a node and choose *Node Info* for its help page."""
 
 ENCODER_GPU = (
-    "- **Text encoder:** *DualCLIPLoader* is set to `default`: ComfyUI puts as much of its 9.1 GB on the GPU as fits. "
-    "With 6 GB or less, or if it runs out of memory, choose `cpu`: slower, once per new prompt."
+    "- **Text encoder:** *Load CLIP (Dual)* is set to `default`: ComfyUI puts as much of its 9.1 GB on the GPU as "
+    "fits. With 6 GB or less, or if it runs out of memory, choose `cpu`: slower, once per new prompt."
 )
 ENCODER_CPU = (
-    "- **Text encoder:** *DualCLIPLoader* is set to `cpu`, because its 9.1 GB do not fit on a 6 GB card: slower, once "
-    "per new prompt."
+    "- **Text encoder:** *Load CLIP (Dual)* is set to `cpu`, because its 9.1 GB do not fit on a 6 GB card: slower, "
+    "once per new prompt."
 )
 RAM_FP8 = (
     "- **RAM:** 32 GB is comfortable. With 16 GB the weights that do not fit are read from the disk in every step: it "
@@ -40,6 +40,11 @@ FITS = (
     ("8 GB", "640x608, any length, less than half streamed"),
     ("12 GB and more", "640x608, any length, all in VRAM"),
 )
+FITS_GGUF = (
+    ("6 GB", "640x608, any length, less than half of the blocks streamed (Q4_K_M)"),
+    ("8 GB and more", "640x608, any length, nearly all or all in VRAM"),
+)
+GIVEN_BUDGET = HELP.replace("to 1 less than the budget that *VRAM Plan* shows", "half a GB lower")
 QUALITY = (
     "- **Speed:** `use_teacache` skips steps that change little. Turn it off where hands or fine motion look bad; 25 "
     "steps are enough for a draft."
@@ -51,10 +56,11 @@ LORA = (
 
 
 def _note(title: str, intro: str, model: files.ModelFile, *changes: str, **more: str) -> Note:
-    given = {"ram": RAM_FP8, "encoder": ENCODER_GPU} | more
+    given = {"ram": RAM_FP8, "encoder": ENCODER_GPU, "help": HELP} | more
     listed = ENCODERS if model is files.FRAMEPACK_GGUF else (model, *ENCODERS)
     return Note(
-        title, intro, listed, FITS, given["ram"], "\n".join(changes), given["encoder"], SIZE, HELP
+        title, intro, listed, FITS_GGUF if model is files.FRAMEPACK_GGUF else FITS, given["ram"], "\n".join(changes),
+        given["encoder"], SIZE, given["help"],
     )  # fmt: skip
 
 
@@ -120,6 +126,7 @@ FRAMEPACK_NOTES: dict[str, Note] = {
         QUALITY,
         LORA,
         encoder=ENCODER_CPU,
+        help=GIVEN_BUDGET,
     ),
     "framepack_gguf": _note(
         "FramePack image to video, GGUF",
