@@ -48,7 +48,7 @@ def build_vae(
     vae = HunyuanVAE(config, device="meta", dtype=dtype)
     names = [name for name in vae.state_dict() if not decode_only or name.startswith(DECODER)]
     weights = {name: read(name).to(device=device, dtype=dtype) for name in names}
-    vae.load_state_dict(weights, strict=False, assign=True)
+    vae.load_state_dict(weights, strict=not decode_only, assign=True)
     del weights  # or another layout would be a second copy
     uses_cudnn = torch.device(device).type == "cuda" and torch.version.hip is None
     return vae.to_channels_last() if uses_cudnn and dtype != torch.float32 else vae

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..weights.linear import Linear
 from ..weights.lora import Lora, LoraReport, LowRankPair
-from ..weights.merged_source import MergedSource, refusal
+from ..weights.merged_source import Change, MergedSource, refusal
 from ..weights.reader import Checkpoint
 from . import host
 
@@ -96,7 +96,7 @@ def patched_source(checkpoint: Checkpoint, patches: Mapping[str, Sequence[Any]])
 
     ValueError where a patched weight cannot be merged into.
     """
-    changes: dict[str, Callable[[Tensor], Tensor]] = {}
+    changes: dict[str, Change] = {}
     for key, found in patches.items():
         name = key.removeprefix(PREFIX)
         if name not in checkpoint.tensors:

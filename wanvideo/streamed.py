@@ -135,6 +135,7 @@ class StreamedWan(StreamedModel[WanModel]):
         try:
             more = self.make_plan(replace(plan.work, passes_per_step=passes), self.limits)
         except PlanError:
+            self._dropped.clear()  # not to plan in vain in every pass
             return
         logger.info("%d prompts take turns: planned anew for so many", passes)
         self.start_fitting(more)
