@@ -38,6 +38,7 @@ ROOT_LEAVES = {
     "whole_files",
     "file_lock",
     "triton_errors",
+    "device_errors",
     "half_precision",
 }
 RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}
