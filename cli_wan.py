@@ -18,6 +18,7 @@ from .memory.plan import assumed_rates
 from .memory.plan import describe as describe_plan
 from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
+from .sampling.guidance import batch_and_passes
 from .sampling.schedules import SPACINGS
 from .video import VideoWriter, check_writable
 from .wanvideo.pipeline import WanFiles, WanPipeline
@@ -122,12 +123,13 @@ def plan_wan(options: argparse.Namespace, say: Say) -> None:
     request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
     width, height, num_frames = request.completed(known).size
     check_size(vae, model.config.patch_size[1], width, height, num_frames)
+    batch, passes = batch_and_passes(not options.cfg_1, options.batch_cfg)
     work = WorkSize(
         num_frames,
         height,
         width,
-        batch=2 if options.batch_cfg else 1,
-        passes_per_step=1 if options.batch_cfg or options.cfg_1 else 2,
+        batch=batch,
+        passes_per_step=passes,
         stride=(vae.temporal_stride, vae.spatial_stride, vae.spatial_stride),
         patch=model.config.patch_size,
     )

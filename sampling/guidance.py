@@ -132,6 +132,13 @@ class ExpertSwitch:
         return self.high(x, sigma) if needed == "high" else self.low(x, sigma)
 
 
+def batch_and_passes(guided: bool, batched: bool) -> tuple[int, int]:
+    """Return the batch of a pass and the passes of a step: `guided`, cond and uncond, `batched` or one by one."""
+    if not guided:
+        return 1, 1
+    return (2, 1) if batched else (1, 2)
+
+
 def classifier_free(denoised_cond: Tensor, denoised_uncond: Tensor, scale: float) -> Tensor:
     """Return uncond + scale * (cond - uncond): Ho & Salimans 2022 (arXiv:2207.12598), scale = w + 1 there.
 

@@ -297,6 +297,13 @@ def test_models_that_want_clip_features_are_refused(
         (["--shift", "0"], "shift is 0.0; expected a number above 0"),
         (["--guidance", "nan"], "guidance is nan: use a finite number, such as 5 (1 turns guidance off)"),
         (["--boundary", "2"], "boundary is 2.0: use a sigma between 0 and 1, such as 0.875"),
+        (
+            ["--guidance-high", "4"],
+            "guidance_high is 4.0, for the high-noise expert of Wan 2.2 A14B, but there is only wan_t2v.safetensors: "
+            "leave it out, or give the low-noise model too (--model-low)",
+        ),
+        (["--guidance", "1", "--guidance-high", "1"], "guidance_high is 1.0, for the high-noise expert"),
+        (["--boundary", "0.9"], "boundary is 0.9, where the low-noise expert of Wan 2.2 A14B takes over, but there"),
         (["--seed", "-1"], "seed is -1: use a whole number from 0 to"),
         (["--prompt", ""], "the prompt is empty: say what the video shows"),
         (["--prompt", "  "], "the prompt is empty: say what the video shows"),
@@ -522,6 +529,8 @@ def test_plan_of_other_work(wan_14b: Path, folder: Path, capsys: pytest.CaptureF
     batched = capsys.readouterr().out
     assert "640x384, 17 frames" in alone and "640x384, 17 frames" in batched
     assert "read from the file in every pass" in batched and "read from the file" not in alone
+    assert main([*words, "--cfg-1", "--batch-cfg"]) == 0
+    assert capsys.readouterr().out == alone, "nothing to batch without guidance"
     assert main(["plan", str(folder / "wan_ti2v.safetensors"), "--vram-budget", "8"]) == 0
     assert "1280x704, 121 frames" in capsys.readouterr().out
 

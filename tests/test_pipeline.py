@@ -38,6 +38,16 @@ REQUEST = WanRequest(
 )
 
 
+class Conditioned(WanPipeline):
+    """Keeps what the model was shown."""
+
+    conditions: Conditions
+
+    def _denoise(self, request: WanRequest, conditions: Conditions, sigmas: Tensor) -> Tensor:
+        self.conditions = conditions
+        return super()._denoise(request, conditions, sigmas)
+
+
 class Recording(WanPipeline):
     """Keeps what went into the decoder: frames are too coarse for a comparison."""
 
@@ -202,6 +212,22 @@ def test_no_guidance_makes_one_pass_per_step(t2v: WanFiles) -> None:
     pipeline.high.model.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
     run(pipeline, replace(REQUEST, guidance=1.0))
     assert calls == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "guidance_high", "passes"), [(1.0, 1.0, 1), (1.0, 3.0, 2), (3.0, 1.0, 2), (3.0, None, 2), (1.0, None, 1)]
+)
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_is_planned_is_what_is_encoded(
+    experts: WanFiles, guidance: float, guidance_high: float | None, passes: int, batched: bool
+) -> None:
+    """A negative prompt takes room and time where either expert is guided, and nothing where neither is."""
+    pipeline = Conditioned(experts, RunSettings(batched_guidance=batched))
+    run(pipeline, replace(REQUEST, shift=12.0, num_steps=2, guidance=guidance, guidance_high=guidance_high))
+    assert pipeline.plan is not None
+    work = pipeline.plan.work
+    assert (work.batch, work.passes_per_step) == ((passes, 1) if batched else (1, passes))
+    assert (pipeline.conditions.uncond is not None) == (passes == 2)
 
 
 # --- pictures --------------------------------------------------------------------------------------------
@@ -653,6 +679,9 @@ def test_the_report_has_the_three_phases(t2v: WanFiles) -> None:
         ({"shift": -1.0}, "shift is -1.0"),
         ({"guidance": float("nan")}, "guidance is nan: use a finite number"),
         ({"boundary": 1.5}, "boundary is 1.5: use a sigma between 0 and 1"),
+        ({"guidance_high": 1.0}, "guidance_high is 1.0, .* of Wan 2.2 A14B, but there is only wan.safetensors"),
+        ({"guidance_high": 3.0, "guidance": 1.0}, "guidance_high is 3.0, for the high-noise expert"),
+        ({"boundary": 0.9}, "boundary is 0.9, where the low-noise expert of Wan 2.2 A14B takes over, but there is only"),
         ({"seed": -1}, "seed is -1: use a whole number from 0"),
         ({"sampler": "magic"}, "Sampler 'magic' does not exist; choose one of euler"),
         ({"spacing": "magic"}, "spacing is 'magic'; expected one of uniform"),

@@ -18,13 +18,13 @@ from ..diffusion.settings import RunSettings
 from ..memory.footprint import WorkSize
 from ..memory.plan import MemoryPlan, decode_tiles
 from ..memory.report import RunReport
-from ..sampling.guidance import ExpertSwitch, Guidance
+from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
 from ..weights.lora import LoraChoice, LoraReport
 from ..weights.reader import CheckpointError
 from .conditioning import image_channels
-from .request import WanDefaults, WanRequest, check_request, check_size, defaults_for
+from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
 from .text_checkpoint import load_text_encoder, open_text_encoder, open_tokenizer
 from .text_encoder import TextEncoder
@@ -91,6 +91,8 @@ class WanPipeline:
         """Frames as they are decoded, uint8 `[t, H, W, 3]`. A bad request is a ValueError before anything is loaded."""
         request = request.completed(self.defaults)
         check_request(request)
+        if self.low is None:
+            check_experts(request, self.files.model.name)
         check_size(self.vae_config, self.config.patch_size[1], *request.size)
         select_sampler(request.sampler)
         sigmas = self.sigmas(request)
@@ -130,13 +132,13 @@ class WanPipeline:
     def _plan(self, request: WanRequest) -> MemoryPlan:
         settings = self.settings
         width, height, num_frames = request.size
-        guided = request.guidance != 1 or (self.low is not None and request.guidance_high != 1)
+        batch, passes = batch_and_passes(request.guided, settings.batched_guidance)
         work = WorkSize(
             num_frames,
             height,
             width,
-            batch=2 if guided and settings.batched_guidance else 1,
-            passes_per_step=2 if guided and not settings.batched_guidance else 1,
+            batch=batch,
+            passes_per_step=passes,
             stride=(self.vae_config.temporal_stride,) + (self.vae_config.spatial_stride,) * 2,
             patch=self.config.patch_size,
         )
@@ -146,10 +148,9 @@ class WanPipeline:
 
     def _encode(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Conditions:
         self.progress.begin("encode")
-        guided = request.guidance != 1 or request.guidance_high not in (None, 1)
-        prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
+        prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
         text = self._encode_text(prompts).to(self.settings.device)
-        conditions = Conditions(text[:1], text[1:] if guided else None)
+        conditions = Conditions(text[:1], text[1:] if request.guided else None)
         first, last = pictures
         if first is None and last is None:
             return conditions

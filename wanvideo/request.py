@@ -103,7 +103,7 @@ class WanRequest:
     def completed(self, known: WanDefaults) -> WanRequest:
         """The request with the model's published settings where it has None."""
         low, high = self.guidance, self.guidance_high
-        if high is None:
+        if high is None and known.guidance_high is not None:
             high = known.guidance_high if low is None else low
         return replace(
             self,
@@ -122,6 +122,26 @@ class WanRequest:
         """Width, height and frames of a completed request."""
         assert self.width is not None and self.height is not None and self.num_frames is not None
         return self.width, self.height, self.num_frames
+
+    @property
+    def guided(self) -> bool:
+        """Whether some step of a completed request is guided, and so takes the negative prompt."""
+        return self.guidance != 1 or self.guidance_high not in (None, 1)
+
+
+def check_experts(request: WanRequest, only: str) -> None:
+    """ValueError for settings of two experts, given to a model that is one file named `only`."""
+    roles = {
+        "guidance_high": "for the high-noise expert of Wan 2.2 A14B",
+        "boundary": "where the low-noise expert of Wan 2.2 A14B takes over",
+    }
+    for name, role in roles.items():
+        value = getattr(request, name)
+        if value is not None:
+            raise ValueError(
+                f"{name} is {value}, {role}, but there is only {only}: leave it out, or give the low-noise model too "
+                "(--model-low)"
+            )
 
 
 def check_request(request: WanRequest) -> None:
