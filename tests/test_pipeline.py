@@ -215,7 +215,8 @@ def test_no_guidance_makes_one_pass_per_step(t2v: WanFiles) -> None:
 
 
 @pytest.mark.parametrize(
-    ("guidance", "guidance_high", "passes"), [(1.0, 1.0, 1), (1.0, 3.0, 2), (3.0, 1.0, 2), (3.0, None, 2), (1.0, None, 1)]
+    ("guidance", "guidance_high", "passes"),
+    [(1.0, 1.0, 1), (1.0, 3.0, 2), (3.0, 1.0, 2), (3.0, None, 2), (1.0, None, 1)],
 )
 @pytest.mark.parametrize("batched", [False, True])
 def test_what_is_planned_is_what_is_encoded(
@@ -681,7 +682,10 @@ def test_the_report_has_the_three_phases(t2v: WanFiles) -> None:
         ({"boundary": 1.5}, "boundary is 1.5: use a sigma between 0 and 1"),
         ({"guidance_high": 1.0}, "guidance_high is 1.0, .* of Wan 2.2 A14B, but there is only wan.safetensors"),
         ({"guidance_high": 3.0, "guidance": 1.0}, "guidance_high is 3.0, for the high-noise expert"),
-        ({"boundary": 0.9}, "boundary is 0.9, where the low-noise expert of Wan 2.2 A14B takes over, but there is only"),
+        (
+            {"boundary": 0.9},
+            "boundary is 0.9, where the low-noise expert of Wan 2.2 A14B takes over, but there is only",
+        ),
         ({"seed": -1}, "seed is -1: use a whole number from 0"),
         ({"sampler": "magic"}, "Sampler 'magic' does not exist; choose one of euler"),
         ({"spacing": "magic"}, "spacing is 'magic'; expected one of uniform"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from ..host_memory import allocate_bytes
 from .formats import format_for
 from .linear import WeightFormat
 from .lora_merge import can_requantize, requantize
+from .made_pairs import MadePairs
 from .reader import TensorInfo
 
 SCALE = "weight_scale"
@@ -38,7 +40,7 @@ class MergedSource:
 
     def __init__(self, origin: Source, changes: Mapping[str, Change]) -> None:
         self._origin, self._changes = origin, changes
-        self._scales: dict[str, Tensor] = {}  # of changed weights
+        self._pairs = MadePairs()
         self._lock = threading.Lock()  # one weight in fp32 at a time
         made = {name: replace(info, file=made_from(info.file)) for name in changes for info in [origin.tensors[name]]}
         self.tensors: dict[str, TensorInfo] = {**origin.tensors, **made}
@@ -49,15 +51,14 @@ class MergedSource:
         layer, _, leaf = name.rpartition(".")
         weight = f"{layer}.weight"
         if name in self._changes:
-            self._read_changed(name, out)
+            self._pairs.read_weight(name, out, partial(self._change, name))
         elif leaf == SCALE and weight in self._changes:
-            if weight not in self._scales:
-                self._read_changed(weight, allocate_bytes(self.tensors[weight].nbytes))
-            out.copy_(self._scales[weight].flatten().view(torch.uint8))
+            self._pairs.read_scale(weight, out, self.tensors[weight].nbytes, partial(self._change, weight))
         else:
             self._origin.read_into(name, out)
 
-    def _read_changed(self, name: str, out: Tensor) -> None:
+    def _change(self, name: str, out: Tensor) -> Tensor:
+        """Write a changed tensor to `out [bytes]`; returns the scale beside it, empty where it has none."""
         info, scale = self._origin.tensors[name], scale_of(self._origin, name)
         self._origin.read_into(name, out)
         packed = {"weight": out.view(info.dtype).view(info.shape)}
@@ -71,8 +72,9 @@ class MergedSource:
             num_scales = packed[SCALE].numel() if scale is not None else 0
             values, scales = requantize(changed, form, info.dtype, num_scales)
             packed["weight"].copy_(values)
-            if scale is not None:
-                self._scales[name] = packed[SCALE] if scales is None else scales.to(scale.dtype)
+        if scale is None:
+            return torch.empty(0)
+        return packed[SCALE] if scales is None else scales.to(scale.dtype)
 
 
 def refusal(source: Source, name: str) -> str | None:

@@ -7,21 +7,21 @@ embeddings, modulation and the head stay as stored.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..host_memory import allocate_bytes
 from .dialects import FP8_DTYPES
 from .formats import format_for
 from .fp8 import FP8, FP8_FULL_PRECISION
 from .int8 import INT8
 from .kitchen import KitchenFormat
 from .linear import PLAIN, WeightFormat
+from .made_pairs import MadePairs
 from .reader import Checkpoint, TensorInfo
 from .rows import FP8_MAX, INT8_MAX, row_scales
 
@@ -70,16 +70,15 @@ class StoredLayer:
 class QuantizedSource(Checkpoint):
     """A checkpoint whose blocks' weights are quantised as they are read; `tensors` are those that come out.
 
-    Reading is thread-safe and takes a few MB of temporaries per thread. A weight is quantised when it is read; its
-    scale is kept from then on. The bytes of quantised tensors are in no file: they cannot be streamed from the disk.
+    Reading is thread-safe and takes a few MB of temporaries per thread. A weight is quantised when it or its scale is
+    read (`MadePairs`). The bytes of quantised tensors are in no file: they cannot be streamed from the disk.
     """
 
     origin: Checkpoint
     target: Target
     layers: Mapping[str, StoredLayer]
     device: torch.device = CPU  # where the arithmetic runs
-    scales: dict[str, Tensor] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    pairs: MadePairs = field(default_factory=MadePairs)
 
     def read_into(self, name: str, out: Tensor) -> None:
         """The tensor's bytes, as `Checkpoint.read_into`."""
@@ -87,14 +86,11 @@ class QuantizedSource(Checkpoint):
         if layer not in self.layers or leaf == "bias":
             self.origin.read_into(name, out)
             return
-        scales = self.scales.get(layer) if leaf == "weight_scale" else None
-        if scales is None:
-            weight = out if leaf == "weight" else allocate_bytes(self.tensors[f"{layer}.weight"].nbytes)
-            scales = self._quantize(self.layers[layer], weight)
-            with self.lock:
-                self.scales[layer] = scales
-        if leaf == "weight_scale":
-            out.copy_(scales.reshape(-1).view(torch.uint8))
+        make = partial(self._quantize, self.layers[layer])
+        if leaf == "weight":
+            self.pairs.read_weight(layer, out, make)
+        else:
+            self.pairs.read_scale(layer, out, self.tensors[f"{layer}.weight"].nbytes, make)
 
     def _quantize(self, layer: StoredLayer, out: Tensor) -> Tensor:
         """Write a layer's weight to `out [bytes]`; returns its scales, `[out, 1]` or `[1, 1]`."""
