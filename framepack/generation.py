@@ -181,14 +181,21 @@ class Generation:
         prompts = self.material.timed.prompts_at(section)
         negative = self.conditions.negative
 
+        def cache(number: int, step: int) -> TeaCache | None:
+            if not caches:
+                return None
+            caches[number].begin_step(step)
+            return caches[number]
+
         def cond(x: Tensor, sigma: Tensor) -> Tensor:
-            condition = self.conditions.of(prompts, steps[float(sigma)])
-            return self.velocity(Frames(x, indices), shown, condition, image, caches[0] if caches else None)
+            step = steps[float(sigma)]
+            condition = self.conditions.of(prompts, step)
+            return self.velocity(Frames(x, indices), shown, condition, image, cache(0, step))
 
         def uncond(x: Tensor, sigma: Tensor) -> Tensor:
             assert negative is not None
-            condition = negative[steps[float(sigma)]]
-            return self.velocity(Frames(x, indices), shown, condition, image, caches[1] if caches else None)
+            step = steps[float(sigma)]
+            return self.velocity(Frames(x, indices), shown, negative[step], image, cache(1, step))
 
         def report(step: StepInfo) -> None:
             if self.on_step is not None:

@@ -78,17 +78,11 @@ class StepCondition:
 class BlockCache(Protocol):
     """Says when the blocks may be skipped; one for each prompt of a step, forgotten between sections.
 
-    The model sets `residual` at the end of a pass that ran the blocks. A pass that fails has used its bytes, so after
-    one that did not set it the blocks must run.
+    The model sets `residual`, what the blocks added when they last ran, `[noisy rows, dim]`, at the end of a pass that
+    ran them. A pass that fails has used its bytes, so when it is repeated they must run again.
     """
 
-    @property
-    def residual(self) -> Tensor | None:
-        """What the blocks added when they last ran, `[noisy rows, dim]`."""
-        ...
-
-    @residual.setter
-    def residual(self, residual: Tensor) -> None: ...
+    residual: Tensor | None
 
     def reuse(self, signal: Tensor) -> bool:
         """Whether to add `residual` instead.

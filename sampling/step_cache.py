@@ -25,9 +25,9 @@ class TeaCache:
     """Decides which passes of one prompt are computed, and keeps what the last computed one added (`BlockCache`).
 
     cond and uncond need an object each: their signals and residuals differ. The first and the last of `num_steps`
-    passes are always computed. Call `begin_section()` before every section and after the last. A model asks
-    `reuse(signal)` once a pass; if that is False it computes and assigns `residual`, otherwise it adds `residual`. A
-    computed pass that ends without assigning it (out of memory, interrupt) does not count: the step may be run again.
+    passes are always computed. Call `begin_section()` before every section and after the last, `begin_step()` before
+    every pass. A model asks `reuse(signal)` in a pass; if that is False it computes and assigns `residual`, otherwise
+    it adds `residual`. However often a step is run (out of memory, a solver that calls again), it is decided once.
 
     Holds one signal and one residual on the device, in the dtypes they come in, until `begin_section()`.
     Raises ValueError for values out of range.
@@ -48,28 +48,20 @@ class TeaCache:
         self.num_steps = num_steps
         self.threshold = threshold
         self.polynomial = tuple(polynomial)
-        self.num_reused = 0  # over all sections
         self.begin_section()
 
     def begin_section(self) -> None:
         """Forget everything: the next pass is the first of a section."""
+        self.residual: Tensor | None = None  # what the blocks added at the last computed pass, [noisy rows, dim]
         self._step = 0
+        self._decided: int | None = None  # the step that `_reused` is of
+        self._reused = False
         self._change = 0.0  # estimated change of the output since the last computed pass
         self._signal: Tensor | None = None
-        self._residual: Tensor | None = None
-        self._computing = False
 
-    @property
-    def residual(self) -> Tensor | None:
-        """What the blocks added at the last computed pass, [noisy rows, dim]; None before the first one."""
-        return self._residual
-
-    @residual.setter
-    def residual(self, residual: Tensor) -> None:
-        self._residual = residual
-        if self._computing:
-            self._computing = False
-            self._step += 1
+    def begin_step(self, step: int) -> None:
+        """The next pass is of this step, counted from 0; perhaps once more."""
+        self._step = step
 
     def reuse(self, signal: Tensor) -> bool:
         """Tell whether this pass may add `residual` instead of running the blocks.
@@ -77,21 +69,16 @@ class TeaCache:
         `signal` is the first block's modulated input over the whole packed sequence, [rows, dim], any float dtype; it
         is copied, so the model may overwrite it. Reads one number back from the device.
         """
-        repeated = self._computing  # the pass before this one never got to its residual
-        known = self._signal is not None and self._signal.shape == signal.shape and self._residual is not None
-        if known and not repeated and 0 < self._step < self.num_steps - 1:
+        if self._step == self._decided:
+            return self._reused
+        change = math.inf
+        known = self._signal is not None and self._signal.shape == signal.shape and self.residual is not None
+        if known and 0 < self._step < self.num_steps - 1:
             assert self._signal is not None
-            self._change += self._estimate(relative_l1(signal, self._signal))
-            reuse = self._change < self.threshold  # not a number compares False, and is computed
-        else:
-            reuse = False
+            change = self._change + self._estimate(relative_l1(signal, self._signal))
+        reuse = change < self.threshold  # not a number compares False, and is computed
         self._keep(signal)
-        if reuse:
-            self.num_reused += 1
-            self._step += 1
-        else:
-            self._change = 0.0
-            self._computing = True
+        self._decided, self._reused, self._change = self._step, reuse, change if reuse else 0.0
         return reuse
 
     def _estimate(self, change: float) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(checkpoint: Path, tmp_path: Path
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from lowvram_video.framepack.runs import RunStore
 from tests.test_framepack_generation import run
 
@@ -319,6 +321,32 @@ def test_guidance_1_is_no_second_pass_and_more_is(checkpoint: Path) -> None:
     same = material(negative=prompt(20))
     error = (run(checkpoint, guided, same)[0].latents - run(checkpoint)[0].latents).abs().max()
     assert error < 1e-4, "guidance away from the same prompt leads nowhere"
+
+
+def test_a_pass_that_is_repeated_counts_once_for_the_cache(checkpoint: Path) -> None:
+    """As after running out of memory in the layers behind the blocks."""
+    sampling, given = replace(SAMPLING, cache_threshold=0.15, num_steps=8, seconds=SECONDS / 3), material()
+    sections, model = given.sections(sampling), StreamedFramePack(checkpoint, RunSettings())
+    plan = model.make_plan(section_size(sampling, given), limits_for(CPU))
+    blocks_run: list[int] = []
+    model.blocks[0].advance = lambda *args, run=model.blocks[0].advance: (blocks_run.append(1), run(*args))
+    with torch.inference_mode():
+        conditions = prepare(model, plan, sampling, given, sections)
+        model.start(plan)
+
+        def repeated(*arguments: Any) -> Tensor:
+            model(*arguments)
+            return model(*arguments)
+
+        found, num_computed = [], []
+        for velocity in (model, repeated):
+            blocks_run.clear()
+            found.append(next(iter(Generation(velocity, sampling, given, sections, conditions, CPU).run())).latents)
+            num_computed.append(len(blocks_run))
+    model.release()
+    assert num_computed[0] < 8, "some are reused"
+    assert num_computed[1] == 2 * num_computed[0]
+    assert torch.equal(found[0], found[1])
 
 
 def test_each_prompt_of_a_step_has_its_own_cache(checkpoint: Path) -> None:
