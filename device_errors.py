@@ -1,4 +1,4 @@
-"""How a device says that it has no memory left: PyTorch's allocator, CUDA's libraries and Triton each in their words."""
+"""How a device says that it has no memory left: PyTorch's allocator, CUDA's libraries, Triton: each in its words."""
 
 from __future__ import annotations
 
