@@ -83,18 +83,23 @@ class FramePackRun:
             yield cls(pipeline, sampling, material, places, store, folder)
 
     def make(self) -> None:
-        """All that is missing; the video plays whole after each section."""
+        """All that is missing; the video plays at any moment."""
         before = self._add_given_video()
         num_decoded = 0 if self.film is None else self.film.num_sections - before
         if num_decoded == self.num_sections:
             return
         generator = self.pipeline.generate(self.sampling, self.material, self.store, num_decoded)
         with closing(generator) as sections:  # type: ignore[type-var] # it is one, though its type says less
-            for section in sections:
+            try:
+                for section in sections:
+                    if self.film is not None:
+                        self.film.add(section.frames, section.overlap)
+                    else:
+                        write_file(self.places.output, _png(section.frames[0]))
+            except BaseException:  # an interrupt too
                 if self.film is not None:
-                    self.film.add(section.frames, section.overlap)
-                else:
-                    write_file(self.places.output, _png(section.frames[0]))
+                    self.film.leave()
+                raise
         if self.film is not None:
             self.film.finish()
 
@@ -108,8 +113,8 @@ class FramePackRun:
     def kept(self) -> str:
         """One line on what there is of an unfinished run, and how it goes on."""
         shown = ""
-        if self.film is not None and self.film.num_frames:
-            shown = f"{self.places.output} holds the {self.film.num_frames} frames made so far"
+        if self.film is not None and self.film.num_shown:
+            shown = f"{self.places.output} holds the {self.film.num_shown} frames made so far"
         if self.store is None or not self.store.completed:
             return shown or "no section was made yet"
         done = f"{self.store.completed} of {self.num_sections} sections are kept in {self.store.folder}"

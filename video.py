@@ -19,6 +19,7 @@ from torch import Tensor
 from .whole_files import replace_file
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
+INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame with its time, size, place and kind
 
 
 class VideoError(OSError):
@@ -116,7 +117,9 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float) -> No
         lines += [f"file {part.name}", f"duration {(end - start) / 1e6:.6f}"]
         frames_before += num_frames
     listing = folder / "parts.txt"
-    index_first = ["-movflags", "+faststart"] if path.suffix.lower() in (".mp4", ".mov") else []
+    # the index comes first, in room left for it: +faststart would write everything twice
+    room = str(INDEX_BYTES + INDEX_BYTES_PER_FRAME * frames_before)
+    index_first = ["-moov_size", room] if path.suffix.lower() in (".mp4", ".mov") else []
     try:
         listing.write_text("\n".join(["ffconcat version 1.0", *lines, ""]), encoding="ascii")
         with tempfile.TemporaryFile() as complaints:

@@ -1,4 +1,4 @@
-"""The video of a run: it grows section by section, and plays whole after each."""
+"""The video of a run: it grows section by section, and plays at any moment."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,47 +22,22 @@ from torch import Tensor
 from ..diffusion.pictures import to_uint8
 from ..video import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
 from ..whole_files import replace_file, write_file
+from .run.film_state import FORMAT, FilmPart, FilmState, read_state
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files: a film of another is built anew
 PIXEL_BYTES = 0.25  # of H.264 at crf 12 without B-frames, for pictures with noise of 10 in 255; most take far less
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A piece of the film, encoded; `pixels` names its frames as they were, where they may still change."""
-
-    video: str
-    num_frames: int
-    sha256: str
-    pixels: str | None = None
-    pixels_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class _State:
-    """What film.json says: the settings, and the parts in play order."""
-
-    format: int
-    fps: float
-    crf: int
-    grows: str
-    made_by: str = ""
-    num_sections: int = 0
-    height: int = 0
-    width: int = 0
-    parts: tuple[_Part, ...] = ()
-    film_sha256: str = ""  # of the whole video
+SHOWN = 0.9  # of what is made, at least, plays: all publications but the last write 1 / (1 - SHOWN) films at most
 
 
 class Film:
     """A video at `path` that grows at the front (`grows="front"`, later sections play earlier) or at the back.
 
     Neighbouring sections share frames and are cross-faded there. The frames at the growing edge wait for the next
-    section, unencoded in `folder`; all others are encoded once, into parts that are copied together into the
-    video. The video is replaced when the next is complete, so it plays at any moment. What the process leaves
-    in `folder`, however it ends, is taken up again: `num_sections` are there already. The folder is the film's alone.
+    section, in memory; all others are encoded once, into parts that are copied together into the video. That is
+    published, whole, when a tenth of it is new, at `publish` and at `finish`, and plays at any moment. What the
+    process leaves in `folder`, however it ends, is taken up again: `num_sections` are there already, but for the last
+    one where the process was killed, whose open frames are wanted once more. The folder is the film's alone.
     `crf` is x264's quality; `made_by` names what decodes the frames: a film of another is built anew. Raises
     ValueError where `path` cannot be written.
     """
@@ -81,19 +57,24 @@ class Film:
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
         check_writable(folder / "film.json")
-        self._state = _State(FORMAT, float(fps), crf, grows, made_by)
+        self._state = FilmState(FORMAT, float(fps), crf, grows, made_by)
         self._edge: Tensor | None = None  # uint8 [E, H, W, 3]
         self._resume()
 
     @property
     def num_sections(self) -> int:
         """How many sections are in the film; the next `add` is for the one after them."""
-        return self._state.num_sections
+        return self._state.num_sections - self._lost_edge
 
     @property
     def num_frames(self) -> int:
-        """How many frames the video has."""
-        return sum(part.num_frames for part in self._state.parts)
+        """How many frames the film has."""
+        return self._state.num_frames
+
+    @property
+    def num_shown(self) -> int:
+        """How many of them the video has."""
+        return sum(part.num_frames for part in self._state.shown)
 
     def add(self, frames: Tensor, overlap: int) -> None:
         """The next section: `[T, H, W, 3]`, uint8 or floats in -1 ... 1, all sections of one size.
@@ -103,6 +84,9 @@ class Film:
         VideoError, with the film as it was, where something cannot be written.
         """
         frames = self._check(frames, overlap)
+        if self._lost_edge:
+            self._find_edge(frames)
+            return
         if self._edge is not None:
             earlier, later = (frames, self._edge) if self._at_front else (self._edge, frames)
             frames = cross_fade(earlier, later, overlap)
@@ -112,8 +96,7 @@ class Film:
             edge, final = frames.split(sizes)
         else:
             final, edge = frames.split(sizes[::-1])
-        name = self._new_name()
-        self._grow(self._encode([final], f"final_{name}"), edge, name)
+        self._grow(self._encode([final], f"final_{self._new_name()}"), edge)
 
     def begin(self, pieces: Iterable[Tensor], still_open: int) -> None:
         """What plays before all that is made, as the first section: uint8 `[T, H, W, 3]`, piece by piece.
@@ -133,25 +116,55 @@ class Film:
                 yield edge[:num_done]
                 edge = edge[num_done:].clone()
 
-        name = self._new_name()
-        part = self._encode(final(), f"final_{name}")
+        part = None
+        if self._lost_edge:
+            deque(final(), maxlen=0)
+        else:
+            part = self._encode(final(), f"final_{self._new_name()}")
         if edge is None:
             raise ValueError(f"there are no frames to begin {self.path} with: give a video that has some")
-        self._grow(part, edge, name)
+        self._find_edge(edge) if self._lost_edge else self._grow(part, edge)
+
+    def publish(self) -> None:
+        """Have the video show all that was made: the film is left for a while. VideoError as `add`."""
+        if self._lost_edge or (self.num_shown == self.num_frames and (self._edge is None or self._state.pixels)):
+            return  # as it was found, or nothing new
+        state = self._shown(self._state, self._edge)
+        if self._edge is not None:
+            state = replace(state, pixels=self._keep(self._edge))
+        self._commit(state)
+
+    def _keep(self, edge: Tensor) -> FilmPart:
+        """The open frames as they are, on the disk."""
+        pixels = self.folder / f"open_{self._new_name()}.safetensors"
+        try:
+            write_file(pixels, save({"frames": edge}))
+            return FilmPart(pixels.name, len(edge), _sha256(pixels))
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from error
+
+    def leave(self) -> None:
+        """`publish` where the run failed or was interrupted, whose error is what counts: a second one is only told."""
+        try:
+            self.publish()
+        except OSError as error:
+            log.warning("%s", error)
 
     def finish(self) -> None:
-        """No section follows: what was kept for the next one, unencoded, is removed. VideoError as `add`."""
-        parts = tuple(replace(part, pixels=None, pixels_sha256=None) for part in self._state.parts)
-        if parts != self._state.parts:
-            self._commit(replace(self._state, parts=parts))
-            self._edge = None
-            self._tidy()
+        """No section follows: the video shows all of them. VideoError as `add`."""
+        if self._lost_edge or (self._edge is None and self.num_shown == self.num_frames):
+            return
+        shown = self._shown(self._state, self._edge)
+        parts = shown.ordered(shown.parts, shown.shown_open)
+        closed = replace(shown, parts=parts, num_shown_parts=len(parts), num_open=0, shown_open=None, pixels=None)
+        self._commit(closed)
+        self._edge = None
 
     @staticmethod
     def is_at(folder: Path, path: Path) -> bool:
         """Whether the file at `path` is the video that the film in `folder` wrote last."""
         try:
-            return _sha256(path) == _read_state(folder / "film.json").film_sha256
+            return _sha256(path) == read_state(folder / "film.json").film_sha256
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -159,25 +172,34 @@ class Film:
         """Never used before: nothing that the last film.json names is written over."""
         return f"{self.num_sections:04d}-{secrets.token_hex(4)}"
 
-    def _grow(self, final: _Part | None, edge: Tensor, name: str) -> None:
+    @property
+    def _lost_edge(self) -> bool:
+        """Whether the open frames of the last section are not at hand: the process that had them was killed."""
+        return self._state.num_open > 0 and self._edge is None
+
+    def _find_edge(self, frames: Tensor) -> None:
+        """Take the open frames from the last section, which comes once more."""
+        count = self._state.num_open
+        self._edge = (frames[:count] if self._at_front else frames[-count:]).clone()
+
+    def _grow(self, final: FilmPart | None, edge: Tensor) -> None:
         """Take in a section's encoded frames and those that wait for the next."""
-        new = [final, self._encode([edge], f"open_{name}", pixels=edge)]
-        kept = [part for part in self._state.parts if part.pixels is None]
-        ordered = [*new[::-1], *kept] if self._at_front else [*kept, *new]
-        parts = tuple(part for part in ordered if part is not None)
-        # The video first: after a crash in between it is one section ahead, and the same section comes again.
-        self._commit(
-            replace(
-                self._state,
-                num_sections=self.num_sections + 1,
-                height=edge.shape[1],
-                width=edge.shape[2],
-                parts=parts,
-                film_sha256=self._publish(parts),
-            )
+        before = self._state
+        new = [] if final is None else [final]
+        state = replace(
+            before,
+            num_sections=before.num_sections + 1,
+            height=edge.shape[1],
+            width=edge.shape[2],
+            parts=tuple([*new, *before.parts] if self._at_front else [*before.parts, *new]),
+            num_open=len(edge),
+            pixels=None,
         )
+        # The video first: after a crash in between it is one section ahead, and the same section comes again.
+        if self.num_shown <= SHOWN * state.num_frames:
+            state = self._shown(state, edge)
+        self._commit(state)
         self._edge = edge.clone() if len(edge) else None
-        self._tidy()
 
     @property
     def _at_front(self) -> bool:
@@ -192,19 +214,24 @@ class Film:
                 f"a section has frames of {frames.shape[2]} x {frames.shape[1]} pixels, and the film in {self.folder} "
                 f"has {size[1]} x {size[0]}: give frames of that size, or start another film"
             )
-        edge = 0 if self._edge is None else len(self._edge)
-        if overlap < 0 or (self.num_sections and overlap > min(edge, len(frames))):
+        edge = self._state.num_open
+        if not self._lost_edge and (overlap < 0 or (self.num_sections and overlap > min(edge, len(frames)))):
             raise ValueError(
                 f"section {self.num_sections} of {len(frames)} frames is to overlap the film by {overlap}; "
                 f"0 to {min(edge, len(frames))} are possible, as the section before left {edge} open"
+            )
+        if self._edge is not None and overlap > 1 and len(frames) < 2 * overlap - 1:
+            raise ValueError(
+                f"section {self.num_sections} of {len(frames)} frames cannot be faded by {overlap} at both ends: give "
+                f"{2 * overlap - 1} or more"
             )
         if frames.is_floating_point():
             return to_uint8(frames.permute(3, 0, 1, 2)[None])
         return frames.cpu()
 
-    def _encode(self, pieces: Iterable[Tensor], name: str, pixels: Tensor | None = None) -> _Part | None:
-        """Frames as a part, None where there are none; `pixels` are kept beside it as they are."""
-        video, kept = self.folder / f"{name}.mp4", self.folder / f"{name}.safetensors"
+    def _encode(self, pieces: Iterable[Tensor], name: str) -> FilmPart | None:
+        """Frames as a part; None where there are none."""
+        video = self.folder / f"{name}.mp4"
         with VideoWriter(video, self._state.fps, self._state.crf, b_frames=False) as writer:
             for frames in pieces:
                 if len(frames):
@@ -212,19 +239,23 @@ class Film:
         if not writer.num_frames:
             return None
         try:
-            part = _Part(video.name, writer.num_frames, _flush(video))
-            if pixels is not None:
-                write_file(kept, save({"frames": pixels.contiguous()}))
-                part = replace(part, pixels=kept.name, pixels_sha256=_sha256(kept))
+            return FilmPart(video.name, writer.num_frames, _flush(video))
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
-        return part
 
-    def _publish(self, parts: tuple[_Part, ...]) -> str:
+    def _shown(self, state: FilmState, edge: Tensor | None) -> FilmState:
+        """The state with all of it published."""
+        if self.num_shown == state.num_frames and state.num_shown_parts == len(state.parts):
+            return state
+        shown_open = None if edge is None else self._encode([edge], f"open_{self._new_name()}")
+        shown = replace(state, num_shown_parts=len(state.parts), shown_open=shown_open)
+        return replace(shown, film_sha256=self._publish(shown.shown))
+
+    def _publish(self, parts: Sequence[FilmPart]) -> str:
         """Join the parts beside the video's place, move them there, and return their SHA-256."""
         partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         newest = self.path.with_name(f"{self.path.stem}.newest{self.path.suffix}")
-        join_videos([(self.folder / part.video, part.num_frames) for part in parts], partial, self._state.fps)
+        join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps)
         try:
             sha256 = _flush(partial)
             try:
@@ -238,21 +269,22 @@ class Film:
             raise _cannot_write(self.path, error) from error
         return sha256
 
-    def _commit(self, state: _State) -> None:
+    def _commit(self, state: FilmState) -> None:
         path = self.folder / "film.json"
         try:
             write_file(path, json.dumps(asdict(state), indent=1).encode("ascii"))
         except OSError as error:
             raise _cannot_write(path, error) from error
         self._state = state
+        self._tidy()
 
     def _resume(self) -> None:
         """Take up what is in the folder, if it is this film's and sound; else begin anew."""
         path = self.folder / "film.json"
         if path.exists():
             try:
-                state = _read_state(path)
-                if _settings(state) != _settings(self._state):
+                state = read_state(path)
+                if state.settings != self._state.settings:
                     raise ValueError("its rate, quality, direction or VAE is another")
                 self._edge = self._check_parts(state)
                 self._state = state
@@ -260,23 +292,19 @@ class Film:
                 log.warning("%s cannot be continued (%s): the video is built anew", self.folder, error)
                 path.unlink(missing_ok=True)
         self._tidy()
-        if self.num_sections and not (self.path.is_file() and _sha256(self.path) == self._state.film_sha256):
-            self._commit(replace(self._state, film_sha256=self._publish(self._state.parts)))
+        if self._state.shown and not (self.path.is_file() and _sha256(self.path) == self._state.film_sha256):
+            self._commit(replace(self._state, film_sha256=self._publish(self._state.shown)))
 
-    def _check_parts(self, state: _State) -> Tensor | None:
-        """The frames that may still change, `[E, H, W, 3]`; ValueError or OSError where a file is not as written."""
-        edge = None
-        for part in state.parts:
-            for name, sha256 in ((part.video, part.sha256), (part.pixels, part.pixels_sha256)):
-                if name is not None and _sha256(self.folder / name) != sha256:
-                    raise ValueError(f"{name} is damaged")
-            if part.pixels is not None:
-                edge = load((self.folder / part.pixels).read_bytes())["frames"]
-        return edge
+    def _check_parts(self, state: FilmState) -> Tensor | None:
+        """The open frames `[E, H, W, 3]` where they are there; ValueError or OSError for a file not as written."""
+        for part in state.named:
+            if _sha256(self.folder / part.file) != part.sha256:
+                raise ValueError(f"{part.file} is damaged")
+        return None if state.pixels is None else load((self.folder / state.pixels.file).read_bytes())["frames"]
 
     def _tidy(self) -> None:
-        """Remove what film.json does not name: parts that are no longer open, and what a crash left."""
-        named = {name for part in self._state.parts for name in (part.video, part.pixels)}
+        """Remove what film.json does not name: frames that are no longer open, and what a crash left."""
+        named = {part.file for part in self._state.named}
         for path in self.folder.iterdir():
             if path.name.startswith(("final_", "open_", "film.json.")) and path.name not in named:
                 with suppress(OSError):  # next time
@@ -299,17 +327,7 @@ def cross_fade(earlier: Tensor, later: Tensor, overlap: int) -> Tensor:
 
 def film_bytes(num_frames: int, height: int, width: int, overlap: int) -> int:
     """About what a film takes on the disk while it is made: parts, the video and the next one, the open frames."""
-    frame = height * width * 3
-    return round(3 * num_frames * height * width * PIXEL_BYTES) + 2 * overlap * frame
-
-
-def _settings(state: _State) -> tuple[int, float, int, str, str]:
-    return state.format, state.fps, state.crf, state.grows, state.made_by
-
-
-def _read_state(path: Path) -> _State:
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
-    return _State(**{**stored, "parts": tuple(_Part(**part) for part in stored["parts"])})
+    return round(3 * num_frames * height * width * PIXEL_BYTES) + 2 * overlap * height * width * 3
 
 
 def _flush(path: Path) -> str:

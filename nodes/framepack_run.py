@@ -95,6 +95,10 @@ class SamplerRun:
             if film is not None:
                 film.finish()
             return made.video
+        except BaseException:  # an interrupt is no Exception
+            if film is not None:
+                film.leave()
+            raise
         finally:
             self.engine.end_run()
 

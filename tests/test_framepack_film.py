@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Literal
 
 import imageio_ffmpeg
 import numpy as np
@@ -152,6 +153,7 @@ def test_only_the_open_frames_are_encoded_again(tmp_path: Path) -> None:
     written: dict[str, int] = {}
     for part in sections(4):
         film.add(part, OVERLAP)
+        film.publish()
         files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("final_*")}
         assert written.items() <= files.items()
         written = files
@@ -163,6 +165,7 @@ def test_odd_names_and_a_missing_video(tmp_path: Path) -> None:
     film = Film(folder / "parts", folder / "a 'b'.mp4", crf=0)
     for part in sections(2):
         film.add(part, OVERLAP)
+    film.publish()
     whole = decode(film.path)
     film.path.unlink()
     again = Film(folder / "parts", folder / "a 'b'.mp4", crf=0)
@@ -195,6 +198,7 @@ def build(folder: Path, grows: str, stop_at: int | None = None) -> None:
     parts = sections(3)
     while film.num_sections < len(parts):
         film.add(parts[film.num_sections], OVERLAP)
+    film.publish()
 
 
 def check_playable(folder: Path, grows: str) -> None:
@@ -254,6 +258,7 @@ def two_sections(tmp_path_factory: pytest.TempPathFactory) -> Path:
     film = Film(folder / "parts", folder / "film.mp4")
     for part in sections(2):
         film.add(part, OVERLAP)
+    film.publish()
     return folder
 
 
@@ -278,7 +283,9 @@ def test_a_damaged_part_means_a_new_film(
 
 
 def test_other_settings_mean_a_new_film(tmp_path: Path) -> None:
-    Film(tmp_path / "parts", tmp_path / "film.mp4", crf=12).add(section(0, 9), OVERLAP)
+    film = Film(tmp_path / "parts", tmp_path / "film.mp4", crf=12)
+    film.add(section(0, 9), OVERLAP)
+    film.publish()
     assert Film(tmp_path / "parts", tmp_path / "film.mp4", crf=12).num_sections == 1
     assert Film(tmp_path / "parts", tmp_path / "film.mp4", crf=20).num_sections == 0
 
@@ -361,3 +368,112 @@ def test_the_room_a_film_takes_is_enough_for_noise(tmp_path: Path) -> None:
     assert taken < wanted
     state = json.loads((tmp_path / "parts" / "film.json").read_text())
     assert state["num_sections"] == 3
+
+
+# --- how often it is written ------------------------------------------------------------------------------
+
+
+def written_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes of every file that is moved to its place from now on, by the end of its name."""
+    written: dict[str, int] = {}
+    replace = os.replace
+
+    def counted(source: Path, target: Path) -> None:
+        written[Path(target).suffix] = written.get(Path(target).suffix, 0) + Path(source).stat().st_size
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", counted)
+    return written
+
+
+def test_at_most_twelve_times_its_bytes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts, frames that wait and all publications together, wherever the film ends."""
+    written = written_bytes(monkeypatch)
+    film, count = Film(tmp_path / "parts", tmp_path / "film.mp4", crf=4, grows="front"), 200
+    generator, totals = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        film.add(torch.randint(0, 256, (5, HEIGHT, WIDTH, 3), generator=generator, dtype=torch.uint8), 1)
+        totals.append(sum(written[suffix] for suffix in written if suffix != ".json"))
+    film.finish()
+    size, total = film.path.stat().st_size, sum(written[suffix] for suffix in written if suffix != ".json")
+    # a film that ends earlier is published once more there; all sections are of one kind
+    ratios = [total / size, *(1 + totals[index] * count / (size * (index + 1)) for index in range(99, count))]
+    print(f"{ratios[0]:.2f} times the film's {size / 2**20:.2f} MiB, at most {max(ratios):.2f}; {written}")
+    assert max(ratios) <= 12
+    assert len(decode(film.path)) == film.num_frames == count * 4 + 1
+
+
+def grow(folder: Path, grows: Literal["front", "back"], parts: list[Tensor], stop: int) -> Film:
+    """The film of the first `stop` sections, as the process leaves it that is killed after them."""
+    film = Film(folder / "parts", folder / "film.mp4", grows=grows)
+    while film.num_sections < stop:
+        film.add(parts[film.num_sections], OVERLAP)
+    return film
+
+
+@pytest.mark.parametrize("grows", ["front", "back"])
+def test_the_video_is_published_when_a_tenth_of_it_is_new(tmp_path: Path, grows: Literal["front", "back"]) -> None:
+    parts, shown = sections(24), []
+    film = Film(tmp_path / "parts", tmp_path / "film.mp4", grows=grows)
+    for part in parts:
+        film.add(part, OVERLAP)
+        shown.append(film.num_shown)
+        assert film.num_shown > 0.9 * film.num_frames
+    assert 10 < len(set(shown)) < 20 and film.num_shown < film.num_frames
+    published = len(decode(film.path))
+    assert published == film.num_shown == len(reference(parts[: len(parts) - 1], grows))
+    film.publish()
+    assert len(decode(film.path)) == film.num_shown == film.num_frames == len(reference(parts, grows))
+    again = Film(tmp_path / "parts", tmp_path / "film.mp4", grows=grows)
+    assert again.num_sections == len(parts), "left in order: nothing has to be decoded again"
+
+
+@pytest.mark.parametrize("grows", ["front", "back"])
+def test_killed_between_publications_only_the_last_section_comes_again(
+    tmp_path: Path, grows: Literal["front", "back"]
+) -> None:
+    parts = sections(16)
+    grow(tmp_path / "whole", grows, parts, len(parts)).finish()
+    whole = decode(tmp_path / "whole" / "film.mp4")
+    for stop in (1, 11, 13, 16):  # the eleventh and the thirteenth are not published
+        folder = tmp_path / str(stop)
+        shown = grow(folder, grows, parts, stop).num_shown
+        again = Film(folder / "parts", folder / "film.mp4", grows=grows)
+        assert (again.num_sections, again.num_shown) == (stop - 1, shown) and len(decode(again.path)) == shown
+        again.publish()
+        assert len(decode(again.path)) == shown, "as it was found"
+        grow(folder, grows, parts, len(parts)).finish()
+        np.testing.assert_array_equal(decode(folder / "film.mp4"), whole)
+        finished = Film(folder / "parts", folder / "film.mp4", grows=grows)
+        assert finished.num_sections == len(parts) and not list((folder / "parts").glob("*.safetensors"))
+
+
+def test_a_given_beginning_is_read_again_for_its_last_frames_alone(tmp_path: Path) -> None:
+    given, part = section(3, 30), section(4, 13)
+
+    def grown(name: str, killed: bool) -> np.ndarray:
+        film = Film(tmp_path / name, tmp_path / f"{name}.mp4", crf=0)
+        film.begin(given.split(7), OVERLAP)
+        if killed:
+            film = Film(tmp_path / name, tmp_path / f"{name}.mp4", crf=0)
+            assert film.num_sections == 0
+            film.begin(given.split(7), OVERLAP)
+        assert film.num_sections == 1
+        film.add(part, OVERLAP)
+        film.finish()
+        return decode(film.path)
+
+    wanted = encoded(reference([given, part], "back"), tmp_path / "direct.mp4", 0)
+    np.testing.assert_array_equal(grown("whole", killed=False), wanted)
+    np.testing.assert_array_equal(grown("killed", killed=True), wanted)
+
+
+def test_sections_without_an_overlap_are_published_too(tmp_path: Path) -> None:
+    film = Film(tmp_path / "parts", tmp_path / "film.mp4", grows="back")
+    for index in range(11):
+        film.add(section(index, 4), 0)
+    assert film.num_shown < film.num_frames
+    film.finish()
+    assert len(decode(film.path)) == film.num_shown == 44
+    with pytest.raises(ValueError, match="of 8 frames cannot be faded by 5 at both ends: give 9 or more"):
+        grow(tmp_path / "short", "back", [section(0, 9), section(1, 8)], 2)

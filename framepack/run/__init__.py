@@ -1,0 +1,1 @@
+"""One run: its folder, its film, and what it asks of the program around it."""
