@@ -20,7 +20,7 @@ lint: .venv/ready
 
 # one thread for each of two workers: tiny models gain nothing from more, and runs stay repeatable
 check: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not comfyui"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30 -m "not slow and not comfyui"
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

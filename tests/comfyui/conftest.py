@@ -1,17 +1,24 @@
 """The real ComfyUIs of this machine: COMFYUI_DIR or $HOME/ComfyUI, and an older one beside it.
 
-They have environments of their own (venv/ in their folder), so what needs one runs as its subprocess: test modules
-under `inside/`, and servers (`server.py`).
+They have environments of their own (venv/ in their folder), so what needs one runs as its subprocess: the test modules
+under `inside/` in one, and one server (`server.py`) that all other modules share. Each is a group of its own for
+pytest-xdist (`--dist loadgroup`).
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from .server import Server
+from .tiny_files import make_inputs, make_models
 
 collect_ignore = ["inside", "stand_ins"]
 HERE = Path(__file__).parent
@@ -23,6 +30,7 @@ class ComfyUI:
 
     folder: Path
     python: Path
+    is_newest: bool
 
     @property
     def version(self) -> str:
@@ -45,14 +53,37 @@ def installations() -> list[ComfyUI]:
     for folder in (newest, older):
         python = venv_python(folder) or (found[0].python if found else None)
         if (folder / "main.py").is_file() and python is not None:
-            found.append(ComfyUI(folder, python))
+            found.append(ComfyUI(folder, python, is_newest=folder == newest))
     return found
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running server of one version with all tiny files; COMFYUI_FRONTEND, if set, is the page that it serves."""
+    base = tmp_path_factory.mktemp("base")
+    make_models(base / "models", full_size=comfyui.is_newest)
+    make_inputs(base / "input")
+    another = os.environ.get("COMFYUI_FRONTEND")
+    flags = ("--cpu", "--front-end-root", another) if another else ("--cpu",)
+    with Server(comfyui.folder, comfyui.python, base, flags) as running:
+        yield running
+    shutil.rmtree(base / "models")  # up to 1.9 GB, which pytest would keep
+
+
+@pytest.fixture(scope="session")
+def object_info(server: Server) -> dict[str, Any]:
+    """What the server says of its nodes."""
+    return dict(server.get("/object_info"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.comfyui)
+            one = item.callspec.params.get("comfyui") if isinstance(item, pytest.Function) else None
+            if one is not None:
+                part = "inside" if item.path.stem == "test_inside" else "server"
+                item.add_marker(pytest.mark.xdist_group(f"{one.version} {part}"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -60,5 +91,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = installations()
         absent = pytest.param(None, marks=pytest.mark.skip(reason="no ComfyUI in COMFYUI_DIR or $HOME/ComfyUI"))
         metafunc.parametrize(
-            "comfyui", found or [absent], ids=[one.version for one in found] or ["none"], scope="module"
+            "comfyui", found or [absent], ids=[one.version for one in found] or ["none"], scope="session"
         )

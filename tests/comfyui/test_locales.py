@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .server import Server
-
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def nodes(comfyui: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    with Server(comfyui.folder, comfyui.python, tmp_path_factory.mktemp("base")) as running:
-        everything = running.get("/object_info")
-        yield {name: info for name, info in everything.items() if name.startswith("LowVRAM")}
+@pytest.fixture
+def nodes(object_info: dict[str, Any]) -> dict[str, Any]:
+    return {name: info for name, info in object_info.items() if name.startswith("LowVRAM")}
 
 
 def inputs_of(info: dict[str, Any]) -> dict[str, Any]:

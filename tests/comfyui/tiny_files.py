@@ -10,10 +10,12 @@ import torch
 from lowvram_video.framepack.checkpoint import ROPE_AXES_KEY
 from lowvram_video.framepack.config import FramePackConfig
 from lowvram_video.framepack.vae import HUNYUAN_VAE, HunyuanVAE
+from lowvram_video.framepack.vae import VAEConfig as HunyuanVAEConfig
 from lowvram_video.video import VideoWriter
 from lowvram_video.wanvideo.config import WanConfig
 from lowvram_video.wanvideo.model import WanModel
 from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
+from lowvram_video.wanvideo.vae import VAEConfig as WanVAEConfig
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,8 +52,20 @@ FRAMEPACK = FramePackConfig(
 FRAMEPACK_GGUF = replace(FRAMEPACK, num_heads=16)  # rows of 256, as packed types want
 
 
-def make_models(folder: Path) -> None:
-    """ComfyUI's models folder with a tiny file for every download of the workflows."""
+# of VAEs that core builds in their full size alone: their tiny ones have a folder of their own, see stand_ins/vae.py
+TINY_VAES = "tiny_vae"
+TINY_WAN22 = replace(WAN22_VAE, encoder_dim=8, decoder_dim=8)
+TINY_HUNYUAN = replace(HUNYUAN_VAE, block_out_channels=(32, 64, 64, 64), layers_per_block=1)
+EMPTY = {"empty": torch.zeros(1)}
+# of no workflow: large enough that one kept by each prompt would show in the server's memory
+PLAIN = replace(TINY, dim=256, ffn_dim=384, num_heads=2, num_layers=4)
+PLAIN_VAE_CONFIG = replace(WAN21_VAE, encoder_dim=16, decoder_dim=16)
+PLAIN_MODEL = ModelFile("plain_t2v.safetensors", "", "diffusion_models")
+PLAIN_VAE = ModelFile("plain_vae.safetensors", "", "vae")
+
+
+def make_models(folder: Path, full_size: bool) -> None:
+    """ComfyUI's models folder with a tiny file for every download of the workflows, and two VAEs in `full_size`."""
     for number, (file, config) in enumerate(CONFIGS.items()):
         tensors = dict(randomize(WanModel(config), number).state_dict())
         _save(folder, file, _as_named(file.name, tensors))
@@ -59,11 +73,13 @@ def make_models(folder: Path) -> None:
         _save(folder, file, _lora())
     vae = randomize(WanVAE(replace(WAN21_VAE, encoder_dim=8, decoder_dim=8)))
     _save(folder, files.VAE_21, dict(vae.state_dict()))
-    _save(folder, files.VAE_22, _full_size(WanVAE(WAN22_VAE, device="meta").state_dict()))
+    _save(folder, PLAIN_MODEL, dict(randomize(WanModel(PLAIN)).state_dict()))
+    _save(folder, PLAIN_VAE, dict(randomize(WanVAE(PLAIN_VAE_CONFIG)).state_dict()))
+    _save_fixed_vaes(folder, full_size)
     _save_framepack(folder)
     # the loaders of these are replaced, but their menus are checked
     for file in (files.TEXT_ENCODER, files.CLIP_VISION, files.LLAVA, files.CLIP_L, files.SIGCLIP):
-        _save(folder, file, {"empty": torch.zeros(1)})
+        _save(folder, file, EMPTY)
 
 
 def make_inputs(folder: Path) -> None:
@@ -113,8 +129,26 @@ def _lora(rank: int = 4) -> dict[str, Tensor]:
     }
 
 
-def _full_size(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Core builds these VAEs in their full size: random fp16, the same numbers again and again to be quick."""
+def _save_fixed_vaes(folder: Path, full_size: bool) -> None:
+    """The VAEs that core builds in their full size: tiny ones for the stand-in, and what the menus show."""
+    for file, tiny, full in (
+        (files.VAE_22, _wan_vae(TINY_WAN22), _wan_vae(WAN22_VAE)),
+        (files.HUNYUAN_VAE, _hunyuan_vae(TINY_HUNYUAN), _hunyuan_vae(HUNYUAN_VAE)),
+    ):
+        _save(folder, replace(file, directory=TINY_VAES), _any_size(tiny))
+        _save(folder, file, _any_size(full) if full_size else EMPTY)
+
+
+def _wan_vae(config: WanVAEConfig) -> dict[str, Tensor]:
+    return dict(WanVAE(config, device="meta").state_dict())
+
+
+def _hunyuan_vae(config: HunyuanVAEConfig) -> dict[str, Tensor]:
+    return _as_comfyui(HunyuanVAE(config, device="meta").state_dict())
+
+
+def _any_size(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Random fp16, the same numbers again and again to be quick."""
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     made = {}
     for name, tensor in tensors.items():
@@ -134,7 +168,6 @@ def _save_framepack(folder: Path) -> None:
         _save(folder, file, tensors, _axes(FRAMEPACK))
     packed = {name: (tensor, _gguf_type(tensor)) for name, tensor in make_tensors(FRAMEPACK_GGUF).items()}
     write_gguf(_place(folder, files.FRAMEPACK_GGUF), packed, "hyvid", _axes(FRAMEPACK_GGUF))
-    _save(folder, files.HUNYUAN_VAE, _full_size(_as_comfyui(HunyuanVAE(HUNYUAN_VAE, device="meta").state_dict())))
 
 
 def _axes(config: FramePackConfig) -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import model_files as files
 from .server import Graph
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
@@ -21,6 +22,7 @@ STAND_INS: Graph = {
     "DualCLIPLoader": {"class_type": "TestTextEncoder", "inputs": {"pooled": True}},
     "CLIPVisionLoader": {"class_type": "TestImageEncoder", "inputs": {}},
 }
+FIXED_VAES = {files.VAE_22.name, files.HUNYUAN_VAE.name}  # of one size in core
 # of FramePack: two sections of 2 latents in 64x64
 SMALL = {
     "LowVRAMFramePackNearestBucket": {"base_resolution": 64},
@@ -82,13 +84,17 @@ def _default(kind: Any, options: dict[str, Any]) -> Any:
     return kind[0] if isinstance(kind, list) else options["options"][0]
 
 
-def for_test(prompt: Graph, width: int = 64, height: int = 48, length: int = 5, steps: int = 2) -> Graph:
-    """A copy with stand-ins for text encoder and CLIP vision, a small size, and few steps."""
+def for_test(
+    prompt: Graph, width: int = 64, height: int = 48, length: int = 5, steps: int = 2, full_size: bool = False
+) -> Graph:
+    """A small, short copy with stand-ins for text encoder, CLIP vision and, but for `full_size`, VAEs of one size."""
     graph = copy.deepcopy(prompt)
     for number, node in list(graph.items()):
         kind, inputs = node["class_type"], node["inputs"]
         if kind in STAND_INS:
             graph[number] = copy.deepcopy(STAND_INS[kind])
+        elif kind == "VAELoader" and inputs["vae_name"] in FIXED_VAES and not full_size:
+            graph[number] = {"class_type": "TestTinyVAE", "inputs": inputs}
         elif kind == "KSampler":
             inputs["steps"] = steps
         inputs.update(SMALL.get(kind, {}))

@@ -11,6 +11,8 @@ import comfy.model_management as mm
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
 
+from .vae import LoadTinyVAE
+
 
 class Conditioning(io.ComfyNode):
     """Random text of a prompt's seed, as umt5-xxl would give."""
@@ -106,7 +108,7 @@ class Loaded(io.ComfyNode):
 
 class StandIns(ComfyExtension):
     async def get_node_list(self) -> list[Any]:
-        return [Conditioning, LoadTextEncoder, LoadImageEncoder, Loaded]
+        return [Conditioning, LoadTextEncoder, LoadImageEncoder, LoadTinyVAE, Loaded]
 
 
 async def comfy_entrypoint() -> StandIns:
