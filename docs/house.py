@@ -1,0 +1,189 @@
+"""The house in figures, from the code's own imports and definitions: python docs/house.py [REVISION].
+
+A room is a folder with code, an arrow is an import from one room into another (also one under TYPE_CHECKING or inside
+a function), a circle is a set of modules that import each other. Only the standard library is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NOT_PRODUCT = ("tests/", "benchmarks/", "docs/", "demo/train")
+PACKAGE = "lowvram_video"
+MOST_PARAMETERS = 8
+NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+    tokenize.ENCODING,
+}  # fmt: skip
+
+Imports = dict[str, set[str]]  # module's path -> the paths of the modules that it imports
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method of the product."""
+
+    path: str
+    name: str
+    num_lines: int
+    num_parameters: int
+
+
+def sources(revision: str = "") -> dict[str, str]:
+    """The product's modules by path: of the work tree, or of a git revision."""
+    listing = ["ls-tree", "-r", "--name-only", revision] if revision else ["ls-files"]
+    paths = [path for path in _git(*listing).splitlines() if path.endswith(".py") and not path.startswith(NOT_PRODUCT)]
+    if revision:
+        return {path: _git("show", f"{revision}:{path}") for path in paths}
+    return {path: (ROOT / path).read_text(encoding="utf-8") for path in paths if (ROOT / path).exists()}
+
+
+def imports(modules: Mapping[str, str]) -> Imports:
+    """What each module imports of the others; an import of a package's own names counts for its `__init__`."""
+    return {
+        path: {found for found in _imported(path, text, modules) if found != path} for path, text in modules.items()
+    }
+
+
+def _imported(path: str, text: str, modules: Mapping[str, str]) -> Iterator[str]:
+    here = Path(path).parent.parts
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == PACKAGE:
+                    yield from _file(alias.name.split(".")[1:], modules)
+        elif isinstance(node, ast.ImportFrom):
+            names = (node.module or "").split(".") if node.module else []
+            if node.level:
+                names = [*here[: len(here) - node.level + 1], *names]
+            elif names and names[0] == PACKAGE:
+                names = names[1:]
+            else:
+                continue
+            for alias in node.names:
+                yield from _file([*names, alias.name], modules) or _file(names, modules)
+
+
+def _file(names: list[str], modules: Mapping[str, str]) -> list[str]:
+    stem = "/".join(names)
+    candidates = (f"{stem}.py", f"{stem}/__init__.py" if stem else "__init__.py")
+    return [path for path in candidates if path in modules][:1]
+
+
+def room(path: str) -> str:
+    """The folder of a module; "." is the root."""
+    return Path(path).parent.as_posix()
+
+
+def room_arrows(found: Imports) -> set[tuple[str, str]]:
+    """Imports from one room into another."""
+    return {
+        (room(path), room(other)) for path, others in found.items() for other in others if room(path) != room(other)
+    }
+
+
+def circles(found: Mapping[str, set[str]]) -> list[list[str]]:
+    """Sets of nodes that reach each other (Tarjan's strongly connected components), largest first."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    circles_found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        order[node] = low[node] = len(order)
+        stack.append(node)
+        for other in sorted(found.get(node, ())):
+            if other not in order:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], order[other])
+        if low[node] == order[node]:
+            members = [stack.pop()]
+            while members[-1] != node:
+                members.append(stack.pop())
+            if len(members) > 1:
+                circles_found.append(sorted(members))
+
+    for node in sorted(found):
+        if node not in order:
+            visit(node)
+    return sorted(circles_found, key=len, reverse=True)
+
+
+def code_lines(text: str) -> int:
+    """Lines that hold code: no docstring, comment or blank."""
+    strings: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            strings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NO_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - strings)
+
+
+def functions(modules: Mapping[str, str]) -> list[Function]:
+    """Every function of the modules; `self` and `cls` are no parameters."""
+    found = []
+    for path, text in modules.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                taken = node.args
+                names = [each.arg for each in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)]
+                count = len([name for name in names if name not in ("self", "cls")])
+                found.append(Function(path, node.name, (node.end_lineno or 0) - node.lineno + 1, count))
+    return found
+
+
+def figures(modules: Mapping[str, str]) -> dict[str, str]:
+    """The house in figures, by what they are of."""
+    found = imports(modules)
+    arrows = room_arrows(found)
+    rooms = {room(path) for path in modules}
+    lines = {path: len(text.splitlines()) for path, text in modules.items()}
+    longest = max(lines, key=lambda path: lines[path])
+    every = functions(modules)
+    slowest = max(every, key=lambda function: function.num_lines)
+    wide = [function for function in every if function.num_parameters > MOST_PARAMETERS]
+    between = circles({name: {there for here, there in arrows if here == name} for name in rooms})
+    return {
+        "modules": str(len(modules)),
+        "code lines": str(sum(code_lines(text) for text in modules.values())),
+        "longest file": f"{lines[longest]} lines, {longest}",
+        "longest function": f"{slowest.num_lines} lines, {slowest.name} in {slowest.path}",
+        f"functions with more than {MOST_PARAMETERS} parameters": str(len(wide)),
+        "loose modules at the root": str(sum(1 for path in modules if "/" not in path and path != "__init__.py")),
+        "rooms": str(len(rooms)),
+        "arrows between rooms": str(len(arrows)),
+        "circles of modules": str(len(circles(found))),
+        "circles of rooms": f"{len(between)} ({sum(map(len, between))} rooms)",
+    }
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+
+
+def main() -> None:
+    modules = sources(sys.argv[1] if len(sys.argv) > 1 else "")
+    for name, value in figures(modules).items():
+        print(f"{name}: {value}")
+    for members in circles(imports(modules)):
+        print("circle:", " ".join(members))
+
+
+if __name__ == "__main__":
+    main()
