@@ -140,7 +140,6 @@ def plan_framepack(options: argparse.Namespace, say: Say) -> None:
     """Tell how a section would use a card that need not be in this machine."""
     refuse_foreign(options, FOREIGN, "FramePack models")
     model = StreamedFramePack(options.model, RunSettings(dtype=torch.bfloat16))
-    model.step_cache = not options.no_teacache
     window = WINDOW if options.window is None else options.window
     count_sections(SECONDS, window)  # refuses a window that no section has
     width, height = _given_size(options) or SIZE
@@ -153,7 +152,10 @@ def plan_framepack(options: argparse.Namespace, say: Say) -> None:
         fused=True,
         measure=False,
     )
-    plan = model.make_plan(SectionSize(num_frames(window), height, width, passes_per_step=passes), limits)
+    work = SectionSize(
+        num_frames(window), height, width, passes_per_step=passes, step_cache=not options.no_teacache
+    )  # fmt: skip
+    plan = model.make_plan(work, limits)
     say(f"{describe_plan(plan)}\n{assumed_rates(limits)}")
 
 

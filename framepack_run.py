@@ -155,5 +155,4 @@ def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int,
     height, width = size[1] // SPATIAL_STRIDE, size[0] // SPATIAL_STRIDE
     end = torch.zeros(1, 16, 1, height, width) if end_image else None
     nothing_yet = Material((height, width), TimedPrompt(""), {}, end=end)
-    model.step_cache = sampling.cache_threshold is not None
     model.make_plan(section_size(sampling, nothing_yet), limits)

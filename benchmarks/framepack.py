@@ -116,7 +116,6 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
         began = time.perf_counter()
         loras = [LoraChoice(Path(lora)) for lora in case.loras]
         model = StreamedFramePack(case.path, RunSettings(device=device, quantization=case.quantization), loras=loras)
-        model.step_cache = False
         work = replace(section_size(sampling, given), context_tokens=TEXT_TOKENS + 729)
         plan = model.make_plan(work, limits)
         conditions = prepare(model, plan, sampling, given, sections)
@@ -154,7 +153,7 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
         "pinned_gib": model.pinned_bytes / GIB,
         "streamed": final.num_streamed,
         "streamed_bytes": final.streamed_bytes,
-        "block_bytes": sum(layout.nbytes for layout in model.layouts),
+        "block_bytes": sum(layout.nbytes for layout in model.weights.layouts),
         "tokens": work.tokens,
         "products_tflop": products / 1e12,
         "attention_tflop": attention / 1e12,

@@ -127,7 +127,7 @@ def loading(path: str, limits: Limits) -> dict[str, object]:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     size = Path(path).stat().st_size
-    streamed = sum(layout.nbytes for layout in model.layouts)
+    streamed = sum(layout.nbytes for layout in model.weights.layouts)
     pinned = model.pinned_bytes
     model.release()
     return {

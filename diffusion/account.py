@@ -11,8 +11,8 @@ from ..memory.footprint import GIB, Limits
 from ..memory.lanes import Span
 from ..memory.limits import hold_budget, limits_for
 from ..memory.report import MemoryMonitor, RunReport, others_bytes
+from ..runtime.streamed import StreamedModel
 from .settings import RunSettings
-from .streamed import StreamedModel
 from .workspace import Execution
 
 

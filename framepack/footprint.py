@@ -14,11 +14,16 @@ TEXT_TOKENS = 512  # at most
 
 @dataclass(frozen=True)
 class SectionSize(WorkSize):
-    """One section: `frames` that are made at once (4 w - 3), beside `clean_frames` and the shrunken history."""
+    """One section: `frames` that are made at once (4 w - 3), beside `clean_frames` and the shrunken history.
+
+    `step_cache` keeps two more token-sized tensors for each pass of a step: what the last step's signal was, and what
+    its blocks added.
+    """
 
     clean_frames: int = 3  # start, the nearest neighbour, the end
     with_history: bool = True
     context_tokens: int = TEXT_TOKENS + IMAGE_TOKENS
+    step_cache: bool = True
 
     @property
     def noisy_tokens(self) -> int:
@@ -44,21 +49,17 @@ class SectionSize(WorkSize):
 
 @dataclass(frozen=True)
 class FramePackFootprint(ModelFootprint):
-    """`ffn_dim` is the MLP's width; `num_double` of the blocks have weights of their own for image and text.
-
-    `step_cache` keeps two more token-sized tensors for each pass of a step: what the last step's signal was, and what
-    its blocks added.
-    """
+    """`ffn_dim` is the MLP's width; `num_double` of the blocks have weights of their own for image and text."""
 
     num_double: int = 0
-    step_cache: bool = False
 
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """As Wan's; a single block's hidden rows, of attention and MLP together, lie in the bytes of k and v."""
         rows, chunk = work.rows, min(choice.token_chunk, work.rows)
+        cached_steps = isinstance(work, SectionSize) and work.step_cache
         hidden = chunk * (self.dim + self.ffn_dim)
         beyond = max(0, hidden - 2 * rows * self.dim) * self.compute_bytes
-        cached = 2 * work.passes_per_step * rows * self.dim * self.compute_bytes if self.step_cache else 0
+        cached = 2 * work.passes_per_step * rows * self.dim * self.compute_bytes if cached_steps else 0
         return super().activation_bytes(work, choice, limits) + beyond + cached
 
     def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:

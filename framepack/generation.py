@@ -96,6 +96,7 @@ def section_size(sampling: Sampling, material: Material) -> SectionSize:
         passes_per_step=1 if sampling.cfg == 1.0 else 2,
         clean_frames=1 if one_frame else 2 + (material.end is not None),
         with_history=not one_frame,
+        step_cache=sampling.cache_threshold is not None,
     )
 
 

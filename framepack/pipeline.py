@@ -116,14 +116,13 @@ class FramePackPipeline:
 
     def lora_reports(self) -> list[LoraReport]:
         """How much of each LoRA is applied."""
-        return [lora.report for lora in self.model.loras.loras]
+        return [lora.report for lora in self.model.weights.loras.loras]
 
     def report(self) -> RunReport:
         """What the last video used."""
         return self._account.report({"denoise": self.plan.predicted_denoise_bytes} if self.plan else {})
 
     def _plan(self, sampling: Sampling, material: Material) -> MemoryPlan:
-        self.model.step_cache = sampling.cache_threshold is not None
         limits = self._account.begin(self.model.model.execution)
         return self.model.make_plan(section_size(sampling, material), limits)
 
@@ -132,7 +131,6 @@ class FramePackPipeline:
     ) -> Tensor:
         if not self.model.started:
             assert self.plan is not None
-            self.model.limits = self._account.limits
             # leaner than at first, if the device ran out of memory
             self.model.start_fitting(self.model.plan or self.plan)
             self._account.note_pinned(self.model)

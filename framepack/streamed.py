@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..diffusion.settings import RunSettings
-from ..diffusion.streamed import StreamedModel
 from ..memory.footprint import ModelFootprint
 from ..memory.layout import Part
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan
+from ..runtime.host_weights import WeightParts
+from ..runtime.streamed import StreamedModel
 from ..weights.lora import LoraChoice
 from ..weights.quantize import quantize_checkpoint
 from .checkpoint import build_framepack, open_framepack
@@ -33,7 +34,9 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
     `model_type` is "base" or "f1", or "auto": by the file's metadata or name, as their weights have the same names.
     """
 
-    once = ("time_text_embed.", "context_embedder.", "image_projection.", "norm_out.")
+    parts = WeightParts(
+        optional=MODULATION, once=("time_text_embed.", "context_embedder.", "image_projection.", "norm_out.")
+    )
 
     def __init__(
         self,
@@ -44,7 +47,6 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         loras: Sequence[LoraChoice] = (),
         model_type: str = "auto",
     ):
-        self.step_cache = True  # its tensors count in the plan
         self.config, checkpoint = open_framepack(path, model_type)
         checkpoint = quantize_checkpoint(checkpoint, settings.quantization, settings.device)
         model = build_framepack(self.config, checkpoint)
@@ -67,21 +69,19 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             "attention": execution.attention.name,
         }
 
-    def optional_names(self, names: Sequence[str]) -> set[str]:
-        return {name for name in names if name.startswith(MODULATION)}
-
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         config, dtype = self.config, dtype or self.model.execution.dtype
-        fixed = [name for name in self._fixed_names() if not name.startswith(self.once)]
+        layouts = self.weights.layouts
+        fixed = [name for name in self.weights.fixed_names() if not name.startswith(self.parts.once)]
         return FramePackFootprint(
             name=self.checkpoint.path.name,
             dim=config.dim,
             ffn_dim=config.mlp_dim,
             num_heads=config.num_heads,
-            block_bytes=tuple(layout.stream_bytes for layout in self.layouts),
-            once_bytes=sum(layout.part_bytes(Part.OPTIONAL) for layout in self.layouts),
-            fixed_bytes=sum(self.weights.tensors[name].nbytes for name in fixed),
+            block_bytes=tuple(layout.stream_bytes for layout in layouts),
+            once_bytes=sum(layout.part_bytes(Part.OPTIONAL) for layout in layouts),
+            fixed_bytes=sum(self.weights.source.tensors[name].nbytes for name in fixed),
             scratch_elements=max((block.scratch_elements(dtype) for block in self.blocks), default=0),
             in_channels=config.in_channels,
             latent_channels=config.out_channels,
@@ -89,7 +89,6 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             chunk_tensors=self.chunk_tensors(dtype, config.mlp_dim, config.dim),
             vae=None,
             num_double=config.num_layers,
-            step_cache=self.step_cache,
         )
 
     def prepared(

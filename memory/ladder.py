@@ -32,15 +32,15 @@ RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the
 class MemoryPlan:
     """How one model and one piece of work use the device; everything a streamer and a model need to be set up.
 
-    Per pass: `streamed_bytes` over the bus, `compute_seconds` and `transfer_seconds` predicted. `pinned_bytes` and
-    `pageable_bytes` of host memory hold the streamed blocks. `from_disk` means that RAM holds no block: the streamed
-    ones are read again in every pass through `num_staging` pinned buffers, the residents once. `vae_tile` is a side in
-    pixels, 0 for whole frames.
+    `limits` are those that it keeps to. Per pass: `streamed_bytes` over the bus, `compute_seconds` and
+    `transfer_seconds` predicted. `pinned_bytes` and `pageable_bytes` of host memory hold the streamed blocks.
+    `from_disk` means that RAM holds no block: the streamed ones are read again in every pass through `num_staging`
+    pinned buffers, the residents once. `vae_tile` is a side in pixels, 0 for whole frames.
     """
 
     model: str
     work: WorkSize
-    budget_bytes: int
+    limits: Limits
     num_blocks: int
     resident_blocks: tuple[int, ...]
     num_slots: int
@@ -60,6 +60,10 @@ class MemoryPlan:
     denoise: DenoiseMemory
     predicted_decode_bytes: int
     reasons: tuple[str, ...] = ()
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.limits.vram_budget_bytes
 
     @property
     def num_resident(self) -> int:
@@ -209,7 +213,7 @@ def _plan_of(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limi
     return MemoryPlan(
         model=model.name,
         work=work,
-        budget_bytes=limits.vram_budget_bytes,
+        limits=limits,
         num_blocks=model.num_blocks,
         resident_blocks=resident_blocks,
         num_slots=num_slots,

@@ -50,32 +50,47 @@ class PlanError(ValueError):
 
 def plan_memory(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
     """The fastest plan within the limits; PlanError says what would fit where none does."""
+    plan = _fastest(model, work, limits)
+    if plan.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
+        return _fastest(model, work, replace(limits, blocks_to_swap=model.num_blocks))  # no block is resident for free
+    return plan
+
+
+def _fastest(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
     _check_by_hand(model, limits)
-    fitting: MemoryPlan | None = None
-    decode = _choose_tile(model, work, limits)
-    for rung in ladder(model, work, limits):
-        if rung.predicted_denoise_bytes <= limits.vram_budget_bytes:
-            fitting = rung
+    fitting, decode = _fitting(model, work, limits), _choose_tile(model, work, limits)
     if fitting is None or decode is None:
         raise _refusal(model, work, limits)
-    if fitting.transfer_bound:
-        fitting = use_spare(fitting, model, limits)
     _check_ram(model, fitting, limits)
     tile, decode_bytes = decode
     fitting = replace(fitting, vae_tile=tile, predicted_decode_bytes=decode_bytes)
     return replace(fitting, reasons=tuple(_reasons(fitting, model, limits)))
 
 
-def plan_leaner(model: ModelFootprint, limits: Limits, plan: MemoryPlan) -> MemoryPlan:
+def _fitting(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan | None:
+    """The denoising side of the fastest plan within the VRAM budget, if any is."""
+    fitting = None
+    for rung in ladder(model, work, limits):
+        if rung.predicted_denoise_bytes <= limits.vram_budget_bytes:
+            fitting = rung
+    return use_spare(fitting, model, limits) if fitting is not None and fitting.transfer_bound else fitting
+
+
+def plan_leaner(model: ModelFootprint, plan: MemoryPlan) -> MemoryPlan:
     """A plan that denoises in less VRAM than `plan`, by 256 MiB where possible, for a retry after the device ran out.
 
     PlanError where `plan` is the leanest there is.
     """
     for spared in (RETRY_BYTES, 1):
         budget = plan.predicted_denoise_bytes - spared
-        if budget >= _leanest_bytes(model, plan.work, limits):
+        leaner = _fitting(model, plan.work, replace(plan.limits, vram_budget_bytes=budget))
+        if leaner is not None:
             break
-    return plan_memory(model, plan.work, replace(limits, vram_budget_bytes=budget))
+    else:
+        raise PlanError(f"{plan.model} at {plan.work} needs {_gib(plan.predicted_denoise_bytes)} to denoise: no less")
+    decode = plan.predicted_decode_bytes
+    leaner = replace(leaner, limits=plan.limits, vae_tile=plan.vae_tile, predicted_decode_bytes=decode)
+    return replace(leaner, reasons=tuple(_reasons(leaner, model, plan.limits)))
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,16 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compilation.blocks import compile_modules, dynamo_limits, uncompile_modules
+from ..compilation.blocks import dynamo_limits
 from ..diffusion.settings import RunSettings
-from ..diffusion.streamed import StreamedModel
 from ..memory.footprint import Limits, WorkSize
-from ..memory.host_buffers import HostBlocks
 from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.limits import hold_budget, limits_for
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_memory
 from ..memory.rates import Rates, measure_rates
 from ..memory.report import RunReport
+from ..runtime.streamed import StreamedModel
 from . import host
 from .options import StreamOptions
 from .patches import SortedPatches, patched_source, sort_patches
@@ -35,6 +34,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 S = TypeVar("S", bound=StreamedModel[Any], covariant=True)
 DESKTOP_GB = 0.5  # of a card that is not this machine's
+WORTH_A_START = 0.97  # of a step's time: for less, a model that is on its device stays as it is
 ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
 
 
@@ -86,16 +86,15 @@ class Engine(Generic[S]):
 
     @property
     def total_bytes(self) -> int:
-        return sum(info.nbytes for info in self.streamed.weights.tensors.values())
+        return self.streamed.weights.total_bytes
 
     def configure(self, options: StreamOptions, patches: Mapping[str, Sequence[Any]], patches_id: object) -> None:
         """Run as these options say and with these weight patches, from the next pass on."""
         if options != self.options:
             self.streamed.stop() if options.same_host_memory(self.options) else self.streamed.release()
-            self._compile(options)
+            if options.compile != self.options.compile:
+                self.streamed.compile(options.compile)
             self.options = options
-            pinned = options.pinned_memory and host.memory_flags().may_pin
-            self.streamed.settings = replace(self.streamed.settings, pinned_memory=pinned)
         if patches_id != self._patches_id or not patches:
             self._patches_id = patches_id
             self._patches = sort_patches(patches, self.streamed.model) if patches else SortedPatches()
@@ -123,8 +122,8 @@ class Engine(Generic[S]):
 
     def unpin(self) -> None:
         """Give pinned memory back while nothing runs."""
-        if isinstance(self.streamed.source, HostBlocks) and not self.streamed.started and not self._running:
-            self.streamed.source.unpin()
+        if not self.streamed.started and not self._running:
+            self.streamed.weights.unpin()
 
     def release(self) -> None:
         """Free device and host memory."""
@@ -160,6 +159,14 @@ class Engine(Generic[S]):
                 raise
         host.unload_others(self._owner(), self.device)
         return self.streamed.make_plan(work, self.limits(options))
+
+    def could_be_faster(self, plan: MemoryPlan) -> bool:
+        """Whether memory was short when `plan` was made, or ran out under it, and no longer is."""
+        try:
+            now = self.streamed.make_plan(plan.work, self.limits(self.options))
+        except PlanError:
+            return False
+        return now.seconds_per_step < WORTH_A_START * plan.seconds_per_step
 
     def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
         """The plan that a run with these options would have; with `card_gb` on a card of so many GB.
@@ -202,13 +209,16 @@ class Engine(Generic[S]):
             sage_attention=execution.attention.name == "sageattn",
             measure=False,
         )
+        pinned_cap = 0
+        if options.pinned_memory and flags.may_pin:
+            pinned_cap = host.pinned_room() + self.streamed.pinned_bytes
+        limits = replace(limits, pinned_cap_bytes=pinned_cap)
         if self.device.type != "cuda":
             return limits
         if self._rates is None:
             self._rates = measure_rates(self.device)
         return replace(
             limits,
-            pinned_cap_bytes=host.pinned_room() + self.streamed.pinned_bytes,
             tflops_matmul=self._rates.tflops_matmul,
             tflops_attention=self._rates.tflops_attention,
             h2d_gbps=self._rates.h2d_gbps,
@@ -262,16 +272,6 @@ class Engine(Generic[S]):
         self.streamed.attach_loras(wanted.loras(), wanted.strengths, source)
         self._applied = wanted
 
-    def _compile(self, options: StreamOptions) -> None:
-        if options.compile == self.options.compile:
-            return
-        blocks: list[nn.Module] = [*self.streamed.blocks]
-        others = self.streamed.model.outer_modules()
-        uncompile_modules([*blocks, *others])
-        self.streamed.compiled = options.compile is not None
-        if options.compile is not None:
-            compile_modules(blocks if options.compile.transformer_blocks_only else [*blocks, *others], options.compile)
-
     @contextmanager
     def returning_memory(self) -> Iterator[None]:
         """Device and host memory are given back when what goes in here fails or is interrupted."""
@@ -291,12 +291,11 @@ class Engine(Generic[S]):
     @contextmanager
     def within_budget(self) -> Iterator[None]:
         """Passes go in here; a budget given by hand is held by PyTorch's allocator meanwhile."""
-        limits = self.streamed.limits
         with dynamo_limits(self.options.compile):
-            if not self.options.vram_budget_gb or self.device.type != "cuda" or limits is None:
+            if not self.options.vram_budget_gb or self.device.type != "cuda":
                 yield
                 return
-            hold_budget(self.device, replace(limits, vram_budget_bytes=int(self.options.vram_budget_gb * GIB)))
+            hold_budget(self.device, Limits(int(self.options.vram_budget_gb * GIB)))
             try:
                 yield
             finally:

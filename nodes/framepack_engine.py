@@ -15,7 +15,7 @@ from ..framepack.model import BlockCache, Frames, History, StepCondition
 from ..framepack.request import Material, Sampling
 from ..framepack.sections import Section
 from ..framepack.streamed import StreamedFramePack
-from ..memory.footprint import GIB, WorkSize
+from ..memory.footprint import GIB, Limits, WorkSize
 from . import host
 from .engine import Engine
 
@@ -44,7 +44,6 @@ class FramePackEngine(Engine[StreamedFramePack]):
         with self.returning_memory():
             self.prepare()
             self._work = section_size(sampling, material)
-            self.streamed.step_cache = sampling.cache_threshold is not None
             plan = self.plan(self._work)
             with self.within_budget():
                 return prepare(self.streamed, plan, sampling, material, sections)
@@ -61,9 +60,9 @@ class FramePackEngine(Engine[StreamedFramePack]):
         """Bytes that a budget given by hand leaves beside what PyTorch holds now; None without one."""
         if not self.options.vram_budget_gb or self.device.type != "cuda":
             return None
-        limits = self.streamed.limits or self.limits(self.options)
+        limits = Limits(int(self.options.vram_budget_gb * GIB))
         used = limits.context_bytes + torch.cuda.memory_allocated(self.device)
-        return max(0, int(self.options.vram_budget_gb * GIB) - used)
+        return max(0, limits.vram_budget_bytes - used)
 
     def velocity(
         self,

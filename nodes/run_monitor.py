@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..diffusion.streamed import StreamedModel
 from ..memory.lanes import TimedLanes
 from ..memory.report import MemoryMonitor, RunReport, others_bytes
+from ..runtime.streamed import StreamedModel
 
 
 class RunMonitor:
@@ -43,7 +43,8 @@ class RunMonitor:
         monitor, self._monitor = self._monitor, None
         if monitor is None:
             return None
-        plan, limits = streamed.plan, streamed.limits
+        plan = streamed.plan
+        limits = None if plan is None else plan.limits
         on_gpu = self._device.type == "cuda" and limits is not None
         report = monitor.report(
             pinned_bytes=streamed.pinned_bytes,

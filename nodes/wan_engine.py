@@ -86,7 +86,8 @@ class WanEngine(Engine[StreamedWan]):
         if plan is not None and self.streamed.started:
             planned, rows = plan.work, self.work_size(size, 1).rows
             same = planned.latent_size == size and planned.batch == latent.shape[0]
-            if (same or (not new_run and rows <= planned.tokens)) and controls <= planned.controls:
+            goes_on = (same or (not new_run and rows <= planned.tokens)) and controls <= planned.controls
+            if goes_on and not (new_run and self.could_be_faster(plan)):
                 return
         self.prepare()
         self.start(self._plan_batch(size, latent.shape[0], controls))

@@ -23,7 +23,7 @@ def test_a_model_whose_embeddings_are_lent_computes_the_same(tmp_path: Path, var
     timestep = torch.tensor([400.0])
     want = model(latent, timestep, text, image)
     _, checkpoint = open_wan(path)
-    modules = {name: part for name in StreamedWan.lendable if (part := getattr(model, name)) is not None}
+    modules = {name: part for name in StreamedWan.parts.lendable if (part := getattr(model, name)) is not None}
     lender = Lender(checkpoint, modules, CPU, None)
     for part in modules.values():
         part.to("meta")

@@ -59,7 +59,7 @@ def test_every_naming_gives_what_merging_by_hand_gives(wan: Path, tmp_path: Path
     factors = make_factors()
     lora = save_lora(tmp_path / "lora.safetensors", factors, dialect)
     model = StreamedWan(wan, RunSettings(), loras=[LoraChoice(lora)])
-    report = model.loras.loras[0].report
+    report = model.weights.loras.loras[0].report
     assert (report.num_applied, report.num_keys) == (90, 90)
     got = velocity(wan, LoraChoice(lora, 0.7))
     want = velocity(save_merged(wan, tmp_path / "merged.safetensors", factors, 0.7))
@@ -126,7 +126,7 @@ def test_what_is_not_applied_is_named(wan: Path, tmp_path: Path, caplog: pytest.
     lora = save_lora(tmp_path / "lora.safetensors", make_factors(), "ComfyUI", **odd)
     with caplog.at_level(logging.INFO):
         model = StreamedWan(wan, RunSettings(), loras=[LoraChoice(lora)])
-    report = model.loras.loras[0].report
+    report = model.weights.loras.loras[0].report
     assert (report.num_applied, report.num_keys) == (90, 97) and report.skipped.keys() == odd.keys()
     text = str(report)
     print(text)
@@ -182,9 +182,9 @@ def test_a_lora_of_an_image_model_works_on_a_text_model(tmp_path: Path) -> None:
     i2v = save_wan(tmp_path / "i2v.safetensors", "i2v clip")
     extra = [f"blocks.{n}.cross_attn.{layer}" for n in range(3) for layer in ("k_img", "v_img")]
     lora = save_lora(tmp_path / "lora.safetensors", make_factors(layers=LAYERS + extra))
-    on_image = StreamedWan(i2v, RunSettings(), loras=[LoraChoice(lora)]).loras.loras[0].report
+    on_image = StreamedWan(i2v, RunSettings(), loras=[LoraChoice(lora)]).weights.loras.loras[0].report
     text_model = save_wan(tmp_path / "t2v.safetensors")
-    on_text = StreamedWan(text_model, RunSettings(), loras=[LoraChoice(lora)]).loras.loras[0].report
+    on_text = StreamedWan(text_model, RunSettings(), loras=[LoraChoice(lora)]).weights.loras.loras[0].report
     assert (on_image.num_applied, on_text.num_applied, on_text.num_keys) == (108, 90, 108)
 
 
@@ -350,7 +350,7 @@ def test_two_loras_together_are_one_after_the_other(wan: Path, tmp_path: Path) -
 def test_a_strength_changes_in_its_place(wan: Path, tmp_path: Path) -> None:
     lora = save_lora(tmp_path / "lora.safetensors", make_factors())
     model = start(StreamedWan(wan, RunSettings(), loras=[LoraChoice(lora, 1.0)]))
-    source, block = model.source, model.model.blocks[0]
+    source, block = model.weights.blocks, model.model.blocks[0]
 
     def places() -> list[int]:
         layer = block.ffn[0]
@@ -360,7 +360,7 @@ def test_a_strength_changes_in_its_place(wan: Path, tmp_path: Path) -> None:
         at_one, before = model(*INPUTS), places()
         model.set_lora_strengths([0.25])
         at_quarter = model(*INPUTS)
-        assert places() == before and model.source is source
+        assert places() == before and model.weights.blocks is source
         model.set_lora_strengths([1.0])
         assert torch.equal(model(*INPUTS), at_one)
     model.release()

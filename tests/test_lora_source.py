@@ -189,18 +189,18 @@ def test_a_loras_bytes_travel_with_their_blocks(tmp_path: Path) -> None:
     )
     resident = velocity(wan, lora)
     model, plain = StreamedWan(wan, RunSettings(), loras=[lora]), StreamedWan(wan, RunSettings())
-    places = {place.name for place in model.layouts[0].places}
+    places = {place.name for place in model.weights.layouts[0].places}
     assert {"self_attn.q.lora_down", "self_attn.q.lora_up", "ffn.2.lora_up"} <= places
     assert not any("lora_scale" in place for place in places)
-    extra = model.layouts[0].nbytes - plain.layouts[0].nbytes
+    extra = model.weights.layouts[0].nbytes - plain.weights.layouts[0].nbytes
     assert extra == 4 * 8 * (8 * 2 * DIM + 2 * (DIM + FFN))
     assert model.footprint().fixed_bytes - plain.footprint().fixed_bytes == 4 * 8 * 2 * DIM
     # those of what makes keys and values of the prompt stay at home with it
-    assert model.layouts[0].stream_bytes - plain.layouts[0].stream_bytes == extra - 4 * 8 * 4 * DIM
+    assert model.weights.layouts[0].stream_bytes - plain.weights.layouts[0].stream_bytes == extra - 4 * 8 * 4 * DIM
     with torch.inference_mode():
         for swap, disk in ((3, False), (5, True)):
             start(model, swap, disk)
-            assert isinstance(model.source, DiskBlocks if disk else HostBlocks)
+            assert isinstance(model.weights.blocks, DiskBlocks if disk else HostBlocks)
             assert torch.equal(model(*INPUTS), resident)
             model.release()
 
@@ -240,7 +240,7 @@ def test_large_tensors_that_are_in_no_file_stream_from_disk(
     with torch.inference_mode():
         model = start(StreamedWan(wan, settings, loras=[lora]), 5, disk=True)
         assert len(list(folder.rglob("weights"))) == 1 and not list(other.rglob("weights"))
-        assert model.spool is not None and model.spool.num_bytes >= 2 * 2**20
+        assert model.weights.spool is not None and model.weights.spool.num_bytes >= 2 * 2**20
         assert torch.equal(model(*INPUTS), resident) and not torch.equal(resident, velocity(wan))
         model.release()
     assert [path.name for path in (*home.iterdir(), *temporary.iterdir())] == ["wan.safetensors"]
@@ -338,7 +338,7 @@ def test_one_plan_holds_for_experts_with_different_loras(files: WanFiles, tmp_pa
     low = save_lora(tmp_path / "low.safetensors", make_factors(1, 32))
     pipeline = WanPipeline(replace(files, loras_low=(LoraChoice(low),)))
     assert pipeline.low is not None
-    assert pipeline.low.largest_block_bytes > pipeline.high.largest_block_bytes
+    assert pipeline.low.weights.largest_block_bytes > pipeline.high.weights.largest_block_bytes
     request = WanRequest("a red ball", width=48, height=32, num_frames=5, num_steps=2)
     assert sum(frames.shape[0] for frames in pipeline.generate(request)) == 5
     assert pipeline.plan is not None and pipeline.plan.model == "wan_low.safetensors"

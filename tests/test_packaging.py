@@ -21,11 +21,12 @@ MODELS = ("attention", "weights", "fused")
 DIRECTIONS: dict[str, set[str]] = {
     **{leaf: {leaf} for leaf in LEAVES},
     "diffusion": {"diffusion", *MODELS},
+    "runtime": {"runtime", "diffusion", *LEAVES},
     "wanvideo": {"wanvideo", "diffusion", *MODELS},
     "framepack": {"framepack", "diffusion", *MODELS},
-    "demo": {"demo", "wanvideo", "diffusion", *LEAVES},
-    "nodes": {"nodes", "wanvideo", "framepack", "diffusion", "demo", *LEAVES},
-    ".": {"nodes", "wanvideo", "framepack", "diffusion", "demo", *LEAVES},
+    "demo": {"demo", "wanvideo", "diffusion", "runtime", *LEAVES},
+    "nodes": {"nodes", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
+    ".": {"nodes", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
 }
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
 PIPELINE_FILES = {"pipeline.py", "account.py", "streamed.py", "footprint.py", "generation.py", "decoding.py"}
@@ -89,7 +90,7 @@ def test_imports_go_one_way(path: Path) -> None:
     else:
         allowed = set(DIRECTIONS[folder])
     if path.name in PIPELINE_FILES:
-        allowed |= {"memory", "sampling", "compilation"}
+        allowed |= {"runtime", "memory", "sampling", "compilation"}
     elif folder in ("diffusion", "wanvideo", "framepack"):
         siblings = {f"{Path(name).stem}" for name in PIPELINE_FILES}
         text = path.read_text(encoding="utf-8")

@@ -380,7 +380,7 @@ class TestChoices:
         peaks = [plan.predicted_denoise_bytes]
         with pytest.raises(PlanError):
             while len(peaks) < 100:
-                plan = plan_leaner(FP8, allowed, plan)
+                plan = plan_leaner(FP8, plan)
                 peaks.append(plan.predicted_denoise_bytes)
         assert 3 < len(peaks) < 100
         assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)

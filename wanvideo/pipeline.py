@@ -120,7 +120,7 @@ class WanPipeline:
     def lora_reports(self) -> list[LoraReport]:
         """How much of each LoRA is applied, those of the low-noise expert last."""
         models = [self.high] if self.low is None else [self.high, self.low]
-        return [lora.report for model in models for lora in model.loras.loras]
+        return [lora.report for model in models for lora in model.weights.loras.loras]
 
     def report(self) -> RunReport:
         """What the last video used."""
@@ -143,7 +143,8 @@ class WanPipeline:
             patch=self.config.patch_size,
         )
         # one plan for both experts: their blocks differ by their LoRAs alone
-        heavier = max([self.high, *([self.low] if self.low else [])], key=lambda model: model.largest_block_bytes)
+        models = [self.high] if self.low is None else [self.high, self.low]
+        heavier = max(models, key=lambda model: model.weights.largest_block_bytes)
         return heavier.make_plan(work, self._account.begin(self.high.model.execution))
 
     def _encode(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Conditions:
@@ -282,7 +283,6 @@ class WanPipeline:
 
     def _start(self, model: StreamedWan) -> None:
         assert self.plan is not None
-        model.limits = self._account.limits
         model.start_fitting(self.plan)
         self.plan = model.plan
         self._account.note_pinned(model)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..diffusion.settings import RunSettings
-from ..diffusion.streamed import StreamedModel
-from ..diffusion.transformer import Block
 from ..memory.footprint import WAN21_VAE, WAN22_VAE, ModelFootprint
 from ..memory.pinned import Registrar
 from ..memory.plan import PlanError
+from ..runtime.host_weights import WeightParts
+from ..runtime.streamed import StreamedModel
 from ..weights.lora import LoraChoice
 from ..weights.quantize import quantize_checkpoint
 from .blocks import Context, WanBlock
@@ -37,7 +37,11 @@ MAX_CONTEXTS = 4  # prompts remembered at a time
 class StreamedWan(StreamedModel[WanModel]):
     """A Wan checkpoint. Opening reads the header only; CheckpointError for a file that is no Wan transformer."""
 
-    lendable = ("text_embedding", "time_embedding", "time_projection", "img_emb")
+    parts = WeightParts(
+        optional=TEXT_KV,
+        unstreamed=(NOT_STREAMED,),
+        lendable=("text_embedding", "time_embedding", "time_projection", "img_emb"),
+    )
 
     def __init__(
         self,
@@ -56,25 +60,20 @@ class StreamedWan(StreamedModel[WanModel]):
         head_dim = self.config.head_dim
         super().__init__(model, checkpoint, settings, head_dim, aliases, registrar, between_blocks, loras)
 
-    def optional_names(self, names: Sequence[str]) -> set[str]:
-        return {name for name in names if name.startswith(TEXT_KV)}
-
-    def streamed_names(self, block: Block) -> list[str]:
-        return [name for name in block.state_dict() if not name.startswith(NOT_STREAMED)]
-
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         config, dtype = self.config, dtype or self.model.execution.dtype
-        fixed = {name: self.weights.tensors[name].nbytes for name in self._fixed_names()}
+        layouts = self.weights.layouts
+        fixed = {name: self.weights.source.tensors[name].nbytes for name in self.weights.fixed_names()}
         return ModelFootprint(
             name=self.checkpoint.path.name,
             dim=config.dim,
             ffn_dim=config.ffn_dim,
             num_heads=config.num_heads,
-            block_bytes=tuple(layout.nbytes for layout in self.layouts),
+            block_bytes=tuple(layout.nbytes for layout in layouts),
             fixed_bytes=sum(fixed.values()),
-            lendable_bytes=sum(size for name, size in fixed.items() if name.startswith(self.lendable)),
-            text_kv_bytes=min((layout.nbytes - layout.stream_bytes for layout in self.layouts), default=0),
+            lendable_bytes=sum(size for name, size in fixed.items() if name.startswith(self.parts.lendable)),
+            text_kv_bytes=min((layout.nbytes - layout.stream_bytes for layout in layouts), default=0),
             scratch_elements=max((block.scratch_elements(dtype) for block in self.blocks), default=0),
             in_channels=config.in_channels,
             latent_channels=config.out_channels,
@@ -127,13 +126,13 @@ class StreamedWan(StreamedModel[WanModel]):
     def _plan_for(self, text: Tensor, image_tokens: Tensor | None) -> None:
         """Plan anew where more prompts take turns than were planned for: their keys and values would go and come."""
         plan = self.plan
-        if plan is None or self.limits is None or not plan.cache_text_kv:
+        if plan is None or not plan.cache_text_kv:
             return
         if not any(_same(known, text) and _same(image, image_tokens) for known, image in self._dropped):
             return
         passes = -(-(self._num_kept() + len(text)) // plan.work.batch)
         try:
-            more = self.make_plan(replace(plan.work, passes_per_step=passes), self.limits)
+            more = self.make_plan(replace(plan.work, passes_per_step=passes), plan.limits)
         except PlanError:
             self._dropped.clear()  # not to plan in vain in every pass
             return

@@ -182,7 +182,7 @@ def test_pinning_follows_core(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not host.memory_flags().may_pin
     model = ours(save(models, "t2v")).with_options(prefetch=2)
     mm.load_models_gpu([model])
-    assert not model.engine.streamed.settings.pinned_memory
+    assert model.engine.limits(model.options).pinned_cap_bytes == 0
 
 
 def test_options_travel_with_clones(models: Path) -> None:

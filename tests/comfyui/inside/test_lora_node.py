@@ -166,9 +166,9 @@ def test_another_strength_reads_nothing(framepack: Any, loras: Path, monkeypatch
     monkeypatch.setattr(Checkpoint, "read_into", counting)
     stronger = loaded(framepack, name)
     assert read == [], "the file's tensors are at hand while the model has them"
-    attached = framepack.engine.streamed.loras
+    attached = framepack.engine.streamed.weights.loras
     strong = run(stronger)
-    assert framepack.engine.streamed.loras is attached and attached.strengths[0] == 1.0
+    assert framepack.engine.streamed.weights.loras is attached and attached.strengths[0] == 1.0
     assert relative_error(weak, strong) > 1e-3
     monkeypatch.undo()
     save_split(loras / name)  # another file of that name

@@ -115,7 +115,7 @@ def test_the_native_loader_does_what_the_command_line_does(models: Path, lora_fi
     model = loaded(ours(path, quantization=quantization), 0.8)
     mm.load_models_gpu([model])
     got = model.engine.run(latent, torch.tensor([700.0]), text, None, Extras())
-    assert model.engine.streamed.loras.loras
+    assert model.engine.streamed.weights.loras.loras
     error = relative_error(got, wanted)
     print(f"native LoRA loader and command line, {form}: relative error {error:.2e}")
     assert error < 1e-6
@@ -203,7 +203,7 @@ def test_loras_stream_from_the_disk(models: Path, lora_file: Path, form: str) ->
     model = ours(stored(models, form)[0])
     inputs = (*prompts(), empty_latent())
     wanted = sample(loaded(model, 0.8), *inputs)
-    some = RAM_MARGIN_BYTES + 7 * model.engine.streamed.largest_block_bytes // 2  # too little for 4 blocks
+    some = RAM_MARGIN_BYTES + 7 * model.engine.streamed.weights.largest_block_bytes // 2  # too little for 4 blocks
     swap = {"blocks_to_swap": -1, "vram_budget_gb": 0.0, "prefetch": 0, "pinned_memory": True}
     streamed = BlockSwap.execute(model, ram_budget_gb=some / 2**30, **swap).result[0]
     got = sample(loaded(streamed, 0.8), *inputs)

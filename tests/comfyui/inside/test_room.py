@@ -96,7 +96,7 @@ def test_the_plan_counts_on_what_core_will_evict(models: Path, monkeypatch: pyte
     budget = model.with_options(vram_budget_gb=3.5)
     assert engine.preview(work, budget.options).budget_bytes == int(3.5 * GIB)
     assert f"{4 + context / GIB:.2f} GiB" in VramPlan.execute(model, 832, 480, 81, True, 0.0).result[1]
-    assert engine.streamed.limits is None, "a plan that is shown is none that runs"
+    assert engine.streamed.plan is None, "a plan that is shown is none that runs"
 
 
 def test_a_container_may_take_less_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +130,28 @@ def test_a_plan_that_does_not_fit_beside_another_model_has_its_room(
     assert engine.plan(work).budget_bytes > 6 * GIB and evicted == [other]
 
 
+def test_memory_that_was_short_once_leaves_no_later_run_lean(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours(save(models, "t2v"))
+    streamed, started = model.engine.streamed, []
+    forward, start = streamed.model.forward, streamed.start
+    monkeypatch.setattr(streamed, "start", lambda plan: started.append(plan) or start(plan))
+    sample(model, *prompts(), empty_latent(), steps=2)
+
+    def scarce(*given: Any, **named: Any) -> torch.Tensor:
+        if len(started) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(streamed.model, "forward", scarce)
+    sample(model, *prompts(), empty_latent(), steps=2)
+    assert len(started) == 2, "leaner for all that is left of the run"
+    assert started[1].num_resident < started[0].num_resident
+    sample(model, *prompts(), empty_latent(), steps=2)
+    assert len(started) == 3 and started[2].resident_blocks == started[0].resident_blocks
+    sample(model, *prompts(), empty_latent(), steps=2)
+    assert len(started) == 3, "what runs as well as it can stays where it is"
+
+
 def test_loading_is_within_the_budget_too(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours(save(models, "t2v"))
     engine, begun = model.engine, []
@@ -158,7 +180,8 @@ def test_what_others_hold_is_not_the_runs(models: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(run_monitor, "MemoryMonitor", lambda device: MemoryMonitor(torch.device("cpu")))
     model.engine.begin_run()
     streamed = model.engine.streamed
-    streamed.limits = replace(streamed.limits, context_bytes=GIB // 2)
+    limits = replace(streamed.plan.limits, context_bytes=GIB // 2)
+    streamed.plan = replace(streamed.plan, limits=limits)
     model.engine.end_run()
     assert model.engine.report.other_bytes == 3 * GIB // 2
 

@@ -1,0 +1,188 @@
+"""A model's weights in host memory, or read from the disk as it runs; what LoRAs are attached; nothing of a device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..diffusion.settings import RunSettings
+from ..diffusion.transformer import Transformer
+from ..host_memory import allocate_bytes
+from ..memory.disk_blocks import DiskBlocks
+from ..memory.footprint import GIB
+from ..memory.host_buffers import HostBlocks, PinnedBudget
+from ..memory.layout import BlockLayout, TensorSource, layout_block
+from ..memory.pinned import Registrar
+from ..memory.plan import MemoryPlan
+from ..memory.spool import Spool
+from ..weights.lora import Lora
+from ..weights.lora_source import AttachedLoras
+from ..weights.merged_source import Source
+from ..weights.quantize import QuantizedSource
+from ..weights.reader import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightParts:
+    """How a family's tensors are treated, by how their names begin (within their block where they have one).
+
+    `optional` ones of a block make what can be kept in their place, `unstreamed` ones stay on the device. Outside the
+    blocks, `lendable` modules are needed for a moment before them in each pass, and `once` ones once per run.
+    """
+
+    optional: tuple[str, ...] = ()
+    unstreamed: tuple[str, ...] = ()
+    lendable: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
+
+
+class HostWeights:
+    """One checkpoint's weights. Nothing is in memory before `read`; `release` gives it back.
+
+    `source` is what is read: the file's tensors, with LoRAs beside some of them or merged into them. `blocks` holds
+    the blocks between `read` and `release`. `model` is on the meta device and gets LoRAs' tensors as parameters.
+    Pinned memory comes from `registrar`; without one nothing is pinned. `check` is called while much is read and may
+    raise.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        checkpoint: Checkpoint,
+        parts: WeightParts,
+        settings: RunSettings,
+        registrar: Registrar | None,
+        check: Callable[[], None] | None,
+    ):
+        self.checkpoint, self.parts = checkpoint, parts
+        self.blocks: HostBlocks | DiskBlocks | None = None
+        self.spool: Spool | None = None
+        self.budget: PinnedBudget | None = None  # of everything that is pinned between `read` and `release`
+        self._model, self._settings = model, settings
+        self._registrar, self._check = registrar, check
+        self.source: TensorSource = checkpoint
+        self.layouts: list[BlockLayout] = []
+        self._put_on((), (), checkpoint)
+
+    @property
+    def largest_block_bytes(self) -> int:
+        return max(layout.nbytes for layout in self.layouts)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.source.tensors.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return 0 if self.blocks is None else self.blocks.host_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        return 0 if self.blocks is None else self.blocks.pinned_bytes
+
+    def fixed_names(self) -> list[str]:
+        """Parameters outside what is streamed."""
+        streamed = {f"{layout.prefix}.{place.name}" for layout in self.layouts for place in layout.places}
+        return [name for name in self._model.state_dict() if name not in streamed]
+
+    def read(self, plan: MemoryPlan) -> None:
+        """Bring the blocks into host memory (or get ready to read them from disk); again is harmless.
+
+        What host memory holds stays there; what was read from the disk moves there when the plan has room for it.
+        """
+        cap = plan.limits.pinned_cap_bytes
+        if isinstance(self.blocks, DiskBlocks) and not plan.from_disk:
+            self.release()
+        if self.blocks is not None:
+            self._pin_more(cap)
+            return
+        # a cap of 0 is memory that shall not be pinned: none refuses it, so none warns
+        self.budget = None if self._registrar is None or cap == 0 else PinnedBudget(self._registrar, cap)
+        if plan.from_disk:
+            self._check_disk()
+            self.spool = Spool(self.source, self.layouts, self.checkpoint.path.parent)
+            self.blocks = DiskBlocks(self.spool, self.layouts, self.budget, plan.num_staging)
+        else:
+            streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
+            self.blocks = HostBlocks(self.source, self.layouts, self.budget, pin=streamed, check=self._check)
+
+    def read_tensor(self, name: str) -> Tensor:
+        """One tensor in its stored form, in memory of its own."""
+        info = self.source.tensors[name]
+        raw = allocate_bytes(info.nbytes)
+        self.source.read_into(name, raw)
+        return raw.view(info.dtype).view(info.shape)
+
+    def unpin(self) -> None:
+        """Give pinned memory back and keep the bytes; the model must be stopped."""
+        if isinstance(self.blocks, HostBlocks):
+            self.blocks.unpin()
+
+    def release(self) -> None:
+        """Give all memory back; again is harmless. The model must be stopped."""
+        blocks, self.blocks = self.blocks, None
+        if blocks is not None:
+            blocks.release()
+        spool, self.spool = self.spool, None
+        if spool is not None:
+            spool.close()
+
+    def set_lora_strengths(self, strengths: Sequence[float]) -> bool:
+        """Other strengths, one per LoRA; True where some are merged: their bytes are another source's, to be read."""
+        self.loras.set_strengths(strengths)
+        if self.loras.are_merged:
+            self.source = self.loras.source()
+        return self.loras.are_merged
+
+    def attach_loras(self, loras: Sequence[Lora], strengths: Sequence[float], origin: Source | None = None) -> None:
+        """Have these LoRAs in place of those there are; the model must be stopped.
+
+        `origin` holds its tensors where they are not the file's. Host memory stays, and is read again, where every
+        tensor keeps its place.
+        """
+        before = self.layouts
+        self.loras.detach()
+        self._put_on(loras, strengths, origin or self.checkpoint)
+        if not isinstance(self.blocks, HostBlocks) or before != self.layouts:
+            self.release()
+            return
+        try:
+            self.blocks.refill(self.source, self._check)
+        except BaseException:  # an interrupt too leaves them half read
+            self.release()
+            raise
+
+    def _put_on(self, loras: Sequence[Lora], strengths: Sequence[float], origin: Source) -> None:
+        dtype = self._model.execution.dtype
+        self.loras = AttachedLoras(self._model, origin, loras, strengths, dtype, self._settings.lora_mode)
+        self.source = self.loras.source() if loras else origin
+        self.layouts = []
+        for prefix, block in self._model.ordered_blocks().items():
+            names = [name for name in block.state_dict() if not name.startswith(self.parts.unstreamed)]
+            optional = {name for name in names if name.startswith(self.parts.optional)}
+            self.layouts.append(layout_block(self.source, prefix, names, optional))
+
+    def _pin_more(self, cap: int | None) -> None:
+        """Ask for more pinned memory where there may be more than when the budget was made."""
+        budget = self.budget
+        if isinstance(self.blocks, HostBlocks) and budget is not None and cap is not None and cap > budget.cap_bytes:
+            budget.cap_bytes = cap
+            self.blocks.retry_pinning()
+
+    def _check_disk(self) -> None:
+        path = self.checkpoint.path
+        logger.warning(
+            "%s is read from the disk as it runs, which is slower: it has %.2f GiB, more than the RAM budget or "
+            "what is free of RAM", path.name, sum(each.nbytes for each in self.layouts) / GIB,
+        )  # fmt: skip
+        if isinstance(self.checkpoint, QuantizedSource):
+            raise ValueError(
+                f"{path.name} cannot be quantised to {self._settings.quantization} and streamed "
+                "from disk at once: the quantised bytes are in no file. Convert it first (lowvram-video convert), "
+                "or raise the RAM budget"
+            )

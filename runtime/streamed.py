@@ -1,0 +1,301 @@
+"""A transformer on a device that need not hold it: weights where the plan says, blocks streamed while they run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..compilation.blocks import compile_modules, uncompile_modules
+from ..compilation.settings import CompileSettings
+from ..device_errors import is_out_of_memory
+from ..diffusion.settings import RunSettings
+from ..diffusion.transformer import Block, Transformer, here_already
+from ..memory.footprint import DENSE_CHUNK_TENSORS, GIB, QUANTIZED_CHUNK_TENSORS, Limits, ModelFootprint, WorkSize
+from ..memory.host_buffers import HostBlocks
+from ..memory.lanes import Span, TimedLanes, lanes_for
+from ..memory.layout import Part
+from ..memory.lender import Lender
+from ..memory.pinned import CudaRegistrar, Registrar
+from ..memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
+from ..memory.ring import DeviceRing
+from ..memory.streamer import BlockStreamer
+from ..weights.compute import select_compute
+from ..weights.linear import Linear
+from ..weights.lora import Lora, LoraChoice, open_loras
+from ..weights.lora_names import Aliases
+from ..weights.merged_source import Source
+from ..weights.reader import Checkpoint
+from .host_weights import HostWeights, WeightParts
+
+logger = logging.getLogger(__name__)
+
+NUM_READERS = 8  # threads
+
+M = TypeVar("M", bound=Transformer)
+T = TypeVar("T")
+
+
+class StreamedModel(Generic[M]):
+    """One checkpoint's model: its weights in host memory and, between `start` and `stop`, what of it is on the device.
+
+    `model` is on the meta device, `aliases` are the names that LoRAs may call its layers by (see `Aliases`). `plan` is
+    the one that it was last started with: leaner than the one asked for where the device ran out of memory since.
+    """
+
+    parts = WeightParts()
+
+    def __init__(
+        self,
+        model: M,
+        checkpoint: Checkpoint,
+        settings: RunSettings,
+        head_dim: int,
+        aliases: Aliases,
+        registrar: Registrar | None = None,
+        between_blocks: Callable[[], None] | None = None,
+        loras: Sequence[LoraChoice] = (),
+    ):
+        self.model, self.checkpoint, self.settings, self.aliases = model, checkpoint, settings, aliases
+        self.between_blocks = between_blocks
+        self.model.execution = settings.execution(head_dim)
+        self.blocks: list[Block] = list(self.model.ordered_blocks().values())
+        select_compute(self.model, self._busy_modules(), settings.quantization, settings.device)
+        if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
+            registrar = CudaRegistrar(settings.device)
+        self.weights = HostWeights(model, checkpoint, self.parts, settings, registrar, between_blocks)
+        if loras:
+            opened = open_loras(loras, checkpoint.tensors, aliases)
+            self.weights.attach_loras(opened, [choice.strength for choice in loras])
+        self.plan: MemoryPlan | None = None
+        self.streamer: BlockStreamer | None = None
+        self.lender: Lender | None = None
+        self.ring: DeviceRing | None = None
+        self._compiled = False
+        self._timed_since = 0.0
+
+    # What a model says of itself
+
+    def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
+        """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
+        raise NotImplementedError
+
+    def chunk_tensors(self, dtype: torch.dtype, ffn_dim: int, dim: int) -> float:
+        """See `ModelFootprint`; compiled code makes products in a tensor of their own and copies them."""
+        layers = [layer for module in self._busy_modules() for layer in module.modules() if isinstance(layer, Linear)]
+        dense = all(layer.is_dense(dtype) for layer in layers)
+        tensors = DENSE_CHUNK_TENSORS if dense else QUANTIZED_CHUNK_TENSORS
+        return tensors + (ffn_dim / dim if self._compiled else 0.0)
+
+    def forget_contexts(self) -> None:
+        """Free what was made of prompts."""
+
+    @property
+    def started(self) -> bool:
+        return self.streamer is not None
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of weights, and of the ring for them, on the device; 0 unless started."""
+        if self.plan is None or not self.started:
+            return 0
+        memory = self.plan.denoise
+        return memory.fixed_weights + memory.residents + memory.ring
+
+    @property
+    def host_bytes(self) -> int:
+        return self.weights.host_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self.weights.pinned_bytes + (0 if self.lender is None else self.lender.pinned_bytes)
+
+    def spans(self) -> tuple[list[Span], float]:
+        """What the timed lanes did since the last call, and how many seconds ago their clock began."""
+        if self.ring is None or not isinstance(self.ring.lanes, TimedLanes):
+            return [], 0.0
+        return self.ring.lanes.spans(), time.perf_counter() - self._timed_since
+
+    # Changes, between runs
+
+    def compile(self, settings: CompileSettings | None) -> None:
+        """Let the blocks, and perhaps what is worth it beside them, run as compiled code; None: as plain PyTorch."""
+        others = self.model.outer_modules()
+        uncompile_modules([*self.blocks, *others])
+        self._compiled = settings is not None
+        if settings is not None:
+            compile_modules([*self.blocks, *(() if settings.transformer_blocks_only else others)], settings)
+
+    def set_lora_strengths(self, strengths: Sequence[float]) -> None:
+        """Other strengths, one per LoRA; nothing is read again but what LoRAs are merged into."""
+        self.forget_contexts()  # LoRAs change them too
+        if self.weights.set_lora_strengths(strengths):
+            self.release()
+
+    def attach_loras(self, loras: Sequence[Lora], strengths: Sequence[float], origin: Source | None = None) -> None:
+        """Have these LoRAs on the model, which is stopped for it; see `HostWeights.attach_loras`."""
+        self.stop()
+        self.weights.attach_loras(loras, strengths, origin)
+
+    # Runs
+
+    def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
+        """The plan for this work; PlanError names what would fit where this does not."""
+        return plan_memory(self.footprint(), work, limits)
+
+    def start_fitting(self, plan: MemoryPlan) -> None:
+        """`start`; when the device runs out of memory meanwhile, with a leaner plan."""
+        self.stop()
+        self.retrying(lambda: None if self.started else self.start(plan))
+
+    def retrying(self, run: Callable[[], T]) -> T:
+        """A pass; when the device runs out of memory, also while starting anew, it is repeated with a leaner plan."""
+        leaner: MemoryPlan | None = None
+        while True:
+            try:
+                if leaner is not None:
+                    self.start(leaner)
+                return run()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or (leaner := self._leaner_plan()) is None:
+                    raise
+            # outside the handler: its traceback holds the failed pass's activations
+            self.stop()
+            if self.settings.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def start(self, plan: MemoryPlan, ring: DeviceRing | None = None) -> None:
+        """Put the model on its device as the plan says. `ring` is one shared with another expert of the same layout."""
+        self.stop()
+        self.plan = plan
+        self.weights.read(plan)
+        assert self.weights.blocks is not None
+        try:
+            self._load_fixed(plan)
+            self.weights.loras.place(self.settings.device)
+            self.ring = ring or self._make_ring(plan)
+            self._timed_since = time.perf_counter()
+            self.streamer = BlockStreamer(
+                [self.blocks],
+                self.weights.blocks,
+                self.settings.device,
+                ring=self.ring,
+                resident=plan.resident_blocks,
+                part=Part.STREAM if plan.cache_text_kv or self.parts.once else Part.ALL,
+                between_blocks=self.between_blocks,
+            )
+            self.streamer.load()
+        except BaseException:
+            self.stop()
+            raise
+        self.model.stream = self.streamer
+        self.model.execution = replace(self.model.execution, token_chunk=plan.token_chunk, head_groups=plan.head_groups)
+
+    def stop(self) -> None:
+        """Give the device memory back; the weights stay in host memory. Again is harmless."""
+        self.model.stream = iter
+        self.model.lend = here_already
+        lender, self.lender = self.lender, None
+        if lender is not None:
+            lender.release()
+        self.forget_contexts()
+        streamer, self.streamer, self.ring = self.streamer, None, None
+        if streamer is not None:
+            streamer.unload()
+        self._unload(self.weights.fixed_names())
+
+    def release(self) -> None:
+        """Give device and host memory back."""
+        self.stop()
+        self.weights.release()
+
+    @contextmanager
+    def preparing(self, plan: MemoryPlan) -> Iterator[None]:
+        """The modules needed once per run on the device, and `visit` at hand, for what is made once per run.
+
+        The model is stopped for it, so that this memory and that of a pass are not wanted at the same time.
+        """
+        self.stop()
+        self.weights.read(plan)
+        names = [name for name in self.weights.fixed_names() if name.startswith(self.parts.once)]
+        try:
+            self._load(names)
+            self.weights.loras.place(self.settings.device)
+            yield
+        finally:
+            self._unload(names)
+
+    def visit(self, make: Callable[[Block], T]) -> list[T]:
+        """What `make` makes of each block in a pass with only its optional weights; they then stay at home."""
+        source, device = self.weights.blocks, self.settings.device
+        assert source is not None
+        largest = max(layout.part_bytes(Part.OPTIONAL) for layout in source.layouts)
+        in_place = device.type == "cpu" and isinstance(source, HostBlocks)
+        visitor = BlockStreamer(
+            [self.blocks], source, device, ring=None if in_place else DeviceRing(2 * largest, device),
+            part=Part.OPTIONAL, between_blocks=self.between_blocks,
+        )  # fmt: skip
+        try:
+            visitor.load()
+            made = [make(cast(Block, block)) for block in visitor(self.blocks)]
+        finally:
+            visitor.unload()
+            if self.streamer is not None:  # both read from one source: what was prefetched is asked for again
+                self.streamer.lose_ring()
+        return made
+
+    def _busy_modules(self) -> list[nn.Module]:
+        return [module for block in self.blocks for module in block.busy_modules()]
+
+    def _leaner_plan(self) -> MemoryPlan | None:
+        if self.plan is None:
+            return None
+        try:
+            leaner = plan_leaner(self.footprint(), self.plan)
+        except PlanError:
+            return None
+        logger.warning(
+            "out of VRAM under a plan of %.2f GiB: the pass is repeated with one of %.2f GiB; no step is lost",
+            self.plan.predicted_denoise_bytes / GIB,
+            leaner.predicted_denoise_bytes / GIB,
+        )
+        return leaner
+
+    def _make_ring(self, plan: MemoryPlan) -> DeviceRing | None:
+        if self.settings.device.type == "cpu" and not plan.from_disk:
+            return None  # the blocks run where they lie
+        return DeviceRing(plan.ring_bytes, self.settings.device, lanes_for(self.settings.device, self.settings.timed))
+
+    def _load_fixed(self, plan: MemoryPlan) -> None:
+        lent = self.parts.lendable if plan.lend_fixed and self.settings.device.type != "cpu" else ()
+        if lent:
+            self._lend(lent)
+        here = [name for name in self.weights.fixed_names() if not name.startswith(lent + self.parts.once)]
+        self._load(here)
+
+    def _lend(self, names: Sequence[str]) -> None:
+        modules = {name: module for name in names if (module := getattr(self.model, name)) is not None}
+        self.lender = Lender(self.weights.source, modules, self.settings.device, self.weights.budget)
+        self.model.lend = self.lender
+
+    def _load(self, names: Sequence[str]) -> None:
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            for name, tensor in zip(names, readers.map(self.weights.read_tensor, names), strict=True):
+                self._assign(name, tensor.to(self.settings.device))
+
+    def _unload(self, names: Sequence[str]) -> None:
+        for name in names:
+            info = self.weights.source.tensors[name]
+            self._assign(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor, requires_grad=False))
