@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..triton_errors import triton_errors
+from ..kernel_choice import brief, reason_against, relative_error
 
 if TYPE_CHECKING:
     from .select import AttentionSpec, Backend
@@ -105,7 +105,7 @@ def find_function(machine: Machine, module: str, name: str, install: str) -> Cal
         raise KernelMissing(f"{module} is installed but misses {error.name}: {fix}") from error
     except _IMPORT_ERRORS as error:
         raise KernelMissing(
-            f"{module} is installed but cannot be imported ({_brief(error)}): it must match torch {torch.__version__}; "
+            f"{module} is installed but cannot be imported ({brief(error)}): it must match torch {torch.__version__}; "
             f"reinstall it: {install}"
         ) from error
     function = getattr(found, name, None)
@@ -119,20 +119,20 @@ def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
 
     The tensors are groups of heads out of wider buffers, as the models pass them, with k as long as q, shorter, and
     of a length that fills no block of a kernel; a masked spec is tried with a boolean and with an additive mask.
+    An out-of-memory is no answer: it is raised.
     """
+    return reason_against(lambda: _disagreement(backend, spec), spec.device)
+
+
+def _disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
     with torch.inference_mode():
         for q_length, k_length, additive in ((256, 256, False), (256, 128, True), (256, 77, False)):
             q, k, v = _random_heads(spec, (q_length, k_length, k_length))
             mask = _padding_mask(spec, k_length, additive) if spec.masked else None
             expected = _reference(q, k, v, mask)
             before = [tensor.clone() for tensor in (q, k, v)]
-            try:
-                out = backend.attend(q, k, v, mask)
-                reason = _find_difference(out, expected, spec.dtype, backend.exact)
-                changed = not all(map(torch.equal, (q, k, v), before))
-            except triton_errors() as error:
-                return f"fails on {spec.device} ({_brief(error)}): update it for torch {torch.__version__}"
-            if changed:
+            reason = _find_difference(backend.attend(q, k, v, mask), expected, spec.dtype, backend.exact)
+            if not all(map(torch.equal, (q, k, v), before)):
                 return f"overwrites its inputs on {spec.device}"
             if reason is not None:
                 return f"{reason} on {spec.device} (q length {q_length}, k length {k_length})"
@@ -145,7 +145,7 @@ def _find_difference(out: Tensor, expected: Tensor, dtype: torch.dtype, exact: b
     out = out.float()
     if not bool(torch.isfinite(out).all()):
         return "returns NaN or infinity"
-    error = float((out - expected).norm() / expected.norm())
+    error = relative_error(out, expected)
     cosine = float(F.cosine_similarity(out.flatten(), expected.flatten(), dim=0))
     bound = EXACT_ERROR if exact else QUANTISED_ERROR
     if error > bound or cosine < QUANTISED_COSINE:
@@ -173,11 +173,6 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = mask.float()
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..device_errors import is_out_of_memory
+from ..kernel_choice import Trial, choose
 from .flash import FlashAttention2, FlashAttention3
 from .probe import THIS_MACHINE, Machine, find_disagreement
 from .sage import SageAttention
@@ -76,10 +78,28 @@ def select_attention(mode: str, spec: AttentionSpec, machine: Machine = THIS_MAC
     """The backend for `mode`, proven on the device by a small run against plain attention.
 
     "auto" takes the best exact one and logs why; any other mode of ATTENTION_MODES is taken or refused. Raises
-    AttentionUnavailable (a ValueError). Call it once per model load: every call probes afresh.
+    AttentionUnavailable (a ValueError). Call it once per model load: every call probes afresh. Where the device has no
+    memory left to probe anything, PyTorch's own attention runs for now.
     """
-    if mode == "auto":
-        return _select_best(spec, machine)
+    try:
+        return _select_best(spec, machine) if mode == "auto" else _select_named(mode, spec, machine)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning(
+            "attention: %s has no memory left to try %s: sdpa runs for now; load the model again when other models "
+            "have left the GPU", spec.device, "a backend" if mode == "auto" else mode,
+        )  # fmt: skip
+        return Sdpa(torch.device("cpu"))  # in torch's own order of kernels, which needs no proof
+
+
+def explain_attention(spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> list[tuple[str, str]]:
+    """Every backend's name with the reason against it, or "ready"; each one is imported and probed."""
+    backends = [line.make(spec.device, machine) for line in _BACKENDS]
+    return [(backend.name, _find_reason(backend, spec) or "ready") for backend in backends]
+
+
+def _select_named(mode: str, spec: AttentionSpec, machine: Machine) -> Backend:
     lines = [line for line in _BACKENDS if line.name == mode]
     if not lines:
         raise AttentionUnavailable(f"attention_mode {mode!r} does not exist: use one of {', '.join(ATTENTION_MODES)}")
@@ -92,24 +112,13 @@ def select_attention(mode: str, spec: AttentionSpec, machine: Machine = THIS_MAC
     return backend
 
 
-def explain_attention(spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> list[tuple[str, str]]:
-    """Every backend's name with the reason against it, or "ready"; each one is imported and probed."""
-    backends = [line.make(spec.device, machine) for line in _BACKENDS]
-    return [(backend.name, _find_reason(backend, spec) or "ready") for backend in backends]
-
-
 def _select_best(spec: AttentionSpec, machine: Machine) -> Backend:
-    notes = [f"{line.name}: quantised, so only by choice" for line in _BACKENDS if line.auto_rank is None]
-    ranked = sorted((line.auto_rank, line) for line in _BACKENDS if line.auto_rank is not None)
-    for rank, line in ranked:
-        backend = line.make(spec.device, machine)
-        reason = _find_reason(backend, spec)
-        if reason is None:
-            notes += [f"{other.name}: comes after it" for later, other in ranked if later > rank]
-            logger.info("attention: auto chose %s for %s (%s)", line.name, spec, "; ".join(notes))
-            return backend
-        notes.append(f"{line.name}: {reason}")
-    raise AttentionUnavailable(f"no attention backend can run {spec}: {'; '.join(notes)}")
+    def check(backend: Backend) -> str | None:
+        return _find_reason(backend, spec) if backend.exact else "quantised, so only by choice"
+
+    trial = Trial("attention", spec.device, check, work=str(spec), unavailable=AttentionUnavailable)
+    ranked = sorted(_BACKENDS, key=lambda line: line.auto_rank or 0)
+    return choose(trial, [line.make(spec.device, machine) for line in ranked]).best
 
 
 def _find_reason(backend: Backend, spec: AttentionSpec) -> str | None:

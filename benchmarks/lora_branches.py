@@ -19,18 +19,18 @@ from dataclasses import dataclass
 
 import torch
 from lowvram_video.fused.select import FusedOps, select_fused_ops
+from lowvram_video.kernel_choice import disagreement, reason_against
 from lowvram_video.weights.fp8 import Fp8Matmul
 from lowvram_video.weights.gemms import fp8_refusal, select_fp8_gemm
 from lowvram_video.weights.linear import PLAIN, Linear, Projection, project_gelu, project_together
 from lowvram_video.weights.low_rank import DOWN, SCALE, UP
 from lowvram_video.weights.low_rank_ops import (
     RANKS,
+    STEPS,
     TORCH,
     ChosenLowRankOps,
     LowRankOps,
     Probe,
-    agrees,
-    probes,
     select_low_rank_ops,
 )
 from lowvram_video.weights.rows import select_row_ops
@@ -177,11 +177,15 @@ def measure(bench: Bench, rank: int, speeds: Speeds, repeats: int) -> dict[str, 
 
 def steps_alone(candidates: Sequence[LowRankOps], rank: int) -> dict[str, dict[str, str]]:
     """Each step by PyTorch and by every candidate, on a chunk; GB/s of what the step must read and write."""
-    small, large = probes(DEVICE, rank)
+    small, large = (Probe(DEVICE, rank, num_rows, features=5120) for num_rows in (70, 8192))
     found: dict[str, dict[str, str]] = {}
-    for step, passes in ((Probe.down, 1), (Probe.up, 2), (Probe.up_gelu, 2)):
+    for step, passes in zip(STEPS, (1, 2, 2), strict=True):
         found[step.__name__] = {}
-        for ops in (TORCH, *(ops for ops in candidates if agrees(step, ops, small))):
+
+        def wrong(ops: LowRankOps) -> str | None:
+            return reason_against(lambda: disagreement(small.error(step, ops)), DEVICE)  # noqa: B023 - called at once
+
+        for ops in (TORCH, *(ops for ops in candidates if wrong(ops) is None)):
             took = large.seconds(step, ops)
             rate = passes * large.x.nbytes / took / 1e9
             found[step.__name__][ops.name] = f"{1e6 * took:.0f} us, {rate:.0f} GB/s"

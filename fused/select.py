@@ -7,8 +7,7 @@ modulation is that of its group (a whole sample, or one frame where timesteps di
 
 from __future__ import annotations
 
-import importlib.util
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ..half_precision import half_dtype
-from ..triton_errors import triton_errors
+from ..kernel_choice import Trial, choose, disagreement, loaded, relative_error
 from .eager import EagerOps
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,24 +74,17 @@ def select_fused_ops(device: torch.device) -> FusedOps:
     eager = EagerOps()
     if device.type != "cuda":
         return eager
-    if importlib.util.find_spec("triton") is None:
-        logger.info("Triton is not installed: elementwise steps run in eager PyTorch (slower, more memory).")
-        return eager
-    try:
-        from .triton_ops import TritonOps
-
-        ops = TritonOps()
-        error = _disagreement(ops, eager, device)
-    except triton_errors() as problem:
-        logger.warning("Triton cannot be used (%s): elementwise steps run in eager PyTorch.", problem)
-        return eager
-    if not error < 2e-2:
-        logger.warning("Triton kernels disagree with PyTorch on this GPU (%.1e): eager PyTorch is used.", error)
-        return eager
-    return ops
+    trial: Trial[FusedOps] = Trial("elementwise steps", device, lambda ops: _disagreement(ops, eager, device))
+    return choose(trial, loaded(trial.what, _triton), eager).best
 
 
-def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> float:
+def _triton() -> Sequence[FusedOps]:
+    from .triton_ops import TritonOps
+
+    return (TritonOps(),)
+
+
+def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> str | None:
     generator = torch.Generator(device).manual_seed(0)
 
     def rand(*shape: int, dtype: torch.dtype = half_dtype(device)) -> Tensor:  # noqa: B008 - of this call
@@ -110,6 +100,5 @@ def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> f
         each.rms_norm_(y, weight[:64], 1e-6, None, 0)
         each.gelu_(y)
         each.gated_add_(y, each.affine_norm(x, weight, weight, 1e-6), modulation, 1, RowGroups(4))
-        results.append(y.float())
-    got, want = results
-    return float((got - want).norm() / want.norm())
+        results.append(y)
+    return disagreement(relative_error(*results))

@@ -9,7 +9,7 @@ import torch
 
 from .footprint import GIB, UNLIMITED, Limits
 from .pinned import default_pinned_cap
-from .rates import measure_rates
+from .rates import Rates, measure_rates
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,8 @@ def limits_for(
     )
     if not measure:
         return limits
-    rates = measure_rates(device)
+    limits = with_rates(limits, measure_rates(device))
     torch.cuda.empty_cache()
-    limits = replace(
-        limits,
-        tflops_matmul=rates.tflops_matmul,
-        tflops_attention=rates.tflops_attention,
-        h2d_gbps=rates.h2d_gbps,
-    )
     free, total = torch.cuda.mem_get_info(device)
     if vram_budget_gib is not None:
         if limits.vram_budget_bytes > total:
@@ -60,6 +54,18 @@ def limits_for(
         return replace(limits, vram_budget_bytes=min(total, limits.vram_budget_bytes))
     # what is free, and the context that this process has already
     return replace(limits, vram_budget_bytes=min(total, free + limits.context_bytes) - RESERVE_BYTES)
+
+
+def with_rates(limits: Limits, rates: Rates | None) -> Limits:
+    """The same limits on a device that is as fast as was measured; None: as fast as they assume."""
+    if rates is None:
+        return limits
+    return replace(
+        limits,
+        tflops_matmul=rates.tflops_matmul,
+        tflops_attention=rates.tflops_attention,
+        h2d_gbps=rates.h2d_gbps,
+    )
 
 
 def hold_budget(device: torch.device, limits: Limits) -> None:

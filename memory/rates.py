@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..device_errors import is_out_of_memory
 from ..half_precision import half_dtype
 from ..host_memory import allocate_extent
 from .pinned import CudaRegistrar
+
+logger = logging.getLogger(__name__)
 
 COPY_BYTES = 64 << 20
 MATMUL_SIZE = 4096
@@ -28,12 +32,22 @@ class Rates:
     h2d_gbps: float
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype | None = None) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype | None = None) -> Rates | None:
     """Time a product, an attention and a copy on an idle CUDA device; about a tenth of a second, 200 MiB.
 
-    `dtype` None: the 16 bits that the device computes in.
+    `dtype` None: the 16 bits that the device computes in. None where the device has no memory left for it: plans are
+    then made at the rates that `Limits` assumes.
     """
-    dtype = dtype or half_dtype(device)
+    try:
+        return _measure(device, dtype or half_dtype(device))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.info("%s has no memory left to time it: the plan assumes a card's usual speed.", device)
+        return None
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
     product = _seconds(lambda: torch.mm(a, a), device)
     q = torch.randn(1, 8, ATTENTION_TOKENS, 128, device=device, dtype=dtype)

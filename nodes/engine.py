@@ -18,7 +18,7 @@ from ..compilation.blocks import dynamo_limits
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits, WorkSize
 from ..memory.ladder import RAM_MARGIN_BYTES
-from ..memory.limits import hold_budget, limits_for
+from ..memory.limits import hold_budget, limits_for, with_rates
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_memory
 from ..memory.rates import Rates, measure_rates
@@ -217,12 +217,7 @@ class Engine(Generic[S]):
             return limits
         if self._rates is None:
             self._rates = measure_rates(self.device)
-        return replace(
-            limits,
-            tflops_matmul=self._rates.tflops_matmul,
-            tflops_attention=self._rates.tflops_attention,
-            h2d_gbps=self._rates.h2d_gbps,
-        )
+        return with_rates(limits, self._rates)
 
     def _vram_budget(self, options: StreamOptions, context_bytes: int, evictable_bytes: int = 0) -> int:
         """For the whole process, as plans count it: with the context, which has its memory already."""

@@ -30,7 +30,7 @@ DIRECTIONS: dict[str, set[str]] = {
 }
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
 PIPELINE_FILES = {"pipeline.py", "account.py", "streamed.py", "footprint.py", "generation.py", "decoding.py"}
-# modules beside cli.py that import nothing of the package
+# modules beside cli.py that import nothing of the package but one another
 ROOT_LEAVES = {
     "video",
     "progress",
@@ -41,6 +41,7 @@ ROOT_LEAVES = {
     "triton_errors",
     "device_errors",
     "half_precision",
+    "kernel_choice",
 }
 RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}
 OPTIONAL = {"triton", "sageattention", "flash_attn", "flash_attn_interface", "comfy_kitchen", "ftfy", "torch_tensorrt"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from lowvram_video.fused import select as fused
+from lowvram_video.kernel_choice import brief
 from lowvram_video.triton_errors import triton_errors
 from lowvram_video.weights import gemms, low_rank_ops, rows
 from lowvram_video.weights.kernels import gguf_op
@@ -56,9 +57,11 @@ def test_the_eager_path_is_taken(
         monkeypatch.setattr(module, "_disagreement", failing(error))
     assert fused.select_fused_ops(CUDA).name == "eager"
     assert rows.select_row_ops(CUDA).name == "torch"
-    monkeypatch.setattr(low_rank_ops, "_choose", failing(error))
-    assert low_rank_ops.select_low_rank_ops.__wrapped__(CUDA) is low_rank_ops.TORCH
-    assert sum("Triton cannot be used" in record.message for record in caplog.records) == 3
+    monkeypatch.setattr(low_rank_ops, "_triton", failing(error))
+    assert low_rank_ops.select_low_rank_ops.__wrapped__(CUDA).best is low_rank_ops.TORCH
+    failures = ("triton: fails on cuda:0", "triton: fails on cuda:0", "Triton cannot be used")
+    for record, failure in zip(caplog.records, failures, strict=True):
+        assert f"{failure} ({brief(error())})" in record.message
 
 
 @BREAKS
@@ -66,8 +69,9 @@ def test_gguf_is_unpacked_by_torch(
     error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(gguf_op, "_run_triton", failing(error))
-    assert not gguf_op.triton_agrees.__wrapped__("Q8_0", CPU)
-    assert "Triton cannot unpack Q8_0 here" in caplog.text
+    chosen = gguf_op.triton_agrees.__wrapped__("Q8_0", CPU)
+    assert not chosen.best and chosen.is_final
+    assert "unpacking Q8_0: auto chose PyTorch (slower)" in caplog.text
 
 
 @BREAKS

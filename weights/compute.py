@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..device_errors import is_out_of_memory
 from ..half_precision import half_dtype
-from ..triton_errors import triton_errors
+from ..kernel_choice import Trial, choose, cuda_seconds, disagreement, relative_error
 from .fp8 import Fp8Dequantized, Fp8Matmul
-from .gemms import cuda_seconds, fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
+from .gemms import fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
 from .int8 import Int8Dequantized, Int8Matmul
 from .kitchen import KitchenInt8, kitchen_int8_available
-from .linear import PLAIN, Linear, Plain, WeightFormat
+from .linear import PLAIN, Linear, Plain, Projection, WeightFormat
 from .rows import RowOps, select_row_ops
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,17 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
         layer.format = _unpacked(layer.format, ops)
         layer.fuses_gelu = epilogue
     layers = list(_linears(blocks))
-    _use_int8(layers, quantization, device, ops)
-    if quantization == "fp8_fast":
-        _use_fp8(layers, device, ops)
+    try:
+        _use_int8(layers, quantization, device, ops)
+        if quantization == "fp8_fast":
+            _use_fp8(layers, device, ops)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning(
+            "%s has no memory left to try products of 8-bit weights: for now they are unpacked, which is slower; load "
+            "the model again when other models have left the GPU", device,
+        )  # fmt: skip
 
 
 def _linears(modules: Sequence[nn.Module]) -> Iterator[Linear]:
@@ -100,14 +109,15 @@ def _use_int8(layers: Sequence[Linear], quantization: str, device: torch.device,
 
 def _faster(product: Int8Matmul, device: torch.device) -> Int8Matmul | KitchenInt8:
     """Ours or comfy-kitchen's, by the time of a whole layer."""
-    kitchen = KitchenInt8(product.rotation)
     if device.type != "cuda" or not kitchen_int8_available():
         return product
-    try:
-        return kitchen if layer_seconds(kitchen, device) < layer_seconds(product, device) else product
-    except triton_errors() as problem:
-        logger.info("comfy-kitchen's int8 product is not used: %s", problem)
-        return product
+    trial: Trial[Int8Matmul | KitchenInt8] = Trial(
+        f"int8 layers rotated by {product.rotation}",
+        device,
+        lambda form: disagreement(layer_error(form, device)),
+        lambda form: layer_seconds(form, device),
+    )
+    return choose(trial, (product, KitchenInt8(product.rotation)), product).best
 
 
 @dataclass(frozen=True)
@@ -119,12 +129,31 @@ class LayerSize:
     outputs: int = 5120
 
 
+SMALL = LayerSize(48, 512, 64)
+
+
+def layer_error(form: Int8Matmul | KitchenInt8, device: torch.device) -> float:
+    """Relative difference of a small layer to the reference, which multiplies as int8 too."""
+    results = []
+    for each in (form, Int8Matmul(form.rotation)):
+        project, x = _int8_layer(each, device, SMALL)
+        results.append(project(x))
+    return relative_error(*results)
+
+
 def layer_seconds(form: WeightFormat, device: torch.device, size: LayerSize = LayerSize()) -> float:  # noqa: B008 - immutable
     """Median time on the GPU of one layer of int8 weights, activations quantised included."""
-    dtype = half_dtype(device)
-    x = torch.randn(size.rows, size.inputs, device=device, dtype=dtype)
-    weight = torch.randint(-127, 128, (size.outputs, size.inputs), device=device, dtype=torch.int8)
-    packed = {"weight": weight, "weight_scale": torch.rand(size.outputs, 1, device=device) * 1e-3}
-    out = torch.empty(size.rows, size.outputs, device=device, dtype=dtype)
-    project = form.prepare(packed, torch.zeros_like(out[0]), dtype, None)
+    project, x = _int8_layer(form, device, size)
+    out = torch.empty(size.rows, size.outputs, device=device, dtype=x.dtype)
     return cuda_seconds(lambda: project(x, out=out), device)
+
+
+def _int8_layer(form: WeightFormat, device: torch.device, size: LayerSize) -> tuple[Projection, Tensor]:
+    """A layer of random weights, always the same, and its input."""
+    generator, dtype = torch.Generator(device).manual_seed(0), half_dtype(device)
+    x = torch.randn(size.rows, size.inputs, generator=generator, device=device, dtype=dtype)
+    shape = (size.outputs, size.inputs)
+    weight = torch.randint(-127, 128, shape, generator=generator, device=device, dtype=torch.int8)
+    scale = torch.rand(size.outputs, 1, generator=generator, device=device) * 1e-3
+    bias = torch.zeros(size.outputs, device=device, dtype=dtype)
+    return form.prepare({"weight": weight, "weight_scale": scale}, bias, dtype, None), x

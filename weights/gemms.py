@@ -5,9 +5,7 @@ All compute `out = values [m, k] @ weight [n, k].T * rows [m, 1] * columns [n] +
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +13,18 @@ import torch
 from torch import Tensor
 
 from ..half_precision import half_dtype
-from ..triton_errors import triton_errors
+from ..kernel_choice import (
+    Chosen,
+    Trial,
+    choose,
+    cuda_seconds,
+    disagreement,
+    kept_when_final,
+    loaded,
+    relative_error,
+    works,
+)
 from .rows import FP8_MAX, QuantizedRows, RowOps, TorchRowOps
-
-logger = logging.getLogger(__name__)
 
 FP8_CAPABILITY = (8, 9)
 INT8_CAPABILITY = (7, 5)
@@ -113,49 +119,19 @@ def _int_mm(values: Tensor, weight: Tensor) -> Tensor:
 
 def fp8_refusal(device: torch.device) -> str | None:
     """Why this device cannot multiply fp8 numbers, or None."""
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return f"{device} is no NVIDIA GPU"
-    return _capability_refusal(device, FP8_CAPABILITY, "fp8", "RTX 40 or later")
+    return _refusal(device, FP8_CAPABILITY, "fp8", "RTX 40 or later")
 
 
 def int8_refusal(device: torch.device) -> str | None:
     """Why this device cannot multiply int8 numbers, or None."""
+    return _refusal(device, INT8_CAPABILITY, "int8", "RTX 20 or later")
+
+
+def _refusal(device: torch.device, needed: tuple[int, int], what: str, cards: str) -> str | None:
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"{device} is no NVIDIA GPU"
-    return _capability_refusal(device, INT8_CAPABILITY, "int8", "RTX 20 or later")
-
-
-def select_fp8_gemm(device: torch.device, ops: RowOps) -> Gemm:
-    """The fastest fp8 product of those that agree with the reference here. ValueError where there is none."""
-    refusal = fp8_refusal(device)
-    if refusal is not None:
-        raise ValueError(f"fp8 matrix products cannot run: {refusal}")
-    candidates: list[Gemm] = [Fp8Rowwise(), Fp8Rescaled(ops)]
-    if device.type == "cpu":
-        candidates.append(ReferenceGemm())
-    return _fastest(candidates, torch.float8_e4m3fn, device)
-
-
-def select_int8_gemm(device: torch.device, ops: RowOps) -> Gemm:
-    """The fastest int8 product of those that agree with the reference here. ValueError where there is none."""
-    refusal = int8_refusal(device)
-    if refusal is not None:
-        raise ValueError(f"int8 matrix products cannot run: {refusal}")
-    candidates: list[Gemm] = [Int8Product(ops)]
-    if device.type == "cpu":
-        candidates.append(ReferenceGemm())
-    elif ops.name == "triton":
-        from .kernels.int8_gemm import TILES, Int8Triton
-
-        candidates += [Int8Triton(tile) for tile in TILES]
-    return _fastest(candidates, torch.int8, device)
-
-
-def _capability_refusal(device: torch.device, needed: tuple[int, int], what: str, cards: str) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= needed:
         return None
@@ -166,36 +142,53 @@ def _capability_refusal(device: torch.device, needed: tuple[int, int], what: str
     )
 
 
+def select_fp8_gemm(device: torch.device, ops: RowOps) -> Gemm:
+    """The fastest fp8 product of those that agree with the reference here.
+
+    ValueError where there is none; the device's out-of-memory where it has no room to try any.
+    """
+    if refusal := fp8_refusal(device):
+        raise ValueError(f"fp8 matrix products cannot run: {refusal}")
+    return _fastest([Fp8Rowwise(), Fp8Rescaled(ops)], torch.float8_e4m3fn, device)
+
+
+def select_int8_gemm(device: torch.device, ops: RowOps) -> Gemm:
+    """The fastest int8 product of those that agree with the reference here; raises as `select_fp8_gemm`."""
+    if refusal := int8_refusal(device):
+        raise ValueError(f"int8 matrix products cannot run: {refusal}")
+    kernels = loaded("int8 products", _int8_kernels) if device.type == "cuda" and ops.name == "triton" else ()
+    return _fastest([Int8Product(ops), *kernels], torch.int8, device)
+
+
+def _int8_kernels() -> Sequence[Gemm]:
+    from .kernels.int8_gemm import TILES, Int8Triton
+
+    return [Int8Triton(tile) for tile in TILES]
+
+
 def _fastest(candidates: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> Gemm:
     """Of those that agree with the reference: the first on a CPU, the fastest on a GPU (at a Wan layer's size)."""
-    working: list[Gemm] = []
-    reasons: list[str] = []
-    for gemm in candidates:
-        try:
-            error = gemm_error(gemm, dtype, device)
-        except triton_errors() as problem:
-            reasons.append(f"{gemm.name}: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}")
-            continue
-        if error < 2e-2:
-            working.append(gemm)
-        else:
-            reasons.append(f"{gemm.name}: disagrees with the reference by {error:.1e}")
-    if not working:
-        raise ValueError(f"no {dtype} matrix product works on {device}: " + "; ".join(reasons))
-    if len(working) == 1 or device.type != "cuda":
-        return working[0]
-    times = {gemm.name: gemm_seconds(gemm, dtype, device) for gemm in working}
-    logger.info("%s products: %s", dtype, ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in times.items()))
-    return min(working, key=lambda gemm: times[gemm.name])
+
+    def check(gemm: Gemm) -> str | None:
+        # a fraction of a kernel's tile, and several whole ones: the compiler makes other code of them
+        sizes = (gemm_error(gemm, dtype, device, inputs=inputs) for inputs in (96, 512))
+        return next(filter(None, map(disagreement, sizes)), None)
+
+    if device.type == "cpu":
+        return choose(Trial("8-bit products", device, check), [*candidates, ReferenceGemm()]).best
+    trial = Trial(f"products of {dtype}", device, check, lambda gemm: gemm_seconds(gemm, dtype, device))
+    return choose(trial, candidates).best
 
 
-def gemm_error(gemm: Gemm, dtype: torch.dtype, device: torch.device, num_rows: int = 48, columns: int = 64) -> float:
+def gemm_error(
+    gemm: Gemm, dtype: torch.dtype, device: torch.device, num_rows: int = 48, columns: int = 64, inputs: int = 96
+) -> float:
     """Relative difference to the reference on a small product."""
-    arguments = _operands(num_rows, columns, 96, dtype, device)
+    arguments = _operands(num_rows, columns, inputs, dtype, device)
     out, want = (torch.empty(num_rows, columns, dtype=arguments[3].dtype, device=device) for _ in range(2))
     gemm(*arguments, out)
     ReferenceGemm()(*arguments, want)
-    return float((out.float() - want.float()).norm() / want.float().norm())
+    return relative_error(out, want)
 
 
 def gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device, m: int = 4096, n: int = 5120) -> float:
@@ -203,18 +196,6 @@ def gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device, m: int = 
     arguments = _operands(m, n, 5120, dtype, device)
     out = torch.empty(m, n, dtype=arguments[3].dtype, device=device)
     return cuda_seconds(lambda: gemm(*arguments, out), device)
-
-
-def cuda_seconds(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """Median time on the GPU of a call, after two for warming up."""
-    call(), call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize(device)
-    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2] / 1e3
 
 
 def _operands(
@@ -232,18 +213,18 @@ def _operands(
     return QuantizedRows(values, scales, torch.Size((m, k)), out_dtype), weight, columns, draw(n).to(out_dtype)
 
 
-@functools.cache
-def fuses_gelu(device: torch.device) -> bool:
-    """Whether a product can end with GELU (tanh approximation) in its own kernel: cuBLASLt's epilogue, tried once."""
+@kept_when_final
+def fuses_gelu(device: torch.device) -> Chosen[bool]:
+    """Whether a product can end with GELU (tanh approximation) in its own kernel: cuBLASLt's epilogue."""
     if device.type != "cuda" or not hasattr(torch, "_addmm_activation"):
-        return False
+        return Chosen(False)
+    return works("GELU with a product", device, lambda: _gelu_disagreement(device))
+
+
+def _gelu_disagreement(device: torch.device) -> str | None:
     generator = torch.Generator(device).manual_seed(0)
     x, weight = (torch.randn(256, 256, generator=generator, device=device, dtype=half_dtype(device)) for _ in range(2))
     bias, out = weight[0].clone(), torch.empty_like(x)
-    try:
-        torch._addmm_activation(bias, x, weight.t() * 0.1, use_gelu=True, out=out)
-    except triton_errors() as problem:
-        logger.info("GELU takes a pass of its own here: %s", problem)
-        return False
-    want = torch.nn.functional.gelu(torch.addmm(bias, x, weight.t() * 0.1).float(), approximate="tanh")
-    return bool((out.float() - want).abs().max() < 2e-2 * want.abs().max())
+    torch._addmm_activation(bias, x, weight.t() * 0.1, use_gelu=True, out=out)
+    want = torch.addmm(bias, x, weight.t() * 0.1).float()
+    return disagreement(relative_error(out, torch.nn.functional.gelu(want, approximate="tanh")))

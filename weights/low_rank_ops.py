@@ -7,8 +7,6 @@ besides, `hidden [rows, R]` and the factors, stays in cache. Up to R = 200 or so
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +16,16 @@ import torch
 from torch import Tensor
 
 from ..half_precision import half_dtype
-from ..triton_errors import triton_errors
-
-logger = logging.getLogger(__name__)
+from ..kernel_choice import (
+    Chosen,
+    Trial,
+    choose,
+    cuda_seconds,
+    disagreement,
+    kept_when_final,
+    loaded,
+    relative_error,
+)
 
 # A choice is made for updates up to each of these ranks; q, k and v with a LoRA of 64 each are one update of 192.
 # Above, they are products like others, and PyTorch's.
@@ -98,36 +103,34 @@ class ChosenLowRankOps:
         return self.choices[-1]
 
 
-@functools.cache
-def select_low_rank_ops(device: torch.device) -> LowRankOps:
-    """Per step the fastest of PyTorch's products and those Triton kernels that agree with them; tried once."""
-    if device.type != "cuda":
-        return TORCH
-    if importlib.util.find_spec("triton") is None:
-        logger.info("Triton is not installed: LoRAs beside quantised layers run by PyTorch (slower).")
-        return TORCH
-    try:
-        from .kernels.low_rank import CANDIDATES
-
-        choices = [_choose(CANDIDATES, rank, device) for rank in RANKS]
-    except triton_errors() as problem:
-        logger.warning("Triton cannot be used (%s): LoRAs beside quantised layers run by PyTorch.", problem)
-        return TORCH
-    torch.cuda.empty_cache()  # the probes' buffers: a plan counts on that memory
+@kept_when_final
+def select_low_rank_ops(device: torch.device) -> Chosen[LowRankOps]:
+    """Per step the fastest of PyTorch's products and those Triton kernels that agree with them."""
+    kernels = loaded("LoRAs beside quantised layers", _triton) if device.type == "cuda" else ()
+    if not kernels:
+        return Chosen(TORCH)
+    steps = [[_choose(kernels, rank, step, device) for step in STEPS] for rank in RANKS]
+    choices = [Choice(rank, *(chosen.best for chosen in found)) for rank, found in zip(RANKS, steps, strict=True)]
     above = Choice(sys.maxsize, TORCH, TORCH, choices[-1].up_gelu)  # a pass over y is saved at any rank
-    return ChosenLowRankOps((*choices, above))
+    return Chosen(ChosenLowRankOps((*choices, above)), all(chosen.is_final for found in steps for chosen in found))
 
 
-def _choose(candidates: Sequence[LowRankOps], rank: int, device: torch.device) -> Choice:
-    small, large = probes(device, rank)
-    picks: list[LowRankOps] = []
-    for step in (Probe.down, Probe.up, Probe.up_gelu):
-        working = [ops for ops in candidates if agrees(step, ops, small)]
-        times = {ops: large.seconds(step, ops) for ops in (TORCH, *working)}
-        shown = ", ".join(f"{ops.name} {1e3 * took:.3f} ms" for ops, took in times.items())
-        logger.info("LoRA, rank %d, %s: %s", rank, step.__name__, shown)
-        picks.append(min(times, key=lambda ops: times[ops]))
-    return Choice(rank, *picks)
+def _triton() -> Sequence[LowRankOps]:
+    from .kernels.low_rank import CANDIDATES
+
+    return CANDIDATES
+
+
+def _choose(kernels: Sequence[LowRankOps], rank: int, step: Step, device: torch.device) -> Chosen[LowRankOps]:
+    # of few rows to check with, and of a chunk of a Wan 14B's to time: both run the same code
+    probe = functools.cache(lambda num_rows: Probe(device, rank, num_rows, features=5120))
+    trial: Trial[LowRankOps] = Trial(
+        f"LoRA of rank {rank}, {step.__name__}",
+        device,
+        lambda ops: disagreement(probe(70).error(step, ops)),
+        lambda ops: probe(8192).seconds(step, ops),
+    )
+    return choose(trial, (TORCH, *kernels), TORCH)
 
 
 class Probe:
@@ -156,48 +159,28 @@ class Probe:
         ops.add_up_gelu_(self.x, self.hidden, self.up_factor, _gelu_)
         return self.x
 
-    def error(self, step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps) -> float:
+    def error(self, step: Step, ops: LowRankOps) -> float:
         """Relative difference of a step to the reference; x is as before afterwards."""
         before = self.x.clone()
-        got = step(self, ops).float()
-        self.x.copy_(before)
-        want = step(self, TORCH).float()
-        self.x.copy_(before)
-        return float((got - want).norm() / want.norm())
+        results: list[Tensor] = []
+        for each in (ops, TORCH):
+            try:
+                results.append(step(self, each).float())
+            finally:
+                self.x.copy_(before)
+        return relative_error(*results)
 
-    def seconds(self, step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps, repeats: int = 7) -> float:
+    def seconds(self, step: Step, ops: LowRankOps) -> float:
         """Median time on the GPU.
 
         Before each run come passes over x, front to back: as in a model, where another step has just read or written
         it, and long enough for the launch to be waiting when they end.
         """
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 2)]
-        for start, end in events:
-            for _ in range(4):
-                self.x.neg_()
-            start.record()
-            step(self, ops)
-            end.record()
-        torch.cuda.synchronize(self.device)
-        return sorted(start.elapsed_time(end) for start, end in events[2:])[repeats // 2] / 1e3
+        return cuda_seconds(lambda: step(self, ops), self.device, before=lambda: [self.x.neg_() for _ in range(4)])
 
 
-def probes(device: torch.device, rank: int) -> tuple[Probe, Probe]:
-    """One to check with and one to time with: of few rows and of a chunk of a Wan 14B's; both run the same code."""
-    return Probe(device, rank, num_rows=70, features=5120), Probe(device, rank, num_rows=8192, features=5120)
-
-
-def agrees(step: Callable[[Probe, LowRankOps], Tensor], ops: LowRankOps, probe: Probe) -> bool:
-    """Whether a step works here as it should; logged where not."""
-    try:
-        error = probe.error(step, ops)
-    except triton_errors() as problem:
-        logger.info("%s is not used for LoRAs: %s", ops.name, problem)
-        return False
-    if not error < 2e-2:
-        logger.warning("%s disagrees with PyTorch on this GPU (%.1e): not used for LoRAs.", ops.name, error)
-        return False
-    return True
+Step = Callable[[Probe, LowRankOps], Tensor]
+STEPS: tuple[Step, ...] = (Probe.down, Probe.up, Probe.up_gelu)
 
 
 def _gelu_(y: Tensor) -> None:

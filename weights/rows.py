@@ -6,8 +6,7 @@ row of a weight is an output feature.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +14,7 @@ import torch
 from torch import Tensor
 
 from ..half_precision import half_dtype
-from ..triton_errors import triton_errors
-
-logger = logging.getLogger(__name__)
+from ..kernel_choice import Trial, choose, disagreement, loaded, relative_error
 
 FP8_MAX = 448.0  # of e4m3fn
 INT8_MAX = 127.0
@@ -92,24 +89,17 @@ def select_row_ops(device: torch.device) -> RowOps:
     reference = TorchRowOps()
     if device.type != "cuda":
         return reference
-    if importlib.util.find_spec("triton") is None:
-        logger.info("Triton is not installed: quantised layers are unpacked by PyTorch (slower, more memory).")
-        return reference
-    try:
-        from .kernels.rows import TritonRowOps
-
-        ops = TritonRowOps(fp8=torch.cuda.get_device_capability(device) >= (8, 9))
-        error = _disagreement(ops, reference, device)
-    except triton_errors() as problem:
-        logger.warning("Triton cannot be used (%s): quantised layers are unpacked by PyTorch.", problem)
-        return reference
-    if not error < 2e-2:
-        logger.warning("Triton kernels disagree with PyTorch on this GPU (%.1e): PyTorch is used.", error)
-        return reference
-    return ops
+    trial: Trial[RowOps] = Trial("rows of 8-bit numbers", device, lambda ops: _disagreement(ops, reference, device))
+    return choose(trial, loaded(trial.what, lambda: _triton(device)), reference).best
 
 
-def _disagreement(ops: RowOps, reference: RowOps, device: torch.device) -> float:
+def _triton(device: torch.device) -> Sequence[RowOps]:
+    from .kernels.rows import TritonRowOps
+
+    return (TritonRowOps(fp8=torch.cuda.get_device_capability(device) >= (8, 9)),)
+
+
+def _disagreement(ops: RowOps, reference: RowOps, device: torch.device) -> str | None:
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(6, 192, generator=generator, device=device, dtype=half_dtype(device))
     results = []
@@ -118,6 +108,5 @@ def _disagreement(ops: RowOps, reference: RowOps, device: torch.device) -> float
         for values, scales in (each.quantize_int8(x), each.quantize_fp8(x)):
             parts.append(each.dequantize(values, scales, torch.empty_like(x)))
             parts.append(each.rescale(x, scales, x[0].float(), x[1], torch.empty_like(x)))
-        results.append(torch.cat(parts).float())
-    got, want = results
-    return float((got - want).norm() / want.norm())
+        results.append(torch.cat(parts))
+    return disagreement(relative_error(*results))

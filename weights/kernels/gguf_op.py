@@ -1,16 +1,11 @@
 """Unpacking GGUF bytes as one operator that torch.compile leaves alone: Triton on a GPU, else the torch reference."""
 
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
-import functools
-import logging
-
 import torch
 from torch import Tensor
 
-from ...triton_errors import triton_errors
+from ...kernel_choice import Chosen, disagreement, kept_when_final, relative_error, works
 from ..gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
-
-logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK_ELEMENTS = 1 << 22  # the reference makes about ten temporaries of this many
@@ -59,22 +54,18 @@ def dequantize_in_chunks(packed: Tensor, out: Tensor, quant: str) -> None:
         values[first : first + step] = dequantize_reference(part, quant, (part.shape[0], block.elements))
 
 
-@functools.cache
-def triton_agrees(quant: str, device: torch.device) -> bool:
-    """Whether the Triton kernel of this type works on this GPU; tried once, and logged once where it does not."""
-    block, generator = BLOCK_TYPES[quant], torch.Generator().manual_seed(0)
-    packed = random_blocks(quant, PROBE_BLOCKS, generator).to(device)
-    want = dequantize_reference(packed, quant, (PROBE_BLOCKS, block.elements))
+@kept_when_final
+def triton_agrees(quant: str, device: torch.device) -> Chosen[bool]:
+    """Whether the Triton kernel of this type works on this GPU; once that is known it is not tried again."""
+    return works(f"unpacking {quant}", device, lambda: _disagreement(quant, device))
+
+
+def _disagreement(quant: str, device: torch.device) -> str | None:
+    packed = random_blocks(quant, PROBE_BLOCKS, torch.Generator().manual_seed(0)).to(device)
+    want = dequantize_reference(packed, quant, (PROBE_BLOCKS, BLOCK_TYPES[quant].elements))
     got = torch.full_like(want, torch.nan)
-    try:
-        _run_triton(packed, got, quant)
-    except triton_errors() as problem:
-        logger.warning("Triton cannot unpack %s here (%s): the slower torch path is used.", quant, problem)
-        return False
-    if not torch.equal(got, want):
-        logger.warning("Triton disagrees with torch about %s on this GPU: the slower torch path is used.", quant)
-        return False
-    return True
+    _run_triton(packed, got, quant)
+    return disagreement(relative_error(got, want), bound=0.0)
 
 
 def _run_triton(packed: Tensor, out: Tensor, quant: str) -> None:
