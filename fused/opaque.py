@@ -5,12 +5,12 @@ that torch 2.11 makes of ours so reads or writes outside of them (an illegal mem
 """
 
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..operators import on_device_of, returns_nothing
 from .eager import EagerOps
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class OpaqueOps:
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float) -> Tensor:
     from .select import RowGroups
 
-    with _on_device_of(x):
+    with on_device_of(x):
         return _steps_for(x).modulated_norm(x, shift, scale, first_row, RowGroups(rows_per_group), eps)
 
 
@@ -59,7 +59,7 @@ def _(x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: i
 
 @torch.library.custom_op("lowvram_video::affine_norm", mutates_args=())
 def affine_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    with _on_device_of(x):
+    with on_device_of(x):
         return _steps_for(x).affine_norm(x, weight, bias, eps)
 
 
@@ -72,13 +72,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def rms_norm_(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, first_row: int) -> None:
     from .select import Rope
 
-    with _on_device_of(x):
+    with on_device_of(x):
         _steps_for(x).rms_norm_(x, weight, eps, None if cos is None or sin is None else Rope(cos, sin), first_row)
 
 
 @torch.library.custom_op("lowvram_video::gelu_", mutates_args=("x",))
 def gelu_(x: Tensor) -> None:
-    with _on_device_of(x):
+    with on_device_of(x):
         _steps_for(x).gelu_(x)
 
 
@@ -86,16 +86,12 @@ def gelu_(x: Tensor) -> None:
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
     from .select import RowGroups
 
-    with _on_device_of(x):
+    with on_device_of(x):
         _steps_for(x).gated_add_(x, y, gate, first_row, RowGroups(rows_per_group))
 
 
-def _returns_nothing(*arguments: object) -> None:
-    """What an operator in place does to shapes."""
-
-
 for _operator in (rms_norm_, gelu_, gated_add_):
-    _operator.register_fake(_returns_nothing)
+    _operator.register_fake(returns_nothing)
 
 
 def _steps_for(x: Tensor) -> "FusedOps":
@@ -104,8 +100,3 @@ def _steps_for(x: Tensor) -> "FusedOps":
     from .triton_ops import TritonOps
 
     return TritonOps()
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches kernels on the current device."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

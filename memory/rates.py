@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from torch.nn import functional as F
 from ..device_errors import is_out_of_memory
 from ..half_precision import half_dtype
 from ..host_memory import allocate_extent
+from ..kernel_choice import cuda_seconds
 from .pinned import CudaRegistrar
 
 logger = logging.getLogger(__name__)
@@ -49,14 +48,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype | None = None) -> Rat
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
-    product = _seconds(lambda: torch.mm(a, a), device)
+    product = cuda_seconds(lambda: torch.mm(a, a), device)
     q = torch.randn(1, 8, ATTENTION_TOKENS, 128, device=device, dtype=dtype)
-    attention = _seconds(lambda: F.scaled_dot_product_attention(q, q, q), device)
+    attention = cuda_seconds(lambda: F.scaled_dot_product_attention(q, q, q), device)
     host, there = allocate_extent(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     registrar = CudaRegistrar(device)
     pinned = registrar.pin(host)
     try:
-        copy = _seconds(lambda: there.copy_(host, non_blocking=True), device)
+        copy = cuda_seconds(lambda: there.copy_(host, non_blocking=True), device)
     finally:
         if pinned:
             registrar.unpin(host)
@@ -65,14 +64,3 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         tflops_attention=4 * 8 * ATTENTION_TOKENS**2 * 128 / attention / 1e12 / ATTENTION_SHARE,
         h2d_gbps=COPY_BYTES / copy / 1e9,
     )
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    for _ in range(2):
-        work()
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) / repeats

@@ -246,7 +246,7 @@ def test_eight_bit_layers_are_unpacked_for_now(
 
 @SHORTAGES
 def test_a_card_too_full_to_be_timed_is_planned_for(shortage: Maker, gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(rates, "_seconds", Failing(shortage))
+    gpu.setattr(rates, "cuda_seconds", Failing(shortage))
     gpu.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
     found = limits.limits_for(CUDA, vram_budget_gib=4.0)
     assert found.vram_budget_bytes == 4 * 2**30

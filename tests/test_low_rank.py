@@ -253,8 +253,8 @@ def check_operators() -> None:
     from lowvram_video.weights.kernels.low_rank import low_rank_down, low_rank_up_
 
     x, down, up = rand(20, 32).half(), rand(4, 32).half(), rand(48, 4).half()
-    torch.library.opcheck(low_rank_down, (x, down, rand(4), 16, 16, 32, 4, 2))
-    torch.library.opcheck(low_rank_up_, (rand(20, 48).half(), rand(20, 4).half(), up, True, 16, 16, 32, 4, 2))
+    torch.library.opcheck(low_rank_down, (x, down, rand(4), [16, 16, 32, 4, 2]))
+    torch.library.opcheck(low_rank_up_, (rand(20, 48).half(), rand(20, 4).half(), up, True, [16, 16, 32, 4, 2]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")

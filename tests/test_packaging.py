@@ -42,6 +42,7 @@ ROOT_LEAVES = {
     "device_errors",
     "half_precision",
     "kernel_choice",
+    "operators",
 }
 RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}
 OPTIONAL = {"triton", "sageattention", "flash_attn", "flash_attn_interface", "comfy_kitchen", "ftfy", "torch_tensorrt"}

@@ -6,6 +6,7 @@ file's dialect is undone in `dialects.py`. A weight cast to fp8 without a scale 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .gemms import Gemm, ReferenceGemm
-from .linear import DenseProjection, Projection, Scratch
+from .linear import Projection, Scratch, Unpacked
 from .reader import TensorInfo
 from .rows import QuantizedRows, RowOps, TorchRowOps
 
@@ -22,7 +23,7 @@ FP8_FULL_PRECISION = "fp8 scaled, full precision"  # the file asks for multiplic
 
 
 @dataclass(frozen=True)
-class Fp8Dequantized:
+class Fp8Dequantized(Unpacked):
     """The weight is unpacked into scratch in one pass and multiplied in the compute dtype: any GPU, exact."""
 
     full_precision: bool = False
@@ -32,15 +33,6 @@ class Fp8Dequantized:
     def name(self) -> str:
         return FP8_FULL_PRECISION if self.full_precision else FP8
 
-    def prepare(
-        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
-    ) -> Projection:
-        out = scratch.take(packed["weight"].shape) if scratch else None
-        return DenseProjection(self.dequantize(packed, dtype, out), bias)
-
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return packed["weight"].numel()
-
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight = packed["weight"]
         if out is None:
@@ -48,8 +40,54 @@ class Fp8Dequantized:
         return self.ops.dequantize(weight, packed["weight_scale"], out)
 
 
+class MultipliedRows(ABC):
+    """What formats share that multiply a weight as it is stored, with rows that are quantised as they come."""
+
+    gemm: Gemm
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """See `Projection.form`."""
+
+    @abstractmethod
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The values and scales of `rows [rows, in]`."""
+
+    def prepare(
+        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
+    ) -> Projection:
+        weight = packed["weight"]
+        return RowsProjection(weight, column_scales(weight, packed.get("weight_scale")), bias, self)
+
+    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        return 0
+
+
+class RowsProjection:
+    """`x @ weight.T + bias` with both in 8 bits."""
+
+    def __init__(self, weight: Tensor, columns: Tensor, bias: Tensor | None, how: MultipliedRows):
+        self.weight, self.columns, self.bias, self.how = weight, columns, bias, how
+        self.form = how.form
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.multiply(self.quantize(x), out)
+
+    def quantize(self, x: Tensor) -> QuantizedRows:
+        values, scales = self.how.quantize(x.reshape(-1, x.shape[-1]))
+        return QuantizedRows(values, scales, x.shape, x.dtype)
+
+    def multiply(self, rows: QuantizedRows, out: Tensor | None = None) -> Tensor:
+        weight = self.weight
+        if out is None:
+            out = torch.empty(*rows.shape[:-1], weight.shape[0], dtype=rows.dtype, device=weight.device)
+        self.how.gemm(rows, weight, self.columns, self.bias, out.view(-1, weight.shape[0]))
+        return out
+
+
 @dataclass(frozen=True)
-class Fp8Matmul:
+class Fp8Matmul(MultipliedRows):
     """fp8 times fp8: activations are quantised row by row as they come. e4m3fn weights, dimensions in sixteens."""
 
     gemm: Gemm = field(default_factory=ReferenceGemm)
@@ -57,14 +95,10 @@ class Fp8Matmul:
     unscaled: bool = False  # a plain cast: its scale is 1
     name: str = "fp8 matmul"
 
-    def prepare(
-        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
-    ) -> Projection:
-        weight = packed["weight"]
-        return Fp8Projection(weight, column_scales(weight, packed.get("weight_scale")), bias, self)
+    form = "fp8 rows"
 
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return 0
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.quantize_fp8(rows)
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight = packed["weight"]
@@ -75,35 +109,6 @@ class Fp8Matmul:
         """Whether this product takes a layer's tensors."""
         weight = packed["weight"]
         return weight.dtype == torch.float8_e4m3fn and all(size % 16 == 0 for size in weight.shape)
-
-
-class Fp8Projection:
-    """`x @ weight.T + bias` with both in fp8."""
-
-    form = "fp8 rows"
-
-    def __init__(self, weight: Tensor, columns: Tensor, bias: Tensor | None, how: Fp8Matmul):
-        self.weight, self.columns, self.bias, self.how = weight, columns, bias, how
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.multiply(self.quantize(x), out)
-
-    def quantize(self, x: Tensor) -> QuantizedRows:
-        values, scales = self.how.ops.quantize_fp8(x.reshape(-1, x.shape[-1]))
-        return QuantizedRows(values, scales, x.shape, x.dtype)
-
-    def multiply(self, rows: QuantizedRows, out: Tensor | None = None) -> Tensor:
-        return scaled_product(self.how.gemm, rows, self.weight, self.columns, self.bias, out)
-
-
-def scaled_product(
-    gemm: Gemm, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor | None
-) -> Tensor:
-    """The product `[..., n]` of quantised rows, in the dtype that they came in."""
-    if out is None:
-        out = torch.empty(*rows.shape[:-1], weight.shape[0], dtype=rows.dtype, device=weight.device)
-    gemm(rows, weight, columns, bias, out.view(-1, weight.shape[0]))
-    return out
 
 
 def column_scales(weight: Tensor, scale: Tensor | None) -> Tensor:

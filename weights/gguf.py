@@ -14,7 +14,7 @@ from torch import Tensor
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from .gguf_reference import BLOCK_TYPES, BlockType
 from .kernels.gguf_op import dequantize_packed
-from .linear import DenseProjection, Projection, Scratch
+from .linear import Unpacked
 from .reader import Checkpoint, CheckpointError, TensorInfo
 
 PLAIN_TYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -91,7 +91,7 @@ def _type_name(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class GgufFormat:
+class GgufFormat(Unpacked):
     """A weight packed in one GGUF type: `packed["weight"]` is uint8 `[out, bytes per row]`.
 
     It is unpacked once per `prepare`, then multiplied as a dense one.
@@ -102,15 +102,6 @@ class GgufFormat:
     @property
     def name(self) -> str:
         return self.block.name
-
-    def prepare(
-        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
-    ) -> Projection:
-        out = scratch.take(self.logical_shape(packed["weight"])) if scratch else None
-        return DenseProjection(self.dequantize(packed, dtype, out), bias)
-
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return math.prod(self.logical_shape(packed["weight"]))
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight = packed["weight"]
@@ -125,7 +116,6 @@ class GgufFormat:
         return self.dequantize({"weight": picked}, dtype)
 
     def logical_shape(self, weight: Tensor) -> tuple[int, ...]:
-        """The shape of what a packed tensor unpacks to."""
         return (*weight.shape[:-1], weight.shape[-1] // self.block.nbytes * self.block.elements)
 
 

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fp8 import column_scales, scaled_product
+from .fp8 import MultipliedRows, column_scales
 from .gemms import Gemm, ReferenceGemm
-from .linear import DenseProjection, Projection, Scratch
+from .linear import Unpacked
 from .reader import TensorInfo
-from .rows import QuantizedRows, RowOps, TorchRowOps
+from .rows import RowOps, TorchRowOps
 
 INT8 = "int8"
 ROTATED = re.compile(r"int8 convrot (\d+)")  # and the size of a group
 
 
 @dataclass(frozen=True)
-class Int8Dequantized:
+class Int8Dequantized(Unpacked):
     """The weight is unpacked into scratch and multiplied in the compute dtype. `rotation`: features per group or 0."""
 
     rotation: int = 0
@@ -34,15 +34,6 @@ class Int8Dequantized:
     @property
     def name(self) -> str:
         return f"int8 convrot {self.rotation}" if self.rotation else INT8
-
-    def prepare(
-        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
-    ) -> Projection:
-        out = scratch.take(packed["weight"].shape) if scratch else None
-        return DenseProjection(self.dequantize(packed, dtype, out), bias)
-
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return packed["weight"].numel()
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight = packed["weight"]
@@ -59,7 +50,7 @@ class Int8Dequantized:
 
 
 @dataclass(frozen=True)
-class Int8Matmul:
+class Int8Matmul(MultipliedRows):
     """int8 times int8: activations are quantised (and rotated, if the weight is) row by row as they come."""
 
     rotation: int = 0
@@ -70,14 +61,14 @@ class Int8Matmul:
     def name(self) -> str:
         return "int8 matmul"
 
-    def prepare(
-        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
-    ) -> Projection:
-        weight = packed["weight"]
-        return Int8Projection(weight, column_scales(weight, packed["weight_scale"]), bias, self)
+    @property
+    def form(self) -> str:
+        return f"int8 rows rotated by {self.rotation}"
 
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return 0
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rotation:
+            rows = rotate(rows, rotation_matrix(self.rotation, rows.device).to(rows.dtype))
+        return self.ops.quantize_int8(rows)
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return Int8Dequantized(self.rotation, self.ops).dequantize(packed, dtype, out)
@@ -85,27 +76,6 @@ class Int8Matmul:
     def suits(self, packed: Mapping[str, Tensor]) -> bool:
         """Whether this product takes a layer's tensors."""
         return all(size % 8 == 0 for size in packed["weight"].shape)
-
-
-class Int8Projection:
-    """`x @ weight.T + bias` with both in int8."""
-
-    def __init__(self, weight: Tensor, columns: Tensor, bias: Tensor | None, how: Int8Matmul):
-        self.weight, self.columns, self.bias, self.how = weight, columns, bias, how
-        self.form = f"int8 rows rotated by {how.rotation}"
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.multiply(self.quantize(x), out)
-
-    def quantize(self, x: Tensor) -> QuantizedRows:
-        rows = x.reshape(-1, x.shape[-1])
-        if self.how.rotation:
-            rows = rotate(rows, rotation_matrix(self.how.rotation, x.device).to(x.dtype))
-        values, scales = self.how.ops.quantize_int8(rows)
-        return QuantizedRows(values, scales, x.shape, x.dtype)
-
-    def multiply(self, rows: QuantizedRows, out: Tensor | None = None) -> Tensor:
-        return scaled_product(self.how.gemm, rows, self.weight, self.columns, self.bias, out)
 
 
 def rotation_matrix(size: int, device: torch.device) -> Tensor:

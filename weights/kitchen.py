@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .int8 import Int8Dequantized
-from .linear import DenseProjection, Projection, Scratch
+from .linear import Projection, Scratch, Unpacked
 from .reader import CheckpointError, TensorInfo
 
 PACKAGE = "comfy_kitchen"
@@ -43,7 +43,7 @@ KITCHEN_QUANTS: Mapping[str, KitchenQuant] = {
 
 
 @dataclass(frozen=True)
-class KitchenFormat:
+class KitchenFormat(Unpacked):
     """The weight is unpacked by comfy-kitchen. `group` and `rotation` are sizes in input features."""
 
     quant: KitchenQuant
@@ -54,15 +54,6 @@ class KitchenFormat:
     def name(self) -> str:
         return self.quant.name
 
-    def prepare(
-        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
-    ) -> Projection:
-        out = scratch.take(self._shape(packed)) if scratch else None
-        return DenseProjection(self.dequantize(packed, dtype, out), bias)
-
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return torch.Size(self._shape(packed)).numel()
-
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         kitchen = importlib.import_module(PACKAGE)
         weight = UNPACK[self.name](kitchen, packed, self, dtype).to(dtype)
@@ -71,8 +62,8 @@ class KitchenFormat:
             weight = weight * smooth.to(dtype)
         return weight if out is None else out.copy_(weight)
 
-    def _shape(self, packed: Mapping[str, Tensor]) -> tuple[int, int]:
-        rows, columns = packed["weight"].shape
+    def logical_shape(self, weight: Tensor) -> tuple[int, ...]:
+        rows, columns = weight.shape
         return rows, 2 * columns if self.quant.halved else columns
 
 

@@ -13,6 +13,8 @@ Formats that multiply 8-bit numbers quantise their rows first; layers that read 
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -150,6 +152,26 @@ class DenseProjection:
         return DenseProjection(self.weight[:, :num_inputs], None), DenseProjection(
             self.weight[:, num_inputs:], self.bias, self.fuses_gelu
         )
+
+
+class Unpacked(ABC):
+    """What formats share whose weight is unpacked in `prepare`, into scratch, and multiplied in the compute dtype."""
+
+    def prepare(
+        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
+    ) -> Projection:
+        out = scratch.take(self.logical_shape(packed["weight"])) if scratch else None
+        return DenseProjection(self.dequantize(packed, dtype, out), bias)
+
+    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        return math.prod(self.logical_shape(packed["weight"]))
+
+    def logical_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """The shape of what a stored weight unpacks to."""
+        return weight.shape
+
+    @abstractmethod
+    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor: ...
 
 
 class Plain:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ...kernel_choice import Chosen, disagreement, kept_when_final, relative_error, works
+from ...operators import on_device_of, returns_nothing
 from ..gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,9 +40,7 @@ def dequantize_packed(packed: Tensor, out: Tensor, quant: str) -> None:
         dequantize_in_chunks(packed, out, quant)
 
 
-@dequantize_packed.register_fake
-def _(packed: Tensor, out: Tensor, quant: str) -> None:
-    return None
+dequantize_packed.register_fake(returns_nothing)
 
 
 def dequantize_in_chunks(packed: Tensor, out: Tensor, quant: str) -> None:
@@ -71,5 +70,5 @@ def _disagreement(quant: str, device: torch.device) -> str | None:
 def _run_triton(packed: Tensor, out: Tensor, quant: str) -> None:
     from .gguf_launch import dequantize_triton
 
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         dequantize_triton(packed, quant, out)

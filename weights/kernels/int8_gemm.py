@@ -26,6 +26,11 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All fields, as operators take them."""
+        return self.m, self.n, self.k, self.num_warps, self.num_stages
+
 
 # Which is fastest depends on the GPU's generation; the big ones do not fit into the shared memory of every one.
 TILES = (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3))
@@ -44,20 +49,16 @@ class Int8Triton:
     def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
         (m, k), n, tile = rows.values.shape, weight.shape[0], self.tile
         if torch.compiler.is_compiling():
-            sizes = (tile.m, tile.n, tile.k, tile.num_warps, tile.num_stages)
-            multiply_int8(rows.values, rows.scales, weight, columns, bias, sizes, out)
+            multiply_int8(rows.values, rows.scales, weight, columns, bias, tile.sizes, out)
             return
         assert weight.is_contiguous() and rows.values.is_contiguous()
         grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
-        try:
-            _int8_gemm_kernel[grid](
-                rows.values, weight, rows.scales, columns, columns if bias is None else bias, out,
-                m, n, out.stride(0),
-                BIAS=bias is not None, COLUMNS=k, M=tile.m, N=tile.n, K=tile.k, GROUP=8,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
-        except triton.runtime.errors.OutOfResources as error:
-            raise RuntimeError(f"the GPU has too little shared memory ({error})") from error
+        _int8_gemm_kernel[grid](
+            rows.values, weight, rows.scales, columns, columns if bias is None else bias, out,
+            m, n, out.stride(0),
+            BIAS=bias is not None, COLUMNS=k, M=tile.m, N=tile.n, K=tile.k, GROUP=8,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -8,12 +8,14 @@ last ones are still in the L2 cache, and the first ones are when the next step b
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[int]
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...operators import returns_nothing
 from ..low_rank_ops import TORCH
 from .int8_gemm import Tile
 
@@ -36,29 +38,29 @@ class TritonLowRankOps:
     def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
         if not _suit(x, down):
             return TORCH.project_down(x, down, scale)
-        tile = self.down
-        run = low_rank_down if torch.compiler.is_compiling() else launch_down
-        return run(x, down, scale, tile.m, tile.n, tile.k, tile.num_warps, tile.num_stages)
+        if torch.compiler.is_compiling():
+            return low_rank_down(x, down, scale, self.down.sizes)
+        return launch_down(x, down, scale, self.down)
 
     def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
-        if not _suit(y, hidden, up):
+        if not self._added_up(y, hidden, up, False):
             TORCH.add_up_(y, hidden, up)
-            return
-        self._add_up_(y, hidden, up, False)
 
     def add_up_gelu_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Callable[[Tensor], None]) -> None:
-        if not _suit(y, hidden, up):
+        if not self._added_up(y, hidden, up, True):
             TORCH.add_up_gelu_(y, hidden, up, gelu_)
-            return
-        self._add_up_(y, hidden, up, True)
 
-    def _add_up_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu: bool) -> None:
-        tile = self.up
-        run = low_rank_up_ if torch.compiler.is_compiling() else launch_up_
-        run(y, hidden, up, gelu, tile.m, tile.n, tile.k, tile.num_warps, tile.num_stages)
+    def _added_up(self, y: Tensor, hidden: Tensor, up: Tensor, gelu: bool) -> bool:
+        """Whether the numbers suit; if so it is done."""
+        if not _suit(y, hidden, up):
+            return False
+        if torch.compiler.is_compiling():
+            low_rank_up_(y, hidden, up, gelu, self.up.sizes)
+        else:
+            launch_up_(y, hidden, up, gelu, self.up)
+        return True
 
 
-REFUSALS = (triton.OutOfResources, triton.CompilationError)  # Triton's, which are no RuntimeErrors
 CANDIDATES = tuple(TritonLowRankOps(down, up) for down, up in zip(DOWN_TILES, UP_TILES, strict=True))
 
 
@@ -72,66 +74,49 @@ def _suit(*matrices: Tensor) -> bool:
     return dtypes in ({torch.bfloat16}, {torch.float16}) and all(matrix.stride(1) == 1 for matrix in matrices)
 
 
-def launch_down(
-    x: Tensor, down: Tensor, scale: Tensor, m: int, n: int, k: int, num_warps: int, num_stages: int
-) -> Tensor:
-    """`hidden [rows, R]`; m, n, k are the sizes of a tile."""
+def launch_down(x: Tensor, down: Tensor, scale: Tensor, tile: Tile) -> Tensor:
+    """`hidden [rows, R]`."""
     (rows, columns), rank = x.shape, down.shape[0]
     hidden = torch.empty(rows, rank, device=x.device, dtype=x.dtype)
-    try:
-        _down_kernel[(triton.cdiv(rank, n), triton.cdiv(rows, m))](
-            x, down, scale, hidden, rows, rank, columns, x.stride(0), down.stride(0),
-            STEPS=triton.cdiv(columns, k), EVEN=columns % k == 0,
-            M=m, N=n, K=k, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-    except REFUSALS as error:
-        raise RuntimeError(f"this kernel does not run on the GPU ({error})") from error
+    _down_kernel[(triton.cdiv(rank, tile.n), triton.cdiv(rows, tile.m))](
+        x, down, scale, hidden, rows, rank, columns, x.stride(0), down.stride(0),
+        STEPS=triton.cdiv(columns, tile.k), EVEN=columns % tile.k == 0,
+        M=tile.m, N=tile.n, K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return hidden
 
 
-def launch_up_(
-    y: Tensor, hidden: Tensor, up: Tensor, gelu: bool, m: int, n: int, k: int, num_warps: int, num_stages: int
-) -> None:
-    """Add to `y [rows, out]`; m, n, k are the sizes of a tile."""
+def launch_up_(y: Tensor, hidden: Tensor, up: Tensor, gelu: bool, tile: Tile) -> None:
+    """Add to `y [rows, out]`."""
     (rows, columns), rank = y.shape, up.shape[1]
-    try:
-        _up_kernel[(triton.cdiv(columns, n), triton.cdiv(rows, m))](
-            y, hidden, up, rows, rank, columns, y.stride(0), hidden.stride(0), up.stride(0),
-            STEPS=triton.cdiv(rank, k), EVEN=rank % k == 0, GELU=gelu,
-            M=m, N=n, K=k, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-    except REFUSALS as error:
-        raise RuntimeError(f"this kernel does not run on the GPU ({error})") from error
+    _up_kernel[(triton.cdiv(columns, tile.n), triton.cdiv(rows, tile.m))](
+        y, hidden, up, rows, rank, columns, y.stride(0), hidden.stride(0), up.stride(0),
+        STEPS=triton.cdiv(rank, tile.k), EVEN=rank % tile.k == 0, GELU=gelu,
+        M=tile.m, N=tile.n, K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 # Operators for torch.compile, which calls them and does not look into them: traced, a kernel that writes to a view of a
-# larger buffer becomes a function of a copy of that buffer. Calling a kernel by itself is faster otherwise.
+# larger buffer becomes a function of a copy of that buffer. Calling a kernel by itself is faster otherwise. `sizes` are
+# those of a tile.
 
 
 @torch.library.custom_op("lowvram_video::low_rank_down", mutates_args=())
-def low_rank_down(
-    x: Tensor, down: Tensor, scale: Tensor, m: int, n: int, k: int, num_warps: int, num_stages: int
-) -> Tensor:
-    return launch_down(x, down, scale, m, n, k, num_warps, num_stages)
+def low_rank_down(x: Tensor, down: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
+    return launch_down(x, down, scale, Tile(*sizes))
 
 
 @low_rank_down.register_fake
-def _(x: Tensor, down: Tensor, scale: Tensor, m: int, n: int, k: int, num_warps: int, num_stages: int) -> Tensor:
+def _(x: Tensor, down: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
     return x.new_empty(x.shape[0], down.shape[0])
 
 
 @torch.library.custom_op("lowvram_video::low_rank_up_", mutates_args=("y",))
-def low_rank_up_(
-    y: Tensor, hidden: Tensor, up: Tensor, gelu: bool, m: int, n: int, k: int, num_warps: int, num_stages: int
-) -> None:
-    launch_up_(y, hidden, up, gelu, m, n, k, num_warps, num_stages)
+def low_rank_up_(y: Tensor, hidden: Tensor, up: Tensor, gelu: bool, sizes: Sequence[int]) -> None:
+    launch_up_(y, hidden, up, gelu, Tile(*sizes))
 
 
-@low_rank_up_.register_fake
-def _(
-    y: Tensor, hidden: Tensor, up: Tensor, gelu: bool, m: int, n: int, k: int, num_warps: int, num_stages: int
-) -> None:
-    return None
+low_rank_up_.register_fake(returns_nothing)
 
 
 @triton.jit

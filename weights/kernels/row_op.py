@@ -1,19 +1,19 @@
 """The Triton kernels of 8-bit rows as operators that torch.compile leaves alone; off the GPU the torch reference."""
 
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
-from contextlib import AbstractContextManager, nullcontext
 from typing import Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[int]
 
 import torch
 from torch import Tensor
 
+from ...operators import on_device_of, returns_nothing
 from ..rows import QuantizedRows, RowOps, TorchRowOps
 
 
 @torch.library.custom_op("lowvram_video::quantize_rows", mutates_args=())
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values in `dtype`, int8 or float8_e4m3fn, and scales; see `RowOps`."""
-    with _on_device_of(x):
+    with on_device_of(x):
         ops = _ops_for(x)
         return ops.quantize_int8(x) if dtype == torch.int8 else ops.quantize_fp8(x)
 
@@ -26,14 +26,14 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("lowvram_video::dequantize_rows", mutates_args=("out",))
 def dequantize_rows(values: Tensor, scales: Tensor, out: Tensor) -> None:
     """See `RowOps.dequantize`."""
-    with _on_device_of(out):
+    with on_device_of(out):
         _ops_for(out).dequantize(values, scales, out)
 
 
 @torch.library.custom_op("lowvram_video::rescale_rows", mutates_args=("out",))
 def rescale_rows(product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """See `RowOps.rescale`."""
-    with _on_device_of(out):
+    with on_device_of(out):
         _ops_for(out).rescale(product, rows, columns, bias, out)
 
 
@@ -56,16 +56,12 @@ def multiply_int8(
         return
     from .int8_gemm import Int8Triton, Tile
 
-    with _on_device_of(out):
+    with on_device_of(out):
         Int8Triton(Tile(*tile))(rows, weight, columns, bias, out)
 
 
-def _returns_nothing(*arguments: object) -> None:
-    """What an operator in place does to shapes."""
-
-
 for _operator in (dequantize_rows, rescale_rows, multiply_int8):
-    _operator.register_fake(_returns_nothing)
+    _operator.register_fake(returns_nothing)
 
 
 def _ops_for(x: Tensor) -> RowOps:
@@ -74,8 +70,3 @@ def _ops_for(x: Tensor) -> RowOps:
     from .rows import TritonRowOps
 
     return TritonRowOps(fp8=torch.cuda.get_device_capability(x.device) >= (8, 9))
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches kernels on the current device."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
