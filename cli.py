@@ -6,25 +6,33 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from . import cli_framepack, cli_wan
-from .cli_arguments import add_machine, lora_choice, positive
+from .cli_arguments import Say, add_machine, lora_choice, positive
 from .cli_framepack import generate_framepack, plan_framepack
-from .cli_wan import generate_wan, plan_wan
 from .demo.show import make_demo
 from .diffusion.file_kinds import file_kind
 from .diffusion.settings import use_device
-from .framepack.checkpoint import open_framepack
+from .families.table import FAMILIES, family_of, family_of_kind
+from .framepack.family import FRAMEPACK
 from .identify import describe, identify
 from .progress import TerminalProgress
+from .runtime.family import Family
 from .sampling.samplers import SAMPLERS
-from .wanvideo.checkpoint import open_wan
+from .wanvideo.family import WAN
 from .weights.convert import FILE_FORMATS, convert
-from .weights.reader import Checkpoint, CheckpointError, open_checkpoint
+from .weights.reader import open_checkpoint
+
+FamilyCommand = Callable[[argparse.Namespace, Say], None]
+# What the command line has of each family: its `generate` and its `plan`.
+COMMANDS: Mapping[Family, tuple[FamilyCommand, FamilyCommand]] = MappingProxyType(
+    {WAN: (cli_wan.generate_wan, cli_wan.plan_wan), FRAMEPACK: (generate_framepack, plan_framepack)}
+)
 
 BAD_INPUT = 2
 
@@ -133,19 +141,18 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Make a video with the model that the file holds."""
-    make = generate_framepack if _is_framepack(options.model) else generate_wan
-    make(options, print)
+    _commands_of(options.model)[0](options, print)
 
 
 def plan(options: argparse.Namespace) -> None:
     """Print how a run would use a card that need not be in this machine."""
-    make = plan_framepack if _is_framepack(options.model) else plan_wan
-    make(options, print)
+    _commands_of(options.model)[1](options, print)
 
 
-def _is_framepack(path: Path) -> bool:
-    """Whether its header is FramePack's; Wan's loader says what any other file is."""
-    return file_kind(open_checkpoint(path).tensors).kind == "framepack transformer"
+def _commands_of(path: Path) -> tuple[FamilyCommand, FamilyCommand]:
+    """`generate` and `plan` of the family of a file; the first family's loader says what any other file is."""
+    family = family_of_kind(file_kind(open_checkpoint(path).tensors).kind)
+    return COMMANDS[family or FAMILIES[0]]
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -155,7 +162,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def convert_file(options: argparse.Namespace) -> None:
     """Write a quantised copy of a Wan or FramePack transformer, tensor by tensor."""
-    checkpoint = _open_transformer(options.source)
+    checkpoint = family_of(options.source).open_file(options.source)
     progress = TerminalProgress(sys.stderr)
     progress.begin("convert")
     try:
@@ -163,18 +170,6 @@ def convert_file(options: argparse.Namespace) -> None:
     finally:
         progress.end()
     print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
-
-
-def _open_transformer(path: Path) -> Checkpoint:
-    found = file_kind(open_checkpoint(path).tensors)
-    if found.kind == "wan transformer":
-        return open_wan(path)[1]
-    if found.kind == "framepack transformer":
-        return open_framepack(path)[1]
-    raise CheckpointError(
-        f"{path}: this is {found.title}; expected a Wan or FramePack transformer; "
-        "choose such a file (wan2.1_…, wan2.2_… or FramePackI2V_HY_…)"
-    )
 
 
 def demo(options: argparse.Namespace) -> None:

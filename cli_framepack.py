@@ -47,8 +47,8 @@ from .framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from .framepack_run import FramePackRun, RunPlaces, plan_ahead
 from .memory.intervals import Interval
 from .memory.limits import limits_for
-from .memory.plan import assumed_rates
-from .memory.plan import describe as describe_plan
+from .memory.plan_text import assumed_rates
+from .memory.plan_text import describe as describe_plan
 from .memory.report import MemoryMonitor, RunReport
 from .memory.timeline import draw_timeline
 from .progress import TerminalProgress

@@ -14,8 +14,8 @@ from .cli_arguments import Say, WantedFile, lora_choice, numbers, positive, refu
 from .diffusion.settings import RunSettings
 from .memory.footprint import WorkSize
 from .memory.limits import limits_for
-from .memory.plan import assumed_rates
-from .memory.plan import describe as describe_plan
+from .memory.plan_text import assumed_rates
+from .memory.plan_text import describe as describe_plan
 from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
 from .sampling.guidance import batch_and_passes

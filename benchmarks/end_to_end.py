@@ -68,7 +68,7 @@ def run(model: Path, folder: Path, vram_gib: float, steps: int) -> dict[str, obj
     return {
         "vram_gib": vram_gib,
         "frames": num_frames,
-        "vae_tile": pipeline.plan.vae_tile,
+        "vae_tile": pipeline.plan.decode.tile,
         "peaks_gib": {phase.name: report.vram_bytes(phase) / GIB for phase in report.phases},
         "seconds": {phase.name: phase.seconds for phase in report.phases},
         "table": report.table(),

@@ -54,7 +54,7 @@ def main() -> None:
             counts[event.name[:90]] += 1
     for name, microseconds in totals.most_common(25):
         print(f"{microseconds / 1e3:9.1f} ms {counts[name]:6d} x  {name}")
-    products, attention = model.footprint().pass_flops(work, plan.cache_text_kv)
+    products, attention = model.footprint().pass_flops(work, plan.choice.cache_text_kv)
     floor = products / MATMUL_TFLOPS / 1e12 + attention / ATTENTION_TFLOPS / 1e12
     busy = sum(totals.values()) / 1e6
     print(f"pass {seconds:.3f} s, floor {floor:.3f} s (ratio {seconds / floor:.2f}), kernels {busy:.3f} s")

@@ -45,7 +45,8 @@ def equal_bits(path: str, limits: Limits) -> dict[str, object]:
         ("from disk", 40, 6 * GIB, False),
     ):
         plan = model.make_plan(CLIP, replace(limits, blocks_to_swap=swap, ram_budget_bytes=ram))
-        plan = replace(plan, cache_text_kv=cache, token_chunk=4096, head_groups=5)
+        choice = replace(plan.choice, cache_text_kv=cache, token_chunk=4096, head_groups=5)
+        plan = replace(plan, choice=choice)
         model.start(plan)
         arguments = inputs(model, CLIP)
         model(*arguments)

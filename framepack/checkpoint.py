@@ -78,6 +78,11 @@ def open_framepack(path: str | Path, model_type: str = "auto") -> tuple[FramePac
     return infer_config(checkpoint), checkpoint
 
 
+def with_plain_names(checkpoint: Checkpoint) -> Checkpoint:
+    """Its tensors by diffusers' names, as they are stored, with the shapes that the model has."""
+    return with_kernels(checkpoint.renamed(plain_names(checkpoint.tensors)))
+
+
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """`{name in the file: diffusers' name}`, from any known prefix; names that fit nothing stay."""
     names = list(names)

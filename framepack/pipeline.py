@@ -120,7 +120,7 @@ class FramePackPipeline:
 
     def report(self) -> RunReport:
         """What the last video used."""
-        return self._account.report({"denoise": self.plan.predicted_denoise_bytes} if self.plan else {})
+        return self._account.report({"denoise": self.plan.denoise.total} if self.plan else {})
 
     def _plan(self, sampling: Sampling, material: Material) -> MemoryPlan:
         limits = self._account.begin(self.model.model.execution)

@@ -26,6 +26,11 @@ SLACK_FRACTION = 0.03
 SLACK_BYTES = 32 * MIB
 
 
+def in_gib(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB"
+
+
 @dataclass(frozen=True)
 class VaeFootprint:
     """Decoding costs: the causal-convolution cache and the working set grow with the pixels of a frame or tile."""
@@ -40,14 +45,6 @@ class VaeFootprint:
         return height * width * (self.cache_bytes_per_pixel + self.working_bytes_per_pixel)
 
 
-# bf16. Two frames are cached per causal convolution: 2,364 elements per pixel, which is 1.76 GiB at 480x832 and
-# 4.06 GiB at 720x1280. At work: 4 frames of 96 channels, four tensors of them, cuDNN's workspace and what the
-# allocator cannot fit together again; measured.
-WAN21_VAE = VaeFootprint(254 * 10**6, 2 * 2364, 5500)
-# Its decoder works on 2x2-folded pixels, 256 channels wide, with a 512-channel input to the last stage; measured.
-WAN22_VAE = VaeFootprint(1410 * 10**6, 2 * 1784, 5400)
-
-
 @dataclass(frozen=True)
 class ModelFootprint:
     """A transformer as the planner sees it.
@@ -57,9 +54,8 @@ class ModelFootprint:
     `once_bytes` of all blocks together are needed once per run: they stay in host memory and are not among the others.
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `lendable_bytes` of the fixed ones are needed only for a
-    moment before the blocks, and can be brought for it. `control_streams` are token-sized tensors beside `x` for each
-    control video (VACE), `ray_channels` numbers of an input per latent position beside the latent (camera),
-    `chunk_tensors` those of one chunk of rows: what is normed, and for products in 8 bits their rows as well.
+    moment before the blocks, and can be brought for it. `chunk_tensors` are those of one chunk of rows: what is normed,
+    and for products in 8 bits their rows as well.
     """
 
     name: str
@@ -77,10 +73,8 @@ class ModelFootprint:
     text_tokens: int = 512
     image_tokens: int = 0
     compute_bytes: int = 2
-    control_streams: int = 0
-    ray_channels: int = 0
     chunk_tensors: float = DENSE_CHUNK_TENSORS
-    vae: VaeFootprint | None = WAN21_VAE
+    vae: VaeFootprint | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -101,16 +95,19 @@ class ModelFootprint:
         chunk = min(choice.token_chunk, rows)
         pool = max(3 * rows * dim, chunk * self.ffn_dim) * element
         angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
-        streams = (1 + work.controls * self.control_streams) * rows * dim * element
-        rays = work.batch * work.latent_positions * self.ray_channels * element
-        return streams + rays + pool + angles + max(
-            # the adapter's convolution over 3 x 3 positions: its weight cast, and as cuDNN lays it out
-            2 * 9 * dim**2 * element if self.ray_channels else 0,
+        return rows * dim * element + pool + angles + self.temporary_bytes(work, choice, limits)
+
+    def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """The largest of what is needed for a moment of a block."""
+        dim, rows, element = self.dim, work.rows, self.compute_bytes
+        chunk = min(choice.token_chunk, rows)
+        # eager steps work in fp32
+        chunk_bytes = self.chunk_tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)
+        return max(
             self._attention_bytes(rows, choice.head_groups, limits.sage_attention),
-            # eager steps work in fp32
-            int(chunk * (self.chunk_tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim))),
+            int(chunk * chunk_bytes),
             0 if choice.cache_text_kv else self._text_projection_bytes(work),
-        )  # fmt: skip
+        )
 
     def _attention_bytes(self, rows: int, head_groups: int, sage_attention: bool) -> int:
         """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
@@ -151,8 +148,7 @@ class ModelFootprint:
 class WorkSize:
     """What to make: a video of `frames` x `height` x `width` pixels, `batch` samples in one forward pass.
 
-    `passes_per_step` is 2 where guidance runs cond and uncond one after the other. `controls` is how many control
-    videos steer a model that takes such (VACE).
+    `passes_per_step` is 2 where guidance runs cond and uncond one after the other.
     """
 
     frames: int
@@ -162,10 +158,9 @@ class WorkSize:
     passes_per_step: int = 1
     stride: tuple[int, int, int] = (4, 8, 8)
     patch: tuple[int, int, int] = (1, 2, 2)
-    controls: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "batch", "passes_per_step", "controls"):
+        for name in ("frames", "height", "width", "batch", "passes_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -195,7 +190,7 @@ class WorkSize:
 
     @property
     def size_unit(self) -> int:
-        """Height and width are multiples of this many pixels: 16, or 32 for TI2V 5B."""
+        """Height and width are multiples of this many pixels."""
         return self.stride[1] * self.patch[1]
 
     def __str__(self) -> str:
@@ -307,37 +302,3 @@ def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limit
         attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
     products_seconds = products / (limits.tflops_matmul * 1e12 * share)
     return products_seconds + attention / (limits.tflops_attention * 1e12 * attention_share)
-
-
-def wan_footprint(
-    name: str,
-    dim: int,
-    ffn_dim: int,
-    num_heads: int,
-    num_layers: int,
-    bytes_per_weight: float,
-    in_channels: int = 16,
-    latent_channels: int = 16,
-    vae: VaeFootprint | None = WAN21_VAE,
-) -> ModelFootprint:
-    """A Wan text-to-video transformer of given dimensions whose linears take `bytes_per_weight` (Q4_K: 0.5625).
-
-    For presets, tests and benchmarks: the footprint of a real run is computed from its checkpoint.
-    """
-    rest = 2 * (10 * dim + ffn_dim + 11 * dim)  # biases, norms and modulation, bf16
-    block = int((8 * dim**2 + 2 * dim * ffn_dim) * bytes_per_weight) + rest
-    embeddings = 4096 * dim + 256 * dim + 2 * dim**2 + 6 * dim**2 + 4 * (in_channels + latent_channels) * dim
-    return ModelFootprint(
-        name=name,
-        dim=dim,
-        ffn_dim=ffn_dim,
-        num_heads=num_heads,
-        block_bytes=(block,) * num_layers,
-        fixed_bytes=2 * (embeddings + 11 * dim),
-        text_kv_bytes=int(2 * dim**2 * bytes_per_weight),
-        lendable_bytes=2 * embeddings - 8 * (in_channels + latent_channels) * dim,
-        scratch_elements=0 if bytes_per_weight == 2 else max(3 * dim**2, dim * ffn_dim),
-        in_channels=in_channels,
-        latent_channels=latent_channels,
-        vae=vae,
-    )

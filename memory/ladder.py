@@ -1,4 +1,4 @@
-"""The ladder of memory plans for one piece of work, from the leanest up; arithmetic only.
+"""The ladder of ways to denoise one piece of work, from the leanest up; arithmetic only.
 
 Each rung spends memory on what is worth most next. The ladder does not depend on the budget, so a larger budget never
 gives a slower plan or one with fewer residents.
@@ -29,66 +29,64 @@ RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """How one model and one piece of work use the device; everything a streamer and a model need to be set up.
+class BlockPlacement:
+    """Which blocks stay on the device, and the ring that the others stream through, so many bytes in every pass."""
 
-    `limits` are those that it keeps to. Per pass: `streamed_bytes` over the bus, `compute_seconds` and
-    `transfer_seconds` predicted. `pinned_bytes` and `pageable_bytes` of host memory hold the streamed blocks.
-    `from_disk` means that RAM holds no block: the streamed ones are read again in every pass through `num_staging`
-    pinned buffers, the residents once. `vae_tile` is a side in pixels, 0 for whole frames.
-    """
-
-    model: str
-    work: WorkSize
-    limits: Limits
     num_blocks: int
-    resident_blocks: tuple[int, ...]
+    resident: tuple[int, ...]
     num_slots: int
     ring_bytes: int
     streamed_bytes: int
-    pinned_bytes: int
-    pageable_bytes: int
-    from_disk: bool
-    num_staging: int
-    token_chunk: int
-    head_groups: int
-    cache_text_kv: bool
-    lend_fixed: bool
-    vae_tile: int
-    compute_seconds: float
-    transfer_seconds: float
-    denoise: DenoiseMemory
-    predicted_decode_bytes: int
-    reasons: tuple[str, ...] = ()
-
-    @property
-    def budget_bytes(self) -> int:
-        return self.limits.vram_budget_bytes
 
     @property
     def num_resident(self) -> int:
-        return len(self.resident_blocks)
+        return len(self.resident)
 
     @property
     def num_streamed(self) -> int:
         return self.num_blocks - self.num_resident
 
-    @property
-    def predicted_denoise_bytes(self) -> int:
-        return self.denoise.total
 
-    @property
-    def predicted_peak_bytes(self) -> int:
-        return max(self.predicted_denoise_bytes, self.predicted_decode_bytes)
+@dataclass(frozen=True)
+class HostMemory:
+    """What holds the streamed blocks: pinned and pageable bytes.
+
+    `from_disk` means that RAM holds no block: the streamed ones are read again in every pass through `num_staging`
+    pinned buffers, the residents once.
+    """
+
+    pinned_bytes: int
+    pageable_bytes: int
+    from_disk: bool
+    num_staging: int
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Predicted seconds of one pass."""
+
+    compute: float
+    transfer: float
 
     @property
     def transfer_bound(self) -> bool:
-        return self.transfer_seconds > self.compute_seconds
+        return self.transfer > self.compute
 
     @property
-    def seconds_per_step(self) -> float:
-        """Predicted: transfers overlap compute, so the slower of the two counts."""
-        return self.work.passes_per_step * max(self.compute_seconds, self.transfer_seconds)
+    def total(self) -> float:
+        """Transfers overlap compute, so the slower of the two counts."""
+        return max(self.compute, self.transfer)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to denoise."""
+
+    choice: Choice
+    blocks: BlockPlacement
+    host: HostMemory
+    denoise: DenoiseMemory
+    times: PassTimes
 
 
 # A choice with one more thing switched on, or None where there is no more of it.
@@ -100,27 +98,45 @@ def spread_residents(num_blocks: int, num_resident: int) -> tuple[int, ...]:
     return tuple(i for i in range(num_blocks) if (i + 1) * num_resident // num_blocks > i * num_resident // num_blocks)
 
 
-def ladder(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterator[MemoryPlan]:
-    """Plans from the leanest up; each is at least as fast as the one before and has no fewer residents."""
+def ladder(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterator[Rung]:
+    """Rungs from the leanest up; each is at least as fast as the one before and has no fewer residents."""
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
     choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.lendable_bytes > 0)
-    plan = _plan_of(choice, model, work, limits)
-    yield plan
-    seconds = plan.seconds_per_step
+    rung = _rung(choice, model, work, limits)
+    yield rung
+    seconds = rung.times.total
     compute: list[Step] = [_larger_chunk, _fewer_groups, _kept_fixed]
     transfers: list[Step] = [_kept_fixed, _cached_text] if by_hand else [_kept_fixed, _cached_text, _more_residents]
     while True:
-        steps = transfers + compute if plan.transfer_bound else compute + transfers
-        choices = [step(_choice(plan), model, work, limits) for step in steps]
-        upgrades = [_plan_of(upgraded, model, work, limits) for upgraded in choices if upgraded]
+        steps = transfers + compute if rung.times.transfer_bound else compute + transfers
+        choices = [step(rung.choice, model, work, limits) for step in steps]
+        upgrades = [_rung(upgraded, model, work, limits) for upgraded in choices if upgraded]
         if not upgrades:
             return
-        free = [upgrade for upgrade in upgrades if upgrade.predicted_denoise_bytes <= plan.predicted_denoise_bytes]
-        plan = (free or upgrades)[0]
-        if plan.seconds_per_step <= seconds:  # blocks of unequal size can make a rung slower: leave it out
-            seconds = plan.seconds_per_step
-            yield plan
+        free = [upgrade for upgrade in upgrades if upgrade.denoise.total <= rung.denoise.total]
+        rung = (free or upgrades)[0]
+        if rung.times.total <= seconds:  # blocks of unequal size can make a rung slower: leave it out
+            seconds = rung.times.total
+            yield rung
+
+
+def fastest_rung(model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int) -> Rung | None:
+    """The highest rung that denoises in so many bytes, None where none does."""
+    fitting = None
+    for rung in ladder(model, work, limits):
+        if rung.denoise.total <= budget_bytes:
+            fitting = rung
+    if fitting is None or not fitting.times.transfer_bound:
+        return fitting
+    # what is too little for another resident goes into larger pieces: the predicted rates may be wrong
+    for step in (_larger_chunk, _fewer_groups):
+        while upgraded := step(fitting.choice, model, work, limits):
+            candidate = _rung(upgraded, model, work, limits)
+            if candidate.denoise.total > budget_bytes:
+                break
+            fitting = candidate
+    return fitting
 
 
 def _larger_chunk(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
@@ -170,69 +186,41 @@ def _head_groups(model: ModelFootprint) -> list[int]:
     return [groups for groups in even if groups >= full or groups == 1]
 
 
-def _choice(plan: MemoryPlan) -> Choice:
-    return Choice(plan.token_chunk, plan.head_groups, plan.cache_text_kv, plan.num_resident, plan.lend_fixed)
-
-
-def use_spare(plan: MemoryPlan, model: ModelFootprint, limits: Limits) -> MemoryPlan:
-    """Spend what is too little for another resident on larger pieces: the predicted rates may be wrong."""
-    for step in (_larger_chunk, _fewer_groups):
-        while upgraded := step(_choice(plan), model, plan.work, limits):
-            candidate = _plan_of(upgraded, model, plan.work, limits)
-            if candidate.predicted_denoise_bytes > limits.vram_budget_bytes:
-                break
-            plan = candidate
-    return plan
-
-
-def _plan_of(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
-    """The denoising side of the plan that a choice makes."""
+def _rung(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Rung:
     sizes = model.streamable_bytes(choice.cache_text_kv)
-    resident_blocks = spread_residents(model.num_blocks, choice.num_resident)
-    kept = set(resident_blocks)
+    resident = spread_residents(model.num_blocks, choice.num_resident)
+    kept = set(resident)
     streamed = tuple(size for index, size in enumerate(sizes) if index not in kept)
     num_slots = min(limits.num_slots or DEFAULT_SLOTS, len(streamed))
-    ring = ring_bytes(streamed, num_slots)
     total = sum(streamed)
+    blocks = BlockPlacement(model.num_blocks, resident, num_slots, ring_bytes(streamed, num_slots), total)
+    host, transfer = _host_side(model, sizes, streamed, limits)
+    return Rung(
+        choice,
+        blocks,
+        host,
+        denoise_memory(model, work, choice, blocks.ring_bytes, sum(sizes) - total, limits),
+        PassTimes(compute_seconds(model, work, choice, limits), transfer),
+    )
 
-    ram = limits.ram_budget_bytes
+
+def _host_side(
+    model: ModelFootprint, sizes: tuple[int, ...], streamed: tuple[int, ...], limits: Limits
+) -> tuple[HostMemory, float]:
+    """Where the streamed blocks, of all the blocks' sizes, come from, and the seconds that they take."""
+    ram, cap = limits.ram_budget_bytes, limits.pinned_cap_bytes
     # all of it: residents stay in RAM too, and so do weights whose keys and values are cached, for the next prompt
     host_bytes = model.once_bytes + sum(model.block_bytes)
-    from_disk = ram is not None and host_bytes + RAM_MARGIN_BYTES > ram
-    num_staging = 0
-    if from_disk and ram is not None:
-        num_staging = MAX_STAGING if MAX_STAGING * max(sizes) + RAM_MARGIN_BYTES <= ram else MIN_STAGING
-        staging = (max(streamed),) * num_staging if streamed else ()
-        pinned = _pinned_bytes(staging, limits.pinned_cap_bytes)
-        pageable = sum(staging) - pinned
-        transfer = total / (1e9 * min(limits.disk_gbps, limits.h2d_gbps))
-    else:
-        pinned = _pinned_bytes(streamed, limits.pinned_cap_bytes)
-        pageable = total - pinned
-        transfer = pinned / (1e9 * limits.h2d_gbps) + pageable / (1e9 * limits.pageable_gbps)
-    return MemoryPlan(
-        model=model.name,
-        work=work,
-        limits=limits,
-        num_blocks=model.num_blocks,
-        resident_blocks=resident_blocks,
-        num_slots=num_slots,
-        ring_bytes=ring,
-        streamed_bytes=total,
-        pinned_bytes=pinned,
-        pageable_bytes=pageable,
-        from_disk=from_disk,
-        num_staging=num_staging,
-        token_chunk=choice.token_chunk,
-        head_groups=choice.head_groups,
-        cache_text_kv=choice.cache_text_kv,
-        lend_fixed=choice.lend_fixed,
-        vae_tile=0,
-        compute_seconds=compute_seconds(model, work, choice, limits),
-        transfer_seconds=transfer,
-        denoise=denoise_memory(model, work, choice, ring, sum(sizes) - total, limits),
-        predicted_decode_bytes=0,
-    )
+    if ram is None or host_bytes + RAM_MARGIN_BYTES <= ram:
+        pinned = _pinned_bytes(streamed, cap)
+        pageable = sum(streamed) - pinned
+        seconds = pinned / (1e9 * limits.h2d_gbps) + pageable / (1e9 * limits.pageable_gbps)
+        return HostMemory(pinned, pageable, False, 0), seconds
+    num_staging = MAX_STAGING if MAX_STAGING * max(sizes) + RAM_MARGIN_BYTES <= ram else MIN_STAGING
+    staging = (max(streamed),) * num_staging if streamed else ()
+    pinned = _pinned_bytes(staging, cap)
+    seconds = sum(streamed) / (1e9 * min(limits.disk_gbps, limits.h2d_gbps))
+    return HostMemory(pinned, sum(staging) - pinned, True, num_staging), seconds
 
 
 def _pinned_bytes(streamed: tuple[int, ...], cap: int | None) -> int:

@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from .footprint import (
     GIB,
     MIB,
-    WAN22_VAE,
+    Choice,
     DenoiseMemory,
     Limits,
     ModelFootprint,
     VaeFootprint,
     WorkSize,
     decode_memory,
-    wan_footprint,
+    in_gib,
 )
-from .ladder import MIN_STAGING, RAM_MARGIN_BYTES, MemoryPlan, ladder, use_spare
+from .ladder import MIN_STAGING, RAM_MARGIN_BYTES, BlockPlacement, HostMemory, PassTimes, Rung, fastest_rung, ladder
 
 VAE_TILES = tuple(range(1024, 64, -64))  # pixels, largest first
 BUDGET_STEP_BYTES = 64 * MIB
 RETRY_BYTES = 256 * MIB
-PRESET_BUDGETS_GIB = (6, 8, 12, 16, 24)
-PRESET_RESERVE_BYTES = GIB // 2  # desktop and driver on a card of that size
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """Bytes of VRAM while decoding in tiles of a side in pixels, 0 for whole frames. No bytes: the plan has no VAE."""
+
+    tile: int
+    total: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How one model and one piece of work use the device; everything a streamer and a model need to be set up."""
+
+    model: ModelFootprint
+    work: WorkSize
+    limits: Limits
+    choice: Choice
+    blocks: BlockPlacement
+    host: HostMemory
+    denoise: DenoiseMemory
+    times: PassTimes
+    decode: DecodeMemory
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.limits.vram_budget_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted."""
+        return max(self.denoise.total, self.decode.total)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Predicted."""
+        return self.work.passes_per_step * self.times.total
 
 
 class PlanError(ValueError):
@@ -50,142 +85,42 @@ class PlanError(ValueError):
 
 def plan_memory(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
     """The fastest plan within the limits; PlanError says what would fit where none does."""
-    plan = _fastest(model, work, limits)
-    if plan.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
-        return _fastest(model, work, replace(limits, blocks_to_swap=model.num_blocks))  # no block is resident for free
-    return plan
-
-
-def _fastest(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
     _check_by_hand(model, limits)
-    fitting, decode = _fitting(model, work, limits), _choose_tile(model, work, limits)
-    if fitting is None or decode is None:
+    rung, decode = fastest_rung(model, work, limits, limits.vram_budget_bytes), _choose_tile(model, work, limits)
+    if rung is None or decode is None:
         raise _refusal(model, work, limits)
-    _check_ram(model, fitting, limits)
-    tile, decode_bytes = decode
-    fitting = replace(fitting, vae_tile=tile, predicted_decode_bytes=decode_bytes)
-    return replace(fitting, reasons=tuple(_reasons(fitting, model, limits)))
+    if rung.host.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
+        return plan_memory(model, work, replace(limits, blocks_to_swap=model.num_blocks))  # no resident is for free
+    _check_ram(model, rung, limits)
+    return _plan(model, work, limits, rung, decode)
 
 
-def _fitting(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan | None:
-    """The denoising side of the fastest plan within the VRAM budget, if any is."""
-    fitting = None
-    for rung in ladder(model, work, limits):
-        if rung.predicted_denoise_bytes <= limits.vram_budget_bytes:
-            fitting = rung
-    return use_spare(fitting, model, limits) if fitting is not None and fitting.transfer_bound else fitting
-
-
-def plan_leaner(model: ModelFootprint, plan: MemoryPlan) -> MemoryPlan:
+def plan_leaner(plan: MemoryPlan) -> MemoryPlan:
     """A plan that denoises in less VRAM than `plan`, by 256 MiB where possible, for a retry after the device ran out.
 
     PlanError where `plan` is the leanest there is.
     """
+    needed = plan.denoise.total
     for spared in (RETRY_BYTES, 1):
-        budget = plan.predicted_denoise_bytes - spared
-        leaner = _fitting(model, plan.work, replace(plan.limits, vram_budget_bytes=budget))
-        if leaner is not None:
-            break
-    else:
-        raise PlanError(f"{plan.model} at {plan.work} needs {_gib(plan.predicted_denoise_bytes)} to denoise: no less")
-    decode = plan.predicted_decode_bytes
-    leaner = replace(leaner, limits=plan.limits, vae_tile=plan.vae_tile, predicted_decode_bytes=decode)
-    return replace(leaner, reasons=tuple(_reasons(leaner, model, plan.limits)))
+        rung = fastest_rung(plan.model, plan.work, plan.limits, needed - spared)
+        if rung is not None:
+            return _plan(plan.model, plan.work, plan.limits, rung, plan.decode)
+    raise PlanError(f"{plan.model.name} at {plan.work} cannot denoise in less than {in_gib(needed)} of VRAM")
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A typical work on a card of `card_gib`: its plan, or the refusal."""
-
-    card_gib: int
-    model: str
-    work: WorkSize
-    plan: MemoryPlan | None
-    refusal: str | None
+def _plan(model: ModelFootprint, work: WorkSize, limits: Limits, rung: Rung, decode: DecodeMemory) -> MemoryPlan:
+    parts = rung.choice, rung.blocks, rung.host, rung.denoise, rung.times
+    return MemoryPlan(model, work, limits, *parts, decode)
 
 
-def preset_plans(cards_gib: Sequence[int] = PRESET_BUDGETS_GIB) -> tuple[Preset, ...]:
-    """Plans of typical works on cards of the usual sizes, half a GiB of each left to the desktop."""
-    video = WorkSize(81, 480, 832)
-    fp8 = wan_footprint("Wan 14B fp8", 5120, 13824, 40, 40, 1.0)
-    works = (
-        (wan_footprint("Wan 1.3B bf16", 1536, 8960, 12, 30, 2.0), video),
-        (
-            wan_footprint("Wan TI2V 5B bf16", 3072, 14336, 24, 30, 2.0, 48, 48, WAN22_VAE),
-            WorkSize(121, 704, 1280, stride=(4, 16, 16)),
-        ),
-        (wan_footprint("Wan 14B Q4_K", 5120, 13824, 40, 40, 0.5625), video),
-        (fp8, video),
-        (fp8, WorkSize(81, 720, 1280)),
-    )
-    presets = []
-    for card in cards_gib:
-        limits = Limits(card * GIB - PRESET_RESERVE_BYTES)
-        for model, work in works:
-            try:
-                presets.append(Preset(card, model.name, work, plan_memory(model, work, limits), None))
-            except PlanError as error:
-                presets.append(Preset(card, model.name, work, None, str(error)))
-    return tuple(presets)
-
-
-def describe(plan: MemoryPlan) -> str:
-    """The plan as text: where the VRAM goes, what streams, what that costs, and why it is so."""
-    lines = [f"{plan.model}: {plan.work}", f"VRAM budget {_gib(plan.budget_bytes)}", ""]
-    for field in fields(DenoiseMemory):
-        size = getattr(plan.denoise, field.name)
-        lines.append(f"  {_ROWS[field.name]:<38}{_gib(size):>12}")
-    lines.append(f"  {'denoise, predicted peak':<38}{_gib(plan.predicted_denoise_bytes):>12}")
-    if plan.predicted_decode_bytes:
-        lines.append(f"  {'decode, predicted peak':<38}{_gib(plan.predicted_decode_bytes):>12}")
-    lines.append(f"  {'left of the budget':<38}{_gib(plan.budget_bytes - plan.predicted_peak_bytes):>12}")
-    passes = plan.work.passes_per_step
-    moved = plan.streamed_bytes * passes / 1e9
-    lines += [
-        "",
-        f"  blocks: {plan.num_resident} resident, {plan.num_streamed} streamed through {plan.num_slots} slots",
-        f"  per step: {moved:.2f} GB over the bus, about {plan.seconds_per_step:.2f} s "
-        f"(compute {passes * plan.compute_seconds:.2f} s, transfers {passes * plan.transfer_seconds:.2f} s)",
-        f"  host memory: {_gib(plan.pinned_bytes)} pinned, {_gib(plan.pageable_bytes)} pageable",
-        "",
-    ]
-    return "\n".join(lines + [f"- {reason}" for reason in plan.reasons])
-
-
-def assumed_rates(limits: Limits) -> str:
-    """What a plan's times are of, where no card was measured."""
-    return (
-        f"Times are those of a card with {limits.tflops_matmul:g} TFLOP/s in products and "
-        f"{limits.tflops_attention:g} in attention behind a bus of {limits.h2d_gbps:g} GB/s: yours will differ, and so "
-        "may what sets the pace."
-    )
-
-
-_ROWS = {
-    "context": "CUDA context and libraries",
-    "fixed_weights": "weights outside the blocks",
-    "residents": "resident blocks",
-    "ring": "ring of streamed blocks",
-    "activations": "activations",
-    "scratch": "unpacked weights",
-    "text": "text, cached keys and values",
-    "latents": "latents",
-    "slack": "allocator slack",
-}
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
-
-
-def _choose_tile(model: ModelFootprint, work: WorkSize, limits: Limits) -> tuple[int, int] | None:
-    """The largest VAE tile whose decode fits the budget (0: whole frames), with its bytes."""
+def _choose_tile(model: ModelFootprint, work: WorkSize, limits: Limits) -> DecodeMemory | None:
+    """The largest VAE tile whose decode fits the budget (0: whole frames)."""
     if model.vae is None:
-        return 0, 0
+        return DecodeMemory(0, 0)
     for tile in _tiles(work):
         size = _decode_bytes(model, model.vae, work, limits, tile)
         if size <= limits.vram_budget_bytes:
-            return tile, size
+            return DecodeMemory(tile, size)
     return None
 
 
@@ -195,7 +130,9 @@ def _tiles(work: WorkSize) -> tuple[int, ...]:
 
 def decode_tiles(plan: MemoryPlan) -> tuple[int, ...]:
     """The plan's VAE tile (0: whole frames), then all smaller ones, for retries after the device ran out."""
-    return plan.vae_tile, *(tile for tile in _tiles(plan.work)[1:] if not plan.vae_tile or tile < plan.vae_tile)
+    return plan.decode.tile, *(
+        tile for tile in _tiles(plan.work)[1:] if not plan.decode.tile or tile < plan.decode.tile
+    )
 
 
 def _decode_bytes(model: ModelFootprint, vae: VaeFootprint, work: WorkSize, limits: Limits, tile: int) -> int:
@@ -204,7 +141,7 @@ def _decode_bytes(model: ModelFootprint, vae: VaeFootprint, work: WorkSize, limi
 
 def _leanest_bytes(model: ModelFootprint, work: WorkSize, limits: Limits) -> int:
     """The smallest peak of any plan for this work."""
-    denoise = min(rung.predicted_denoise_bytes for rung in ladder(model, work, limits))
+    denoise = min(rung.denoise.total for rung in ladder(model, work, limits))
     if model.vae is None:
         return denoise
     return max(denoise, _decode_bytes(model, model.vae, work, limits, _tiles(work)[-1]))
@@ -222,17 +159,17 @@ def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:
         )
 
 
-def _check_ram(model: ModelFootprint, plan: MemoryPlan, limits: Limits) -> None:
-    if not plan.from_disk or limits.ram_budget_bytes is None:
+def _check_ram(model: ModelFootprint, rung: Rung, limits: Limits) -> None:
+    if not rung.host.from_disk or limits.ram_budget_bytes is None:
         return
-    num_buffers = MIN_STAGING if plan.num_streamed else 1  # residents are read one after the other
+    num_buffers = MIN_STAGING if rung.blocks.num_streamed else 1  # residents are read one after the other
     needed = num_buffers * max(model.block_bytes) + RAM_MARGIN_BYTES
     if needed > limits.ram_budget_bytes:
         smallest = _round_up(needed)
         buffers = f"{num_buffers} staging buffer{'s' if num_buffers > 1 else ''}"
         raise PlanError(
-            f"{model.name} cannot stream from disk in {_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the "
-            f"process need {_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
+            f"{model.name} cannot stream from disk in {in_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the "
+            f"process need {in_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
             smallest_ram_bytes=smallest,
         )
 
@@ -256,8 +193,8 @@ def _refusal(model: ModelFootprint, work: WorkSize, limits: Limits) -> PlanError
         advice.append(f"make the video at most {size[1]}x{size[0]}")
     streamed = "all blocks" if limits.blocks_to_swap < 0 else f"{limits.blocks_to_swap} of {model.num_blocks} blocks"
     return PlanError(
-        f"{model.name} at {work} does not fit in {_gib(limits.vram_budget_bytes)} of VRAM: the leanest plan, with "
-        f"{streamed} streamed, needs {_gib(needed)}. Do one of these: {'; '.join(advice)}",
+        f"{model.name} at {work} does not fit in {in_gib(limits.vram_budget_bytes)} of VRAM: the leanest plan, with "
+        f"{streamed} streamed, needs {in_gib(needed)}. Do one of these: {'; '.join(advice)}",
         smallest_budget_bytes=smallest,
         largest_frames=frames,
         largest_size=size,
@@ -300,68 +237,3 @@ def _smallest_swap(model: ModelFootprint, work: WorkSize, limits: Limits) -> int
         if _leanest_bytes(model, work, replace(limits, blocks_to_swap=count)) <= limits.vram_budget_bytes:
             return count
     return None
-
-
-def _reasons(plan: MemoryPlan, model: ModelFootprint, limits: Limits) -> list[str]:
-    """Why the plan is as it is, in plain sentences."""
-    return [
-        *_block_reasons(plan, model, limits),
-        *_host_reasons(plan, limits),
-        *_piece_reasons(plan, model),
-    ]
-
-
-def _block_reasons(plan: MemoryPlan, model: ModelFootprint, limits: Limits) -> list[str]:
-    reasons = []
-    if limits.blocks_to_swap >= 0:
-        reasons.append(f"{limits.blocks_to_swap} of {plan.num_blocks} blocks are streamed, as set by hand.")
-    elif not plan.num_streamed:
-        reasons.append(f"All {plan.num_blocks} blocks fit and stay on the device.")
-    else:
-        more = sum(model.streamable_bytes(plan.cache_text_kv)) - plan.denoise.residents - plan.ring_bytes
-        reasons.append(
-            f"{plan.num_streamed} of {plan.num_blocks} blocks stream through {plan.num_slots} slots: "
-            f"keeping all would take {_gib(more)} more."
-        )
-    if plan.num_streamed:
-        share = plan.transfer_seconds / plan.compute_seconds
-        reasons.append(
-            f"Transfers take {share:.1f} times as long as compute, so they set the pace: more VRAM keeps more blocks "
-            "resident, and a longer or larger video makes better use of each transfer."
-            if plan.transfer_bound
-            else f"Transfers hide behind compute: they take {100 * share:.0f} % of its time."
-        )
-    if plan.cache_text_kv:
-        spared = model.num_blocks * model.text_kv_bytes
-        reasons.append(
-            f"The text's keys and values are made once per prompt: {_gib(spared)} of weights are then spared."
-        )
-    return reasons
-
-
-def _host_reasons(plan: MemoryPlan, limits: Limits) -> list[str]:
-    reasons = []
-    if plan.from_disk and limits.ram_budget_bytes is not None:
-        ram, how = _gib(limits.ram_budget_bytes), "once, to the device"
-        if plan.num_streamed:
-            how = f"in every pass, through {plan.num_staging} staging buffers"
-        reasons.append(f"Blocks are read from the file {how}: {ram} of RAM cannot hold them all.")
-    if plan.pageable_bytes and limits.pinned_cap_bytes is not None:
-        reasons.append(
-            f"{_gib(plan.pageable_bytes)} of the streamed blocks stay in pageable memory, which copies more slowly: "
-            f"pinned memory is capped at {_gib(limits.pinned_cap_bytes)}."
-        )
-    return reasons
-
-
-def _piece_reasons(plan: MemoryPlan, model: ModelFootprint) -> list[str]:
-    chunk = min(plan.token_chunk, plan.work.rows)
-    reasons = [
-        f"{chunk} of {plan.work.rows} tokens are projected at a time, and attention runs over "
-        f"{model.num_heads // plan.head_groups} of {model.num_heads} heads at a time."
-    ]
-    if plan.vae_tile:
-        reasons.append(
-            f"The video is decoded in tiles of {plan.vae_tile} pixels: whole frames would exceed the budget."
-        )
-    return reasons

@@ -21,6 +21,7 @@ from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.limits import hold_budget, limits_for, with_rates
 from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_memory
+from ..memory.plan_text import reasons
 from ..memory.rates import Rates, measure_rates
 from ..memory.report import RunReport
 from ..runtime.streamed import StreamedModel
@@ -251,7 +252,7 @@ class Engine(Generic[S]):
             self.streamed.start_fitting(plan)
         self._monitor.streaming_begins()
         self._tell_owner()
-        logger.info("%s\n%s", plan.model, "\n".join(plan.reasons))
+        logger.info("%s\n%s", plan.model.name, "\n".join(reasons(plan)))
 
     def check_latent(self, latent: Tensor) -> None:
         """Before one of ComfyUI's samplers runs: ValueError, with the fix, for what this model cannot sample."""

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..memory.plan import describe
+from ..memory.plan_text import describe
 from . import host
 from .engine import Engine
 from .patcher import StreamedModelPatcher

@@ -52,7 +52,7 @@ class RunMonitor:
             budget_bytes=limits.vram_budget_bytes if on_gpu and limits is not None else None,
         )
         if plan is not None and on_gpu:
-            report = report.with_predictions({"denoise": plan.predicted_denoise_bytes})
+            report = report.with_predictions({"denoise": plan.denoise.total})
         lanes = streamed.ring.lanes if streamed.ring is not None else None
         if isinstance(lanes, TimedLanes):
             report = report.with_spans(lanes.spans(), self._streaming_since - self._begun)

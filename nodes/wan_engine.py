@@ -11,6 +11,7 @@ from torch import Tensor
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import WorkSize
 from ..memory.plan import MemoryPlan, PlanError
+from ..wanvideo.footprint import WanWork
 from ..wanvideo.model import Extras
 from ..wanvideo.streamed import StreamedWan
 from .engine import Engine
@@ -27,14 +28,12 @@ class WanEngine(Engine[StreamedWan]):
         super().begin_run()
         self._new_run = True
 
-    def work_size(
-        self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1, controls: int = 1
-    ) -> WorkSize:
+    def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1, controls: int = 1) -> WanWork:
         """The work of a pass over latents of `latent_size` (frames, height, width)."""
         config = self.streamed.config
         stride = (4, 16, 16) if config.out_channels == 48 else (4, 8, 8)
         frames, height, width = latent_size
-        return WorkSize(
+        return WanWork(
             (frames - 1) * stride[0] + 1,
             height * stride[1],
             width * stride[2],

@@ -96,19 +96,19 @@ class HostWeights:
         What host memory holds stays there; what was read from the disk moves there when the plan has room for it.
         """
         cap = plan.limits.pinned_cap_bytes
-        if isinstance(self.blocks, DiskBlocks) and not plan.from_disk:
+        if isinstance(self.blocks, DiskBlocks) and not plan.host.from_disk:
             self.release()
         if self.blocks is not None:
             self._pin_more(cap)
             return
         # a cap of 0 is memory that shall not be pinned: none refuses it, so none warns
         self.budget = None if self._registrar is None or cap == 0 else PinnedBudget(self._registrar, cap)
-        if plan.from_disk:
+        if plan.host.from_disk:
             self._check_disk()
             self.spool = Spool(self.source, self.layouts, self.checkpoint.path.parent)
-            self.blocks = DiskBlocks(self.spool, self.layouts, self.budget, plan.num_staging)
+            self.blocks = DiskBlocks(self.spool, self.layouts, self.budget, plan.host.num_staging)
         else:
-            streamed = [index for index in range(plan.num_blocks) if index not in plan.resident_blocks]
+            streamed = [index for index in range(plan.blocks.num_blocks) if index not in plan.blocks.resident]
             self.blocks = HostBlocks(self.source, self.layouts, self.budget, pin=streamed, check=self._check)
 
     def read_tensor(self, name: str) -> Tensor:

@@ -187,8 +187,8 @@ class StreamedModel(Generic[M]):
                 self.weights.blocks,
                 self.settings.device,
                 ring=self.ring,
-                resident=plan.resident_blocks,
-                part=Part.STREAM if plan.cache_text_kv or self.parts.once else Part.ALL,
+                resident=plan.blocks.resident,
+                part=Part.STREAM if plan.choice.cache_text_kv or self.parts.once else Part.ALL,
                 between_blocks=self.between_blocks,
             )
             self.streamer.load()
@@ -196,7 +196,9 @@ class StreamedModel(Generic[M]):
             self.stop()
             raise
         self.model.stream = self.streamer
-        self.model.execution = replace(self.model.execution, token_chunk=plan.token_chunk, head_groups=plan.head_groups)
+        self.model.execution = replace(
+            self.model.execution, token_chunk=plan.choice.token_chunk, head_groups=plan.choice.head_groups
+        )
 
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Again is harmless."""
@@ -258,23 +260,25 @@ class StreamedModel(Generic[M]):
         if self.plan is None:
             return None
         try:
-            leaner = plan_leaner(self.footprint(), self.plan)
+            leaner = plan_leaner(self.plan)
         except PlanError:
             return None
         logger.warning(
             "out of VRAM under a plan of %.2f GiB: the pass is repeated with one of %.2f GiB; no step is lost",
-            self.plan.predicted_denoise_bytes / GIB,
-            leaner.predicted_denoise_bytes / GIB,
+            self.plan.denoise.total / GIB,
+            leaner.denoise.total / GIB,
         )
         return leaner
 
     def _make_ring(self, plan: MemoryPlan) -> DeviceRing | None:
-        if self.settings.device.type == "cpu" and not plan.from_disk:
+        if self.settings.device.type == "cpu" and not plan.host.from_disk:
             return None  # the blocks run where they lie
-        return DeviceRing(plan.ring_bytes, self.settings.device, lanes_for(self.settings.device, self.settings.timed))
+        return DeviceRing(
+            plan.blocks.ring_bytes, self.settings.device, lanes_for(self.settings.device, self.settings.timed)
+        )
 
     def _load_fixed(self, plan: MemoryPlan) -> None:
-        lent = self.parts.lendable if plan.lend_fixed and self.settings.device.type != "cpu" else ()
+        lent = self.parts.lendable if plan.choice.lend_fixed and self.settings.device.type != "cpu" else ()
         if lent:
             self._lend(lent)
         here = [name for name in self.weights.fixed_names() if not name.startswith(lent + self.parts.once)]

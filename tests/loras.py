@@ -103,8 +103,8 @@ INPUTS = inputs()
 def start(model: StreamedWan, swap: int = 0, disk: bool = False) -> StreamedWan:
     ram = RAM_MARGIN_BYTES + 7 * model.weights.largest_block_bytes // 2 if disk else None  # too little for 5 blocks
     plan = model.make_plan(WorkSize(5, 32, 48), Limits(UNLIMITED, ram_budget_bytes=ram, blocks_to_swap=swap))
-    assert plan.from_disk == disk
-    model.start(plan, DeviceRing(plan.ring_bytes, CPU) if swap else None)
+    assert plan.host.from_disk == disk
+    model.start(plan, DeviceRing(plan.blocks.ring_bytes, CPU) if swap else None)
     return model
 
 

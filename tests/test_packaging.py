@@ -25,11 +25,20 @@ DIRECTIONS: dict[str, set[str]] = {
     "wanvideo": {"wanvideo", "diffusion", *MODELS},
     "framepack": {"framepack", "diffusion", *MODELS},
     "demo": {"demo", "wanvideo", "diffusion", "runtime", *LEAVES},
-    "nodes": {"nodes", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
-    ".": {"nodes", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
+    "families": {"families", "wanvideo", "framepack", "runtime", "diffusion", *LEAVES},
+    "nodes": {"nodes", "families", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
+    ".": {"nodes", "families", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
 }
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
-PIPELINE_FILES = {"pipeline.py", "account.py", "streamed.py", "footprint.py", "generation.py", "decoding.py"}
+PIPELINE_FILES = {
+    "pipeline.py",
+    "account.py",
+    "streamed.py",
+    "footprint.py",
+    "generation.py",
+    "decoding.py",
+    "family.py",
+}
 # modules beside cli.py that import nothing of the package but one another
 ROOT_LEAVES = {
     "video",

@@ -334,7 +334,7 @@ def test_a_small_ram_budget_streams_from_disk_to_the_same_bits(t2v: WanFiles) ->
         lambda *_: streams.append((isinstance(high.weights.blocks, DiskBlocks), high.ring is not None))
     )
     run(pipeline)
-    assert pipeline.plan is not None and pipeline.plan.from_disk
+    assert pipeline.plan is not None and pipeline.plan.host.from_disk
     assert set(streams) == {(True, True)}
     assert torch.equal(pipeline.latent, resident)
 
@@ -342,14 +342,14 @@ def test_a_small_ram_budget_streams_from_disk_to_the_same_bits(t2v: WanFiles) ->
 def test_a_large_ram_budget_changes_nothing(t2v: WanFiles) -> None:
     pipeline = Recording(t2v, RunSettings(ram_budget_gib=64.0))
     run(pipeline)
-    assert pipeline.plan is not None and not pipeline.plan.from_disk
+    assert pipeline.plan is not None and not pipeline.plan.host.from_disk
     assert torch.equal(pipeline.latent, latent_of(t2v))
 
 
 def test_blocks_to_swap_by_hand(t2v: WanFiles) -> None:
     pipeline = Recording(t2v, RunSettings(blocks_to_swap=4))
     run(pipeline)
-    assert pipeline.plan is not None and pipeline.plan.num_streamed == 4
+    assert pipeline.plan is not None and pipeline.plan.blocks.num_streamed == 4
     assert torch.equal(pipeline.latent, latent_of(t2v))
     with pytest.raises(ValueError, match=r"blocks_to_swap is 7, but wan.safetensors has 6 blocks: use -1"):
         run(WanPipeline(t2v, RunSettings(blocks_to_swap=7)))
@@ -366,11 +366,11 @@ def velocity_of(path: Path, *, swap: int, disk: bool = False, cached: bool = Fal
     model = StreamedWan(path, RunSettings())
     ram = RAM_MARGIN_BYTES + 3 * 2**20 if disk else None
     plan = model.make_plan(WorkSize(5, 32, 48), Limits(UNLIMITED, ram_budget_bytes=ram, blocks_to_swap=swap))
-    plan = replace(plan, cache_text_kv=cached)
+    plan = replace(plan, choice=replace(plan.choice, cache_text_kv=cached))
     latent, timestep, text = inputs(model.config.in_channels)
     tokens = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(2)) if image else None
     with torch.inference_mode():
-        model.start(plan, DeviceRing(plan.ring_bytes, CPU) if swap else None)
+        model.start(plan, DeviceRing(plan.blocks.ring_bytes, CPU) if swap else None)
         first = model(latent, timestep, text, tokens)
         second = model(latent, timestep, text, tokens)
     assert isinstance(model.weights.blocks, DiskBlocks) == disk
@@ -423,7 +423,7 @@ class Ringed(StreamedWan):
     """Streams on the CPU too, as it would on a GPU."""
 
     def _make_ring(self, plan: MemoryPlan) -> DeviceRing:
-        return DeviceRing(plan.ring_bytes, CPU)
+        return DeviceRing(plan.blocks.ring_bytes, CPU)
 
 
 def scarce_model(
@@ -446,8 +446,8 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_a_leaner_plan(
         with caplog.at_level(logging.INFO):
             velocity = model(*inputs())
     assert model.plan is not None and model.ring is not None
-    assert model.plan.predicted_denoise_bytes < plan.predicted_denoise_bytes
-    assert plan.num_streamed == 0 < model.plan.num_streamed and model.ring.nbytes > 0
+    assert model.plan.denoise.total < plan.denoise.total
+    assert plan.blocks.num_streamed == 0 < model.plan.blocks.num_streamed and model.ring.nbytes > 0
     error = relative_error(velocity, expected)
     print(f"after a retry: max relative error {error:.2e}")
     assert error <= 1e-5
@@ -474,7 +474,7 @@ def test_memory_that_a_library_lacks_is_retried_as_torchs_is(t2v: WanFiles, mess
         expected = load_wan(t2v.model)(*inputs())
         model.start(plan)
         assert relative_error(model(*inputs()), expected) <= 1e-5
-    assert model.plan is not None and model.plan.predicted_denoise_bytes < plan.predicted_denoise_bytes
+    assert model.plan is not None and model.plan.denoise.total < plan.denoise.total
     model.release()
 
 
@@ -507,7 +507,7 @@ def test_memory_that_runs_out_while_starting_is_no_end(
     model.start_fitting(plan)
     with torch.inference_mode():
         velocity = model(*inputs())
-    sizes = [wanted.predicted_denoise_bytes for wanted in tried]
+    sizes = [wanted.denoise.total for wanted in tried]
     assert len(sizes) == 2 + len(failing) and sizes == sorted(set(sizes), reverse=True)
     assert model.plan is tried[-1]
     assert relative_error(velocity, expected) <= 1e-5
@@ -518,7 +518,8 @@ def test_as_many_keys_and_values_are_kept_as_were_planned(t2v: WanFiles, caplog:
     """Prompts that follow each other replace each other; for prompts that take turns the pass is planned anew."""
     model = Ringed(t2v.model, RunSettings())
     work = WorkSize(5, 32, 48, passes_per_step=2)
-    plan = replace(model.make_plan(work, Limits(UNLIMITED, blocks_to_swap=6)), cache_text_kv=True)
+    plan = model.make_plan(work, Limits(UNLIMITED, blocks_to_swap=6))
+    plan = replace(plan, choice=replace(plan.choice, cache_text_kv=True))
     latent, timestep, _ = inputs()
     texts = [torch.randn(1, 512, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     made: list[int] = []
@@ -542,10 +543,10 @@ def test_what_was_read_from_the_disk_moves_to_ram_when_there_is_some(t2v: WanFil
     with torch.inference_mode():
         for limits, kind in ((scarce, DiskBlocks), (replace(scarce, ram_budget_bytes=None), HostBlocks)):
             plan = model.make_plan(WorkSize(5, 32, 48), limits)
-            model.start(plan, DeviceRing(plan.ring_bytes, CPU))
+            model.start(plan, DeviceRing(plan.blocks.ring_bytes, CPU))
             assert isinstance(model.weights.blocks, kind)
         held = model.weights.blocks
-        model.start(model.make_plan(WorkSize(5, 32, 48), scarce), DeviceRing(plan.ring_bytes, CPU))
+        model.start(model.make_plan(WorkSize(5, 32, 48), scarce), DeviceRing(plan.blocks.ring_bytes, CPU))
         assert model.weights.blocks is held, "what RAM holds is not read again"
     model.release()
 
@@ -558,7 +559,7 @@ def test_a_visit_that_fails_leaves_the_streamer_usable(t2v: WanFiles) -> None:
         raise KeyboardInterrupt
 
     with torch.inference_mode():
-        model.start(replace(plan, cache_text_kv=True))
+        model.start(replace(plan, choice=replace(plan.choice, cache_text_kv=True)))
         want = model(*inputs())
         assert model.streamer is not None
         model.streamer.prefetch()
@@ -573,7 +574,7 @@ def test_a_card_that_need_not_be_here_is_planned_as_one(t2v: WanFiles) -> None:
     model = StreamedWan(t2v.model, RunSettings(dtype=torch.bfloat16))
     limits = limits_for(torch.device("cuda"), vram_budget_gib=8.0, ram_budget_gib=32.0, measure=False)
     plan = model.make_plan(WorkSize(5, 32, 48), limits)
-    assert plan.num_streamed == 0 and not plan.from_disk  # a CPU's settings, but no CPU's limits
+    assert plan.blocks.num_streamed == 0 and not plan.host.from_disk  # a CPU's settings, but no CPU's limits
 
 
 def test_without_a_budget_what_is_free_of_ram_decides(t2v: WanFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,7 +582,7 @@ def test_without_a_budget_what_is_free_of_ram_decides(t2v: WanFiles, monkeypatch
     monkeypatch.setattr("lowvram_video.diffusion.account.available_ram_bytes", lambda: RAM_MARGIN_BYTES + 3 * 2**20)
     pipeline = Recording(t2v, RunSettings(pinned_memory=False))
     run(pipeline)
-    assert pipeline.plan is not None and pipeline.plan.from_disk
+    assert pipeline.plan is not None and pipeline.plan.host.from_disk
     assert torch.equal(pipeline.latent, want)
     assert pipeline._account.limits is not None and pipeline._account.limits.pinned_cap_bytes == 0
 
@@ -591,7 +592,7 @@ def test_what_a_kept_model_holds_is_not_wanted_again(t2v: WanFiles, monkeypatch:
     run(pipeline)
     monkeypatch.setattr("lowvram_video.diffusion.account.available_ram_bytes", lambda: RAM_MARGIN_BYTES)
     run(pipeline)
-    assert pipeline.plan is not None and not pipeline.plan.from_disk
+    assert pipeline.plan is not None and not pipeline.plan.host.from_disk
     pipeline.high.release()
 
 

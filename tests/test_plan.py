@@ -6,28 +6,21 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from lowvram_video.benchmarks.preset_plans import preset_plans, wan_footprint
 from lowvram_video.memory.footprint import (
     GIB,
     MIB,
-    WAN21_VAE,
-    WAN22_VAE,
     Choice,
     Limits,
     ModelFootprint,
     WorkSize,
     compute_seconds,
     decode_memory,
-    wan_footprint,
 )
 from lowvram_video.memory.ladder import RAM_MARGIN_BYTES, spread_residents
-from lowvram_video.memory.plan import (
-    MemoryPlan,
-    PlanError,
-    describe,
-    plan_leaner,
-    plan_memory,
-    preset_plans,
-)
+from lowvram_video.memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
+from lowvram_video.memory.plan_text import describe, reasons
+from lowvram_video.wanvideo.footprint import WAN21_VAE, WAN22_VAE, WanWork
 
 WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 FP8 = wan_footprint("Wan 14B fp8", **WAN_14B, bytes_per_weight=1.0)
@@ -95,29 +88,32 @@ class TestMonotonicity:
         rich = plan_or_none(model, work, richer_limits)
         assume(lean is not None)
         assert rich is not None, "a larger budget was refused"
-        assert lean.predicted_peak_bytes <= allowed.vram_budget_bytes
-        assert rich.predicted_peak_bytes <= richer_limits.vram_budget_bytes
-        assert rich.num_resident >= lean.num_resident
+        assert lean.peak_bytes <= allowed.vram_budget_bytes
+        assert rich.peak_bytes <= richer_limits.vram_budget_bytes
+        assert rich.blocks.num_resident >= lean.blocks.num_resident
         assert rich.seconds_per_step <= lean.seconds_per_step
-        assert (rich.vae_tile or 10**9) >= (lean.vae_tile or 10**9)
+        assert (rich.decode.tile or 10**9) >= (lean.decode.tile or 10**9)
 
     @settings(max_examples=60, deadline=None)
     @given(models(), works(), machines())
     def test_the_plan_adds_up(self, model, work, allowed):
         plan = plan_or_none(model, work, allowed)
         assume(plan is not None)
-        sizes = model.streamable_bytes(plan.cache_text_kv)
-        kept = set(plan.resident_blocks)
+        sizes = model.streamable_bytes(plan.choice.cache_text_kv)
+        kept = set(plan.blocks.resident)
         assert sum(size for i, size in enumerate(sizes) if i in kept) == plan.denoise.residents
-        assert sum(size for i, size in enumerate(sizes) if i not in kept) == plan.streamed_bytes
-        assert len(kept) == plan.num_resident and plan.num_resident + plan.num_streamed == model.num_blocks
-        if not plan.from_disk:
-            assert plan.pinned_bytes + plan.pageable_bytes == plan.streamed_bytes
-        if plan.num_streamed:
-            assert 0 < plan.ring_bytes <= plan.num_slots * (max(sizes) + 256)
+        assert sum(size for i, size in enumerate(sizes) if i not in kept) == plan.blocks.streamed_bytes
+        assert (
+            len(kept) == plan.blocks.num_resident
+            and plan.blocks.num_resident + plan.blocks.num_streamed == model.num_blocks
+        )
+        if not plan.host.from_disk:
+            assert plan.host.pinned_bytes + plan.host.pageable_bytes == plan.blocks.streamed_bytes
+        if plan.blocks.num_streamed:
+            assert 0 < plan.blocks.ring_bytes <= plan.blocks.num_slots * (max(sizes) + 256)
         if allowed.pinned_cap_bytes is not None:
-            assert plan.pinned_bytes <= allowed.pinned_cap_bytes
-        assert model.num_heads % plan.head_groups == 0
+            assert plan.host.pinned_bytes <= allowed.pinned_cap_bytes
+        assert model.num_heads % plan.choice.head_groups == 0
 
     def test_residents_are_spread_evenly(self):
         for count in range(41):
@@ -129,8 +125,8 @@ class TestMonotonicity:
     def test_streamed_blocks_fill_the_slots_evenly(self):
         for gib in range(5, 18):
             plan = plan_memory(FP8, LONG_480P, limits(gib))
-            assert plan.num_streamed % 2 == 0
-            assert plan.num_streamed == 0 or plan.num_streamed > plan.num_slots
+            assert plan.blocks.num_streamed % 2 == 0
+            assert plan.blocks.num_streamed == 0 or plan.blocks.num_streamed > plan.blocks.num_slots
 
 
 class TestKnownFigures:
@@ -141,8 +137,8 @@ class TestKnownFigures:
     def test_the_promised_budgets_suffice(self, model, work, gib):
         for swap in (-1, model.num_blocks):
             plan = plan_memory(model, work, limits(gib, blocks_to_swap=swap))
-            peak = plan.predicted_peak_bytes / GIB
-            print(f"{model.name} {work}: predicted peak {peak:.2f} of {gib} GiB, chunk {plan.token_chunk}")
+            peak = plan.peak_bytes / GIB
+            print(f"{model.name} {work}: predicted peak {peak:.2f} of {gib} GiB, chunk {plan.choice.token_chunk}")
             assert peak <= gib
 
     def test_tokens_and_block_bytes(self):
@@ -184,12 +180,12 @@ class TestKnownFigures:
 
     def test_short_bf16_clip_is_transfer_bound_on_a_fast_card(self):
         plan = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, **H200))
-        assert plan.transfer_bound and plan.cache_text_kv
-        assert plan_memory(FP8, LONG_480P, limits(4, **H200)).transfer_bound is False
+        assert plan.times.transfer_bound and plan.choice.cache_text_kv
+        assert plan_memory(FP8, LONG_480P, limits(4, **H200)).times.transfer_bound is False
 
 
 def assert_budget_is_the_smallest(model: ModelFootprint, work: WorkSize, allowed: Limits, named: int) -> None:
-    assert plan_memory(model, work, replace(allowed, vram_budget_bytes=named)).predicted_peak_bytes <= named
+    assert plan_memory(model, work, replace(allowed, vram_budget_bytes=named)).peak_bytes <= named
     with pytest.raises(PlanError):
         plan_memory(model, work, replace(allowed, vram_budget_bytes=named - 64 * MIB))
 
@@ -271,7 +267,7 @@ class TestRefusals:
         with pytest.raises(PlanError, match="Raise the RAM budget to at least") as caught:
             plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=2 * GIB))
         smallest = caught.value.smallest_ram_bytes
-        assert plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=smallest)).from_disk
+        assert plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=smallest)).host.from_disk
         with pytest.raises(PlanError):
             plan_memory(FP8, LONG_480P, limits(4, ram_budget_bytes=smallest - 64 * MIB))
 
@@ -286,87 +282,91 @@ class TestByHand:
     @pytest.mark.parametrize("count", [0, 1, 2, 7, 20, 39, 40])
     def test_exactly_that_many_are_streamed(self, count):
         plan = plan_memory(FP8, LONG_480P, limits(24, blocks_to_swap=count))
-        assert plan.num_streamed == count
-        assert plan.num_slots == min(2, count)
-        assert f"{count} of 40 blocks are streamed, as set by hand." in plan.reasons
+        assert plan.blocks.num_streamed == count
+        assert plan.blocks.num_slots == min(2, count)
+        assert f"{count} of 40 blocks are streamed, as set by hand." in reasons(plan)
 
     def test_slots(self):
         plan = plan_memory(FP8, LONG_480P, limits(8, num_slots=4, blocks_to_swap=40))
         two = plan_memory(FP8, LONG_480P, limits(8, num_slots=2, blocks_to_swap=40))
-        assert plan.num_slots == 4 and plan.ring_bytes == 2 * two.ring_bytes
+        assert plan.blocks.num_slots == 4 and plan.blocks.ring_bytes == 2 * two.blocks.ring_bytes
 
 
 class TestHostMemory:
     def test_ram_smaller_than_the_model_streams_from_disk(self):
         plan = plan_memory(FP8, LONG_480P, limits(6, ram_budget_bytes=6 * GIB, blocks_to_swap=40))
-        assert plan.from_disk and plan.num_staging == 4
-        assert plan.pinned_bytes + RAM_MARGIN_BYTES <= 6 * GIB
-        assert any("read from the file in every pass, through 4 staging buffers" in reason for reason in plan.reasons)
-        assert plan.transfer_seconds == pytest.approx(plan.streamed_bytes / 1.5e9)
+        assert plan.host.from_disk and plan.host.num_staging == 4
+        assert plan.host.pinned_bytes + RAM_MARGIN_BYTES <= 6 * GIB
+        assert any("read from the file in every pass, through 4 staging buffers" in reason for reason in reasons(plan))
+        assert plan.times.transfer == pytest.approx(plan.blocks.streamed_bytes / 1.5e9)
 
     def test_tight_ram_takes_three_staging_buffers(self):
         block = BF16.block_bytes[0]
         ram = RAM_MARGIN_BYTES + 3 * block + 64 * MIB
         plan = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, ram_budget_bytes=ram, blocks_to_swap=40))
-        assert plan.from_disk and plan.num_staging in (3, 4)
-        assert plan.pinned_bytes + RAM_MARGIN_BYTES <= ram
+        assert plan.host.from_disk and plan.host.num_staging in (3, 4)
+        assert plan.host.pinned_bytes + RAM_MARGIN_BYTES <= ram
 
     def test_residents_count_too_as_they_stay_in_ram(self):
         # 28 GB of blocks on a large card in a machine of 16 GiB
         plan = plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=16 * GIB))
-        assert plan.num_streamed == 0 and plan.from_disk and plan.pinned_bytes == plan.pageable_bytes == 0
-        assert plan.num_staging >= 3  # keys and values of the text are made of all blocks
-        assert any("read from the file once, to the device: 16.00 GiB of RAM" in reason for reason in plan.reasons)
-        assert not plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=32 * GIB)).from_disk
+        assert (
+            plan.blocks.num_streamed == 0
+            and plan.host.from_disk
+            and plan.host.pinned_bytes == plan.host.pageable_bytes == 0
+        )
+        assert plan.host.num_staging >= 3  # keys and values of the text are made of all blocks
+        assert any("read from the file once, to the device: 16.00 GiB of RAM" in reason for reason in reasons(plan))
+        assert not plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=32 * GIB)).host.from_disk
 
     def test_half_of_the_blocks_resident_halves_no_ram(self):
         plan = plan_memory(FP8, LONG_480P, limits(24, ram_budget_bytes=10 * GIB, blocks_to_swap=20))
-        assert plan.num_resident == 20 and plan.from_disk
+        assert plan.blocks.num_resident == 20 and plan.host.from_disk
 
     def test_residents_alone_are_read_one_by_one(self):
         ram = RAM_MARGIN_BYTES + BF16.block_bytes[0]
-        assert plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=ram)).from_disk
+        assert plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=ram)).host.from_disk
         with pytest.raises(PlanError, match="1 staging buffer and the process need"):
             plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=ram - MIB))
 
     def test_enough_ram_does_not(self):
-        assert not plan_memory(FP8, LONG_480P, limits(6, ram_budget_bytes=16 * GIB)).from_disk
+        assert not plan_memory(FP8, LONG_480P, limits(6, ram_budget_bytes=16 * GIB)).host.from_disk
 
     def test_pinned_cap(self):
         cap = 4 * GIB
         plan = plan_memory(FP8, LONG_480P, limits(6, pinned_cap_bytes=cap, blocks_to_swap=40))
-        block = FP8.streamable_bytes(plan.cache_text_kv)[0]
-        assert plan.pinned_bytes == cap // block * block
-        assert plan.pageable_bytes == 40 * block - plan.pinned_bytes
-        assert any("pinned memory is capped at 4.00 GiB" in reason for reason in plan.reasons)
-        assert plan.transfer_seconds > plan_memory(FP8, LONG_480P, limits(6, blocks_to_swap=40)).transfer_seconds
+        block = FP8.streamable_bytes(plan.choice.cache_text_kv)[0]
+        assert plan.host.pinned_bytes == cap // block * block
+        assert plan.host.pageable_bytes == 40 * block - plan.host.pinned_bytes
+        assert any("pinned memory is capped at 4.00 GiB" in reason for reason in reasons(plan))
+        assert plan.times.transfer > plan_memory(FP8, LONG_480P, limits(6, blocks_to_swap=40)).times.transfer
 
 
 class TestDecode:
     def test_tile_is_the_largest_that_fits(self):
         plan = plan_memory(FP8, LONG_720P, limits(6.5))
-        assert plan.vae_tile and plan.predicted_decode_bytes <= 6.5 * GIB
+        assert plan.decode.tile and plan.decode.total <= 6.5 * GIB
         context = limits(6.5).context_bytes
-        assert plan.predicted_decode_bytes == decode_memory(WAN21_VAE, LONG_720P, 16, plan.vae_tile, context)
-        assert decode_memory(WAN21_VAE, LONG_720P, 16, plan.vae_tile + 64, context) > 6.5 * GIB
+        assert plan.decode.total == decode_memory(WAN21_VAE, LONG_720P, 16, plan.decode.tile, context)
+        assert decode_memory(WAN21_VAE, LONG_720P, 16, plan.decode.tile + 64, context) > 6.5 * GIB
 
     def test_whole_frames_where_they_fit(self):
-        assert plan_memory(FP8, LONG_480P, limits(8)).vae_tile == 0
+        assert plan_memory(FP8, LONG_480P, limits(8)).decode.tile == 0
 
     def test_somebody_elses_vae(self):
         plan = plan_memory(replace(FP8, vae=None), LONG_480P, limits(4))
-        assert plan.predicted_decode_bytes == 0
+        assert plan.decode.total == 0
 
 
 class TestChoices:
     def test_spare_memory_buys_speed_first(self):
-        chunks = [plan_memory(FP8, LONG_480P, limits(gib / 8)).token_chunk for gib in range(28, 40)]
+        chunks = [plan_memory(FP8, LONG_480P, limits(gib / 8)).choice.token_chunk for gib in range(28, 40)]
         assert chunks == sorted(chunks) and chunks[-1] == 32768
 
     def test_everything_resident_on_a_large_card(self):
         plan = plan_memory(FP8, LONG_480P, limits(24))
-        assert plan.num_streamed == plan.ring_bytes == plan.pinned_bytes == 0
-        assert plan.seconds_per_step == plan.compute_seconds
+        assert plan.blocks.num_streamed == plan.blocks.ring_bytes == plan.host.pinned_bytes == 0
+        assert plan.seconds_per_step == plan.times.compute
 
     def test_guidance_pass_by_pass_doubles_time_and_text(self):
         once = plan_memory(FP8, LONG_480P, limits(24))
@@ -377,18 +377,25 @@ class TestChoices:
     def test_leaner_plan_until_there_is_none(self):
         allowed = limits(6)
         plan = plan_memory(FP8, LONG_480P, allowed)
-        peaks = [plan.predicted_denoise_bytes]
+        peaks = [plan.denoise.total]
         with pytest.raises(PlanError):
             while len(peaks) < 100:
-                plan = plan_leaner(FP8, plan)
-                peaks.append(plan.predicted_denoise_bytes)
+                plan = plan_leaner(plan)
+                peaks.append(plan.denoise.total)
         assert 3 < len(peaks) < 100
         assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+
+    def test_denoising_can_be_leaner_where_decoding_takes_more(self):
+        tiny = wan_footprint("tiny", 512, 1024, 4, 6, 2.0)
+        plan = plan_memory(tiny, WorkSize(5, 256, 256), limits(8))
+        assert plan.denoise.total < plan.decode.total
+        leaner = plan_leaner(plan)
+        assert leaner.denoise.total < plan.denoise.total and leaner.decode == plan.decode
 
 
 class TestInputs:
     def test_every_control_video_has_its_tokens(self) -> None:
-        model, one = replace(FP8, control_streams=1), WorkSize(81, 480, 832)
+        model, one = replace(FP8, control_streams=1), WanWork(81, 480, 832)
         tokens = one.rows * model.dim * model.compute_bytes
         more = [
             plan_memory(model, replace(one, controls=count), Limits(1 << 40)).denoise.activations for count in (1, 2, 3)
@@ -409,10 +416,12 @@ class TestText:
         plan = plan_memory(FP8, LONG_480P, limits(6))
         text = describe(plan)
         print(text)
-        assert f"blocks: {plan.num_resident} resident, {plan.num_streamed} streamed through 2 slots" in text
-        assert f"{plan.streamed_bytes / 1e9:.2f} GB over the bus" in text
-        assert f"{plan.predicted_denoise_bytes / GIB:.2f} GiB" in text
-        assert all(reason in text for reason in plan.reasons)
+        assert (
+            f"blocks: {plan.blocks.num_resident} resident, {plan.blocks.num_streamed} streamed through 2 slots" in text
+        )
+        assert f"{plan.blocks.streamed_bytes / 1e9:.2f} GB over the bus" in text
+        assert f"{plan.denoise.total / GIB:.2f} GiB" in text
+        assert all(reason in text for reason in reasons(plan))
         assert "hide behind compute" in text
 
     def test_transfer_bound_is_said(self):
@@ -425,6 +434,6 @@ class TestText:
         for preset in presets:
             assert (preset.plan is None) != (preset.refusal is None)
             if preset.plan is not None:
-                assert preset.plan.predicted_peak_bytes <= preset.card_gib * GIB
+                assert preset.plan.peak_bytes <= preset.card_gib * GIB
         assert all(preset.plan is not None for preset in presets), "each of these works has to run on 6 GB"
         assert preset_plans(cards_gib=(2,))[-1].refusal

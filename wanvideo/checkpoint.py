@@ -53,12 +53,22 @@ def open_wan(path: str | Path) -> tuple[WanConfig, Checkpoint]:
     """
     checkpoint = open_checkpoint(path)
     check_kind(checkpoint, WANTED)
-    names: dict[str, str | None] = dict(official_names(checkpoint.tensors))
-    names |= {name: None for name in checkpoint.tensors if OTHER_PARTS.search(name)}
+    names = _names(checkpoint)
     checkpoint = plain_dialect(checkpoint.renamed(names), names)
     tensors = {name: _with_leading_one(info) for name, info in checkpoint.tensors.items()}
     checkpoint = replace(checkpoint, tensors=tensors)
     return infer_config(checkpoint), checkpoint
+
+
+def with_official_names(checkpoint: Checkpoint) -> Checkpoint:
+    """The transformer's tensors by their official names, as they are stored."""
+    return checkpoint.renamed(_names(checkpoint))
+
+
+def _names(checkpoint: Checkpoint) -> dict[str, str | None]:
+    """`{name in the file: official name, or None for another model's}`."""
+    others = {name: None for name in checkpoint.tensors if OTHER_PARTS.search(name)}
+    return {**official_names(checkpoint.tensors), **others}
 
 
 def _with_leading_one(info: TensorInfo) -> TensorInfo:

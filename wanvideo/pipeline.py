@@ -125,9 +125,7 @@ class WanPipeline:
     def report(self) -> RunReport:
         """What the last video used."""
         plan = self.plan
-        return self._account.report(
-            {"denoise": plan.predicted_denoise_bytes, "decode": plan.predicted_decode_bytes} if plan else {}
-        )
+        return self._account.report({"denoise": plan.denoise.total, "decode": plan.decode.total} if plan else {})
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
         settings = self.settings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.settings import RunSettings
-from ..memory.footprint import WAN21_VAE, WAN22_VAE, ModelFootprint
+from ..memory.footprint import ModelFootprint
 from ..memory.pinned import Registrar
 from ..memory.plan import PlanError
 from ..runtime.host_weights import WeightParts
@@ -22,6 +22,7 @@ from ..weights.quantize import quantize_checkpoint
 from .blocks import Context, WanBlock
 from .camera import PIXELS
 from .checkpoint import build_wan, open_wan
+from .footprint import WAN21_VAE, WAN22_VAE, WanFootprint
 from .lora_layers import wan_aliases
 from .model import Extras, WanModel
 
@@ -65,7 +66,7 @@ class StreamedWan(StreamedModel[WanModel]):
         config, dtype = self.config, dtype or self.model.execution.dtype
         layouts = self.weights.layouts
         fixed = {name: self.weights.source.tensors[name].nbytes for name in self.weights.fixed_names()}
-        return ModelFootprint(
+        return WanFootprint(
             name=self.checkpoint.path.name,
             dim=config.dim,
             ffn_dim=config.ffn_dim,
@@ -106,7 +107,7 @@ class StreamedWan(StreamedModel[WanModel]):
         self._drop_contexts(len(text))
         device = self.settings.device
         context = self.model.embed_context(text.to(device), None if image_tokens is None else image_tokens.to(device))
-        if self.plan is not None and self.plan.cache_text_kv:
+        if self.plan is not None and self.plan.choice.cache_text_kv:
             context.keys_values = self.visit(lambda block: cast(WanBlock, block).cross_attn.keys_values(context))
         self._contexts.append((text, image_tokens, context))
         return context
@@ -118,7 +119,7 @@ class StreamedWan(StreamedModel[WanModel]):
     def _drop_contexts(self, num_new: int) -> None:
         """Make room for the contexts of `num_new` samples; keys and values have as much as was planned for."""
         plan, kept = self.plan, self._contexts
-        most = plan.work.batch * plan.work.passes_per_step if plan is not None and plan.cache_text_kv else None
+        most = plan.work.batch * plan.work.passes_per_step if plan is not None and plan.choice.cache_text_kv else None
         while kept and (len(kept) >= MAX_CONTEXTS or (most is not None and self._num_kept() + num_new > most)):
             text, image_tokens, _ = kept.pop(0)
             self._dropped = [*self._dropped[1 - MAX_CONTEXTS :], (text, image_tokens)]
@@ -126,7 +127,7 @@ class StreamedWan(StreamedModel[WanModel]):
     def _plan_for(self, text: Tensor, image_tokens: Tensor | None) -> None:
         """Plan anew where more prompts take turns than were planned for: their keys and values would go and come."""
         plan = self.plan
-        if plan is None or not plan.cache_text_kv:
+        if plan is None or not plan.choice.cache_text_kv:
             return
         if not any(_same(known, text) and _same(image, image_tokens) for known, image in self._dropped):
             return

@@ -157,7 +157,7 @@ def test_streaming_from_disk_gives_the_same(models: Path, variant: str) -> None:
     expected = sample(model, *prompts(), empty_latent())
     from_disk = streamed_from_disk(model)
     got = sample(from_disk, *prompts(), empty_latent())
-    assert model.engine.streamed.plan.from_disk
+    assert model.engine.streamed.plan.host.from_disk
     assert torch.equal(got, expected)
     assert torch.equal(sample(model, *prompts(), empty_latent()), expected), "options belong to the clone"
 

@@ -207,11 +207,11 @@ def test_loras_stream_from_the_disk(models: Path, lora_file: Path, form: str) ->
     swap = {"blocks_to_swap": -1, "vram_budget_gb": 0.0, "prefetch": 0, "pinned_memory": True}
     streamed = BlockSwap.execute(model, ram_budget_gb=some / 2**30, **swap).result[0]
     got = sample(loaded(streamed, 0.8), *inputs)
-    assert streamed.engine.streamed.plan.from_disk
+    assert streamed.engine.streamed.plan.host.from_disk
     assert torch.equal(got, wanted)
     if form == "fp32":
         got = sample(loha(streamed), *inputs)
-        assert streamed.engine.streamed.plan.from_disk
+        assert streamed.engine.streamed.plan.host.from_disk
         assert torch.equal(got, sample(loha(model), *inputs))
 
 

@@ -242,7 +242,7 @@ def test_blocks_are_compiled_once_for_all_blocks_steps_seeds_and_loras(
     assert relative_error(sample(weaker, *prompts(), empty_latent()), with_one) > 1e-3
     streamed = compiled.with_options(ram_budget_gb=1.5 + 10 / 1024)  # three of four blocks fit: from the disk
     assert relative_error(sample(streamed, *prompts(), empty_latent()), plain) < 1e-5
-    assert model.engine.streamed.plan.from_disk
+    assert model.engine.streamed.plan.host.from_disk
     print(
         f"graphs for 4 blocks: {once}; after another seed and more steps {seeds_and_steps}, a LoRA {with_branches}, "
         f"another strength and streaming {len(graphs)}"

@@ -145,9 +145,9 @@ def test_memory_that_was_short_once_leaves_no_later_run_lean(models: Path, monke
     monkeypatch.setattr(streamed.model, "forward", scarce)
     sample(model, *prompts(), empty_latent(), steps=2)
     assert len(started) == 2, "leaner for all that is left of the run"
-    assert started[1].num_resident < started[0].num_resident
+    assert started[1].blocks.num_resident < started[0].blocks.num_resident
     sample(model, *prompts(), empty_latent(), steps=2)
-    assert len(started) == 3 and started[2].resident_blocks == started[0].resident_blocks
+    assert len(started) == 3 and started[2].blocks == started[0].blocks
     sample(model, *prompts(), empty_latent(), steps=2)
     assert len(started) == 3, "what runs as well as it can stays where it is"
 

@@ -1,0 +1,1 @@
+"""The table of model families, and what a file is."""

@@ -1,0 +1,113 @@
+"""A memory plan in words: where the VRAM goes, what streams, what that costs, and why it is so."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from .footprint import DenoiseMemory, Limits, in_gib
+from .plan import MemoryPlan
+
+_ROWS = {
+    "context": "CUDA context and libraries",
+    "fixed_weights": "weights outside the blocks",
+    "residents": "resident blocks",
+    "ring": "ring of streamed blocks",
+    "activations": "activations",
+    "scratch": "unpacked weights",
+    "text": "text, cached keys and values",
+    "latents": "latents",
+    "slack": "allocator slack",
+}
+
+
+def describe(plan: MemoryPlan) -> str:
+    """The plan as text: where the VRAM goes, what streams, what that costs, and why it is so."""
+    lines = [f"{plan.model.name}: {plan.work}", f"VRAM budget {in_gib(plan.budget_bytes)}", ""]
+    for field in fields(DenoiseMemory):
+        size = getattr(plan.denoise, field.name)
+        lines.append(f"  {_ROWS[field.name]:<38}{in_gib(size):>12}")
+    lines.append(f"  {'denoise, predicted peak':<38}{in_gib(plan.denoise.total):>12}")
+    if plan.decode.total:
+        lines.append(f"  {'decode, predicted peak':<38}{in_gib(plan.decode.total):>12}")
+    lines.append(f"  {'left of the budget':<38}{in_gib(plan.budget_bytes - plan.peak_bytes):>12}")
+    blocks, passes = plan.blocks, plan.work.passes_per_step
+    moved = blocks.streamed_bytes * passes / 1e9
+    lines += [
+        "",
+        f"  blocks: {blocks.num_resident} resident, {blocks.num_streamed} streamed through {blocks.num_slots} slots",
+        f"  per step: {moved:.2f} GB over the bus, about {plan.seconds_per_step:.2f} s "
+        f"(compute {passes * plan.times.compute:.2f} s, transfers {passes * plan.times.transfer:.2f} s)",
+        f"  host memory: {in_gib(plan.host.pinned_bytes)} pinned, {in_gib(plan.host.pageable_bytes)} pageable",
+        "",
+    ]
+    return "\n".join(lines + [f"- {reason}" for reason in reasons(plan)])
+
+
+def assumed_rates(limits: Limits) -> str:
+    """What a plan's times are of, where no card was measured."""
+    return (
+        f"Times are those of a card with {limits.tflops_matmul:g} TFLOP/s in products and "
+        f"{limits.tflops_attention:g} in attention behind a bus of {limits.h2d_gbps:g} GB/s: yours will differ, and so "
+        "may what sets the pace."
+    )
+
+
+def reasons(plan: MemoryPlan) -> list[str]:
+    """Why the plan is as it is, in plain sentences."""
+    return [*_block_reasons(plan), *_host_reasons(plan), *_piece_reasons(plan)]
+
+
+def _block_reasons(plan: MemoryPlan) -> list[str]:
+    said, blocks, times = [], plan.blocks, plan.times
+    if plan.limits.blocks_to_swap >= 0:
+        said.append(f"{plan.limits.blocks_to_swap} of {blocks.num_blocks} blocks are streamed, as set by hand.")
+    elif not blocks.num_streamed:
+        said.append(f"All {blocks.num_blocks} blocks fit and stay on the device.")
+    else:
+        more = sum(plan.model.streamable_bytes(plan.choice.cache_text_kv)) - plan.denoise.residents - blocks.ring_bytes
+        said.append(
+            f"{blocks.num_streamed} of {blocks.num_blocks} blocks stream through {blocks.num_slots} slots: "
+            f"keeping all would take {in_gib(more)} more."
+        )
+    if blocks.num_streamed:
+        share = times.transfer / times.compute
+        said.append(
+            f"Transfers take {share:.1f} times as long as compute, so they set the pace: more VRAM keeps more blocks "
+            "resident, and a longer or larger video makes better use of each transfer."
+            if times.transfer_bound
+            else f"Transfers hide behind compute: they take {100 * share:.0f} % of its time."
+        )
+    if plan.choice.cache_text_kv:
+        spared = plan.model.num_blocks * plan.model.text_kv_bytes
+        said.append(
+            f"The text's keys and values are made once per prompt: {in_gib(spared)} of weights are then spared."
+        )
+    return said
+
+
+def _host_reasons(plan: MemoryPlan) -> list[str]:
+    said, host = [], plan.host
+    if host.from_disk and plan.limits.ram_budget_bytes is not None:
+        ram, how = in_gib(plan.limits.ram_budget_bytes), "once, to the device"
+        if plan.blocks.num_streamed:
+            how = f"in every pass, through {host.num_staging} staging buffers"
+        said.append(f"Blocks are read from the file {how}: {ram} of RAM cannot hold them all.")
+    if host.pageable_bytes and plan.limits.pinned_cap_bytes is not None:
+        said.append(
+            f"{in_gib(host.pageable_bytes)} of the streamed blocks stay in pageable memory, which copies more slowly: "
+            f"pinned memory is capped at {in_gib(plan.limits.pinned_cap_bytes)}."
+        )
+    return said
+
+
+def _piece_reasons(plan: MemoryPlan) -> list[str]:
+    chunk = min(plan.choice.token_chunk, plan.work.rows)
+    said = [
+        f"{chunk} of {plan.work.rows} tokens are projected at a time, and attention runs over "
+        f"{plan.model.num_heads // plan.choice.head_groups} of {plan.model.num_heads} heads at a time."
+    ]
+    if plan.decode.tile:
+        said.append(
+            f"The video is decoded in tiles of {plan.decode.tile} pixels: whole frames would exceed the budget."
+        )
+    return said

@@ -1,0 +1,41 @@
+"""What a Wan transformer, a pass of it and Wan's VAEs cost, for the memory planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..memory.footprint import Choice, Limits, ModelFootprint, VaeFootprint, WorkSize
+
+# bf16. Two frames are cached per causal convolution: 2,364 elements per pixel, which is 1.76 GiB at 480x832 and
+# 4.06 GiB at 720x1280. At work: 4 frames of 96 channels, four tensors of them, cuDNN's workspace and what the
+# allocator cannot fit together again; measured.
+WAN21_VAE = VaeFootprint(254 * 10**6, 2 * 2364, 5500)
+# Its decoder works on 2x2-folded pixels, 256 channels wide, with a 512-channel input to the last stage; measured.
+WAN22_VAE = VaeFootprint(1410 * 10**6, 2 * 1784, 5400)
+
+
+@dataclass(frozen=True)
+class WanWork(WorkSize):
+    """`controls` is how many control videos steer a model that takes such (VACE)."""
+
+    controls: int = 1
+
+
+@dataclass(frozen=True)
+class WanFootprint(ModelFootprint):
+    """`control_streams` are token-sized tensors beside `x` for each control video (VACE), `ray_channels` numbers of an
+    input per latent position beside the latent (camera)."""
+
+    control_streams: int = 0
+    ray_channels: int = 0
+
+    def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        controls = work.controls if isinstance(work, WanWork) else 1
+        streams = controls * self.control_streams * work.rows * self.dim
+        rays = work.batch * work.latent_positions * self.ray_channels
+        return super().activation_bytes(work, choice, limits) + (streams + rays) * self.compute_bytes
+
+    def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """The adapter's convolution is over 3 x 3 positions: its weight cast, and as cuDNN lays it out."""
+        adapter = 2 * 9 * self.dim**2 * self.compute_bytes if self.ray_channels else 0
+        return max(adapter, super().temporary_bytes(work, choice, limits))
