@@ -7,20 +7,25 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from . import cli_framepack, cli_wan
 from .cli_arguments import Say, add_machine, lora_choice, positive
-from .cli_framepack import generate_framepack, plan_framepack
 from .demo.show import make_demo
 from .diffusion.file_kinds import file_kind
-from .diffusion.settings import use_device
+from .diffusion.settings import RunSettings, use_device
 from .families.table import FAMILIES, family_of, family_of_kind
 from .framepack.family import FRAMEPACK
 from .identify import describe, identify
+from .memory.footprint import WorkSize
+from .memory.limits import limits_for
+from .memory.plan_text import assumed_rates
+from .memory.plan_text import describe as describe_plan
 from .progress import TerminalProgress
 from .runtime.family import Family
 from .sampling.samplers import SAMPLERS
@@ -28,10 +33,20 @@ from .wanvideo.family import WAN
 from .weights.convert import FILE_FORMATS, convert
 from .weights.reader import open_checkpoint
 
-FamilyCommand = Callable[[argparse.Namespace, Say], None]
-# What the command line has of each family: its `generate` and its `plan`.
-COMMANDS: Mapping[Family, tuple[FamilyCommand, FamilyCommand]] = MappingProxyType(
-    {WAN: (cli_wan.generate_wan, cli_wan.plan_wan), FRAMEPACK: (generate_framepack, plan_framepack)}
+
+@dataclass(frozen=True)
+class FamilyCommands:
+    """What the command line has of a family: making a video, and the work of one with these options of `plan`."""
+
+    generate: Callable[[argparse.Namespace, Say], None]
+    planned_work: Callable[[argparse.Namespace, Any], WorkSize]
+
+
+COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType(
+    {
+        WAN: FamilyCommands(cli_wan.generate_wan, cli_wan.planned_work),
+        FRAMEPACK: FamilyCommands(cli_framepack.generate_framepack, cli_framepack.planned_work),
+    }
 )
 
 BAD_INPUT = 2
@@ -141,18 +156,28 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Make a video with the model that the file holds."""
-    _commands_of(options.model)[0](options, print)
+    COMMANDS[_family(options.model)].generate(options, print)
 
 
 def plan(options: argparse.Namespace) -> None:
     """Print how a run would use a card that need not be in this machine."""
-    _commands_of(options.model)[1](options, print)
+    family = _family(options.model)
+    model = family.open_model(options.model, RunSettings(dtype=torch.bfloat16))
+    limits = limits_for(
+        torch.device("cuda"),
+        vram_budget_gib=options.vram_budget,
+        ram_budget_gib=options.ram_budget,
+        blocks_to_swap=options.blocks_to_swap,
+        fused=True,
+        measure=False,
+    )
+    made = model.make_plan(COMMANDS[family].planned_work(options, model), limits)
+    print(f"{describe_plan(made)}\n{assumed_rates(limits)}")
 
 
-def _commands_of(path: Path) -> tuple[FamilyCommand, FamilyCommand]:
-    """`generate` and `plan` of the family of a file; the first family's loader says what any other file is."""
-    family = family_of_kind(file_kind(open_checkpoint(path).tensors).kind)
-    return COMMANDS[family or FAMILIES[0]]
+def _family(path: Path) -> Family:
+    """That of a file; the first family's loader says what any other file is."""
+    return family_of_kind(file_kind(open_checkpoint(path).tensors).kind) or FAMILIES[0]
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -45,10 +45,8 @@ from .framepack.sections import (
 from .framepack.streamed import StreamedFramePack
 from .framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from .framepack_run import FramePackRun, RunPlaces, plan_ahead
+from .memory.footprint import WorkSize
 from .memory.intervals import Interval
-from .memory.limits import limits_for
-from .memory.plan_text import assumed_rates
-from .memory.plan_text import describe as describe_plan
 from .memory.report import MemoryMonitor, RunReport
 from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
@@ -136,27 +134,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--no-teacache", action="store_true", help="without the step cache and its memory")
 
 
-def plan_framepack(options: argparse.Namespace, say: Say) -> None:
-    """Tell how a section would use a card that need not be in this machine."""
+def planned_work(options: argparse.Namespace, model: StreamedFramePack) -> WorkSize:
+    """The work of a section of these options, for `plan`."""
     refuse_foreign(options, FOREIGN, "FramePack models")
-    model = StreamedFramePack(options.model, RunSettings(dtype=torch.bfloat16))
     window = WINDOW if options.window is None else options.window
     count_sections(SECONDS, window)  # refuses a window that no section has
     width, height = _given_size(options) or SIZE
     passes = 2 if options.cfg not in (None, 1.0) else 1
-    limits = limits_for(
-        torch.device("cuda"),
-        vram_budget_gib=options.vram_budget,
-        ram_budget_gib=options.ram_budget,
-        blocks_to_swap=options.blocks_to_swap,
-        fused=True,
-        measure=False,
-    )
-    work = SectionSize(
+    return SectionSize(
         num_frames(window), height, width, passes_per_step=passes, step_cache=not options.no_teacache
     )  # fmt: skip
-    plan = model.make_plan(work, limits)
-    say(f"{describe_plan(plan)}\n{assumed_rates(limits)}")
 
 
 def generate_framepack(options: argparse.Namespace, say: Say) -> None:

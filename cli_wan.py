@@ -8,19 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-
 from .cli_arguments import Say, WantedFile, lora_choice, numbers, positive, refuse_foreign, settings_of
-from .diffusion.settings import RunSettings
 from .memory.footprint import WorkSize
-from .memory.limits import limits_for
-from .memory.plan_text import assumed_rates
-from .memory.plan_text import describe as describe_plan
 from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
 from .sampling.guidance import batch_and_passes
 from .sampling.schedules import SPACINGS
 from .video import VideoWriter, check_writable
+from .wanvideo.footprint import wan_work
 from .wanvideo.pipeline import WanFiles, WanPipeline
 from .wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, plan_defaults
 from .wanvideo.streamed import StreamedWan
@@ -114,34 +109,13 @@ def generate_wan(options: argparse.Namespace, say: Say) -> None:
         draw_timeline(report, options.report.with_suffix(".png"))
 
 
-def plan_wan(options: argparse.Namespace, say: Say) -> None:
-    """Tell how a run would use a card that need not be in this machine."""
+def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:
+    """The work of a video of these options, for `plan`."""
     refuse_foreign(options, FOREIGN, "Wan models")
-    model = StreamedWan(options.model, RunSettings(dtype=torch.bfloat16))
-    known = plan_defaults(model.config)
-    vae = WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE
     request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
-    width, height, num_frames = request.completed(known).size
-    check_size(vae, model.config.patch_size[1], width, height, num_frames)
-    batch, passes = batch_and_passes(not options.cfg_1, options.batch_cfg)
-    work = WorkSize(
-        num_frames,
-        height,
-        width,
-        batch=batch,
-        passes_per_step=passes,
-        stride=(vae.temporal_stride, vae.spatial_stride, vae.spatial_stride),
-        patch=model.config.patch_size,
-    )
-    limits = limits_for(
-        torch.device("cuda"),
-        vram_budget_gib=options.vram_budget,
-        ram_budget_gib=options.ram_budget,
-        blocks_to_swap=options.blocks_to_swap,
-        fused=True,
-        measure=False,
-    )
-    say(f"{describe_plan(model.make_plan(work, limits))}\n{assumed_rates(limits)}")
+    size = request.completed(plan_defaults(model.config)).size
+    check_size(WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE, model.config.patch_size[1], *size)
+    return wan_work(model.config, size, *batch_and_passes(not options.cfg_1, options.batch_cfg))
 
 
 def _request(options: argparse.Namespace) -> WanRequest:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import WorkSize
 from ..memory.plan import MemoryPlan, PlanError
-from ..wanvideo.footprint import WanWork
+from ..wanvideo.footprint import WanWork, wan_work
 from ..wanvideo.model import Extras
 from ..wanvideo.streamed import StreamedWan
 from .engine import Engine
@@ -30,24 +30,13 @@ class WanEngine(Engine[StreamedWan]):
 
     def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1, controls: int = 1) -> WanWork:
         """The work of a pass over latents of `latent_size` (frames, height, width)."""
-        config = self.streamed.config
-        stride = (4, 16, 16) if config.out_channels == 48 else (4, 8, 8)
         frames, height, width = latent_size
-        return WanWork(
-            (frames - 1) * stride[0] + 1,
-            height * stride[1],
-            width * stride[2],
-            batch=batch,
-            passes_per_step=passes_per_step,
-            stride=stride,
-            patch=config.patch_size,
-            controls=controls,
-        )
+        time, down, across = wan_work(self.streamed.config, (1, 1, 1)).stride
+        size = (width * across, height * down, (frames - 1) * time + 1)
+        return wan_work(self.streamed.config, size, batch, passes_per_step, controls)
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
-        unit = self.work_size((1, 1, 1), 1)
-        time, down, across = unit.stride
-        return self.work_size(((frames - 1) // time + 1, height // down, width // across), 1, passes_per_step)
+        return wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
 
     def check_latent(self, latent: Tensor) -> None:
         wanted = self.streamed.config.out_channels

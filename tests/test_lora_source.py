@@ -341,4 +341,4 @@ def test_one_plan_holds_for_experts_with_different_loras(files: WanFiles, tmp_pa
     assert pipeline.low.weights.largest_block_bytes > pipeline.high.weights.largest_block_bytes
     request = WanRequest("a red ball", width=48, height=32, num_frames=5, num_steps=2)
     assert sum(frames.shape[0] for frames in pipeline.generate(request)) == 5
-    assert pipeline.plan is not None and pipeline.plan.model == "wan_low.safetensors"
+    assert pipeline.plan is not None and pipeline.plan.model.name == "wan_low.safetensors"

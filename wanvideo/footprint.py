@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..memory.footprint import Choice, Limits, ModelFootprint, VaeFootprint, WorkSize
+from .config import WanConfig
 
 # bf16. Two frames are cached per causal convolution: 2,364 elements per pixel, which is 1.76 GiB at 480x832 and
 # 4.06 GiB at 720x1280. At work: 4 frames of 96 channels, four tensors of them, cuDNN's workspace and what the
@@ -19,6 +20,15 @@ class WanWork(WorkSize):
     """`controls` is how many control videos steer a model that takes such (VACE)."""
 
     controls: int = 1
+
+
+def wan_work(
+    config: WanConfig, size: tuple[int, int, int], batch: int = 1, passes_per_step: int = 1, controls: int = 1
+) -> WanWork:
+    """The work of a video of `size` (width, height, frames)."""
+    width, height, frames = size
+    stride = (4, 16, 16) if config.out_channels == 48 else (4, 8, 8)
+    return WanWork(frames, height, width, batch, passes_per_step, stride, config.patch_size, controls)
 
 
 @dataclass(frozen=True)

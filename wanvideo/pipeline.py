@@ -15,7 +15,6 @@ from ..diffusion.pictures import load_image, to_uint8
 from ..diffusion.placing import on_device, visiting
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
-from ..memory.footprint import WorkSize
 from ..memory.plan import MemoryPlan, decode_tiles
 from ..memory.report import RunReport
 from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
@@ -24,6 +23,7 @@ from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
 from ..weights.lora import LoraChoice, LoraReport
 from ..weights.reader import CheckpointError
 from .conditioning import image_channels
+from .footprint import wan_work
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
 from .text_checkpoint import load_text_encoder, open_text_encoder, open_tokenizer
@@ -128,18 +128,9 @@ class WanPipeline:
         return self._account.report({"denoise": plan.denoise.total, "decode": plan.decode.total} if plan else {})
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
-        settings = self.settings
-        width, height, num_frames = request.size
-        batch, passes = batch_and_passes(request.guided, settings.batched_guidance)
-        work = WorkSize(
-            num_frames,
-            height,
-            width,
-            batch=batch,
-            passes_per_step=passes,
-            stride=(self.vae_config.temporal_stride,) + (self.vae_config.spatial_stride,) * 2,
-            patch=self.config.patch_size,
-        )
+        work = wan_work(
+            self.config, request.size, *batch_and_passes(request.guided, self.settings.batched_guidance)
+        )  # fmt: skip
         # one plan for both experts: their blocks differ by their LoRAs alone
         models = [self.high] if self.low is None else [self.high, self.low]
         heavier = max(models, key=lambda model: model.weights.largest_block_bytes)
