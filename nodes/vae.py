@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..diffusion.tile_retries import Tile, in_shrinking_tiles
 from ..framepack.decoding import decode_section
-from ..memory.footprint import WAN21_VAE, WAN22_VAE, WorkSize, decode_memory
+from ..memory.footprint import WorkSize, decode_memory
 from ..memory.plan import VAE_TILES
+from ..wanvideo.footprint import WAN21_VAE, WAN22_VAE
 from ..wanvideo.vae import WanVAE, check_latent
 from ..wanvideo.vae_checkpoint import find_prefix, infer_config
 from ..wanvideo.vae_tiles import decode_tiled
