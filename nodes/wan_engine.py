@@ -73,6 +73,7 @@ class WanEngine(Engine[StreamedWan]):
         plan, new_run, self._new_run = self.streamed.plan, self._new_run, False
         if plan is not None and self.streamed.started:
             planned, rows = plan.work, self.work_size(size, 1).rows
+            assert isinstance(planned, WanWork)
             same = planned.latent_size == size and planned.batch == latent.shape[0]
             goes_on = (same or (not new_run and rows <= planned.tokens)) and controls <= planned.controls
             if goes_on and not (new_run and self.could_be_faster(plan)):
