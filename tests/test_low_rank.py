@@ -257,11 +257,33 @@ def check_operators() -> None:
     torch.library.opcheck(low_rank_up_, (rand(20, 48).half(), rand(20, 4).half(), up, True, [16, 16, 32, 4, 2]))
 
 
+def check_compiled() -> None:
+    """Compiled code calls the operators, in one graph, and they are the kernels."""
+    from lowvram_video.weights.kernels.int8_gemm import Tile
+    from lowvram_video.weights.kernels.low_rank import TritonLowRankOps
+
+    ops = TritonLowRankOps(Tile(16, 16, 32, 4, 2), Tile(16, 32, 16, 4, 2))
+    x, down, scale, up = rand(20, 32).half(), rand(4, 32).half(), rand(4), rand(48, 4).half()
+
+    def run(y: Tensor) -> Tensor:
+        hidden = ops.project_down(x, down, scale)
+        ops.add_up_(y, hidden, up)
+        ops.add_up_gelu_(y, hidden, up, EagerOps().gelu_)
+        return y * 2
+
+    with torch.inference_mode():
+        want = run(rand(20, 48).half())
+        assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(rand(20, 48).half()), want)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
 def test_triton_interpreted_on_the_cpu() -> None:
     # the interpreter is chosen when kernels are defined: a process of its own; it multiplies bf16 by its bit patterns
     code = f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_low_rank as t; "
-    code += "t.check_kernels('cpu', (torch.float16,)); t.check_zero_strength('cpu', torch.float16); t.check_operators()"
+    code += (
+        "t.check_kernels('cpu', (torch.float16,)); t.check_zero_strength('cpu', torch.float16); t.check_operators(); "
+    )
+    code += "t.check_compiled()"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
