@@ -46,9 +46,10 @@ def save_text_encoder(path: Path) -> Path:
         sentence_iterator=iter(["a cat surfs a wave", "a dog runs over a field at dawn"] * 20), model_writer=model,
         vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip
-    encoder = UMT5Encoder(UMT5Config(vocab_size=64, num_layers=2))
+    config = UMT5Config(vocab_size=64, num_layers=2)
     tensors = {}
-    for name, tensor in encoder.state_dict().items():
+    table = torch.empty(config.vocab_size, config.dim)
+    for name, tensor in {"shared.weight": table, **UMT5Encoder(config).state_dict()}.items():
         std = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 1.0
         tensors[name] = (torch.randn(tensor.shape) * std).bfloat16()
     tensors["spiece_model"] = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)

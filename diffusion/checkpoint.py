@@ -33,12 +33,12 @@ def adopt_tensors(model: M, checkpoint: Checkpoint, title: str, expected_files: 
     return model.eval()
 
 
-def load_tensors(model: M, checkpoint: Checkpoint) -> M:
-    """Read the tensors of a model that adopted them, onto the CPU, one by one."""
+def load_tensors(model: M, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> M:
+    """Read the tensors of a model that adopted them, onto a device, one by one."""
     # In the order of the file, which is the fastest way through it.
     for info in sorted(checkpoint.tensors.values(), key=lambda info: (str(info.file), info.offset)):
         module, _, leaf = info.name.rpartition(".")
-        parameter = nn.Parameter(checkpoint.read(info.name), requires_grad=False)
+        parameter = nn.Parameter(checkpoint.read(info.name).to(device), requires_grad=False)
         setattr(model.get_submodule(module), leaf, parameter)
     return model.eval()
 

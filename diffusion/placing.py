@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -22,10 +21,3 @@ class on_device(Generic[M]):
 
     def __exit__(self, *_: object) -> None:
         self.module.to("cpu")
-
-
-def visiting(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[nn.Module]:
-    """Each block on the device for its turn; for a model that runs once."""
-    for block in blocks:
-        with on_device(block, device):
-            yield block

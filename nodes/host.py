@@ -11,7 +11,6 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_management as mm
-import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
@@ -142,6 +141,11 @@ def compute_device() -> torch.device:
 
 def offload_device() -> torch.device:
     return torch.device("cpu")
+
+
+def text_encoder_device() -> torch.device:
+    """Where ComfyUI encodes prompts."""
+    return mm.text_encoder_device()
 
 
 def free_vram(device: torch.device) -> int:
@@ -310,15 +314,3 @@ def lora_patch(up: Tensor, down: Tensor, alpha: float, magnitude: Tensor | None 
 def difference_patch(difference: Tensor) -> Any:
     """ComfyUI's patch of a tensor by a difference of its shape."""
     return "diff", (difference,)
-
-
-def make_wan_clip(weights: dict[str, Tensor], device: torch.device | None, **config: int) -> Any:
-    """ComfyUI's CLIP for Wan from a umt5 state dict with its `spiece_model`; on its usual device where None is given.
-
-    `config` are entries of the `config.json` of the encoder that differ from umt5-xxl's.
-    """
-    options: dict[str, Any] = {"umt5xxl_model_config": config}
-    if device is not None:
-        options |= {"load_device": device, "offload_device": device}
-    folders = folder_paths.get_folder_paths("embeddings")
-    return comfy.sd.load_text_encoder_state_dicts([weights], folders, comfy.sd.CLIPType.WAN, options)

@@ -1,34 +1,34 @@
-"""Text encoders from GGUF files, as a native CLIP."""
+"""Wan's text encoder from a file that stays on the disk, as a native CLIP."""
 
 from __future__ import annotations
 
 import torch
 from comfy_api.latest import io
 
-from ..wanvideo.text_checkpoint import dense_weights
+from ..wanvideo.text_checkpoint import load_text_encoder
 from . import host
+from .streamed_clip import make_wan_clip
 
 DEVICES = ("default", "cpu")
 
 
 class LoadClipGGUF(io.ComfyNode):
-    """A umt5-xxl GGUF unpacked to fp16, for CLIP Text Encode."""
+    """A umt5-xxl whose blocks are read from the file when CLIP Text Encode runs them."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="LowVRAMLoadClipGGUF",
-            display_name="CLIP Loader (GGUF, Low VRAM)",
-            description="Loads Wan's text encoder (umt5-xxl) from a GGUF file as an ordinary CLIP. The file is small "
-            "on the disk; in RAM its weights are unpacked to fp16.",
+            display_name="CLIP Loader (Low VRAM)",
+            description="Loads Wan's text encoder (umt5-xxl) from a safetensors or GGUF file as an ordinary CLIP. Its "
+            "weights stay on the disk: while a prompt is encoded two of its 24 blocks are in RAM, as they are stored.",
             search_aliases=["clip gguf", "gguf", "umt5", "text encoder", "load clip", "low vram"],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=host.model_files(host.TEXT_FOLDER, (".gguf",)),
-                    tooltip="A umt5-xxl encoder as .gguf in models/text_encoders or models/clip. Unpacked it takes "
-                    "12 GB of RAM, and 23 GB for a moment while it loads where ComfyUI runs without its dynamic VRAM; "
-                    "with less, use the fp8 file (6.7 GB) in ComfyUI's Load CLIP.",
+                    options=host.model_files(host.TEXT_FOLDER),
+                    tooltip="A umt5-xxl encoder as .safetensors (fp16, bf16, fp8) or .gguf in models/text_encoders or "
+                    "models/clip. It is read afresh for every new prompt, so a fast disk helps.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -47,13 +47,7 @@ class LoadClipGGUF(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name: str, device: str) -> io.NodeOutput:
-        config, weights = dense_weights(host.model_path(clip_name, host.TEXT_FOLDER), torch.float16)
-        sizes = {
-            "vocab_size": config.vocab_size,
-            "d_model": config.dim,
-            "d_kv": config.attention_dim // config.num_heads,
-            "d_ff": config.ffn_dim,
-            "num_heads": config.num_heads,
-            "num_layers": config.num_layers,
-        }
-        return io.NodeOutput(host.make_wan_clip(weights, torch.device("cpu") if device == "cpu" else None, **sizes))
+        place = torch.device("cpu") if device == "cpu" else host.text_encoder_device()
+        # in fp32, as core's own
+        encoder = load_text_encoder(host.model_path(clip_name, host.TEXT_FOLDER), device=place, dtype=torch.float32)
+        return io.NodeOutput(make_wan_clip(encoder))

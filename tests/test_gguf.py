@@ -275,14 +275,6 @@ def test_low_rank_updates_fold_into_the_unpacked_weight() -> None:
     assert torch.equal(layer.format.dequantize(layer.packed(), torch.float32), weight)
 
 
-@pytest.mark.parametrize("quant", ["Q8_0", "Q6_K"])
-def test_rows_of_a_packed_table(quant: str) -> None:
-    table = quantize(rand(50, 512), quant)
-    ids = torch.tensor([[3, 3, 49], [0, 7, 1]])
-    got = GGUF_FORMATS[quant].dequantize_rows(table, ids, torch.float32)
-    assert torch.equal(got, dequantize_reference(table, quant, (50, 512))[ids])
-
-
 def test_packed_layers_trace_as_a_whole() -> None:
     layer, weight = packed_linear("Q4_K")
     compiled = torch.compile(lambda x: layer.prepare(x.dtype)(x), backend="eager", fullgraph=True)

@@ -21,6 +21,7 @@ LOADERS = {
     "LowVRAMLoadWanModel": (["model_name"], "diffusion_models"),
     "LowVRAMLoadFramePackModel": (["model_name"], "diffusion_models"),
     "CLIPLoader": (["clip_name"], "text_encoders"),
+    "LowVRAMLoadClipGGUF": (["clip_name"], "text_encoders"),
     "DualCLIPLoader": (["clip_name1", "clip_name2"], "text_encoders"),
     "CLIPVisionLoader": (["clip_name"], "clip_vision"),
     "VAELoader": (["vae_name"], "vae"),

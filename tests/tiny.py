@@ -58,7 +58,7 @@ def save_vae(path: Path, variant: str = "t2v") -> Path:
     return path
 
 
-def save_text_encoder(path: Path) -> Path:
+def save_text_encoder(path: Path, ffn_dim: int = 64, num_layers: int = 2) -> Path:
     model = io.BytesIO()
     captions = ["a red ball moves left", "a blue square moves right", "two cats fight on a stage"]
     sentencepiece.SentencePieceTrainer.train(
@@ -66,7 +66,8 @@ def save_text_encoder(path: Path) -> Path:
         model_writer=model, vocab_size=40, model_type="unigram", hard_vocab_limit=False,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip
-    encoder = randomize(UMT5Encoder(UMT5Config(64, TEXT_DIM, 64, 64, 1, 2)))
+    encoder = randomize(UMT5Encoder(UMT5Config(64, TEXT_DIM, 64, ffn_dim, 1, num_layers)))
+    encoder.register_module("shared", randomize(torch.nn.Embedding(64, TEXT_DIM), seed=1))
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     tensors["spiece_model"] = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
     save_file(tensors, path)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..diffusion.account import RunAccount
 from ..diffusion.pictures import load_image, to_uint8
-from ..diffusion.placing import on_device, visiting
+from ..diffusion.placing import on_device
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
 from ..memory.plan import MemoryPlan, decode_tiles
@@ -26,7 +26,7 @@ from .conditioning import image_channels
 from .footprint import wan_work
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
-from .text_checkpoint import load_text_encoder, open_text_encoder, open_tokenizer
+from .text_checkpoint import load_text_encoder, open_text_encoder
 from .text_encoder import TextEncoder
 from .vae import WanVAE
 from .vae_checkpoint import load_vae, open_vae
@@ -151,14 +151,15 @@ class WanPipeline:
             return replace(conditions, channels=image_channels(vae, first, last, request.size[2]).float())
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
-        encoder = self._text_encoder or load_text_encoder(self.files.text_encoder, num_tokens=self.config.text_tokens)
-        self._text_encoder = encoder if self.settings.keep_loaded else None
-        device = self.settings.device
-        if device.type == "cpu":
-            return encoder.encode(prompts)
-        encoder.model.stream = lambda blocks: visiting(blocks, device)
-        with on_device(encoder.model.encoder.final_layer_norm, device):
-            return encoder.encode(prompts)
+        settings = self.settings
+        encoder = self._text_encoder or load_text_encoder(
+            self.files.text_encoder,
+            device=settings.device,
+            num_tokens=self.config.text_tokens,
+            keep=settings.keep_loaded and settings.ram_budget_gib is None,
+        )
+        self._text_encoder = encoder if settings.keep_loaded else None
+        return encoder.encode(prompts)
 
     def _denoise(self, request: WanRequest, conditions: Conditions, sigmas: Tensor) -> Tensor:
         assert self.plan is not None and request.num_steps is not None
@@ -301,9 +302,9 @@ class WanPipeline:
                 f"{files.model}: this model wants CLIP image features, which are made in ComfyUI only: load it there, "
                 "or use a Wan 2.2 image-to-video model here"
             )
-        text_config, text_checkpoint = open_text_encoder(files.text_encoder)
-        open_tokenizer(text_checkpoint, config.text_tokens)  # its lack would only show after the start
-        text_dim = text_config.dim
+        text_file = open_text_encoder(files.text_encoder)
+        text_file.tokenizer(config.text_tokens)  # its lack would only show after the start
+        text_dim = text_file.config.dim
         if text_dim != config.text_dim:
             raise CheckpointError(
                 f"{files.text_encoder}: makes text of width {text_dim} but {files.model.name} takes "

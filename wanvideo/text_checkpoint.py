@@ -3,90 +3,100 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..diffusion.checkpoint import adopt_tensors
 from ..diffusion.file_kinds import file_kind
-from ..weights.formats import assign_formats, format_for
-from ..weights.linear import DenseProjection, Linear, Projection, Scratch
+from ..diffusion.layer_reading import LayerReader, TokenTable, without_table
+from ..weights.dialects import plain_dialect
 from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from .text_encoder import TextEncoder, UMT5Config, UMT5Encoder
-from .text_gguf import gguf_names, gguf_spiece, use_packed_table
+from .text_gguf import gguf_names, gguf_spiece
 from .tokenizer import Tokenizer
 
 TOKENIZER = "spiece_model"  # the tensor that holds a spiece.model
 WANTED = "expected a umt5-xxl encoder for Wan"
-ADVICE = "choose a file such as umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+TITLE = "a umt5-xxl encoder"
+FILE_NAMES = "a file such as umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+ADVICE = f"choose {FILE_NAMES}"
+
+
+BLOCKS, NORM, TABLE = "encoder.block", "encoder.final_layer_norm.weight", "shared.weight"
 
 
 def load_text_encoder(
     path: str | Path,
     *,
+    device: torch.device | str = "cpu",
     num_tokens: int = 512,
     dtype: torch.dtype | None = None,
     tokenizer_path: str | Path | None = None,
+    keep: bool = False,
 ) -> TextEncoder:
-    """Load a text encoder onto the CPU, its weights in the dtype they are stored in.
+    """Open a text encoder whose blocks are read, as they are stored, whenever it encodes: two of them are in RAM.
 
-    `dtype` is what it computes in (see `TextEncoder`). The tokenizer is `tokenizer_path` if given, else the one in
-    the file, else a `spiece.model` near it. Raises CheckpointError when the file or its tokenizer cannot be used.
+    With `keep` they stay there afterwards. `dtype` is what it computes in (see `TextEncoder`). The tokenizer is
+    `tokenizer_path` if given, else the one in the file, else a `spiece.model` near it. Raises CheckpointError when the
+    file or its tokenizer cannot be used.
     """
-    config, checkpoint = open_text_encoder(path)
-    tokenizer = open_tokenizer(checkpoint, num_tokens, tokenizer_path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.path}: has {config.vocab_size} token embeddings and a tokenizer of {tokenizer.vocab_size} "
-            "pieces; expected the two of one model; use the spiece.model of this encoder (google/umt5-xxl)"
-        )
-    model = build_text_encoder(config, checkpoint)
-    # In the order of the file, which is the fastest way through it.
-    for info in sorted(checkpoint.tensors.values(), key=lambda info: (str(info.file), info.offset)):
-        if info.name != TOKENIZER:
-            _assign(model, info.name, checkpoint.read(info.name))
-    return TextEncoder(model, tokenizer, dtype)
+    file = open_text_encoder(path)
+    tokenizer = file.tokenizer(num_tokens, tokenizer_path)
+    model = file.build()
+    model.stream = LayerReader(file.checkpoint, BLOCKS, torch.device(device), keep)
+    model.encoder.final_layer_norm.weight = nn.Parameter(file.checkpoint.read(NORM), requires_grad=False)
+    return TextEncoder(model, file.table.rows, tokenizer, torch.device(device), dtype)
 
 
-def build_text_encoder(config: UMT5Config, checkpoint: Checkpoint) -> UMT5Encoder:
-    """The model on the meta device: every tensor of the stored dtype, scaled layers with their scales."""
-    model = UMT5Encoder(config, device="meta")
-    assign_formats(model, checkpoint)
-    use_packed_table(model, checkpoint)
-    for name, info in checkpoint.tensors.items():
-        if name != TOKENIZER:
-            _assign(model, name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
-    return model.eval()
+@dataclass(frozen=True)
+class TextEncoderFile:
+    """An opened UMT5: `checkpoint` has the blocks and the last norm, `table` the token embeddings.
+
+    `spiece` has the tensor of a `spiece.model`, where the file has one.
+    """
+
+    config: UMT5Config
+    checkpoint: Checkpoint
+    table: TokenTable
+    spiece: Checkpoint
+
+    def build(self) -> UMT5Encoder:
+        """The model on the meta device. Raises CheckpointError."""
+        return adopt_tensors(UMT5Encoder(self.config, "meta"), self.checkpoint, TITLE, FILE_NAMES)
+
+    def tokenizer(self, num_tokens: int = 512, tokenizer_path: str | Path | None = None) -> Tokenizer:
+        """The encoder's tokenizer; CheckpointError says what to put where if there is none."""
+        tokenizer = open_tokenizer(self.spiece, num_tokens, tokenizer_path)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: has {self.config.vocab_size} token embeddings and a tokenizer of "
+                f"{tokenizer.vocab_size} pieces; expected the two of one model; use the spiece.model of this encoder "
+                "(google/umt5-xxl)"
+            )
+        return tokenizer
 
 
-def open_text_encoder(path: str | Path) -> tuple[UMT5Config, Checkpoint]:
+def open_text_encoder(path: str | Path) -> TextEncoderFile:
     """Read a text encoder file's header: its dimensions, and its tensors under `UMT5Encoder`'s names.
 
     Accepts the Hugging Face layout (also ComfyUI's repackaged files, encoder-only files and prefixed ones), the
-    official Wan layout and llama.cpp's in GGUF files. The tokenizer, where the file has it as a tensor, stays in as
-    `spiece_model`, and the scale of a scaled fp8 weight as `<layer>.scale_weight`. Raises CheckpointError, which says
-    what a file for another slot is.
+    official Wan layout and llama.cpp's in GGUF files, quantised in any dialect of `weights/dialects.py`. Raises
+    CheckpointError, which says what a file for another slot is.
     """
     checkpoint = open_checkpoint(path)
-    checkpoint = checkpoint.renamed(model_names(checkpoint))
+    names = model_names(checkpoint)
+    checkpoint = plain_dialect(checkpoint.renamed(names), names)
     config = infer_config(checkpoint)
-    check_tensors(config, checkpoint)
-    return config, checkpoint
-
-
-def dense_weights(path: str | Path, dtype: torch.dtype) -> tuple[UMT5Config, dict[str, Tensor]]:
-    """A GGUF encoder unpacked, in the Hugging Face layout, with its tokenizer as the uint8 tensor `spiece_model`.
-
-    One tensor is read and unpacked at a time. Raises CheckpointError as `open_text_encoder` and `open_tokenizer`.
-    """
-    config, checkpoint = open_text_encoder(path)
-    spiece = open_tokenizer(checkpoint).processor.serialized_model_proto()
-    weights: dict[str, Tensor] = {TOKENIZER: torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
-    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: item[1].offset):
-        if name != TOKENIZER:
-            weights[name] = format_for(info).dequantize({"weight": checkpoint.read(name)}, dtype)
-    return config, weights
+    _check_dtypes(checkpoint)
+    spiece = {name: info for name, info in checkpoint.tensors.items() if name == TOKENIZER}
+    layers, table = without_table(checkpoint.renamed({TOKENIZER: None}), TABLE)
+    file = TextEncoderFile(config, layers, table, Checkpoint(checkpoint.path, spiece, checkpoint.metadata))
+    file.build()  # refuses a file that does not fit before anything runs
+    return file
 
 
 # --- names -----------------------------------------------------------------------------------------------
@@ -110,9 +120,7 @@ BLOCK_NAMES: Mapping[str, str] = {
 }
 FROM_OFFICIAL = {official: ours for ours, official in (*TOP_NAMES.items(), *BLOCK_NAMES.items())}
 
-SUFFIXES: Mapping[str, str] = {"weight": "weight", "scale_weight": "scale_weight", "weight_scale": "scale_weight"}
-# What the encoder does without: input scales (activations are not quantised), format notes, the decoder.
-UNUSED = re.compile(r"(.+\.)?(scale_input|input_scale|comfy_quant)|scaled_fp8|logit_scale|lm_head\..+|decoder\..+")
+UNUSED = re.compile(r"logit_scale|lm_head\..+|decoder\..+")
 
 HUGGING_FACE_MARK = "block.0.layer.0.SelfAttention.q.weight"
 OFFICIAL_MARK = "blocks.0.attn.q.weight"
@@ -136,9 +144,11 @@ def model_names(checkpoint: Checkpoint) -> dict[str, str | None]:
             names[name] = None
         else:
             names[name] = _from_official(bare) if official else _from_hugging_face(bare)
-    embeddings = [name for name, ours in names.items() if ours == "shared.weight"]
-    for copy in embeddings[1:]:  # `shared` and `encoder.embed_tokens` are one table, saved twice by some tools
-        names[copy] = None
+    found: set[str | None] = set()
+    for name, ours in names.items():  # `shared` and `encoder.embed_tokens` are one table, saved twice by some tools
+        if (ours or "").startswith("shared.") and ours in found:
+            names[name] = None
+        found.add(ours)
     return names
 
 
@@ -161,12 +171,11 @@ def _from_hugging_face(name: str) -> str:
         layer = "shared"
     elif layer.startswith("block.") or layer == "final_layer_norm":
         layer = "encoder." + layer  # a file of the stack alone
-    return f"{layer}.{SUFFIXES.get(suffix, suffix)}"
+    return f"{layer}.{suffix}"
 
 
 def _from_official(name: str) -> str:
     layer, _, suffix = name.rpartition(".")
-    suffix = SUFFIXES.get(suffix, suffix)
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
     if block is None:
         return f"{FROM_OFFICIAL.get(layer, layer)}.{suffix}"
@@ -215,82 +224,16 @@ def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def check_tensors(config: UMT5Config, checkpoint: Checkpoint) -> None:
-    """CheckpointError unless the file holds the encoder's tensors, all of them, in shapes and dtypes it can use."""
-    model = UMT5Encoder(config, device="meta")
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    scales = {f"{name}.scale_weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    weights = {name: info for name, info in checkpoint.tensors.items() if name not in scales and name != TOKENIZER}
-    for problem, names in (
-        ("lacks", expected.keys() - weights.keys()),
-        ("holds unknown tensors, such as", weights.keys() - expected.keys()),
-    ):
-        if names:
-            raise CheckpointError(f"{checkpoint.path}: {problem} {_some(names)}; {WANTED}; {ADVICE}")
-    for name in scales & checkpoint.tensors.keys():
-        shape, layer = checkpoint.tensors[name].shape, name.removesuffix(".scale_weight")
-        if shape not in ((), (1,), (expected[f"{layer}.weight"][0], 1)):
+def _check_dtypes(checkpoint: Checkpoint) -> None:
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(".weight") and not info.quant and info.dtype not in STORED_DTYPES:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {list(shape)}; expected one scale, or one per row of {layer}; "
-                f"{ADVICE}"
-            )
-    packable = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    packable.add("shared.weight")
-    for name, info in weights.items():
-        if (info.quant and name not in packable) or (not info.quant and info.dtype not in STORED_DTYPES):
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} is stored as {info.quant or info.dtype}; "
+                f"{checkpoint.path}: {name} is stored as {info.dtype}; "
                 f"expected one of {', '.join(str(dtype) for dtype in STORED_DTYPES)}; {ADVICE}"
             )
-        shape = info.logical_shape or info.shape
-        if shape != expected[name]:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {list(shape)}; expected {list(expected[name])} "
-                "beside the file's other tensors; download it again"
-            )
 
 
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-# --- weights and tokenizer -------------------------------------------------------------------------------
-
-
-class ScaledCast:
-    """A weight stored in float8 with a scale, `weight * scale_weight`; the scale is a scalar or one per row."""
-
-    name = "scaled cast"
-
-    def prepare(
-        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
-    ) -> Projection:
-        out = scratch.take(packed["weight"].shape) if scratch else None
-        return DenseProjection(self.dequantize(packed, dtype, out), bias)
-
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return packed["weight"].numel()
-
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        # By way of float32: rounding the scale to bfloat16 would shift the whole layer by up to 0.4 %.
-        weight = packed["weight"].float().mul_(packed["scale_weight"].float())
-        return weight.to(dtype) if out is None else out.copy_(weight)
-
-
-SCALED_CAST = ScaledCast()
-
-
-def _assign(model: UMT5Encoder, name: str, tensor: Tensor) -> None:
-    layer, _, leaf = name.rpartition(".")
-    module = model.get_submodule(layer)
-    if leaf == "scale_weight":
-        assert isinstance(module, Linear)  # check_tensors refuses others
-        module.register_buffer(leaf, tensor)
-        module.format = SCALED_CAST
-    else:
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+# --- tokenizer -------------------------------------------------------------------------------------------
 
 
 def open_tokenizer(

@@ -45,70 +45,80 @@ class UMT5Config:
 
 
 class TextEncoder:
-    """A UMT5 encoder with its tokenizer.
+    """A UMT5 encoder with its tokenizer and its token table, on `device`.
 
-    `dtype` is what it computes in: float32 on a CPU and bfloat16 elsewhere when None. float16 raises ValueError,
-    because the feed-forward outputs of T5 exceed its range; weights may be *stored* in any floating-point dtype.
+    `embed` looks tokens up: integers of any shape in, `[*shape, dim]` fp32 on the CPU out. `dtype` is what it computes
+    in: float32 on a CPU and bfloat16 elsewhere when None. float16 raises ValueError, because the feed-forward outputs
+    of T5 exceed its range; weights may be *stored* in any floating-point dtype.
     """
 
-    def __init__(self, model: UMT5Encoder, tokenizer: Tokenizer, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: UMT5Encoder,
+        embed: Callable[[Tensor], Tensor],
+        tokenizer: Tokenizer,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ):
         if dtype == torch.float16:
             raise ValueError("text encoder dtype float16 overflows in T5: use bfloat16 or float32")
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.model, self.embed, self.tokenizer, self.device = model, embed, tokenizer, device
+        self.dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Context `[B, num_tokens, dim]` on the model's device; rows past a prompt's own tokens are zeros.
+        """Context `[B, num_tokens, dim]` on the device; rows past a prompt's own tokens are zeros.
 
-        An empty prompt is allowed and is the single token `</s>`. Masked tokens change nothing, so only as many
-        tokens run as the longest prompt has. ValueError if `prompts` is empty or a bare string.
+        An empty prompt is allowed and is the single token `</s>`. ValueError if `prompts` is empty or a bare string.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts: expected a list of at least one string, got {prompts!r}")
         ids, mask = self.tokenizer.encode(prompts)
+        return self.hidden_states(self.embed(ids), mask)
+
+    def hidden_states(self, embeddings: Tensor, mask: Tensor, num_layers: int | None = None) -> Tensor:
+        """`embeddings [B, L, dim]` of the tokens and their `mask [B, L]` -> `[B, L, dim]` on the device.
+
+        Masked tokens become zeros. They change nothing, so only as many tokens run as the longest prompt has.
+        """
         longest = int(mask.sum(dim=1).max())
-        length = min(math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, ids.shape[1])
-        ids, mask = ids[:, :length], mask[:, :length]
-
-        hidden = self.model(ids, mask, self._compute_dtype())
-        context = hidden.new_zeros(len(prompts), self.tokenizer.num_tokens, hidden.shape[-1])
-        context[:, :length] = hidden.masked_fill(~mask.to(hidden.device)[..., None], 0)
+        length = min(math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, mask.shape[1])
+        mask = mask[:, :length].to(self.device, torch.bool)
+        hidden = self.model(embeddings[:, :length].to(self.device), mask, self.dtype, num_layers)
+        context = hidden.new_zeros(*embeddings.shape[:2], hidden.shape[-1])
+        context[:, :length] = hidden.masked_fill(~mask[..., None], 0)
         return context
-
-    def _compute_dtype(self) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        return torch.float32 if self.model.device.type == "cpu" else torch.bfloat16
 
 
 class UMT5Encoder(nn.Module):
-    """The encoder stack. Weights are uninitialised until a checkpoint is assigned.
+    """The encoder stack without its token table. Weights are uninitialised until a checkpoint is assigned.
 
-    `stream` hands out the blocks with their weights on `device`, which is where `encoder.final_layer_norm` is; the
-    token table `shared` may stay elsewhere (2 GB at full size), since only the rows in use are moved.
+    `stream` hands out the blocks with their weights on the device of the embeddings; the last norm may stay elsewhere.
     """
 
     def __init__(self, config: UMT5Config, device: torch.device | str | None = None):
         super().__init__()
         self.config = config
-        self.stream: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
-        self.shared = Table(config.vocab_size, config.dim, device)
+        self.stream: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] = iter
         self.encoder = Stack(config, device)
 
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.final_layer_norm.weight.device
-
-    def forward(self, ids: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`ids [B, L]` and `mask [B, L]` (True for tokens to attend to) -> hidden states `[B, L, dim]` in `dtype`.
+    def forward(
+        self,
+        embeddings: Tensor,
+        mask: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        num_layers: int | None = None,
+    ) -> Tensor:
+        """`embeddings` and hidden states `[B, L, dim]`, these in `dtype`; `mask [B, L]` is True for what to attend to.
 
         The residual stream is float32 whatever `dtype` is: its few huge channels would cost bfloat16 the others.
+        `num_layers` leaves out the blocks after these.
         """
-        config = self.config
-        x = self.shared(ids).to(self.device, torch.float32)  # [B, L, dim]
-        buckets = position_buckets(ids.shape[1], config.num_buckets, config.max_distance).to(self.device)
-        bias = mask_bias(mask, dtype, self.device)
-        for block in self.stream(self.encoder.block):
+        config, device = self.config, embeddings.device
+        x = embeddings.float()
+        buckets = position_buckets(x.shape[1], config.num_buckets, config.max_distance).to(device)
+        bias = mask_bias(mask, dtype, device)
+        for block in self.stream(self.encoder.block[:num_layers]):
             x = block(x, buckets, bias, dtype)
         return self.encoder.final_layer_norm(x, dtype)
 
@@ -205,23 +215,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.float()
         x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x * self.weight.float()).to(dtype)
+        return (x * self.weight.to(x)).to(dtype)
 
 
 class Table(nn.Module):
-    """Rows looked up by id."""
+    """A table by its name; whoever uses it gathers."""
 
     def __init__(self, num_rows: int, dim: int, device: torch.device | str | None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, dim, device=device), requires_grad=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The rows `[*ids.shape, dim]` on the table's device, in the stored dtype: cast what was gathered only."""
-        ids = ids.to(self.weight.device)
-        if self.weight.dtype.itemsize > 1:
-            return F.embedding(ids, self.weight)
-        # Indexing kernels do not know the float8 dtypes, but copying bytes needs no arithmetic.
-        return F.embedding(ids, self.weight.view(torch.uint8)).view(self.weight.dtype)
 
 
 def mask_bias(mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""UMT5 encoders as GGUF files: llama.cpp's names, a packed token table, and the tokenizer out of the metadata."""
+"""UMT5 encoders as GGUF files: llama.cpp's names, and the tokenizer out of the metadata."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..weights.gguf import GGUF_FORMATS, GgufFormat
 from ..weights.gguf_header import read_gguf_header
-from ..weights.reader import Checkpoint
 
 # llama.cpp's name -> ours, both without the suffix. Source: `gguf.constants`, architecture T5ENCODER.
 TOP_NAMES = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
@@ -50,27 +45,6 @@ def _our_name(name: str) -> str:
     if block is not None and block[2] in BLOCK_NAMES:
         return f"encoder.block.{block[1]}.{BLOCK_NAMES[block[2]]}.{suffix}"
     return f"{TOP_NAMES.get(layer, layer)}.{suffix}"
-
-
-class PackedTable(nn.Module):
-    """Rows of a packed table, looked up by id and unpacked then: 4 MB instead of the table's 2 GB."""
-
-    def __init__(self, weight_format: GgufFormat, shape: tuple[int, ...]):
-        super().__init__()
-        self.format = weight_format
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), requires_grad=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The rows `[*ids.shape, dim]` on the table's device, fp32."""
-        return self.format.dequantize_rows(self.weight, ids.to(self.weight.device), torch.float32)
-
-
-def use_packed_table(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Let a model on the meta device look its tokens up in the packed table, where the file has one."""
-    info = checkpoint.tensors["shared.weight"]
-    packed = GGUF_FORMATS.get(info.quant or "")
-    if packed is not None:
-        model.shared = PackedTable(packed, info.shape)
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------

@@ -110,11 +110,6 @@ class GgufFormat(Unpacked):
         dequantize_packed(weight, out, self.name)
         return out
 
-    def dequantize_rows(self, weight: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of a packed table that `rows` (integers of any shape, on its device) names, `[*rows.shape, in]`."""
-        picked = weight[rows]
-        return self.dequantize({"weight": picked}, dtype)
-
     def logical_shape(self, weight: Tensor) -> tuple[int, ...]:
         return (*weight.shape[:-1], weight.shape[-1] // self.block.nbytes * self.block.elements)
 

@@ -1,22 +1,17 @@
-"""The encoders' files: which model, which dimensions, under which names; and their layers, read in their turn."""
+"""The encoders' files: which model, which dimensions, under which names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
 
 from ...diffusion.checkpoint import adopt_tensors
 from ...diffusion.dimensions import Dimensions
 from ...diffusion.file_kinds import file_kind
+from ...diffusion.layer_reading import TokenTable, without_table
 from ...weights.dialects import plain_dialect
-from ...weights.formats import format_for
-from ...weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ...weights.reader import Checkpoint, CheckpointError, open_checkpoint
 from .clip_text import ClipTextConfig, ClipTextModel
 from .llama import LlamaConfig, LlamaDecoder
 from .llama_gguf import gguf_names
@@ -58,49 +53,12 @@ SIGLIP = EncoderKind(
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of token embeddings in a file, of which rows are read one by one."""
-
-    checkpoint: Checkpoint
-    name: str
-
-    @property
-    def num_rows(self) -> int:
-        return self.checkpoint.tensors[self.name].shape[0]
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """The rows `[*ids.shape, dim]` of `ids`, fp32 on the CPU."""
-        wanted, places = ids.unique(return_inverse=True)
-        info = self.checkpoint.tensors[self.name]
-        packed = {"weight": self._read_rows(info, wanted)}
-        scale = self.checkpoint.tensors.get(f"{self.name.removesuffix('.weight')}.weight_scale")
-        if scale is not None:
-            scales = self.checkpoint.read(scale.name).reshape(-1, 1)
-            packed["weight_scale"] = scales[wanted] if len(scales) == info.shape[0] else scales[0]
-        return format_for(info, {} if scale is None else {"weight_scale": scale}).dequantize(packed, torch.float32)[
-            places
-        ]
-
-    def _read_rows(self, info: TensorInfo, wanted: Tensor) -> Tensor:
-        row_bytes = info.nbytes // info.shape[0]
-        rows = torch.empty(len(wanted), row_bytes, dtype=torch.uint8)
-        places = {
-            str(row): replace(info, name=str(row), offset=info.offset + row * row_bytes, nbytes=row_bytes)
-            for row in wanted.tolist()
-        }
-        source = Checkpoint(self.checkpoint.path, places, {})
-        for name, out in zip(places, rows, strict=True):
-            source.read_into(name, out)
-        return rows.view(info.dtype)
-
-
-@dataclass(frozen=True)
 class LlamaFile:
     """An opened LLaMA: `checkpoint` has the layers that run, `table` the token embeddings."""
 
     config: LlamaConfig
     checkpoint: Checkpoint
-    table: Table
+    table: TokenTable
 
     def build(self) -> LlamaDecoder:
         """The decoder on the meta device. Raises CheckpointError."""
@@ -113,7 +71,7 @@ class ClipFile:
 
     config: ClipTextConfig
     checkpoint: Checkpoint
-    table: Table
+    table: TokenTable
 
     def build(self) -> ClipTextModel:
         """The model on the meta device. Raises CheckpointError."""
@@ -157,7 +115,7 @@ def open_llama(path: Path) -> LlamaFile:
         interleaved=checkpoint.path.suffix.lower() == ".gguf",
     )
     unused = {name: None for name in checkpoint.tensors if _layer_number(name) >= num_layers}
-    layers, table = _without_table(checkpoint.renamed(unused), "embed_tokens.weight")
+    layers, table = without_table(checkpoint.renamed(unused), "embed_tokens.weight")
     return LlamaFile(config, layers, table)
 
 
@@ -174,7 +132,7 @@ def open_clip(path: Path) -> ClipFile:
         num_layers=sizes.num_blocks("encoder.layers"),
         num_positions=sizes.shape("embeddings.position_embedding.weight", 2)[0],
     )
-    layers, table = _without_table(checkpoint, CLIP.mark)
+    layers, table = without_table(checkpoint, CLIP.mark)
     return ClipFile(config, layers, table)
 
 
@@ -243,59 +201,3 @@ def _num_heads(checkpoint: Checkpoint, kind: EncoderKind, width: int, head_dim: 
             f"the file is another variant: choose {kind.file_names}"
         )
     return width // head_dim
-
-
-def _without_table(checkpoint: Checkpoint, name: str) -> tuple[Checkpoint, Table]:
-    """The model's tensors, and the token table apart from them."""
-    layer = name.removesuffix(".weight")
-    beside = {other for other in checkpoint.tensors if other.rpartition(".")[0] == layer}
-    apart = Checkpoint(checkpoint.path, {name: checkpoint.tensors[name] for name in beside}, checkpoint.metadata)
-    return checkpoint.renamed(dict.fromkeys(beside)), Table(apart, name)
-
-
-# --- layers in their turn --------------------------------------------------------------------------------
-
-
-def reading(
-    blocks: Iterable[nn.Module], stem: str, checkpoint: Checkpoint, device: torch.device
-) -> Iterator[nn.Module]:
-    """Each block of a model on the meta device, with its weights on `device` for its turn.
-
-    `stem` and a number name the blocks in the checkpoint. The next block is read while one works and what has worked
-    is dropped, so that host memory holds two at most. Raises CheckpointError.
-    """
-    by_block = _names_by_block(checkpoint, stem)
-    with ThreadPoolExecutor(max_workers=1) as reader:
-
-        def read(number: int) -> Future[dict[str, Tensor]] | None:
-            return reader.submit(_read, checkpoint, by_block[number]) if number in by_block else None
-
-        pending = read(0)
-        for number, block in enumerate(blocks):
-            assert pending is not None
-            weights, pending = pending.result(), read(number + 1)
-            _assign(block, f"{stem}.{number}.", weights, device)
-            del weights
-            try:
-                yield block
-            finally:
-                block.to("meta")
-
-
-def _names_by_block(checkpoint: Checkpoint, stem: str) -> Mapping[int, list[str]]:
-    """Names in the order of the file, which is the fastest way through it."""
-    names: dict[int, list[str]] = {}
-    for info in sorted(checkpoint.tensors.values(), key=lambda info: (str(info.file), info.offset)):
-        if info.name.startswith(stem + "."):
-            names.setdefault(int(info.name[len(stem) + 1 :].partition(".")[0]), []).append(info.name)
-    return names
-
-
-def _read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: checkpoint.read(name) for name in names}
-
-
-def _assign(block: nn.Module, prefix: str, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    for name, tensor in weights.items():
-        layer, _, leaf = name.removeprefix(prefix).rpartition(".")
-        setattr(block.get_submodule(layer), leaf, nn.Parameter(tensor.to(device), requires_grad=False))

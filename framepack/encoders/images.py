@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...diffusion.checkpoint import load_tensors
-from ...diffusion.placing import on_device
 from .checkpoint import open_siglip
 
 
@@ -38,8 +37,8 @@ class ImageEncoder:
         if picture.ndim != 4 or picture.shape[:2] != (1, 3):
             raise ValueError(f"picture: expected one of shape [1, 3, height, width], got {list(picture.shape)}")
         pixels = squeezed(picture.float().cpu(), self._file.config.image_size)
-        with on_device(load_tensors(self._file.build(), self._file.checkpoint), self.device) as model:
-            return model(pixels.to(self.device), self.dtype).cpu()
+        model = load_tensors(self._file.build(), self._file.checkpoint, self.device)
+        return model(pixels.to(self.device), self.dtype).cpu()
 
 
 def squeezed(picture: Tensor, size: int) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ...diffusion.checkpoint import load_tensors
-from ...diffusion.placing import on_device
+from ...diffusion.layer_reading import LayerReader, TokenTable
 from ...weights.reader import CheckpointError
 from ..model import Prompt
 from .bpe import BytePairTokenizer
-from .checkpoint import Table, open_clip, open_llama, reading
+from .checkpoint import open_clip, open_llama
 from .llama_gguf import gguf_tokenizer
 from .tokenizer_files import CLIP_TOKENIZER, LLAMA_TOKENIZER, find_tokenizer
 
@@ -57,7 +57,7 @@ class PromptEncoder:
         _check_size(self._llama.table, self._llama_tokenizer)
         _check_size(self._clip.table, self._clip_tokenizer)
         self._num_before = len(self._llama_tokenizer.encode(BEFORE_PROMPT))
-        self._decoder.stream = lambda layers: reading(layers, "layers", self._llama.checkpoint, self.device)
+        self._decoder.stream = LayerReader(self._llama.checkpoint, "layers", self.device)
 
     @property
     def text_dim(self) -> int:
@@ -103,8 +103,8 @@ class PromptEncoder:
         ids = [self._clip_tokenizer.encode(text, self._clip.config.num_positions) for text in texts]
         ends = torch.tensor([tokens.index(end) for tokens in ids])
         embeddings = self._clip.table.rows(_padded(ids))
-        with on_device(load_tensors(self._clip.build(), self._clip.checkpoint), self.device) as model:
-            return model(embeddings.to(self.device), ends.to(self.device), self.dtype).cpu()
+        model = load_tensors(self._clip.build(), self._clip.checkpoint, self.device)
+        return model(embeddings.to(self.device), ends.to(self.device), self.dtype).cpu()
 
 
 def _padded(ids: Sequence[Sequence[int]]) -> Tensor:
@@ -112,7 +112,7 @@ def _padded(ids: Sequence[Sequence[int]]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
 
 
-def _check_size(table: Table, tokenizer: BytePairTokenizer) -> None:
+def _check_size(table: TokenTable, tokenizer: BytePairTokenizer) -> None:
     if tokenizer.max_id >= table.num_rows:
         raise CheckpointError(
             f"{table.checkpoint.path}: has {table.num_rows} token embeddings and a tokenizer with ids up to "

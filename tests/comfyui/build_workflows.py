@@ -57,9 +57,11 @@ class Loaders:
     vae: Output
 
 
-def add_encoder_and_vae(graph: Workflow, vae: ModelFile, device: str = "default") -> Loaders:
+def add_encoder_and_vae(
+    graph: Workflow, vae: ModelFile, device: str = "default", clip_loader: str = "CLIPLoader"
+) -> Loaders:
     text = files.TEXT_ENCODER
-    clip = graph.add("CLIPLoader", models=[text], clip_name=text.name, device=device)
+    clip = graph.add(clip_loader, models=[text], clip_name=text.name, device=device)
     loaded = graph.add("VAELoader", models=[vae], vae_name=vae.name)
     return Loaders([clip, loaded], clip[0], loaded[0])
 
@@ -252,7 +254,8 @@ def two_experts(
     graph = Workflow(name)
     high = add_expert(graph, "high-noise", *experts[0])
     low = add_expert(graph, "low-noise", *experts[1])
-    loaders = add_encoder_and_vae(graph, files.VAE_21)
+    # two experts take all the RAM that many have: this encoder stays on the disk
+    loaders = add_encoder_and_vae(graph, files.VAE_21, clip_loader="LowVRAMLoadClipGGUF")
     prompting = add_prompts(graph, loaders.clip, prompt)
     scene = Scene(graph, high, loaders, prompting, add_size(graph, 832, 480, 81))
     pictures = []

@@ -19,6 +19,7 @@ ADDING = ("control_after_generate", "image_upload", "video_upload")  # another e
 # loaders whose files ComfyUI wants in their full size
 STAND_INS: Graph = {
     "CLIPLoader": {"class_type": "TestTextEncoder", "inputs": {"pooled": False}},
+    "LowVRAMLoadClipGGUF": {"class_type": "TestTextEncoder", "inputs": {"pooled": False}},
     "DualCLIPLoader": {"class_type": "TestTextEncoder", "inputs": {"pooled": True}},
     "CLIPVisionLoader": {"class_type": "TestImageEncoder", "inputs": {}},
 }

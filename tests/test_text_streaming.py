@@ -1,0 +1,102 @@
+"""The text encoder's weights: read block by block, within a RAM budget, and never copied back from the device."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lowvram_video.diffusion.checkpoint import load_tensors
+from lowvram_video.diffusion.layer_reading import without_table
+from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.wanvideo.pipeline import WanPipeline
+from lowvram_video.wanvideo.text_checkpoint import load_text_encoder, open_text_encoder
+from lowvram_video.weights.gguf_reference import dequantize_reference
+from lowvram_video.weights.reader import Checkpoint, open_checkpoint
+from torch import Tensor
+
+from .quantizers import quantize, write_gguf
+from .tiny import save_files, save_text_encoder
+
+MIB = 2**20
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.memory.report import process_rss_bytes
+from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
+
+folder, settings = Path(sys.argv[1]), RunSettings(ram_budget_gib=float(sys.argv[2]))
+small, pipeline = (
+    WanPipeline(WanFiles(folder / "wan_t2v.safetensors", folder / name, folder / "vae.safetensors"), settings)
+    for name in ("umt5.safetensors", "large.safetensors")
+)
+small._encode_text(["a red ball"])  # what libraries hold from their first use on
+seen = [process_rss_bytes()]
+
+def watch():
+    while True:
+        seen.append(process_rss_bytes())
+        time.sleep(0.002)
+
+threading.Thread(target=watch, daemon=True).start()
+assert pipeline._encode_text(["a red ball moves left", ""]).isfinite().all()
+print(max(seen) - seen[0])
+"""
+
+
+def test_a_ram_budget_covers_the_text_encoder(tmp_path: Path) -> None:
+    """The file is 434 MiB, each of its 24 blocks 18 MiB: two at a time fit, the file does not."""
+    save_files(tmp_path)
+    path = save_text_encoder(tmp_path / "large.safetensors", ffn_dim=65536 * 3 // 4, num_layers=24)
+    budget = 0.2
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(budget)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    print(f"encoding with {path.stat().st_size / MIB:.0f} MiB of weights took {grown / MIB:.0f} MiB of RAM")
+    assert path.stat().st_size > 2 * budget * 2**30
+    assert grown < budget * 2**30
+
+
+def test_weights_are_never_copied_back(tmp_path: Path) -> None:
+    """From the meta device nothing can be copied back; to it everything can go."""
+    pipeline = WanPipeline(save_files(tmp_path))
+    pipeline.settings = RunSettings(device=torch.device("meta"))
+    context = pipeline._encode_text(["a red ball moves left", ""])
+    assert context.is_meta and context.shape == (2, 512, 32)
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q6_K"])
+def test_rows_of_a_packed_table(tmp_path: Path, quant: str) -> None:
+    values = torch.randn(50, 512, generator=torch.Generator().manual_seed(0))
+    packed = quantize(values, quant)
+    path = write_gguf(tmp_path / "table.gguf", {"shared.weight": (packed, quant)}, "t5encoder", {})
+    _, table = without_table(open_checkpoint(path), "shared.weight")
+    ids = torch.tensor([[3, 3, 49], [0, 7, 1]])
+    assert torch.equal(table.rows(ids), dequantize_reference(packed, quant, (50, 512))[ids])
+
+
+def test_kept_blocks_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_into = Checkpoint.read_into
+
+    def recording(self: Checkpoint, name: str, out: Tensor) -> None:
+        read.append(name)
+        read_into(self, name, out)
+
+    path = save_text_encoder(tmp_path / "umt5.safetensors")
+    monkeypatch.setattr(Checkpoint, "read_into", recording)
+    for keep, times in ((True, 1), (False, 2)):
+        encoder = load_text_encoder(path, keep=keep)
+        first = encoder.encode(["a red ball"])
+        assert torch.equal(encoder.encode(["a red ball"]), first)
+        assert read.count("encoder.block.1.layer.0.SelfAttention.q.weight") == times
+        assert all(parameter.is_meta for parameter in encoder.model.encoder.block.parameters())
+        read.clear()
+
+
+def test_streamed_is_resident_bit_for_bit(tmp_path: Path) -> None:
+    encoder = load_text_encoder(save_text_encoder(tmp_path / "umt5.safetensors"))
+    streamed = encoder.encode(["a red ball moves left", ""])
+    file = open_text_encoder(tmp_path / "umt5.safetensors")
+    encoder.model = load_tensors(file.build(), file.checkpoint)
+    assert torch.equal(encoder.encode(["a red ball moves left", ""]), streamed)
