@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compilation.blocks import dynamo_limits
+from ..device_errors import is_out_of_memory
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits, WorkSize
 from ..memory.ladder import RAM_MARGIN_BYTES
@@ -270,7 +271,11 @@ class Engine(Generic[S]):
 
     @contextmanager
     def returning_memory(self) -> Iterator[None]:
-        """Device and host memory are given back when what goes in here fails or is interrupted."""
+        """Device and pinned memory are given back when what goes in here fails or is interrupted.
+
+        After an interrupt, or where the device was full, the weights stay in RAM as after `unload`: they are whole,
+        and the next run wants them. After another failure they go too.
+        """
         self._running = True
         try:
             yield
@@ -278,7 +283,10 @@ class Engine(Generic[S]):
             self._running = False
             # its frames hold the failed pass's activations for as long as anybody holds the error
             traceback.clear_frames(error.__traceback__)
-            self.release()
+            if host.is_interrupt(error) or is_out_of_memory(error):
+                self.unload()
+            else:
+                self.release()
             host.empty_cache()
             raise
         finally:

@@ -246,6 +246,11 @@ def stop_if_interrupted() -> None:
     mm.throw_exception_if_processing_interrupted()
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether the user stopped the run; in older ComfyUIs that is an Exception like any other."""
+    return isinstance(error, (mm.InterruptProcessingException, KeyboardInterrupt))
+
+
 def check_interrupt(done: int, total: int) -> None:
     stop_if_interrupted()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,16 @@ def test_the_plan_follows_the_size(models: Path) -> None:
     assert (large.frames, large.height, large.width) == (17, 64, 128)
 
 
-def test_an_interrupt_takes_effect_between_blocks_and_returns_memory(
-    models: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ram", ["much", "little"])
+def test_an_interrupt_takes_effect_between_blocks_and_keeps_what_was_read(
+    models: Path, monkeypatch: pytest.MonkeyPatch, ram: str
 ) -> None:
+    """VRAM and pinned memory are given back; the weights stay in RAM where much of it is free."""
     model = ours(save(models, "t2v"))
     expected = sample(model, *prompts(), empty_latent())
+    held = model.engine.streamed.host_bytes
+    if ram == "little":
+        monkeypatch.setattr(host, "free_ram", lambda: model.engine.total_bytes)
     network = model.model.diffusion_model
     blocks_run: list[str] = []
     forward = type(network.blocks[0]).forward
@@ -101,9 +107,48 @@ def test_an_interrupt_takes_effect_between_blocks_and_returns_memory(
     assert len(blocks_run) == 6
     streamed = model.engine.streamed
     assert not streamed.started
-    assert streamed.host_bytes == streamed.pinned_bytes == model.loaded_size() == 0
+    assert streamed.pinned_bytes == model.loaded_size() == 0
+    assert streamed.host_bytes == (held if ram == "much" else 0) and held > 0
     monkeypatch.undo()
+    assert blocks_read_by(lambda: sample(model, *prompts(), empty_latent()), monkeypatch) == (0 if ram == "much" else 4)
     assert torch.equal(sample(model, *prompts(), empty_latent()), expected)
+
+
+def blocks_read_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many blocks are read from their file meanwhile."""
+    from lowvram_pack.weights.reader import Checkpoint
+
+    read: set[str] = set()
+    read_into = Checkpoint.read_into
+
+    def noting(self: Any, name: str, out: torch.Tensor) -> None:
+        read.update(name.split(".")[1:2] if name.startswith("blocks.") else ())
+        read_into(self, name, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "read_into", noting)
+        work()
+    return len(read)
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory. Tried", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"]
+)
+def test_a_full_device_costs_no_weights_in_ram(models: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    """Not where even the leanest plan ran out of memory: what was read is not to blame."""
+    model = ours(save(models, "t2v"))
+    sample(model, *prompts(), empty_latent())
+    held = model.engine.streamed.host_bytes
+
+    def failing(self: Any, *arguments: Any) -> None:
+        raise (torch.cuda.OutOfMemoryError if "Tried" in message else RuntimeError)(message)
+
+    monkeypatch.setattr(type(model.model.diffusion_model.blocks[0]), "forward", failing)
+    with pytest.raises(RuntimeError):
+        sample(model, *prompts(), empty_latent())
+    streamed = model.engine.streamed
+    assert not streamed.started and model.loaded_size() == streamed.pinned_bytes == 0
+    assert streamed.host_bytes == held > 0
 
 
 def test_an_error_returns_memory(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
