@@ -3,10 +3,10 @@
 import ctypes
 import logging
 import mmap
-import os
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -15,7 +15,6 @@ log = logging.getLogger(__name__)
 PAGES_FROM = 64 << 10  # bytes; what is smaller is not worth pages of its own
 
 CGROUPS = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
 
 
 def allocate_bytes(nbytes: int) -> Tensor:
@@ -73,18 +72,13 @@ def return_freed_bytes() -> None:
 
 def total_ram_bytes() -> int:
     """The machine's RAM in bytes, or the container's limit where that is lower."""
-    if sys.platform == "win32":
-        return int(_windows_memory().ullTotalPhys)
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([ram, *(limit for limit, _ in _container_bytes())])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _container_bytes())])
 
 
 def available_ram_bytes() -> int:
-    """What could be taken of the RAM now without swapping, in bytes; all of it where the system does not say."""
-    if sys.platform == "win32":
-        return int(_windows_memory().ullAvailPhys)
-    found = [int(line.split()[1]) << 10 for line in _lines(MEMINFO) if line.startswith("MemAvailable:")]
-    return min([total_ram_bytes(), *found, *(max(0, limit - used) for limit, used in _container_bytes())])
+    """What could be taken of the RAM now without swapping, in bytes."""
+    free = (max(0, limit - used) for limit, used in _container_bytes())
+    return min([total_ram_bytes(), psutil.virtual_memory().available, *free])
 
 
 def _container_bytes() -> list[tuple[int, int]]:
@@ -115,27 +109,3 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of the Windows API."""
-
-    _fields_ = [
-        ("dwLength", ctypes.c_uint32),
-        ("dwMemoryLoad", ctypes.c_uint32),
-        ("ullTotalPhys", ctypes.c_uint64),
-        ("ullAvailPhys", ctypes.c_uint64),
-        ("ullTotalPageFile", ctypes.c_uint64),
-        ("ullAvailPageFile", ctypes.c_uint64),
-        ("ullTotalVirtual", ctypes.c_uint64),
-        ("ullAvailVirtual", ctypes.c_uint64),
-        ("ullAvailExtendedVirtual", ctypes.c_uint64),
-    ]
-
-
-def _windows_memory() -> _MemoryStatus:
-    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
-    kernel32 = getattr(ctypes, "windll").kernel32  # noqa: B009 - absent elsewhere, also for type checkers
-    if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-        raise OSError("GlobalMemoryStatusEx failed: the amount of RAM is unknown")
-    return status

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-BAR_WIDTH = 24
+from tqdm import tqdm
+
+BEGUN = "{desc} ..."
+BAR = "{desc} [{bar:24}] {n_fmt}/{total_fmt}  {rate_inv_fmt}  {remaining_s:.0f} s left"
 
 
 class TerminalProgress:
@@ -13,36 +16,25 @@ class TerminalProgress:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        self.title = ""
-        self.started = 0.0
-        self.live = stream.isatty()
+        self._bar: tqdm[NoReturn] | None = None
+        self._title, self._started = "", 0.0
 
     def begin(self, title: str) -> None:
         """A phase starts; the one before is done."""
         self.end()
-        self.title, self.started = title, time.monotonic()
-        self._draw(f"{title} ...")
+        self._title, self._started = title, time.monotonic()
+        # `disable` of None: where the stream is no terminal
+        self._bar = tqdm(desc=title, bar_format=BEGUN, ascii=".#", file=self.stream, leave=False, disable=None)
 
     def update(self, done: int, total: int) -> None:
         """`done` of `total` steps, frames or bytes of the phase."""
-        if not self.live:
-            return
-        elapsed = time.monotonic() - self.started
-        filled = BAR_WIDTH * done // max(total, 1)
-        rate = elapsed / done if done else 0.0
-        bar = "#" * filled + "." * (BAR_WIDTH - filled)
-        self._draw(f"{self.title} [{bar}] {done}/{total}  {rate:.2f} s/it  {rate * (total - done):.0f} s left")
+        if self._bar is not None and not self._bar.disable:
+            self._bar.bar_format, self._bar.n, self._bar.total = BAR, done, total
+            self._bar.refresh()
 
     def end(self) -> None:
         """The current phase is done."""
-        if self.title:
-            self._draw(f"{self.title}: {time.monotonic() - self.started:.1f} s")
-            self.stream.write("\n")
-            self.title = ""
-
-    def _draw(self, text: str) -> None:
-        if self.live:
-            self.stream.write(f"\r\x1b[K{text}")
-            self.stream.flush()
-        elif not text.endswith("..."):
-            self.stream.write(text)
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
+            self.stream.write(f"{self._title}: {time.monotonic() - self._started:.1f} s\n")

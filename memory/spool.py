@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..file_lock import lock_file
 from ..raw_file import PAGE
 from .layout import SMALL_BYTES, BlockLayout, TensorInfo, TensorSource, align
+
+logger = logging.getLogger(__name__)
 
 PREFIX = ".lowvram-video-"
 NEW_SECONDS = 60  # so long nobody takes a folder for one that was left behind: its lock may be about to come
@@ -26,11 +30,18 @@ class Spool:
     """A source whose every large tensor lies in a file; those that lay in none are in a temporary one until `close`.
 
     It is put into `home` where that has room and can be written to, else to temporary files, which are often memory.
-    ValueError where no disk has room for them.
+    ValueError where no disk has room for them. `check` is called before every tensor is made, and may raise to give up;
+    a bar on the terminal tells how far it is.
     """
 
-    def __init__(self, source: TensorSource, layouts: Sequence[BlockLayout], home: Path | None = None) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: TensorSource,
+        layouts: Sequence[BlockLayout],
+        home: Path | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self._source, self._check = source, check
         self.tensors: Mapping[str, TensorInfo] = source.tensors
         names = [f"{layout.prefix}.{place.name}" for layout in layouts for place in layout.places]
         large = [name for name in names if source.tensors[name].nbytes >= SMALL_BYTES]
@@ -85,13 +96,23 @@ class Spool:
 
     def _write(self, names: Sequence[str], path: Path) -> dict[str, TensorInfo]:
         infos: dict[str, TensorInfo] = {}
-        with open(path, "wb") as file:
+        logger.warning(
+            "%.2f GiB of weights are made for streaming and put into %s", self.num_bytes / 2**30, path.parent
+        )
+        with (
+            open(path, "wb") as file,
+            # `disable` of None: where stderr is no terminal
+            tqdm(desc="weights", total=self.num_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar,
+        ):
             for name in names:
+                if self._check is not None:
+                    self._check()
                 info: Any = self._source.tensors[name]
                 raw = torch.zeros(align(info.nbytes, PAGE), dtype=torch.uint8)
                 self._source.read_into(name, raw[: info.nbytes])
                 infos[name] = replace(info, file=path, offset=file.tell())
                 file.write(raw.numpy().data)
+                bar.update(raw.numel())
         return infos
 
 

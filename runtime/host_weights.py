@@ -105,7 +105,7 @@ class HostWeights:
         self.budget = None if self._registrar is None or cap == 0 else PinnedBudget(self._registrar, cap)
         if plan.host.from_disk:
             self._check_disk()
-            self.spool = Spool(self.source, self.layouts, self.checkpoint.path.parent)
+            self.spool = Spool(self.source, self.layouts, self.checkpoint.path.parent, self._check)
             self.blocks = DiskBlocks(self.spool, self.layouts, self.budget, plan.host.num_staging)
         else:
             streamed = [index for index in range(plan.blocks.num_blocks) if index not in plan.blocks.resident]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -119,14 +120,12 @@ def test_a_containers_limit_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, limit: str, total: int | None, available: int
 ) -> None:
     container(tmp_path, version, limit, used=500 * MIB, cached=100 * MIB)
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: 3145728 kB\n")
+    machine = SimpleNamespace(total=16 << 30, available=3 << 30)
     monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
-    monkeypatch.setattr(host_memory, "MEMINFO", meminfo)
-    monkeypatch.setattr(host_memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 22}.__getitem__)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
     assert total_ram_bytes() == (total or 16 << 30)
     assert available_ram_bytes() == available
-    meminfo.unlink()
+    machine.available = machine.total
     assert available_ram_bytes() == (available if total else 16 << 30)
 
 
