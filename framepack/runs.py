@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..file_lock import lock_file
 from ..whole_files import write_file
 
 log = logging.getLogger(__name__)
@@ -233,39 +233,43 @@ class RunStore:
 
 
 class RunLock:
-    """A file with the holder's process and the time, locked by the system for as long as that process lives.
+    """A lock that lasts as long as its process; who has it, and since when, is in a file beside it.
 
     The system drops the lock however the process ends, so a file that is left behind is simply taken over.
     Raises ValueError where another process, or another place in this one, holds it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[bytes] | None = open(path, "a+b", buffering=0)  # noqa: SIM115 - held open
+        self._lock = FileLock(path, timeout=0, thread_local=False)
+        self._holder = path.with_name(f"{path.name}_holder.txt")  # not in the lock: Windows lets nobody read that
         try:
-            lock_file(self._file)
-        except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            holder = self._file.read(200).decode(errors="replace") or "another process"
-            self._file.close()
+            self._lock.acquire()
+        except Timeout:
             raise ValueError(
-                f"the run in {path.parent} is in use ({holder}): wait until that ends, or change a setting such as "
-                "the seed"
+                f"the run in {path.parent} is in use ({self._named() or 'another process'}): wait until that ends, or "
+                "change a setting such as the seed"
             ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): do not start this run twice", path, error.strerror or error)
-        self._file.seek(0)
-        if self._file.read(1):
+        except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
+            log.warning(
+                "%s cannot be locked (%s): do not start this run twice", path, getattr(error, "strerror", error)
+            )
+        if self._named():
             log.info("%s was left by a process that has ended", path)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} since {_now()}".encode())
+        with suppress(OSError):  # a full disk: the text is only for people
+            self._holder.write_text(f"process {os.getpid()} since {_now()}")
 
     def release(self) -> None:
-        """Free the lock. Its file stays: removing it could take another process's away."""
-        file, self._file = self._file, None
-        if file is not None:
-            with suppress(OSError):  # a full disk: the text is only for people
-                file.truncate(0)
-            file.close()
+        """Free the lock; again is harmless."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                self._holder.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _named(self) -> str:
+        try:
+            return self._holder.read_text()[:200]
+        except OSError:
+            return ""
 
 
 def run_key(settings: Mapping[str, Any]) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from ..file_lock import lock_file
 from ..raw_file import PAGE
 from .layout import SMALL_BYTES, BlockLayout, TensorInfo, TensorSource, align
 
@@ -48,7 +48,7 @@ class Spool:
         exist = {file: file.is_file() for file in {source.tensors[name].file for name in large}}
         made = [name for name in large if not exist[source.tensors[name].file]]
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._lock: IO[bytes] | None = None  # tells other processes that the folder is in use
+        self._lock: BaseFileLock | None = None  # tells other processes that the folder is in use
         self.num_bytes = sum(align(source.tensors[name].nbytes, PAGE) for name in made)
         if made:
             self._folder = self._make_folder(home)
@@ -66,7 +66,7 @@ class Spool:
         """Delete the temporary file; again is harmless. What reads from it must be closed first."""
         lock, self._lock = self._lock, None
         if lock is not None:
-            lock.close()
+            lock.release()
         folder, self._folder = self._folder, None
         if folder is not None:
             folder.cleanup()
@@ -82,9 +82,9 @@ class Spool:
                 continue
             try:
                 folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=place, ignore_cleanup_errors=True)
-                self._lock = open(Path(folder.name) / "lock", "wb")  # noqa: SIM115 - held open
-                with suppress(OSError):  # a file system without locks
-                    lock_file(self._lock)
+                self._lock = lock_of(Path(folder.name))
+                with suppress(OSError, NotImplementedError):  # a file system without locks
+                    self._lock.acquire()
                 return folder
             except OSError as error:
                 refusals.append(f"{place} cannot be written to ({error.strerror})")
@@ -119,11 +119,13 @@ class Spool:
 def remove_left_behind(place: Path) -> None:
     """Delete the folders of processes that were killed: they hold gigabytes, and nobody else would."""
     for folder in place.glob(f"{PREFIX}*"):
-        lock = folder / "lock"
-        with suppress(OSError):  # in use, or another user's
-            if time.time() - folder.stat().st_mtime < NEW_SECONDS:
-                continue
-            if lock.exists():
-                with lock.open("r+b") as file:
-                    lock_file(file)
-            shutil.rmtree(folder)
+        with suppress(OSError, NotImplementedError):  # in use, or another user's
+            if time.time() - folder.stat().st_mtime >= NEW_SECONDS:
+                with lock_of(folder):
+                    pass
+                shutil.rmtree(folder)
+
+
+def lock_of(folder: Path) -> BaseFileLock:
+    """Held for as long as a folder's process lives."""
+    return FileLock(folder / "lock", timeout=0, thread_local=False)

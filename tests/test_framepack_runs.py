@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -447,7 +448,7 @@ def test_a_place_without_locks_is_only_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusal = OSError(95, "Operation not supported")
-    monkeypatch.setattr("lowvram_video.framepack.runs.lock_file", lambda _: (_ for _ in ()).throw(refusal))
+    monkeypatch.setattr(FileLock, "acquire", lambda _: (_ for _ in ()).throw(refusal))
     RunLock(tmp_path / "lock").release()
     assert "cannot be locked (Operation not supported): do not start this run twice" in caplog.text
 

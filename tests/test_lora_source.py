@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from lowvram_video.cli import main, make_parser
 from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.file_lock import lock_file
 from lowvram_video.memory.disk_blocks import DiskBlocks
 from lowvram_video.memory.host_buffers import HostBlocks
 from lowvram_video.memory.spool import remove_left_behind
@@ -254,8 +254,7 @@ def test_what_a_killed_process_left_on_the_disk_is_removed(tmp_path: Path) -> No
         if folder != older:
             (folder / "lock").touch()
         os.utime(folder, (0, 0) if folder != new else None)
-    with (used / "lock").open("r+b") as file:
-        lock_file(file)
+    with FileLock(used / "lock"):
         remove_left_behind(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([used, new])
 

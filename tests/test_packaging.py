@@ -46,7 +46,6 @@ ROOT_LEAVES = {
     "raw_file",
     "host_memory",
     "whole_files",
-    "file_lock",
     "triton_errors",
     "device_errors",
     "half_precision",
