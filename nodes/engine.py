@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ..diffusion.settings import RunSettings
 from ..memory.footprint import Limits, WorkSize
 from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.limits import hold_budget, limits_for, with_rates
-from ..memory.pinned import Registrar
 from ..memory.plan import MemoryPlan, PlanError, plan_memory
 from ..memory.plan_text import reasons
 from ..memory.rates import Rates, measure_rates
@@ -34,33 +33,22 @@ from .run_monitor import RunMonitor
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-S = TypeVar("S", bound=StreamedModel[Any], covariant=True)
+S = TypeVar("S", bound=StreamedModel[Any])
 DESKTOP_GB = 0.5  # of a card that is not this machine's
 WORTH_A_START = 0.97  # of a step's time: for less, a model that is on its device stays as it is
 ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
 
 
-class OpenModel(Protocol[S]):
-    """Opens a model's file, such as the class StreamedWan."""
-
-    def __call__(
-        self,
-        path: Path,
-        settings: RunSettings,
-        registrar: Registrar | None = None,
-        between_blocks: Callable[[], None] | None = None,
-    ) -> S: ...
-
-
 class Engine(Generic[S]):
     """Shared by all MODELs that come from one loader; the last one loaded says how it runs (`configure`).
 
-    Nothing is on the device before the first pass: only then is the size of the work known.
+    Nothing is on the device before the first pass: only then is the size of the work known. `open_model` opens a
+    model's file, such as the class StreamedWan.
     """
 
     plan_note = ""  # said with every plan that is shown
 
-    def __init__(self, open_model: OpenModel[S], path: Path, settings: RunSettings):
+    def __init__(self, open_model: Callable[..., S], path: Path, settings: RunSettings):
         settings = replace(settings, timed=True, pinned_memory=host.memory_flags().may_pin)
         registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
         self.streamed: S = open_model(path, settings, registrar, host.stop_if_interrupted)
