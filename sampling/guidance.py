@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,6 @@ from .solver import Denoiser
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 # The same with everything but (latent, sigma as a 0-d CPU tensor) bound, one for each prompt.
 BoundVelocity = Callable[[Tensor, Tensor], Tensor]
-ScaleSchedule = Callable[[float], float]  # sigma -> guidance scale
 Expert = Literal["high", "low"]
 
 
@@ -26,22 +25,22 @@ Expert = Literal["high", "low"]
 class Guidance:
     """A Denoiser made of a velocity model, its text context and classifier-free guidance.
 
-    `cond` and `uncond` are [B, L, C], or [1, L, C] for every sample of a batch. `scale` is a number or a schedule
-    over sigma (see `scale_per_step`); where it is 1 the unconditional pass does not run. `batched` runs both passes
-    as one batch of 2 B, cond first: fewer, larger launches for twice the activation memory.
+    `cond` and `uncond` are [B, L, C], or [1, L, C] for every sample of a batch. Where `scale` is 1 the unconditional
+    pass does not run. `batched` runs both passes as one batch of 2 B, cond first: fewer, larger launches for twice the
+    activation memory.
     Raises ValueError for a scale other than 1 without `uncond`, or contexts that cannot share a batch.
     """
 
     velocity: Velocity
     cond: Tensor
     uncond: Tensor | None = None
-    scale: float | ScaleSchedule = 1.0
+    scale: float = 1.0
     batched: bool = False
 
     def __post_init__(self) -> None:
-        if not callable(self.scale) and not math.isfinite(self.scale):
+        if not math.isfinite(self.scale):
             raise ValueError(f"Guidance scale is {self.scale}; expected a finite number (1 turns guidance off).")
-        if not callable(self.scale) and self.scale != 1.0 and self.uncond is None:
+        if self.scale != 1.0 and self.uncond is None:
             raise ValueError(_missing_uncond(self.scale))
         if self.batched and self.uncond is not None and self.cond.shape[1:] != self.uncond.shape[1:]:
             raise ValueError(
@@ -51,18 +50,17 @@ class Guidance:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return the guided clean latent for x at `sigma` (0-d), in the shape of x."""
-        scale = self.scale(float(sigma)) if callable(self.scale) else self.scale
-        if scale == 1.0:
+        if self.scale == 1.0:
             return self._denoised(x, sigma, self.cond)
         if self.uncond is None:
-            raise ValueError(_missing_uncond(scale))
+            raise ValueError(_missing_uncond(self.scale))
         if self.batched:
             context = torch.cat([_for_batch(self.cond, x), _for_batch(self.uncond, x)])
             denoised_cond, denoised_uncond = self._denoised(torch.cat([x, x]), sigma, context).chunk(2)
         else:
             denoised_cond = self._denoised(x, sigma, self.cond)
             denoised_uncond = self._denoised(x, sigma, self.uncond)
-        return classifier_free(denoised_cond, denoised_uncond, scale)
+        return classifier_free(denoised_cond, denoised_uncond, self.scale)
 
     def _denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         level = float(sigma)
@@ -163,24 +161,6 @@ def rescale_to_cond(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
 def velocity_to_denoised(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
     """Return x - sigma * velocity in x's dtype, for velocity = noise - clean (arXiv:2403.03206)."""
     return x - sigma * velocity.to(x.dtype)
-
-
-def scale_per_step(scales: Sequence[float], sigmas: Tensor) -> ScaleSchedule:
-    """Return the schedule that uses scales[i] for the step from sigmas[i], for sigmas [num_steps + 1].
-
-    A level between two steps takes the scale of the step that covers it.
-    Raises ValueError unless there is one scale for each step.
-    """
-    starts = sigmas.tolist()[:-1]
-    if len(scales) != len(starts):
-        raise ValueError(f"{len(scales)} guidance scales for {len(starts)} steps; expected one for each step.")
-    steps = list(zip(starts, scales, strict=True))
-
-    def scale_at(sigma: float) -> float:
-        covering = [scale for start, scale in steps if start >= sigma]
-        return covering[-1] if covering else steps[0][1]
-
-    return scale_at
 
 
 def _missing_uncond(scale: float) -> str:

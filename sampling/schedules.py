@@ -111,17 +111,6 @@ def sigmas_from_timesteps(timesteps: Sequence[float], shift: float = 1.0) -> Ten
     return check_sigmas(torch.tensor([*levels, 0.0], dtype=torch.float32))
 
 
-def split_at_boundary(sigmas: Tensor, boundary: float) -> int:
-    """Return the index of the first step that the low-noise expert takes, which is the count of high-noise steps.
-
-    The index is len(sigmas) - 1 when every step is a high-noise one. `sigmas[: index + 1]` and `sigmas[index:]`
-    are then the two runs. `boundary` is a sigma: 0.875 for Wan 2.2 T2V A14B, 0.900 for I2V A14B.
-    Raises ValueError for a malformed list or boundary.
-    """
-    steps = check_sigmas(sigmas)[:-1]
-    return sum(is_high_noise(sigma, boundary) for sigma in steps)
-
-
 def is_high_noise(sigma: Tensor, boundary: float) -> bool:
     """Tell whether the high-noise expert takes a step from `sigma` (0-d): timestep >= boundary * 1000, as in Wan 2.2.
 

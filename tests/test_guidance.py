@@ -6,7 +6,6 @@ from lowvram_video.sampling.guidance import (
     ExpertSwitch,
     Guidance,
     classifier_free,
-    scale_per_step,
     velocity_to_denoised,
 )
 from lowvram_video.sampling.samplers import sample_euler, sample_unipc
@@ -98,16 +97,6 @@ def test_context_of_the_right_size_arrives_as_the_same_object() -> None:
     ]
 
 
-def test_scale_schedule_by_step() -> None:
-    sigmas = flow_sigmas(4, 5.0)
-    velocity = RecordingVelocity()
-    schedule = scale_per_step([4.0, 3.0, 1.0, 1.0], sigmas)
-    assert [schedule(sigma) for sigma in sigmas.tolist()[:-1]] == [4.0, 3.0, 1.0, 1.0]
-    assert schedule(0.9) == 3.0  # between the second level (0.9375) and the third (0.8333)
-    sample_euler(Guidance(velocity, COND, UNCOND, schedule), noise(), sigmas)
-    assert len(velocity.calls) == 2 + 2 + 1 + 1
-
-
 # The counts are worked out by hand in test_schedules.py: 26 of 40 and 15 of 40 steps are high-noise ones.
 @pytest.mark.parametrize(("shift", "boundary", "num_high"), [(12.0, 0.875, 26), (5.0, 0.9, 15)])
 def test_each_expert_gets_its_steps_and_one_switch_happens(shift: float, boundary: float, num_high: int) -> None:
@@ -166,13 +155,11 @@ def test_a_failed_switch_is_tried_again() -> None:
     ("call", "message"),
     [
         (lambda: Guidance(RecordingVelocity(), COND, None, 5.0), "scale is 5.0 but there is no uncond"),
-        (lambda: Guidance(RecordingVelocity(), COND, None, lambda s: 2.0)(noise(), torch.tensor(0.5)), "is 2.0"),
         (lambda: Guidance(RecordingVelocity(), COND, UNCOND, float("nan")), "scale is nan"),
         (lambda: Guidance(RecordingVelocity(), COND, UNCOND[:, :2], 5.0, True), r"\[1, 2, 4\] cannot share a batch"),
         (lambda: Guidance(RecordingVelocity(), COND.expand(3, -1, -1))(noise(), torch.tensor(0.5)), "3 samples"),
         (lambda: ExpertSwitch(noise, noise, 900), "boundary is 900"),
         (lambda: ExpertSwitch(noise, noise, 0.9, None, "middle"), "loaded is 'middle'"),
-        (lambda: scale_per_step([5.0], flow_sigmas(4, 5.0)), "1 guidance scales for 4 steps"),
     ],
 )
 def test_errors_name_the_value(call, message: str) -> None:

@@ -13,7 +13,6 @@ from lowvram_video.sampling.schedules import (
     flow_sigmas,
     is_high_noise,
     sigmas_from_timesteps,
-    split_at_boundary,
 )
 
 
@@ -87,6 +86,10 @@ def test_distilled_lists_in_either_form_are_one_schedule() -> None:
     torch.testing.assert_close(sigmas_from_timesteps([1000, 937.5, 833.3, 625]), unshifted, rtol=0.0, atol=1e-4)
 
 
+def num_high_steps(sigmas: torch.Tensor, boundary: float) -> int:
+    return sum(is_high_noise(sigma, boundary) for sigma in sigmas[:-1])
+
+
 # By hand: 12 s / (1 + 11 s) >= 0.875 <=> s >= 7/19 = 0.36842, and s = 1 - i/40 there for i <= 25: 26 steps.
 # 5 s / (1 + 4 s) >= 0.9 <=> s >= 9/14 = 0.64286, i <= 14: 15 steps. 4 steps at shift 5: 1, 0.9375 | 0.8333, 0.625.
 # shift 1, 10 steps, 0.9: the second level is the boundary itself and still a high-noise one.
@@ -95,11 +98,11 @@ def test_distilled_lists_in_either_form_are_one_schedule() -> None:
     [(40, 12.0, 0.875, 26), (40, 5.0, 0.9, 15), (4, 5.0, 0.9, 2), (4, 5.0, 0.5, 4), (10, 1.0, 0.9, 2)],
 )
 def test_boundary_counts(num_steps: int, shift: float, boundary: float, num_high: int) -> None:
-    assert split_at_boundary(flow_sigmas(num_steps, shift), boundary) == num_high
+    assert num_high_steps(flow_sigmas(num_steps, shift), boundary) == num_high
 
 
 def test_a_run_can_lie_wholly_in_the_low_expert() -> None:
-    assert split_at_boundary(flow_sigmas(10, 5.0, denoise=0.3), 0.875) == 0
+    assert num_high_steps(flow_sigmas(10, 5.0, denoise=0.3), 0.875) == 0
 
 
 def test_add_noise_runs_from_clean_to_noise() -> None:
@@ -125,7 +128,7 @@ def test_add_noise_runs_from_clean_to_noise() -> None:
         (lambda: sigmas_from_timesteps([1001, 500]), "1001"),
         (lambda: sigmas_from_timesteps([1000, 500, 0]), "final 0 is added"),
         (lambda: sigmas_from_timesteps([500, 750]), r"sigmas\[0\] = 0.5 is followed by 0.75"),
-        (lambda: split_at_boundary(flow_sigmas(4, 5.0), 875), "boundary is 875"),
+        (lambda: num_high_steps(flow_sigmas(4, 5.0), 875), "boundary is 875"),
         (lambda: is_high_noise(torch.tensor(0.5), 0.0), "boundary is 0.0"),
         (lambda: check_sigmas(torch.tensor([1.0])), r"\[1\]"),
         (lambda: check_sigmas(torch.tensor([1, 0])), "int64"),
