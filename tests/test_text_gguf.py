@@ -190,10 +190,10 @@ def test_a_full_vocabulary_opens_quickly(tmp_path: Path) -> None:
         "tokenizer.ggml.token_type": [CONTROL, CONTROL, CONTROL, UNKNOWN, *[NORMAL] * (num - 4)],
     }
     path = write_gguf(tmp_path / "big.gguf", {"a": (torch.zeros(2), "F32")}, "t5encoder", metadata)
-    start = time.perf_counter()
+    start = time.process_time()
     open_checkpoint(path)
-    opened = time.perf_counter()
+    opened = time.process_time()
     spiece = gguf_spiece(path)
-    print(f"header {opened - start:.2f} s, tokenizer {time.perf_counter() - opened:.2f} s")
+    print(f"header {opened - start:.2f} s, tokenizer {time.process_time() - opened:.2f} s")
     assert opened - start < 3  # GGUFReader takes 8 s
     assert sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size() == num
