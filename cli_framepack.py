@@ -33,6 +33,7 @@ from .framepack.footprint import SectionSize
 from .framepack.inputs import EncoderFiles, Encoders, Inputs
 from .framepack.pipeline import FramePackFiles, FramePackPipeline
 from .framepack.request import SAMPLERS, Interpolation, Material, Sampling
+from .framepack.run.run import FramePackRun
 from .framepack.sections import (
     FRAMES_PER_LATENT,
     FRAMES_PER_SECOND,
@@ -44,7 +45,7 @@ from .framepack.sections import (
 )
 from .framepack.streamed import StreamedFramePack
 from .framepack.timed_prompts import TimedPrompt, parse_timed_prompt
-from .framepack_run import FramePackRun, RunPlaces, plan_ahead
+from .framepack_run import Files, plan_ahead
 from .memory.footprint import WorkSize
 from .memory.intervals import Interval
 from .memory.report import MemoryMonitor, RunReport
@@ -156,15 +157,17 @@ def generate_framepack(options: argparse.Namespace, say: Say) -> None:
         material, encoding = job.encode()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted before the first step: no section was made") from None
-    with FramePackRun.open(job.pipeline, job.sampling, material, job.places) as run:
+    files, pipeline = job.files, job.pipeline
+    places = files.places(pipeline.files.vae, job.size)
+    with FramePackRun.open(pipeline, job.sampling, material, places) as run:
         try:
             run.make()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted: {run.kept()}") from None
+            raise KeyboardInterrupt(f"interrupted: {files.kept(run)}") from None
         except (torch.cuda.OutOfMemoryError, OSError):
-            say(run.kept())
+            say(files.kept(run))
             raise
-        say(run.result())
+        say(files.result(run))
     report = _joined(encoding, job.pipeline.report())
     say(report.table())
     if options.report is not None:
@@ -183,7 +186,7 @@ class _Job:
     sampling: Sampling
     timed: TimedPrompt
     size: tuple[int, int]
-    places: RunPlaces
+    files: Files
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Job:
@@ -354,7 +357,7 @@ def _sampling(options: argparse.Namespace, mode: SectionMode) -> Sampling:
     return sampling
 
 
-def _places(options: argparse.Namespace) -> RunPlaces:
+def _places(options: argparse.Namespace) -> Files:
     """Where output and runs go; the output's folder is made."""
     picture = options.one_frame is not None
     output = options.output or Path("output/picture.png" if picture else "output/video.mp4")
@@ -370,7 +373,7 @@ def _places(options: argparse.Namespace) -> RunPlaces:
         check_writable(options.report)
     check_writable(output)
     runs = None if options.no_resume else options.runs or output.parent / "framepack"
-    return RunPlaces(output, runs, options.extend)
+    return Files(output, runs, options.extend)
 
 
 def _whole(num_video_frames: int) -> int:

@@ -1,14 +1,11 @@
-"""A FramePack run from the command line: its kept sections and the video file that grows with them, or a picture."""
+"""What a FramePack run makes on the command line: a video that grows, or a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -19,9 +16,9 @@ from .framepack.film import Film
 from .framepack.generation import section_size
 from .framepack.pipeline import FramePackPipeline
 from .framepack.request import Material, Sampling
-from .framepack.room import check_room
-from .framepack.runs import RunStore
-from .framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE, num_frames
+from .framepack.run.host import Grows, Output, RunPlaces
+from .framepack.run.run import FramePackRun
+from .framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
 from .framepack.timed_prompts import TimedPrompt
 from .video_frames import read_pieces
 from .weights.fingerprint import fingerprint
@@ -29,120 +26,68 @@ from .whole_files import write_file
 
 
 @dataclass(frozen=True)
-class RunPlaces:
-    """Where things are: the video or picture to write, the folder that keeps runs (None: nothing is kept), and the
-    video that is extended, all of which plays before what is made."""
+class Files:
+    """The video or picture to write, the folder that keeps runs (None: nothing is kept), and the video that is
+    extended, all of which plays before what is made."""
 
     output: Path
     runs: Path | None
     extend: Path | None = None
 
+    def places(self, vae: Path, size: tuple[int, int]) -> RunPlaces:
+        """As a run takes them; `size` is (width, height)."""
 
-class FramePackRun:
-    """One request; `with FramePackRun.open(...) as run: run.make()`. What is there already is not made again."""
+        def output(folder: Path, grows: Grows) -> Output:
+            if self.output.suffix.lower() == ".png":
+                return Picture(self.output)
+            return Film(folder, self.output, FRAMES_PER_SECOND, grows=grows, made_by=fingerprint(vae))
 
-    def __init__(
-        self,
-        pipeline: FramePackPipeline,
-        sampling: Sampling,
-        material: Material,
-        places: RunPlaces,
-        store: RunStore | None,
-        folder: Path,
-    ) -> None:
-        """Use `open`."""
-        self.pipeline, self.sampling, self.material, self.places = pipeline, sampling, material, places
-        self.store = store
-        self.num_sections = len(material.sections(sampling))
-        self.film: Film | None = None
-        self._check_room()
-        if sampling.one_frame is None:
-            grows: Literal["front", "back"] = "front" if sampling.mode == "base" else "back"
-            vae = fingerprint(pipeline.files.vae)
-            self.film = Film(folder / "film", places.output, FRAMES_PER_SECOND, grows=grows, made_by=vae)
+        def given() -> Iterator[Tensor]:
+            assert self.extend is not None
+            return read_pieces(self.extend, *size, FRAMES_PER_SECOND)
 
-    @classmethod
-    @contextmanager
-    def open(
-        cls, pipeline: FramePackPipeline, sampling: Sampling, material: Material, places: RunPlaces
-    ) -> Iterator[FramePackRun]:
-        """The run of this request, in a folder of its own in `places.runs`, or in one that is removed afterwards.
+        return RunPlaces(self.runs, self.output.parent, output, None if self.extend is None else given)
 
-        ValueError where a folder cannot be written, is too small, or another process works on the same run.
-        """
-        with ExitStack() as stack:
-            store = None
-            if places.runs is None:
-                place = TemporaryDirectory(
-                    prefix="lowvram-video-", dir=places.output.parent, ignore_cleanup_errors=True
-                )
-                folder = Path(stack.enter_context(place))
-            else:
-                store = stack.enter_context(pipeline.open_run(places.runs, sampling, material))
-                folder = store.folder
-            yield cls(pipeline, sampling, material, places, store, folder)
-
-    def make(self) -> None:
-        """All that is missing; the video plays at any moment."""
-        before = self._add_given_video()
-        num_decoded = 0 if self.film is None else self.film.num_sections - before
-        if num_decoded == self.num_sections:
-            return
-        generator = self.pipeline.generate(self.sampling, self.material, self.store, num_decoded)
-        with closing(generator) as sections:  # type: ignore[type-var] # it is one, though its type says less
-            try:
-                for section in sections:
-                    if self.film is not None:
-                        self.film.add(section.frames, section.overlap)
-                    else:
-                        write_file(self.places.output, _png(section.frames[0]))
-            except BaseException:  # an interrupt too
-                if self.film is not None:
-                    self.film.leave()
-                raise
-        if self.film is not None:
-            self.film.finish()
-
-    def result(self) -> str:
+    def result(self, run: FramePackRun) -> str:
         """One line on what was made."""
-        if self.film is None:
-            return f"{self.places.output}: a picture, {self.sampling.one_frame} latents after the start"
-        kept = "" if self.store is None else f"; its sections are kept in {self.store.folder}"
-        return f"{self.places.output}: {self.film.num_frames} frames{kept}"
+        if not isinstance(run.output, Film):
+            return f"{self.output}: a picture, {run.sampling.one_frame} latents after the start"
+        kept = "" if run.store is None else f"; its sections are kept in {run.store.folder}"
+        return f"{self.output}: {run.output.num_frames} frames{kept}"
 
-    def kept(self) -> str:
+    def kept(self, run: FramePackRun) -> str:
         """One line on what there is of an unfinished run, and how it goes on."""
         shown = ""
-        if self.film is not None and self.film.num_shown:
-            shown = f"{self.places.output} holds the {self.film.num_shown} frames made so far"
-        if self.store is None or not self.store.completed:
+        if isinstance(run.output, Film) and run.output.num_shown:
+            shown = f"{self.output} holds the {run.output.num_shown} frames made so far"
+        if run.store is None or not run.completed:
             return shown or "no section was made yet"
-        done = f"{self.store.completed} of {self.num_sections} sections are kept in {self.store.folder}"
+        done = f"{run.completed} of {len(run.sections)} sections are kept in {run.store.folder}"
         return f"{done}{shown and f', {shown}'}; the same command goes on from there"
 
-    def _add_given_video(self) -> int:
-        """Put the video to extend before its continuation; returns how many of the film's sections that is.
 
-        Where it is shorter than a window, the first section holds all of it already.
-        """
-        given, video = self.material.given, self.places.extend
-        if self.film is None or video is None or given is None or given.shape[2] < self.sampling.window:
-            return 0
-        if self.film.num_sections == 0:
-            height, width = (SPATIAL_STRIDE * side for side in self.material.latent_size)
-            self.film.begin(read_pieces(video, width, height, FRAMES_PER_SECOND), num_frames(self.sampling.window))
-        return 1
+class Picture:
+    """A single frame as a PNG."""
 
-    def _check_room(self) -> None:
-        if self.store is not None:
-            check_room(self.store, self.sampling, self.material, with_film=self.sampling.one_frame is None)
+    num_sections = 0
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-def _png(frame: Tensor) -> bytes:
-    """`frame [H, W, 3]`, uint8, as a file."""
-    data = BytesIO()
-    Image.fromarray(frame.numpy()).save(data, "PNG")
-    return data.getvalue()
+    def add(self, frames: Tensor, overlap: int) -> None:
+        """Write the first of `frames [T, H, W, 3]`, uint8. OSError as the system's."""
+        data = BytesIO()
+        Image.fromarray(frames[0].numpy()).save(data, "PNG")
+        write_file(self.path, data.getvalue())
+
+    def begin(self, pieces: Iterable[Tensor], still_open: int) -> None:
+        raise AssertionError("a picture extends no video")
+
+    def leave(self) -> None:
+        return
+
+    def finish(self) -> None:
+        return
 
 
 def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int, int], end_image: bool) -> None:

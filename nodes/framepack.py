@@ -6,11 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..framepack.film import Film
 from ..framepack.request import SAMPLERS
+from ..framepack.run.run import FramePackRun
 from . import host
 from .framepack_inputs import EndImage
 from .framepack_request import LOADER, SamplerInputs
-from .framepack_run import SamplerRun
+from .framepack_run import ComfyRunHost, run_places
 
 NO_VIDEO = (
     "FramePack Sampler (Low VRAM) saves a video only with a VAE connected and one_frame_index 0: connect "
@@ -130,10 +132,11 @@ class FramePackSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
         request = SamplerInputs(model, **inputs)
-        run = SamplerRun(request.patcher, request.sampling(), request.material())
-        with run.store(request.resume) as store, run.film(store, request.vae, request.filename_prefix) as film:
-            samples = run.make(store, film, request.vae)
-        made = {"samples": request.latents.made(samples)}
-        if film is None:
+        sampling = request.sampling()
+        vae = request.vae if sampling.one_frame is None else None
+        places = run_places(vae, request.resume, request.filename_prefix)
+        with FramePackRun.open(ComfyRunHost(request.patcher, vae), sampling, request.material(), places) as run:
+            made, film = {"samples": request.latents.made(run.make())}, run.output
+        if not isinstance(film, Film):
             return io.NodeOutput(made, host.nothing(NO_VIDEO))
         return io.NodeOutput(made, host.video(film.path), ui=ui.PreviewVideo([host.saved_result(film.path)]))

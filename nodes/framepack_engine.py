@@ -10,10 +10,6 @@ from torch import Tensor
 
 from ..diffusion.settings import RunSettings
 from ..framepack.footprint import SectionSize
-from ..framepack.generation import Conditions, prepare, section_size
-from ..framepack.model import BlockCache, Frames, History, StepCondition
-from ..framepack.request import Material, Sampling
-from ..framepack.sections import Section
 from ..framepack.streamed import StreamedFramePack
 from ..memory.footprint import GIB, Limits, WorkSize
 from . import host
@@ -27,7 +23,6 @@ class FramePackEngine(Engine[StreamedFramePack]):
 
     def __init__(self, path: Path, settings: RunSettings, model_type: str = "auto"):
         super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings)
-        self._work: WorkSize | None = None
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
         """A section of the usual length: that of the video does not matter."""
@@ -39,21 +34,17 @@ class FramePackEngine(Engine[StreamedFramePack]):
             "FramePack Sampler (Low VRAM)"
         )
 
-    def prepared(self, sampling: Sampling, material: Material, sections: tuple[Section, ...]) -> Conditions:
-        """What is made once per run. PlanError, before anything is read, where a section does not fit."""
-        with self.returning_memory():
-            self.prepare()
-            self._work = section_size(sampling, material)
-            plan = self.plan(self._work)
-            with self.within_budget():
-                return prepare(self.streamed, plan, sampling, material, sections)
-
     def leave_device(self) -> None:
         """Free device memory, for a decoding between sections; the weights stay in host memory as they are."""
         self.streamed.stop()
         self._tell_owner()
         if self.options.vram_budget_gb:  # others count against it, also where no section is made any more
             host.unload_others(self._owner(), self.device)
+        host.empty_cache()
+
+    def evict_others(self) -> None:
+        """Have all other models leave the device, which had no memory left."""
+        host.unload_others(self._owner(), self.device)
         host.empty_cache()
 
     def vram_left(self) -> int | None:
@@ -63,20 +54,3 @@ class FramePackEngine(Engine[StreamedFramePack]):
         limits = Limits(int(self.options.vram_budget_gb * GIB))
         used = limits.context_bytes + torch.cuda.memory_allocated(self.device)
         return max(0, limits.vram_budget_bytes - used)
-
-    def velocity(
-        self,
-        noisy: Frames,
-        history: History,
-        condition: StepCondition,
-        image: Tensor | None,
-        cache: BlockCache | None,
-    ) -> Tensor:
-        """The velocity (see `FramePackModel.forward`). Memory is returned when it fails or is interrupted."""
-        assert self._work is not None
-        with self.returning_memory():
-            if not self.streamed.started:
-                self.prepare()
-                self.start(self.plan(self._work))
-            with self.within_budget():
-                return self.streamed(noisy, history, condition, image, cache)

@@ -1,26 +1,24 @@
-"""One execution of FramePack Sampler: the model loaded, sections made, kept and decoded."""
+"""FramePack Sampler's run: what it asks of ComfyUI, and where its video is."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
-from uuid import uuid4
+from typing import Any, cast
 
 from torch import Tensor
 
-from ..framepack.decoding import decode_section
+from ..framepack.decoding import DecodeRoom
 from ..framepack.film import Film
-from ..framepack.generation import NOTHING, Generation, MadeSection
-from ..framepack.request import Material, ModelIdentity, Sampling, run_settings
-from ..framepack.room import check_room
-from ..framepack.runs import RunStore
-from ..framepack.sections import FRAMES_PER_SECOND, Section, num_frames
+from ..framepack.run.host import Grows, RunPlaces
+from ..framepack.sections import FRAMES_PER_SECOND, Section
+from ..framepack.streamed import StreamedFramePack
+from ..framepack.vae import HunyuanVAE
+from ..memory.footprint import WorkSize
+from ..memory.plan import MemoryPlan
 from ..sampling.solver import StepInfo
-from ..weights.fingerprint import fingerprint
 from ..whole_files import write_file
 from . import host
 from .framepack_engine import FramePackEngine
@@ -28,123 +26,80 @@ from .hunyuan_vae import native_decoder, vae_fingerprint
 from .patcher import StreamedModelPatcher
 from .patches import patch_identity
 
-logger = logging.getLogger(__name__)
 
+class ComfyRunHost:
+    """A `RunHost` under ComfyUI's memory management, progress bar and interrupts."""
 
-class SamplerRun:
-    """A request that was checked; what of it is kept from an earlier run is not made again."""
+    def __init__(self, patcher: StreamedModelPatcher, vae: Any):
+        self._patcher, self._vae = patcher, vae
+        self._engine = cast(FramePackEngine, patcher.engine)
+        self._preview: host.SamplingPreview | None = None
 
-    def __init__(self, patcher: StreamedModelPatcher, sampling: Sampling, material: Material):
-        self.patcher, self.sampling, self.material = patcher, sampling, material
-        self.engine = cast(FramePackEngine, patcher.engine)
-        self.sections = material.sections(sampling)
-        for prompt in material.timed.unheard(self.sections):
-            logger.warning(
-                "the prompt %r is not heard: others hold all the time, or it holds for less than a section", prompt
-            )
+    @property
+    def model(self) -> StreamedFramePack:
+        return self._engine.streamed
 
-    @contextmanager
-    def store(self, resume: bool) -> Iterator[RunStore | None]:
-        """Where the sections are kept."""
-        if not resume:
-            yield None
-            return
-        streamed = self.engine.streamed
-        path = streamed.checkpoint.path
-        identity = ModelIdentity(
-            path.name, fingerprint(path), tuple(patch_identity(self.patcher.patches)), streamed.arithmetic
-        )
-        settings = run_settings(self.sampling, self.material, identity)
-        with RunStore.open(host.output_folder("framepack"), settings, len(self.sections)) as store:
-            if store.completed:
-                found = store.completed, len(self.sections)
-                logger.info("%s: %d of %d sections are there already, of an earlier run", store.folder, *found)
-            yield store
+    @property
+    def loras(self) -> tuple[Any, ...]:
+        return tuple(patch_identity(self._patcher.patches))
 
     @contextmanager
-    def film(self, store: RunStore | None, vae: Any, prefix: str) -> Iterator[Film | None]:
-        """The video that grows; None without a VAE, and for a single picture."""
-        wanted = vae is not None and self.sampling.one_frame is None
-        if store is not None:
-            check_room(store, self.sampling, self.material, with_film=wanted)
-        if not wanted:
-            yield None
-            return
-        folder = host.temporary_path(f"framepack_film_{uuid4().hex}") if store is None else store.folder / "film"
-        grows: Literal["front", "back"] = "front" if self.sections[0].prepend else "back"
+    def running(self, num_steps: int) -> Iterator[None]:
+        self._preview = host.SamplingPreview(self._patcher, max(1, num_steps))
+        host.load_model(self._patcher)
+        self._engine.begin_run()
+        try:
+            yield
+        finally:
+            self._engine.end_run()
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self._engine.returning_memory()
+
+    def within_budget(self) -> AbstractContextManager[None]:
+        return self._engine.within_budget()
+
+    def make_plan(self, work: WorkSize) -> MemoryPlan:
+        self._engine.prepare()
+        return self._engine.plan(work)
+
+    def start(self, plan: MemoryPlan) -> None:
+        self._engine.prepare()
+        self._engine.start(plan)
+
+    def free_memory(self) -> None:
+        self._engine.evict_others()
+
+    @contextmanager
+    def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
+        engine = self._engine
+        with engine.within_budget():
+            engine.leave_device()
+            with native_decoder(self._vae, latents, engine.vram_left) as decoder:
+                yield decoder
+        # making room for the VAE may have struck us off ComfyUI's list of models
+        host.load_model(self._patcher)
+
+    def on_step(self, section: Section, step: StepInfo) -> None:
+        assert self._preview is not None
+        self._preview.step(step.denoised)
+
+    def check_interrupt(self, done: int, total: int) -> None:
+        host.check_interrupt(done, total)
+
+
+def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:
+    """Where ComfyUI has sections and the video; without a VAE there is none."""
+
+    def film(folder: Path, grows: Grows) -> Film:
         made_by, path = vae_fingerprint(vae), _film_path(folder, prefix)
         film = Film(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by)
-        if not film.num_sections and path.exists():  # it is begun anew, and what is there stays
+        if not film.num_sections and path.exists() and not Film.is_at(folder, path):  # what is there stays
             film = Film(folder, _new_place(folder, prefix), FRAMES_PER_SECOND, grows=grows, made_by=made_by)
-        yield film
+        return film
 
-    def make(self, store: RunStore | None, film: Film | None, vae: Any) -> Tensor:
-        """All latents of the video, in its order."""
-        host.load_model(self.patcher)
-        self.engine.begin_run()
-        try:
-            generation = self._generation(store)
-            num_before = self._add_given(film, vae)
-            made: MadeSection | None = None
-            for made in generation.run():
-                if film is not None and made.section.number + num_before >= film.num_sections:
-                    self._decode(made.to_decode, film, vae)
-            assert made is not None
-            if store is not None:
-                store.finish()
-            if film is not None:
-                film.finish()
-            return made.video
-        except BaseException:  # an interrupt is no Exception
-            if film is not None:
-                film.leave()
-            raise
-        finally:
-            self.engine.end_run()
-
-    def _generation(self, store: RunStore | None) -> Generation:
-        num_missing = len(self.sections) - (0 if store is None else store.completed)
-        conditions = NOTHING
-        if num_missing:
-            conditions = self.engine.prepared(self.sampling, self.material, self.sections)
-        preview = host.SamplingPreview(self.patcher, max(1, num_missing) * self.sampling.num_steps)
-
-        def on_step(section: Section, step: StepInfo) -> None:
-            preview.step(step.denoised)
-
-        return Generation(
-            self.engine.velocity,
-            self.sampling,
-            self.material,
-            self.sections,
-            conditions,
-            self.engine.device,
-            store,
-            on_step,
-        )
-
-    def _add_given(self, film: Film | None, vae: Any) -> int:
-        """Put the video to extend before its continuation; returns how many of the film's sections that is.
-
-        A video shorter than a section is a part of the first section's frames instead.
-        """
-        given = self.material.given
-        if film is None or given is None or given.shape[2] < self.sampling.window:
-            return 0
-        if not film.num_sections:
-            self._decode(given, film, vae)
-        return 1
-
-    def _decode(self, latents: Tensor, film: Film, vae: Any) -> None:
-        engine = self.engine
-        with engine.returning_memory(), engine.within_budget():
-            engine.leave_device()
-            with native_decoder(vae, latents, engine.vram_left) as (decoder, room):
-                frames = decode_section(decoder, latents, room, host.check_interrupt)
-        # making room for the VAE may have struck us off ComfyUI's list of models
-        host.load_model(self.patcher)
-        # so many frames are shared with the section before and with the one after
-        film.add(frames, num_frames(self.sampling.window))
+    scratch = host.temporary_path("")
+    return RunPlaces(host.output_folder("framepack") if resume else None, scratch, None if vae is None else film)
 
 
 def _film_path(folder: Path, prefix: str) -> Path:

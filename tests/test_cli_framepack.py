@@ -21,8 +21,8 @@ from lowvram_video.framepack.config import FramePackConfig
 from lowvram_video.framepack.encoders.images import ImageEncoder
 from lowvram_video.framepack.encoders.prompts import PromptEncoder
 from lowvram_video.framepack.model import FramePackModel
-from lowvram_video.framepack.pipeline import FramePackPipeline
 from lowvram_video.framepack.request import Material, Sampling
+from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
 from lowvram_video.framepack.vae import HunyuanVAE, VAEConfig
 from lowvram_video.video import VideoWriter
@@ -342,16 +342,16 @@ def test_a_video_is_changed_by_strength(files: Files, folder: Path, tmp_path: Pa
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> None:
-    """The pipeline fails while it decodes its section number `after`."""
-    decode, seen = FramePackPipeline._decode, []
+    """The run fails while it decodes its section number `after`."""
+    decode, seen = FramePackRun._decode, []
 
-    def fail(self: FramePackPipeline, made: object) -> torch.Tensor:
+    def fail(self: FramePackRun, made: object) -> torch.Tensor:
         seen.append(made)
         if len(seen) > after:
             raise error
         return decode(self, made)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(FramePackPipeline, "_decode", fail)
+    monkeypatch.setattr(FramePackRun, "_decode", fail)
 
 
 @pytest.mark.parametrize("kind", ["base", "extend"])
@@ -377,7 +377,7 @@ def test_an_interrupted_run_goes_on_to_the_same_frames(
         raise AssertionError("a section that is kept was made again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FramePackPipeline, "_velocity", never)
+        patch.setattr(FramePackRun, "_velocity", never)
         assert main(words) == 0
     assert torch.equal(pixels(output), pixels(whole))
 
@@ -388,7 +388,7 @@ def test_an_interrupt_in_the_first_section_keeps_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(FramePackPipeline, "_velocity", interrupt)
+    monkeypatch.setattr(FramePackRun, "_velocity", interrupt)
     assert main(arguments(files, tmp_path / "a.mp4", *video())) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "lowvram-video: interrupted: no section was made yet"
     assert not (tmp_path / "a.mp4").exists()
@@ -419,7 +419,8 @@ def test_a_finished_run_is_not_made_again(
     assert main(words) == 0
     before = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").unlink()
-    monkeypatch.setattr(FramePackPipeline, "generate", None)
+    monkeypatch.setattr(FramePackRun, "_velocity", None)
+    monkeypatch.setattr(FramePackRun, "_decode", None)
     capsys.readouterr()
     assert main(words) == 0
     assert f"{NEW_FRAMES + 1} frames" in capsys.readouterr().out

@@ -38,6 +38,8 @@ PIPELINE_FILES = {
     "generation.py",
     "decoding.py",
     "family.py",
+    "run.py",
+    "host.py",  # what a run asks of the program around it
 }
 # modules beside cli.py that import nothing of the package but one another
 ROOT_LEAVES = {

@@ -368,11 +368,11 @@ def test_a_film_never_replaces_anothers(model: Any, tiny_decoder: None, monkeypa
 
 
 def test_another_vae_decodes_the_film_anew(model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowvram_pack.nodes import framepack_run
+    from lowvram_pack.framepack.run import run as section_run
 
     calls = []
-    decode = framepack_run.decode_section
-    monkeypatch.setattr(framepack_run, "decode_section", lambda *given: calls.append(1) or decode(*given))
+    decode = section_run.decode_section
+    monkeypatch.setattr(section_run, "decode_section", lambda *given: calls.append(1) or decode(*given))
     inputs = WIDGETS | given() | {"resume": True}
     FramePackSampler.execute(model, **inputs, vae="one VAE")
     FramePackSampler.execute(model, **inputs, vae="one VAE")
@@ -428,17 +428,36 @@ def test_a_model_of_the_same_name_has_a_run_of_its_own(models: Path) -> None:
 def test_the_model_is_off_the_card_while_a_section_is_decoded(
     model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowvram_pack.nodes import framepack_run
+    from lowvram_pack.framepack.run import run as section_run
 
-    decode, seen = framepack_run.decode_section, []
+    decode, seen = section_run.decode_section, []
 
     def watched(*given: Any) -> Tensor:
         seen.append((model.engine.streamed.started, model.engine.streamed.host_bytes > 0))
         mm.unload_all_models()  # as ComfyUI may, to make room
         return decode(*given)
 
-    monkeypatch.setattr(framepack_run, "decode_section", watched)
+    monkeypatch.setattr(section_run, "decode_section", watched)
     FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE"}))
     assert [started for started, _ in seen] == [False] * 3
     known = [getattr(loaded.model, "engine", None) for loaded in mm.current_loaded_models]
     assert model.engine in known, "ComfyUI can still evict it"
+
+
+def test_a_leaner_plan_holds_for_the_run_and_no_longer(
+    model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed, plans = model.engine.streamed, []
+    start = streamed.start_fitting
+
+    def short_at_first(plan: Any, *more: Any) -> None:
+        plans.append(plan)
+        start(plan, *more)
+        if len(plans) == 1:  # the device ran out of memory
+            streamed.plan = replace(plan, reasons=("leaner",))
+
+    monkeypatch.setattr(streamed, "start_fitting", short_at_first)
+    FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE"}))
+    assert [plan.reasons == ("leaner",) for plan in plans] == [False, True, True]
+    FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE"}))
+    assert [plan.reasons == ("leaner",) for plan in plans[3:]] == [False, False, False]

@@ -1,0 +1,137 @@
+"""One run after another of one pipeline: plans that ran out of memory, and preparation that did."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
+from lowvram_video.framepack.run.host import Grows, RunPlaces
+from lowvram_video.framepack.run.run import FramePackRun
+from lowvram_video.framepack.streamed import StreamedFramePack
+from lowvram_video.framepack.vae import HunyuanVAE, VAEConfig
+from lowvram_video.memory.plan import MemoryPlan
+from torch import Tensor
+
+from .test_framepack_encoders import write
+from .test_framepack_generation import SAMPLING, material
+from .tiny import randomize
+from .tiny_framepack import save_framepack
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> FramePackFiles:
+    folder = tmp_path_factory.mktemp("framepack_run")
+    vae = randomize(HunyuanVAE(VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=8)))
+    write(folder / "vae.safetensors", vae.state_dict())
+    return FramePackFiles(save_framepack(folder / "framepack.safetensors"), folder / "vae.safetensors")
+
+
+class Shapes:
+    """An output that keeps what it was given: the sizes of sections, and how it was ended."""
+
+    def __init__(self) -> None:
+        self.sections: list[tuple[int, ...]] = []
+        self.ended = ""
+
+    @property
+    def num_sections(self) -> int:
+        return len(self.sections)
+
+    def add(self, frames: Tensor, overlap: int) -> None:
+        self.sections.append(tuple(frames.shape))
+
+    def begin(self, pieces: object, still_open: int) -> None:
+        raise AssertionError
+
+    def leave(self) -> None:
+        self.ended = "left"
+
+    def finish(self) -> None:
+        self.ended = "finished"
+
+
+class ShortOfMemory(FramePackPipeline):
+    """Its device runs out of memory at the first start, and only then."""
+
+    def __init__(self, files: FramePackFiles) -> None:
+        super().__init__(files, RunSettings())
+        self.plans: list[MemoryPlan] = []
+
+    def start(self, plan: MemoryPlan) -> None:
+        self.plans.append(plan)
+        super().start(plan)
+        if len(self.plans) == 1:
+            self.model.plan = replace(plan, reasons=("leaner",))
+
+
+def make(pipeline: FramePackPipeline, folder: Path, **changes: object) -> tuple[Tensor, Shapes]:
+    shapes = Shapes()
+
+    def output(_: Path, __: Grows) -> Shapes:
+        return shapes
+
+    places = RunPlaces(None, folder, output)
+    with FramePackRun.open(pipeline, replace(SAMPLING, **changes), material(), places) as run:
+        return run.make(), shapes
+
+
+def test_a_leaner_plan_holds_for_the_run_and_no_longer(files: FramePackFiles, tmp_path: Path) -> None:
+    pipeline = ShortOfMemory(files)
+    latents, shapes = make(pipeline, tmp_path)
+    assert latents.shape[2] == 10 and len(shapes.sections) == 3 and shapes.ended == "finished"
+    assert [plan.reasons == ("leaner",) for plan in pipeline.plans] == [False, True, True]
+    make(pipeline, tmp_path)
+    assert [plan.reasons == ("leaner",) for plan in pipeline.plans[3:]] == [False, False, False]
+
+
+def test_another_run_of_a_pipeline_has_a_plan_of_its_own(files: FramePackFiles, tmp_path: Path) -> None:
+    pipeline, fresh = (FramePackPipeline(files, RunSettings()) for _ in range(2))
+    make(pipeline, tmp_path)
+    make(pipeline, tmp_path, window=9, cfg=1.0, seconds=0.5)
+    make(fresh, tmp_path, window=9, cfg=1.0, seconds=0.5)
+    assert pipeline.model.plan == fresh.model.plan == pipeline.plan
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_preparation_is_tried_again_when_the_device_was_full(
+    files: FramePackFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    wanted, _ = make(FramePackPipeline(files, RunSettings()), tmp_path)
+    prepared, calls = StreamedFramePack.prepared, []
+
+    def short(self: StreamedFramePack, *given: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+        return prepared(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StreamedFramePack, "prepared", short)
+    latents, _ = make(FramePackPipeline(files, RunSettings()), tmp_path)
+    assert torch.equal(latents, wanted) and len(calls) == 2
+
+
+def test_other_errors_end_the_run_and_leave_its_output(
+    files: FramePackFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(StreamedFramePack, "prepared", fail)
+    shapes = Shapes()
+    pipeline = FramePackPipeline(files, RunSettings())
+    places = RunPlaces(None, tmp_path, lambda _, __: shapes)
+    with pytest.raises(RuntimeError, match="a bug"), FramePackRun.open(pipeline, SAMPLING, material(), places) as run:
+        run.make()
+    assert shapes.ended == "left" and not pipeline.model.started and not list(tmp_path.iterdir())
