@@ -29,6 +29,8 @@ from lowvram_video.framepack.generation import noise_levels, prepare, section_si
 from lowvram_video.framepack.model import Frames, History, Prompt
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.request import Material, Sampling
+from lowvram_video.framepack.run.host import RunPlaces
+from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
 from lowvram_video.framepack.vae import HunyuanVAE
@@ -168,6 +170,29 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
     }
 
 
+class Shapes:
+    """An output that keeps the sizes of the sections alone."""
+
+    def __init__(self) -> None:
+        self.sections: list[list[int]] = []
+
+    @property
+    def num_sections(self) -> int:
+        return len(self.sections)
+
+    def add(self, frames: torch.Tensor, overlap: int) -> None:
+        self.sections.append(list(frames.shape))
+
+    def begin(self, pieces: object, still_open: int) -> None:
+        raise AssertionError("no video is extended here")
+
+    def leave(self) -> None:
+        return
+
+    def finish(self) -> None:
+        return
+
+
 def run_video(case: Case, free_bytes: int) -> dict[str, object]:
     """The whole pipeline but for text encoders and the mp4."""
     settings = RunSettings(
@@ -179,14 +204,16 @@ def run_video(case: Case, free_bytes: int) -> dict[str, object]:
         pipeline = FramePackPipeline(FramePackFiles(Path(case.path), Path(case.vae)), settings)
         sampling = Sampling(seconds=case.seconds, num_steps=case.steps, cache_threshold=case.cache)
         given = random_material()
-        with pipeline.open_run(Path(folder), sampling, given) as store:
-            shapes = [list(section.frames.shape) for section in pipeline.generate(sampling, given, store)]
+        shapes = Shapes()
+        places = RunPlaces(Path(folder), Path(folder), lambda _, __: shapes)
+        with FramePackRun.open(pipeline, sampling, given, places) as run:
+            run.make()
         seconds = time.perf_counter() - began
     report = pipeline.report()
     return {
         **asdict(case),
         "total_seconds": seconds,
-        "sections": shapes,
+        "sections": shapes.sections,
         "phases": {phase.name: phase.seconds for phase in report.phases},
         "vram_gib_by_phase": {phase.name: report.vram_bytes(phase) / GIB for phase in report.phases},
         "vram_gib_used": (free_bytes - watch.min_free) / GIB,
