@@ -29,30 +29,35 @@ from measure import Ballast, save_results
 from safetensors.torch import save_file
 
 
-def save_vae(path: Path) -> Path:
+def save_vae(path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The full-size Wan 2.1 VAE with random weights."""
     vae = WanVAE(WAN21_VAE)
     for parameter in vae.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
         torch.nn.init.normal_(parameter, std=fan_in**-0.5)
-    save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, path)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in vae.state_dict().items()}, path)
     return path
 
 
-def save_text_encoder(path: Path) -> Path:
-    """A two-layer UMT5 of umt5-xxl's width, its tokenizer inside."""
+def spiece_model() -> bytes:
+    """A sentencepiece model of a few words."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a cat surfs a wave", "a dog runs over a field at dawn"] * 20), model_writer=model,
         vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip
+    return model.getvalue()
+
+
+def save_text_encoder(path: Path) -> Path:
+    """A two-layer UMT5 of umt5-xxl's width, its tokenizer inside."""
     config = UMT5Config(vocab_size=64, num_layers=2)
     tensors = {}
     table = torch.empty(config.vocab_size, config.dim)
     for name, tensor in {"shared.weight": table, **UMT5Encoder(config).state_dict()}.items():
         std = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 1.0
         tensors[name] = (torch.randn(tensor.shape) * std).bfloat16()
-    tensors["spiece_model"] = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+    tensors["spiece_model"] = torch.frombuffer(bytearray(spiece_model()), dtype=torch.uint8)
     save_file(tensors, path)
     return path
 

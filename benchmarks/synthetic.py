@@ -20,6 +20,7 @@ from lowvram_video.framepack.config import FramePackConfig
 from lowvram_video.framepack.model import FramePackModel
 from lowvram_video.wanvideo.config import WanConfig
 from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
 from lowvram_video.weights.gguf_reference import random_blocks
 from safetensors.torch import save_file
 
@@ -59,10 +60,24 @@ def write_checkpoint(path: Path, config: Config, dtype: str, device: str, num_bl
         if num_blocks is not None and number is not None and number >= num_blocks:
             continue
         quantised = number is not None and tensor.ndim == 2
-        stored, label = DTYPES[dtype if quantised else "bf16"]
-        tensors[name] = (tuple(tensor.shape), stored, label)
+        tensors[name] = (tuple(tensor.shape), dtype if quantised else "bf16")
+    return write_random(path, tensors, device)
+
+
+def write_text_encoder(path: Path, config: UMT5Config, device: str) -> int:
+    """Write a umt5 as fp8 files of it are: the products of its layers in fp8, the rest in bf16. Returns the bytes."""
+    tensors = {"shared.weight": ((config.vocab_size, config.dim), "bf16")}
+    for name, tensor in UMT5Encoder(config, "meta").state_dict().items():
+        quantised = tensor.ndim == 2 and "bias" not in name
+        tensors[name] = (tuple(tensor.shape), "fp8" if quantised else "bf16")
+    return write_random(path, tensors, device)
+
+
+def write_random(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]], device: str) -> int:
+    """Write a safetensors file of `{name: (shape, one of DTYPES)}`, values by what the names say. Returns the bytes."""
     header, end = {}, 0
-    for name, (shape, stored, label) in tensors.items():
+    for name, (shape, dtype) in tensors.items():
+        stored, label = DTYPES[dtype]
         size = torch.Size(shape).numel() * stored.itemsize
         header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
@@ -71,7 +86,7 @@ def write_checkpoint(path: Path, config: Config, dtype: str, device: str, num_bl
     generator = torch.Generator(device).manual_seed(0)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
-        for name, (shape, stored, _) in tensors.items():
+        for name, (shape, dtype) in tensors.items():
             values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
             if len(shape) > 1 and "modulation" not in name:
                 values *= 0.7 / torch.Size(shape[1:]).numel() ** 0.5
@@ -79,7 +94,8 @@ def write_checkpoint(path: Path, config: Config, dtype: str, device: str, num_bl
                 values = 1 + 0.05 * values
             else:
                 values *= 0.02
-            file.write(values.to(stored).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            stored = values.to(DTYPES[dtype][0]).cpu().contiguous()
+            file.write(stored.flatten().view(torch.uint8).numpy().data)
     return len(raw) + 8 + end
 
 
