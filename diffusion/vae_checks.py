@@ -15,20 +15,33 @@ logger = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class VideoVae(Protocol):
-    """An autoencoder's configuration: its strides, and what messages call it and its file."""
+class VaeConfig(Protocol):
+    """An autoencoder's configuration: its latents, its strides, and what messages call it and its file.
+
+    `latents_at_once` is how many latent frames a tile holds where tiles of space alone do not fit; None for a VAE to
+    which time costs no memory.
+    """
 
     @property
     def name(self) -> str: ...
     @property
+    def models(self) -> str: ...
+    @property
     def file_name(self) -> str: ...
+    @property
+    def latent_channels(self) -> int: ...
     @property
     def temporal_stride(self) -> int: ...
     @property
     def spatial_stride(self) -> int: ...
+    @property
+    def latents_at_once(self) -> int | None: ...
+
+    def advice(self, latent_channels: int) -> str:
+        """What to do about a latent of another number of channels."""
 
 
-def check_video(vae: VideoVae, video: Tensor) -> None:
+def check_video(vae: VaeConfig, video: Tensor) -> None:
     """Raise ValueError, with the fix, unless `vae` can encode `video` [B, 3, T, H, W]."""
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(
@@ -51,7 +64,21 @@ def check_video(vae: VideoVae, video: Tensor) -> None:
         )
 
 
-def check_tensors(checkpoint: Checkpoint, vae: VideoVae, wanted: Shapes) -> None:
+def check_latent(vae: VaeConfig, latent: Tensor) -> None:
+    """Raise ValueError, with the fix, unless `latent` [B, z, T, h, w] is one that `vae` decodes."""
+    if latent.ndim != 5 or min(latent.shape[2:]) < 1:
+        raise ValueError(
+            f"the {vae.name} VAE decodes latents [batch, {vae.latent_channels}, frames, height, width] of at least one "
+            f"frame; got {list(latent.shape)}. A single image is a video of one frame."
+        )
+    if latent.shape[1] != vae.latent_channels:
+        raise ValueError(
+            f"the latent has {latent.shape[1]} channels, but the {vae.name} VAE decodes {vae.latent_channels} "
+            f"(latents of {vae.models} models). {vae.advice(latent.shape[1])}"
+        )
+
+
+def check_tensors(checkpoint: Checkpoint, vae: VaeConfig, wanted: Shapes) -> None:
     """Raise CheckpointError unless the file holds every tensor of `wanted`, unpacked and in its shape."""
     for name, shape in wanted.items():
         info = checkpoint.tensors.get(name)

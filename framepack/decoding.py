@@ -14,15 +14,15 @@ from torch import Tensor
 from ..diffusion.pictures import to_uint8
 from ..host_memory import allocate_extent
 from ..memory.pinned import PinnedBudget, Registrar
-from .vae import HunyuanVAE, decode_footprint
+from ..memory.tiles import fitting_tile
+from ..vae.retries import first_fitting
+from ..vae.tiling import WHOLE, OnChunk, Tile, decode_tiled, retry_tiles
+from .vae import DecodeFootprint, HunyuanVAE, decode_footprint
 from .vae_frames import CheckedStore, DeviceStore, FrameStore, SpillStore
-from .vae_tiles import OVERLAP, TEMPORAL_TILE, decode_tiled
 
 logger = logging.getLogger(__name__)
 
-TILES = (512, 448, 384, 320, 256, 192, 128)  # pixels
 HEADROOM_BYTES = 256 << 20  # cuDNN's workspaces, and what the allocator cannot fit together again
-OnChunk = Callable[[int, int], None]  # (parts done, parts in all), before every frame too; may raise to stop
 
 
 @dataclass(frozen=True)
@@ -36,41 +36,44 @@ class DecodeRoom:
 
 @dataclass(frozen=True)
 class DecodeWay:
-    """`tile` 0 is the whole frame; `spill` keeps surplus clips in host memory; `temporal` tiles cut time as well."""
+    """Whole frames or a tile; `spill` keeps surplus clips in host memory."""
 
-    tile: int = 0
+    tile: Tile = WHOLE
     spill: bool = False
-    temporal: bool = False
 
     def __str__(self) -> str:
-        if not self.tile:
-            return "whole, with clips in host memory" if self.spill else "whole"
-        return f"in tiles of {self.tile} pixels" + (" and 16 latents" if self.temporal else "")
+        return f"{self.tile}, with clips in host memory" if self.spill else str(self.tile)
 
 
-def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None) -> list[DecodeWay]:
-    """How these latents may be decoded, the most exact first; None is room for anything.
+def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None, tile: int = 0) -> list[DecodeWay]:
+    """How these latents may be decoded, the most exact first; no room given is room for anything.
 
     Whole frames are exact, wherever their clips lie. Tiles are not, as norms see the tile alone: larger ones and ones
-    over the whole time are closer.
+    over the whole time are closer. `tile` pixels come first where given.
     """
-    if room is None:
-        return [DecodeWay()]
     stride = vae.config.spatial_stride
     frames, height, width = latents.shape[2], *(stride * side for side in latents.shape[3:])
-    whole = decode_footprint(vae.config, frames, height, width, vae.dtype.itemsize)
-    free = room.device_bytes - HEADROOM_BYTES
+    side = max(height, width)
+
+    def footprint(tile: int) -> DecodeFootprint:
+        sides = (min(tile or side, height), min(tile or side, width))
+        return decode_footprint(vae.config, frames, *sides, vae.dtype.itemsize)
+
+    if 0 < tile < side:
+        return [DecodeWay(Tile(tile)), *(DecodeWay(smaller) for smaller in retry_tiles(vae.config, tile))]
+    if room is None:
+        return [DecodeWay()]
+    free, whole = room.device_bytes - HEADROOM_BYTES, footprint(0)
     ways = []
     if whole.total_bytes <= free:
         ways.append(DecodeWay())
     if whole.scratch_bytes <= free and whole.clip_bytes <= room.host_bytes:
         ways.append(DecodeWay(spill=True))
-    for tile in TILES:
-        sides = min(tile, height), min(tile, width)
-        part = decode_footprint(vae.config, frames, *sides, vae.dtype.itemsize)
-        if tile < max(height, width) and part.total_bytes <= free:
-            ways.append(DecodeWay(tile))
-    return [*ways, DecodeWay(256, temporal=True), DecodeWay(128, temporal=True)]
+    fitting = fitting_tile(side, lambda tile: footprint(tile).total_bytes, free)
+    if fitting:
+        ways.append(DecodeWay(Tile(fitting)))
+    failing = 0 if fitting is None else fitting or side
+    return [*ways, *(DecodeWay(smaller) for smaller in retry_tiles(vae.config, failing))]
 
 
 def decode_section(
@@ -82,31 +85,21 @@ def decode_section(
 ) -> Tensor:
     """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way that fits.
 
-    `tile` pixels instead, where given.
+    `tile` pixels instead, where given. `on_chunk` is called before every frame too.
     """
-    ways = decode_ways(vae, latents, room)
-    if tile and tile < vae.config.spatial_stride * max(latents.shape[3:]):
-        ways = [DecodeWay(tile), *(way for way in ways if way.tile and way.tile < tile)]
-    for index, way in enumerate(ways):
-        try:
-            logger.info("decoding %s", way)
-            video = _decode(vae, latents, way, room, on_chunk)
-            return to_uint8(video)
-        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-            if index == len(ways) - 1:
-                raise
-            memory = "RAM" if isinstance(error, MemoryError) else "VRAM"
-        logger.warning("out of %s while decoding %s: next %s", memory, way, ways[index + 1])
-        torch.cuda.empty_cache()
-    raise AssertionError("there is always a way")
+
+    def decode(way: DecodeWay) -> Tensor:
+        logger.info("decoding %s", way)
+        return to_uint8(_decode(vae, latents, way, room, on_chunk))
+
+    return first_fitting(decode_ways(vae, latents, room, tile), decode, "decoding")
 
 
 def _decode(
     vae: HunyuanVAE, latents: Tensor, way: DecodeWay, room: DecodeRoom | None, on_chunk: OnChunk | None
 ) -> Tensor:
-    if way.tile:
-        overlap, frames = min(OVERLAP, way.tile // 2), TEMPORAL_TILE if way.temporal else None
-        return decode_tiled(vae, latents, way.tile, overlap, temporal_tile=frames, on_chunk=on_chunk)
+    if way.tile.pixels:
+        return decode_tiled(vae, latents, way.tile, on_chunk)
     check = None if on_chunk is None else partial(on_chunk, 0, 1)
     if not way.spill or room is None:
         return vae.decode(latents, _checked(DeviceStore(), check))

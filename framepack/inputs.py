@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
-from ..diffusion.tile_retries import Tile, in_shrinking_tiles
+from ..vae.retries import at_work
+from ..vae.tiling import encode_fitting
 from ..weights.reader import CheckpointError
 from .config import IMAGE_TOKENS, FramePackConfig
 from .encoders.images import ImageEncoder
@@ -20,12 +21,7 @@ from .encoders.prompts import PromptEncoder
 from .model import Prompt
 from .request import Interpolation, Material
 from .timed_prompts import TimedPrompt
-from .vae import HunyuanVAE
-from .vae_checkpoint import load_vae
-from .vae_tiles import OVERLAP, TEMPORAL_TILE, encode_tiled
-
-# for clips that the device does not hold, the closest to untiled first
-ENCODE_TILES = (Tile(512), Tile(384), Tile(256), Tile(256, TEMPORAL_TILE), Tile(128, TEMPORAL_TILE))
+from .vae_checkpoint import HUNYUAN_FORMAT
 
 
 @dataclass(frozen=True)
@@ -148,19 +144,9 @@ class Encoders:
     def _latents(self, clips: Sequence[Tensor | None]) -> list[Tensor | None]:
         if all(clip is None for clip in clips):
             return [None] * len(clips)
-        vae = load_vae(self.files.vae, self.settings.compute_dtype, self.settings.device)
-        return [None if clip is None else encode_clip(vae, clip) for clip in clips]
-
-
-def encode_clip(vae: HunyuanVAE, clip: Tensor) -> Tensor:
-    """Latents `[1, 16, t, h, w]` fp32 on the CPU of `clip [1, 3, T, H, W]`; in tiles where the device is too small."""
-
-    def tiled(tile: Tile) -> Tensor:
-        overlap = min(OVERLAP, tile.pixels // 2)
-        return encode_tiled(vae, clip, tile.pixels, overlap, temporal_tile=tile.latents)
-
-    what = f"encoding {clip.shape[2]} frame{'s' if clip.shape[2] > 1 else ''}"
-    return in_shrinking_tiles(lambda: vae.encode(clip).float().cpu(), tiled, ENCODE_TILES, what)
+        opened, settings = HUNYUAN_FORMAT.open_file(self.files.vae), self.settings
+        with at_work(lambda: opened.build(settings.compute_dtype, settings.device)) as vae:
+            return [None if clip is None else encode_fitting(vae, clip) for clip in clips]
 
 
 def _clip(video: Tensor) -> Tensor:

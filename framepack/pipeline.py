@@ -20,13 +20,14 @@ from ..memory.pinned import CudaRegistrar
 from ..memory.plan import MemoryPlan
 from ..memory.report import RunReport
 from ..sampling.solver import StepInfo
+from ..vae.retries import at_work
 from ..weights.fingerprint import fingerprint
 from ..weights.lora import LoraChoice, LoraReport
 from .decoding import DecodeRoom
 from .sections import Section
 from .streamed import StreamedFramePack
 from .vae import HunyuanVAE
-from .vae_checkpoint import load_vae, open_vae
+from .vae_checkpoint import HUNYUAN_FORMAT
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class FramePackPipeline:
     ):
         self.files, self.settings, self.progress = files, settings, progress
         self.model = StreamedFramePack(files.model, settings, loras=files.loras, model_type=files.model_type)
-        open_vae(files.vae)
+        self._vae = HUNYUAN_FORMAT.open_file(files.vae)
         self.plan: MemoryPlan | None = None
         self._account = RunAccount(settings)
 
@@ -104,12 +105,9 @@ class FramePackPipeline:
         self._account.note_spans(self.model)
         self.model.stop()
         self.free_memory()
-        vae = load_vae(self.files.vae, self.settings.compute_dtype, self.settings.device)
-        try:
+        settings = self.settings
+        with at_work(lambda: self._vae.build(settings.compute_dtype, settings.device, decode_only=True)) as vae:
             yield vae, self._decode_room()
-        finally:
-            vae.to("meta")
-            self.free_memory()
 
     def free_memory(self) -> None:
         if self.settings.device.type == "cuda":

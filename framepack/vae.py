@@ -6,12 +6,13 @@ arXiv:2412.03603).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.vae_checks import check_video
+from ..diffusion.vae_checks import check_latent, check_video
 from .vae_blocks import NORM_EPS, CausalConv3d, DownStage, MiddleBlock, UpStage
 from .vae_frames import Clip, DeviceStore, FrameStore
 
@@ -21,7 +22,8 @@ class VAEConfig:
     """Dimensions of a HunyuanVideo autoencoder; the defaults are the released one's.
 
     `block_out_channels` are the channels at each resolution, from pixels to latent; `layers_per_block` counts the
-    encoder's residual blocks at each (the decoder has one more). `name` and `file_name` are for messages.
+    encoder's residual blocks at each (the decoder has one more). `latents_at_once` are the official temporal
+    tile; `name`, `models` and `file_name` are for messages.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -29,7 +31,9 @@ class VAEConfig:
     latent_channels: int = 16
     num_groups: int = 32
     scaling_factor: float = 0.476986
+    latents_at_once: int = 16
     name: str = "HunyuanVideo"
+    models: str = "HunyuanVideo and FramePack"
     file_name: str = "hunyuan_video_vae_bf16.safetensors"
 
     @property
@@ -47,6 +51,10 @@ class VAEConfig:
         """Whether the frames are halved (or doubled) too, at each change of resolution; the decoder goes likewise."""
         num_changes = len(self.block_out_channels) - 1
         return tuple(index >= num_changes - 2 for index in range(num_changes))
+
+    def advice(self, latent_channels: int) -> str:
+        """What to do about a latent of another VAE."""
+        return f"Connect the latent of {self.models} to it."
 
 
 HUNYUAN_VAE = VAEConfig()
@@ -108,13 +116,13 @@ class HunyuanVAE(nn.Module):
         z = (latent.to(self.device).float() / self.config.scaling_factor).to(self.dtype)
         return self.decoder(self.post_quant_conv(z), self._new_clip(store))
 
-    def to_channels_last(self) -> HunyuanVAE:
-        """Lay the convolutions out channels last, in place: faster where cuDNN runs them in half precision."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                weight = module.weight.contiguous(memory_format=torch.channels_last_3d)
-                module.weight = nn.Parameter(weight, requires_grad=False)
-        return self
+    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
+        """`decode`, which makes the video in one piece."""
+        yield self.decode(latent)
+
+    def num_pieces(self, num_latents: int) -> int:
+        """One: norms run over the whole clip."""
+        return 1
 
     def _new_clip(self, store: FrameStore | None) -> Clip:
         return Clip(store if store is not None else DeviceStore())
@@ -207,17 +215,3 @@ def decode_footprint(config: VAEConfig, latent_frames: int, height: int, width: 
             # The ring, a frame in four pieces and whole, the folded kernels.
             scratch = max(scratch, (3 + 4 + 4) * dim * padded + 144 * dim * dim)
     return DecodeFootprint(clip * itemsize, scratch * itemsize)
-
-
-def check_latent(config: VAEConfig, latent: Tensor) -> None:
-    """Raise ValueError, with the fix, unless `latent` [B, z, T, h, w] is one that `config` decodes."""
-    if latent.ndim != 5 or min(latent.shape[2:]) < 1:
-        raise ValueError(
-            f"the HunyuanVideo VAE decodes latents [batch, {config.latent_channels}, frames, height, width] of at "
-            f"least one frame; got {list(latent.shape)}. A single image is a video of one frame."
-        )
-    if latent.shape[1] != config.latent_channels:
-        raise ValueError(
-            f"the latent has {latent.shape[1]} channels, but the HunyuanVideo VAE decodes {config.latent_channels}. "
-            "Connect the latent of FramePack or HunyuanVideo to it."
-        )

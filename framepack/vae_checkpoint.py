@@ -2,107 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from ..diffusion.file_kinds import file_kind
-from ..diffusion.vae_checks import check_tensors
-from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..vae.files import VaeFormat
+from ..weights.reader import Checkpoint, CheckpointError
 from .vae import HUNYUAN_VAE, HunyuanVAE, VAEConfig
-
-logger = logging.getLogger(__name__)
-
-
-DECODER = ("decoder.", "post_quant_conv.")
-PREFIXES = ("vae.", "first_stage_model.", "model.")
-
-# Both layouts have them; other autoencoders do not have both.
-MARKERS = ("decoder.conv_in.conv.weight", "post_quant_conv.weight")
-
-
-def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> HunyuanVAE:
-    """Load a HunyuanVideo autoencoder, in `dtype` on `device`.
-
-    Tensors are read and converted one at a time, so that the file is never in memory twice.
-    Raises CheckpointError when the file is not a complete HunyuanVideo VAE.
-    """
-    config, checkpoint = open_vae(path)
-    return build_vae(config, checkpoint.read, dtype, device)
-
-
-def build_vae(
-    config: VAEConfig,
-    read: Callable[[str], Tensor],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    decode_only: bool = False,
-) -> HunyuanVAE:
-    """An autoencoder of what `read` has under its tensors' names; the encoder stays on meta where it only decodes."""
-    vae = HunyuanVAE(config, device="meta", dtype=dtype)
-    names = [name for name in vae.state_dict() if not decode_only or name.startswith(DECODER)]
-    weights = {name: read(name).to(device=device, dtype=dtype) for name in names}
-    vae.load_state_dict(weights, strict=not decode_only, assign=True)
-    del weights  # or another layout would be a second copy
-    uses_cudnn = torch.device(device).type == "cuda" and torch.version.hip is None
-    return vae.to_channels_last() if uses_cudnn and dtype != torch.float32 else vae
-
-
-def open_vae(path: str | Path) -> tuple[VAEConfig, Checkpoint]:
-    """Open a HunyuanVideo VAE file: its dimensions, and its tensors under diffusers' names. Reads the header only.
-
-    Accepts diffusers' layout (the official and Kijai's files) and ComfyUI's, each with or without a prefix ("vae.",
-    "first_stage_model."). Raises CheckpointError, saying what the file is where that can be told.
-    """
-    checkpoint = open_checkpoint(path)
-    prefix = find_prefix(checkpoint.tensors)
-    if prefix is None:
-        raise CheckpointError(
-            f"{checkpoint.path} is {file_kind(checkpoint.tensors).title}; expected a HunyuanVideo VAE. "
-            f"Choose {HUNYUAN_VAE.file_name}."
-        )
-    bare = {name: name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
-    official = to_diffusers_names(bare.values())
-    # What is outside the prefix belongs to another model of a merged file: None drops it.
-    names = {name: official[bare[name]] if name in bare else None for name in checkpoint.tensors}
-    return adopt_vae(checkpoint.renamed(names))
-
-
-def adopt_vae(renamed: Checkpoint) -> tuple[VAEConfig, Checkpoint]:
-    """The dimensions of a VAE with diffusers' names, and its tensors in the shapes that `HunyuanVAE` has.
-
-    Raises CheckpointError where they are not a complete HunyuanVideo VAE's.
-    """
-    config = infer_config(renamed)
-    model = HunyuanVAE(config, device="meta")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    reshaped = {name: without_kernel(info, shapes.get(name)) for name, info in renamed.tensors.items()}
-    fitting = Checkpoint(renamed.path, reshaped, renamed.metadata)
-    check_tensors(fitting, config, shapes)
-    return config, fitting
-
-
-def find_prefix(names: Iterable[str]) -> str | None:
-    """What stands before the VAE's names in a file, or None if it holds no HunyuanVideo VAE."""
-    names = set(names)
-    for prefix in ("", *PREFIXES):
-        if all(prefix + marker in names for marker in MARKERS):
-            return prefix
-    return None
-
-
-def without_kernel(info: TensorInfo, wanted: tuple[int, ...] | None) -> TensorInfo:
-    """The weight of a 1x1x1 convolution as a matrix, where one is wanted: ComfyUI's attention has convolutions."""
-    if wanted is not None and len(wanted) == 2 and info.shape == (*wanted, 1, 1, 1):
-        return replace(info, shape=wanted)
-    return info
-
 
 # --- dimensions ------------------------------------------------------------------------------------------
 
@@ -189,3 +96,17 @@ def _diffusers_name(name: str, last_stage: int) -> str:
 def _diffusers_leaf(leaf: str) -> str:
     head, dot, rest = leaf.partition(".")
     return DIFFUSERS_LEAVES.get(head, head) + dot + rest
+
+
+# --- format ----------------------------------------------------------------------------------------------
+
+# Accepts diffusers' layout (the official and Kijai's files) and ComfyUI's; other autoencoders lack one of the markers.
+HUNYUAN_FORMAT = VaeFormat(
+    title="a HunyuanVideo VAE",
+    advice=f"Choose {HUNYUAN_VAE.file_name}.",
+    markers=(("decoder.conv_in.conv.weight", "post_quant_conv.weight"),),
+    rename=to_diffusers_names,
+    infer_config=infer_config,
+    network=HunyuanVAE,
+    decoder=("decoder.", "post_quant_conv."),
+)

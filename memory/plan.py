@@ -18,8 +18,8 @@ from .footprint import (
     in_gib,
 )
 from .ladder import MIN_STAGING, RAM_MARGIN_BYTES, BlockPlacement, HostMemory, PassTimes, Rung, fastest_rung, ladder
+from .tiles import TILES, fitting_tile, smaller_tiles
 
-VAE_TILES = tuple(range(1024, 64, -64))  # pixels, largest first
 BUDGET_STEP_BYTES = 64 * MIB
 RETRY_BYTES = 256 * MIB
 
@@ -117,22 +117,18 @@ def _choose_tile(model: ModelFootprint, work: WorkSize, limits: Limits) -> Decod
     """The largest VAE tile whose decode fits the budget (0: whole frames)."""
     if model.vae is None:
         return DecodeMemory(0, 0)
-    for tile in _tiles(work):
-        size = _decode_bytes(model, model.vae, work, limits, tile)
-        if size <= limits.vram_budget_bytes:
-            return DecodeMemory(tile, size)
-    return None
+    vae = model.vae
 
+    def needed(tile: int) -> int:
+        return _decode_bytes(model, vae, work, limits, tile)
 
-def _tiles(work: WorkSize) -> tuple[int, ...]:
-    return 0, *(tile for tile in VAE_TILES if tile < max(work.height, work.width))
+    tile = fitting_tile(max(work.height, work.width), needed, limits.vram_budget_bytes)
+    return None if tile is None else DecodeMemory(tile, needed(tile))
 
 
 def decode_tiles(plan: MemoryPlan) -> tuple[int, ...]:
-    """The plan's VAE tile (0: whole frames), then all smaller ones, for retries after the device ran out."""
-    return plan.decode.tile, *(
-        tile for tile in _tiles(plan.work)[1:] if not plan.decode.tile or tile < plan.decode.tile
-    )
+    """The plan's VAE tile (0: whole frames), then smaller ones, for retries after the device ran out."""
+    return plan.decode.tile, *smaller_tiles(plan.decode.tile or max(plan.work.height, plan.work.width))
 
 
 def _decode_bytes(model: ModelFootprint, vae: VaeFootprint, work: WorkSize, limits: Limits, tile: int) -> int:
@@ -144,7 +140,7 @@ def _leanest_bytes(model: ModelFootprint, work: WorkSize, limits: Limits) -> int
     denoise = min(rung.denoise.total for rung in ladder(model, work, limits))
     if model.vae is None:
         return denoise
-    return max(denoise, _decode_bytes(model, model.vae, work, limits, _tiles(work)[-1]))
+    return max(denoise, _decode_bytes(model, model.vae, work, limits, TILES[-1]))
 
 
 def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:

@@ -1,66 +1,68 @@
-"""Our HunyuanVideo decoder with the weights of ComfyUI's VAE."""
+"""Our video autoencoders with the weights of ComfyUI's VAE."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..diffusion.vae_checks import VaeConfig
 from ..framepack.decoding import HEADROOM_BYTES, DecodeRoom
 from ..framepack.runs import run_key
 from ..framepack.vae import HunyuanVAE, decode_footprint
-from ..framepack.vae_checkpoint import DECODER, adopt_vae, build_vae, find_prefix, to_diffusers_names
-from ..weights.reader import Checkpoint, TensorInfo
+from ..framepack.vae_checkpoint import HUNYUAN_FORMAT
+from ..vae.files import OpenVae, VaeFormat
+from ..vae.retries import at_work, empty_cache
 from . import host
 
 NUM_SAMPLED = 64
 
+C = TypeVar("C", bound=VaeConfig)
+V = TypeVar("V", bound=nn.Module)
 
-def is_hunyuan_vae(vae: Any) -> bool:
-    """Whether a VAE is HunyuanVideo's, which FramePack shares."""
-    return find_prefix(vae.first_stage_model.state_dict()) == ""
+
+def open_native(format: VaeFormat[C, V], vae: Any) -> OpenVae[C, V] | None:
+    """The weights of ComfyUI's VAE; None where it is another family's."""
+    return format.open_tensors(vae.first_stage_model.state_dict())
+
+
+@contextmanager
+def decoder_at_work(opened: OpenVae[C, V], dtype: torch.dtype, room_bytes: int) -> Iterator[V]:
+    """Our decoder on ComfyUI's device while it works; idle models leave as far as it needs `room_bytes` besides."""
+    device = host.decode_device()
+    host.make_room(opened.weight_bytes(dtype, decode_only=True) + room_bytes, device)
+    with at_work(lambda: opened.build(dtype, device, decode_only=True), evict_idle) as decoder:
+        yield decoder
+    host.empty_cache()
+
+
+def evict_idle() -> None:
+    """Have all idle models leave the device, which had no memory left."""
+    empty_cache()
+    host.make_room(int(host.EVERYTHING), host.decode_device())
 
 
 @contextmanager
 def native_decoder(
     vae: Any, latents: Tensor, vram_left: Callable[[], int | None] = lambda: None
 ) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
-    """Our decoder on the device while it works, and the memory that it may use beside its weights (None: any).
+    """HunyuanVideo's decoder on the device, and the memory that it may use beside its weights (None: any).
 
     Idle models leave the device as far as whole `latents [1, 16, t, h, w]` need their room. `vram_left` tells what a
     budget leaves then, if there is one. ValueError for the VAE of another model.
     """
-    stored: dict[str, Tensor] = vae.first_stage_model.state_dict()
-    if find_prefix(stored) != "":
+    opened = open_native(HUNYUAN_FORMAT, vae)
+    if opened is None:
         raise ValueError(
             "FramePack needs the HunyuanVideo VAE (hunyuan_video_vae_bf16), and this is another: load that"
         )
-    names = to_diffusers_names(stored)
-    infos = {
-        names[name]: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
-        for name, tensor in stored.items()
-    }
-    config, fitting = adopt_vae(Checkpoint(Path("the connected VAE"), infos, {}))
-    device, dtype = host.decode_device(), vae.vae_dtype
-    weight_bytes = sum(info.nbytes for name, info in fitting.tensors.items() if name.startswith(DECODER))
-    frames, height, width = latents.shape[2], *(config.spatial_stride * side for side in latents.shape[3:])
-    whole = decode_footprint(config, frames, height, width, dtype.itemsize)
-    host.make_room(weight_bytes + whole.total_bytes + HEADROOM_BYTES, device)
-
-    def read(name: str) -> Tensor:
-        info = fitting.tensors[name]
-        return stored[info.name].view(info.shape)
-
-    decoder = build_vae(config, read, dtype, device, decode_only=True)
-    try:
-        yield decoder.requires_grad_(False), _room(device, vram_left())
-    finally:
-        decoder.to("meta")
-        host.empty_cache()
+    height, width = (opened.config.spatial_stride * side for side in latents.shape[3:])
+    whole = decode_footprint(opened.config, latents.shape[2], height, width, vae.vae_dtype.itemsize)
+    with decoder_at_work(opened, vae.vae_dtype, whole.total_bytes + HEADROOM_BYTES) as decoder:
+        yield decoder, _room(decoder.device, vram_left())
 
 
 def vae_fingerprint(vae: Any) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +12,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from ..diffusion.tile_retries import Tile, in_shrinking_tiles
+from ..diffusion.vae_checks import check_latent
 from ..framepack.decoding import decode_section
+from ..framepack.vae_checkpoint import HUNYUAN_FORMAT
 from ..memory.footprint import WorkSize, decode_memory
-from ..memory.plan import VAE_TILES
+from ..memory.tiles import TILES, fitting_tile
+from ..vae.retries import first_fitting
+from ..vae.tiling import Tile, decode_in, retry_tiles
 from ..wanvideo.footprint import WAN21_VAE, WAN22_VAE
-from ..wanvideo.vae import WanVAE, check_latent
-from ..wanvideo.vae_checkpoint import find_prefix, infer_config
-from ..wanvideo.vae_tiles import decode_tiled
-from ..weights.reader import Checkpoint, TensorInfo
+from ..wanvideo.vae import VAEConfig, WanVAE
+from ..wanvideo.vae_checkpoint import WAN_FORMAT
 from ..whole_files import write_file
 from . import host
-from .hunyuan_vae import is_hunyuan_vae, native_decoder
+from .hunyuan_vae import decoder_at_work, evict_idle, native_decoder, open_native
 
 logger = logging.getLogger(__name__)
 
-OVERLAP = 64  # pixels
-SMALLEST_TILE = VAE_TILES[-1]
-MIB = 2**20
+HEADROOM_BYTES = 256 << 20  # cuDNN's workspaces, and what the allocator cannot fit together again
 
 
 class DecodeVideo(io.ComfyNode):
@@ -88,12 +85,9 @@ class DecodeVideo(io.ComfyNode):
         latent: Tensor = samples["samples"]
         if keep_latent:
             _keep(latent)
-        if is_hunyuan_vae(vae):
+        if open_native(HUNYUAN_FORMAT, vae) is not None:
             return io.NodeOutput(_decode_hunyuan(vae, latent, tile_size))
-        with _decoder(vae, latent) as decoder:
-            tile = tile_size or _choose_tile(decoder, latent)
-            video = _decode(decoder, _normalise(latent, decoder), tile, temporal_chunk)
-        return io.NodeOutput(_to_images(video))
+        return io.NodeOutput(_to_images(_decode_wan(vae, latent, tile_size, temporal_chunk)))
 
 
 def _decode_hunyuan(vae: Any, latent: Tensor, tile: int) -> Tensor:
@@ -106,94 +100,71 @@ def _decode_hunyuan(vae: Any, latent: Tensor, tile: int) -> Tensor:
     return torch.cat(clips).float().div_(255)
 
 
-@contextmanager
-def _decoder(vae: Any, latent: Tensor) -> Iterator[WanVAE]:
-    """Our decoder with the weights of ComfyUI's VAE, on the device while it works. ValueError for another VAE."""
-    stored: dict[str, Tensor] = vae.first_stage_model.state_dict()
-    if find_prefix(stored) != "":
+def _decode_wan(vae: Any, latent: Tensor, tile: int, chunk: int) -> Tensor:
+    """Video `[B, 3, T, H, W]` in -1 ... 1 on the CPU; smaller tiles where the device runs out of memory."""
+    opened = open_native(WAN_FORMAT, vae)
+    if opened is None:
         raise ValueError(
             "Decode Video (Tiled, Low VRAM) needs a Wan or HunyuanVideo VAE (wan_2.1_vae, wan2.2_vae, "
             "hunyuan_video_vae_bf16), and this is another: load one of those, or decode with VAE Decode"
         )
-    infos = {
-        name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
-        for name, tensor in stored.items()
-    }
-    config = infer_config(Checkpoint(Path("the connected VAE"), infos, {}))
+    config, dtype = opened.config, vae.vae_dtype
     check_latent(config, latent)
-    device, dtype = host.decode_device(), vae.vae_dtype
-    decoder = WanVAE(config, device="meta", dtype=dtype)
-    bytes_needed = sum(info.nbytes for info in infos.values()) + 256 * MIB
-    host.make_room(bytes_needed + _decode_bytes(decoder, latent, SMALLEST_TILE), device)
-    decoder.load_state_dict(
-        {name: stored[name].to(device=device, dtype=dtype) for name in decoder.state_dict()}, assign=True
-    )
-    try:
-        yield decoder.requires_grad_(False)
-    finally:
-        decoder.to("meta")
-        host.empty_cache()
+    normalised, progress = _normalise(latent, config), host.Progress(1)
+    least = _decode_bytes(config, dtype, latent, TILES[-1])
+    with decoder_at_work(opened, dtype, least + HEADROOM_BYTES) as decoder:
+        tile = tile or _choose_tile(decoder, latent)
+
+        def decode(way: Tile) -> Tensor:
+            return _gathered(decode_in(decoder, normalised, way, progress.update), chunk)
+
+        side = config.spatial_stride * max(latent.shape[3:])
+        ways = (Tile(tile), *retry_tiles(config, min(tile or side, side)))
+        return first_fitting(ways, decode, "decoding", evict_idle)
 
 
-def _decode(decoder: WanVAE, latent: Tensor, tile: int, chunk: int) -> Tensor:
-    """Video `[B, 3, T, H, W]` in -1 ... 1 on the CPU; smaller tiles where the device runs out of memory."""
-    side = decoder.config.spatial_stride * max(latent.shape[3:])
-
-    def tiled(tile: Tile) -> Tensor:
-        return decode_tiled(decoder, latent, tile.pixels, min(OVERLAP, tile.pixels // 2), host.Progress(1).update)
-
-    def as_asked() -> Tensor:
-        return tiled(Tile(tile)) if 0 < tile < side else _decode_whole(decoder, latent, chunk)
-
-    return in_shrinking_tiles(as_asked, tiled, _smaller_tiles(min(tile or side, side)), "decoding")
-
-
-def _smaller_tiles(tile: int) -> list[Tile]:
-    """Each about half as large as the one before."""
-    smaller = next((size for size in VAE_TILES if size <= tile // 2), SMALLEST_TILE)
-    return [Tile(smaller), *_smaller_tiles(smaller)] if smaller < tile else []
-
-
-def _decode_whole(decoder: WanVAE, latent: Tensor, chunk: int) -> Tensor:
-    progress = host.Progress(latent.shape[2])
+def _gathered(pieces: Iterator[Tensor], chunk: int) -> Tensor:
+    """The whole video on the CPU; at least `chunk` frames move there at a time."""
     done: list[Tensor] = []
     waiting: list[Tensor] = []
-    for index, frames in enumerate(decoder.decode(latent)):
+    for frames in pieces:
         waiting.append(frames)
-        if sum(part.shape[2] for part in waiting) >= chunk or index == latent.shape[2] - 1:
+        if sum(part.shape[2] for part in waiting) >= chunk:
             done.append(torch.cat(waiting, dim=2).float().cpu())
             waiting.clear()
-        progress.update(index + 1, latent.shape[2])
+    if waiting:
+        done.append(torch.cat(waiting, dim=2).float().cpu())
     return torch.cat(done, dim=2)
 
 
 def _choose_tile(decoder: WanVAE, latent: Tensor) -> int:
     """0 for whole frames, or the largest tile that fits in what is free."""
-    device = decoder.device
+    device, config = decoder.device, decoder.config
     if device.type != "cuda":
         return 0
-    host.make_room(_decode_bytes(decoder, latent, 0), device)
+
+    def needed(tile: int) -> int:
+        return _decode_bytes(config, decoder.dtype, latent, tile)
+
+    host.make_room(needed(0), device)
     free = host.free_vram(device) - host.reserved_vram()
-    sizes = (0, *(tile for tile in VAE_TILES if tile < decoder.config.spatial_stride * max(latent.shape[3:])))
-    return next((tile for tile in sizes if _decode_bytes(decoder, latent, tile) <= free), sizes[-1])
+    tile = fitting_tile(config.spatial_stride * max(latent.shape[3:]), needed, free)
+    return TILES[-1] if tile is None else tile
 
 
-def _decode_bytes(decoder: WanVAE, latent: Tensor, tile: int) -> int:
+def _decode_bytes(config: VAEConfig, dtype: torch.dtype, latent: Tensor, tile: int) -> int:
     """What decoding takes besides the weights."""
-    config = decoder.config
     footprint = WAN22_VAE if config.residual_shortcuts else WAN21_VAE
     frames, height, width = latent.shape[2:]
     stride = (config.temporal_stride, config.spatial_stride, config.spatial_stride)
     work = WorkSize((frames - 1) * stride[0] + 1, height * stride[1], width * stride[2], latent.shape[0], stride=stride)
     size = decode_memory(footprint, work, latent.shape[1], tile, 0) - footprint.weight_bytes
-    return size * decoder.dtype.itemsize // 2  # the footprint is of bf16
+    return size * dtype.itemsize // 2  # the footprint is of bf16
 
 
-def _normalise(latent: Tensor, decoder: WanVAE) -> Tensor:
+def _normalise(latent: Tensor, config: VAEConfig) -> Tensor:
     """ComfyUI's latents have the scale of the network; ours are normalised."""
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (decoder.config.latent_mean, decoder.config.latent_std)
-    )
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latent_mean, config.latent_std))
     return (latent.float().cpu() - mean) / std
 
 

@@ -38,10 +38,10 @@ def test_a_small_card_keeps_clips_in_host_memory_where_there_is_some() -> None:
 
 def test_else_it_takes_tiles_over_the_whole_time() -> None:
     ways = decode_ways(FULL, SECTION, DecodeRoom(3 * GIB))
-    assert ways[0].tile >= 256 and not ways[0].temporal
-    tiles = [way.tile for way in ways if not way.temporal]
+    assert ways[0].tile.pixels >= 256 and ways[0].tile.latents is None
+    tiles = [way.tile.pixels for way in ways if way.tile.latents is None]
     assert tiles == sorted(tiles, reverse=True)
-    assert decode_ways(FULL, SECTION, DecodeRoom(GIB // 2))[0].temporal
+    assert decode_ways(FULL, SECTION, DecodeRoom(GIB // 2))[0].tile.latents == 16
 
 
 @torch.inference_mode()
@@ -76,4 +76,4 @@ def test_running_out_of_memory_is_answered_by_the_next_way(
     size = decode_footprint(tiny.config, 2, 320, 192, 4).total_bytes
     frames = decode_section(tiny, latents, DecodeRoom(size + decoding.HEADROOM_BYTES, GIB))
     assert frames.shape == (5, 320, 192, 3)
-    assert tried[0] == DecodeWay() and tried[1].spill and tried[2].tile
+    assert tried[0] == DecodeWay() and tried[1].spill and tried[2].tile.pixels

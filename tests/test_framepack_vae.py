@@ -10,19 +10,23 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.diffusion.tile_retries import Tile
 from lowvram_video.diffusion.tiles import plan_grid
-from lowvram_video.framepack import inputs, vae_blocks
+from lowvram_video.framepack import vae_blocks
 from lowvram_video.framepack.vae import HUNYUAN_VAE, HunyuanVAE, VAEConfig, decode_footprint
 from lowvram_video.framepack.vae_blocks import Upsample, attend
-from lowvram_video.framepack.vae_checkpoint import load_vae, open_vae, to_diffusers_names
+from lowvram_video.framepack.vae_checkpoint import HUNYUAN_FORMAT, to_diffusers_names
 from lowvram_video.framepack.vae_frames import Clip, DeviceStore, SpillStore
-from lowvram_video.framepack.vae_tiles import TilePlan, decode_tiled, encode_tiled, plan_time
+from lowvram_video.vae.files import to_channels_last
+from lowvram_video.vae.tiling import Tile, TilePlan, decode_tiled, encode_fitting, encode_tiled, plan_time
 from lowvram_video.weights.reader import CheckpointError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+CPU = torch.device("cpu")
+open_vae = HUNYUAN_FORMAT.open_file
+OFFICIAL = Tile(256, 16)
 
 BOUND = 1e-5  # maximum error over the reference's maximum, in float32
 
@@ -144,9 +148,8 @@ def test_half_precision_is_as_close_as_diffusers(pair, dtype):
 
 def test_channels_last_changes_nothing(pair):
     vae, _ = pair
-    other = HunyuanVAE(vae.config)
-    other.load_state_dict(vae.state_dict())
-    other.to_channels_last()
+    other = HunyuanVAE(vae.config, device="meta")
+    other.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
     latent, video = random_latent(3), random_video(9)
     errors = (
         relative_error(other.decode(latent), vae.decode(latent)),
@@ -257,7 +260,8 @@ def test_spilled_frames_change_no_bit(pair, share):
 
 def test_spilled_channels_last_half_precision_too():
     torch.manual_seed(0)
-    vae = HunyuanVAE(TINY["halving"], dtype=torch.bfloat16).to_channels_last()
+    vae = HunyuanVAE(TINY["halving"], dtype=torch.bfloat16)
+    vae.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
     latent = random_latent(2)
     assert torch.equal(vae.decode(latent, SpillStore(0)), vae.decode(latent))
 
@@ -309,9 +313,9 @@ def test_a_latent_that_does_not_fit_is_refused():
 def test_one_tile_equals_untiled_exactly(vae):
     for num_latents in (1, 3):
         latent = random_latent(num_latents)
-        assert torch.equal(decode_tiled(vae, latent), vae.decode(latent))
+        assert torch.equal(decode_tiled(vae, latent, OFFICIAL), vae.decode(latent))
         video = random_video(4 * num_latents - 3)
-        assert torch.equal(encode_tiled(vae, video), vae.encode(video))
+        assert torch.equal(encode_tiled(vae, video, OFFICIAL), vae.encode(video))
 
 
 @settings(max_examples=80, deadline=None)
@@ -340,27 +344,28 @@ def test_temporal_tiles_are_balanced():
 def test_tiles_are_decoded_alone_and_blended(vae):
     """Two temporal tiles of three latents and one: the second gives up the frame of its first latent."""
     latent = random_latent(5)
-    video = decode_tiled(vae, latent, temporal_tile=2, temporal_overlap=0)
+    video = decode_tiled(vae, latent, Tile(256, 2, latent_overlap=0))
     assert torch.equal(video[:, :, :9], vae.decode(latent[:, :, :3]))
     assert torch.equal(video[:, :, 9:], vae.decode(latent[:, :, 2:])[:, :, 1:])
     left, right = vae.decode(latent[:, :, :4]), vae.decode(latent[:, :, 1:])[:, :, 1:]
     ramp = ((torch.arange(8) + 0.5) / 8)[:, None, None]
     expected = torch.cat([left[:, :, :5], left[:, :, 5:] * (1 - ramp) + right[:, :, :8] * ramp, right[:, :, 8:]], 2)
-    blended = decode_tiled(vae, latent, temporal_tile=3, temporal_overlap=2)
+    blended = decode_tiled(vae, latent, Tile(256, 3, latent_overlap=2))
     assert (blended - expected).abs().max() < 1e-6
 
 
 def test_encoded_tiles_are_those_of_their_frames(vae):
     video = random_video(17, 16, 32)
-    latent = encode_tiled(vae, video, 16, 0, temporal_tile=2, temporal_overlap=0)
+    latent = encode_tiled(vae, video, Tile(16, 2, 0, 0))
     assert torch.equal(latent[:, :, :3, :, :2], vae.encode(video[:, :, :9, :, :16]))
     assert torch.equal(latent[:, :, 3:, :, 2:], vae.encode(video[:, :, 8:, :, 16:])[:, :, 1:])
 
 
-@pytest.mark.parametrize("failures", [0, 1, 2])
+@pytest.mark.parametrize("failures", [0, 1, 2, 3])
 def test_a_clip_that_the_device_does_not_hold_is_encoded_in_tiles(vae, failures, monkeypatch, caplog):
-    clip, tries = random_video(5, 32, 48, batch=1), []
-    want = vae.encode(clip)
+    clip, tries = random_video(5, 128, 192, batch=1), []
+    ways = [None, Tile(128), Tile(256, 16), Tile(128, 16)]
+    want = encode_tiled(vae, clip, ways[failures]) if failures else vae.encode(clip)
 
     def encode(pixels, *store):
         tries.append(pixels.shape[-1])
@@ -369,13 +374,11 @@ def test_a_clip_that_the_device_does_not_hold_is_encoded_in_tiles(vae, failures,
         return HunyuanVAE.encode(vae, pixels, *store)
 
     monkeypatch.setattr(vae, "encode", encode)
-    monkeypatch.setattr(inputs, "ENCODE_TILES", (Tile(48), Tile(32, 16)))
-    got = inputs.encode_clip(vae, clip)
+    got = encode_fitting(vae, clip)
     assert got.shape == want.shape and got.dtype == torch.float32 and got.device.type == "cpu"
-    if failures < 2:  # whole, or a tile as large as the clip
-        assert torch.equal(got, want)
-    assert tries[:3] == [48, 48, 32][: len(tries)]
-    told = ["48 pixels", "32 pixels, 16 latents of time at once"][:failures]
+    assert torch.equal(got, want)
+    assert tries[:4] == [192, 128, 192, 128][: failures + 1] + tries[failures + 1 : 4]
+    told = ["128 pixels", "256 pixels, 16 latents of time at once", "128 pixels, 16 latents of time at once"][:failures]
     assert [line.rpartition("tiles of ")[2] for line in caplog.messages if "encoding 5 frames" in line] == told
 
 
@@ -383,17 +386,17 @@ def test_tiles_of_an_even_surface_are_those_of_the_whole(pair):
     """Equal latents everywhere give every tile the statistics of the whole, and replicated borders continue it."""
     vae, _ = pair
     latent = random_latent(1, 1, 1).expand(-1, -1, 5, 6, 6)
-    error = relative_error(decode_tiled(vae, latent, 32, 16, 3, 1), vae.decode(latent))
+    error = relative_error(decode_tiled(vae, latent, Tile(32, 3, 16, 1)), vae.decode(latent))
     print(f"tiles of an even surface: max relative error {error:.1e}")
     # A group of two channels that hardly vary has a variance near eps: its norm magnifies the rounding of the sums.
     assert error < 2e-3
 
 
-@pytest.mark.parametrize("tile", [(48, 16, None, 0), (512, 0, 3, 1), (48, 16, 3, 1)])
+@pytest.mark.parametrize("tile", [Tile(48, overlap=16), Tile(512, 3, 0, 1), Tile(48, 3, 16, 1)])
 def test_tiles_are_within_the_documented_bound_for_smooth_latents(vae, tile):
     """Not equal: the norms and the attention see only the tile, which random weights answer to strongly."""
     latent = smooth_latent(5, 8, 12)
-    whole, tiled = vae.decode(latent), decode_tiled(vae, latent, *tile)
+    whole, tiled = vae.decode(latent), decode_tiled(vae, latent, tile)
     error = ((tiled - whole).abs().mean() / whole.std()).item()
     print(f"tiles {tile}: mean error over deviation {error:.3f}")
     assert 0 < error < 1
@@ -402,15 +405,15 @@ def test_tiles_are_within_the_documented_bound_for_smooth_latents(vae, tile):
 def test_a_half_precision_vae_gives_half_precision_video():
     vae = HunyuanVAE(TINY["uneven"], dtype=torch.bfloat16)
     latent = random_latent(2)
-    video = decode_tiled(vae, latent)
+    video = decode_tiled(vae, latent, OFFICIAL)
     assert video.dtype == torch.float16
     assert torch.equal(video, vae.decode(latent).to(torch.float16))
-    assert decode_tiled(vae, latent, 24, 8).isfinite().all()
+    assert decode_tiled(vae, latent, Tile(24, 16, 8)).isfinite().all()
 
 
 def test_progress_counts_tiles_and_may_stop(vae):
     calls: list[tuple[int, int]] = []
-    decode_tiled(vae, random_latent(3, 2, 3), 16, 8, 1, 0, lambda *call: calls.append(call))
+    decode_tiled(vae, random_latent(3, 2, 3), Tile(16, 1, 8, 0), lambda *call: calls.append(call))
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
     class Stop(Exception):
@@ -421,15 +424,15 @@ def test_progress_counts_tiles_and_may_stop(vae):
             raise Stop
 
     with pytest.raises(Stop):
-        encode_tiled(vae, random_video(9, 16, 24), 16, 8, 1, 0, stop)
+        encode_tiled(vae, random_video(9, 16, 24), Tile(16, 1, 8, 0), stop)
 
 
 def test_impossible_tiles_are_refused_with_the_fix(vae):
     with pytest.raises(ValueError, match=r"a tile of 64 pixels that overlaps by 64.*Try"):
-        decode_tiled(vae, random_latent(3, 10, 10), 64, 64)
+        decode_tiled(vae, random_latent(3, 10, 10), Tile(64, overlap=64))
     for size, shared in ((0, 0), (2, 2), (2, -1)):
         with pytest.raises(ValueError, match=rf"temporal tile of {size} latent frames that overlaps by {shared}.*Try"):
-            decode_tiled(vae, random_latent(5), temporal_tile=size, temporal_overlap=shared)
+            decode_tiled(vae, random_latent(5), Tile(256, size, latent_overlap=shared))
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -473,7 +476,7 @@ def test_a_file_loads_as_it_was_saved(vae, layout, prefix, tmp_path):
     if prefix:
         tensors["model.diffusion_model.head.weight"] = torch.zeros(2)
     path = saved(tmp_path / "vae.safetensors", tensors)
-    loaded = load_vae(path, torch.float32, "cpu")
+    loaded = open_vae(path).build(torch.float32, CPU)
     assert loaded.config.block_out_channels == vae.config.block_out_channels
     assert loaded.config.layers_per_block == vae.config.layers_per_block
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -485,7 +488,7 @@ def test_a_file_loads_as_it_was_saved(vae, layout, prefix, tmp_path):
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_file_runs_in_the_dtype_asked_for(vae, stored, wanted, tmp_path):
     path = saved(tmp_path / "vae.safetensors", {n: t.to(stored) for n, t in comfy_tensors(vae.state_dict()).items()})
-    loaded = load_vae(path, wanted, "cpu")
+    loaded = open_vae(path).build(wanted, CPU)
     expected = vae.state_dict()["decoder.mid_block.attentions.0.to_q.weight"].to(stored).to(wanted)
     assert torch.equal(loaded.decoder.mid_block.attentions[0].to_q.weight, expected)
     assert loaded.decode(random_latent(1, 2, 2)).dtype == wanted
@@ -510,7 +513,7 @@ def test_names_of_the_released_comfyui_file():
 def test_the_released_dimensions_come_from_shapes(vae, tmp_path):
     config = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
     path = saved(tmp_path / "vae.safetensors", HunyuanVAE(config).state_dict())
-    assert open_vae(path)[0] == config
+    assert open_vae(path).config == config
 
 
 @pytest.mark.parametrize(
@@ -540,7 +543,7 @@ def test_an_incomplete_file_is_refused(vae, tmp_path):
         open_vae(saved(tmp_path / "short.safetensors", tensors))
     del tensors["decoder.conv_norm_out.weight"]
     with pytest.raises(CheckpointError, match=r"decoder\.conv_norm_out\.weight .* is nothing"):
-        load_vae(saved(tmp_path / "less.safetensors", tensors), torch.float32, "cpu")
+        open_vae(saved(tmp_path / "less.safetensors", tensors))
 
 
 def test_a_vae_of_another_generation_is_refused(tmp_path):

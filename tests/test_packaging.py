@@ -21,13 +21,14 @@ MODELS = ("attention", "weights", "fused")
 DIRECTIONS: dict[str, set[str]] = {
     **{leaf: {leaf} for leaf in LEAVES},
     "diffusion": {"diffusion", *MODELS},
+    "vae": {"vae", "diffusion", "weights", "memory"},
     "runtime": {"runtime", "diffusion", *LEAVES},
-    "wanvideo": {"wanvideo", "diffusion", *MODELS},
-    "framepack": {"framepack", "diffusion", *MODELS},
+    "wanvideo": {"wanvideo", "vae", "diffusion", *MODELS},
+    "framepack": {"framepack", "vae", "diffusion", *MODELS},
     "demo": {"demo", "wanvideo", "diffusion", "runtime", *LEAVES},
-    "families": {"families", "wanvideo", "framepack", "runtime", "diffusion", *LEAVES},
-    "nodes": {"nodes", "families", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
-    ".": {"nodes", "families", "wanvideo", "framepack", "runtime", "diffusion", "demo", *LEAVES},
+    "families": {"families", "wanvideo", "framepack", "vae", "runtime", "diffusion", *LEAVES},
+    "nodes": {"nodes", "families", "wanvideo", "framepack", "vae", "runtime", "diffusion", "demo", *LEAVES},
+    ".": {"nodes", "families", "wanvideo", "framepack", "vae", "runtime", "diffusion", "demo", *LEAVES},
 }
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
 PIPELINE_FILES = {

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from lowvram_video.vae.files import to_channels_last
 from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
 from lowvram_video.wanvideo.vae_blocks import CausalCache, RMSNorm, Upsample
-from lowvram_video.wanvideo.vae_checkpoint import load_vae, open_vae, to_official_names
+from lowvram_video.wanvideo.vae_checkpoint import WAN_FORMAT, to_official_names
 from lowvram_video.weights.reader import CheckpointError
 from safetensors.torch import save_file
 from torch import Tensor
+
+CPU = torch.device("cpu")
+open_vae = WAN_FORMAT.open_file
 
 BOUND = 1e-4  # maximum error over the reference's maximum, in float32
 
@@ -165,7 +169,7 @@ def test_layout_and_split_frames_change_nothing(pair, channels_last, split_frame
     other = WanVAE(vae.config)
     other.load_state_dict(vae.state_dict())
     if channels_last:
-        other.to_channels_last()
+        other.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
     latent, video = random_latent(vae.config, 3), random_video(9)
     decoded = list(other.decode(latent, split_frames=split_frames))
     assert [frames.shape[2] for frames in decoded] == [1, 4, 4]
@@ -305,8 +309,8 @@ def test_a_file_loads_as_it_was_saved(pair, prefix, tmp_path):
     if prefix:
         tensors["model.diffusion_model.head.weight"] = torch.zeros(2)
     path = saved(tmp_path / "vae.safetensors", tensors)
-    assert open_vae(path)[0] == vae.config
-    loaded = load_vae(path, torch.float32, "cpu")
+    assert open_vae(path).config == vae.config
+    loaded = open_vae(path).build(torch.float32, CPU)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     latent = random_latent(vae.config, 2)
     for a, b in zip(loaded.decode(latent), vae.decode(latent), strict=True):
@@ -316,7 +320,7 @@ def test_a_file_loads_as_it_was_saved(pair, prefix, tmp_path):
 def test_a_diffusers_file_loads(pair, tmp_path):
     vae, reference = pair
     path = saved(tmp_path / "diffusion_pytorch_model.safetensors", reference.state_dict())
-    loaded = load_vae(path, torch.bfloat16, "cpu")
+    loaded = open_vae(path).build(torch.bfloat16, CPU)
     assert loaded.config == vae.config
     for name, tensor in vae.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.to(torch.bfloat16))
@@ -342,7 +346,7 @@ def test_dimensions_come_from_shapes(tmp_path):
         WAN21_VAE, encoder_dim=4, decoder_dim=2, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True)
     )
     path = saved(tmp_path / "odd.safetensors", WanVAE(config).state_dict())
-    assert open_vae(path)[0] == config
+    assert open_vae(path).config == config
 
 
 @pytest.mark.parametrize(
@@ -375,10 +379,10 @@ def test_a_missing_or_misshapen_tensor_is_named(pair, tmp_path):
     tensors["decoder.head.0.gamma"] = tensors["decoder.head.0.gamma"][:3]
     path = saved(tmp_path / "short.safetensors", tensors)
     with pytest.raises(CheckpointError, match=r"decoder\.head\.0\.gamma .* is \[3, 1, 1, 1\]; expected"):
-        load_vae(path, torch.float32, "cpu")
+        open_vae(path).build(torch.float32, CPU)
     del tensors["decoder.head.0.gamma"]
     with pytest.raises(CheckpointError, match=r"decoder\.head\.0\.gamma .* is nothing"):
-        load_vae(saved(tmp_path / "less.safetensors", tensors), torch.float32, "cpu")
+        open_vae(saved(tmp_path / "less.safetensors", tensors))
 
 
 def test_a_vae_of_unknown_latents_is_refused(tmp_path):

@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..vae.tiling import encode_fitting
 from .vae import WanVAE
-from .vae_tiles import encode_fitting
 
 
 def image_channels(vae: WanVAE, first: Tensor | None, last: Tensor | None, num_frames: int) -> Tensor:
     """What I2V models see beside the noise: mask and latents of a video that is grey but for its given frames.
 
-    `first`, `last` are `[1, 3, 1, H, W]` in -1 ... 1; returns `[1, 4 + z, T, h, w]`. The mask has a channel for each
-    of the four frames that a latent frame stands for; the first latent frame stands for one, counted four times.
-    Where the device runs out of memory the video is encoded in tiles.
+    `first`, `last` are `[1, 3, 1, H, W]` in -1 ... 1; returns `[1, 4 + z, T, h, w]`, fp32 on the CPU.
+    The mask has a channel for each of the four frames that a latent frame stands for; the first latent frame stands
+    for one, counted four times. Where the device runs out of memory the video is encoded in tiles.
     """
     given = first if first is not None else last
     if given is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from ..memory.report import RunReport
 from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
+from ..vae.files import OpenVae
+from ..vae.retries import at_work, pieces_fitting
+from ..vae.tiling import Tile, decode_in, encode_fitting
 from ..weights.lora import LoraChoice, LoraReport
 from ..weights.reader import CheckpointError
 from .conditioning import image_channels
@@ -28,13 +31,8 @@ from .request import WanDefaults, WanRequest, check_experts, check_request, chec
 from .streamed import StreamedWan
 from .text_checkpoint import load_text_encoder, open_text_encoder
 from .text_encoder import TextEncoder
-from .vae import WanVAE
-from .vae_checkpoint import load_vae, open_vae
-from .vae_tiles import decode_tiled, encode_fitting
-
-logger = logging.getLogger(__name__)
-
-TILE_OVERLAP = 64  # pixels
+from .vae import VAEConfig, WanVAE
+from .vae_checkpoint import WAN_FORMAT
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ class WanPipeline:
             )
         self.high = StreamedWan(files.model, settings, loras=files.loras)
         self.low = StreamedWan(files.model_low, settings, loras=files.loras_low) if files.model_low else None
-        self.vae_config, _ = open_vae(files.vae)
+        self._opened_vae: OpenVae[VAEConfig, WanVAE] = WAN_FORMAT.open_file(files.vae)
+        self.vae_config = self._opened_vae.config
         self._check_files()
         self.config = self.high.config
         self.defaults: WanDefaults = defaults_for(self.config, files.model_low is not None)
@@ -144,11 +143,12 @@ class WanPipeline:
         first, last = pictures
         if first is None and last is None:
             return conditions
-        with on_device(self._load_vae(), self.settings.device) as vae:
+        with self._vae_at_work() as vae:
             if self.config.model_type == "ti2v":
                 assert first is not None
-                return replace(conditions, first_frame=encode_fitting(vae, first).float())
-            return replace(conditions, channels=image_channels(vae, first, last, request.size[2]).float())
+                return replace(conditions, first_frame=encode_fitting(vae, first).to(self.settings.device))
+            channels = image_channels(vae, first, last, request.size[2])
+            return replace(conditions, channels=channels.to(self.settings.device))
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
         settings = self.settings
@@ -234,42 +234,27 @@ class WanPipeline:
     def _decode(self, latent: Tensor, plan: MemoryPlan) -> Iterator[Tensor]:
         """Frames as they come; where the device runs out of memory, what is missing is decoded in smaller tiles."""
         self.progress.begin("decode")
-        done = 0
-        problem: torch.cuda.OutOfMemoryError | None = None
-        with on_device(self._load_vae(), self.settings.device) as vae:
-            for tile in decode_tiles(plan):
-                seen = 0
-                try:
-                    for frames in self._decoded(vae, latent, tile):
-                        if seen + len(frames) > done:
-                            yield frames[max(0, done - seen) :]
-                        seen += len(frames)
-                        done = max(done, seen)
-                    return
-                except torch.cuda.OutOfMemoryError as error:
-                    logger.warning("out of VRAM while decoding %s: trying smaller tiles", _tile_words(tile))
-                    problem = error.with_traceback(None)  # the traceback holds the failed pass's tensors
-                torch.cuda.empty_cache()
-        assert problem is not None
-        raise problem
+        with self._vae_at_work() as vae:
 
-    def _decoded(self, vae: WanVAE, latent: Tensor, tile: int) -> Iterator[Tensor]:
-        if tile and self.settings.device.type != "cpu":
-            yield to_uint8(decode_tiled(vae, latent, tile, TILE_OVERLAP, on_chunk=self.progress.update))
-            return
-        done, total = 0, (latent.shape[2] - 1) * vae.config.temporal_stride + 1
-        for frames in vae.decode(latent):
-            yield to_uint8(frames)
-            done += frames.shape[2]
-            self.progress.update(done, total)
+            def frames(tile: Tile) -> Iterator[Tensor]:
+                return map(to_uint8, decode_in(vae, latent, tile, self.progress.update))
 
-    def _load_vae(self) -> WanVAE:
-        dtype = self.settings.compute_dtype
-        vae = self._vae or load_vae(self.files.vae, dtype, "cpu")
-        if self.settings.device.type == "cuda" and dtype.itemsize == 2:
-            vae.to_channels_last()
-        self._vae = vae if self.settings.keep_loaded else None
-        return vae
+            yield from pieces_fitting([Tile(pixels) for pixels in decode_tiles(plan)], frames, "decoding")
+
+    @contextmanager
+    def _vae_at_work(self) -> Iterator[WanVAE]:
+        """The VAE on the device; in RAM afterwards if it is kept."""
+        settings = self.settings
+
+        def load() -> WanVAE:
+            if self._vae is None:
+                vae = self._opened_vae.build(settings.compute_dtype, settings.device)
+                self._vae = vae if settings.keep_loaded else None
+                return vae
+            return self._vae.to(settings.device)
+
+        with at_work(load, keep=settings.keep_loaded) as vae:
+            yield vae
 
     def _start(self, model: StreamedWan) -> None:
         assert self.plan is not None
@@ -334,7 +319,3 @@ class WanPipeline:
             raise ValueError(f"{self.files.model.name} makes a video of a picture: give --image")
         if self.config.model_type == "ti2v" and request.end_image:
             raise ValueError(f"{self.files.model.name} takes a first frame only: leave out {request.end_image}")
-
-
-def _tile_words(tile: int) -> str:
-    return f"in tiles of {tile} pixels" if tile else "whole frames"

@@ -2,73 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-
-from ..diffusion.file_kinds import file_kind
-from ..diffusion.vae_checks import Shapes, check_tensors
-from ..weights.reader import Checkpoint, CheckpointError, open_checkpoint
+from ..diffusion.vae_checks import Shapes
+from ..vae.files import VaeFormat
+from ..weights.reader import Checkpoint, CheckpointError
 from .vae import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
-
-logger = logging.getLogger(__name__)
-
-
-PREFIXES = ("vae.", "first_stage_model.", "model.")
-
-
-def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
-    """Load a Wan 2.1 or 2.2 video autoencoder, in `dtype` on `device`.
-
-    Tensors are read and converted one at a time, so that the file is never in memory twice.
-    Raises CheckpointError when the file is not a complete Wan VAE.
-    """
-    config, checkpoint = open_vae(path)
-    vae = WanVAE(config, device="meta", dtype=dtype)
-    weights = {name: checkpoint.read(name).to(device=device, dtype=dtype) for name in vae.state_dict()}
-    vae.load_state_dict(weights, assign=True)
-    uses_cudnn = torch.device(device).type == "cuda" and torch.version.hip is None
-    return vae.to_channels_last() if uses_cudnn and dtype != torch.float32 else vae
-
-
-def open_vae(path: str | Path) -> tuple[VAEConfig, Checkpoint]:
-    """Open a Wan VAE file: its dimensions, and its tensors under the official names. Reads the header only.
-
-    Accepts the official layout, with or without a prefix ("vae.", "first_stage_model."), and that of diffusers'
-    AutoencoderKLWan. Raises CheckpointError, saying what the file is where that can be told.
-    """
-    checkpoint = open_checkpoint(path)
-    prefix = find_prefix(checkpoint.tensors)
-    if prefix is None:
-        raise CheckpointError(
-            f"{checkpoint.path} is {file_kind(checkpoint.tensors).title}; expected a Wan VAE. "
-            f"Choose {WAN21_VAE.file_name} for {WAN21_VAE.models} models, {WAN22_VAE.file_name} for {WAN22_VAE.models}."
-        )
-    bare = {name: name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
-    official = to_official_names(bare.values())
-    # What is outside the prefix belongs to another model of a merged file: None drops it.
-    names = {name: official[bare[name]] if name in bare else None for name in checkpoint.tensors}
-    renamed = checkpoint.renamed(names)
-    config = infer_config(renamed)
-    model = WanVAE(config, device="meta")
-    check_tensors(renamed, config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    return config, renamed
-
-
-def find_prefix(names: Iterable[str]) -> str | None:
-    """What stands before the VAE's names in a file, or None if it holds no Wan VAE."""
-    names = set(names)
-    for prefix in ("", *PREFIXES):
-        for marker in ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"):
-            if prefix + marker in names:
-                return prefix
-    return None
-
 
 # --- dimensions ------------------------------------------------------------------------------------------
 
@@ -206,3 +148,17 @@ def _official_part(name: str) -> str:
 def _official_leaf(leaf: str) -> str:
     head, dot, rest = leaf.partition(".")
     return OFFICIAL_LEAVES.get(head, head) + dot + rest
+
+
+# --- format ----------------------------------------------------------------------------------------------
+
+# Accepts the official layout and that of diffusers' AutoencoderKLWan.
+WAN_FORMAT = VaeFormat(
+    title="a Wan VAE",
+    advice=f"Choose {WAN21_VAE.file_name} for {WAN21_VAE.models} models, {WAN22_VAE.file_name} for {WAN22_VAE.models}.",
+    markers=(("decoder.middle.0.residual.0.gamma",), ("decoder.mid_block.resnets.0.norm1.gamma",)),
+    rename=to_official_names,
+    infer_config=infer_config,
+    network=WanVAE,
+    decoder=("decoder.", "conv2."),
+)

@@ -12,12 +12,15 @@ import folder_paths
 import lowvram_pack
 import pytest
 import torch
+from lowvram_pack.nodes import host
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.memory import MemoryReport, VramPlan
 from lowvram_pack.nodes.vae import DecodeVideo
+from lowvram_pack.vae.files import OpenVae
 from lowvram_pack.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
+from lowvram_pack.wanvideo.vae_checkpoint import WAN_FORMAT
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import core, empty_latent, ours, prompts, relative_error, sample, save
 
 COMPILE = {
@@ -138,24 +141,63 @@ def test_tiles_are_seamless_within_their_overlap(vae: Any) -> None:
     assert error < 0.1
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory.", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
 @pytest.mark.parametrize(("asked", "told"), [(0, ["128 pixels"]), (160, ["128 pixels"])])
 def test_a_video_that_the_device_does_not_hold_is_decoded_in_smaller_tiles(
-    vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: int, told: list[str]
+    vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: int, told: list[str], said: str
 ) -> None:
-    module, latent = sys.modules[DecodeVideo.__module__], random_latent(size=(2, 24, 24))
+    latent = random_latent(size=(2, 24, 24))
     want = DecodeVideo.execute(latent, vae, 128, 0, False).result[0]
-    tile_by_tile = module.decode_tiled
+    decode = WanVAE.decode
 
-    def out_of_memory(*_: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    def small_tiles_only(vae: WanVAE, latent: torch.Tensor, *rest: Any) -> Any:
+        if latent.shape[-1] > 16:
+            raise torch.cuda.OutOfMemoryError(said) if said.startswith("CUDA") else RuntimeError(said)
+        return decode(vae, latent, *rest)
 
-    def small_tiles_only(decoder: Any, latent: Any, tile: int, *rest: Any) -> Any:
-        return out_of_memory() if tile > 128 else tile_by_tile(decoder, latent, tile, *rest)
-
-    monkeypatch.setattr(module, "_decode_whole", out_of_memory)
-    monkeypatch.setattr(module, "decode_tiled", small_tiles_only)
+    monkeypatch.setattr(WanVAE, "decode", small_tiles_only)
     assert torch.equal(DecodeVideo.execute(latent, vae, asked, 0, False).result[0], want)
     assert [line.rpartition("in tiles of ")[2] for line in caplog.messages if "while decoding" in line] == told
+
+
+def test_a_decoder_that_finds_no_room_is_loaded_again_once_idle_models_left(
+    vae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latent = random_latent()
+    want = DecodeVideo.execute(latent, vae, 0, 0, False).result[0]
+    build, asked, left = OpenVae.build, [], ["CUDA error: out of memory"]
+
+    def scarce(opened: Any, *given: Any, **named: Any) -> Any:
+        if left:
+            raise RuntimeError(left.pop())
+        return build(opened, *given, **named)
+
+    monkeypatch.setattr(OpenVae, "build", scarce)
+    monkeypatch.setattr(host, "make_room", lambda size, device: asked.append(size))
+    assert torch.equal(DecodeVideo.execute(latent, vae, 0, 0, False).result[0], want)
+    assert len(asked) == 2 and asked[1] >= host.EVERYTHING
+
+
+def test_the_decoder_is_laid_out_as_on_the_command_line(
+    vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One builder makes both, and asks one function for the layout: here as on a GPU."""
+    build, strides = OpenVae.build, list[dict[str, Any]]()
+
+    def recorded(opened: Any, *given: Any, **named: Any) -> Any:
+        network = build(opened, *given, **named)
+        strides.append({name: weight.stride() for name, weight in network.state_dict().items() if not weight.is_meta})
+        return network
+
+    monkeypatch.setattr(sys.modules[OpenVae.__module__], "runs_channels_last", lambda device, dtype: True)
+    monkeypatch.setattr(OpenVae, "build", recorded)
+    DecodeVideo.execute(random_latent(), vae, 0, 0, False)
+    weights = {name: weight.contiguous() for name, weight in vae.first_stage_model.state_dict().items()}
+    save_file(weights, tmp_path / "vae.safetensors")
+    WAN_FORMAT.open_file(tmp_path / "vae.safetensors").build(vae.vae_dtype, torch.device("cpu"))
+    node, command_line = strides
+    assert node == {name: command_line[name] for name in node}
+    assert node["decoder.conv1.weight"][1] == 1, "channels last"
 
 
 def test_the_latent_is_saved_first(vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,151 @@
+"""Opening a video autoencoder, of a file or of ComfyUI's, and the one way to build its network on a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.file_kinds import file_kind
+from ..diffusion.vae_checks import VaeConfig, check_tensors
+from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+
+PREFIXES = ("", "vae.", "first_stage_model.", "model.")
+
+C = TypeVar("C", bound=VaeConfig)
+V = TypeVar("V", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class VaeFormat(Generic[C, V]):
+    """How one family's autoencoder is known by its tensors, under any layout's names.
+
+    All names of one of `markers` tell it; `rename` gives `{name: ours}`, `infer_config` the dimensions of a checkpoint
+    with our names, `network` the module with them. Decoding takes the tensors whose names begin with `decoder` only.
+    `title` has its article, `advice` says which file to choose.
+    """
+
+    title: str
+    advice: str
+    markers: tuple[tuple[str, ...], ...]
+    rename: Callable[[Iterable[str]], Mapping[str, str]]
+    infer_config: Callable[[Checkpoint], C]
+    network: Callable[..., V]  # (config, device=..., dtype=...)
+    decoder: tuple[str, ...]
+
+    def open_file(self, path: str | Path) -> OpenVae[C, V]:
+        """A file in any layout, with or without a prefix ("vae.", "first_stage_model."); reads the header only.
+
+        Raises CheckpointError, saying what the file is where that can be told, unless it is a complete VAE.
+        """
+        checkpoint = open_checkpoint(path)
+        prefix = self._prefix(checkpoint.tensors)
+        if prefix is None:
+            raise CheckpointError(
+                f"{checkpoint.path} is {file_kind(checkpoint.tensors).title}; expected {self.title}. {self.advice}"
+            )
+        bare = {name: name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
+        ours = self.rename(bare.values())
+        # What is outside the prefix belongs to another model of a merged file: None drops it.
+        names = {name: ours[bare[name]] if name in bare else None for name in checkpoint.tensors}
+        return self._opened(checkpoint.renamed(names))
+
+    def open_tensors(self, stored: Mapping[str, Tensor]) -> OpenVae[C, V] | None:
+        """The state dict of another program's VAE, whose tensors are read where they lie; None for another family's."""
+        if self._prefix(stored) != "":
+            return None
+        tensors = {ours: stored[name] for name, ours in self.rename(stored).items()}
+        infos = {
+            name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
+            for name, tensor in tensors.items()
+        }
+        return self._opened(Checkpoint(Path("the connected VAE"), infos, {}), tensors)
+
+    def _prefix(self, names: Iterable[str]) -> str | None:
+        """What stands before the VAE's names, or None where there is none."""
+        names = set(names)
+        for prefix in PREFIXES:
+            if any(all(prefix + name in names for name in marker) for marker in self.markers):
+                return prefix
+        return None
+
+    def _opened(self, renamed: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> OpenVae[C, V]:
+        """CheckpointError where a tensor is missing or of another shape than the network's."""
+        config = self.infer_config(renamed)
+        shapes = {
+            name: tuple(weight.shape) for name, weight in self.network(config, device="meta").state_dict().items()
+        }
+        fitted = {name: _without_kernel(info, shapes.get(name)) for name, info in renamed.tensors.items()}
+        checkpoint = Checkpoint(renamed.path, fitted, renamed.metadata)
+        check_tensors(checkpoint, config, shapes)
+        return OpenVae(self, config, checkpoint, tensors)
+
+
+@dataclass(frozen=True)
+class OpenVae(Generic[C, V]):
+    """An autoencoder whose tensors are known, under our names, and are read when it is built.
+
+    They are in the file of `checkpoint` or, where given, `tensors`.
+    """
+
+    format: VaeFormat[C, V]
+    config: C
+    checkpoint: Checkpoint
+    tensors: Mapping[str, Tensor] | None = None
+
+    def build(self, dtype: torch.dtype, device: torch.device, decode_only: bool = False) -> V:
+        """The network in `dtype` on `device`, in the layout that is fastest there.
+
+        Tensors are read and converted one at a time, so that they are never in memory twice. What `decode_only` does
+        not need stays on meta.
+        """
+        vae = self.format.network(self.config, device="meta", dtype=dtype)
+        channels_last = runs_channels_last(device, dtype)
+        weights = {}
+        for name in self._names(decode_only):
+            weight = self._read(name).to(device=device, dtype=dtype)
+            weights[name] = to_channels_last(weight) if channels_last else weight
+        vae.load_state_dict(weights, strict=not decode_only, assign=True)
+        return vae.requires_grad_(False)
+
+    def weight_bytes(self, dtype: torch.dtype, decode_only: bool = False) -> int:
+        """What `build` takes on the device."""
+        shapes = [self.checkpoint.tensors[name].shape for name in self._names(decode_only)]
+        return sum(map(math.prod, shapes)) * dtype.itemsize
+
+    def _read(self, name: str) -> Tensor:
+        if self.tensors is None:
+            return self.checkpoint.read(name)
+        return self.tensors[name].view(self.checkpoint.tensors[name].shape)
+
+    def _names(self, decode_only: bool) -> list[str]:
+        names = self.format.network(self.config, device="meta").state_dict()
+        return [name for name in names if not decode_only or name.startswith(self.format.decoder)]
+
+
+def runs_channels_last(device: torch.device, dtype: torch.dtype, hip: str | None = torch.version.hip) -> bool:
+    """Whether convolutions are laid out channels last: faster and leaner where cuDNN runs them in half precision.
+
+    (There it converts other layouts, with a copy of the activations, for each convolution.)
+    """
+    return device.type == "cuda" and hip is None and dtype.itemsize == 2
+
+
+def to_channels_last(weight: Tensor) -> Tensor:
+    """The weight of a convolution, [O, I, (T,) h, w], channels last; any other tensor as it is."""
+    if weight.ndim < 4:
+        return weight
+    layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+    return weight.contiguous(memory_format=layout)
+
+
+def _without_kernel(info: TensorInfo, wanted: tuple[int, ...] | None) -> TensorInfo:
+    """The weight of a 1x1x1 convolution as a matrix, where one is wanted: ComfyUI's attention has convolutions."""
+    if wanted is not None and len(wanted) == 2 and info.shape == (*wanted, 1, 1, 1):
+        return replace(info, shape=wanted)
+    return info
