@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..diffusion.account import RunAccount
 from ..diffusion.pictures import load_image, to_uint8
-from ..diffusion.placing import on_device
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
 from ..memory.plan import MemoryPlan, decode_tiles
