@@ -94,7 +94,6 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         blocks_to_swap=options.blocks_to_swap,
         prefetch=options.prefetch,
         pinned_memory=not options.no_pinned,
-        timed=True,
         batched_guidance=getattr(options, "batch_cfg", False),
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import get_args
@@ -25,6 +25,7 @@ from .cli_arguments import (
     refuse_foreign,
     settings_of,
 )
+from .cli_report import say_report
 from .diffusion.pictures import load_image
 from .diffusion.settings import RunSettings
 from .framepack.buckets import MULTIPLE, nearest_bucket
@@ -47,9 +48,6 @@ from .framepack.streamed import StreamedFramePack
 from .framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from .framepack_run import Files, plan_ahead
 from .memory.footprint import WorkSize
-from .memory.intervals import Interval
-from .memory.report import MemoryMonitor, RunReport
-from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
 from .video import SUFFIXES, check_writable
 from .video_frames import read_end, read_video, video_seconds, video_size
@@ -153,8 +151,14 @@ def generate_framepack(options: argparse.Namespace, say: Say) -> None:
     plan_ahead(job.pipeline, job.sampling, job.size, options.end_image is not None)
     for lora in job.pipeline.lora_reports():
         say(lora.summary)  # what was not applied is in the log
+    with job.pipeline.record.run():
+        _make(job, say)
+    say_report(job.pipeline.report(), options, say)
+
+
+def _make(job: _Job, say: Say) -> None:
     try:
-        material, encoding = job.encode()
+        material = job.encode()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted before the first step: no section was made") from None
     files, pipeline = job.files, job.pipeline
@@ -168,11 +172,6 @@ def generate_framepack(options: argparse.Namespace, say: Say) -> None:
             say(files.kept(run))
             raise
         say(files.result(run))
-    report = _joined(encoding, job.pipeline.report())
-    say(report.table())
-    if options.report is not None:
-        report.save(options.report)
-        draw_timeline(report, options.report.with_suffix(".png"))
 
 
 @dataclass(frozen=True)
@@ -209,13 +208,11 @@ class _Job:
         sampling = _sampling(options, mode)
         return cls(options, settings, pipeline, encoders, sampling, timed, size, _places(options))
 
-    def encode(self) -> tuple[Material, RunReport]:
-        """What the video is made of, and what encoding it used."""
+    def encode(self) -> Material:
+        """What the video is made of."""
         inputs = self._inputs()
-        monitor = MemoryMonitor(self.settings.device)
-        with monitor, monitor.phase("encode"):
-            material = self.encoders.encode(inputs, self.pipeline.model.config)
-        return material, monitor.report()
+        with self.pipeline.record.phase("encode"):
+            return self.encoders.encode(inputs, self.pipeline.model.config)
 
     def _inputs(self) -> Inputs:
         options, (width, height) = self.options, self.size
@@ -379,23 +376,3 @@ def _places(options: argparse.Namespace) -> Files:
 def _whole(num_video_frames: int) -> int:
     """How many of a video's frames the VAE takes: 4n + 1."""
     return (num_video_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
-
-
-# --- memory ----------------------------------------------------------------------------------------------
-
-
-def _joined(first: RunReport, second: RunReport) -> RunReport:
-    """Two reports as one, the second's clock going on where the first's last phase ended."""
-    shift = max((phase.start + phase.seconds for phase in first.phases), default=0.0)
-
-    def later(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
-        return tuple((begin + shift, end + shift) for begin, end in intervals)
-
-    return replace(
-        second,
-        phases=(*first.phases, *(replace(phase, start=phase.start + shift) for phase in second.phases)),
-        samples=(*first.samples, *(replace(sample, seconds=sample.seconds + shift) for sample in second.samples)),
-        copies=later(second.copies),
-        computes=later(second.computes),
-        passes=later(second.passes),
-    )

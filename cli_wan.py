@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .cli_arguments import Say, WantedFile, lora_choice, numbers, positive, refuse_foreign, settings_of
+from .cli_report import say_report
 from .memory.footprint import WorkSize
-from .memory.timeline import draw_timeline
 from .progress import TerminalProgress
 from .sampling.guidance import batch_and_passes
 from .sampling.schedules import SPACINGS
@@ -102,11 +102,7 @@ def generate_wan(options: argparse.Namespace, say: Say) -> None:
         kept = f"{output} holds the {writer.num_frames} frames made so far"
         raise KeyboardInterrupt(f"interrupted: {kept if writer.num_frames else 'no frame was made yet'}") from None
     say(f"{output}: {writer.num_frames} frames")
-    report = pipeline.report()
-    say(report.table())
-    if options.report is not None:
-        report.save(options.report)
-        draw_timeline(report, options.report.with_suffix(".png"))
+    say_report(pipeline.report(), options, say)
 
 
 def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:

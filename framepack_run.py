@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .diffusion.account import RunAccount
 from .framepack.film import Film
 from .framepack.generation import section_size
 from .framepack.pipeline import FramePackPipeline
@@ -20,6 +19,7 @@ from .framepack.run.host import Grows, Output, RunPlaces
 from .framepack.run.run import FramePackRun
 from .framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
 from .framepack.timed_prompts import TimedPrompt
+from .runtime.run_limits import hold_limits
 from .video_frames import read_pieces
 from .weights.fingerprint import fingerprint
 from .whole_files import write_file
@@ -96,7 +96,7 @@ def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int,
     `size` is (width, height). The pipeline plans again when it begins: what is free may be less by then.
     """
     model = pipeline.model
-    limits = RunAccount(pipeline.settings).begin(model.model.execution)
+    limits = hold_limits(pipeline.settings, model.model.execution)
     height, width = size[1] // SPATIAL_STRIDE, size[0] // SPATIAL_STRIDE
     end = torch.zeros(1, 16, 1, height, width) if end_image else None
     nothing_yet = Material((height, width), TimedPrompt(""), {}, end=end)

@@ -99,14 +99,14 @@ class Runs:
 
     def left(self, model: Any) -> str:
         """VRAM used on the device, RSS and pinned bytes now."""
-        from lowvram_pack.memory.report import process_rss_bytes
+        import psutil
 
         pinned = model.model.diffusion_model.engine.streamed.pinned_bytes
         used = 0
         if self.device.type == "cuda":
             free, total = self.torch.cuda.mem_get_info()
             used = total - free
-        return f"VRAM {used / GIB:.3f} RSS {process_rss_bytes() / GIB:.3f} pinned {pinned / GIB:.3f} GiB"
+        return f"VRAM {used / GIB:.3f} RSS {psutil.Process().memory_info().rss / GIB:.3f} pinned {pinned / GIB:.3f} GiB"
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def save_text_encoder(path: Path) -> Path:
 def run(model: Path, folder: Path, vram_gib: float, steps: int) -> dict[str, object]:
     """One run in this process, which nothing else has used the GPU of."""
     files = WanFiles(model, folder / "umt5.safetensors", folder / "vae.safetensors")
-    settings = RunSettings(device=torch.device("cuda", 0), vram_budget_gib=vram_gib, timed=True)
+    settings = RunSettings(device=torch.device("cuda", 0), vram_budget_gib=vram_gib)
     pipeline = WanPipeline(files, settings)
     request = WanRequest("a cat surfs a wave", num_steps=steps, width=832, height=480, num_frames=81)
     num_frames = sum(len(frames) for frames in pipeline.generate(request))

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 from lowvram_video.attention.select import AttentionSpec, select_attention
 from lowvram_video.diffusion.settings import RunSettings
@@ -36,7 +37,6 @@ from lowvram_video.framepack.timed_prompts import parse_timed_prompt
 from lowvram_video.framepack.vae import HunyuanVAE
 from lowvram_video.memory.footprint import GIB
 from lowvram_video.memory.limits import hold_budget, limits_for
-from lowvram_video.memory.report import process_rss_bytes
 from lowvram_video.weights.lora import LoraChoice
 from measure import Ballast, Watch, run_cases
 from safetensors.torch import save_file
@@ -198,7 +198,7 @@ def run_video(case: Case, free_bytes: int) -> dict[str, object]:
     settings = RunSettings(
         device=torch.device("cuda"), vram_budget_gib=case.vram_gib or None, blocks_to_swap=case.blocks_to_swap
     )
-    before = process_rss_bytes()
+    before = psutil.Process().memory_info().rss
     with Watch() as watch, tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         pipeline = FramePackPipeline(FramePackFiles(Path(case.path), Path(case.vae)), settings)

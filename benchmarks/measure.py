@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import psutil
 import torch
-from lowvram_video.memory.report import process_rss_bytes
 from lowvram_video.whole_files import write_file
 
 GIB = 2**30
@@ -70,7 +70,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.min_free = torch.cuda.mem_get_info()[0]
-        self.rss_peak = process_rss_bytes()
+        self.rss_peak = psutil.Process().memory_info().rss
         self.running = True
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
@@ -79,7 +79,7 @@ class Watch:
     def _look(self) -> None:
         while self.running:
             self.min_free = min(self.min_free, torch.cuda.mem_get_info()[0])
-            self.rss_peak = max(self.rss_peak, process_rss_bytes())
+            self.rss_peak = max(self.rss_peak, psutil.Process().memory_info().rss)
             time.sleep(0.003)
 
     def __exit__(

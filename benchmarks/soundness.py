@@ -11,12 +11,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.footprint import GIB, Limits, WorkSize
-from lowvram_video.memory.lanes import TimedLanes
 from lowvram_video.memory.limits import limits_for
-from lowvram_video.memory.report import RunReport, process_rss_bytes
+from lowvram_video.memory.stream_log import StreamLog
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import disk_gbps, drop_page_cache, save_results
 from torch import Tensor
@@ -58,8 +58,10 @@ def equal_bits(path: str, limits: Limits) -> dict[str, object]:
 
 def host_syncs(path: str, limits: Limits) -> dict[str, object]:
     """CUDA calls of a streamed pass that make the host wait, from a profiler trace; overlap from event timings."""
-    model = StreamedWan(path, RunSettings(device=DEVICE, timed=True))
-    model.start(model.make_plan(CLIP, replace(limits, blocks_to_swap=40)))
+    model = StreamedWan(path, RunSettings(device=DEVICE))
+    logs = [StreamLog()]
+    plan = model.make_plan(CLIP, replace(limits, blocks_to_swap=40))
+    model.start_fitting(plan, lambda spans: logs[-1].add(spans))
     arguments = inputs(model, CLIP)
     model(*arguments)
     torch.cuda.synchronize()
@@ -71,16 +73,16 @@ def host_syncs(path: str, limits: Limits) -> dict[str, object]:
     names = collections.Counter(event.name for event in profile.events())
     waits = {name: count for name, count in names.items() if "ynchronize" in name and "StreamWaitEvent" not in name}
     allocations = torch.cuda.memory_stats()["num_device_alloc"] - reserved
-    assert model.ring is not None and isinstance(model.ring.lanes, TimedLanes)
-    model.ring.lanes.spans()
+    model.settle()
+    logs.append(StreamLog())
     began = time.perf_counter()
     passes = 3
     for _ in range(passes):
         model(*arguments)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    spans = model.ring.lanes.spans()
-    stream = RunReport(phases=()).with_spans(spans, 0.0).stream
+    model.settle()
+    stream = logs[-1].report()
     assert stream is not None
     model.release()
     return {
@@ -106,7 +108,7 @@ def steady(path: str, limits: Limits, runs: int = 20) -> dict[str, object]:
         model.release()
         del model
         torch.cuda.empty_cache()
-        seen.append((torch.cuda.mem_get_info()[0], process_rss_bytes(), pinned))
+        seen.append((torch.cuda.mem_get_info()[0], psutil.Process().memory_info().rss, pinned))
     seen = seen[2:]  # libraries load in the first runs
     free, rss, pinned = zip(*seen, strict=True)
     return {

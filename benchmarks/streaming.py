@@ -18,11 +18,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.memory.footprint import GIB, WorkSize
 from lowvram_video.memory.limits import hold_budget, limits_for
-from lowvram_video.memory.report import process_rss_bytes
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.lora import LoraChoice
 from measure import Ballast, Watch, disk_gbps, drop_page_cache, run_cases
@@ -50,7 +50,7 @@ def run_case(case: Case, free_bytes: int) -> dict[str, object]:
     """Load, then time `steps` forward passes after a warm-up one; in this process."""
     device = torch.device("cuda")
     work = WorkSize(case.frames, case.height, case.width)
-    ram_before = process_rss_bytes()
+    ram_before = psutil.Process().memory_info().rss
     with torch.inference_mode(), Watch() as watch:
         limits = limits_for(
             device,

@@ -58,7 +58,6 @@ class RunSettings:
     pinned_memory: bool = True
     batched_guidance: bool = False
     keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
-    timed: bool = False  # note when every copy and block ran, for the report's timeline
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.account import RunAccount
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
-from ..memory.footprint import WorkSize
+from ..memory.footprint import Limits, WorkSize
 from ..memory.ladder import RAM_MARGIN_BYTES
 from ..memory.pinned import CudaRegistrar
 from ..memory.plan import MemoryPlan
 from ..memory.report import RunReport
+from ..runtime.run_limits import hold_limits
+from ..runtime.run_record import RunRecord
 from ..sampling.solver import StepInfo
 from ..vae.retries import at_work
 from ..weights.fingerprint import fingerprint
@@ -53,7 +54,8 @@ class FramePackPipeline:
         self.model = StreamedFramePack(files.model, settings, loras=files.loras, model_type=files.model_type)
         self._vae = HUNYUAN_FORMAT.open_file(files.vae)
         self.plan: MemoryPlan | None = None
-        self._account = RunAccount(settings)
+        self.record = RunRecord(settings.device)
+        self._limits: Limits | None = None
 
     @property
     def loras(self) -> tuple[Any, ...]:
@@ -63,13 +65,12 @@ class FramePackPipeline:
     @contextmanager
     def running(self, num_steps: int) -> Iterator[None]:
         """See `RunHost`."""
-        self._account.begin(self.model.model.execution)
-        with torch.inference_mode(), self._account.monitor:
+        self._limits = hold_limits(self.settings, self.model.model.execution, self.model.host_bytes)
+        with torch.inference_mode(), self.record.run(self._limits):
             try:
                 yield
             finally:
                 self.progress.end()
-                self._account.note_spans(self.model)
                 self.model.release()
                 self.free_memory()
 
@@ -77,20 +78,20 @@ class FramePackPipeline:
     def phase(self, name: str) -> Iterator[None]:
         if name != "denoise":  # its steps are told by section
             self.progress.begin(name)
-        with self._account.monitor.phase(name):
+        with self.record.phase(name):
             yield
 
     def within_budget(self) -> AbstractContextManager[None]:
         return nullcontext()  # it is held throughout
 
     def make_plan(self, work: WorkSize) -> MemoryPlan:
-        assert self._account.limits is not None
-        self.plan = self.model.make_plan(work, self._account.limits)
+        assert self._limits is not None
+        self.plan = self.model.make_plan(work, self._limits)
         return self.plan
 
     def start(self, plan: MemoryPlan) -> None:
-        self.model.start_fitting(plan)
-        self._account.note_pinned(self.model)
+        self.model.start_fitting(plan, self.record.add_spans)
+        self.record.uses(self.model)
 
     def on_step(self, section: Section, step: StepInfo) -> None:
         if step.index == 0:
@@ -102,7 +103,6 @@ class FramePackPipeline:
 
     @contextmanager
     def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
-        self._account.note_spans(self.model)
         self.model.stop()
         self.free_memory()
         settings = self.settings
@@ -119,14 +119,14 @@ class FramePackPipeline:
 
     def report(self) -> RunReport:
         """What the last video used."""
-        return self._account.report({"denoise": self.plan.denoise.total} if self.plan else {})
+        return self.record.report()
 
     def _decode_room(self) -> DecodeRoom | None:
         """What the budgets leave for decoding.
 
         Host memory only of a RAM budget given by hand: the clips of a section take as much as the model.
         """
-        device, limits = self.settings.device, self._account.limits
+        device, limits = self.settings.device, self._limits
         if device.type != "cuda" or limits is None:
             return None
         free = limits.vram_budget_bytes - limits.context_bytes - torch.cuda.memory_allocated(device)

@@ -43,3 +43,9 @@ def subtract(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
 def length(intervals: Sequence[Interval]) -> float:
     """Total length of the union."""
     return sum(end - start for start, end in merge(intervals))
+
+
+def split(intervals: Sequence[Interval], at: float) -> tuple[list[Interval], list[Interval]]:
+    """What lies before a moment and what lies after it; an interval across it has a part in both."""
+    before = [(start, min(end, at)) for start, end in intervals if start < at]
+    return before, [(max(start, at), end) for start, end in intervals if end > at]

@@ -1,13 +1,16 @@
 """The two lanes of a device: copies on one, compute on the other, ordered by events alone."""
 
-from collections.abc import Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]  # (device bytes, host bytes), both uint8 of one length
+NOTES_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -79,26 +82,44 @@ class CudaLanes:
 
 @dataclass(frozen=True)
 class Span:
-    """What a lane did from when to when, in milliseconds since the lanes were made."""
+    """What a lane did from when to when, in seconds of `time.perf_counter`, whichever lanes did it."""
 
     lane: str  # "copy", "compute", or "stall": the compute lane waiting for a copy
     block: int
-    begin_ms: float
-    end_ms: float
+    begin: float
+    end: float
+    nbytes: int = 0
+
+
+SpanSink = Callable[[Sequence[Span]], None]
+
+
+class _Note(NamedTuple):
+    """A span to be, once the device has passed its events."""
+
+    lane: str
+    block: int
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
     nbytes: int = 0
 
 
 class TimedLanes(CudaLanes):
-    """CudaLanes that note when each copy and each block's compute began and ended.
+    """CudaLanes that tell `on_spans` when each copy and each block's compute began and ended.
 
-    Every use of a block makes new events, which are read only by `spans` after the run.
+    Every use of a block makes new events. Those that the device has passed are read some hundred at a time, the last
+    ones by `synchronize`: the host waits for none of them elsewhere.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, on_spans: SpanSink) -> None:
         super().__init__(device)
-        self._notes: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._on_spans = on_spans
+        self._notes: deque[_Note] = deque()
         self._computing: tuple[int, torch.cuda.Event] | None = None
-        self._origin = self._mark(self._compute_stream())
+        # an event of the device, and when that was on the host's clock
+        self._known = self._mark(self._compute_stream())
+        self._known.synchronize()
+        self._known_seconds = time.perf_counter()
 
     def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
         pairs = list(pairs)
@@ -107,28 +128,46 @@ class TimedLanes(CudaLanes):
         begin = self._mark(self._copy_stream)
         super().copy(pairs, (), events)
         nbytes = sum(device_bytes.numel() for device_bytes, _ in pairs)
-        self._notes.append(("copy", events.block, begin, self._mark(self._copy_stream), nbytes))
+        self._note(_Note("copy", events.block, begin, self._mark(self._copy_stream), nbytes))
 
     def wait_ready(self, events: BlockEvents) -> None:
         begin = self._mark(self._compute_stream())
         super().wait_ready(events)
         end = self._mark(self._compute_stream())
-        self._notes.append(("stall", events.block, begin, end, 0))
+        self._note(_Note("stall", events.block, begin, end))
         self._computing = events.block, end
 
     def record_free(self, events: BlockEvents) -> None:
         super().record_free(events)
         if self._computing is not None and self._computing[0] == events.block:
             block, begin = self._computing
-            self._notes.append(("compute", block, begin, self._mark(self._compute_stream()), 0))
+            self._note(_Note("compute", block, begin, self._mark(self._compute_stream())))
         self._computing = None
 
-    def spans(self) -> list[Span]:
-        """All that was noted since the last call; waits for the device."""
-        self.synchronize()
-        notes, self._notes = self._notes, []
-        since = self._origin.elapsed_time
-        return [Span(lane, block, since(begin), since(end), nbytes) for lane, block, begin, end, nbytes in notes]
+    def synchronize(self) -> None:
+        super().synchronize()
+        self._tell()
+
+    def _note(self, note: _Note) -> None:
+        self._notes.append(note)
+        if len(self._notes) >= NOTES_AT_A_TIME:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Hand over what the device has done."""
+        passed: list[_Note] = []
+        while self._notes and self._notes[0].end.query():
+            passed.append(self._notes.popleft())
+        if not passed:
+            return
+        known, seconds = self._known, self._known_seconds
+
+        def when(event: torch.cuda.Event) -> float:
+            return seconds + known.elapsed_time(event) / 1e3
+
+        self._on_spans([Span(note.lane, note.block, when(note.begin), when(note.end), note.nbytes) for note in passed])
+        # a near one: times since an event are of single precision
+        self._known, self._known_seconds = passed[-1].end, when(passed[-1].end)
 
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -166,8 +205,8 @@ class InlineLanes:
         return
 
 
-def lanes_for(device: torch.device, timed: bool = False) -> Lanes:
-    """The lanes of a device; `timed` ones (CUDA only) can tell afterwards what ran when."""
-    if device.type == "cuda":
-        return TimedLanes(device) if timed else CudaLanes(device)
-    return InlineLanes()
+def lanes_for(device: torch.device, on_spans: SpanSink | None = None) -> Lanes:
+    """The lanes of a device; on CUDA `on_spans` is told what ran when."""
+    if device.type != "cuda":
+        return InlineLanes()
+    return CudaLanes(device) if on_spans is None else TimedLanes(device, on_spans)

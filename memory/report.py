@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 import torch
 
 from ..whole_files import write_file
-from .intervals import Interval, intersect, length, merge, subtract
-from .lanes import Span
+from .intervals import Interval
+from .stream_log import StreamReport
 
 GIB = 2**30
 MAX_SAMPLES = 2000
@@ -48,21 +46,12 @@ class PhaseReport:
 
 
 @dataclass(frozen=True)
-class StreamReport:
-    """How the blocks travelled. `overlap_percent` of the copying happened behind compute; in `stall_ms_per_pass` of a
-    pass the device had nothing to compute while a copy ran."""
-
-    bytes_streamed: int
-    num_passes: int
-    copy_seconds: float
-    gbps: float
-    overlap_percent: float
-    stall_ms_per_pass: float
-
-
-@dataclass(frozen=True)
 class RunReport:
-    """Everything shown after a run. `other_bytes` of the device belonged to other processes all along."""
+    """Everything shown after a run.
+
+    `other_bytes` of the device belonged to other processes all along; `copies`, `computes` and `passes` are of its last
+    passes, `stream` is of all.
+    """
 
     phases: tuple[PhaseReport, ...]
     samples: tuple[MemorySample, ...] = ()
@@ -87,65 +76,8 @@ class RunReport:
         """This process's peak in a phase, its context included."""
         return max(0, phase.device_peak_bytes - self.other_bytes)
 
-    def with_predictions(self, predicted: dict[str, int]) -> RunReport:
-        """The same report beside the plan's peaks, in bytes by phase name."""
-        phases = (replace(phase, predicted_bytes=predicted.get(phase.name)) for phase in self.phases)
-        return replace(self, phases=tuple(phases))
-
-    def with_stream(
-        self, copies: Sequence[Interval], computes: Sequence[Interval], passes: Sequence[Interval], bytes_streamed: int
-    ) -> RunReport:
-        """The same report with what the streamer's lanes did; see `summarize_stream`."""
-        return replace(
-            self,
-            stream=summarize_stream(copies, computes, passes, bytes_streamed),
-            copies=tuple(copies),
-            computes=tuple(computes),
-            passes=tuple(passes),
-        )
-
-    def with_spans(self, spans: Sequence[Span], start_seconds: float) -> RunReport:
-        """The same report with the spans of timed lanes that were made at `start_seconds` of the monitor's clock.
-
-        Only streamed blocks are noted there, so all of a pass but its stalls counts as compute.
-        """
-        lanes: dict[str, list[Interval]] = {"copy": [], "compute": [], "stall": []}
-        passes: list[Interval] = []
-        last_block = -1
-        for span in sorted(spans, key=lambda span: span.begin_ms):
-            interval = start_seconds + span.begin_ms / 1e3, start_seconds + span.end_ms / 1e3
-            lanes[span.lane].append(interval)
-            if span.lane == "stall":  # the first thing noted of a block
-                if span.block <= last_block or not passes:
-                    passes.append(interval)
-                last_block = span.block
-            if span.lane != "copy" and passes:
-                passes[-1] = passes[-1][0], interval[1]
-        nbytes = sum(span.nbytes for span in spans)
-        return self.with_stream(lanes["copy"], subtract(passes, lanes["stall"]), passes, nbytes)
-
     def to_json(self) -> str:
         return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RunReport:
-        """The inverse of `to_json`; ValueError where the text is not a report."""
-        try:
-            data = json.loads(text)
-            stream = data["stream"]
-            return cls(
-                phases=tuple(PhaseReport(**phase) for phase in data["phases"]),
-                samples=tuple(MemorySample(**sample) for sample in data["samples"]),
-                stream=None if stream is None else StreamReport(**stream),
-                copies=_intervals(data["copies"]),
-                computes=_intervals(data["computes"]),
-                passes=_intervals(data["passes"]),
-                pinned_bytes=data["pinned_bytes"],
-                other_bytes=data["other_bytes"],
-                budget_bytes=data["budget_bytes"],
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"this is not the JSON of a run report ({error!r}): give one that a run saved") from error
 
     def save(self, path: str | Path) -> None:
         """Write the JSON; a reader sees the old file or the whole new one."""
@@ -197,17 +129,18 @@ class MemoryMonitor:
     ):
         self.fault: str | None = None
         self._read_device = read_device or _device_reader(device)
+        self._process = psutil.Process()
         self._period_seconds = period_seconds
         self._samples: list[MemorySample] = []
         self._phases: dict[str, PhaseReport] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._origin = time.perf_counter()
+        self.origin = time.perf_counter()  # where the report's clock starts
         self._open: str | None = None
 
     def __enter__(self) -> MemoryMonitor:
-        self._origin = time.perf_counter()
+        self.origin = time.perf_counter()
         self._stop.clear()
         self._sample()
         self._thread = threading.Thread(target=self._watch, name="memory-monitor", daemon=True)
@@ -223,8 +156,8 @@ class MemoryMonitor:
         self._sample()
 
     def now(self) -> float:
-        """Seconds since the monitor was entered: the time base of all intervals in the report."""
-        return time.perf_counter() - self._origin
+        """Seconds since the monitor was entered: the clock of the report."""
+        return time.perf_counter() - self.origin
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -245,15 +178,16 @@ class MemoryMonitor:
                 phase = self._phases[name]
                 self._phases[name] = replace(phase, seconds=phase.seconds + self.now() - start)
 
-    def report(self, pinned_bytes: int = 0, other_bytes: int = 0, budget_bytes: int | None = None) -> RunReport:
-        """What was seen so far; the memory curve is thinned to its peaks."""
+    def report(self, predicted: Mapping[str, int] | None = None) -> RunReport:
+        """What was seen so far, beside the peaks that were predicted, in bytes by phase name.
+
+        The memory curve is thinned to its peaks.
+        """
+        predicted = predicted or {}
         with self._lock:
             return RunReport(
-                phases=tuple(self._phases.values()),
-                samples=_thin(self._samples, MAX_SAMPLES),
-                pinned_bytes=pinned_bytes,
-                other_bytes=other_bytes,
-                budget_bytes=budget_bytes,
+                tuple(replace(phase, predicted_bytes=predicted.get(name)) for name, phase in self._phases.items()),
+                _thin(self._samples, MAX_SAMPLES),
             )
 
     def _watch(self) -> None:
@@ -264,8 +198,8 @@ class MemoryMonitor:
         if self.fault is not None:
             return
         try:
-            sample = MemorySample(self.now(), *self._read_device(), process_rss_bytes())
-        except (RuntimeError, OSError) as error:  # a lost device or a closed /proc must not end the run
+            sample = MemorySample(self.now(), *self._read_device(), self._process.memory_info().rss)
+        except (RuntimeError, OSError, psutil.Error) as error:  # a lost device or a closed /proc must not end the run
             self.fault = f"{type(error).__name__}: {error}"
             return
         with self._lock:
@@ -282,77 +216,12 @@ class MemoryMonitor:
                 )
 
 
-def others_bytes(device: torch.device, context_bytes: int) -> int:
-    """VRAM that other processes hold: all that is in use but this process's allocations and its context."""
+def others_bytes(device: torch.device) -> int:
+    """VRAM that PyTorch did not allocate here: other processes' and this one's context."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - torch.cuda.memory_reserved(device) - context_bytes)
-
-
-def summarize_stream(
-    copies: Sequence[Interval], computes: Sequence[Interval], passes: Sequence[Interval], bytes_streamed: int
-) -> StreamReport:
-    """Figures of the streaming from what each lane did when, in seconds on one clock.
-
-    `computes` covers resident blocks too (or is `subtract(passes, stalls)` where only the waits were timed); `passes`
-    runs from the first block to the last of each. Copies between passes are nobody's stall.
-    """
-    copied, computed = merge(copies), merge(computes)
-    copy_seconds = length(copied)
-    exposed = subtract(copied, computed)
-    stalled = length(intersect(exposed, passes))
-    return StreamReport(
-        bytes_streamed=bytes_streamed,
-        num_passes=len(passes),
-        copy_seconds=copy_seconds,
-        gbps=bytes_streamed / copy_seconds / 1e9 if copy_seconds else 0.0,
-        overlap_percent=100.0 * (1 - length(exposed) / copy_seconds) if copy_seconds else 100.0,
-        stall_ms_per_pass=1e3 * stalled / len(passes) if passes else 0.0,
-    )
-
-
-def process_rss_bytes() -> int:
-    """RAM that this process holds (on macOS: held at most so far)."""
-    if sys.platform == "win32":
-        return _windows_working_set()
-    if sys.platform == "linux":
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource  # POSIX only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class _ProcessMemoryCounters(ctypes.Structure):
-    """PROCESS_MEMORY_COUNTERS of the Windows process status API (psapi.h)."""
-
-    _fields_ = [
-        ("cb", ctypes.c_uint32),
-        ("PageFaultCount", ctypes.c_uint32),
-        ("PeakWorkingSetSize", ctypes.c_size_t),
-        ("WorkingSetSize", ctypes.c_size_t),
-        ("QuotaPeakPagedPoolUsage", ctypes.c_size_t),
-        ("QuotaPagedPoolUsage", ctypes.c_size_t),
-        ("QuotaPeakNonPagedPoolUsage", ctypes.c_size_t),
-        ("QuotaNonPagedPoolUsage", ctypes.c_size_t),
-        ("PagefileUsage", ctypes.c_size_t),
-        ("PeakPagefileUsage", ctypes.c_size_t),
-    ]
-
-
-if sys.platform == "win32":
-
-    def _windows_working_set() -> int:
-        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-        kernel.GetCurrentProcess.restype = ctypes.c_void_p
-        get_memory_info = kernel.K32GetProcessMemoryInfo
-        get_memory_info.argtypes = [ctypes.c_void_p, ctypes.POINTER(_ProcessMemoryCounters), ctypes.c_uint32]
-        counters = _ProcessMemoryCounters(cb=ctypes.sizeof(_ProcessMemoryCounters))
-        if not get_memory_info(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb):
-            raise ctypes.WinError(ctypes.get_last_error())
-        return counters.WorkingSetSize
+    return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
 def _device_reader(device: torch.device | None) -> Callable[[], tuple[int, int]]:
@@ -373,10 +242,6 @@ def _thin(samples: Sequence[MemorySample], most: int) -> tuple[MemorySample, ...
         return tuple(samples)
     runs = (samples[first : first + run] for first in range(0, len(samples), run))
     return tuple(max(neighbours, key=lambda sample: (sample.device_bytes, sample.rss_bytes)) for neighbours in runs)
-
-
-def _intervals(pairs: Sequence[Sequence[float]]) -> tuple[Interval, ...]:
-    return tuple((start, end) for start, end in pairs)
 
 
 def _gib(size: int | None) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..whole_files import write_file
 from .intervals import Interval, intersect
 from .report import GIB, RunReport
 
@@ -18,8 +16,8 @@ SIZE_INCHES, DPI = (10.0, 5.0), 120
 MEMORY_COLOR, BUDGET_COLOR, COPY_COLOR, COMPUTE_COLOR = "#3b6fb6", "#c0392b", "#e08e2b", "#4c9a5b"
 
 
-def draw_timeline(report: RunReport, path: str | Path) -> None:
-    """Write the report as a PNG of 1200 x 600 pixels, at once or not at all."""
+def draw_timeline(report: RunReport) -> bytes:
+    """The report as a PNG of 1200 x 600 pixels."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     memory, lanes = figure.subplots(2, 1, gridspec_kw={"height_ratios": (3, 2)})
@@ -27,7 +25,7 @@ def draw_timeline(report: RunReport, path: str | Path) -> None:
     _draw_lanes(lanes, report)
     png = BytesIO()
     canvas.print_png(png)
-    write_file(Path(path), png.getvalue())
+    return png.getvalue()
 
 
 def _draw_memory(axes: Axes, report: RunReport) -> None:
@@ -53,28 +51,21 @@ def _draw_memory(axes: Axes, report: RunReport) -> None:
 def _draw_lanes(axes: Axes, report: RunReport) -> None:
     axes.set_yticks((1, 0), ("copy", "compute"))
     axes.set_ylim(-0.5, 1.5)
-    if not report.copies:
+    if report.stream is None or not report.passes:
         axes.set_title("no blocks were streamed", fontsize=9)
         return
-    # the middle pass: the first one still fills the ring, and a whole run would be one solid bar
-    number, (start, end) = len(report.passes) // 2, _middle_pass(report)
+    # the middle one of those kept: the run's first still fills the ring, and all of them would be one solid bar
+    index = len(report.passes) // 2
+    start, end = report.passes[index]
     for row, color, intervals in ((1, COPY_COLOR, report.copies), (0, COMPUTE_COLOR, report.computes)):
         for first, last in _within(intervals, (start, end)):
             axes.barh(row, last - first, left=first - start, height=0.6, color=color, edgecolor="white", linewidth=0.4)
     axes.set_xlim(0, end - start)
     axes.set_xlabel("seconds into the pass")
-    title = f"pass {number + 1} of {max(1, len(report.passes))}"
-    if report.stream is not None:
-        title += f": {report.stream.gbps:.1f} GB/s, {report.stream.overlap_percent:.0f} % of the copying behind compute"
-        title += f", {report.stream.stall_ms_per_pass:.1f} ms stalled per pass"
-    axes.set_title(title, fontsize=9)
-
-
-def _middle_pass(report: RunReport) -> Interval:
-    if report.passes:
-        return report.passes[len(report.passes) // 2]
-    lanes = (*report.copies, *report.computes)
-    return min(start for start, _ in lanes), max(end for _, end in lanes)
+    stream, number = report.stream, report.stream.num_passes - len(report.passes) + index + 1
+    figures = f"{stream.gbps:.1f} GB/s, {stream.overlap_percent:.0f} % of the copying behind compute"
+    stalled = f"{stream.stall_ms_per_pass:.1f} ms stalled per pass"
+    axes.set_title(f"pass {number} of {stream.num_passes}: {figures}, {stalled}", fontsize=9)
 
 
 def _within(intervals: Sequence[Interval], window: Interval) -> list[Interval]:

@@ -24,11 +24,11 @@ from ..memory.plan import MemoryPlan, PlanError, plan_memory
 from ..memory.plan_text import reasons
 from ..memory.rates import Rates, measure_rates
 from ..memory.report import RunReport
+from ..runtime.run_record import RunRecord
 from ..runtime.streamed import StreamedModel
 from . import host
 from .options import StreamOptions
 from .patches import SortedPatches, patched_source, sort_patches
-from .run_monitor import RunMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Engine(Generic[S]):
     plan_note = ""  # said with every plan that is shown
 
     def __init__(self, open_model: Callable[..., S], path: Path, settings: RunSettings):
-        settings = replace(settings, timed=True, pinned_memory=host.memory_flags().may_pin)
+        settings = replace(settings, pinned_memory=host.memory_flags().may_pin)
         registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
         self.streamed: S = open_model(path, settings, registrar, host.stop_if_interrupted)
         self.options = StreamOptions()
@@ -61,7 +61,7 @@ class Engine(Generic[S]):
         self._patches = SortedPatches()
         self._applied: SortedPatches | None = self._patches  # those that the weights have; None: it failed midway
         self._rates: Rates | None = None
-        self._monitor = RunMonitor(settings.device)
+        self.record = RunRecord(settings.device)
         self._running = False
 
     # What ComfyUI's memory management asks of it
@@ -120,14 +120,19 @@ class Engine(Generic[S]):
         self.streamed.release()
         self._tell_owner()
 
-    def begin_run(self) -> None:
-        """A sampler starts."""
+    def begin_run(self, phase: str | None = "denoise") -> None:
+        """A sampler starts, all of which is one phase of the report; None: it enters phases of its own."""
         self.end_run()
-        self._monitor.begin()
+        self.record.begin(phase)
+        if self.streamed.started:
+            self.record.uses(self.streamed)
 
     def end_run(self) -> None:
         """The sampler is done, or gave up."""
-        self.report = self._monitor.end(self.streamed) or self.report
+        if self.record.running:
+            self.streamed.settle()
+            self.record.end()
+            self.report = self.record.report()
         self.streamed.forget_contexts()
 
     # Planning
@@ -238,8 +243,8 @@ class Engine(Generic[S]):
     def start(self, plan: MemoryPlan) -> None:
         """Have the model on the device."""
         with self.within_budget():
-            self.streamed.start_fitting(plan)
-        self._monitor.streaming_begins()
+            self.streamed.start_fitting(plan, self.record.add_spans)
+        self.record.uses(self.streamed)
         self._tell_owner()
         logger.info("%s\n%s", plan.model.name, "\n".join(reasons(plan)))
 

@@ -47,14 +47,16 @@ class ComfyRunHost:
     def running(self, num_steps: int) -> Iterator[None]:
         self._preview = host.SamplingPreview(self._patcher, max(1, num_steps))
         host.load_model(self._patcher)
-        self._engine.begin_run()
+        self._engine.begin_run(phase=None)
         try:
             yield
         finally:
             self._engine.end_run()
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        return self._engine.returning_memory()
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._engine.record.phase(name), self._engine.returning_memory():
+            yield
 
     def within_budget(self) -> AbstractContextManager[None]:
         return self._engine.within_budget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -217,8 +218,6 @@ def _timeline(engine: Engine[Any]) -> Tensor:
     from ..memory.timeline import draw_timeline  # matplotlib: a report without a picture is better than none
 
     assert engine.report is not None
-    path = host.temporary_path("lowvram_timeline.png")
-    draw_timeline(engine.report, path)
-    with Image.open(path) as picture:
+    with Image.open(BytesIO(draw_timeline(engine.report))) as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels)[None]

@@ -24,8 +24,8 @@ class WanEngine(Engine[StreamedWan]):
         super().__init__(StreamedWan, path, settings)
         self._new_run = True
 
-    def begin_run(self) -> None:
-        super().begin_run()
+    def begin_run(self, phase: str | None = "denoise") -> None:
+        super().begin_run(phase)
         self._new_run = True
 
     def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1, controls: int = 1) -> WanWork:

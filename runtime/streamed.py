@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from ..diffusion.settings import RunSettings
 from ..diffusion.transformer import Block, Transformer, here_already
 from ..memory.footprint import DENSE_CHUNK_TENSORS, GIB, QUANTIZED_CHUNK_TENSORS, Limits, ModelFootprint, WorkSize
 from ..memory.host_buffers import HostBlocks
-from ..memory.lanes import Span, TimedLanes, lanes_for
+from ..memory.lanes import SpanSink, lanes_for
 from ..memory.layout import Part
 from ..memory.lender import Lender
 from ..memory.pinned import CudaRegistrar, Registrar
@@ -79,7 +78,7 @@ class StreamedModel(Generic[M]):
         self.lender: Lender | None = None
         self.ring: DeviceRing | None = None
         self._compiled = False
-        self._timed_since = 0.0
+        self._on_spans: SpanSink | None = None
 
     # What a model says of itself
 
@@ -117,12 +116,6 @@ class StreamedModel(Generic[M]):
     def pinned_bytes(self) -> int:
         return self.weights.pinned_bytes + (0 if self.lender is None else self.lender.pinned_bytes)
 
-    def spans(self) -> tuple[list[Span], float]:
-        """What the timed lanes did since the last call, and how many seconds ago their clock began."""
-        if self.ring is None or not isinstance(self.ring.lanes, TimedLanes):
-            return [], 0.0
-        return self.ring.lanes.spans(), time.perf_counter() - self._timed_since
-
     # Changes, between runs
 
     def compile(self, settings: CompileSettings | None) -> None:
@@ -150,9 +143,13 @@ class StreamedModel(Generic[M]):
         """The plan for this work; PlanError names what would fit where this does not."""
         return plan_memory(self.footprint(), work, limits)
 
-    def start_fitting(self, plan: MemoryPlan) -> None:
-        """`start`; when the device runs out of memory meanwhile, with a leaner plan."""
+    def start_fitting(self, plan: MemoryPlan, on_spans: SpanSink | None = None) -> None:
+        """`start`; when the device runs out of memory meanwhile, with a leaner plan.
+
+        `on_spans` is told what a GPU's lanes did when, also after later starts with leaner plans.
+        """
         self.stop()
+        self._on_spans = on_spans
         self.retrying(lambda: None if self.started else self.start(plan))
 
     def retrying(self, run: Callable[[], T]) -> T:
@@ -181,7 +178,6 @@ class StreamedModel(Generic[M]):
             self._load_fixed(plan)
             self.weights.loras.place(self.settings.device)
             self.ring = ring or self._make_ring(plan)
-            self._timed_since = time.perf_counter()
             self.streamer = BlockStreamer(
                 [self.blocks],
                 self.weights.blocks,
@@ -199,6 +195,11 @@ class StreamedModel(Generic[M]):
         self.model.execution = replace(
             self.model.execution, token_chunk=plan.choice.token_chunk, head_groups=plan.choice.head_groups
         )
+
+    def settle(self) -> None:
+        """Wait for the device; who is told of spans then knows of all that it did."""
+        if self.streamer is not None:
+            self.streamer.lanes.synchronize()
 
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Again is harmless."""
@@ -273,9 +274,7 @@ class StreamedModel(Generic[M]):
     def _make_ring(self, plan: MemoryPlan) -> DeviceRing | None:
         if self.settings.device.type == "cpu" and not plan.host.from_disk:
             return None  # the blocks run where they lie
-        return DeviceRing(
-            plan.blocks.ring_bytes, self.settings.device, lanes_for(self.settings.device, self.settings.timed)
-        )
+        return DeviceRing(plan.blocks.ring_bytes, self.settings.device, lanes_for(self.settings.device, self._on_spans))
 
     def _load_fixed(self, plan: MemoryPlan) -> None:
         lent = self.parts.lendable if plan.choice.lend_fixed and self.settings.device.type != "cpu" else ()

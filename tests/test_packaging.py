@@ -33,7 +33,6 @@ DIRECTIONS: dict[str, set[str]] = {
 # the pipelines stand above their models: they alone may use memory, sampling and compilation
 PIPELINE_FILES = {
     "pipeline.py",
-    "account.py",
     "streamed.py",
     "footprint.py",
     "generation.py",

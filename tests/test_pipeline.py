@@ -1,6 +1,7 @@
 """The pipeline against a loop written out with diffusers' schedulers, and every way to run it against the others."""
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -583,18 +584,18 @@ def test_a_card_that_need_not_be_here_is_planned_as_one(t2v: WanFiles) -> None:
 
 def test_without_a_budget_what_is_free_of_ram_decides(t2v: WanFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     want = latent_of(t2v)
-    monkeypatch.setattr("lowvram_video.diffusion.account.available_ram_bytes", lambda: RAM_MARGIN_BYTES + 3 * 2**20)
+    monkeypatch.setattr("lowvram_video.runtime.run_limits.available_ram_bytes", lambda: RAM_MARGIN_BYTES + 3 * 2**20)
     pipeline = Recording(t2v, RunSettings(pinned_memory=False))
     run(pipeline)
     assert pipeline.plan is not None and pipeline.plan.host.from_disk
     assert torch.equal(pipeline.latent, want)
-    assert pipeline._account.limits is not None and pipeline._account.limits.pinned_cap_bytes == 0
+    assert pipeline.plan.limits.pinned_cap_bytes == 0
 
 
 def test_what_a_kept_model_holds_is_not_wanted_again(t2v: WanFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Recording(t2v, RunSettings(keep_loaded=True))
     run(pipeline)
-    monkeypatch.setattr("lowvram_video.diffusion.account.available_ram_bytes", lambda: RAM_MARGIN_BYTES)
+    monkeypatch.setattr("lowvram_video.runtime.run_limits.available_ram_bytes", lambda: RAM_MARGIN_BYTES)
     run(pipeline)
     assert pipeline.plan is not None and not pipeline.plan.host.from_disk
     pipeline.high.release()
@@ -781,8 +782,18 @@ def test_running_out_of_memory_while_decoding_loses_no_frame(
 
 def test_what_timed_lanes_did_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = WanPipeline(save_files(tmp_path), RunSettings())
-    spans = [Span("copy", 0, 0.0, 4.0, 1000), Span("stall", 0, 0.0, 1.0), Span("compute", 0, 1.0, 9.0)]
-    monkeypatch.setattr(StreamedWan, "spans", lambda model: (spans, 0.5) if model.started else ([], 0.0))
+    stop = StreamedWan.stop
+
+    def stopping(model: StreamedWan) -> None:
+        if model.started and model._on_spans is not None:
+            now = time.perf_counter()
+            model._on_spans(
+                [Span("copy", 0, now - 0.009, now - 0.005, 1000), Span("stall", 0, now - 0.009, now - 0.008)]
+            )
+            model._on_spans([Span("compute", 0, now - 0.008, now)])
+        stop(model)
+
+    monkeypatch.setattr(StreamedWan, "stop", stopping)
     for _ in pipeline.generate(WanRequest("a red ball", width=32, height=32, num_frames=5, num_steps=1)):
         pass
     stream = pipeline.report().stream

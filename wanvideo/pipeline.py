@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion.account import RunAccount
 from ..diffusion.pictures import load_image, to_uint8
 from ..diffusion.progress import Progress, Silent
 from ..diffusion.settings import RunSettings
 from ..memory.plan import MemoryPlan, decode_tiles
 from ..memory.report import RunReport
+from ..runtime.run_limits import hold_limits
+from ..runtime.run_record import RunRecord
 from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
@@ -82,7 +83,7 @@ class WanPipeline:
         self.plan: MemoryPlan | None = None
         self._text_encoder: TextEncoder | None = None
         self._vae: WanVAE | None = None
-        self._account = RunAccount(settings)
+        self.record = RunRecord(settings.device)
 
     @torch.inference_mode()
     def generate(self, request: WanRequest) -> Iterator[Tensor]:
@@ -96,13 +97,13 @@ class WanPipeline:
         sigmas = self.sigmas(request)
         pictures = self._load_pictures(request)
         self.plan = self._plan(request)
-        with self._account.monitor as monitor:
+        with self.record.run(self.plan.limits):
             try:
-                with monitor.phase("encode"):
+                with self.record.phase("encode"):
                     conditions = self._encode(request, pictures)
-                with monitor.phase("denoise"):
+                with self.record.phase("denoise"):
                     latent = self._denoise(request, conditions, sigmas)
-                with monitor.phase("decode"):
+                with self.record.phase("decode"):
                     yield from self._decode(latent, self.plan)
             finally:
                 self.progress.end()
@@ -122,8 +123,7 @@ class WanPipeline:
 
     def report(self) -> RunReport:
         """What the last video used."""
-        plan = self.plan
-        return self._account.report({"denoise": plan.denoise.total, "decode": plan.decode.total} if plan else {})
+        return self.record.report()
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
         work = wan_work(
@@ -131,8 +131,8 @@ class WanPipeline:
         )  # fmt: skip
         # one plan for both experts: their blocks differ by their LoRAs alone
         models = [self.high] if self.low is None else [self.high, self.low]
-        heavier = max(models, key=lambda model: model.weights.largest_block_bytes)
-        return heavier.make_plan(work, self._account.begin(self.high.model.execution))
+        limits = hold_limits(self.settings, self.high.model.execution, sum(model.host_bytes for model in models))
+        return max(models, key=lambda model: model.weights.largest_block_bytes).make_plan(work, limits)
 
     def _encode(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Conditions:
         self.progress.begin("encode")
@@ -197,7 +197,6 @@ class WanPipeline:
             # one expert's RAM at a time
             assert self.low is not None
             gone, wanted = (self.high, self.low) if expert == "low" else (self.low, self.high)
-            self._account.note_spans(gone)
             gone.release()
             self.plan = gone.plan  # leaner than at first, if the device ran out of memory
             self._start(wanted)
@@ -257,15 +256,14 @@ class WanPipeline:
 
     def _start(self, model: StreamedWan) -> None:
         assert self.plan is not None
-        model.start_fitting(self.plan)
+        model.start_fitting(self.plan, self.record.add_spans)
         self.plan = model.plan
-        self._account.note_pinned(model)
+        self.record.uses(model)
 
     def _stop(self) -> None:
         for model in (self.high, self.low):
             if model is None:
                 continue
-            self._account.note_spans(model)
             if self.settings.keep_loaded:
                 model.stop()
             else:

@@ -138,7 +138,7 @@ class StreamedWan(StreamedModel[WanModel]):
             self._dropped.clear()  # not to plan in vain in every pass
             return
         logger.info("%d prompts take turns: planned anew for so many", passes)
-        self.start_fitting(more)
+        self.start_fitting(more, self._on_spans)
 
     def _num_kept(self) -> int:
         return sum(len(text) for text, _, _ in self._contexts)

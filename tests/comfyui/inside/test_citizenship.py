@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import psutil
 import pytest
 import torch
 from lowvram_pack.nodes import host
@@ -182,7 +183,6 @@ def test_dropping_the_model_frees_it(models: Path) -> None:
 
 def test_memory_is_flat_when_two_workflows_alternate(models: Path) -> None:
     from lowvram_pack.host_memory import return_freed_bytes
-    from lowvram_pack.memory.report import process_rss_bytes
 
     ones = ours(save(models, "t2v")), ours(save(models, "i2v22")), core(save(models, "t2v"))
     seen = []
@@ -191,7 +191,7 @@ def test_memory_is_flat_when_two_workflows_alternate(models: Path) -> None:
             sample(model, *prompts(), empty_latent(), steps=1)
         gc.collect()
         return_freed_bytes()  # else 40 MiB that C's allocator has freed are counted in some rounds and not in others
-        seen.append(process_rss_bytes() / 2**20)
+        seen.append(psutil.Process().memory_info().rss / 2**20)
     print(f"RSS in MiB after each of ten rounds: {', '.join(f'{size:.0f}' for size in seen)}")
     assert statistics.median(seen[7:]) - statistics.median(seen[2:5]) < 15
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import torch
 from lowvram_pack.framepack.checkpoint import ROPE_AXES_KEY
 from lowvram_pack.framepack.config import FramePackConfig
 from lowvram_pack.framepack.model import FramePackModel
+from lowvram_pack.framepack.streamed import StreamedFramePack
+from lowvram_pack.memory.lanes import Span
 from lowvram_pack.nodes import host
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.framepack import FramePackSampler
@@ -338,6 +341,29 @@ def test_the_film_grows_and_is_shown(model: Any, tiny_decoder: None) -> None:
     again = FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE", "resume": True}))
     assert film_of(again) == (frames, path), "the finished film is shown, not made again"
     assert comfy.utils is not None
+
+
+def test_the_report_knows_what_was_streamed_before_decoding(
+    model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model leaves its device for every decoding, and with it the ring that blocks were streamed through."""
+    stop, stops = StreamedFramePack.stop, []
+
+    def stopping(streamed: StreamedFramePack) -> None:
+        if streamed.started and streamed._on_spans is not None:
+            stops.append(now := time.perf_counter())
+            begin, end = now - 2e-3, now - 1e-3
+            streamed._on_spans([Span("copy", 0, begin, end, 1000), Span("stall", 0, begin, end)])
+        stop(streamed)
+
+    monkeypatch.setattr(StreamedFramePack, "stop", stopping)
+    run(model, vae="a VAE")
+    report = model.engine.report
+    assert report.stream is not None and report.stream.bytes_streamed == 1000 * len(stops) and len(stops) == 3
+    assert [phase.name for phase in report.phases] == ["prepare", "denoise", "decode"]
+    last = report.samples[-1].seconds
+    assert all(report.phases[1].start <= begin < end <= last for begin, end in report.passes)
+    assert "streamed 0.0 GB in 3 passes" in MemoryReport.execute(model).result[0]
 
 
 def test_a_film_never_replaces_anothers(model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch) -> None:

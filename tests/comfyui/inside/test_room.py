@@ -17,9 +17,10 @@ from lowvram_pack.memory.plan import PlanError
 from lowvram_pack.memory.rates import Rates
 from lowvram_pack.memory.report import MemoryMonitor
 from lowvram_pack.nodes import engine as engine_module
-from lowvram_pack.nodes import host, run_monitor
+from lowvram_pack.nodes import host
 from lowvram_pack.nodes.memory import VramPlan
 from lowvram_pack.nodes.patcher import StreamedModelPatcher
+from lowvram_pack.runtime import run_record
 from tiny_models import empty_latent, ours, prompts, sample, save
 
 GIB = 2**30
@@ -165,19 +166,19 @@ def test_loading_is_within_the_budget_too(models: Path, monkeypatch: pytest.Monk
             begun.append("free")
 
     monkeypatch.setattr(engine, "within_budget", watched)
-    monkeypatch.setattr(engine.streamed, "start_fitting", lambda plan: begun.append("loading") or start(plan))
+    monkeypatch.setattr(engine.streamed, "start_fitting", lambda *given: begun.append("loading") or start(*given))
     sample(model, *prompts(), empty_latent(), steps=1)
     assert begun[:3] == ["budget", "loading", "free"]
 
 
 def test_what_others_hold_is_not_the_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours(save(models, "t2v"))
-    monkeypatch.setattr(run_monitor, "others_bytes", lambda device, context: 2 * GIB - context)
-    monitor = model.engine._monitor
+    monkeypatch.setattr(run_record, "others_bytes", lambda device: 2 * GIB)
+    record = model.engine.record
     sample(model, *prompts(), empty_latent(), steps=1)
     assert model.engine.report.other_bytes == 0, "there is no card"
-    monkeypatch.setattr(monitor, "_device", CUDA)
-    monkeypatch.setattr(run_monitor, "MemoryMonitor", lambda device: MemoryMonitor(torch.device("cpu")))
+    monkeypatch.setattr(record, "_device", CUDA)
+    monkeypatch.setattr(run_record, "MemoryMonitor", lambda device: MemoryMonitor(torch.device("cpu")))
     model.engine.begin_run()
     streamed = model.engine.streamed
     limits = replace(streamed.plan.limits, context_bytes=GIB // 2)

@@ -1,0 +1,34 @@
+"""What a run may use of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..diffusion.settings import RunSettings
+from ..diffusion.workspace import Execution
+from ..host_memory import available_ram_bytes
+from ..memory.footprint import GIB, Limits
+from ..memory.limits import hold_budget, limits_for
+
+
+def hold_limits(settings: RunSettings, execution: Execution, held_bytes: int = 0) -> Limits:
+    """A run's limits by its settings and what is free now, of VRAM and of RAM, `held_bytes` of which its models have.
+
+    From here on PyTorch's allocator holds the VRAM budget.
+    """
+    ram_budget_gib = settings.ram_budget_gib
+    if ram_budget_gib is None:  # what a model already holds there is not wanted again
+        ram_budget_gib = (available_ram_bytes() + held_bytes) / GIB
+    limits = limits_for(
+        settings.device,
+        vram_budget_gib=settings.vram_budget_gib,
+        ram_budget_gib=ram_budget_gib,
+        blocks_to_swap=settings.blocks_to_swap,
+        num_slots=None if settings.prefetch is None else settings.prefetch + 1,
+        fused=execution.ops.name != "eager",
+        sage_attention=execution.attention.name == "sageattn",
+    )
+    if not settings.pinned_memory:
+        limits = replace(limits, pinned_cap_bytes=0)
+    hold_budget(settings.device, limits)
+    return limits

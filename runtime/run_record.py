@@ -1,0 +1,108 @@
+"""What a run did: its phases, their memory beside what was predicted, and how blocks travelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..memory.footprint import Limits
+from ..memory.intervals import Interval
+from ..memory.lanes import Span
+from ..memory.report import MemoryMonitor, RunReport, others_bytes
+from ..memory.stream_log import StreamLog
+from .streamed import StreamedModel
+
+
+class RunRecord:
+    """Watches one run at a time, on the clock that starts with it.
+
+    Models that run say so (`uses`) and are started with `add_spans`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._monitor = MemoryMonitor(device)
+        self._stream = StreamLog()
+        self._limits: Limits | None = None
+        self._models: list[StreamedModel[Any]] = []
+        self._pinned_bytes = 0
+        self._beside = 0  # bytes of the device that were never PyTorch's here
+        self._watching = ExitStack()
+        self.running = False
+
+    def begin(self, phase: str | None = None) -> None:
+        """A run starts, all of it one `phase` or with phases of its own; what is known of the last one is forgotten."""
+        self.end()
+        self._monitor, self._stream = MemoryMonitor(self._device), StreamLog()
+        self._limits, self._models, self._pinned_bytes = None, [], 0
+        self._beside = others_bytes(self._device)
+        self.running = True
+        self._watching.enter_context(self._monitor)
+        if phase is not None:
+            self._watching.enter_context(self.phase(phase))
+
+    def end(self) -> None:
+        """The run is over; again is harmless."""
+        self._count_pinned()
+        self.running = False
+        self._watching.close()
+
+    @contextmanager
+    def run(self, limits: Limits | None = None) -> Iterator[None]:
+        """A run goes in here, or, inside another run, a part of it."""
+        begins = not self.running
+        if begins:
+            self.begin()
+        self._limits = limits or self._limits
+        try:
+            yield
+        finally:
+            if begins:
+                self.end()
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Name what runs inside, such as "denoise"; phases do not nest."""
+        return self._monitor.phase(name)
+
+    def add_spans(self, spans: Sequence[Span]) -> None:
+        """Count in what timed lanes did."""
+        self._stream.add(spans)
+
+    def uses(self, model: StreamedModel[Any]) -> None:
+        """A model is on its device: others have made room for it."""
+        if model not in self._models:
+            self._models.append(model)
+        self._beside = min(self._beside, others_bytes(self._device))
+        self._count_pinned()
+
+    def report(self) -> RunReport:
+        """The run so far, or the last one."""
+        plans = [model.plan for model in self._models if model.plan is not None]
+        limits = plans[-1].limits if plans else self._limits
+        predicted: dict[str, int] = {}
+        budget, others = None, 0
+        if self._device.type == "cuda" and limits is not None:
+            predicted["denoise"] = max((plan.denoise.total for plan in plans), default=0)
+            predicted["decode"] = max((plan.decode.total for plan in plans), default=0)
+            budget, others = limits.vram_budget_bytes, max(0, self._beside - limits.context_bytes)
+        return replace(
+            self._monitor.report({phase: nbytes for phase, nbytes in predicted.items() if nbytes}),
+            stream=self._stream.report(),
+            copies=self._since_begin(self._stream.copies),
+            computes=self._since_begin(self._stream.computes),
+            passes=self._since_begin(self._stream.passes),
+            pinned_bytes=self._pinned_bytes,
+            other_bytes=others,
+            budget_bytes=budget,
+        )
+
+    def _count_pinned(self) -> None:
+        self._pinned_bytes = max(self._pinned_bytes, sum(model.pinned_bytes for model in self._models))
+
+    def _since_begin(self, intervals: Sequence[Interval]) -> tuple[Interval, ...]:
+        begun = self._monitor.origin
+        return tuple((start - begun, end - begun) for start, end in intervals)
