@@ -110,7 +110,9 @@ def test_framepacks_decoder_is_loaded_again(tmp_path: Path, monkeypatch: pytest.
         {name: each.contiguous() for name, each in tiny_hunyuan().state_dict().items()}, tmp_path / "vae.safetensors"
     )
     pipeline = FramePackPipeline(FramePackFiles(tmp_path / "framepack.safetensors", tmp_path / "vae.safetensors"))
-    want = decode_section(HUNYUAN_FORMAT.open_file(path).build(torch.float32, torch.device("cpu")), latents)
+    want = decode_section(
+        HUNYUAN_FORMAT.open_file(tmp_path / "vae.safetensors").build(torch.float32, torch.device("cpu")), latents
+    )
     read, left = Checkpoint.read, [error]
 
     def scarce(checkpoint: Checkpoint, name: str) -> Tensor:
