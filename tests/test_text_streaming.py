@@ -22,8 +22,9 @@ MIB = 2**20
 PEAK = """
 import sys, threading, time
 from pathlib import Path
-from lowvram_video.diffusion.settings import RunSettings
+
 import psutil
+from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 
 folder, settings = Path(sys.argv[1]), RunSettings(ram_budget_gib=float(sys.argv[2]))
@@ -32,11 +33,12 @@ small, pipeline = (
     for name in ("umt5.safetensors", "large.safetensors")
 )
 small._encode_text(["a red ball"])  # what libraries hold from their first use on
-seen = [psutil.Process().memory_info().rss]
+process = psutil.Process()
+seen = [process.memory_info().rss]
 
 def watch():
     while True:
-        seen.append(psutil.Process().memory_info().rss)
+        seen.append(process.memory_info().rss)
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
