@@ -28,7 +28,8 @@ class HostBlocks:
 
     `pin` names the blocks to pin while reading (default: all; those that will be streamed are enough).
     `check` is called ten times a second meanwhile and may raise to give up. Extents that cannot be pinned
-    stay pageable and travel through a small pinned staging pair. Without a `budget` nothing is pinned.
+    stay pageable and travel through a small pinned staging pair. Without a `budget` nothing is pinned; another one
+    may be given between runs while nothing is pinned.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class HostBlocks:
         self.layouts = tuple(layouts)
         self.extents: list[Tensor] = []  # per block [nbytes] uint8
         self._areas: list[Tensor] = []  # the same, rounded up to whole pages: what gets pinned
-        self._budget = budget
+        self.budget = budget
         self._pinned: set[int] = set()
         self._refused: set[int] = set()
         self._complaints: set[str] = set()
@@ -75,10 +76,11 @@ class HostBlocks:
         staging = self._staging.host_bytes if self._staging is not None else 0
         return sum(area.numel() for area in self._areas) + staging
 
-    def refill(self, source: TensorSource, check: Callable[[], None] | None = None) -> None:
-        """Read another model of the same layout (Wan 2.2's other expert) over this one's extents.
+    def refill(self, source: TensorSource, check: Callable[[], None] | None = None, pin: Collection[int] = ()) -> None:
+        """Read another model of the same layout (Wan 2.2's other expert) over this one's extents, pinned as they are.
 
-        The streamer must be unloaded or have lost its ring first. Raises LayoutError on another layout.
+        Of the blocks to `pin` those that are not yet are pinned while they are read. The streamer must be unloaded or
+        have lost its ring first. Raises LayoutError on another layout.
         """
         for layout in self.layouts:
             for place in layout.places:
@@ -90,7 +92,7 @@ class HostBlocks:
                         f"load this model on its own"
                     )
         self.pause()
-        self._read(source, frozenset(), check)
+        self._read(source, self._within_cap(set(pin) - self._pinned - self._refused), check)
 
     # What a streamer asks of its source; DiskBlocks answers the same.
 
@@ -98,7 +100,7 @@ class HostBlocks:
         """Blocks `order` will be copied to the device over and over, this part of each."""
         self.pause()
         self._part = part
-        if self._budget is None or not order:
+        if self.budget is None or not order:
             return
         missing = set(order) - self._pinned - self._refused
         for index in sorted(self._within_cap(missing)):
@@ -144,9 +146,9 @@ class HostBlocks:
         """Give the pinned memory back and keep the bytes; `prepare` pins again. Unload the streamer first."""
         self.pause()
         self.retry_pinning()
-        while self._pinned and self._budget is not None:
+        while self._pinned and self.budget is not None:
             index = next(iter(self._pinned))
-            self._budget.unpin(self._areas[index])
+            self.budget.unpin(self._areas[index])
             self._pinned.discard(index)
 
     def release(self) -> None:
@@ -161,9 +163,9 @@ class HostBlocks:
 
     def _within_cap(self, wanted: Collection[int]) -> frozenset[int]:
         """Of the blocks wanted pinned, the first that fit, with room kept for staging if not all do."""
-        if self._budget is None:
+        if self.budget is None:
             return frozenset()
-        room = self._budget.cap_bytes - self._budget.pinned_bytes
+        room = self.budget.cap_bytes - self.budget.pinned_bytes
         sizes = {index: self._areas[index].numel() for index in sorted(wanted)}
         if sum(sizes.values()) > room or self._refused:
             room -= _STAGING_BUFFERS * max(area.numel() for area in self._areas)
@@ -173,7 +175,7 @@ class HostBlocks:
                 room -= nbytes
                 chosen.add(index)
             else:
-                self._complain(index, f"the cap of {self._budget.cap_bytes / 2**30:.2f} GiB is reached")
+                self._complain(index, f"the cap of {self.budget.cap_bytes / 2**30:.2f} GiB is reached")
         return frozenset(chosen)
 
     def _read(self, source: TensorSource, pin: frozenset[int], check: Callable[[], None] | None) -> None:
@@ -205,8 +207,8 @@ class HostBlocks:
             threads.shutdown(wait=True, cancel_futures=True)
 
     def _pin(self, index: int) -> None:
-        assert self._budget is not None
-        reason = self._budget.pin(self._areas[index])
+        assert self.budget is not None
+        reason = self.budget.pin(self._areas[index])
         if reason is None:
             self._pinned.add(index)
         else:
@@ -229,7 +231,7 @@ class HostBlocks:
         parts = {index: self.extents[index][start:stop] for index, (start, stop) in spans.items()}
         nbytes = max(part.numel() for part in parts.values())
         fill = partial(_fill, parts)
-        staging = Staging(order, nbytes, fill, self._budget, _STAGING_BUFFERS, self._num_threads)
+        staging = Staging(order, nbytes, fill, self.budget, _STAGING_BUFFERS, self._num_threads)
         if staging.refusal is not None:
             # Through unpinned staging every byte would be copied once more for nothing.
             staging.close()

@@ -26,6 +26,7 @@ from ..memory.rates import Rates, measure_rates
 from ..memory.report import RunReport
 from ..runtime.run_record import RunRecord
 from ..runtime.streamed import StreamedModel
+from ..runtime.turns import Turns
 from . import host
 from .options import StreamOptions
 from .patches import SortedPatches, patched_source, sort_patches
@@ -48,10 +49,13 @@ class Engine(Generic[S]):
 
     plan_note = ""  # said with every plan that is shown
 
-    def __init__(self, open_model: Callable[..., S], path: Path, settings: RunSettings):
+    def __init__(self, open_model: Callable[..., S], path: Path, settings: RunSettings, turns: Turns | None = None):
         settings = replace(settings, pinned_memory=host.memory_flags().may_pin)
         registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
         self.streamed: S = open_model(path, settings, registrar, host.stop_if_interrupted)
+        if turns is not None:
+            turns.add(self.streamed)
+        self.streamed.on_yield = weakref.WeakMethod(self._tell_owner)
         self.options = StreamOptions()
         self.report: RunReport | None = None
         self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
@@ -124,11 +128,13 @@ class Engine(Generic[S]):
         """A sampler starts, all of which is one phase of the report; None: it enters phases of its own."""
         self.end_run()
         self.record.begin(phase)
+        self.streamed.in_run = True
         if self.streamed.started:
             self.record.uses(self.streamed)
 
     def end_run(self) -> None:
         """The sampler is done, or gave up."""
+        self.streamed.in_run = False
         if self.record.running:
             self.streamed.settle()
             self.record.end()
@@ -206,7 +212,7 @@ class Engine(Generic[S]):
         )
         pinned_cap = 0
         if options.pinned_memory and flags.may_pin:
-            pinned_cap = host.pinned_room() + self.streamed.pinned_bytes
+            pinned_cap = host.pinned_room() + self._holder.pinned_bytes
         limits = replace(limits, pinned_cap_bytes=pinned_cap)
         if self.device.type != "cuda":
             return limits
@@ -225,7 +231,7 @@ class Engine(Generic[S]):
 
     def _ram_budget(self, options: StreamOptions) -> float | None:
         """GiB; None while all blocks fit in the RAM that is free."""
-        free = host.free_ram() + self.streamed.host_bytes
+        free = host.free_ram() + self._holder.host_bytes
         if options.ram_budget_gb:
             return min(options.ram_budget_gb, free / GIB)
         return free / GIB if free < self.total_bytes + RAM_MARGIN_BYTES else None
@@ -235,6 +241,9 @@ class Engine(Generic[S]):
     def prepare(self) -> None:
         """Before a run is planned: other models make room for a budget, and the weights carry their patches."""
         self.streamed.stop()
+        giver = self.streamed.giver()
+        if giver is not None:  # before the plan: what it has of the device is free then
+            giver.make_way()
         if self.options.vram_budget_gb:
             host.unload_others(self._owner(), self.device)
             host.empty_cache()  # what earlier nodes left in PyTorch's cache counts against the budget
@@ -297,6 +306,11 @@ class Engine(Generic[S]):
                 yield
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    @property
+    def _holder(self) -> StreamedModel[Any]:
+        """The model that has the host memory that this one would run in."""
+        return self.streamed.giver() or self.streamed
 
     def _owner(self) -> nn.Module | None:
         return self.owner() if self.owner is not None else None

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..attention.select import ATTENTION_MODES
 from ..diffusion.settings import RunSettings
+from ..runtime.turns import Turns
 from ..weights.compute import QUANTIZATIONS
 from . import host, native, native_framepack
 from .engine import Engine
@@ -17,6 +18,7 @@ from .patcher import StreamedModelPatcher
 from .wan_engine import WanEngine
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TURNS = Turns()  # of all models that these nodes load
 MODEL_TYPES = ("auto", "base", "f1")
 
 
@@ -49,7 +51,8 @@ class LoadWanModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str, attention_mode: str, quantization: str) -> io.NodeOutput:
-        engine = WanEngine(host.model_path(model_name), _settings(compute_dtype, attention_mode, quantization))
+        settings = _settings(compute_dtype, attention_mode, quantization)
+        engine = WanEngine(host.model_path(model_name), settings, TURNS)
         return io.NodeOutput(_patcher(native.make_model(engine), engine))
 
 

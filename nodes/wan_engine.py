@@ -11,6 +11,7 @@ from torch import Tensor
 from ..diffusion.settings import RunSettings
 from ..memory.footprint import WorkSize
 from ..memory.plan import MemoryPlan, PlanError
+from ..runtime.turns import Turns
 from ..wanvideo.footprint import WanWork, wan_work
 from ..wanvideo.model import Extras
 from ..wanvideo.streamed import StreamedWan
@@ -20,8 +21,8 @@ from .engine import Engine
 class WanEngine(Engine[StreamedWan]):
     """Planned at the first pass of a run, for the size that it has."""
 
-    def __init__(self, path: Path, settings: RunSettings):
-        super().__init__(StreamedWan, path, settings)
+    def __init__(self, path: Path, settings: RunSettings, turns: Turns | None = None):
+        super().__init__(StreamedWan, path, settings, turns)
         self._new_run = True
 
     def begin_run(self, phase: str | None = "denoise") -> None:

@@ -101,15 +101,48 @@ class HostWeights:
         if self.blocks is not None:
             self._pin_more(cap)
             return
-        # a cap of 0 is memory that shall not be pinned: none refuses it, so none warns
-        self.budget = None if self._registrar is None or cap == 0 else PinnedBudget(self._registrar, cap)
+        self.budget = self._budget_of(plan)
         if plan.host.from_disk:
             self._check_disk()
             self.spool = Spool(self.source, self.layouts, self.checkpoint.path.parent, self._check)
             self.blocks = DiskBlocks(self.spool, self.layouts, self.budget, plan.host.num_staging)
         else:
-            streamed = [index for index in range(plan.blocks.num_blocks) if index not in plan.blocks.resident]
-            self.blocks = HostBlocks(self.source, self.layouts, self.budget, pin=streamed, check=self._check)
+            pin = _streamed(plan)
+            self.blocks = HostBlocks(self.source, self.layouts, self.budget, pin=pin, check=self._check)
+
+    @property
+    def held(self) -> HostBlocks | None:
+        """The blocks, where host memory holds all of them."""
+        return self.blocks if isinstance(self.blocks, HostBlocks) else None
+
+    def fits(self, other: HostWeights) -> bool:
+        """Whether these weights can be read over those of another model that host memory holds."""
+        same_device = self._settings.device == other._settings.device
+        return other.held is not None and same_device and self.layouts == other.layouts
+
+    def take(self, other: HostWeights, plan: MemoryPlan) -> None:
+        """`read` over another model's host memory, which it gives up; pinned memory stays pinned.
+
+        Both models must be stopped and fit. Where reading fails or is interrupted, neither has any.
+        """
+        self.release()
+        blocks, budget = other.held, other.budget
+        assert blocks is not None
+        other.blocks = other.budget = None
+        self.blocks = blocks
+        try:
+            self.budget = self._budget_of(plan)
+            if self.budget is None:
+                blocks.unpin()
+            elif budget is not None:  # it counts what is pinned
+                budget.cap_bytes = self.budget.cap_bytes
+                self.budget = budget
+            blocks.budget = self.budget
+            blocks.retry_pinning()
+            blocks.refill(self.source, self._check, _streamed(plan))
+        except BaseException:  # an interrupt too leaves them half read
+            self.release()
+            raise
 
     def read_tensor(self, name: str) -> Tensor:
         """One tensor in its stored form, in memory of its own."""
@@ -167,6 +200,11 @@ class HostWeights:
             optional = {name for name in names if name.startswith(self.parts.optional)}
             self.layouts.append(layout_block(self.source, prefix, names, optional))
 
+    def _budget_of(self, plan: MemoryPlan) -> PinnedBudget | None:
+        # a cap of 0 is memory that shall not be pinned: none refuses it, so none warns
+        cap = plan.limits.pinned_cap_bytes
+        return None if self._registrar is None or cap == 0 else PinnedBudget(self._registrar, cap)
+
     def _pin_more(self, cap: int | None) -> None:
         """Ask for more pinned memory where there may be more than when the budget was made."""
         budget = self.budget
@@ -186,3 +224,8 @@ class HostWeights:
                 "from disk at once: the quantised bytes are in no file. Convert it first (lowvram-video convert), "
                 "or raise the RAM budget"
             )
+
+
+def _streamed(plan: MemoryPlan) -> list[int]:
+    """The blocks that stream under this plan: those worth pinning."""
+    return [index for index in range(plan.blocks.num_blocks) if index not in plan.blocks.resident]

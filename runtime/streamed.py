@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from ..weights.lora_names import Aliases
 from ..weights.merged_source import Source
 from ..weights.reader import Checkpoint
 from .host_weights import HostWeights, WeightParts
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,9 @@ class StreamedModel(Generic[M]):
         if loras:
             opened = open_loras(loras, checkpoint.tensors, aliases)
             self.weights.attach_loras(opened, [choice.strength for choice in loras])
+        self.turns: Turns | None = None  # the models that it shares host memory with
+        self.on_yield: weakref.WeakMethod[Callable[[], None]] | None = None  # called when it is stopped for another
+        self.in_run = False  # set by what runs it: its host memory is wanted again, also while it is stopped
         self.plan: MemoryPlan | None = None
         self.streamer: BlockStreamer | None = None
         self.lender: Lender | None = None
@@ -115,6 +120,34 @@ class StreamedModel(Generic[M]):
     @property
     def pinned_bytes(self) -> int:
         return self.weights.pinned_bytes + (0 if self.lender is None else self.lender.pinned_bytes)
+
+    # Taking turns in host memory
+
+    @property
+    def idle(self) -> bool:
+        """Whether its host memory may go to another model: no run goes on, and it is not all on its device."""
+        if self.in_run or self.plan is None or not self.started:
+            return not self.in_run
+        return self.settings.device.type == "cpu" or self.plan.blocks.num_streamed > 0
+
+    def giver(self) -> StreamedModel[Any] | None:
+        """The model that this one's weights will be read over, see `Turns.giver`."""
+        return None if self.turns is None else self.turns.giver(self)
+
+    def make_way(self) -> None:
+        """Stop for another model, which will take the host memory."""
+        self.stop()
+        told = None if self.on_yield is None else self.on_yield()
+        if told is not None:
+            told()
+
+    def _read(self, plan: MemoryPlan) -> None:
+        giver = None if plan.host.from_disk else self.giver()
+        if giver is None:
+            self.weights.read(plan)
+        else:
+            giver.make_way()
+            self.weights.take(giver.weights, plan)
 
     # Changes, between runs
 
@@ -172,7 +205,7 @@ class StreamedModel(Generic[M]):
         """Put the model on its device as the plan says. `ring` is one shared with another expert of the same layout."""
         self.stop()
         self.plan = plan
-        self.weights.read(plan)
+        self._read(plan)
         assert self.weights.blocks is not None
         try:
             self._load_fixed(plan)
@@ -226,7 +259,7 @@ class StreamedModel(Generic[M]):
         The model is stopped for it, so that this memory and that of a pass are not wanted at the same time.
         """
         self.stop()
-        self.weights.read(plan)
+        self._read(plan)
         names = [name for name in self.weights.fixed_names() if name.startswith(self.parts.once)]
         try:
             self._load(names)

@@ -327,6 +327,79 @@ def test_experts_that_stay_loaded_take_turns_in_memory(experts: WanFiles) -> Non
     assert set(held) == {1}
 
 
+class CountingRegistrar:
+    """Pins all that it is asked to, and counts."""
+
+    def __init__(self) -> None:
+        self.pins, self.pinned = 0, 0
+
+    def pin(self, extent: Tensor) -> bool:
+        self.pins += 1
+        self.pinned += 1
+        return True
+
+    def unpin(self, extent: Tensor) -> None:
+        self.pinned -= 1
+
+
+def swapping(experts: WanFiles, settings: RunSettings) -> tuple[Recording, CountingRegistrar]:
+    """A pipeline whose experts pin their four blocks, which are read when they run."""
+    pipeline, registrar = Recording(experts, settings), CountingRegistrar()
+    for model in (pipeline.high, pipeline.low):
+        assert model is not None
+        model.weights._registrar = registrar
+    return pipeline, registrar
+
+
+@pytest.mark.parametrize("keep_loaded", [False, True])
+def test_an_expert_is_read_over_the_last_ones_memory(
+    experts: WanFiles, monkeypatch: pytest.MonkeyPatch, keep_loaded: bool
+) -> None:
+    """Never more than one expert's blocks in host memory, allocated and pinned once for both."""
+    request = replace(REQUEST, shift=12.0, boundary=0.9)
+    settings = RunSettings(keep_loaded=keep_loaded, blocks_to_swap=2)
+    plain = Recording(experts, settings)
+    run(plain, request)
+    pipeline, registrar = swapping(experts, settings)
+    made: list[HostBlocks] = []
+    begin = HostBlocks.__init__
+
+    def noting(self: HostBlocks, *arguments: object, **named: object) -> None:
+        made.append(self)
+        begin(self, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HostBlocks, "__init__", noting)
+    frames = run(pipeline, request)
+    assert len(made) == 1 and registrar.pins == 2
+    assert torch.equal(pipeline.latent, plain.latent)
+    assert registrar.pinned == (2 if keep_loaded else 0)
+    assert torch.equal(run(pipeline, request), frames), "the first expert takes the memory back and reads its file anew"
+    assert len(made) == (1 if keep_loaded else 2)
+
+
+def test_a_failure_while_one_expert_replaces_the_other_leaves_neither(
+    experts: WanFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(REQUEST, shift=12.0, boundary=0.9)
+    pipeline, registrar = swapping(experts, RunSettings(keep_loaded=True, blocks_to_swap=2))
+    assert pipeline.low is not None
+    expected = run(pipeline, request)
+    checkpoint = pipeline.high.checkpoint
+    read_into = type(checkpoint).read_into
+
+    def failing(self: object, name: str, out: Tensor) -> None:
+        if self is checkpoint and name.startswith("blocks.1."):
+            raise KeyboardInterrupt
+        read_into(self, name, out)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(checkpoint), "read_into", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline, request)
+    assert pipeline.high.host_bytes == pipeline.low.host_bytes == registrar.pinned == 0
+    monkeypatch.undo()
+    assert torch.equal(run(pipeline, request), expected)
+
+
 # --- where the weights are -------------------------------------------------------------------------------
 
 

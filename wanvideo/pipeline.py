@@ -17,6 +17,7 @@ from ..memory.plan import MemoryPlan, decode_tiles
 from ..memory.report import RunReport
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
+from ..runtime.turns import Turns
 from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
@@ -75,6 +76,10 @@ class WanPipeline:
             )
         self.high = StreamedWan(files.model, settings, loras=files.loras)
         self.low = StreamedWan(files.model_low, settings, loras=files.loras_low) if files.model_low else None
+        if self.low is not None:
+            turns = Turns()
+            turns.add(self.high)
+            turns.add(self.low)
         self._opened_vae: OpenVae[VAEConfig, WanVAE] = WAN_FORMAT.open_file(files.vae)
         self.vae_config = self._opened_vae.config
         self._check_files()
@@ -167,9 +172,7 @@ class WanPipeline:
         generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every machine
         noise = torch.randn(shape, generator=generator).to(device)
         self.progress.begin("load")
-        if self.low is not None:
-            self.low.release()
-        self._start(self.high)
+        self._start(self.high, self.low)
         self.progress.begin("denoise")
         denoise = self._denoiser(request, conditions)
         if conditions.first_frame is not None:
@@ -197,9 +200,8 @@ class WanPipeline:
             # one expert's RAM at a time
             assert self.low is not None
             gone, wanted = (self.high, self.low) if expert == "low" else (self.low, self.high)
-            gone.release()
             self.plan = gone.plan  # leaner than at first, if the device ran out of memory
-            self._start(wanted)
+            self._start(wanted, gone)
 
         return ExpertSwitch(high, low, request.boundary, on_switch=switch)
 
@@ -254,8 +256,13 @@ class WanPipeline:
         with at_work(load, keep=settings.keep_loaded) as vae:
             yield vae
 
-    def _start(self, model: StreamedWan) -> None:
+    def _start(self, model: StreamedWan, other: StreamedWan | None) -> None:
+        """Start an expert in place of the other, whose host memory it takes where their layouts are the same."""
         assert self.plan is not None
+        if other is not None:
+            other.stop()
+            if self.plan.host.from_disk or model.giver() is not other:
+                other.release()
         model.start_fitting(self.plan, self.record.add_spans)
         self.plan = model.plan
         self.record.uses(model)

@@ -196,6 +196,54 @@ def test_memory_is_flat_when_two_workflows_alternate(models: Path) -> None:
     assert statistics.median(seen[7:]) - statistics.median(seen[2:5]) < 15
 
 
+def test_models_of_one_layout_have_one_models_ram(models: Path) -> None:
+    """Wan 2.2's experts: each is read over the other, also where both had room; options and results are their own."""
+    ones = [ours(save(models, "t2v")), ours(save(models, "t2v", seed=3))]
+    engines = [model.engine for model in ones]
+    expected = [sample(model, *prompts(), empty_latent()) for model in ones]
+    one = max(engine.streamed.host_bytes for engine in engines)
+    for _ in range(2):
+        for model, latent in zip(ones, expected, strict=True):
+            assert torch.equal(sample(model, *prompts(), empty_latent()), latent)
+            assert [engine.streamed.host_bytes > 0 for engine in engines] == [each is model for each in ones]
+            assert sum(engine.streamed.host_bytes for engine in engines) == one
+            assert all(other.loaded_size() == other.model.model_loaded_weight_memory for other in ones)
+
+
+def test_memory_of_a_model_whose_run_goes_on_stays_its_own(models: Path) -> None:
+    """As where a guider asks two models in every step."""
+    first, second = ours(save(models, "t2v")), ours(save(models, "t2v", seed=3))
+    sample(first, *prompts(), empty_latent())
+    held = first.engine.streamed.host_bytes
+    first.engine.begin_run()
+    sample(second, *prompts(), empty_latent())
+    assert first.engine.streamed.host_bytes == second.engine.streamed.host_bytes == held > 0
+    first.engine.end_run()
+
+
+def test_a_failure_while_a_model_takes_anothers_ram_leaves_neither(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowvram_pack.weights.reader import Checkpoint
+
+    ones = [ours(save(models, "t2v")), ours(save(models, "t2v", seed=3))]
+    expected = [sample(model, *prompts(), empty_latent()) for model in ones]
+    read_into = Checkpoint.read_into
+
+    def failing(self: Any, name: str, out: torch.Tensor) -> None:
+        if name.startswith("blocks.2."):
+            raise mm.InterruptProcessingException
+        read_into(self, name, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "read_into", failing)
+        with pytest.raises(mm.InterruptProcessingException):
+            sample(ones[0], *prompts(), empty_latent())
+    assert all(model.engine.streamed.host_bytes == 0 for model in ones)
+    for model, latent in zip(ones, expected, strict=True):
+        assert torch.equal(sample(model, *prompts(), empty_latent()), latent)
+
+
 @pytest.mark.parametrize("variant", ["t2v", "vace"])
 def test_streaming_from_disk_gives_the_same(models: Path, variant: str) -> None:
     model = ours(save(models, variant))
