@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernel_choice import brief, reason_against, relative_error
+from ..system.kernel_choice import brief, reason_against, relative_error
 
 if TYPE_CHECKING:
     from .select import AttentionSpec, Backend

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..device_errors import is_out_of_memory
-from ..kernel_choice import Trial, choose
+from ..system.device_errors import is_out_of_memory
+from ..system.kernel_choice import Trial, choose
 from .flash import FlashAttention2, FlashAttention3
 from .probe import THIS_MACHINE, Machine, find_disagreement
 from .sage import SageAttention

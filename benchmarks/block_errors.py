@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.footprint import Limits, WorkSize
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.memory.plan.footprint import Limits, WorkSize
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import save_results
 from safetensors.torch import save_file

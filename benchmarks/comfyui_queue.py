@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lowvram_video.whole_files import write_file
+from lowvram_video.system.atomic_files import write_file
 from measure import GIB, machine
 from queue_scenarios import SCENARIOS, Record, run_scenario
 from queue_server import ON_GPU, SIZES, TINY, Bench, Size

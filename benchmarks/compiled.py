@@ -27,15 +27,15 @@ import torch
 from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.compilation.blocks import compile_modules, dynamo_limits
 from lowvram_video.compilation.settings import CompileSettings
-from lowvram_video.diffusion.transformer import Transformer
-from lowvram_video.diffusion.workspace import Execution
-from lowvram_video.framepack.config import FramePackConfig
-from lowvram_video.framepack.model import FramePackModel, Frames, History, Prompt
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.fused.select import FusedOps
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.transformer.transformer import Transformer
+from lowvram_video.transformer.workspace import Execution
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
 from measure import save_results
 from torch import Tensor
 from torch._dynamo.utils import counters

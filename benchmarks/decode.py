@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowvram_video.diffusion.pictures import to_uint8
-from lowvram_video.memory.footprint import WorkSize, decode_memory
+from lowvram_video.memory.plan.footprint import WorkSize, decode_memory
 from lowvram_video.vae.retries import at_work
 from lowvram_video.vae.tiling import WHOLE, decode_in
+from lowvram_video.video.pictures import to_uint8
 from lowvram_video.wanvideo.footprint import WAN21_VAE
-from lowvram_video.wanvideo.vae_checkpoint import WAN_FORMAT
+from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
 from measure import GIB, Watch, run_cases
 
 DEVICE = torch.device("cuda", 0)
@@ -44,7 +44,7 @@ def command_line(file: Path, latent: torch.Tensor) -> int:
 
 def decode_node(vae: Any, latent: torch.Tensor) -> int:
     """As ComfyUI runs it; the whole frame does not depend on what is free."""
-    from lowvram_pack.nodes.vae import DecodeVideo
+    from lowvram_pack.nodes.decode import DecodeVideo
 
     return len(DecodeVideo.execute({"samples": latent}, vae, 0, 0, False).result[0])
 

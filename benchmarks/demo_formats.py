@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from lowvram_video.demo.files import DEMO_FILES, make_clips, open_demo
 from lowvram_video.demo.score import pick_captions, score
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.footprint import Limits, WorkSize
+from lowvram_video.memory.plan.footprint import Limits, WorkSize
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.reader import open_checkpoint
+from lowvram_video.weights.files.checkpoint import open_checkpoint
 from measure import save_results
 from torch import Tensor
 

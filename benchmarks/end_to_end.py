@@ -19,12 +19,12 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.report import GIB
+from lowvram_video.memory.report.report import GIB
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
-from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
-from lowvram_video.wanvideo.vae import WAN21_VAE, WanVAE
+from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
+from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from measure import Ballast, save_results
 from safetensors.torch import save_file
 

@@ -25,19 +25,19 @@ from pathlib import Path
 import psutil
 import torch
 from lowvram_video.attention.select import AttentionSpec, select_attention
-from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.framepack.generation import noise_levels, prepare, section_size
-from lowvram_video.framepack.model import Frames, History, Prompt
+from lowvram_video.framepack.network.model import Frames, History, Prompt
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.request import Material, Sampling
 from lowvram_video.framepack.run.host import RunPlaces
 from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
-from lowvram_video.framepack.vae import HunyuanVAE
-from lowvram_video.memory.footprint import GIB
-from lowvram_video.memory.limits import hold_budget, limits_for
-from lowvram_video.weights.lora import LoraChoice
+from lowvram_video.framepack.vae.model import HunyuanVAE
+from lowvram_video.memory.plan.footprint import GIB
+from lowvram_video.memory.plan.limits import hold_budget, limits_for
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.weights.lora.file import LoraChoice
 from measure import Ballast, Watch, run_cases
 from safetensors.torch import save_file
 

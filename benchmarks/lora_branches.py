@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import torch
 from lowvram_video.fused.select import FusedOps, select_fused_ops
-from lowvram_video.kernel_choice import disagreement, reason_against
-from lowvram_video.weights.fp8 import Fp8Matmul
-from lowvram_video.weights.gemms import fp8_refusal, select_fp8_gemm
-from lowvram_video.weights.linear import PLAIN, Linear, Projection, project_gelu, project_together
-from lowvram_video.weights.low_rank import DOWN, SCALE, UP
-from lowvram_video.weights.low_rank_ops import (
+from lowvram_video.system.kernel_choice import disagreement, reason_against
+from lowvram_video.weights.linear.fp8 import Fp8Matmul
+from lowvram_video.weights.linear.gemms import fp8_refusal, select_fp8_gemm
+from lowvram_video.weights.linear.linear import PLAIN, Linear, Projection, project_gelu, project_together
+from lowvram_video.weights.linear.low_rank import DOWN, SCALE, UP
+from lowvram_video.weights.linear.low_rank_ops import (
     RANKS,
     STEPS,
     TORCH,
@@ -33,7 +33,7 @@ from lowvram_video.weights.low_rank_ops import (
     Probe,
     select_low_rank_ops,
 )
-from lowvram_video.weights.rows import select_row_ops
+from lowvram_video.weights.linear.rows import select_row_ops
 from measure import save_results
 from quantized_linears import BF16, DEVICE, PER_BLOCK, SHAPES, Shape, Way, activations, layer_of
 from torch import Tensor, nn

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from lowvram_video.whole_files import write_file
+from lowvram_video.system.atomic_files import write_file
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"

@@ -27,8 +27,8 @@ import psutil
 import torch
 from comfyui_queue import find_python, make_base
 from end_to_end import save_vae, spiece_model
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.text_encoder import UMT5Config
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.text.encoder import UMT5Config
 from measure import GIB, run_cases
 from queue_server import ON_GPU, START_SECONDS, TINY, Graph, Server
 from synthetic import CONFIGS, write_checkpoint, write_text_encoder
@@ -130,7 +130,7 @@ class Bench:
         """`lowvram-video generate` in a process of its own."""
         size = self.size
         command = [
-            sys.executable, "-m", "lowvram_video.cli", "generate", "--model", self.path(HIGH),
+            sys.executable, "-m", "lowvram_video.cli.main", "generate", "--model", self.path(HIGH),
             "--model-low", self.path(LOW), "--text-encoder", self.path(TEXT), "--vae", self.path(VAE),
             "--prompt", PROMPTS[0], "--steps", STEPS, "--width", size.width, "--height", size.height,
             "--frames", size.num_frames, "--output", self.base / "output" / "peak_ram.mp4",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowvram_video.memory.footprint import GIB, Limits, VaeFootprint, WorkSize
-from lowvram_video.memory.plan import MemoryPlan, PlanError, plan_memory
-from lowvram_video.memory.plan_text import describe
+from lowvram_video.memory.plan.footprint import GIB, Limits, VaeFootprint, WorkSize
+from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_memory
+from lowvram_video.memory.plan.table import describe
 from lowvram_video.wanvideo.footprint import WAN21_VAE, WAN22_VAE, WanFootprint
 
 PRESET_BUDGETS_GIB = (6, 8, 12, 16, 24)

@@ -10,9 +10,9 @@ import collections
 import time
 
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.footprint import WorkSize
-from lowvram_video.memory.limits import limits_for
+from lowvram_video.memory.plan.footprint import WorkSize
+from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 
 MATMUL_TFLOPS, ATTENTION_TFLOPS = 816, 574  # an H200's best, measured: see the README

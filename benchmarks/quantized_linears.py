@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from lowvram_video.triton_errors import triton_errors
-from lowvram_video.weights.compute import select_compute
-from lowvram_video.weights.fp8 import Fp8Dequantized, Fp8Matmul
-from lowvram_video.weights.gemms import Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
-from lowvram_video.weights.int8 import Int8Dequantized, Int8Matmul, rotate, rotation_matrix
-from lowvram_video.weights.kitchen import KitchenInt8, kitchen_int8_available
-from lowvram_video.weights.linear import PLAIN, Linear, Scratch, WeightFormat, project_together
-from lowvram_video.weights.rows import RowOps, TorchRowOps, row_scales, select_row_ops
+from lowvram_video.system.triton_errors import triton_errors
+from lowvram_video.weights.linear.compute import select_compute
+from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
+from lowvram_video.weights.linear.gemms import Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
+from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul, rotate, rotation_matrix
+from lowvram_video.weights.linear.kitchen import KitchenInt8, kitchen_int8_available
+from lowvram_video.weights.linear.linear import PLAIN, Linear, Scratch, WeightFormat, project_together
+from lowvram_video.weights.linear.rows import RowOps, TorchRowOps, row_scales, select_row_ops
 from measure import save_results
 from torch import Tensor, nn
 

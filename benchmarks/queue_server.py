@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowvram_video.wanvideo.config import WanConfig
+from lowvram_video.wanvideo.network.config import WanConfig
 from measure import Ballast
 from safetensors.torch import load_file
 from synthetic import CONFIGS

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.footprint import GIB, Limits, WorkSize
-from lowvram_video.memory.limits import limits_for
-from lowvram_video.memory.stream_log import StreamLog
+from lowvram_video.memory.plan.footprint import GIB, Limits, WorkSize
+from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.memory.report.stream_log import StreamLog
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import disk_gbps, drop_page_cache, save_results
 from torch import Tensor

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.footprint import GIB, WorkSize
-from lowvram_video.memory.limits import hold_budget, limits_for
+from lowvram_video.memory.plan.footprint import GIB, WorkSize
+from lowvram_video.memory.plan.limits import hold_budget, limits_for
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.lora import LoraChoice
+from lowvram_video.weights.lora.file import LoraChoice
 from measure import Ballast, Watch, disk_gbps, drop_page_cache, run_cases
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lowvram_video.framepack.config import FramePackConfig
-from lowvram_video.framepack.model import FramePackModel
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
-from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
-from lowvram_video.weights.gguf_reference import random_blocks
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import FramePackModel
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
+from lowvram_video.weights.linear.gguf_reference import random_blocks
 from safetensors.torch import save_file
 
 Config = WanConfig | FramePackConfig

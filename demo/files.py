@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion.settings import RunSettings
+from ..runtime.settings import RunSettings
 from ..wanvideo.pipeline import WanFiles, WanPipeline
 from ..wanvideo.request import WanRequest
 

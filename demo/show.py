@@ -11,9 +11,9 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..diffusion.progress import Progress
-from ..video import VideoWriter, check_writable
-from ..whole_files import write_file
+from ..runtime.progress import Progress
+from ..system.atomic_files import write_file
+from ..video.writer import VideoWriter, check_writable
 from .files import make_clip, open_demo
 
 PROMPTS = (

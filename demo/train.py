@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..wanvideo.checkpoint import official_names
-from ..wanvideo.tokenizer import Tokenizer
-from ..wanvideo.vae_checkpoint import to_official_names
+from ..wanvideo.text.tokenizer import Tokenizer
+from ..wanvideo.vae.checkpoint import to_official_names
 from .captions import Caption, all_captions
 from .dataset import ClipSize, draw_scenes, render_clips
 from .score import judge, pick_captions, table

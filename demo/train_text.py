@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import UMT5EncoderModel
 
-from ..wanvideo.tokenizer import Tokenizer
+from ..wanvideo.text.tokenizer import Tokenizer
 from .captions import all_captions, phrasings
 
 TEXT_TOKENS = 512  # as Wan pads its prompts

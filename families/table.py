@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..diffusion.file_kinds import file_kind
 from ..framepack.family import FRAMEPACK
 from ..runtime.family import Family
 from ..wanvideo.family import WAN
-from ..weights.reader import CheckpointError, open_checkpoint
+from ..weights.files.checkpoint import CheckpointError, open_checkpoint
+from ..weights.files.kinds import file_kind
 
 FAMILIES: tuple[Family, ...] = (WAN, FRAMEPACK)
 

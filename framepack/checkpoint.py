@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..diffusion.checkpoint import adopt_tensors, load_tensors
-from ..diffusion.dimensions import Dimensions, model_prefix
-from ..diffusion.file_kinds import WantedKind, check_kind
-from ..weights.dialects import HEADER_KEY, plain_dialect
-from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
-from .config import FramePackConfig
-from .model import FramePackModel
+from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..weights.files.dimensions import Dimensions, model_prefix
+from ..weights.files.kinds import WantedKind, check_kind
+from ..weights.linear.adopt import adopt_tensors, load_tensors
+from ..weights.linear.dialects import HEADER_KEY, plain_dialect
+from .network.config import FramePackConfig
+from .network.model import FramePackModel
 
 MODEL_TYPES = ("base", "f1")
 MODEL_TYPE_KEY = "lowvram_video.model_type"  # header metadata: base or f1

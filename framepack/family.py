@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..runtime.family import Description, Family, num_parameters
-from ..weights.reader import Checkpoint, CheckpointError
+from ..weights.files.checkpoint import Checkpoint, CheckpointError
 from .checkpoint import WANTED, infer_config, open_framepack, with_plain_names
-from .config import FramePackConfig
+from .network.config import FramePackConfig
 from .streamed import StreamedFramePack
 
 

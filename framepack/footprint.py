@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..memory.footprint import Choice, Limits, ModelFootprint, WorkSize
-from .config import IMAGE_TOKENS
+from ..memory.plan.footprint import Choice, Limits, ModelFootprint, WorkSize
+from .network.config import IMAGE_TOKENS
 
 TWICE_FRAMES, FOUR_FRAMES = 2, 16  # latents of the history that are shown at half and at a quarter of the size
 TEXT_TOKENS = 512  # at most

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..memory.plan import MemoryPlan
+from ..memory.plan.plan import MemoryPlan
 from ..sampling.guidance import RescaledGuidance
 from ..sampling.samplers import StepInfo, select_sampler
 from ..sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ..sampling.step_cache import TeaCache
 from .footprint import SectionSize
-from .model import BlockCache, Frames, History, StepCondition
+from .network.model import BlockCache, Frames, History, StepCondition
 from .request import Material, Sampling
-from .runs import RunStore
+from .run.folder import RunStore
 from .sections import SPATIAL_STRIDE, Section, num_frames, section_noise
 from .streamed import StreamedFramePack
 

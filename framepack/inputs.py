@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion.progress import Progress, Silent
-from ..diffusion.settings import RunSettings
+from ..runtime.progress import Progress, Silent
+from ..runtime.settings import RunSettings
 from ..vae.retries import at_work
 from ..vae.tiling import encode_fitting
-from ..weights.reader import CheckpointError
-from .config import IMAGE_TOKENS, FramePackConfig
-from .encoders.images import ImageEncoder
-from .encoders.prompts import PromptEncoder
-from .model import Prompt
+from ..weights.files.checkpoint import CheckpointError
+from .network.config import IMAGE_TOKENS, FramePackConfig
+from .network.model import Prompt
 from .request import Interpolation, Material
+from .text.images import ImageEncoder
+from .text.prompts import PromptEncoder
 from .timed_prompts import TimedPrompt
-from .vae_checkpoint import HUNYUAN_FORMAT
+from .vae.checkpoint import HUNYUAN_FORMAT
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.progress import Progress, Silent
-from ..diffusion.settings import RunSettings
-from ..memory.footprint import Limits, WorkSize
-from ..memory.ladder import RAM_MARGIN_BYTES
-from ..memory.pinned import CudaRegistrar
-from ..memory.plan import MemoryPlan
-from ..memory.report import RunReport
+from ..memory.plan.candidates import RAM_MARGIN_BYTES
+from ..memory.plan.footprint import Limits, WorkSize
+from ..memory.plan.plan import MemoryPlan
+from ..memory.report.report import RunReport
+from ..memory.stream.pinned import CudaRegistrar
+from ..runtime.progress import Progress, Silent
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
+from ..runtime.settings import RunSettings
 from ..sampling.solver import StepInfo
 from ..vae.retries import at_work
-from ..weights.fingerprint import fingerprint
-from ..weights.lora import LoraChoice, LoraReport
-from .decoding import DecodeRoom
+from ..weights.files.fingerprint import fingerprint
+from ..weights.lora.file import LoraChoice, LoraReport
 from .sections import Section
 from .streamed import StreamedFramePack
-from .vae import HunyuanVAE
-from .vae_checkpoint import HUNYUAN_FORMAT
+from .vae.checkpoint import HUNYUAN_FORMAT
+from .vae.decoding import DecodeRoom
+from .vae.model import HunyuanVAE
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .config import FramePackConfig
-from .model import Prompt
+from .network.config import FramePackConfig
+from .network.model import Prompt
 from .sections import NUM_HISTORY, Section, SectionMode, plan_one_frame, plan_sections
 from .timed_prompts import TimedPrompt
 

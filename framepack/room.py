@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .film import film_bytes
 from .request import Material, Sampling
-from .runs import RunStore
+from .run.film import film_bytes
+from .run.folder import RunStore
 from .sections import FRAMES_PER_LATENT, SPATIAL_STRIDE, num_frames
 
 

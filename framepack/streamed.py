@@ -9,19 +9,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..diffusion.settings import RunSettings
-from ..memory.footprint import ModelFootprint
-from ..memory.layout import Part
-from ..memory.pinned import Registrar
-from ..memory.plan import MemoryPlan
+from ..memory.plan.footprint import ModelFootprint
+from ..memory.plan.plan import MemoryPlan
+from ..memory.stream.layout import Part
+from ..memory.stream.pinned import Registrar
 from ..runtime.host_weights import WeightParts
+from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
-from ..weights.lora import LoraChoice
-from ..weights.quantize import quantize_checkpoint
+from ..weights.linear.quantize import quantize_checkpoint
+from ..weights.lora.file import LoraChoice
 from .checkpoint import build_framepack, open_framepack
 from .footprint import FramePackFootprint
-from .lora_layers import framepack_aliases
-from .model import BlockCache, FramePackModel, Frames, History, Prompt, StepCondition
+from .lora_names import framepack_aliases
+from .network.model import BlockCache, FramePackModel, Frames, History, Prompt, StepCondition
 from .sections import SectionMode
 
 # Modulation: a quarter of all weights, which act on one vector per step.

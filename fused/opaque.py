@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..operators import on_device_of, returns_nothing
+from ..system.operators import on_device_of, returns_nothing
 from .eager import EagerOps
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..half_precision import half_dtype
-from ..kernel_choice import Trial, choose, disagreement, loaded, relative_error
+from ..system.dtypes import half_dtype
+from ..system.kernel_choice import Trial, choose, disagreement, loaded, relative_error
 from .eager import EagerOps
 
 

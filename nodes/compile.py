@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..compilation.settings import BACKENDS, DYNAMIC, MODES, CompileSettings
-from . import host
+from .bridge import host
 from .memory import LOADERS, streamed_model
 
 

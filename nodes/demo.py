@@ -10,13 +10,13 @@ import torch
 from comfy_api.latest import io
 
 from ..demo.files import DEMO_FILES
-from ..diffusion.settings import RunSettings
-from ..wanvideo.text_checkpoint import load_text_encoder
-from ..wanvideo.text_encoder import TextEncoder
-from . import host
-from .native import make_model
-from .patcher import StreamedModelPatcher
-from .wan_engine import WanEngine
+from ..runtime.settings import RunSettings
+from ..wanvideo.text.checkpoint import load_text_encoder
+from ..wanvideo.text.encoder import TextEncoder
+from .bridge import host
+from .bridge.native_wan import make_model
+from .bridge.patcher import StreamedModelPatcher
+from .bridge.wan_engine import WanEngine
 
 
 class LoadDemo(io.ComfyNode):

@@ -6,13 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..framepack.film import Film
 from ..framepack.request import SAMPLERS
+from ..framepack.run.film import Film
 from ..framepack.run.run import FramePackRun
-from . import host
+from .bridge import host
+from .bridge.framepack_request import LOADER, SamplerInputs
+from .bridge.framepack_run import ComfyRunHost, run_places
 from .framepack_inputs import EndImage
-from .framepack_request import LOADER, SamplerInputs
-from .framepack_run import ComfyRunHost, run_places
 
 NO_VIDEO = (
     "FramePack Sampler (Low VRAM) saves a video only with a VAE connected and one_frame_index 0: connect "

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..framepack.buckets import nearest_bucket
 from ..framepack.request import Interpolation
 from ..framepack.timed_prompts import TimedPrompt, parse_timed_prompt
-from . import host
+from .bridge import host
 
 EndImage = io.Custom("LOWVRAM_END_IMAGE")
 TIMED_KEY = "lowvram_timed_prompt"  # in the options of a CONDITIONING's first entry

@@ -8,14 +8,15 @@ import torch
 from comfy_api.latest import io
 
 from ..attention.select import ATTENTION_MODES
-from ..diffusion.settings import RunSettings
+from ..runtime.settings import RunSettings
 from ..runtime.turns import Turns
-from ..weights.compute import QUANTIZATIONS
-from . import host, native, native_framepack
-from .engine import Engine
-from .framepack_engine import FramePackEngine
-from .patcher import StreamedModelPatcher
-from .wan_engine import WanEngine
+from ..weights.linear.compute import QUANTIZATIONS
+from .bridge import host, native_framepack
+from .bridge import native_wan as native
+from .bridge.engine import Engine
+from .bridge.framepack_engine import FramePackEngine
+from .bridge.patcher import StreamedModelPatcher
+from .bridge.wan_engine import WanEngine
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TURNS = Turns()  # of all models that these nodes load

@@ -9,11 +9,11 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..weights.lora import Lora, LowRankPair, open_lora
-from . import host
-from .engine import Engine
+from ..weights.lora.file import Lora, LowRankPair, open_lora
+from .bridge import host
+from .bridge.engine import Engine
+from .bridge.patches import PREFIX
 from .memory import LOADERS, streamed_model
-from .patches import PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..memory.plan_text import describe
-from . import host
-from .engine import Engine
-from .patcher import StreamedModelPatcher
+from ..memory.plan.table import describe
+from .bridge import host
+from .bridge.engine import Engine
+from .bridge.patcher import StreamedModelPatcher
 
 GIB = 2**30
 LOADERS = "Load Wan Video Model or Load FramePack Model (Low VRAM)"
@@ -215,7 +215,7 @@ class MemoryReport(io.ComfyNode):
 
 def _timeline(engine: Engine[Any]) -> Tensor:
     """The run as an IMAGE `[1, H, W, 3]`."""
-    from ..memory.timeline import draw_timeline  # matplotlib: a report without a picture is better than none
+    from ..memory.report.timeline import draw_timeline  # matplotlib: a report without a picture is better than none
 
     assert engine.report is not None
     with Image.open(BytesIO(draw_timeline(engine.report))) as picture:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..diffusion.file_kinds import WantedKind
-from ..weights.reader import Checkpoint, TensorInfo
+from ..weights.files.checkpoint import Checkpoint, TensorInfo
+from ..weights.files.kinds import WantedKind
 from .streamed import StreamedModel
 
 

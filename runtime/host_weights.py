@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..diffusion.settings import RunSettings
-from ..diffusion.transformer import Transformer
-from ..host_memory import allocate_bytes
-from ..memory.disk_blocks import DiskBlocks
-from ..memory.footprint import GIB
-from ..memory.host_buffers import HostBlocks, PinnedBudget
-from ..memory.layout import BlockLayout, TensorSource, layout_block
-from ..memory.pinned import Registrar
-from ..memory.plan import MemoryPlan
-from ..memory.spool import Spool
-from ..weights.lora import Lora
-from ..weights.lora_source import AttachedLoras
-from ..weights.merged_source import Source
-from ..weights.quantize import QuantizedSource
-from ..weights.reader import Checkpoint
+from ..memory.plan.footprint import GIB
+from ..memory.plan.plan import MemoryPlan
+from ..memory.stream.disk_blocks import DiskBlocks
+from ..memory.stream.host_blocks import HostBlocks, PinnedBudget
+from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
+from ..memory.stream.pinned import Registrar
+from ..memory.stream.scratch_file import Spool
+from ..system.host_memory import allocate_bytes
+from ..transformer.transformer import Transformer
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.linear.quantize import QuantizedSource
+from ..weights.lora.attach import AttachedLoras
+from ..weights.lora.file import Lora
+from ..weights.lora.merged_source import Source
+from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..diffusion.settings import RunSettings
-from ..diffusion.workspace import Execution
-from ..host_memory import available_ram_bytes
-from ..memory.footprint import GIB, Limits
-from ..memory.limits import hold_budget, limits_for
+from ..memory.plan.footprint import GIB, Limits
+from ..memory.plan.limits import hold_budget, limits_for
+from ..system.host_memory import available_ram_bytes
+from ..transformer.workspace import Execution
+from .settings import RunSettings
 
 
 def hold_limits(settings: RunSettings, execution: Execution, held_bytes: int = 0) -> Limits:

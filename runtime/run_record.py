@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..memory.footprint import Limits
-from ..memory.intervals import Interval
-from ..memory.lanes import Span
-from ..memory.report import MemoryMonitor, RunReport, others_bytes
-from ..memory.stream_log import StreamLog
+from ..memory.plan.footprint import Limits
+from ..memory.report.intervals import Interval
+from ..memory.report.report import MemoryMonitor, RunReport, others_bytes
+from ..memory.report.stream_log import StreamLog
+from ..memory.stream.streams import Span
 from .streamed import StreamedModel
 
 

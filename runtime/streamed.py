@@ -15,25 +15,25 @@ from torch import Tensor, nn
 
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
-from ..device_errors import is_out_of_memory
-from ..diffusion.settings import RunSettings
-from ..diffusion.transformer import Block, Transformer, here_already
-from ..memory.footprint import DENSE_CHUNK_TENSORS, GIB, QUANTIZED_CHUNK_TENSORS, Limits, ModelFootprint, WorkSize
-from ..memory.host_buffers import HostBlocks
-from ..memory.lanes import SpanSink, lanes_for
-from ..memory.layout import Part
-from ..memory.lender import Lender
-from ..memory.pinned import CudaRegistrar, Registrar
-from ..memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
-from ..memory.ring import DeviceRing
-from ..memory.streamer import BlockStreamer
-from ..weights.compute import select_compute
-from ..weights.linear import Linear
-from ..weights.lora import Lora, LoraChoice, open_loras
-from ..weights.lora_names import Aliases
-from ..weights.merged_source import Source
-from ..weights.reader import Checkpoint
+from ..memory.plan.footprint import DENSE_CHUNK_TENSORS, GIB, QUANTIZED_CHUNK_TENSORS, Limits, ModelFootprint, WorkSize
+from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
+from ..memory.stream.host_blocks import HostBlocks
+from ..memory.stream.layout import Part
+from ..memory.stream.pinned import CudaRegistrar, Registrar
+from ..memory.stream.ring import DeviceRing
+from ..memory.stream.streamer import BlockStreamer
+from ..memory.stream.streams import SpanSink, lanes_for
+from ..memory.stream.transient_weights import Lender
+from ..system.device_errors import is_out_of_memory
+from ..transformer.transformer import Block, Transformer, here_already
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.linear.compute import select_compute
+from ..weights.linear.linear import Linear
+from ..weights.lora.file import Lora, LoraChoice, open_loras
+from ..weights.lora.merged_source import Source
+from ..weights.lora.names import Aliases
 from .host_weights import HostWeights, WeightParts
+from .settings import RunSettings
 from .turns import Turns
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.footprint import Limits, WorkSize
-from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
-from lowvram_video.memory.ring import DeviceRing
+from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
+from lowvram_video.memory.plan.footprint import Limits, WorkSize
+from lowvram_video.memory.stream.ring import DeviceRing
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.lora import LoraChoice
+from lowvram_video.weights.lora.file import LoraChoice
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

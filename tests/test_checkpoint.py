@@ -1,4 +1,4 @@
-"""wanvideo/checkpoint.py and identify.py: layouts, dimensions, memory while loading, and every wrong file."""
+"""wanvideo/checkpoint.py and families/identify.py: layouts, dimensions, memory while loading, and every wrong file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from lowvram_video.diffusion.checkpoint import is_quantisation_name
-from lowvram_video.diffusion.file_kinds import file_kind
-from lowvram_video.identify import describe, identify
+from lowvram_video.families.identify import describe, identify
 from lowvram_video.wanvideo.checkpoint import (
     NUM_HEADS_KEY,
     infer_config,
@@ -23,9 +21,11 @@ from lowvram_video.wanvideo.checkpoint import (
     official_names,
     open_wan,
 )
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
-from lowvram_video.weights.reader import Checkpoint, CheckpointError, TensorInfo
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from lowvram_video.weights.files.kinds import file_kind
+from lowvram_video.weights.linear.adopt import is_quantisation_name
 from safetensors.torch import load_file, save_file
 
 TINY = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 2, "text_dim": 24, "freq_dim": 32}

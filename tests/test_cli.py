@@ -17,10 +17,10 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.cli import main
-from lowvram_video.progress import TerminalProgress
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.cli.main import main
+from lowvram_video.cli.progress import TerminalProgress
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanFiles
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -421,7 +421,7 @@ def test_what_ends_a_run_early_is_one_line(
 def test_ctrl_c_leaves_a_video_that_plays(files: WanFiles, tmp_path: Path) -> None:
     output = tmp_path / "a.mp4"
     words = arguments(files, output, "--frames", 2001, "--steps", 1, "--guidance", 1)
-    program = "import sys; from lowvram_video.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from lowvram_video.cli.main import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", program, *words],
         stderr=subprocess.PIPE,

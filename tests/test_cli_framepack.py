@@ -14,19 +14,19 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.cli import main, make_parser
-from lowvram_video.cli_framepack import _size
-from lowvram_video.diffusion.pictures import load_image
-from lowvram_video.framepack.config import FramePackConfig
-from lowvram_video.framepack.encoders.images import ImageEncoder
-from lowvram_video.framepack.encoders.prompts import PromptEncoder
-from lowvram_video.framepack.model import FramePackModel
+from lowvram_video.cli.framepack import _size
+from lowvram_video.cli.main import main, make_parser
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import FramePackModel
 from lowvram_video.framepack.request import Material, Sampling
 from lowvram_video.framepack.run.run import FramePackRun
+from lowvram_video.framepack.text.images import ImageEncoder
+from lowvram_video.framepack.text.prompts import PromptEncoder
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
-from lowvram_video.framepack.vae import HunyuanVAE, VAEConfig
-from lowvram_video.video import VideoWriter
-from lowvram_video.video_frames import read_end, read_pieces, read_video, video_seconds, video_size
+from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
+from lowvram_video.video.pictures import load_image
+from lowvram_video.video.reader import read_end, read_pieces, read_video, video_seconds, video_size
+from lowvram_video.video.writer import VideoWriter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel

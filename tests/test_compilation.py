@@ -13,17 +13,17 @@ import pytest
 import torch
 from lowvram_video.compilation.blocks import compile_modules, dynamo_limits, inductor_options, uncompile_modules
 from lowvram_video.compilation.settings import CompileSettings
-from lowvram_video.diffusion.workspace import Execution
-from lowvram_video.framepack.model import FramePackModel, Frames, History, Prompt
+from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.fused.select import FusedOps
-from lowvram_video.wanvideo.model import WanModel
-from lowvram_video.weights.fp8 import Fp8Dequantized
-from lowvram_video.weights.int8 import Int8Matmul
+from lowvram_video.transformer.workspace import Execution
+from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.weights.kernels import row_op
-from lowvram_video.weights.linear import Linear, Scratch
-from lowvram_video.weights.rows import INT8_MAX, QuantizedRows, TorchRowOps, row_scales
+from lowvram_video.weights.linear.fp8 import Fp8Dequantized
+from lowvram_video.weights.linear.int8 import Int8Matmul
+from lowvram_video.weights.linear.linear import Linear, Scratch
+from lowvram_video.weights.linear.rows import INT8_MAX, QuantizedRows, TorchRowOps, row_scales
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes.post_grad import post_grad_passes

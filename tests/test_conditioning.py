@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lowvram_video.diffusion.pictures import load_image
+from lowvram_video.video.pictures import load_image
 from lowvram_video.wanvideo.conditioning import image_channels
-from lowvram_video.wanvideo.vae import WAN21_VAE, WanVAE
+from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from PIL import Image
 from torch import Tensor
 

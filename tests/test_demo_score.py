@@ -13,7 +13,7 @@ from lowvram_video.demo.captions import COLOURS, DIRECTIONS, SHAPES, Caption, al
 from lowvram_video.demo.dataset import ClipSize, draw_scenes, render_clips
 from lowvram_video.demo.files import DEMO_FILES
 from lowvram_video.demo.score import FIELDS, judge, main, pick_captions, score, table
-from lowvram_video.weights.reader import open_checkpoint
+from lowvram_video.weights.files.checkpoint import open_checkpoint
 
 from .quantizers import write_gguf
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lowvram_video.device_errors import is_out_of_memory
+from lowvram_video.system.device_errors import is_out_of_memory
 
 SAID_BY_LIBRARIES = [
     "CUDA error: out of memory",

@@ -1,4 +1,4 @@
-"""weights/fp8.py, dialects.py and rows.py: every way of storing scaled fp8, and both ways of multiplying it."""
+"""weights/linear/fp8.py, dialects.py and rows.py: every way of storing scaled fp8, and both ways of multiplying it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
-from lowvram_video.weights.compute import select_compute
-from lowvram_video.weights.fp8 import Fp8Dequantized, Fp8Matmul
-from lowvram_video.weights.gemms import Fp8Rescaled, Fp8Rowwise, ReferenceGemm, gemm_error, select_fp8_gemm
-from lowvram_video.weights.linear import Plain, Scratch, project_together
-from lowvram_video.weights.reader import CheckpointError
-from lowvram_video.weights.rows import TorchRowOps
+from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.linear.compute import select_compute
+from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
+from lowvram_video.weights.linear.gemms import Fp8Rescaled, Fp8Rowwise, ReferenceGemm, gemm_error, select_fp8_gemm
+from lowvram_video.weights.linear.linear import Plain, Scratch, project_together
+from lowvram_video.weights.linear.rows import TorchRowOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

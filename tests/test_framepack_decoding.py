@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowvram_video.diffusion.pictures import to_uint8
-from lowvram_video.framepack import decoding
-from lowvram_video.framepack.decoding import DecodeRoom, DecodeWay, decode_section, decode_ways
-from lowvram_video.framepack.vae import HUNYUAN_VAE, HunyuanVAE, decode_footprint
+from lowvram_video.framepack.vae import decoding
+from lowvram_video.framepack.vae.decoding import DecodeRoom, DecodeWay, decode_section, decode_ways
+from lowvram_video.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE, decode_footprint
+from lowvram_video.video.pictures import to_uint8
 from torch import Tensor
 
 GIB = 2**30

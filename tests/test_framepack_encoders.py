@@ -14,15 +14,15 @@ import pytest
 import torch
 from diffusers import HunyuanVideoFramepackPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack import DEFAULT_PROMPT_TEMPLATE
-from lowvram_video.diffusion.checkpoint import load_tensors
-from lowvram_video.framepack.encoders.checkpoint import open_clip, open_llama, open_siglip
-from lowvram_video.framepack.encoders.images import ImageEncoder, squeezed
-from lowvram_video.framepack.encoders.llama_gguf import LAYER_NAMES, LLAMA_SPLIT, TOP_NAMES
-from lowvram_video.framepack.encoders.prompts import AFTER_PROMPT, BEFORE_PROMPT, MAX_TOKENS, PromptEncoder
-from lowvram_video.framepack.encoders.split_patterns import compile_pattern
-from lowvram_video.framepack.encoders.tokenizer_files import read_clip_vocab, read_tokenizer_json
-from lowvram_video.weights.gguf import GGUF_FORMATS
-from lowvram_video.weights.reader import Checkpoint, CheckpointError
+from lowvram_video.framepack.text.checkpoint import open_clip, open_llama, open_siglip
+from lowvram_video.framepack.text.images import ImageEncoder, squeezed
+from lowvram_video.framepack.text.llama_gguf import LAYER_NAMES, LLAMA_SPLIT, TOP_NAMES
+from lowvram_video.framepack.text.prompts import AFTER_PROMPT, BEFORE_PROMPT, MAX_TOKENS, PromptEncoder
+from lowvram_video.framepack.text.split_patterns import compile_pattern
+from lowvram_video.framepack.text.tokenizer_files import read_clip_vocab, read_tokenizer_json
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError
+from lowvram_video.weights.linear.adopt import load_tensors
+from lowvram_video.weights.linear.gguf import GGUF_FORMATS
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, models, pre_tokenizers, processors, trainers

@@ -15,8 +15,8 @@ from diffusers import (
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
 )
-from lowvram_video.cli import main
-from lowvram_video.diffusion.file_kinds import file_kind
+from lowvram_video.cli.main import main
+from lowvram_video.families.identify import describe, identify
 from lowvram_video.framepack.checkpoint import (
     MODEL_TYPE_KEY,
     ROPE_AXES_KEY,
@@ -26,13 +26,13 @@ from lowvram_video.framepack.checkpoint import (
     open_framepack,
     told_model_type,
 )
-from lowvram_video.framepack.config import FramePackConfig
-from lowvram_video.framepack.model import FramePackModel
-from lowvram_video.identify import describe, identify
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import FramePackModel
 from lowvram_video.wanvideo.checkpoint import load_wan
-from lowvram_video.weights.linear import Linear
-from lowvram_video.weights.quantize import quantize_checkpoint
-from lowvram_video.weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from lowvram_video.weights.files.kinds import file_kind
+from lowvram_video.weights.linear.linear import Linear
+from lowvram_video.weights.linear.quantize import quantize_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

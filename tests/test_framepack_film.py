@@ -16,9 +16,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.framepack import film as film_module
-from lowvram_video.framepack.film import Film, cross_fade, film_bytes
-from lowvram_video.video import VideoError, VideoWriter
+from lowvram_video.framepack.run import film as film_module
+from lowvram_video.framepack.run.film import Film, cross_fade, film_bytes
+from lowvram_video.video.writer import VideoError, VideoWriter
 from torch import Tensor
 
 HEIGHT, WIDTH = 32, 48

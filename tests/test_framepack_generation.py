@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
-from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.framepack.generation import Generation, MadeSection, OnStep, noise_levels, prepare, section_size
-from lowvram_video.framepack.model import Frames, History, Prompt, StepCondition
+from lowvram_video.framepack.network.model import Frames, History, Prompt, StepCondition
 from lowvram_video.framepack.request import SAMPLERS, Material, Sampling
-from lowvram_video.framepack.runs import RunStore
+from lowvram_video.framepack.run.folder import RunStore
 from lowvram_video.framepack.sections import SectionMode
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
-from lowvram_video.memory.footprint import GIB
-from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
-from lowvram_video.memory.limits import limits_for
+from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
+from lowvram_video.memory.plan.footprint import GIB
+from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.sampling.samplers import select_sampler
 from lowvram_video.sampling.schedules import framepack_shift, framepack_sigmas
-from lowvram_video.weights.lora import LoraChoice
+from lowvram_video.weights.lora.file import LoraChoice
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -219,7 +219,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from typing import Any
-from lowvram_video.framepack.runs import RunStore
+from lowvram_video.framepack.run.folder import RunStore
 from tests.test_framepack_generation import run
 
 def die_in_the_second(section, step):

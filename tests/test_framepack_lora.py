@@ -12,12 +12,12 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel
 from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
 from lowvram_video.framepack.checkpoint import build_framepack, open_framepack
-from lowvram_video.framepack.lora_layers import framepack_aliases
-from lowvram_video.weights.lora import Lora, open_lora
-from lowvram_video.weights.lora_merge import decomposed
-from lowvram_video.weights.lora_source import AttachedLoras
-from lowvram_video.weights.quantize import quantize_checkpoint
-from lowvram_video.weights.reader import Checkpoint, CheckpointError, TensorInfo
+from lowvram_video.framepack.lora_names import framepack_aliases
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from lowvram_video.weights.linear.quantize import quantize_checkpoint
+from lowvram_video.weights.lora.attach import AttachedLoras
+from lowvram_video.weights.lora.file import Lora, open_lora
+from lowvram_video.weights.lora.merge import decomposed
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
-from lowvram_video.diffusion.transformer import Block
-from lowvram_video.diffusion.workspace import Execution, Workspace
-from lowvram_video.framepack.blocks import DoubleBlock, FramePackBlock, SingleBlock
-from lowvram_video.framepack.config import FramePackConfig
-from lowvram_video.framepack.model import FramePackModel, Frames, History, Prompt, StepCondition
-from lowvram_video.weights.int8 import Int8Matmul
-from lowvram_video.weights.linear import Linear
+from lowvram_video.framepack.network.blocks import DoubleBlock, FramePackBlock, SingleBlock
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepCondition
+from lowvram_video.transformer.transformer import Block
+from lowvram_video.transformer.workspace import Execution, Workspace
+from lowvram_video.weights.linear.int8 import Int8Matmul
+from lowvram_video.weights.linear.linear import Linear
 from torch import Tensor, nn
 
 TINY = FramePackConfig(

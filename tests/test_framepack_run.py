@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.diffusion.settings import RunSettings
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.run.host import Grows, RunPlaces
 from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.streamed import StreamedFramePack
-from lowvram_video.framepack.vae import HunyuanVAE, VAEConfig
-from lowvram_video.memory.plan import MemoryPlan
+from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
+from lowvram_video.memory.plan.plan import MemoryPlan
+from lowvram_video.runtime.settings import RunSettings
 from torch import Tensor
 
 from .test_framepack_encoders import write

@@ -10,15 +10,15 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.diffusion.tiles import plan_grid
-from lowvram_video.framepack import vae_blocks
-from lowvram_video.framepack.vae import HUNYUAN_VAE, HunyuanVAE, VAEConfig, decode_footprint
-from lowvram_video.framepack.vae_blocks import Upsample, attend
-from lowvram_video.framepack.vae_checkpoint import HUNYUAN_FORMAT, to_diffusers_names
-from lowvram_video.framepack.vae_frames import Clip, DeviceStore, SpillStore
+from lowvram_video.framepack.vae import blocks as vae_blocks
+from lowvram_video.framepack.vae.blocks import Upsample, attend
+from lowvram_video.framepack.vae.checkpoint import HUNYUAN_FORMAT, to_diffusers_names
+from lowvram_video.framepack.vae.frames import Clip, DeviceStore, SpillStore
+from lowvram_video.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE, VAEConfig, decode_footprint
 from lowvram_video.vae.files import to_channels_last
+from lowvram_video.vae.tiles import plan_grid
 from lowvram_video.vae.tiling import Tile, TilePlan, decode_tiled, encode_fitting, encode_tiled, plan_time
-from lowvram_video.weights.reader import CheckpointError
+from lowvram_video.weights.files.checkpoint import CheckpointError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

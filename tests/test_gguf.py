@@ -7,17 +7,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from lowvram_video.identify import describe, identify
-from lowvram_video.memory.layout import bind, layout_blocks
+from lowvram_video.families.identify import describe, identify
+from lowvram_video.memory.stream.layout import bind, layout_blocks
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
-from lowvram_video.weights.formats import assign_formats, format_for
-from lowvram_video.weights.gguf import GGUF_FORMATS
-from lowvram_video.weights.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.weights.files.checkpoint import CheckpointError, TensorInfo, open_checkpoint
 from lowvram_video.weights.kernels.gguf_op import dequantize_in_chunks, dequantize_packed
-from lowvram_video.weights.linear import PLAIN, Linear, Scratch
-from lowvram_video.weights.reader import CheckpointError, TensorInfo, open_checkpoint
+from lowvram_video.weights.linear.formats import assign_formats, format_for
+from lowvram_video.weights.linear.gguf import GGUF_FORMATS
+from lowvram_video.weights.linear.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from lowvram_video.weights.linear.linear import PLAIN, Linear, Scratch
 from torch import Tensor
 
 from .quantizers import quantize, write_gguf

@@ -13,10 +13,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from lowvram_video import host_memory
-from lowvram_video.diffusion.settings import RunSettings, use_device
-from lowvram_video.half_precision import half_dtype
-from lowvram_video.host_memory import (
+from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.memory.plan.rates import Rates
+from lowvram_video.memory.stream.pinned import CudaRegistrar
+from lowvram_video.runtime.settings import RunSettings, use_device
+from lowvram_video.system import host_memory
+from lowvram_video.system.dtypes import half_dtype
+from lowvram_video.system.host_memory import (
     PAGES_FROM,
     allocate_bytes,
     allocate_extent,
@@ -24,9 +27,6 @@ from lowvram_video.host_memory import (
     return_freed_bytes,
     total_ram_bytes,
 )
-from lowvram_video.memory.limits import limits_for
-from lowvram_video.memory.pinned import CudaRegistrar
-from lowvram_video.memory.rates import Rates
 from safetensors.torch import save_file
 
 MIB = 1 << 20
@@ -37,7 +37,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
-from lowvram_video.weights.reader import open_checkpoint
+from lowvram_video.weights.files.checkpoint import open_checkpoint
 
 checkpoint = open_checkpoint(sys.argv[1])
 sizes = []
@@ -147,7 +147,7 @@ def test_gpus_without_bf16_compute_in_fp16(
 def test_a_vram_budget_ends_at_the_card(monkeypatch: pytest.MonkeyPatch, asked: float, planned: float) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (3 << 30, 12 << 30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr("lowvram_video.memory.limits.measure_rates", lambda *_: Rates(1.0, 1.0, 1.0))
+    monkeypatch.setattr("lowvram_video.memory.plan.limits.measure_rates", lambda *_: Rates(1.0, 1.0, 1.0))
     assert limits_for(torch.device("cuda", 0), vram_budget_gib=asked).vram_budget_bytes == planned * (1 << 30)
 
 

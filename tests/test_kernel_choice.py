@@ -13,12 +13,12 @@ import torch
 from lowvram_video.attention.select import AttentionSpec, AttentionUnavailable, select_attention
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.select import select_fused_ops
-from lowvram_video.memory import limits, rates
-from lowvram_video.weights import compute, gemms, kitchen, low_rank_ops, rows
-from lowvram_video.weights.fp8 import Fp8Dequantized, Fp8Matmul
-from lowvram_video.weights.int8 import Int8Dequantized, Int8Matmul
+from lowvram_video.memory.plan import limits, rates
 from lowvram_video.weights.kernels import gguf_op
-from lowvram_video.weights.linear import DenseProjection, Linear
+from lowvram_video.weights.linear import compute, gemms, kitchen, low_rank_ops, rows
+from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
+from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul
+from lowvram_video.weights.linear.linear import DenseProjection, Linear
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

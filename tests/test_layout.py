@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.memory.layout import (
+from lowvram_video.memory.stream.layout import (
     ALIGNMENT,
     SMALL_BYTES,
     LayoutError,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.memory.lender import Lender
+from lowvram_video.memory.stream.transient_weights import Lender
 from lowvram_video.wanvideo.checkpoint import load_wan, open_wan
 from lowvram_video.wanvideo.streamed import StreamedWan
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.checkpoint import official_names
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.formats import assign_formats
-from lowvram_video.weights.gguf_reference import dequantize_reference
-from lowvram_video.weights.linear import Linear, Scratch, project_together
-from lowvram_video.weights.lora import LoraChoice, open_lora
-from lowvram_video.weights.lora_source import AttachedLoras
-from lowvram_video.weights.reader import CheckpointError, open_checkpoint
+from lowvram_video.weights.files.checkpoint import CheckpointError, open_checkpoint
+from lowvram_video.weights.linear.formats import assign_formats
+from lowvram_video.weights.linear.gguf_reference import dequantize_reference
+from lowvram_video.weights.linear.linear import Linear, Scratch, project_together
+from lowvram_video.weights.lora.attach import AttachedLoras
+from lowvram_video.weights.lora.file import LoraChoice, open_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from lowvram_video.cli import main, make_parser
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.disk_blocks import DiskBlocks
-from lowvram_video.memory.host_buffers import HostBlocks
-from lowvram_video.memory.spool import remove_left_behind
+from lowvram_video.cli.main import main, make_parser
+from lowvram_video.memory.stream.disk_blocks import DiskBlocks
+from lowvram_video.memory.stream.host_blocks import HostBlocks
+from lowvram_video.memory.stream.scratch_file import remove_left_behind
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.checkpoint import load_wan
-from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.dialects import plain_dialect
-from lowvram_video.weights.fp8 import Fp8Dequantized
-from lowvram_video.weights.lora import LoraChoice, open_lora
-from lowvram_video.weights.lora_merge import decomposed, requantize
-from lowvram_video.weights.lora_source import AttachedLoras
-from lowvram_video.weights.reader import CheckpointError, open_checkpoint
+from lowvram_video.weights.files.checkpoint import CheckpointError, open_checkpoint
+from lowvram_video.weights.linear.dialects import plain_dialect
+from lowvram_video.weights.linear.fp8 import Fp8Dequantized
+from lowvram_video.weights.lora.attach import AttachedLoras
+from lowvram_video.weights.lora.file import LoraChoice, open_lora
+from lowvram_video.weights.lora.merge import decomposed, requantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

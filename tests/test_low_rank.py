@@ -10,11 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from lowvram_video.fused.eager import EagerOps
-from lowvram_video.kernel_choice import disagreement, reason_against
-from lowvram_video.weights.fp8 import Fp8Matmul
-from lowvram_video.weights.int8 import Int8Matmul
-from lowvram_video.weights.linear import PLAIN, Linear, WeightFormat, project_gelu, project_together
-from lowvram_video.weights.low_rank_ops import (
+from lowvram_video.system.kernel_choice import disagreement, reason_against
+from lowvram_video.weights.linear.fp8 import Fp8Matmul
+from lowvram_video.weights.linear.int8 import Int8Matmul
+from lowvram_video.weights.linear.linear import PLAIN, Linear, WeightFormat, project_gelu, project_together
+from lowvram_video.weights.linear.low_rank_ops import (
     STEPS,
     TORCH,
     Choice,
@@ -25,7 +25,7 @@ from lowvram_video.weights.low_rank_ops import (
     TorchLowRankOps,
     select_low_rank_ops,
 )
-from lowvram_video.weights.rows import TorchRowOps
+from lowvram_video.weights.linear.rows import TorchRowOps
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from lowvram_video.wanvideo.checkpoint import open_wan
-from lowvram_video.weights.linear import WeightFormat
-from lowvram_video.weights.merged_source import MergedSource, Source
-from lowvram_video.weights.quantize import QuantizedSource, quantize_checkpoint
-from lowvram_video.weights.reader import open_checkpoint
+from lowvram_video.weights.files.checkpoint import open_checkpoint
+from lowvram_video.weights.linear.linear import WeightFormat
+from lowvram_video.weights.linear.quantize import QuantizedSource, quantize_checkpoint
+from lowvram_video.weights.lora.merged_source import MergedSource, Source
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -103,9 +103,9 @@ def test_a_scale_waits_for_a_weight_that_is_being_made(tmp_path: Path, make: Cal
 
 @pytest.mark.parametrize("kept", [0, 3 * 64 * 32])
 def test_weights_that_nobody_fetches_do_not_pile_up(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowvram_video.weights.made_pairs import MadePairs
+    from lowvram_video.weights.linear.made_pairs import MadePairs
 
-    monkeypatch.setattr("lowvram_video.weights.made_pairs.KEPT_BYTES", kept)
+    monkeypatch.setattr("lowvram_video.weights.linear.made_pairs.KEPT_BYTES", kept)
     pairs, out, made = MadePairs(), torch.empty(64 * 32, dtype=torch.uint8), []
 
     def make(weight: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from lowvram_video.diffusion.workspace import Execution
+from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.checkpoint import official_names
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
 
 TINY = {"dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 3, "text_dim": 24, "freq_dim": 32}
 VARIANTS = {

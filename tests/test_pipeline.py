@@ -12,25 +12,25 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.attention.sdpa import Sdpa
-from lowvram_video.diffusion.pictures import to_uint8
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.disk_blocks import DiskBlocks
-from lowvram_video.memory.footprint import GIB, Limits, WorkSize
-from lowvram_video.memory.host_buffers import HostBlocks
-from lowvram_video.memory.ladder import RAM_MARGIN_BYTES
-from lowvram_video.memory.lanes import Span
-from lowvram_video.memory.limits import limits_for
-from lowvram_video.memory.plan import MemoryPlan
-from lowvram_video.memory.ring import DeviceRing
+from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
+from lowvram_video.memory.plan.footprint import GIB, Limits, WorkSize
+from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.memory.plan.plan import MemoryPlan
+from lowvram_video.memory.stream.disk_blocks import DiskBlocks
+from lowvram_video.memory.stream.host_blocks import HostBlocks
+from lowvram_video.memory.stream.ring import DeviceRing
+from lowvram_video.memory.stream.streams import Span
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.vae import tiling
 from lowvram_video.vae.tiling import decode_tiled
+from lowvram_video.video.pictures import to_uint8
 from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.pipeline import Conditions, WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.wanvideo.text_checkpoint import load_text_encoder
-from lowvram_video.wanvideo.vae import WanVAE
-from lowvram_video.wanvideo.vae_checkpoint import WAN_FORMAT
+from lowvram_video.wanvideo.text.checkpoint import load_text_encoder
+from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
+from lowvram_video.wanvideo.vae.model import WanVAE
 from PIL import Image
 from torch import Tensor
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lowvram_video.benchmarks.preset_plans import preset_plans, wan_footprint
-from lowvram_video.memory.footprint import (
+from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES, spread_residents
+from lowvram_video.memory.plan.footprint import (
     GIB,
     MIB,
     Choice,
@@ -17,9 +18,8 @@ from lowvram_video.memory.footprint import (
     compute_seconds,
     decode_memory,
 )
-from lowvram_video.memory.ladder import RAM_MARGIN_BYTES, spread_residents
-from lowvram_video.memory.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
-from lowvram_video.memory.plan_text import describe, reasons
+from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
+from lowvram_video.memory.plan.table import describe, reasons
 from lowvram_video.wanvideo.footprint import WAN21_VAE, WAN22_VAE, WanWork
 
 WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}

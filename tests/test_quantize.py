@@ -1,4 +1,4 @@
-"""weights/quantize.py and convert.py: quantising while reading and into files, which must be the same bytes."""
+"""weights/linear/quantize.py and convert.py: quantising while reading and into files, which must be the same bytes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.memory.host_buffers import HostBlocks
-from lowvram_video.memory.layout import bind, layout_blocks
+from lowvram_video.memory.stream.host_blocks import HostBlocks
+from lowvram_video.memory.stream.layout import bind, layout_blocks
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
-from lowvram_video.wanvideo.model import WanModel
-from lowvram_video.weights.compute import select_compute
-from lowvram_video.weights.convert import convert
-from lowvram_video.weights.quantize import QuantizedSource, quantize_checkpoint
-from lowvram_video.weights.reader import CheckpointError
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.linear.compute import select_compute
+from lowvram_video.weights.linear.convert import convert
+from lowvram_video.weights.linear.quantize import QuantizedSource, quantize_checkpoint
 from safetensors.torch import load_file, save_file
 
 from .test_fp8 import comfy_quant, is_quantised, output, relative, scaled
@@ -97,7 +97,7 @@ def test_pieces_do_not_show(plain: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     _, checkpoint = open_wan(plain)
     name = "blocks.0.ffn.0.weight"
     whole = quantize_checkpoint(checkpoint, "fp8").read(name)
-    monkeypatch.setattr("lowvram_video.weights.quantize.PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr("lowvram_video.weights.linear.quantize.PIECE_ELEMENTS", 1000)
     assert torch.equal(whole.view(torch.uint8), quantize_checkpoint(checkpoint, "fp8").read(name).view(torch.uint8))
 
 
@@ -211,8 +211,8 @@ def test_converting_takes_little_more_than_the_largest_tensor(tmp_path: Path) ->
         import re, sys
         from pathlib import Path
         import torch
-        from lowvram_video.weights.convert import convert
-        from lowvram_video.weights.reader import open_checkpoint
+        from lowvram_video.weights.linear.convert import convert
+        from lowvram_video.weights.files.checkpoint import open_checkpoint
 
         def peak():
             return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

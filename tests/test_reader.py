@@ -1,4 +1,4 @@
-"""weights/reader.py: against safetensors' own reader, and every file that cannot be used."""
+"""weights/files/checkpoint.py: against safetensors' own reader, and every file that cannot be used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.weights.reader import Checkpoint, CheckpointError, open_checkpoint
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from safetensors.torch import load_file, save, save_file
 
 DTYPES = [

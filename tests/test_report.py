@@ -14,17 +14,11 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lowvram_video.memory.intervals import intersect, length, merge, split, subtract
-from lowvram_video.memory.lanes import Span
-from lowvram_video.memory.report import (
-    GIB,
-    MemoryMonitor,
-    MemorySample,
-    PhaseReport,
-    RunReport,
-)
-from lowvram_video.memory.stream_log import KEPT_PASSES, CopyTimes, StreamLog
-from lowvram_video.memory.timeline import draw_timeline
+from lowvram_video.memory.report.intervals import intersect, length, merge, split, subtract
+from lowvram_video.memory.report.report import GIB, MemoryMonitor, MemorySample, PhaseReport, RunReport
+from lowvram_video.memory.report.stream_log import KEPT_PASSES, CopyTimes, StreamLog
+from lowvram_video.memory.report.timeline import draw_timeline
+from lowvram_video.memory.stream.streams import Span
 from PIL import Image
 
 ticks = st.integers(0, 40)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.memory.ladder import spread_residents
-from lowvram_video.memory.ring import DeviceRing, plan_ring, ring_bytes
+from lowvram_video.memory.plan.candidates import spread_residents
+from lowvram_video.memory.stream.ring import DeviceRing, plan_ring, ring_bytes
 
 SIZES = st.lists(st.integers(1, 40).map(lambda n: 256 * n), min_size=1, max_size=14)
 

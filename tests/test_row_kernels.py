@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from lowvram_video.triton_errors import triton_errors
-from lowvram_video.weights.compute import select_compute
-from lowvram_video.weights.fp8 import Fp8Matmul
-from lowvram_video.weights.gemms import Fp8Rescaled, Int8Product, gemm_error, select_fp8_gemm, select_int8_gemm
-from lowvram_video.weights.linear import Linear
-from lowvram_video.weights.rows import TorchRowOps, select_row_ops
+from lowvram_video.system.triton_errors import triton_errors
+from lowvram_video.weights.linear.compute import select_compute
+from lowvram_video.weights.linear.fp8 import Fp8Matmul
+from lowvram_video.weights.linear.gemms import Fp8Rescaled, Int8Product, gemm_error, select_fp8_gemm, select_int8_gemm
+from lowvram_video.weights.linear.linear import Linear
+from lowvram_video.weights.linear.rows import TorchRowOps, select_row_ops
 from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.memory.footprint import GIB, Limits, WorkSize
-from lowvram_video.memory.plan import MemoryPlan
-from lowvram_video.memory.report import MemoryMonitor, RunReport
-from lowvram_video.memory.ring import DeviceRing
+from lowvram_video.memory.plan.footprint import GIB, Limits, WorkSize
+from lowvram_video.memory.plan.plan import MemoryPlan
+from lowvram_video.memory.report.report import MemoryMonitor, RunReport
+from lowvram_video.memory.stream.ring import DeviceRing
 from lowvram_video.runtime import run_record
 from lowvram_video.runtime.run_record import RunRecord
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 
 from .test_pipeline import UNLIMITED, Scarce, inputs

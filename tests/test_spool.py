@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.memory.layout import layout_block
-from lowvram_video.memory.spool import Spool
-from lowvram_video.weights.merged_source import MergedSource
-from lowvram_video.weights.reader import open_checkpoint
+from lowvram_video.memory.stream.layout import layout_block
+from lowvram_video.memory.stream.scratch_file import Spool
+from lowvram_video.weights.files.checkpoint import open_checkpoint
+from lowvram_video.weights.lora.merged_source import MergedSource
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from lowvram_video.memory.staging import Job, Staging
+from lowvram_video.memory.stream.staging import Job, Staging
 from torch import Tensor
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.memory.disk_blocks import DiskBlocks
-from lowvram_video.memory.host_buffers import HostBlocks
-from lowvram_video.memory.ladder import spread_residents
-from lowvram_video.memory.lanes import BlockEvents, Pair
-from lowvram_video.memory.layout import LayoutError, Part, layout_blocks
-from lowvram_video.memory.ring import DeviceRing, ring_bytes
-from lowvram_video.memory.streamer import BlockStreamer, StreamerError
+from lowvram_video.memory.plan.candidates import spread_residents
+from lowvram_video.memory.stream.disk_blocks import DiskBlocks
+from lowvram_video.memory.stream.host_blocks import HostBlocks
+from lowvram_video.memory.stream.layout import LayoutError, Part, layout_blocks
+from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
+from lowvram_video.memory.stream.streamer import BlockStreamer, StreamerError
+from lowvram_video.memory.stream.streams import BlockEvents, Pair
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")

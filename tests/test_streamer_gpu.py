@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.memory.disk_blocks import DiskBlocks
-from lowvram_video.memory.host_buffers import CudaRegistrar, HostBlocks, PinnedBudget
-from lowvram_video.memory.ladder import spread_residents
-from lowvram_video.memory.lanes import Span, TimedLanes
-from lowvram_video.memory.layout import layout_blocks
-from lowvram_video.memory.ring import DeviceRing, ring_bytes
-from lowvram_video.memory.streamer import BlockStreamer
+from lowvram_video.memory.plan.candidates import spread_residents
+from lowvram_video.memory.stream.disk_blocks import DiskBlocks
+from lowvram_video.memory.stream.host_blocks import CudaRegistrar, HostBlocks, PinnedBudget
+from lowvram_video.memory.stream.layout import layout_blocks
+from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
+from lowvram_video.memory.stream.streamer import BlockStreamer
+from lowvram_video.memory.stream.streams import Span, TimedLanes
 from torch import Tensor, nn
 
 pytestmark = [

@@ -6,15 +6,10 @@ import sys
 import pytest
 import sentencepiece
 import torch
-from lowvram_video.wanvideo.text_checkpoint import (
-    BLOCK_NAMES,
-    TOP_NAMES,
-    load_text_encoder,
-    open_text_encoder,
-)
-from lowvram_video.wanvideo.text_encoder import TextEncoder, UMT5Encoder, position_buckets
-from lowvram_video.wanvideo.tokenizer import Tokenizer, clean_prompt
-from lowvram_video.weights.reader import CheckpointError
+from lowvram_video.wanvideo.text.checkpoint import BLOCK_NAMES, TOP_NAMES, load_text_encoder, open_text_encoder
+from lowvram_video.wanvideo.text.encoder import TextEncoder, UMT5Encoder, position_buckets
+from lowvram_video.wanvideo.text.tokenizer import Tokenizer, clean_prompt
+from lowvram_video.weights.files.checkpoint import CheckpointError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from lowvram_video.identify import describe, identify
-from lowvram_video.wanvideo.text_checkpoint import load_text_encoder
-from lowvram_video.wanvideo.text_encoder import UMT5Config, UMT5Encoder
-from lowvram_video.wanvideo.text_gguf import BLOCK_NAMES, gguf_spiece
-from lowvram_video.weights.gguf_reference import BLOCK_TYPES, dequantize_reference
-from lowvram_video.weights.linear import Linear
-from lowvram_video.weights.reader import CheckpointError, open_checkpoint
+from lowvram_video.families.identify import describe, identify
+from lowvram_video.wanvideo.text.checkpoint import load_text_encoder
+from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
+from lowvram_video.wanvideo.text.gguf import BLOCK_NAMES, gguf_spiece
+from lowvram_video.weights.files.checkpoint import CheckpointError, open_checkpoint
+from lowvram_video.weights.linear.gguf_reference import BLOCK_TYPES, dequantize_reference
+from lowvram_video.weights.linear.linear import Linear
 from safetensors.torch import save_file
 from torch import Tensor
 

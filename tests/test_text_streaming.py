@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.diffusion.checkpoint import load_tensors
-from lowvram_video.diffusion.layer_reading import without_table
-from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.runtime.layer_reading import without_table
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.pipeline import WanPipeline
-from lowvram_video.wanvideo.text_checkpoint import load_text_encoder, open_text_encoder
-from lowvram_video.weights.gguf_reference import dequantize_reference
-from lowvram_video.weights.reader import Checkpoint, open_checkpoint
+from lowvram_video.wanvideo.text.checkpoint import load_text_encoder, open_text_encoder
+from lowvram_video.weights.files.checkpoint import Checkpoint, open_checkpoint
+from lowvram_video.weights.linear.adopt import load_tensors
+from lowvram_video.weights.linear.gguf_reference import dequantize_reference
 from torch import Tensor
 
 from .quantizers import quantize, write_gguf
@@ -24,7 +24,7 @@ import sys, threading, time
 from pathlib import Path
 
 import psutil
-from lowvram_video.diffusion.settings import RunSettings
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 
 folder, settings = Path(sys.argv[1]), RunSettings(ram_budget_gib=float(sys.argv[2]))

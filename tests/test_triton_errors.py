@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from lowvram_video.fused import select as fused
-from lowvram_video.kernel_choice import brief
-from lowvram_video.triton_errors import triton_errors
-from lowvram_video.weights import gemms, low_rank_ops, rows
+from lowvram_video.system.kernel_choice import brief
+from lowvram_video.system.triton_errors import triton_errors
 from lowvram_video.weights.kernels import gguf_op
+from lowvram_video.weights.linear import gemms, low_rank_ops, rows
 from torch import Tensor
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from lowvram_video.vae.files import to_channels_last
-from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
-from lowvram_video.wanvideo.vae_blocks import CausalCache, RMSNorm, Upsample
-from lowvram_video.wanvideo.vae_checkpoint import WAN_FORMAT, to_official_names
-from lowvram_video.weights.reader import CheckpointError
+from lowvram_video.wanvideo.vae.blocks import CausalCache, RMSNorm, Upsample
+from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT, to_official_names
+from lowvram_video.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
+from lowvram_video.weights.files.checkpoint import CheckpointError
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from lowvram_video.memory.tiles import TILES, fitting_tile, smaller_tiles
+from lowvram_video.memory.plan.tiles import TILES, fitting_tile, smaller_tiles
 from lowvram_video.vae.files import runs_channels_last, to_channels_last
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.diffusion.settings import RunSettings
-from lowvram_video.framepack.decoding import DecodeRoom, decode_section
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
-from lowvram_video.framepack.vae import HunyuanVAE, VAEConfig
-from lowvram_video.framepack.vae_checkpoint import HUNYUAN_FORMAT
+from lowvram_video.framepack.vae.checkpoint import HUNYUAN_FORMAT
+from lowvram_video.framepack.vae.decoding import DecodeRoom, decode_section
+from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.vae.tiling import encode_fitting
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
-from lowvram_video.wanvideo.vae import WAN21_VAE, WanVAE
-from lowvram_video.weights.reader import Checkpoint
+from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
+from lowvram_video.weights.files.checkpoint import Checkpoint
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.diffusion.tiles import cut, plan_grid
+from lowvram_video.vae.tiles import cut, plan_grid
 from lowvram_video.vae.tiling import Tile, decode_tiled, encode_fitting, encode_tiled
-from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
+from lowvram_video.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, WanVAE
 
 
 @pytest.fixture(scope="module", params=[WAN21_VAE, WAN22_VAE], ids=lambda config: config.name)

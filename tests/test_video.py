@@ -9,7 +9,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.video import VideoError, VideoWriter, check_writable
+from lowvram_video.video.writer import VideoError, VideoWriter, check_writable
 from torch import Tensor
 
 

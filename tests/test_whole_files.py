@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from lowvram_video.whole_files import write_file
+from lowvram_video.system.atomic_files import write_file
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_windows_may_refuse_to_replace_a_file_for_a_moment(
 
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    monkeypatch.setattr("lowvram_video.whole_files.REPLACE_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("lowvram_video.system.atomic_files.REPLACE_PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(os, "replace", refuse)
     if failures == 2:
         write_file(path, b"new")

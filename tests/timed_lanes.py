@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-from lowvram_video.memory.lanes import BlockEvents, InlineLanes, Pair, Span, SpanSink
+from lowvram_video.memory.stream.streams import BlockEvents, InlineLanes, Pair, Span, SpanSink
 
 
 class TimedInlineLanes(InlineLanes):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from lowvram_video.framepack.checkpoint import MODEL_TYPE_KEY, ROPE_AXES, ROPE_AXES_KEY
-from lowvram_video.framepack.config import FramePackConfig
-from lowvram_video.framepack.model import FramePackModel
-from lowvram_video.weights.gguf_reference import dequantize_reference
-from lowvram_video.weights.linear import Linear
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import FramePackModel
+from lowvram_video.weights.linear.gguf_reference import dequantize_reference
+from lowvram_video.weights.linear.linear import Linear
 from safetensors.torch import save_file
 from torch import Tensor
 

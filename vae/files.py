@@ -11,9 +11,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.file_kinds import file_kind
-from ..diffusion.vae_checks import VaeConfig, check_tensors
-from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..weights.files.kinds import file_kind
+from .checks import VaeConfig, check_tensors
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
 

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..device_errors import is_out_of_memory
+from ..system.device_errors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..diffusion.tiles import Cut, Grid, cut, plan_grid
-from ..diffusion.vae_checks import VaeConfig, check_latent, check_video
-from ..memory.tiles import smaller_tiles
+from ..memory.plan.tiles import smaller_tiles
+from .checks import VaeConfig, check_latent, check_video
 from .retries import first_fitting
+from .tiles import Cut, Grid, cut, plan_grid
 
 OnChunk = Callable[[int, int], None]  # (parts done, parts in all); may raise to stop
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..diffusion.checkpoint import adopt_tensors, load_tensors
-from ..diffusion.dimensions import Dimensions, model_prefix
-from ..diffusion.file_kinds import WantedKind, check_kind
-from ..weights.dialects import plain_dialect
-from ..weights.reader import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
-from .camera import PIXELS as CAMERA_PIXELS
-from .config import WanConfig
-from .model import WanModel
+from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..weights.files.dimensions import Dimensions, model_prefix
+from ..weights.files.kinds import WantedKind, check_kind
+from ..weights.linear.adopt import adopt_tensors, load_tensors
+from ..weights.linear.dialects import plain_dialect
+from .network.camera import PIXELS as CAMERA_PIXELS
+from .network.config import WanConfig
+from .network.model import WanModel
 
 NUM_HEADS_KEY = "lowvram_video.num_heads"  # header metadata, for models whose heads are not 128 wide
 HEAD_DIM = 128

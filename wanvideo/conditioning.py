@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..vae.tiling import encode_fitting
-from .vae import WanVAE
+from .vae.model import WanVAE
 
 
 def image_channels(vae: WanVAE, first: Tensor | None, last: Tensor | None, num_frames: int) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..runtime.family import Description, Family, num_parameters
-from ..weights.reader import Checkpoint, CheckpointError
+from ..weights.files.checkpoint import Checkpoint, CheckpointError
 from .checkpoint import WANTED, infer_config, open_wan, variant_name, with_official_names
-from .config import WanConfig
+from .network.config import WanConfig
 from .streamed import StreamedWan
 
 # Variants that are called by what they take.

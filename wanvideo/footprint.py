@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..memory.footprint import Choice, Limits, ModelFootprint, VaeFootprint, WorkSize
-from .config import WanConfig
+from ..memory.plan.footprint import Choice, Limits, ModelFootprint, VaeFootprint, WorkSize
+from .network.config import WanConfig
 
 # bf16. Two frames are cached per causal convolution: 2,364 elements per pixel, which is 1.76 GiB at 480x832 and
 # 4.06 GiB at 720x1280. At work: 4 frames of 96 channels, four tensors of them, cuDNN's workspace and what the

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion.pictures import load_image, to_uint8
-from ..diffusion.progress import Progress, Silent
-from ..diffusion.settings import RunSettings
-from ..memory.plan import MemoryPlan, decode_tiles
-from ..memory.report import RunReport
+from ..memory.plan.plan import MemoryPlan, decode_tiles
+from ..memory.report.report import RunReport
+from ..runtime.progress import Progress, Silent
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
+from ..runtime.settings import RunSettings
 from ..runtime.turns import Turns
 from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
 from ..sampling.samplers import Denoiser, StepInfo, select_sampler
@@ -24,16 +23,17 @@ from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
 from ..vae.files import OpenVae
 from ..vae.retries import at_work, pieces_fitting
 from ..vae.tiling import Tile, decode_in, encode_fitting
-from ..weights.lora import LoraChoice, LoraReport
-from ..weights.reader import CheckpointError
+from ..video.pictures import load_image, to_uint8
+from ..weights.files.checkpoint import CheckpointError
+from ..weights.lora.file import LoraChoice, LoraReport
 from .conditioning import image_channels
 from .footprint import wan_work
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
-from .text_checkpoint import load_text_encoder, open_text_encoder
-from .text_encoder import TextEncoder
-from .vae import VAEConfig, WanVAE
-from .vae_checkpoint import WAN_FORMAT
+from .text.checkpoint import load_text_encoder, open_text_encoder
+from .text.encoder import TextEncoder
+from .vae.checkpoint import WAN_FORMAT
+from .vae.model import VAEConfig, WanVAE
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from .config import WanConfig
-from .vae import VAEConfig
+from .network.config import WanConfig
+from .vae.model import VAEConfig
 
 T = TypeVar("T")
 

@@ -11,20 +11,20 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..diffusion.settings import RunSettings
-from ..memory.footprint import ModelFootprint
-from ..memory.pinned import Registrar
-from ..memory.plan import PlanError
+from ..memory.plan.footprint import ModelFootprint
+from ..memory.plan.plan import PlanError
+from ..memory.stream.pinned import Registrar
 from ..runtime.host_weights import WeightParts
+from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
-from ..weights.lora import LoraChoice
-from ..weights.quantize import quantize_checkpoint
-from .blocks import Context, WanBlock
-from .camera import PIXELS
+from ..weights.linear.quantize import quantize_checkpoint
+from ..weights.lora.file import LoraChoice
 from .checkpoint import build_wan, open_wan
 from .footprint import WAN21_VAE, WAN22_VAE, WanFootprint
-from .lora_layers import wan_aliases
-from .model import Extras, WanModel
+from .lora_names import wan_aliases
+from .network.blocks import Context, WanBlock
+from .network.camera import PIXELS
+from .network.model import Extras, WanModel
 
 logger = logging.getLogger(__name__)
 

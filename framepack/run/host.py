@@ -10,13 +10,13 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from ...memory.footprint import WorkSize
-from ...memory.plan import MemoryPlan
+from ...memory.plan.footprint import WorkSize
+from ...memory.plan.plan import MemoryPlan
 from ...sampling.solver import StepInfo
-from ..decoding import DecodeRoom
 from ..sections import Section
 from ..streamed import StreamedFramePack
-from ..vae import HunyuanVAE
+from ..vae.decoding import DecodeRoom
+from ..vae.model import HunyuanVAE
 
 Grows = Literal["front", "back"]
 

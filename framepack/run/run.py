@@ -10,16 +10,16 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from ...device_errors import is_out_of_memory
-from ...memory.plan import MemoryPlan
-from ...weights.fingerprint import fingerprint
-from ..decoding import decode_section
+from ...memory.plan.plan import MemoryPlan
+from ...system.device_errors import is_out_of_memory
+from ...weights.files.fingerprint import fingerprint
 from ..generation import NOTHING, Conditions, Generation, MadeSection, prepare, section_size
-from ..model import BlockCache, Frames, History, StepCondition
+from ..network.model import BlockCache, Frames, History, StepCondition
 from ..request import Material, ModelIdentity, Sampling, run_settings
 from ..room import check_room
-from ..runs import RunStore
 from ..sections import num_frames
+from ..vae.decoding import decode_section
+from .folder import RunStore
 from .host import Output, RunHost, RunPlaces
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from lowvram_video.framepack.checkpoint import ROPE_AXES_KEY
-from lowvram_video.framepack.config import FramePackConfig
-from lowvram_video.framepack.vae import HUNYUAN_VAE, HunyuanVAE
-from lowvram_video.framepack.vae import VAEConfig as HunyuanVAEConfig
-from lowvram_video.video import VideoWriter
-from lowvram_video.wanvideo.config import WanConfig
-from lowvram_video.wanvideo.model import WanModel
-from lowvram_video.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
-from lowvram_video.wanvideo.vae import VAEConfig as WanVAEConfig
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE
+from lowvram_video.framepack.vae.model import VAEConfig as HunyuanVAEConfig
+from lowvram_video.video.writer import VideoWriter
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, WanVAE
+from lowvram_video.wanvideo.vae.model import VAEConfig as WanVAEConfig
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor

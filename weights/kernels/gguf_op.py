@@ -4,9 +4,9 @@
 import torch
 from torch import Tensor
 
-from ...kernel_choice import Chosen, disagreement, kept_when_final, relative_error, works
-from ...operators import on_device_of, returns_nothing
-from ..gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from ...system.kernel_choice import Chosen, disagreement, kept_when_final, relative_error, works
+from ...system.operators import on_device_of, returns_nothing
+from ..linear.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK_ELEMENTS = 1 << 22  # the reference makes about ten temporaries of this many

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import QuantizedRows
+from ..linear.rows import QuantizedRows
 from .row_op import multiply_int8
 
 

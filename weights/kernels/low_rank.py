@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...operators import returns_nothing
-from ..low_rank_ops import TORCH
+from ...system.operators import returns_nothing
+from ..linear.low_rank_ops import TORCH
 from .int8_gemm import Tile
 
 # Which is fastest depends on the rank and the GPU. m: rows, n: of R, then of out; k: of in, then of R.

@@ -6,8 +6,8 @@ from typing import Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[
 import torch
 from torch import Tensor
 
-from ...operators import on_device_of, returns_nothing
-from ..rows import QuantizedRows, RowOps, TorchRowOps
+from ...system.operators import on_device_of, returns_nothing
+from ..linear.rows import QuantizedRows, RowOps, TorchRowOps
 
 
 @torch.library.custom_op("lowvram_video::quantize_rows", mutates_args=())
@@ -48,7 +48,7 @@ def multiply_int8(
     out: Tensor,
 ) -> None:
     """See `gemms.Gemm`; `tile` holds the fields of an `int8_gemm.Tile`."""
-    from ..gemms import ReferenceGemm
+    from ..linear.gemms import ReferenceGemm
 
     rows = QuantizedRows(values, scales, values.shape, out.dtype)
     if not out.is_cuda:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import FP8_MAX, INT8_MAX, SMALLEST_SCALE, TorchRowOps
+from ..linear.rows import FP8_MAX, INT8_MAX, SMALLEST_SCALE, TorchRowOps
 from .row_op import dequantize_rows, quantize_rows, rescale_rows
 
 

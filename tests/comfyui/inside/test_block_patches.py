@@ -55,7 +55,7 @@ def patched(model: Any, kind: str) -> tuple[Any, Recorder]:
 
 
 def one_at_a_time(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowvram_pack.memory.plan import PlanError
+    from lowvram_pack.memory.plan.plan import PlanError
 
     plan = engine.plan
 

@@ -13,9 +13,9 @@ import comfy.model_management as mm
 import psutil
 import pytest
 import torch
-from lowvram_pack.nodes import host
+from lowvram_pack.nodes.bridge import host
+from lowvram_pack.nodes.bridge.patcher import StreamedModelPatcher
 from lowvram_pack.nodes.memory import BlockSwap
-from lowvram_pack.nodes.patcher import StreamedModelPatcher
 from tiny_models import core, empty_latent, ours, prompts, sample, save
 
 SWAP = {"blocks_to_swap": -1, "vram_budget_gb": 0.0, "prefetch": 0, "ram_budget_gb": 0.0, "pinned_memory": True}
@@ -117,7 +117,7 @@ def test_an_interrupt_takes_effect_between_blocks_and_keeps_what_was_read(
 
 def blocks_read_by(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
     """How many blocks are read from their file meanwhile."""
-    from lowvram_pack.weights.reader import Checkpoint
+    from lowvram_pack.weights.files.checkpoint import Checkpoint
 
     read: set[str] = set()
     read_into = Checkpoint.read_into
@@ -182,7 +182,7 @@ def test_dropping_the_model_frees_it(models: Path) -> None:
 
 
 def test_memory_is_flat_when_two_workflows_alternate(models: Path) -> None:
-    from lowvram_pack.host_memory import return_freed_bytes
+    from lowvram_pack.system.host_memory import return_freed_bytes
 
     ones = ours(save(models, "t2v")), ours(save(models, "i2v22")), core(save(models, "t2v"))
     seen = []
@@ -224,7 +224,7 @@ def test_memory_of_a_model_whose_run_goes_on_stays_its_own(models: Path) -> None
 def test_a_failure_while_a_model_takes_anothers_ram_leaves_neither(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowvram_pack.weights.reader import Checkpoint
+    from lowvram_pack.weights.files.checkpoint import Checkpoint
 
     ones = [ours(save(models, "t2v")), ours(save(models, "t2v", seed=3))]
     expected = [sample(model, *prompts(), empty_latent()) for model in ones]
@@ -302,7 +302,7 @@ def test_work_that_does_not_fit_says_what_would(models: Path) -> None:
 
 
 def test_a_batch_that_does_not_fit_runs_sample_by_sample(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowvram_pack.memory.plan import PlanError
+    from lowvram_pack.memory.plan.plan import PlanError
 
     model = ours(save(models, "t2v"))
     expected = sample(model, *prompts(), empty_latent(batch=2))

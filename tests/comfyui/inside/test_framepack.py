@@ -16,15 +16,15 @@ import imageio_ffmpeg
 import pytest
 import torch
 from lowvram_pack.framepack.checkpoint import ROPE_AXES_KEY
-from lowvram_pack.framepack.config import FramePackConfig
-from lowvram_pack.framepack.model import FramePackModel
+from lowvram_pack.framepack.network.config import FramePackConfig
+from lowvram_pack.framepack.network.model import FramePackModel
 from lowvram_pack.framepack.streamed import StreamedFramePack
-from lowvram_pack.memory.lanes import Span
-from lowvram_pack.nodes import host
+from lowvram_pack.memory.stream.streams import Span
+from lowvram_pack.nodes.bridge import host
+from lowvram_pack.nodes.bridge.framepack_request import SamplerInputs
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.framepack import FramePackSampler
 from lowvram_pack.nodes.framepack_inputs import FramePackEndImage, NearestBucket, TimedPrompts
-from lowvram_pack.nodes.framepack_request import SamplerInputs
 from lowvram_pack.nodes.loaders import LoadFramePackModel
 from lowvram_pack.nodes.memory import BlockSwap, MemoryReport, VramPlan
 from safetensors.torch import save_file
@@ -299,8 +299,8 @@ def tiny_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny one in place of ComfyUI's full-size VAE."""
     from contextlib import contextmanager
 
-    from lowvram_pack.framepack.vae import HUNYUAN_VAE, HunyuanVAE
-    from lowvram_pack.nodes import framepack_run
+    from lowvram_pack.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE
+    from lowvram_pack.nodes.bridge import framepack_run
 
     vae = HunyuanVAE(replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=4, layers_per_block=1))
     for parameter in vae.parameters():
@@ -421,8 +421,8 @@ def test_a_video_that_is_decoded_anew_keeps_the_one_that_is_there(model: Any, ti
 
 
 def test_decoding_has_the_room_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowvram_pack.framepack.vae import HUNYUAN_VAE, HunyuanVAE, decode_footprint
-    from lowvram_pack.nodes.hunyuan_vae import native_decoder
+    from lowvram_pack.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE, decode_footprint
+    from lowvram_pack.nodes.bridge.hunyuan_vae import native_decoder
 
     config = replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=8, layers_per_block=1)
     network, asked = HunyuanVAE(config), []

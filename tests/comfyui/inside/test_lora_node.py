@@ -12,7 +12,7 @@ import pytest
 import torch
 from lowvram_pack.nodes.loaders import LoadFramePackModel
 from lowvram_pack.nodes.lora import LoadLora
-from lowvram_pack.weights.reader import Checkpoint
+from lowvram_pack.weights.files.checkpoint import Checkpoint
 from safetensors.torch import load_file, save_file
 from test_framepack import CONFIG, randn, run
 from test_framepack import save as save_framepack

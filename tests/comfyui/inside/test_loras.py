@@ -13,16 +13,16 @@ import folder_paths
 import gguf
 import pytest
 import torch
-from lowvram_pack.diffusion.settings import RunSettings
-from lowvram_pack.memory.footprint import Limits, WorkSize
-from lowvram_pack.memory.ladder import RAM_MARGIN_BYTES
+from lowvram_pack.memory.plan.candidates import RAM_MARGIN_BYTES
+from lowvram_pack.memory.plan.footprint import Limits, WorkSize
 from lowvram_pack.nodes.demo import LoadDemo
 from lowvram_pack.nodes.loaders import LoadWanModel
 from lowvram_pack.nodes.memory import BlockSwap
-from lowvram_pack.wanvideo.model import Extras
+from lowvram_pack.runtime.settings import RunSettings
+from lowvram_pack.wanvideo.network.model import Extras
 from lowvram_pack.wanvideo.streamed import StreamedWan
-from lowvram_pack.weights.lora import LoraChoice
-from lowvram_pack.weights.reader import Checkpoint
+from lowvram_pack.weights.files.checkpoint import Checkpoint
+from lowvram_pack.weights.lora.file import LoraChoice
 from safetensors.torch import load_file, save_file
 from test_native_nodes import lora
 from tiny_models import core, empty_latent, ours, prompts, relative_error, sample, save

@@ -12,13 +12,13 @@ import folder_paths
 import lowvram_pack
 import pytest
 import torch
-from lowvram_pack.nodes import host
+from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.compile import TorchCompileSettings
+from lowvram_pack.nodes.decode import DecodeVideo
 from lowvram_pack.nodes.memory import MemoryReport, VramPlan
-from lowvram_pack.nodes.vae import DecodeVideo
 from lowvram_pack.vae.files import OpenVae
-from lowvram_pack.wanvideo.vae import WAN21_VAE, WAN22_VAE, WanVAE
-from lowvram_pack.wanvideo.vae_checkpoint import WAN_FORMAT
+from lowvram_pack.wanvideo.vae.checkpoint import WAN_FORMAT
+from lowvram_pack.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, WanVAE
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import core, empty_latent, ours, prompts, relative_error, sample, save
@@ -53,7 +53,7 @@ def test_the_engine_is_not_imported_by_importing_the_pack() -> None:
 def test_a_missing_requirement_turns_off_only_what_needs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lowvram_pack.nodes.vae", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "lowvram_pack.nodes.decode", None)  # an import of it fails
     names = {node.__name__ for node in all_nodes()}
     assert "DecodeVideo" not in names
     assert {"LoadWanModel", "BlockSwap"} <= names

@@ -12,14 +12,14 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import pytest
 import torch
-from lowvram_pack.memory.host_buffers import HostBlocks
-from lowvram_pack.memory.plan import PlanError
-from lowvram_pack.memory.rates import Rates
-from lowvram_pack.memory.report import MemoryMonitor
-from lowvram_pack.nodes import engine as engine_module
-from lowvram_pack.nodes import host
+from lowvram_pack.memory.plan.plan import PlanError
+from lowvram_pack.memory.plan.rates import Rates
+from lowvram_pack.memory.report.report import MemoryMonitor
+from lowvram_pack.memory.stream.host_blocks import HostBlocks
+from lowvram_pack.nodes.bridge import engine as engine_module
+from lowvram_pack.nodes.bridge import host
+from lowvram_pack.nodes.bridge.patcher import StreamedModelPatcher
 from lowvram_pack.nodes.memory import VramPlan
-from lowvram_pack.nodes.patcher import StreamedModelPatcher
 from lowvram_pack.runtime import run_record
 from tiny_models import empty_latent, ours, prompts, sample, save
 

@@ -15,10 +15,10 @@ import gguf
 import pytest
 import sentencepiece
 import torch
-from lowvram_pack.nodes.text import LoadClipGGUF
-from lowvram_pack.wanvideo.text_encoder import UMT5Config, UMT5Encoder
-from lowvram_pack.wanvideo.text_gguf import BLOCK_NAMES, TOP_NAMES
-from lowvram_pack.weights.reader import Checkpoint
+from lowvram_pack.nodes.text_encoder import LoadClipGGUF
+from lowvram_pack.wanvideo.text.encoder import UMT5Config, UMT5Encoder
+from lowvram_pack.wanvideo.text.gguf import BLOCK_NAMES, TOP_NAMES
+from lowvram_pack.weights.files.checkpoint import Checkpoint
 from safetensors.torch import save_file
 from tiny_models import relative_error
 from torch import Tensor

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from lowvram_pack.nodes.loaders import LoadWanModel
-from lowvram_pack.wanvideo.config import WanConfig
-from lowvram_pack.wanvideo.model import WanModel
+from lowvram_pack.wanvideo.network.config import WanConfig
+from lowvram_pack.wanvideo.network.model import WanModel
 from safetensors.torch import save_file
 from torch import Tensor
 

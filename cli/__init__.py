@@ -1,0 +1,1 @@
+"""The command line: generate, plan, inspect, convert, demo."""

@@ -1,0 +1,161 @@
+"""Arguments that commands of both model families take: values, the machine's flags, whose flag is whose."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..attention.select import ATTENTION_MODES
+from ..runtime.settings import RunSettings, use_device
+from ..weights.linear.compute import QUANTIZATIONS
+from ..weights.lora.attach import LORA_MODES
+from ..weights.lora.file import LoraChoice
+
+Say = Callable[[str], None]  # told what people are to read
+
+
+@dataclass(frozen=True)
+class WantedFile:
+    """A file that a model needs beside it: the flag's name, and where to get it."""
+
+    option: str
+    title: str
+    file_name: str
+    source: str
+
+    def required(self, options: argparse.Namespace, model: str) -> Path:
+        """Its path. ValueError, which says what to download from where, if it was not given or is not there."""
+        path: Path | None = getattr(options, self.option)
+        get = f"download {self.file_name} from {self.source} at Hugging Face"
+        if path is None:
+            raise ValueError(f"{model} needs {flag(self.option)}, {self.title}: {get}")
+        if not path.exists():
+            advice = f"check the name and folder, or {get} for {self.title}"
+            raise ValueError(f"{path}: no such file; expected a .safetensors model; {advice}")
+        return path
+
+
+def flag(option: str) -> str:
+    """The flag of an option: `one_frame` is `--one-frame`."""
+    return f"--{option.replace('_', '-')}"
+
+
+def is_given(options: argparse.Namespace, option: str) -> bool:
+    """Whether a flag without a default was given."""
+    value = getattr(options, option, None)
+    return not (value is None or value is False or value == [])
+
+
+def refuse_foreign(options: argparse.Namespace, foreign: Mapping[str, str], model: str) -> None:
+    """ValueError for a flag of another model family; `foreign` says of each option what holds here instead."""
+    for option, instead in foreign.items():
+        if is_given(options, option):
+            raise ValueError(f"{flag(option)} does not apply to {model}: {instead}")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The flags that `settings_of` reads, and `--report`."""
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
+    machine.add_argument(
+        "--quantization", choices=list(QUANTIZATIONS), default="none",
+        help="none: as stored; fp8, int8: quantise 16-bit files as they are read; fp8_fast: and multiply in fp8",
+    )  # fmt: skip
+    machine.add_argument(
+        "--lora-mode", choices=list(LORA_MODES), default="auto",
+        help="auto: LoRAs run beside the weights where they can, else they are merged; side, merge: only one of these",
+    )  # fmt: skip
+    machine.add_argument("--attention", choices=list(ATTENTION_MODES), default="auto")
+    machine.add_argument("--vram-budget", type=positive, metavar="GIB", help="hard limit (left out: what is free)")
+    machine.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")
+    machine.add_argument("--blocks-to-swap", type=int, default=-1, help="-1: planned; else how many blocks stream")
+    machine.add_argument("--prefetch", type=block_count, help="blocks fetched ahead (left out: planned)")
+    machine.add_argument("--no-pinned", action="store_true", help="stream from pageable memory")
+    machine.add_argument("--report", type=Path, help="write what the run used as JSON, and a timeline PNG beside it")
+
+
+def settings_of(options: argparse.Namespace) -> RunSettings:
+    """The machine's flags as settings."""
+    dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return RunSettings(
+        device=use_device(options.device),
+        dtype=dtypes[options.dtype],
+        attention_mode=options.attention,
+        quantization=options.quantization,
+        lora_mode=options.lora_mode,
+        vram_budget_gib=options.vram_budget,
+        ram_budget_gib=options.ram_budget,
+        blocks_to_swap=options.blocks_to_swap,
+        prefetch=options.prefetch,
+        pinned_memory=not options.no_pinned,
+        batched_guidance=getattr(options, "batch_cfg", False),
+    )
+
+
+# --- values ----------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number from 0 up."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
+def block_count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of blocks from 1 up: one arrives while another computes"
+        )
+    return int(text)
+
+
+def lora_choice(text: str) -> LoraChoice:
+    """`FILE:STRENGTH`, or a file alone at strength 1."""
+    path, _, strength = text.rpartition(":")
+    try:
+        value = float(strength)
+    except ValueError:
+        return LoraChoice(Path(text))  # no strength, though Windows paths have colons
+    if not path or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no LoRA file and strength such as style.safetensors:0.8")
+    return LoraChoice(Path(path), value)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1000,750,500,250") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,103 @@
+"""What a FramePack run makes on the command line: a video that grows, or a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..framepack.generation import section_size
+from ..framepack.pipeline import FramePackPipeline
+from ..framepack.request import Material, Sampling
+from ..framepack.run.film import Film
+from ..framepack.run.host import Grows, Output, RunPlaces
+from ..framepack.run.run import FramePackRun
+from ..framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
+from ..framepack.timed_prompts import TimedPrompt
+from ..runtime.run_limits import hold_limits
+from ..system.atomic_files import write_file
+from ..video.reader import read_pieces
+from ..weights.files.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Files:
+    """The video or picture to write, the folder that keeps runs (None: nothing is kept), and the video that is
+    extended, all of which plays before what is made."""
+
+    output: Path
+    runs: Path | None
+    extend: Path | None = None
+
+    def places(self, vae: Path, size: tuple[int, int]) -> RunPlaces:
+        """As a run takes them; `size` is (width, height)."""
+
+        def output(folder: Path, grows: Grows) -> Output:
+            if self.output.suffix.lower() == ".png":
+                return Picture(self.output)
+            return Film(folder, self.output, FRAMES_PER_SECOND, grows=grows, made_by=fingerprint(vae))
+
+        def given() -> Iterator[Tensor]:
+            assert self.extend is not None
+            return read_pieces(self.extend, *size, FRAMES_PER_SECOND)
+
+        return RunPlaces(self.runs, self.output.parent, output, None if self.extend is None else given)
+
+    def result(self, run: FramePackRun) -> str:
+        """One line on what was made."""
+        if not isinstance(run.output, Film):
+            return f"{self.output}: a picture, {run.sampling.one_frame} latents after the start"
+        kept = "" if run.store is None else f"; its sections are kept in {run.store.folder}"
+        return f"{self.output}: {run.output.num_frames} frames{kept}"
+
+    def kept(self, run: FramePackRun) -> str:
+        """One line on what there is of an unfinished run, and how it goes on."""
+        shown = ""
+        if isinstance(run.output, Film) and run.output.num_shown:
+            shown = f"{self.output} holds the {run.output.num_shown} frames made so far"
+        if run.store is None or not run.completed:
+            return shown or "no section was made yet"
+        done = f"{run.completed} of {len(run.sections)} sections are kept in {run.store.folder}"
+        return f"{done}{shown and f', {shown}'}; the same command goes on from there"
+
+
+class Picture:
+    """A single frame as a PNG."""
+
+    num_sections = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, frames: Tensor, overlap: int) -> None:
+        """Write the first of `frames [T, H, W, 3]`, uint8. OSError as the system's."""
+        data = BytesIO()
+        Image.fromarray(frames[0].numpy()).save(data, "PNG")
+        write_file(self.path, data.getvalue())
+
+    def begin(self, pieces: Iterable[Tensor], still_open: int) -> None:
+        raise AssertionError("a picture extends no video")
+
+    def leave(self) -> None:
+        return
+
+    def finish(self) -> None:
+        return
+
+
+def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int, int], end_image: bool) -> None:
+    """Hold the budget from here on, encoders included; PlanError where the sections will not fit in it.
+
+    `size` is (width, height). The pipeline plans again when it begins: what is free may be less by then.
+    """
+    model = pipeline.model
+    limits = hold_limits(pipeline.settings, model.model.execution)
+    height, width = size[1] // SPATIAL_STRIDE, size[0] // SPATIAL_STRIDE
+    end = torch.zeros(1, 16, 1, height, width) if end_image else None
+    nothing_yet = Material((height, width), TimedPrompt(""), {}, end=end)
+    model.make_plan(section_size(sampling, nothing_yet), limits)

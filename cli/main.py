@@ -1,0 +1,214 @@
+"""The command line: `lowvram-video generate | plan | inspect | convert | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..demo.show import make_demo
+from ..families.identify import describe, identify
+from ..families.table import FAMILIES, family_of, family_of_kind
+from ..framepack.family import FRAMEPACK
+from ..memory.plan.footprint import WorkSize
+from ..memory.plan.limits import limits_for
+from ..memory.plan.table import assumed_rates
+from ..memory.plan.table import describe as describe_plan
+from ..runtime.family import Family
+from ..runtime.settings import RunSettings, use_device
+from ..sampling.samplers import SAMPLERS
+from ..wanvideo.family import WAN
+from ..weights.files.checkpoint import open_checkpoint
+from ..weights.files.kinds import file_kind
+from ..weights.linear.convert import FILE_FORMATS, convert
+from . import framepack as cli_framepack
+from . import wan as cli_wan
+from .arguments import Say, add_machine, lora_choice, positive
+from .progress import TerminalProgress
+
+
+@dataclass(frozen=True)
+class FamilyCommands:
+    """What the command line has of a family: making a video, and the work of one with these options of `plan`."""
+
+    generate: Callable[[argparse.Namespace, Say], None]
+    planned_work: Callable[[argparse.Namespace, Any], WorkSize]
+
+
+COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType(
+    {
+        WAN: FamilyCommands(cli_wan.generate_wan, cli_wan.planned_work),
+        FRAMEPACK: FamilyCommands(cli_framepack.generate_framepack, cli_framepack.planned_work),
+    }
+)
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 2 with one line on stderr that says what to do."""
+    options = make_parser().parse_args(arguments)
+    if sys.platform == "linux":  # elsewhere PyTorch does not know it; read when the GPU is first used
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        with torch.inference_mode():
+            command(options)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted")
+    except torch.cuda.OutOfMemoryError as error:
+        problem = f"the GPU ran out of memory ({str(error).splitlines()[0]})"
+        advice = "close what else uses it, or make a smaller or shorter video (FramePack: --window)"
+        return _fail(f"{problem}: {advice}")
+    except MemoryError as error:
+        return _fail(str(error) or "out of RAM: close other programs, or give a smaller --ram-budget")
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    parser = argparse.ArgumentParser(
+        prog="lowvram-video", description="Wan and FramePack video on small graphics cards"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen and why")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_generate(commands.add_parser("generate", help="make a video from checkpoint files and a prompt"))
+    _add_plan(commands.add_parser("plan", help="show what a run would use, without a GPU"))
+    _add_inspect(commands.add_parser("inspect", help="say what a checkpoint file is"))
+    _add_convert(commands.add_parser("convert", help="write a quantised copy of a checkpoint"))
+    _add_demo(commands.add_parser("demo", help="make a video with the pack's own tiny model"))
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    """Flags of both model families; which of them a model takes is known when its file is (`generate`)."""
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--model", type=Path, required=True,
+        help="Wan transformer (Wan 2.2 A14B: the high-noise one) or FramePack transformer",
+    )  # fmt: skip
+    files.add_argument(
+        "--lora", type=lora_choice, action="append", default=[], metavar="FILE:STRENGTH",
+        help="a LoRA for the model (strength left out: 1); may be given several times",
+    )  # fmt: skip
+    files.add_argument("--text-encoder", type=Path, help="umt5-xxl for Wan, llava_llama3 for FramePack")
+    files.add_argument("--vae", type=Path, help="Wan 2.1 VAE, Wan 2.2 VAE for TI2V 5B, HunyuanVideo VAE for FramePack")
+    files.add_argument("-o", "--output", type=Path, help="(output/video.mp4)")
+    what = parser.add_argument_group("what to make (left out: the model's published setting)")
+    what.add_argument("--prompt", required=True)
+    what.add_argument("--negative-prompt")
+    what.add_argument("--image", type=Path, help="first frame (Wan 2.2 I2V and TI2V, FramePack)")
+    what.add_argument("--end-image", type=Path, help="last frame (Wan 2.2 I2V A14B, FramePack)")
+    what.add_argument("--width", type=int)
+    what.add_argument("--height", type=int)
+    what.add_argument("--seed", type=int, default=0)
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--steps", type=int)
+    how.add_argument("--sampler", choices=list(SAMPLERS))
+    how.add_argument("--shift", type=float)
+    cli_wan.add_generate(parser)
+    cli_framepack.add_generate(parser)
+    add_machine(parser)
+    parser.set_defaults(command=generate)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="Wan or FramePack transformer; only its header is read")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--vram-budget", type=positive, metavar="GIB", required=True)
+    parser.add_argument("--ram-budget", type=positive, metavar="GIB")
+    parser.add_argument("--blocks-to-swap", type=int, default=-1)
+    cli_wan.add_plan(parser)
+    cli_framepack.add_plan(parser)
+    parser.set_defaults(command=plan)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path)
+    parser.set_defaults(command=inspect)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path, help="a new .safetensors file")
+    parser.add_argument("--to", choices=list(FILE_FORMATS), required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(command=convert_file)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, default=Path("output/demo.mp4"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.set_defaults(command=demo)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Make a video with the model that the file holds."""
+    COMMANDS[_family(options.model)].generate(options, print)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print how a run would use a card that need not be in this machine."""
+    family = _family(options.model)
+    model = family.open_model(options.model, RunSettings(dtype=torch.bfloat16))
+    limits = limits_for(
+        torch.device("cuda"),
+        vram_budget_gib=options.vram_budget,
+        ram_budget_gib=options.ram_budget,
+        blocks_to_swap=options.blocks_to_swap,
+        fused=True,
+        measure=False,
+    )
+    made = model.make_plan(COMMANDS[family].planned_work(options, model), limits)
+    print(f"{describe_plan(made)}\n{assumed_rates(limits)}")
+
+
+def _family(path: Path) -> Family:
+    """That of a file; the first family's loader says what any other file is."""
+    return family_of_kind(file_kind(open_checkpoint(path).tensors).kind) or FAMILIES[0]
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print what a checkpoint file is and what it needs beside it."""
+    print(describe(identify(open_checkpoint(options.file))))
+
+
+def convert_file(options: argparse.Namespace) -> None:
+    """Write a quantised copy of a Wan or FramePack transformer, tensor by tensor."""
+    checkpoint = family_of(options.source).open_file(options.source)
+    progress = TerminalProgress(sys.stderr)
+    progress.begin("convert")
+    try:
+        path = convert(checkpoint, options.target, options.to, progress.update, use_device(options.device))
+    finally:
+        progress.end()
+    print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
+    torch.set_num_threads(1)  # its tensors are so small that threads cost more than they give
+    shown = make_demo(options.output, options.seed, use_device(options.device), TerminalProgress(sys.stderr))
+    print(shown)
+
+
+def _fail(message: str) -> int:
+    print(f"lowvram-video: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

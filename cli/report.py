@@ -1,0 +1,18 @@
+"""What a run used, for the terminal and for `--report`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..memory.report.report import RunReport
+from ..memory.report.timeline import draw_timeline
+from ..system.atomic_files import write_file
+from .arguments import Say
+
+
+def say_report(report: RunReport, options: argparse.Namespace, say: Say) -> None:
+    """Say the table; with `--report` write the JSON too, and a timeline beside it."""
+    say(report.table())
+    if options.report is not None:
+        report.save(options.report)
+        write_file(options.report.with_suffix(".png"), draw_timeline(report))

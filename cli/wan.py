@@ -1,0 +1,136 @@
+"""Wan on the command line: its own flags, `generate` and `plan`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from ..memory.plan.footprint import WorkSize
+from ..sampling.guidance import batch_and_passes
+from ..sampling.schedules import SPACINGS
+from ..video.writer import VideoWriter, check_writable
+from ..wanvideo.footprint import wan_work
+from ..wanvideo.pipeline import WanFiles, WanPipeline
+from ..wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, plan_defaults
+from ..wanvideo.streamed import StreamedWan
+from ..wanvideo.vae.model import WAN21_VAE, WAN22_VAE
+from .arguments import Say, WantedFile, lora_choice, numbers, positive, refuse_foreign, settings_of
+from .progress import TerminalProgress
+from .report import say_report
+
+SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
+TEXT_ENCODER = WantedFile("text_encoder", "a umt5-xxl encoder", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", SOURCE)
+VAE = WantedFile("vae", "a Wan VAE", "wan_2.1_vae.safetensors (TI2V 5B: wan2.2_vae.safetensors)", SOURCE)
+
+ONE_PIECE = "Wan makes a video in one piece"
+# FramePack's options, and what Wan has instead.
+FOREIGN: Mapping[str, str] = MappingProxyType(
+    {
+        "seconds": "Wan takes --frames",
+        "window": f"{ONE_PIECE}, of --frames",
+        "cfg": "Wan takes --guidance",
+        "distilled_guidance": "Wan takes --guidance",
+        "clip_l": "Wan has one text encoder, --text-encoder",
+        "clip_vision": "Wan models that read CLIP vision features run in ComfyUI only",
+        "tokenizers": "Wan's tokenizer is in its text encoder, or a spiece.model beside it",
+        "cross_fade": "Wan has one prompt for the whole video",
+        "extend": "only FramePack F1 models go on from a video",
+        "video": "only FramePack models begin from a video here",
+        "strength": "only FramePack models begin from a video here",
+        "one_frame": "for a single picture give --frames 1",
+        "image_strength": "Wan is given the picture itself",
+        "embed_interpolation": "Wan is given the pictures themselves",
+        "teacache": "it is FramePack's step cache",
+        "no_teacache": "it is FramePack's step cache",
+        "model_type": "it tells FramePack's base and F1 models apart",
+        "runs": f"{ONE_PIECE}, so there are no sections to keep",
+        "no_resume": f"{ONE_PIECE}, so there are no sections to go on from",
+    }
+)
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """Flags that Wan alone has; none has a default, so that FramePack can refuse them."""
+    wan = parser.add_argument_group("Wan only")
+    wan.add_argument("--model-low", type=Path, help="the low-noise expert of Wan 2.2 A14B")
+    wan.add_argument(
+        "--lora-low", type=lora_choice, action="append", default=[], metavar="FILE:STRENGTH",
+        help="a LoRA for the low-noise expert",
+    )  # fmt: skip
+    wan.add_argument("--frames", type=int, help="4n + 1")
+    wan.add_argument("--fps", type=positive)
+    wan.add_argument("--spacing", choices=list(SPACINGS))
+    wan.add_argument("--timesteps", type=numbers, help="a distilled model's own list, e.g. 1000,937.5,833.3,625")
+    wan.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 turns it off")
+    wan.add_argument("--guidance-high", type=float, help="the same for the high-noise expert")
+    wan.add_argument("--boundary", type=float, help="sigma where the low-noise expert takes over")
+    wan.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch instead of in turn")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Flags of `plan` that Wan alone has."""
+    wan = parser.add_argument_group("Wan only")
+    wan.add_argument("--frames", type=int, help="4n + 1")
+    wan.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch")
+    wan.add_argument("--cfg-1", action="store_true", help="no guidance: one pass per step, as distilled models run")
+
+
+def generate_wan(options: argparse.Namespace, say: Say) -> None:
+    """Make one video, its frames written as they are decoded."""
+    refuse_foreign(options, FOREIGN, "Wan models")
+    loras = tuple(options.lora), tuple(options.lora_low)
+    text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
+    pipeline = WanPipeline(
+        WanFiles(options.model, text_encoder, vae, options.model_low, *loras),
+        settings_of(options),
+        TerminalProgress(sys.stderr),
+    )
+    for lora in pipeline.lora_reports():
+        say(lora.summary)  # what was not applied is in the log
+    if options.report is not None:
+        check_writable(options.report)
+    output = options.output or Path("output/video.mp4")
+    writer = VideoWriter(output, options.fps or pipeline.defaults.fps)
+    try:
+        with writer:
+            for frames in pipeline.generate(_request(options)):
+                writer.write(frames)
+    except KeyboardInterrupt:
+        kept = f"{output} holds the {writer.num_frames} frames made so far"
+        raise KeyboardInterrupt(f"interrupted: {kept if writer.num_frames else 'no frame was made yet'}") from None
+    say(f"{output}: {writer.num_frames} frames")
+    say_report(pipeline.report(), options, say)
+
+
+def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:
+    """The work of a video of these options, for `plan`."""
+    refuse_foreign(options, FOREIGN, "Wan models")
+    request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
+    size = request.completed(plan_defaults(model.config)).size
+    check_size(WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE, model.config.patch_size[1], *size)
+    return wan_work(model.config, size, *batch_and_passes(not options.cfg_1, options.batch_cfg))
+
+
+def _request(options: argparse.Namespace) -> WanRequest:
+    negative = options.negative_prompt
+    return WanRequest(
+        prompt=options.prompt,
+        negative_prompt=NEGATIVE_PROMPT if negative is None else negative,
+        width=options.width,
+        height=options.height,
+        num_frames=options.frames,
+        seed=options.seed,
+        num_steps=options.steps,
+        sampler=options.sampler or "unipc",
+        spacing=options.spacing or "uniform",
+        shift=options.shift,
+        guidance=options.guidance,
+        guidance_high=options.guidance_high,
+        boundary=options.boundary,
+        timesteps=options.timesteps,
+        image=options.image,
+        end_image=options.end_image,
+    )

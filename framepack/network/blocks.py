@@ -1,0 +1,318 @@
+"""The blocks of a FramePack transformer: double ones with weights of their own for image and text, and single ones.
+
+Source: Tencent/HunyuanVideo (`hyvideo/modules/models.py`) and lllyasviel/FramePack; parameter names are diffusers'. The
+residual stream `x` (image rows, then text rows) and q, k, v are the only token-sized tensors: norms are made chunk by
+chunk inside the projections, attention writes over q, what the MLPs widen lives in the bytes of q, k and v (in those of
+k and v where q is still read), and residuals are added in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...fused.select import Rope, RowGroups
+from ...transformer.feed_forward import Add, Normed, feed_forward
+from ...transformer.layers import Scale
+from ...transformer.transformer import Block
+from ...transformer.workspace import Workspace, rows_of, writable
+from ...weights.linear.linear import DenseProjection, Linear, Projection, project_gelu, project_together
+from .config import FramePackConfig
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the blocks of one forward pass share: `x [rows, dim]`, changed in place; the first `num_image` are image.
+
+    `rope` covers all rows; it turns those of the text by nothing.
+    """
+
+    x: Tensor
+    num_image: int
+    rope: Rope
+    work: Workspace
+
+
+class Modulation(nn.Module):
+    """`[S, dim] -> [S, num_vectors, dim]`: the vectors that shift, scale or gate tokens, for S timesteps."""
+
+    def __init__(
+        self,
+        config: FramePackConfig,
+        num_vectors: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.num_vectors = num_vectors
+        self.linear = Linear(config.dim, num_vectors * config.dim, device=device, dtype=dtype)
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.linear(F.silu(time)).unflatten(1, (self.num_vectors, -1))
+
+
+class FramePackBlock(Block):
+    """A block whose modulation is made beforehand, of timestep and prompt alone."""
+
+    def modulate(self, time: Tensor) -> Tensor:
+        """`[S, dim] -> [S, k, dim]`: the modulation of S steps."""
+        raise NotImplementedError
+
+    def advance(self, state: Pass, modulation: Tensor) -> None:
+        """Take a pass through this block; `modulation [k, dim]` is that of its step."""
+        self(state.x, modulation.float(), state.num_image, state.rope, state.work)
+
+    def together(self) -> list[list[Linear]]:
+        """The layers of a pass, those in one list unpacked at the same time."""
+        raise NotImplementedError
+
+    def scratch_elements(self, dtype: torch.dtype) -> int:
+        return max(sum(layer.scratch_elements(dtype) for layer in layers) for layers in self.together())
+
+    def busy_modules(self) -> list[nn.Module]:
+        """All but the modulation, which acts on one row per step."""
+        return [layer for layers in self.together() for layer in layers]
+
+
+class DoubleBlock(FramePackBlock):
+    """Joint attention and feed-forward; image and text rows have weights of their own."""
+
+    def __init__(
+        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.eps = config.eps
+        self.norm1 = Modulation(config, 6, **factory)
+        self.norm1_context = Modulation(config, 6, **factory)
+        self.attn = JointAttention(config, **factory)
+        self.ff = FeedForward(config.dim, config.mlp_dim, **factory)
+        self.ff_context = FeedForward(config.dim, config.mlp_dim, **factory)
+
+    def modulate(self, time: Tensor) -> Tensor:
+        return torch.cat([self.norm1(time), self.norm1_context(time)], dim=1)
+
+    def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
+        """`x [rows, dim]` in place; `modulation [12, dim]` fp32, six vectors for image and six for text."""
+        x = writable(x)
+        attn, eps = self.attn, self.eps
+        image, text = slice(0, num_image), slice(num_image, x.shape[0])
+        norm_image, add_image = modulated(x, modulation[0:3], eps, work)
+        norm_text, add_text = modulated(x, modulation[6:9], eps, work)
+        project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), norm_image, image, rope, eps, work)
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        project_qkv(added, attn.added_norms(), norm_text, text, rope, eps, work)
+        attn.attend(work)
+        project_out(cast(Linear, attn.to_out[0]), add_image, image, work)
+        project_out(attn.to_add_out, add_text, text, work)
+
+        self.ff(*modulated(x, modulation[3:6], eps, work), image, work)
+        self.ff_context(*modulated(x, modulation[9:12], eps, work), text, work)
+
+    def together(self) -> list[list[Linear]]:
+        attn = self.attn
+        return [
+            [attn.to_q, attn.to_k, attn.to_v],
+            [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj],
+            [cast(Linear, attn.to_out[0])],
+            [attn.to_add_out],
+            *([layer] for ff in (self.ff, self.ff_context) for layer in (ff.widen, ff.narrow)),
+        ]
+
+
+class SingleBlock(FramePackBlock):
+    """Attention and MLP side by side over image and text rows alike, projected out together."""
+
+    def __init__(
+        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.eps = config.eps
+        self.norm = Modulation(config, 3, **factory)
+        self.attn = Attention(config, **factory)
+        self.proj_mlp = Linear(config.dim, config.mlp_dim, **factory)
+        self.proj_out = Linear(config.dim + config.mlp_dim, config.dim, **factory)
+
+    def modulate(self, time: Tensor) -> Tensor:
+        return self.norm(time)
+
+    def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
+        """`x [rows, dim]` in place; `modulation [3, dim]` fp32."""
+        x = writable(x)
+        attn, eps = self.attn, self.eps
+        normed, add = modulated(x, modulation, eps, work)
+        everything = slice(0, x.shape[0])
+        project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), normed, everything, rope, eps, work)
+        attn.attend(work)
+        dense = self.proj_out.is_dense(work.dtype)
+        step = work.beside_rows if dense else work.joined_rows
+        for start in range(0, work.num_rows, step):
+            span = slice(start, min(start + step, work.num_rows))
+            if dense:
+                self.add_both(normed, add, span, work)
+            else:
+                self.join(normed, add, span, work)
+
+    def add_both(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
+        """MLP and output of some rows; the two halves of the output's weight are multiplied one after the other."""
+        attended = work.qkv[0]
+        work.scratch.reset()
+        project = self.proj_mlp.prepare(work.dtype, work.scratch)
+        for rows in work.chunks(span.start, span.stop):
+            hidden = work.beside[rows.start - span.start : rows.stop - span.start]
+            project_gelu(project, normed(rows), hidden, work.ops.gelu_)
+        work.scratch.reset()
+        of_attention, of_mlp = cast(DenseProjection, self.proj_out.prepare(work.dtype, work.scratch)).split(work.dim)
+        for rows in work.chunks(span.start, span.stop):
+            out = of_mlp(work.beside[rows.start - span.start : rows.stop - span.start])
+            add(rows, out.addmm_(attended[rows], of_attention.weight.t()))
+
+    def join(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
+        """The same, joined in one row for a product that quantises whole rows."""
+        q, dim = work.qkv[0], work.dim
+        work.scratch.reset()
+        project = self.proj_mlp.prepare(work.dtype, work.scratch)
+        for rows in work.chunks(span.start, span.stop):
+            joined = work.joined[rows.start - span.start : rows.stop - span.start]
+            joined[:, :dim].copy_(q[rows])
+            widen_into(project, normed(rows), joined[:, dim:], work)
+        work.scratch.reset()
+        project = self.proj_out.prepare(work.dtype, work.scratch)
+        for rows in work.chunks(span.start, span.stop):
+            add(rows, project(work.joined[rows.start - span.start : rows.stop - span.start]))
+
+    def together(self) -> list[list[Linear]]:
+        return [[self.attn.to_q, self.attn.to_k, self.attn.to_v], [self.proj_mlp], [self.proj_out]]
+
+
+class Attention(nn.Module):
+    """The layers of self-attention, without an output projection; norms are head by head."""
+
+    def __init__(
+        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = config.num_heads
+        self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim, **factory) for _ in range(3))
+        self.norm_q, self.norm_k = (Scale(config.head_dim, **factory) for _ in range(2))
+
+    def norms(self) -> tuple[Scale, Scale]:
+        return self.norm_q, self.norm_k
+
+    def attend(self, work: Workspace) -> None:
+        """Replace the workspace's q by its attention to k and v."""
+        q, k, v = (rearrange(rows, "n (h d) -> 1 n h d", h=self.num_heads) for rows in work.qkv)
+        work.attend_over(q, [(k, v)])
+
+
+class JointAttention(Attention):
+    """The same with layers of their own for text rows, and output projections."""
+
+    def __init__(
+        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__(config, device, dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        dim = config.dim
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, dim, **factory) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = (Scale(config.head_dim, **factory) for _ in range(2))
+        self.to_out = nn.ModuleList([Linear(dim, dim, **factory)])
+        self.to_add_out = Linear(dim, dim, **factory)
+
+    def added_norms(self) -> tuple[Scale, Scale]:
+        return self.norm_added_q, self.norm_added_k
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear, for as many rows at a time as the workspace has room for hidden activations."""
+
+    def __init__(
+        self, dim: int, mlp_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        widen = nn.ModuleDict({"proj": Linear(dim, mlp_dim, device=device, dtype=dtype)})
+        self.net = nn.ModuleDict({"0": widen, "2": Linear(mlp_dim, dim, device=device, dtype=dtype)})
+
+    def forward(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
+        feed_forward(self.widen, self.narrow, normed, add, span, work)
+
+    @property
+    def widen(self) -> Linear:
+        return cast(Linear, cast(nn.ModuleDict, self.net["0"])["proj"])
+
+    @property
+    def narrow(self) -> Linear:
+        return cast(Linear, self.net["2"])
+
+
+def modulated(x: Tensor, modulation: Tensor, eps: float, work: Workspace) -> tuple[Normed, Add]:
+    """How rows of `x` are normed and added to, by shift, scale and gate `[3, dim]`."""
+    shift, scale, gate = modulation
+    groups = RowGroups(x.shape[0])  # one vector for all rows
+
+    def add(rows: slice, y: Tensor) -> None:
+        work.ops.gated_add_(x[rows], y, gate[None], 0, groups)
+
+    return norm_by(x, shift, scale, eps, work), add
+
+
+def norm_by(x: Tensor, shift: Tensor, scale: Tensor, eps: float, work: Workspace) -> Normed:
+    """How rows of `x` are normed, with shift and scale `[dim]` for all of them."""
+    groups = RowGroups(x.shape[0])
+
+    def normed(rows: slice) -> Tensor:
+        return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, groups, eps)
+
+    return normed
+
+
+def project_qkv(
+    layers: Sequence[Linear],
+    norms: tuple[Scale, Scale],
+    normed: Normed,
+    span: slice,
+    rope: Rope,
+    eps: float,
+    work: Workspace,
+) -> None:
+    """Fill those rows of the workspace's q, k and v; q and k are normed and turned."""
+    q, k, v = work.qkv
+    norm_q, norm_k = norms
+    work.scratch.reset()
+    projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
+    for rows in work.chunks(span.start, span.stop):
+        project_together(projections, normed(rows), (q[rows], k[rows], v[rows]))
+        work.ops.rms_norm_(q[rows], norm_q.weight, eps, rope, rows.start)
+        work.ops.rms_norm_(k[rows], norm_k.weight, eps, rope, rows.start)
+
+
+def project_out(layer: Linear, add: Add, span: slice, work: Workspace) -> None:
+    """Add the projection of those rows of q, where attention wrote."""
+    attended = work.qkv[0]
+    work.scratch.reset()
+    project = layer.prepare(work.dtype, work.scratch)
+    for rows in work.chunks(span.start, span.stop):
+        add(rows, project(attended[rows]))
+
+
+def widen_into(project: Projection, x: Tensor, out: Tensor, work: Workspace) -> None:
+    """The GELU of a projection of `x [rows, dim]`, into columns of wider rows.
+
+    Products are written to whole rows only (8-bit ones, and compiled code), so they come here by a tensor of their
+    own, of so few rows that it is at most twice as large as `x`.
+    """
+    step = min(x.shape[0], max(1, 2 * x.numel() // out.shape[1]))
+    buffer = x.new_empty(step, out.shape[1])
+    for first in range(0, x.shape[0], step):
+        rows = x[first : first + step]
+        hidden = rows_of(buffer, 0, rows.shape[0], out.shape[1])
+        project_gelu(project, rows, hidden, work.ops.gelu_)
+        out[first : first + step].copy_(hidden)

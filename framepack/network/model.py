@@ -1,0 +1,306 @@
+"""The FramePack video diffusion transformer: the next latents of a video, given a packed history of the others.
+
+Source: lllyasviel/FramePack (`diffusers_helper/models/hunyuan_video_packed.py`), https://arxiv.org/abs/2504.12626;
+parameter names are diffusers' `HunyuanVideoFramepackTransformer3DModel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ...fused.select import Rope
+from ...transformer.transformer import Block, Transformer
+from ...transformer.workspace import Workspace
+from ...weights.linear.linear import Linear
+from .blocks import DoubleBlock, FramePackBlock, Modulation, Pass, SingleBlock, norm_by
+from .config import FramePackConfig
+from .embeddings import HistoryEmbedding, ImageProjection, PatchEmbedding, Patches, TimeTextEmbedding, rotary_angles
+from .refiner import TokenRefiner
+
+# What `make` makes of every block, in order; a streamed model brings only the weights that this takes.
+Visit = Callable[[Callable[[Block], Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """`latents [1, c, T, h, w]` and their places `indices [T]` on the time axis."""
+
+    latents: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class History:
+    """What is shown beside the noise, any of it or none: near latents in full, others at a half and at a quarter."""
+
+    clean: Frames | None = None
+    twice: Frames | None = None
+    four: Frames | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text [1, n, text_dim]`, cropped to its mask, and `pooled [1, pooled_dim]`."""
+
+    text: Tensor
+    pooled: Tensor
+
+    def to(self, device: torch.device) -> Prompt:
+        return Prompt(self.text.to(device), self.pooled.to(device))
+
+
+@dataclass(frozen=True)
+class StepCondition:
+    """What one step sees of prompt and timestep, in the dtype that computes.
+
+    `text [n, dim]` is refined, `blocks` hold each block's modulation `[k, dim]` in order, `head [2, dim]` scale and
+    shift of the output's norm.
+    """
+
+    text: Tensor
+    blocks: tuple[Tensor, ...]
+    head: Tensor
+
+    def to(self, device: torch.device) -> StepCondition:
+        """The same on a device."""
+        return StepCondition(
+            self.text.to(device), tuple(block.to(device) for block in self.blocks), self.head.to(device)
+        )
+
+
+class BlockCache(Protocol):
+    """Says when the blocks may be skipped; one for each prompt of a step, forgotten between sections.
+
+    The model sets `residual`, what the blocks added when they last ran, `[noisy rows, dim]`, at the end of a pass that
+    ran them. A pass that fails has used its bytes, so when it is repeated they must run again.
+    """
+
+    residual: Tensor | None
+
+    def reuse(self, signal: Tensor) -> bool:
+        """Whether to add `residual` instead.
+
+        `signal [image rows, dim]` is the first block's modulated input, in bytes that are overwritten afterwards.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Frames in the order of the rows; `factor` times as large a patch makes one token of them."""
+
+    frames: Frames
+    patches: Patches
+    factor: int
+    num_rows: int
+
+
+class FramePackModel(Transformer):
+    """Velocity of the flow at a timestep, `[1, in, T, h, w] -> [1, out, T, h, w]`."""
+
+    def __init__(
+        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.config = config
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.x_embedder = PatchEmbedding(config, **factory)
+        self.clean_x_embedder = HistoryEmbedding(config, **factory)
+        self.context_embedder = TokenRefiner(config, **factory)
+        self.image_projection = ImageProjection(config, **factory)
+        self.time_text_embed = TimeTextEmbedding(config, config.pooled_dim, guided=True, **factory)
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(config, **factory) for _ in range(config.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(config, **factory) for _ in range(config.num_single_layers)
+        )
+        self.norm_out = Modulation(config, 2, **factory)
+        self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size), **factory)
+
+    def forward(
+        self,
+        noisy: Frames,
+        history: History,
+        condition: StepCondition,
+        image: Tensor | None = None,
+        cache: BlockCache | None = None,
+    ) -> Tensor:
+        """`condition` is that of the step (see `conditions`), `image [m, dim]` an `embed_image` result.
+
+        ValueError for latents that do not suit the model or each other.
+        """
+        shown = self.shown(noisy, history)
+        texts = [condition.text] if image is None else [image, condition.text]
+        num_image = sum(part.num_rows for part in shown)
+        device = noisy.latents.device
+        work = self.workspace(num_image + sum(text.shape[0] for text in texts), device)
+        x = torch.empty(work.num_rows, work.dim, device=device, dtype=work.dtype)
+        rope = self.embed(shown, texts, x)
+
+        state = Pass(x, num_image, rope, work)
+        ours = slice(num_image - shown[-1].num_rows, num_image)
+        if cache is None:
+            self.run_blocks(state, condition)
+        else:
+            self.run_cached(state, condition, ours, cache)
+        patches = self.head(x, ours, condition.head, work)
+        return self.unpatchify(patches, noisy.latents.shape[2:]).to(noisy.latents.dtype)
+
+    def ordered_blocks(self) -> dict[str, FramePackBlock]:
+        """All blocks by name, in the order of a pass."""
+        return {
+            f"{name}.{index}": cast(FramePackBlock, block)
+            for name in ("transformer_blocks", "single_transformer_blocks")
+            for index, block in enumerate(cast(nn.ModuleList, getattr(self, name)))
+        }
+
+    def run_blocks(self, state: Pass, condition: StepCondition) -> None:
+        blocks = tuple(self.ordered_blocks().values())
+        for block, modulation, _ in zip(blocks, condition.blocks, self.stream(blocks), strict=True):
+            block.advance(state, modulation)
+
+    def run_cached(self, state: Pass, condition: StepCondition, noisy: slice, cache: BlockCache) -> None:
+        """The blocks, or what they added to the `noisy` rows when they last ran."""
+        x, residual = state.x[noisy], cache.residual
+        if cache.reuse(self.signal(state, condition)) and residual is not None:
+            x.add_(residual)
+            return
+        # one tensor holds what the blocks added last time, then what they start from, then what they added this time
+        before = x.clone() if residual is None or residual.shape != x.shape else residual.copy_(x)
+        self.run_blocks(state, condition)
+        cache.residual = torch.sub(x, before, out=before)
+
+    def signal(self, state: Pass, condition: StepCondition) -> Tensor:
+        """What tells a step cache how far this step is from the last, in q's bytes: the first block's image rows."""
+        signal = state.work.qkv[0][: state.num_image]
+        shift, scale = condition.blocks[0][:2].float()
+        normed = norm_by(state.x, shift, scale, self.config.eps, state.work)
+        for rows in state.work.chunks(0, state.num_image):
+            signal[rows] = normed(rows)
+        return signal
+
+    def conditions(
+        self, prompt: Prompt, timesteps: Tensor, guidance: float, visit: Visit | None = None
+    ) -> list[StepCondition]:
+        """What each of the steps `timesteps [S]` (sigma * 1000) sees of a prompt; `guidance` is distilled, times 1000.
+
+        They take little memory beside a pass, so that all of a run are made at once. ValueError for an empty text.
+        """
+        if prompt.text.shape[0] != 1 or prompt.text.shape[1] == 0:
+            raise ValueError(
+                f"the prompt's text is {tuple(prompt.text.shape)}; expected (1, tokens, {self.config.text_dim}) with "
+                "at least one token: give one prompt at a time, cropped to its mask (an empty one has its end token)"
+            )
+        dtype = self.execution.dtype
+        timesteps = timesteps.to(prompt.text.device)
+        with self.lend((self.context_embedder,), None):
+            text = self.context_embedder(prompt.text.to(dtype), timesteps, self.execution)  # [S, n, dim]
+        with self.lend((self.time_text_embed, self.norm_out), None):
+            time = self.time_text_embed(timesteps, prompt.pooled.to(dtype), guidance)  # [S, dim]
+            heads = self.norm_out(time)
+
+        def modulate(block: Block) -> Tensor:
+            return cast(FramePackBlock, block).modulate(time)
+
+        if visit is None:
+            modulations = [modulate(block) for block in self.ordered_blocks().values()]
+        else:
+            modulations = visit(modulate)
+        return [
+            StepCondition(text[step], tuple(each[step] for each in modulations), heads[step])
+            for step in range(timesteps.shape[0])
+        ]
+
+    def embed_image(self, tokens: Tensor) -> Tensor:
+        """SigLIP's `[1, m, image_dim]` -> `[m, dim]`, once per picture."""
+        with self.lend((self.image_projection,), None):
+            return self.image_projection(tokens.to(self.execution.dtype)).squeeze(0)
+
+    def embed(self, shown: Sequence[Shown], texts: Sequence[Tensor], x: Tensor) -> Rope:
+        """Fill `x [rows, dim]` with all tokens; returns the angles of all rows, those of the text zero."""
+        half = self.config.head_dim // 2
+        cos, sin = torch.ones(x.shape[0], half, device=x.device), torch.zeros(x.shape[0], half, device=x.device)
+        first = 0
+        for part in shown:
+            rows = slice(first, first + part.num_rows)
+            latents = part.frames.latents.to(x.device)
+            part.patches(latents, x[rows])
+            size = (latents.shape[3] // self.config.patch_size[1], latents.shape[4] // self.config.patch_size[2])
+            cos[rows], sin[rows] = rotary_angles(part.frames.indices, size, part.factor, self.config, x.device)
+            first = rows.stop
+        torch.cat([text.to(x.dtype) for text in texts], out=x[first:])
+        return Rope(cos, sin)
+
+    def shown(self, noisy: Frames, history: History) -> list[Shown]:
+        """What there is of the history and the noise, in the order of the rows: [4x, 2x, clean, noisy]."""
+        clean = self.clean_x_embedder
+        parts = (
+            ("the history at 1/4", history.four, clean.proj_4x, 4),
+            ("the history at 1/2", history.twice, clean.proj_2x, 2),
+            ("the clean history", history.clean, clean.proj, 1),
+            ("the noise", noisy, self.x_embedder.proj, 1),
+        )
+        size = tuple(noisy.latents.shape[3:])
+        self.check("the noise", noisy, size)
+        shown = []
+        for name, frames, patches, factor in parts:
+            if frames is None:
+                continue
+            self.check(name, frames, size)
+            shown.append(Shown(frames, patches, factor, math.prod(patches.grid(frames.latents))))
+        return shown
+
+    def check(self, name: str, frames: Frames, size: tuple[int, ...]) -> None:
+        """ValueError where frames do not suit the model, their indices or the `size` (h, w) of the noise."""
+        batch, channels, *shape = frames.latents.shape
+        if batch != 1:
+            raise ValueError(f"{name} is a batch of {batch} latents; FramePack makes one video at a time: give 1")
+        if channels != self.config.in_channels:
+            raise ValueError(
+                f"{name} has {channels} channels but this FramePack model takes {self.config.in_channels}: "
+                "use the HunyuanVideo VAE"
+            )
+        if any(length % patch for length, patch in zip(shape, self.config.patch_size, strict=True)):
+            raise ValueError(
+                f"the size {tuple(shape)} (frames, height, width) of {name} is not divisible by the patch "
+                f"{self.config.patch_size}: choose a height and width that are multiples of 16 pixels"
+            )
+        if tuple(shape[1:]) != size:
+            raise ValueError(
+                f"{name} has latents of (height, width) {tuple(shape[1:])} but the noise of {size}: "
+                "bring all pictures and latents to one size"
+            )
+        if frames.indices.shape != (shape[0],):
+            raise ValueError(
+                f"{name} has {shape[0]} frames but indices of shape {tuple(frames.indices.shape)}: give one per frame"
+            )
+
+    def head(self, x: Tensor, noisy: slice, modulation: Tensor, work: Workspace) -> Tensor:
+        """Patches `[noisy rows, out * patch volume]`."""
+        scale, shift = modulation.float()
+        normed = norm_by(x, shift, scale, self.config.eps, work)
+        out = x.new_empty(noisy.stop - noisy.start, self.proj_out.out_features)
+        project = self.proj_out.prepare(work.dtype)
+        for rows in work.chunks(noisy.start, noisy.stop):
+            project(normed(rows), out=out[rows.start - noisy.start : rows.stop - noisy.start])
+        return out
+
+    def unpatchify(self, patches: Tensor, size: torch.Size) -> Tensor:
+        pt, ph, pw = self.config.patch_size
+        return rearrange(
+            patches,
+            "(t h w) (c pt ph pw) -> 1 c (t pt) (h ph) (w pw)",
+            t=size[0] // pt, h=size[1] // ph, pt=pt, ph=ph, pw=pw,
+        )  # fmt: skip
+
+    def workspace(self, num_rows: int, device: torch.device) -> Workspace:
+        config = self.config
+        scratch = self.scratch_elements()
+        joined = config.dim + config.mlp_dim
+        return Workspace(self.execution, num_rows, config.dim, config.mlp_dim, device, scratch, joined)

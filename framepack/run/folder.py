@@ -1,0 +1,324 @@
+"""A run's folder: every finished section in a file of its own, so that a long video goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ...system.atomic_files import write_file
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files: another number is another run
+EXTRA = "extra."
+GIB = 2**30
+
+
+class RunError(OSError):
+    """A run's file could not be written or read."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a section left: its latents, the state of the noise generator after it, whatever else goes on from it."""
+
+    latents: Tensor
+    generator_state: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class RunStore:
+    """The sections of one run, in `root/<first 16 letters of the key>`; a context manager that holds the folder's lock.
+
+    Each section is one file that is there whole or not at all, with the run's key and the checksum of the section
+    before it: the first `completed` sections are exactly what one run with these settings made. A file that is
+    damaged, cut off or of another run ends them there. Nothing of it is ever deleted.
+    """
+
+    def __init__(self, folder: Path, key: str, total_sections: int, lock: RunLock) -> None:
+        """Use `open`."""
+        self.folder, self.key, self.total_sections = folder, key, total_sections
+        self._lock = lock
+        self._checksums: list[str] = []
+
+    @classmethod
+    def open(cls, root: Path, settings: Mapping[str, Any], total_sections: int) -> RunStore:
+        """The run with these settings: its folder is made, or what is there is checked.
+
+        `settings` is all that the result depends on, JSON values and tensors. Raises ValueError where the folder
+        cannot be written, where a setting has no stable form, and where another process works on the run; RunError
+        where the disk is full.
+        """
+        key = run_key({"format": FORMAT, "total_sections": total_sections, "settings": run_key(settings)})
+        folder = root / key[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = cls(folder, key, total_sections, RunLock(folder / "lock"))
+        except OSError as error:
+            raise ValueError(
+                f"the run's folder {folder} cannot be written ({error.strerror or error}): "
+                "check the free space and the rights, or choose another output folder"
+            ) from error
+        try:
+            run._describe(settings)
+        except RunError:
+            run.close()
+            raise
+        run._find_sections()
+        return run
+
+    @property
+    def completed(self) -> int:
+        """How many sections, counted from the first, are there and sound."""
+        return len(self._checksums)
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` was called and all sections are there."""
+        return self.completed == self.total_sections and bool(self._read_description().get("finished"))
+
+    def save_section(
+        self, index: int, latents: Tensor, generator_state: Tensor, extra: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Store section `index`, exactly as its tensors are; later ones are no longer counted.
+
+        Returns when the file is on the disk. Raises ValueError for a section out of order and RunError, with the
+        sections before untouched, where the file cannot be written.
+        """
+        if not 0 <= index <= min(self.completed, self.total_sections - 1):
+            raise ValueError(
+                f"section {index} cannot be stored in {self.folder}: of {self.total_sections} sections the next "
+                f"is number {self.completed}"
+            )
+        tensors = {"latents": latents, "generator_state": generator_state}
+        tensors |= {EXTRA + name: tensor for name, tensor in (extra or {}).items()}
+        # clones, because the format refuses tensors that share memory
+        tensors = {name: _plain(tensor).clone() for name, tensor in tensors.items()}
+        checksum = self._checksum(index, tensors)
+        metadata = {"key": self.key, "index": str(index), "checksum": checksum}
+        path = self._path(index)
+        try:
+            write_file(path, save(tensors, metadata))
+        except OSError as error:
+            raise RunError(
+                f"{path}: section {index} cannot be stored ({error.strerror or error}): check the free space and the "
+                f"rights of that folder and start again; the {index} sections before it are kept"
+            ) from error
+        self._checksums[index:] = [checksum]
+
+    def load(self, index: int) -> Section:
+        """Section `index` with its tensors as they were stored. Raises ValueError for one that is not there, and
+        RunError where its file was damaged since the run was opened."""
+        if not 0 <= index < self.completed:
+            raise ValueError(f"{self.folder} has no section {index}: {self.completed} are there, counted from 0")
+        try:
+            return self._read(index)[0]
+        except RunError as error:
+            raise RunError(f"{error}: start again, and the run goes on from section {index}") from error
+
+    def check_room(self, section_bytes: int, other_bytes: int = 0) -> None:
+        """ValueError where the disk has no room for the missing sections, and `other_bytes` (the film); a warning
+        where it is left nearly full."""
+        free = shutil.disk_usage(self.folder).free
+        needed = (self.total_sections - self.completed) * section_bytes + other_bytes
+        if free < needed:
+            raise ValueError(
+                f"{self.folder} has room for {free / GIB:.2f} GiB, and this run needs about {needed / GIB:.2f} GiB: "
+                "free some space, choose another output folder or make a shorter video"
+            )
+        if free < needed + GIB:
+            log.warning("%s: this run leaves about %.2f GiB free", self.folder, (free - needed) / GIB)
+
+    def finish(self) -> None:
+        """Mark the run complete; its files stay. ValueError where sections are missing."""
+        if self.completed < self.total_sections:
+            raise ValueError(
+                f"{self.folder} is not finished: it has {self.completed} of {self.total_sections} sections"
+            )
+        self._write_description(self._read_description() | {"finished": _now()})
+
+    def close(self) -> None:
+        """Let other processes open the run; again is harmless."""
+        self._lock.release()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"section_{index:03d}.safetensors"
+
+    def _find_sections(self) -> None:
+        for leftover in self.folder.glob("*.partial"):
+            with suppress(OSError):  # it will be written over
+                leftover.unlink()
+        while self.completed < self.total_sections and self._path(self.completed).exists():
+            try:
+                self._checksums.append(self._read(self.completed)[1])
+            except RunError as error:
+                log.warning("%s: the run goes on from section %d", error, self.completed)
+                break
+        if self.completed:
+            log.info("%s: %d of %d sections are there", self.folder, self.completed, self.total_sections)
+
+    def _read(self, index: int) -> tuple[Section, str]:
+        """The section and its checksum; RunError says what is wrong with its file."""
+        path = self._path(index)
+        try:
+            data = path.read_bytes()  # not mapped: Windows would not let the file be replaced
+            tensors = load(data)
+            metadata = _metadata(data)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise RunError(f"{path} cannot be read ({error})") from error
+        if metadata.get("key") != self.key:
+            raise RunError(f"{path} is of a run with other settings")
+        checksum = self._checksum(index, tensors)
+        if metadata.get("checksum") != checksum:
+            raise RunError(f"{path} is damaged, or does not follow the section before it")
+        extra = {name[len(EXTRA) :]: tensor for name, tensor in tensors.items() if name.startswith(EXTRA)}
+        return Section(tensors["latents"], tensors["generator_state"], extra), checksum
+
+    def _checksum(self, index: int, tensors: Mapping[str, Tensor]) -> str:
+        before = self._checksums[index - 1] if index else ""
+        return run_key({"run": self.key, "index": index, "before": before, "tensors": tensors})
+
+    def _describe(self, settings: Mapping[str, Any]) -> None:
+        """Write settings.json, for people: nothing is read from it but what `finish` wrote."""
+        there = self._read_description()
+        if there.get("key") != self.key:
+            there = {}
+        description = {
+            "key": self.key,
+            "started": there.get("started", _now()),
+            "finished": there.get("finished"),
+            "total_sections": self.total_sections,
+            "settings": _readable(settings),
+        }
+        self._write_description(description)
+
+    def _read_description(self) -> dict[str, Any]:
+        try:
+            description = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return description if isinstance(description, dict) else {}
+
+    def _write_description(self, description: Mapping[str, Any]) -> None:
+        path = self.folder / "settings.json"
+        try:
+            # escapes, because a prompt may hold half a character, which no file can
+            write_file(path, json.dumps(description, indent=1).encode("ascii"))
+        except OSError as error:
+            raise RunError(f"{path} cannot be written ({error.strerror or error}): check the free space") from error
+
+
+class RunLock:
+    """A lock that lasts as long as its process; who has it, and since when, is in a file beside it.
+
+    The system drops the lock however the process ends, so a file that is left behind is simply taken over.
+    Raises ValueError where another process, or another place in this one, holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(path, timeout=0, thread_local=False)
+        self._holder = path.with_name(f"{path.name}_holder.txt")  # not in the lock: Windows lets nobody read that
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"the run in {path.parent} is in use ({self._named() or 'another process'}): wait until that ends, or "
+                "change a setting such as the seed"
+            ) from None
+        except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
+            log.warning(
+                "%s cannot be locked (%s): do not start this run twice", path, getattr(error, "strerror", error)
+            )
+        if self._named():
+            log.info("%s was left by a process that has ended", path)
+        with suppress(OSError):  # a full disk: the text is only for people
+            self._holder.write_text(f"process {os.getpid()} since {_now()}")
+
+    def release(self) -> None:
+        """Free the lock; again is harmless."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                self._holder.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _named(self) -> str:
+        try:
+            return self._holder.read_text()[:200]
+        except OSError:
+            return ""
+
+
+def run_key(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, in hex: dicts in any order, lists, strings, numbers, booleans, None and tensors.
+
+    Tensors count with dtype, shape and bytes, wherever they are; 1 and 1.0 differ. ValueError names a value of
+    another type.
+    """
+    return hashlib.sha256(json.dumps(_canonical(settings, "settings"), sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _canonical(value: Any, name: str) -> Any:
+    """A JSON value that is another for every other value: lists are marked, so that none looks like a tensor."""
+    if isinstance(value, Tensor):
+        content = _plain(value).reshape(-1).view(torch.uint8).numpy()
+        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(content.data).hexdigest()]
+    if isinstance(value, Mapping):
+        if bad := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{name} has the key {bad[0]!r}; keys are strings")
+        return {key: _canonical(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return ["list", *(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ValueError(
+        f"{name} is a {type(value).__name__}; what tells runs apart are strings, numbers, booleans, None, lists, "
+        "dicts and tensors"
+    )
+
+
+def _readable(value: Any) -> Any:
+    """Settings for people: tensors as their type and size."""
+    if isinstance(value, Tensor):
+        _, dtype, shape, digest = _canonical(value, "")
+        return f"{dtype.removeprefix('torch.')} {shape} {digest[:16]}"
+    if isinstance(value, Mapping):
+        return {key: _readable(item) for key, item in value.items()}
+    return [_readable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The texts in a safetensors file's header; the file has been parsed before."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

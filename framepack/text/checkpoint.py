@@ -1,0 +1,203 @@
+"""The encoders' files: which model, which dimensions, under which names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.layer_reading import TokenTable, without_table
+from ...weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from ...weights.files.dimensions import Dimensions
+from ...weights.files.kinds import file_kind
+from ...weights.linear.adopt import adopt_tensors
+from ...weights.linear.dialects import plain_dialect
+from .clip_text import ClipTextConfig, ClipTextModel
+from .llama import LlamaConfig, LlamaDecoder
+from .llama_gguf import gguf_names
+from .siglip import SiglipConfig, SiglipVisionModel
+
+# FramePack reads the third hidden state from the end: the last two layers and the last norm are not run.
+NUM_UNUSED_LAYERS = 2
+LLAMA_HEAD_DIM, CLIP_HEAD_DIM, SIGLIP_HEAD_DIM = 128, 64, 72
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """A kind of encoder in words for messages; `mark` is a name that only it has, `unused` what is not read of it."""
+
+    title: str
+    mark: str
+    unused: re.Pattern[str]
+    file_names: str
+
+
+LLAMA = EncoderKind(
+    "a LLaMA 3 text encoder",
+    "layers.0.mlp.gate_proj.weight",
+    re.compile(r"norm\.weight|.*\.inv_freq"),
+    "llava_llama3_fp16.safetensors or llava_llama3_fp8_scaled.safetensors",
+)
+CLIP = EncoderKind(
+    "a CLIP-L text encoder",
+    "embeddings.token_embedding.weight",
+    re.compile(r".*position_ids|text_projection(\.weight)?|logit_scale"),
+    "clip_l.safetensors",
+)
+SIGLIP = EncoderKind(
+    "a SigLIP vision model",
+    "embeddings.patch_embedding.weight",
+    re.compile(r"head\..+|.*position_ids"),
+    "sigclip_vision_patch14_384.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class LlamaFile:
+    """An opened LLaMA: `checkpoint` has the layers that run, `table` the token embeddings."""
+
+    config: LlamaConfig
+    checkpoint: Checkpoint
+    table: TokenTable
+
+    def build(self) -> LlamaDecoder:
+        """The decoder on the meta device. Raises CheckpointError."""
+        return adopt_tensors(LlamaDecoder(self.config, "meta"), self.checkpoint, LLAMA.title, LLAMA.file_names)
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """An opened CLIP text model; `checkpoint` has all but the token embeddings, which are in `table`."""
+
+    config: ClipTextConfig
+    checkpoint: Checkpoint
+    table: TokenTable
+
+    def build(self) -> ClipTextModel:
+        """The model on the meta device. Raises CheckpointError."""
+        return adopt_tensors(ClipTextModel(self.config, "meta"), self.checkpoint, CLIP.title, CLIP.file_names)
+
+
+@dataclass(frozen=True)
+class SiglipFile:
+    """An opened SigLIP vision model."""
+
+    config: SiglipConfig
+    checkpoint: Checkpoint
+
+    def build(self) -> SiglipVisionModel:
+        """The model on the meta device. Raises CheckpointError."""
+        return adopt_tensors(SiglipVisionModel(self.config, "meta"), self.checkpoint, SIGLIP.title, SIGLIP.file_names)
+
+
+def open_llama(path: Path) -> LlamaFile:
+    """Read the header of a LLaMA file; Hugging Face's names with any prefix, or llama.cpp's. Raises CheckpointError."""
+    checkpoint = _open(path, LLAMA)
+    sizes = Dimensions(checkpoint, LLAMA.title)
+    num_layers = sizes.num_blocks("layers") - NUM_UNUSED_LAYERS
+    if num_layers < 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {LLAMA.title} of {num_layers + NUM_UNUSED_LAYERS} layers; expected 32; "
+            f"the file is incomplete: download {LLAMA.file_names} again"
+        )
+    query_dim, dim = sizes.shape("layers.0.self_attn.q_proj.weight", 2)
+    key_dim, _ = sizes.shape("layers.0.self_attn.k_proj.weight", 2)
+    num_heads, num_kv_heads = (_num_heads(checkpoint, LLAMA, width, LLAMA_HEAD_DIM) for width in (query_dim, key_dim))
+    vocab_size, _ = sizes.shape("embed_tokens.weight", 2)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        ffn_dim=sizes.shape("layers.0.mlp.gate_proj.weight", 2)[0],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=LLAMA_HEAD_DIM,
+        num_layers=num_layers,
+        interleaved=checkpoint.path.suffix.lower() == ".gguf",
+    )
+    unused = {name: None for name in checkpoint.tensors if _layer_number(name) >= num_layers}
+    layers, table = without_table(checkpoint.renamed(unused), "embed_tokens.weight")
+    return LlamaFile(config, layers, table)
+
+
+def open_clip(path: Path) -> ClipFile:
+    """Read the header of a CLIP text model; Hugging Face's names with any prefix. Raises CheckpointError."""
+    checkpoint = _open(path, CLIP)
+    sizes = Dimensions(checkpoint, CLIP.title)
+    vocab_size, dim = sizes.shape(CLIP.mark, 2)
+    config = ClipTextConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        ffn_dim=sizes.shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
+        num_heads=_num_heads(checkpoint, CLIP, dim, CLIP_HEAD_DIM),
+        num_layers=sizes.num_blocks("encoder.layers"),
+        num_positions=sizes.shape("embeddings.position_embedding.weight", 2)[0],
+    )
+    layers, table = without_table(checkpoint, CLIP.mark)
+    return ClipFile(config, layers, table)
+
+
+def open_siglip(path: Path) -> SiglipFile:
+    """Read the header of a SigLIP vision model; Hugging Face's names with any prefix. Raises CheckpointError."""
+    checkpoint = _open(path, SIGLIP)
+    sizes = Dimensions(checkpoint, SIGLIP.title)
+    dim, _, patch_size, _ = sizes.shape(SIGLIP.mark, 4)
+    config = SiglipConfig(
+        dim=dim,
+        ffn_dim=sizes.shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
+        num_heads=_num_heads(checkpoint, SIGLIP, dim, SIGLIP_HEAD_DIM),
+        num_layers=sizes.num_blocks("encoder.layers"),
+        patch_size=patch_size,
+    )
+    num_tokens = sizes.shape("embeddings.position_embedding.weight", 2)[0]
+    if num_tokens != config.num_tokens:
+        raise CheckpointError(
+            f"{checkpoint.path}: {SIGLIP.title} of {num_tokens} patches of {patch_size} pixels; expected 729 of 14, "
+            f"those of a picture of 384 x 384; choose {SIGLIP.file_names}"
+        )
+    return SiglipFile(config, checkpoint)
+
+
+# --- names -----------------------------------------------------------------------------------------------
+
+
+def _open(path: Path, kind: EncoderKind) -> Checkpoint:
+    """A file's tensors of one encoder, under the encoder's names and in one dialect of quantisation."""
+    checkpoint = open_checkpoint(path)
+    packed = gguf_names(checkpoint.tensors) if kind is LLAMA else None
+    if packed is not None:
+        return checkpoint.renamed(packed)
+    prefix = _prefix(checkpoint, kind)
+    names: dict[str, str | None] = {}
+    for name in checkpoint.tensors:
+        bare = name.removeprefix(prefix)
+        foreign = not name.startswith(prefix) or kind.unused.fullmatch(bare)
+        names[name] = None if foreign else bare
+    return plain_dialect(checkpoint.renamed(names), names)
+
+
+def _prefix(checkpoint: Checkpoint, kind: EncoderKind) -> str:
+    """What stands before an encoder's names. CheckpointError, which says what the file is, for another model."""
+    for name in checkpoint.tensors:
+        if name != kind.mark and not name.endswith("." + kind.mark):
+            continue
+        prefix = name.removesuffix(kind.mark)
+        if prefix + "embeddings.class_embedding" not in checkpoint.tensors:  # CLIP's vision model has one
+            return prefix
+    raise CheckpointError(
+        f"{checkpoint.path}: this is {file_kind(checkpoint.tensors).title}; expected {kind.title}; "
+        f"choose {kind.file_names}"
+    )
+
+
+def _layer_number(name: str) -> int:
+    match = re.match(r"layers\.(\d+)\.", name)
+    return -1 if match is None else int(match[1])
+
+
+def _num_heads(checkpoint: Checkpoint, kind: EncoderKind, width: int, head_dim: int) -> int:
+    if width < head_dim or width % head_dim:
+        raise CheckpointError(
+            f"{checkpoint.path}: {kind.title} with attention {width} wide; expected heads of {head_dim}; "
+            f"the file is another variant: choose {kind.file_names}"
+        )
+    return width // head_dim

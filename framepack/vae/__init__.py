@@ -1,0 +1,1 @@
+"""HunyuanVideo's VAE, which FramePack shares."""

@@ -1,0 +1,133 @@
+"""Decoding a section's latents in the memory that there is: whole, with its clips in host memory, or in tiles."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...memory.plan.tiles import fitting_tile
+from ...memory.stream.pinned import PinnedBudget, Registrar
+from ...system.host_memory import allocate_extent
+from ...vae.retries import first_fitting
+from ...vae.tiling import WHOLE, OnChunk, Tile, decode_tiled, retry_tiles
+from ...video.pictures import to_uint8
+from .frames import CheckedStore, DeviceStore, FrameStore, SpillStore
+from .model import DecodeFootprint, HunyuanVAE, decode_footprint
+
+logger = logging.getLogger(__name__)
+
+HEADROOM_BYTES = 256 << 20  # cuDNN's workspaces, and what the allocator cannot fit together again
+
+
+@dataclass(frozen=True)
+class DecodeRoom:
+    """Bytes that decoding may take beside the weights: of the device, and of host memory, pinned by `registrar`."""
+
+    device_bytes: int
+    host_bytes: int = 0
+    registrar: Registrar | None = None
+
+
+@dataclass(frozen=True)
+class DecodeWay:
+    """Whole frames or a tile; `spill` keeps surplus clips in host memory."""
+
+    tile: Tile = WHOLE
+    spill: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.tile}, with clips in host memory" if self.spill else str(self.tile)
+
+
+def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None, tile: int = 0) -> list[DecodeWay]:
+    """How these latents may be decoded, the most exact first; no room given is room for anything.
+
+    Whole frames are exact, wherever their clips lie. Tiles are not, as norms see the tile alone: larger ones and ones
+    over the whole time are closer. `tile` pixels come first where given.
+    """
+    stride = vae.config.spatial_stride
+    frames, height, width = latents.shape[2], *(stride * side for side in latents.shape[3:])
+    side = max(height, width)
+
+    def footprint(tile: int) -> DecodeFootprint:
+        sides = (min(tile or side, height), min(tile or side, width))
+        return decode_footprint(vae.config, frames, *sides, vae.dtype.itemsize)
+
+    if 0 < tile < side:
+        return [DecodeWay(Tile(tile)), *(DecodeWay(smaller) for smaller in retry_tiles(vae.config, tile))]
+    if room is None:
+        return [DecodeWay()]
+    free, whole = room.device_bytes - HEADROOM_BYTES, footprint(0)
+    ways = []
+    if whole.total_bytes <= free:
+        ways.append(DecodeWay())
+    if whole.scratch_bytes <= free and whole.clip_bytes <= room.host_bytes:
+        ways.append(DecodeWay(spill=True))
+    fitting = fitting_tile(side, lambda tile: footprint(tile).total_bytes, free)
+    if fitting:
+        ways.append(DecodeWay(Tile(fitting)))
+    failing = 0 if fitting is None else fitting or side
+    return [*ways, *(DecodeWay(smaller) for smaller in retry_tiles(vae.config, failing))]
+
+
+def decode_section(
+    vae: HunyuanVAE,
+    latents: Tensor,
+    room: DecodeRoom | None = None,
+    on_chunk: OnChunk | None = None,
+    tile: int = 0,
+) -> Tensor:
+    """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way that fits.
+
+    `tile` pixels instead, where given. `on_chunk` is called before every frame too.
+    """
+
+    def decode(way: DecodeWay) -> Tensor:
+        logger.info("decoding %s", way)
+        return to_uint8(_decode(vae, latents, way, room, on_chunk))
+
+    return first_fitting(decode_ways(vae, latents, room, tile), decode, "decoding")
+
+
+def _decode(
+    vae: HunyuanVAE, latents: Tensor, way: DecodeWay, room: DecodeRoom | None, on_chunk: OnChunk | None
+) -> Tensor:
+    if way.tile.pixels:
+        return decode_tiled(vae, latents, way.tile, on_chunk)
+    check = None if on_chunk is None else partial(on_chunk, 0, 1)
+    if not way.spill or room is None:
+        return vae.decode(latents, _checked(DeviceStore(), check))
+    with _host_memory(room) as allocate:
+        return vae.decode(latents, _checked(SpillStore(0, allocate), check)).cpu()
+
+
+def _checked(store: FrameStore, check: Callable[[], None] | None) -> FrameStore:
+    return store if check is None else CheckedStore(store, check)
+
+
+@contextmanager
+def _host_memory(room: DecodeRoom) -> Iterator[Callable[[int], Tensor]]:
+    """Host memory for clips, given back at the end; pinned where that is allowed, as copies then take a fifth."""
+    extents: list[Tensor] = []
+    budget = None if room.registrar is None else PinnedBudget(room.registrar, room.host_bytes)
+
+    def allocate(nbytes: int) -> Tensor:
+        extent = allocate_extent(nbytes)
+        if budget is not None and budget.pin(extent) is None:
+            extents.append(extent)
+        return extent[:nbytes]
+
+    try:
+        yield allocate
+    finally:
+        if room.registrar is not None and extents:
+            torch.cuda.synchronize()
+        for extent in extents:
+            assert budget is not None
+            budget.unpin(extent)

@@ -1,0 +1,1 @@
+"""What fits: footprints, limits and the plan that follows from them, by arithmetic alone."""

@@ -1,0 +1,233 @@
+"""The ladder of ways to denoise one piece of work, from the leanest up; arithmetic only.
+
+Each rung spends memory on what is worth most next. The ladder does not depend on the budget, so a larger budget never
+gives a slower plan or one with fewer residents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ..stream.ring import ring_bytes
+from .footprint import (
+    FULL_SPEED_HEADS,
+    GIB,
+    Choice,
+    DenoiseMemory,
+    Limits,
+    ModelFootprint,
+    WorkSize,
+    compute_seconds,
+    denoise_memory,
+)
+
+TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
+DEFAULT_SLOTS = 2
+MIN_STAGING, MAX_STAGING = 3, 4
+RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the weights
+
+
+@dataclass(frozen=True)
+class BlockPlacement:
+    """Which blocks stay on the device, and the ring that the others stream through, so many bytes in every pass."""
+
+    num_blocks: int
+    resident: tuple[int, ...]
+    num_slots: int
+    ring_bytes: int
+    streamed_bytes: int
+
+    @property
+    def num_resident(self) -> int:
+        return len(self.resident)
+
+    @property
+    def num_streamed(self) -> int:
+        return self.num_blocks - self.num_resident
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What holds the streamed blocks: pinned and pageable bytes.
+
+    `from_disk` means that RAM holds no block: the streamed ones are read again in every pass through `num_staging`
+    pinned buffers, the residents once.
+    """
+
+    pinned_bytes: int
+    pageable_bytes: int
+    from_disk: bool
+    num_staging: int
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Predicted seconds of one pass."""
+
+    compute: float
+    transfer: float
+
+    @property
+    def transfer_bound(self) -> bool:
+        return self.transfer > self.compute
+
+    @property
+    def total(self) -> float:
+        """Transfers overlap compute, so the slower of the two counts."""
+        return max(self.compute, self.transfer)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to denoise."""
+
+    choice: Choice
+    blocks: BlockPlacement
+    host: HostMemory
+    denoise: DenoiseMemory
+    times: PassTimes
+
+
+# A choice with one more thing switched on, or None where there is no more of it.
+Step = Callable[[Choice, ModelFootprint, WorkSize, Limits], Choice | None]
+
+
+def spread_residents(num_blocks: int, num_resident: int) -> tuple[int, ...]:
+    """Indices of residents spread evenly between streamed blocks, so that each buys time for the next transfer."""
+    return tuple(i for i in range(num_blocks) if (i + 1) * num_resident // num_blocks > i * num_resident // num_blocks)
+
+
+def ladder(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterator[Rung]:
+    """Rungs from the leanest up; each is at least as fast as the one before and has no fewer residents."""
+    by_hand = limits.blocks_to_swap >= 0
+    num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
+    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.lendable_bytes > 0)
+    rung = _rung(choice, model, work, limits)
+    yield rung
+    seconds = rung.times.total
+    compute: list[Step] = [_larger_chunk, _fewer_groups, _kept_fixed]
+    transfers: list[Step] = [_kept_fixed, _cached_text] if by_hand else [_kept_fixed, _cached_text, _more_residents]
+    while True:
+        steps = transfers + compute if rung.times.transfer_bound else compute + transfers
+        choices = [step(rung.choice, model, work, limits) for step in steps]
+        upgrades = [_rung(upgraded, model, work, limits) for upgraded in choices if upgraded]
+        if not upgrades:
+            return
+        free = [upgrade for upgrade in upgrades if upgrade.denoise.total <= rung.denoise.total]
+        rung = (free or upgrades)[0]
+        if rung.times.total <= seconds:  # blocks of unequal size can make a rung slower: leave it out
+            seconds = rung.times.total
+            yield rung
+
+
+def fastest_rung(model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int) -> Rung | None:
+    """The highest rung that denoises in so many bytes, None where none does."""
+    fitting = None
+    for rung in ladder(model, work, limits):
+        if rung.denoise.total <= budget_bytes:
+            fitting = rung
+    if fitting is None or not fitting.times.transfer_bound:
+        return fitting
+    # what is too little for another resident goes into larger pieces: the predicted rates may be wrong
+    for step in (_larger_chunk, _fewer_groups):
+        while upgraded := step(fitting.choice, model, work, limits):
+            candidate = _rung(upgraded, model, work, limits)
+            if candidate.denoise.total > budget_bytes:
+                break
+            fitting = candidate
+    return fitting
+
+
+def _larger_chunk(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+    larger = [chunk for chunk in TOKEN_CHUNKS if chunk > choice.token_chunk]
+    if not larger or choice.token_chunk >= work.rows:
+        return None
+    return replace(choice, token_chunk=larger[0])
+
+
+def _fewer_groups(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+    fewer = [groups for groups in _head_groups(model) if groups < choice.head_groups]
+    return replace(choice, head_groups=fewer[0]) if fewer else None
+
+
+def _cached_text(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+    """Cache the text's keys and values where that spares more bytes per pass than residents of the same size."""
+    if choice.cache_text_kv or not model.text_kv_bytes:
+        return None
+    streamed = model.num_blocks - choice.num_resident
+    held = choice.num_resident + min(streamed, limits.num_slots or DEFAULT_SLOTS)
+    cost = model.text_cache_bytes(work) - held * model.text_kv_bytes
+    return replace(choice, cache_text_kv=True) if cost < streamed * model.text_kv_bytes else None
+
+
+def _kept_fixed(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+    """Keep what is needed only before the blocks: its copy in every pass hides behind nothing."""
+    return replace(choice, lend_fixed=False) if choice.lend_fixed else None
+
+
+def _more_residents(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+    """More residents, so many that the streamed count is a multiple of the slots: prefetch then wraps seamlessly."""
+    slots = limits.num_slots or DEFAULT_SLOTS
+    streamed = model.num_blocks - choice.num_resident
+    if streamed == 0:
+        return None
+    fewer = (streamed - 1) // slots * slots
+    if fewer <= slots:  # a ring as large as what streams through it: rather keep everything
+        fewer = 0
+    return replace(choice, num_resident=model.num_blocks - fewer)
+
+
+def _head_groups(model: ModelFootprint) -> list[int]:
+    """Numbers of head groups worth having, most first: even ones, of 4 heads up to what runs at full speed, or one."""
+    heads = model.num_heads
+    even = [groups for groups in range(heads, 0, -1) if heads % groups == 0 and heads // groups >= 4] or [1]
+    full = next((groups for groups in even if heads // groups >= FULL_SPEED_HEADS), 1)
+    return [groups for groups in even if groups >= full or groups == 1]
+
+
+def _rung(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Rung:
+    sizes = model.streamable_bytes(choice.cache_text_kv)
+    resident = spread_residents(model.num_blocks, choice.num_resident)
+    kept = set(resident)
+    streamed = tuple(size for index, size in enumerate(sizes) if index not in kept)
+    num_slots = min(limits.num_slots or DEFAULT_SLOTS, len(streamed))
+    total = sum(streamed)
+    blocks = BlockPlacement(model.num_blocks, resident, num_slots, ring_bytes(streamed, num_slots), total)
+    host, transfer = _host_side(model, sizes, streamed, limits)
+    return Rung(
+        choice,
+        blocks,
+        host,
+        denoise_memory(model, work, choice, blocks.ring_bytes, sum(sizes) - total, limits),
+        PassTimes(compute_seconds(model, work, choice, limits), transfer),
+    )
+
+
+def _host_side(
+    model: ModelFootprint, sizes: tuple[int, ...], streamed: tuple[int, ...], limits: Limits
+) -> tuple[HostMemory, float]:
+    """Where the streamed blocks, of all the blocks' sizes, come from, and the seconds that they take."""
+    ram, cap = limits.ram_budget_bytes, limits.pinned_cap_bytes
+    # all of it: residents stay in RAM too, and so do weights whose keys and values are cached, for the next prompt
+    host_bytes = model.once_bytes + sum(model.block_bytes)
+    if ram is None or host_bytes + RAM_MARGIN_BYTES <= ram:
+        pinned = _pinned_bytes(streamed, cap)
+        pageable = sum(streamed) - pinned
+        seconds = pinned / (1e9 * limits.h2d_gbps) + pageable / (1e9 * limits.pageable_gbps)
+        return HostMemory(pinned, pageable, False, 0), seconds
+    num_staging = MAX_STAGING if MAX_STAGING * max(sizes) + RAM_MARGIN_BYTES <= ram else MIN_STAGING
+    staging = (max(streamed),) * num_staging if streamed else ()
+    pinned = _pinned_bytes(staging, cap)
+    seconds = sum(streamed) / (1e9 * min(limits.disk_gbps, limits.h2d_gbps))
+    return HostMemory(pinned, sum(staging) - pinned, True, num_staging), seconds
+
+
+def _pinned_bytes(streamed: tuple[int, ...], cap: int | None) -> int:
+    """Whole blocks, in order, for as long as they stay under the cap."""
+    pinned = 0
+    for size in streamed:
+        if cap is not None and pinned + size > cap:
+            break
+        pinned += size
+    return pinned

@@ -1,0 +1,304 @@
+"""What a model and a piece of work cost: bytes of VRAM and seconds, by arithmetic alone.
+
+The activation arithmetic mirrors `wanvideo/network/model.py`: x, q, k and v are the only token-sized buffers. Sizes
+are bytes, rates are decimal (1 TFLOP/s = 1e12, 1 GB/s = 1e9), and "rows" are the tokens of all samples of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+MIB = 2**20
+GIB = 2**30
+UNLIMITED = 1 << 60  # VRAM, where the device has no memory of its own
+
+# Rows of a matrix product, and the share of full speed it reaches with at least so many: fewer leave the last wave of
+# tiles half empty. Likewise for the heads of an attention call.
+GEMM_EFFICIENCY = ((32768, 1.0), (16384, 0.99), (8192, 0.98), (4096, 0.95), (2048, 0.88), (1024, 0.78), (0, 0.58))
+FULL_SPEED_HEADS = 8
+GROUPED_EFFICIENCY = 0.99
+FEW_HEADS_EFFICIENCY = 0.96
+
+# The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact.
+DENSE_CHUNK_TENSORS, QUANTIZED_CHUNK_TENSORS = 1.25, 3.0  # of rows of the model's width; measured
+SLACK_FRACTION = 0.03
+SLACK_BYTES = 32 * MIB
+
+
+def in_gib(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class VaeFootprint:
+    """Decoding costs: the causal-convolution cache and the working set grow with the pixels of a frame or tile."""
+
+    weight_bytes: int
+    cache_bytes_per_pixel: int
+    working_bytes_per_pixel: int
+
+    def moving_bytes(self, work: WorkSize, tile: int) -> int:
+        """What decoding takes beside weights and latents in tiles of `tile` pixels (0: whole frames)."""
+        height, width = (min(size, tile or size) for size in (work.height, work.width))
+        return height * width * (self.cache_bytes_per_pixel + self.working_bytes_per_pixel)
+
+
+@dataclass(frozen=True)
+class ModelFootprint:
+    """A transformer as the planner sees it.
+
+    `block_bytes` holds the stored bytes of each block in order, `text_kv_bytes` the part of every block that makes
+    keys and values of the text (and image) and need not be there once they are cached (0: cannot be cached).
+    `once_bytes` of all blocks together are needed once per run: they stay in host memory and are not among the others.
+    `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
+    time: 0 where weights are stored in the compute dtype. `lendable_bytes` of the fixed ones are needed only for a
+    moment before the blocks, and can be brought for it. `chunk_tensors` are those of one chunk of rows: what is normed,
+    and for products in 8 bits their rows as well.
+    """
+
+    name: str
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    block_bytes: tuple[int, ...]
+    fixed_bytes: int
+    once_bytes: int = 0
+    text_kv_bytes: int = 0
+    lendable_bytes: int = 0
+    scratch_elements: int = 0
+    in_channels: int = 16
+    latent_channels: int = 16
+    text_tokens: int = 512
+    image_tokens: int = 0
+    compute_bytes: int = 2
+    chunk_tensors: float = DENSE_CHUNK_TENSORS
+    vae: VaeFootprint | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_bytes)
+
+    @property
+    def context_tokens(self) -> int:
+        return self.text_tokens + self.image_tokens
+
+    def streamable_bytes(self, cache_text_kv: bool) -> tuple[int, ...]:
+        """Bytes of each block that a pass needs, with or without the text's keys and values cached."""
+        spared = self.text_kv_bytes if cache_text_kv else 0
+        return tuple(size - spared for size in self.block_bytes)
+
+    def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """x, the pool of q, k, v and FFN hidden, rotary angles, and the largest of the temporaries."""
+        dim, rows, element = self.dim, work.rows, self.compute_bytes
+        chunk = min(choice.token_chunk, rows)
+        pool = max(3 * rows * dim, chunk * self.ffn_dim) * element
+        angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
+        return rows * dim * element + pool + angles + self.temporary_bytes(work, choice, limits)
+
+    def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """The largest of what is needed for a moment of a block."""
+        dim, rows, element = self.dim, work.rows, self.compute_bytes
+        chunk = min(choice.token_chunk, rows)
+        # eager steps work in fp32
+        chunk_bytes = self.chunk_tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)
+        return max(
+            self._attention_bytes(rows, choice.head_groups, limits.sage_attention),
+            int(chunk * chunk_bytes),
+            0 if choice.cache_text_kv else self._text_projection_bytes(work),
+        )
+
+    def _attention_bytes(self, rows: int, head_groups: int, sage_attention: bool) -> int:
+        """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
+        outputs = 2 if self.image_tokens else 1
+        output = outputs * rows * self.dim * self.compute_bytes
+        # Sage keeps int8 copies of q and k and a 16-bit v, its version 1 another k besides; the exact backends keep one
+        # fp32 sum per row and head
+        workspace = rows * self.dim * 6 if sage_attention else rows * self.num_heads * 4
+        return -(-(output + workspace) // head_groups)
+
+    def _text_projection_bytes(self, work: WorkSize) -> int:
+        """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
+        weight = self.dim**2 * self.compute_bytes if self.scratch_elements else 0
+        return weight + work.batch * self.context_tokens * self.dim * (2 * 4 + 2 * self.compute_bytes)
+
+    def text_cache_bytes(self, work: WorkSize) -> int:
+        """Keys and values of all prompts' text in every block."""
+        rows = work.batch * work.passes_per_step * self.context_tokens
+        return self.num_blocks * 2 * rows * self.dim * self.compute_bytes
+
+    def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
+        """FLOPs of one pass, (matrix products, attention): per block 2 M (6 d^2 + 2 d ffn) and 4 tokens^2 d batch."""
+        dim = self.dim
+        products = 2.0 * work.rows * (6 * dim**2 + 2 * dim * self.ffn_dim)
+        if not cache_text_kv:
+            products += 2.0 * work.batch * self.context_tokens * 2 * dim**2
+        attention = 4.0 * work.rows * (work.tokens + self.context_tokens) * dim
+        return self.num_blocks * products, self.num_blocks * attention
+
+    def text_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """The embedded prompts and, where cached, their keys and values."""
+        context_rows = work.batch * work.passes_per_step * self.context_tokens
+        cached = self.text_cache_bytes(work) if choice.cache_text_kv else 0
+        return 2 * context_rows * self.dim * self.compute_bytes + cached
+
+
+@dataclass(frozen=True)
+class WorkSize:
+    """What to make: a video of `frames` x `height` x `width` pixels, `batch` samples in one forward pass.
+
+    `passes_per_step` is 2 where guidance runs cond and uncond one after the other.
+    """
+
+    frames: int
+    height: int
+    width: int
+    batch: int = 1
+    passes_per_step: int = 1
+    stride: tuple[int, int, int] = (4, 8, 8)
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "batch", "passes_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Latent frames, height and width; the first latent frame holds a single frame."""
+        time, height, width = self.stride
+        return (self.frames - 1) // time + 1, -(-self.height // height), -(-self.width // width)
+
+    @property
+    def latent_positions(self) -> int:
+        return math.prod(self.latent_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample."""
+        return math.prod(-(-size // patch) for size, patch in zip(self.latent_size, self.patch, strict=True))
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all samples of one pass."""
+        return self.batch * self.tokens
+
+    def advice(self, frames: int) -> str:
+        """What to do so that there are at most so many frames."""
+        return f"make at most {frames} frames"
+
+    @property
+    def size_unit(self) -> int:
+        """Height and width are multiples of this many pixels."""
+        return self.stride[1] * self.patch[1]
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}, {self.frames} frame{'s' if self.frames > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The knobs that the planner turns."""
+
+    token_chunk: int
+    head_groups: int
+    cache_text_kv: bool
+    num_resident: int
+    lend_fixed: bool
+
+
+@dataclass(frozen=True)
+class DenoiseMemory:
+    """Bytes of VRAM while denoising, one field per line of the plan's table."""
+
+    context: int  # CUDA context and library workspaces
+    fixed_weights: int
+    residents: int
+    ring: int
+    activations: int  # x, q, k, v, attention and chunk temporaries, rotary angles
+    scratch: int  # weights unpacked to the compute dtype
+    text: int  # embedded prompt and, where cached, its keys and values
+    latents: int
+    slack: int  # allocator rounding and fragmentation
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may use, what the machine brings, and what the user fixed by hand.
+
+    `vram_budget_bytes` is for the whole process, context included. `ram_budget_bytes` and `pinned_cap_bytes` are
+    unlimited when None. `blocks_to_swap` is -1 for the planner's choice, or exactly that many streamed blocks;
+    `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels run here.
+    The default rates are those of a small card in an old slot; measured ones make better plans.
+    """
+
+    vram_budget_bytes: int
+    context_bytes: int = int(0.73 * GIB)
+    ram_budget_bytes: int | None = None
+    pinned_cap_bytes: int | None = None
+    blocks_to_swap: int = -1
+    num_slots: int | None = None
+    fused: bool = True
+    sage_attention: bool = False
+    tflops_matmul: float = 40.0
+    tflops_attention: float = 30.0
+    h2d_gbps: float = 12.0
+    pageable_gbps: float = 5.0
+    disk_gbps: float = 1.5
+
+    @property
+    def ram_is_the_device(self) -> bool:
+        """Whether blocks lie in RAM when they are on the device, as on a CPU."""
+        return self.vram_budget_bytes >= UNLIMITED
+
+    def __post_init__(self) -> None:
+        for name in ("tflops_matmul", "tflops_attention", "h2d_gbps", "pageable_gbps", "disk_gbps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a rate must be above 0")
+
+
+def denoise_memory(
+    model: ModelFootprint, work: WorkSize, choice: Choice, ring_bytes: int, resident_bytes: int, limits: Limits
+) -> DenoiseMemory:
+    """Predicted VRAM of a denoising pass."""
+    activations = model.activation_bytes(work, choice, limits)
+    scratch = model.scratch_elements * model.compute_bytes
+    text = model.text_bytes(work, choice)
+    channels = 10 * model.latent_channels + max(0, model.in_channels - model.latent_channels)
+    latents = 4 * work.batch * work.latent_positions * channels  # fp32, of solver, guidance and preview
+    return DenoiseMemory(
+        context=limits.context_bytes,
+        fixed_weights=model.fixed_bytes - (model.lendable_bytes if choice.lend_fixed else 0),
+        residents=resident_bytes,
+        ring=ring_bytes,
+        activations=activations,
+        scratch=scratch,
+        text=text,
+        latents=latents,
+        slack=SLACK_BYTES + int(SLACK_FRACTION * (activations + scratch + text + latents)),
+    )
+
+
+def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile: int, context_bytes: int) -> int:
+    """Predicted VRAM of decoding in `tile` x `tile` pixels (0: whole frames); finished frames leave the device."""
+    latents = 2 * 4 * work.batch * work.latent_positions * latent_channels
+    moving = vae.moving_bytes(work, tile) + latents
+    return context_bytes + vae.weight_bytes + moving + SLACK_BYTES + int(SLACK_FRACTION * moving)
+
+
+def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> float:
+    """Predicted time of one pass when no block has to be waited for."""
+    products, attention = model.pass_flops(work, choice.cache_text_kv)
+    rows = choice.token_chunk if choice.token_chunk < work.rows else GEMM_EFFICIENCY[0][0]  # all at once is the best
+    share = next(share for least, share in GEMM_EFFICIENCY if rows >= least)
+    few_heads = model.num_heads < FULL_SPEED_HEADS * choice.head_groups
+    attention_share = 1.0
+    if choice.head_groups > 1:
+        attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
+    products_seconds = products / (limits.tflops_matmul * 1e12 * share)
+    return products_seconds + attention / (limits.tflops_attention * 1e12 * attention_share)

@@ -1,0 +1,78 @@
+"""What a run may use on this machine: its budgets as the user gave them, or what is free."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from ..stream.pinned import default_pinned_cap
+from .footprint import GIB, UNLIMITED, Limits
+from .rates import Rates, measure_rates
+
+logger = logging.getLogger(__name__)
+
+RESERVE_BYTES = GIB // 2  # left to the desktop when the budget is what is free
+
+
+def limits_for(
+    device: torch.device,
+    *,
+    vram_budget_gib: float | None = None,
+    ram_budget_gib: float | None = None,
+    blocks_to_swap: int = -1,
+    num_slots: int | None = None,
+    fused: bool = False,
+    sage_attention: bool = False,
+    measure: bool = True,
+) -> Limits:
+    """The limits for `device`; on a CPU only RAM counts.
+
+    `measure` times this machine's rates; without it a GPU that need not be here is assumed, and a budget is needed.
+    """
+    ram = None if ram_budget_gib is None else int(ram_budget_gib * GIB)
+    if device.type != "cuda":
+        return Limits(UNLIMITED, context_bytes=0, ram_budget_bytes=ram, blocks_to_swap=blocks_to_swap, fused=fused)
+    limits = Limits(
+        0 if vram_budget_gib is None else int(vram_budget_gib * GIB),
+        ram_budget_bytes=ram,
+        pinned_cap_bytes=default_pinned_cap(),
+        blocks_to_swap=blocks_to_swap,
+        num_slots=num_slots,
+        fused=fused,
+        sage_attention=sage_attention,
+    )
+    if not measure:
+        return limits
+    limits = with_rates(limits, measure_rates(device))
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    if vram_budget_gib is not None:
+        if limits.vram_budget_bytes > total:
+            logger.warning("a VRAM budget of %g GiB: this card has %.2f GiB", vram_budget_gib, total / GIB)
+        return replace(limits, vram_budget_bytes=min(total, limits.vram_budget_bytes))
+    # what is free, and the context that this process has already
+    return replace(limits, vram_budget_bytes=min(total, free + limits.context_bytes) - RESERVE_BYTES)
+
+
+def with_rates(limits: Limits, rates: Rates | None) -> Limits:
+    """The same limits on a device that is as fast as was measured; None: as fast as they assume."""
+    if rates is None:
+        return limits
+    return replace(
+        limits,
+        tflops_matmul=rates.tflops_matmul,
+        tflops_attention=rates.tflops_attention,
+        h2d_gbps=rates.h2d_gbps,
+    )
+
+
+def hold_budget(device: torch.device, limits: Limits) -> None:
+    """Make PyTorch's allocator refuse what would break the budget, so that a pass is retried instead of spilling."""
+    if device.type != "cuda":
+        return
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = max(0, limits.vram_budget_bytes - limits.context_bytes)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

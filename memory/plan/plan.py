@@ -1,0 +1,235 @@
+"""The memory plan of a run, or why there is none and what would fit; arithmetic only, nothing touches a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .candidates import MIN_STAGING, RAM_MARGIN_BYTES, BlockPlacement, HostMemory, PassTimes, Rung, fastest_rung, ladder
+from .footprint import (
+    GIB,
+    MIB,
+    Choice,
+    DenoiseMemory,
+    Limits,
+    ModelFootprint,
+    VaeFootprint,
+    WorkSize,
+    decode_memory,
+    in_gib,
+)
+from .tiles import TILES, fitting_tile, smaller_tiles
+
+BUDGET_STEP_BYTES = 64 * MIB
+RETRY_BYTES = 256 * MIB
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """Bytes of VRAM while decoding in tiles of a side in pixels, 0 for whole frames. No bytes: the plan has no VAE."""
+
+    tile: int
+    total: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How one model and one piece of work use the device; everything a streamer and a model need to be set up."""
+
+    model: ModelFootprint
+    work: WorkSize
+    limits: Limits
+    choice: Choice
+    blocks: BlockPlacement
+    host: HostMemory
+    denoise: DenoiseMemory
+    times: PassTimes
+    decode: DecodeMemory
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.limits.vram_budget_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted."""
+        return max(self.denoise.total, self.decode.total)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Predicted."""
+        return self.work.passes_per_step * self.times.total
+
+
+class PlanError(ValueError):
+    """The work does not fit; the message and the fields say what would.
+
+    `smallest_budget_bytes` is VRAM, `smallest_ram_bytes` RAM; `largest_frames` keeps the size, `largest_size`
+    (height, width) keeps the frames and the shape. None where no such change helps.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        smallest_budget_bytes: int | None = None,
+        largest_frames: int | None = None,
+        largest_size: tuple[int, int] | None = None,
+        smallest_ram_bytes: int | None = None,
+    ):
+        super().__init__(message)
+        self.smallest_budget_bytes = smallest_budget_bytes
+        self.largest_frames = largest_frames
+        self.largest_size = largest_size
+        self.smallest_ram_bytes = smallest_ram_bytes
+
+
+def plan_memory(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
+    """The fastest plan within the limits; PlanError says what would fit where none does."""
+    _check_by_hand(model, limits)
+    rung, decode = fastest_rung(model, work, limits, limits.vram_budget_bytes), _choose_tile(model, work, limits)
+    if rung is None or decode is None:
+        raise _refusal(model, work, limits)
+    if rung.host.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
+        return plan_memory(model, work, replace(limits, blocks_to_swap=model.num_blocks))  # no resident is for free
+    _check_ram(model, rung, limits)
+    return _plan(model, work, limits, rung, decode)
+
+
+def plan_leaner(plan: MemoryPlan) -> MemoryPlan:
+    """A plan that denoises in less VRAM than `plan`, by 256 MiB where possible, for a retry after the device ran out.
+
+    PlanError where `plan` is the leanest there is.
+    """
+    needed = plan.denoise.total
+    for spared in (RETRY_BYTES, 1):
+        rung = fastest_rung(plan.model, plan.work, plan.limits, needed - spared)
+        if rung is not None:
+            return _plan(plan.model, plan.work, plan.limits, rung, plan.decode)
+    raise PlanError(f"{plan.model.name} at {plan.work} cannot denoise in less than {in_gib(needed)} of VRAM")
+
+
+def _plan(model: ModelFootprint, work: WorkSize, limits: Limits, rung: Rung, decode: DecodeMemory) -> MemoryPlan:
+    parts = rung.choice, rung.blocks, rung.host, rung.denoise, rung.times
+    return MemoryPlan(model, work, limits, *parts, decode)
+
+
+def _choose_tile(model: ModelFootprint, work: WorkSize, limits: Limits) -> DecodeMemory | None:
+    """The largest VAE tile whose decode fits the budget (0: whole frames)."""
+    if model.vae is None:
+        return DecodeMemory(0, 0)
+    vae = model.vae
+
+    def needed(tile: int) -> int:
+        return _decode_bytes(model, vae, work, limits, tile)
+
+    tile = fitting_tile(max(work.height, work.width), needed, limits.vram_budget_bytes)
+    return None if tile is None else DecodeMemory(tile, needed(tile))
+
+
+def decode_tiles(plan: MemoryPlan) -> tuple[int, ...]:
+    """The plan's VAE tile (0: whole frames), then smaller ones, for retries after the device ran out."""
+    return plan.decode.tile, *smaller_tiles(plan.decode.tile or max(plan.work.height, plan.work.width))
+
+
+def _decode_bytes(model: ModelFootprint, vae: VaeFootprint, work: WorkSize, limits: Limits, tile: int) -> int:
+    return decode_memory(vae, work, model.latent_channels, tile, limits.context_bytes)
+
+
+def _leanest_bytes(model: ModelFootprint, work: WorkSize, limits: Limits) -> int:
+    """The smallest peak of any plan for this work."""
+    denoise = min(rung.denoise.total for rung in ladder(model, work, limits))
+    if model.vae is None:
+        return denoise
+    return max(denoise, _decode_bytes(model, model.vae, work, limits, TILES[-1]))
+
+
+def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:
+    if not -1 <= limits.blocks_to_swap <= model.num_blocks:
+        raise PlanError(
+            f"blocks_to_swap is {limits.blocks_to_swap}, but {model.name} has {model.num_blocks} blocks: "
+            f"use -1 (planned) or 0 to {model.num_blocks}"
+        )
+    if limits.num_slots is not None and limits.num_slots < 2:
+        raise PlanError(
+            f"num_slots is {limits.num_slots}: streaming needs at least 2 (one block computes while the next arrives)"
+        )
+
+
+def _check_ram(model: ModelFootprint, rung: Rung, limits: Limits) -> None:
+    if not rung.host.from_disk or limits.ram_budget_bytes is None:
+        return
+    num_buffers = MIN_STAGING if rung.blocks.num_streamed else 1  # residents are read one after the other
+    needed = num_buffers * max(model.block_bytes) + RAM_MARGIN_BYTES
+    if needed > limits.ram_budget_bytes:
+        smallest = _round_up(needed)
+        buffers = f"{num_buffers} staging buffer{'s' if num_buffers > 1 else ''}"
+        raise PlanError(
+            f"{model.name} cannot stream from disk in {in_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the "
+            f"process need {in_gib(needed)}. Raise the RAM budget to at least {smallest / GIB:g} GiB",
+            smallest_ram_bytes=smallest,
+        )
+
+
+def _refusal(model: ModelFootprint, work: WorkSize, limits: Limits) -> PlanError:
+    """What does not fit, by how much, and every single change that would make it fit."""
+    needed = _leanest_bytes(model, work, limits)
+    smallest = _round_up(needed)
+
+    def fits(other: WorkSize) -> bool:
+        return _leanest_bytes(model, other, limits) <= limits.vram_budget_bytes
+
+    frames = _largest_frames(work, fits)
+    size = _largest_size(work, fits)
+    advice = [f"raise the VRAM budget to at least {smallest / GIB:g} GiB"]
+    if limits.blocks_to_swap >= 0 and (swap := _smallest_swap(model, work, limits)) is not None:
+        advice.append(f"set blocks_to_swap to at least {swap}")
+    if frames is not None:
+        advice.append(work.advice(frames))
+    if size is not None:
+        advice.append(f"make the video at most {size[1]}x{size[0]}")
+    streamed = "all blocks" if limits.blocks_to_swap < 0 else f"{limits.blocks_to_swap} of {model.num_blocks} blocks"
+    return PlanError(
+        f"{model.name} at {work} does not fit in {in_gib(limits.vram_budget_bytes)} of VRAM: the leanest plan, with "
+        f"{streamed} streamed, needs {in_gib(needed)}. Do one of these: {'; '.join(advice)}",
+        smallest_budget_bytes=smallest,
+        largest_frames=frames,
+        largest_size=size,
+    )
+
+
+def _round_up(size: int) -> int:
+    return -(-size // BUDGET_STEP_BYTES) * BUDGET_STEP_BYTES
+
+
+def _largest_frames(work: WorkSize, fits: Callable[[WorkSize], bool]) -> int | None:
+    stride = work.stride[0]
+    count = _largest((work.frames - 1) // stride + 1, lambda n: fits(replace(work, frames=stride * (n - 1) + 1)))
+    return stride * (count - 1) + 1 if count else None
+
+
+def _largest_size(work: WorkSize, fits: Callable[[WorkSize], bool]) -> tuple[int, int] | None:
+    """The largest (height, width) of about the same shape, both multiples of the size unit."""
+    unit, short = work.size_unit, min(work.height, work.width)
+
+    def scaled(units: int) -> WorkSize:
+        height, width = (max(unit, round(side * units / short) * unit) for side in (work.height, work.width))
+        return replace(work, height=height, width=width)
+
+    units = _largest(short // unit, lambda n: fits(scaled(n)))
+    return (scaled(units).height, scaled(units).width) if units else None
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest n in 1 … most that fits where n + 1 does not; 0 where not even 1 does."""
+    low, high = 0, most + 1  # low fits (or is 0), high does not or is out of range
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _smallest_swap(model: ModelFootprint, work: WorkSize, limits: Limits) -> int | None:
+    for count in range(limits.blocks_to_swap + 1, model.num_blocks + 1):
+        if _leanest_bytes(model, work, replace(limits, blocks_to_swap=count)) <= limits.vram_budget_bytes:
+            return count
+    return None

@@ -1,0 +1,1 @@
+"""Blocks on their way: from RAM or the disk through pinned memory into the device's ring."""

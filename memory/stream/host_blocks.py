@@ -1,0 +1,260 @@
+"""A model's blocks in host memory: one exact, pinned, flat extent per block, in the file's bytes."""
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+
+from torch import Tensor
+
+from ...system.host_memory import allocate_extent
+from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
+from .pinned import CudaRegistrar, PinnedBudget, Registrar, default_pinned_cap
+from .staging import Fence, Job, Staging
+
+__all__ = ["CudaRegistrar", "HostBlocks", "PinnedBudget", "Registrar", "default_pinned_cap"]
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_STAGING_BUFFERS = 2
+_STAGING_CHUNK = 32 << 20  # bytes that one thread copies at a time
+
+
+class HostBlocks:
+    """All blocks in RAM, read once, straight to where the device copies them from.
+
+    `pin` names the blocks to pin while reading (default: all; those that will be streamed are enough).
+    `check` is called ten times a second meanwhile and may raise to give up. Extents that cannot be pinned
+    stay pageable and travel through a small pinned staging pair. Without a `budget` nothing is pinned; another one
+    may be given between runs while nothing is pinned.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        layouts: Sequence[BlockLayout],
+        budget: PinnedBudget | None = None,
+        pin: Collection[int] | None = None,
+        num_threads: int = 8,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self.layouts = tuple(layouts)
+        self.extents: list[Tensor] = []  # per block [nbytes] uint8
+        self._areas: list[Tensor] = []  # the same, rounded up to whole pages: what gets pinned
+        self.budget = budget
+        self._pinned: set[int] = set()
+        self._refused: set[int] = set()
+        self._complaints: set[str] = set()
+        self._staging: Staging | None = None
+        self._staged: frozenset[int] = frozenset()
+        self._part = Part.ALL
+        self._num_threads = num_threads
+        self._lock = threading.Lock()
+        try:
+            for layout in self.layouts:
+                area = allocate_extent(layout.nbytes)
+                self._areas.append(area)
+                self.extents.append(area[: layout.nbytes])
+            wanted = range(len(self.layouts)) if pin is None else pin
+            self._read(source, self._within_cap(wanted), check)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes pinned for these blocks, the staging pair included."""
+        staging = self._staging.pinned_bytes if self._staging is not None else 0
+        return sum(self._areas[index].numel() for index in self._pinned) + staging
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory held, pinned or not."""
+        staging = self._staging.host_bytes if self._staging is not None else 0
+        return sum(area.numel() for area in self._areas) + staging
+
+    def refill(self, source: TensorSource, check: Callable[[], None] | None = None, pin: Collection[int] = ()) -> None:
+        """Read another model of the same layout (Wan 2.2's other expert) over this one's extents, pinned as they are.
+
+        Of the blocks to `pin` those that are not yet are pinned while they are read. The streamer must be unloaded or
+        have lost its ring first. Raises LayoutError on another layout.
+        """
+        for layout in self.layouts:
+            for place in layout.places:
+                info = source.tensors.get(f"{layout.prefix}.{place.name}")
+                if info is None or (info.dtype, tuple(info.shape)) != (place.dtype, place.shape):
+                    raise LayoutError(
+                        f"{layout.prefix}.{place.name}: expected {place.dtype} {place.shape} as in the model "
+                        f"now in memory, got {None if info is None else (info.dtype, tuple(info.shape))}; "
+                        f"load this model on its own"
+                    )
+        self.pause()
+        self._read(source, self._within_cap(set(pin) - self._pinned - self._refused), check)
+
+    # What a streamer asks of its source; DiskBlocks answers the same.
+
+    def prepare(self, order: Sequence[int], part: Part) -> None:
+        """Blocks `order` will be copied to the device over and over, this part of each."""
+        self.pause()
+        self._part = part
+        if self.budget is None or not order:
+            return
+        missing = set(order) - self._pinned - self._refused
+        for index in sorted(self._within_cap(missing)):
+            self._pin(index)
+        self._staged = frozenset(order) - self._pinned
+        if self._staged:
+            self._start_staging([index for index in order if index in self._staged])
+
+    def available(self, index: int) -> bool:
+        """Whether `pieces` would return at once."""
+        if self._staging is None or index not in self._staged:
+            return True
+        return self._staging.available(index)
+
+    def pieces(self, index: int) -> list[tuple[Tensor, int]]:
+        """The block's bytes as (host bytes, offset in the part) pairs; may wait for staging."""
+        start, stop = self.layouts[index].span(self._part)
+        if self._staging is None or index not in self._staged:
+            return [(self.extents[index][start:stop], 0)]
+        return [(self._staging.take(index)[: stop - start], 0)]
+
+    def sent(self, index: int, fence: Fence) -> None:
+        """The copies of `pieces(index)` have been issued; `fence` tells when they are done."""
+        if self._staging is not None and index in self._staged:
+            self._staging.sent(fence)
+
+    def fetch(self, index: int, part: Part, out: Tensor) -> None:
+        """Copy a part of a block to `out` and wait for it; for what stays on the device."""
+        start, stop = self.layouts[index].span(part)
+        out.copy_(self.extents[index][start:stop])
+
+    def pause(self) -> None:
+        """Stop threads and free staging until the next `prepare`."""
+        staging, self._staging, self._staged = self._staging, None, frozenset()
+        if staging is not None:
+            staging.close()
+
+    def retry_pinning(self) -> None:
+        """The next `prepare` asks for what was refused too: others may have given pinned memory back."""
+        self._refused.clear()
+
+    def unpin(self) -> None:
+        """Give the pinned memory back and keep the bytes; `prepare` pins again. Unload the streamer first."""
+        self.pause()
+        self.retry_pinning()
+        while self._pinned and self.budget is not None:
+            index = next(iter(self._pinned))
+            self.budget.unpin(self._areas[index])
+            self._pinned.discard(index)
+
+    def release(self) -> None:
+        """Unpin and free everything; again is harmless. Unload the streamer first."""
+        self.unpin()
+        self.extents.clear()
+        self._areas.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock") and not sys.is_finalizing():
+            self.release()
+
+    def _within_cap(self, wanted: Collection[int]) -> frozenset[int]:
+        """Of the blocks wanted pinned, the first that fit, with room kept for staging if not all do."""
+        if self.budget is None:
+            return frozenset()
+        room = self.budget.cap_bytes - self.budget.pinned_bytes
+        sizes = {index: self._areas[index].numel() for index in sorted(wanted)}
+        if sum(sizes.values()) > room or self._refused:
+            room -= _STAGING_BUFFERS * max(area.numel() for area in self._areas)
+        chosen = set()
+        for index, nbytes in sizes.items():
+            if nbytes <= room:
+                room -= nbytes
+                chosen.add(index)
+            else:
+                self._complain(index, f"the cap of {self.budget.cap_bytes / 2**30:.2f} GiB is reached")
+        return frozenset(chosen)
+
+    def _read(self, source: TensorSource, pin: frozenset[int], check: Callable[[], None] | None) -> None:
+        stop = threading.Event()
+        left = [len(layout.places) for layout in self.layouts]
+
+        def read(index: int, place: TensorPlace) -> None:
+            if stop.is_set():
+                return
+            out = self.extents[index][place.offset : place.offset + place.nbytes]
+            source.read_into(f"{self.layouts[index].prefix}.{place.name}", out)
+            with self._lock:
+                left[index] -= 1
+                complete = left[index] == 0
+            # Pinning pages that are already there is quick, and other threads read on meanwhile.
+            if complete and index in pin and not stop.is_set():
+                self._pin(index)
+
+        threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="lowvram-read")
+        try:
+            jobs = [
+                threads.submit(read, index, place)
+                for index, layout in enumerate(self.layouts)
+                for place in layout.places
+            ]
+            _wait(jobs, check)
+        finally:
+            stop.set()
+            threads.shutdown(wait=True, cancel_futures=True)
+
+    def _pin(self, index: int) -> None:
+        assert self.budget is not None
+        reason = self.budget.pin(self._areas[index])
+        if reason is None:
+            self._pinned.add(index)
+        else:
+            self._complain(index, reason)
+
+    def _complain(self, index: int, reason: str) -> None:
+        self._refused.add(index)
+        with self._lock:
+            known = reason in self._complaints
+            self._complaints.add(reason)
+        if not known:
+            log.warning(
+                "%s and perhaps more blocks stay in pageable memory, which is slower to copy from: %s",
+                self.layouts[index].prefix,
+                reason,
+            )
+
+    def _start_staging(self, order: list[int]) -> None:
+        spans = {index: self.layouts[index].span(self._part) for index in order}
+        parts = {index: self.extents[index][start:stop] for index, (start, stop) in spans.items()}
+        nbytes = max(part.numel() for part in parts.values())
+        fill = partial(_fill, parts)
+        staging = Staging(order, nbytes, fill, self.budget, _STAGING_BUFFERS, self._num_threads)
+        if staging.refusal is not None:
+            # Through unpinned staging every byte would be copied once more for nothing.
+            staging.close()
+            return
+        self._staging = staging
+        staging.start()
+
+
+def _fill(parts: dict[int, Tensor], index: int, buffer: Tensor) -> list[Job]:
+    part = parts[index]
+    pairs = zip(buffer[: part.numel()].split(_STAGING_CHUNK), part.split(_STAGING_CHUNK), strict=True)
+    return [partial(_copy, out, host) for out, host in pairs]
+
+
+def _copy(out: Tensor, host: Tensor) -> None:
+    out.copy_(host)
+
+
+def _wait(jobs: Sequence["Future[None]"], check: Callable[[], None] | None) -> None:
+    pending = set(jobs)
+    while pending:
+        done, pending = wait(pending, timeout=_POLL_SECONDS)
+        for job in done:
+            job.result()
+        if check is not None:
+            check()

@@ -1,0 +1,1 @@
+"""Everything that knows ComfyUI's insides: its memory management, its models, its patches."""

@@ -1,0 +1,322 @@
+"""One model file under ComfyUI's memory management: planned, loaded, run, and given back."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...compilation.blocks import dynamo_limits
+from ...memory.plan.candidates import RAM_MARGIN_BYTES
+from ...memory.plan.footprint import Limits, WorkSize
+from ...memory.plan.limits import hold_budget, limits_for, with_rates
+from ...memory.plan.plan import MemoryPlan, PlanError, plan_memory
+from ...memory.plan.rates import Rates, measure_rates
+from ...memory.plan.table import reasons
+from ...memory.report.report import RunReport
+from ...runtime.run_record import RunRecord
+from ...runtime.settings import RunSettings
+from ...runtime.streamed import StreamedModel
+from ...runtime.turns import Turns
+from ...system.device_errors import is_out_of_memory
+from . import host
+from .options import StreamOptions
+from .patches import SortedPatches, patched_source, sort_patches
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+S = TypeVar("S", bound=StreamedModel[Any])
+DESKTOP_GB = 0.5  # of a card that is not this machine's
+WORTH_A_START = 0.97  # of a step's time: for less, a model that is on its device stays as it is
+ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
+
+
+class Engine(Generic[S]):
+    """Shared by all MODELs that come from one loader; the last one loaded says how it runs (`configure`).
+
+    Nothing is on the device before the first pass: only then is the size of the work known. `open_model` opens a
+    model's file, such as the class StreamedWan.
+    """
+
+    plan_note = ""  # said with every plan that is shown
+
+    def __init__(self, open_model: Callable[..., S], path: Path, settings: RunSettings, turns: Turns | None = None):
+        settings = replace(settings, pinned_memory=host.memory_flags().may_pin)
+        registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
+        self.streamed: S = open_model(path, settings, registrar, host.stop_if_interrupted)
+        if turns is not None:
+            turns.add(self.streamed)
+        self.streamed.on_yield = weakref.WeakMethod(self._tell_owner)
+        self.options = StreamOptions()
+        self.report: RunReport | None = None
+        self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
+        # Of LoRA files, by file and name, while anything uses them: for another strength nothing is read again.
+        self.lora_tensors: weakref.WeakValueDictionary[tuple[str, ...], Tensor] = weakref.WeakValueDictionary()
+        self._patches_id: object = None  # ComfyUI's name for a set of patches
+        self._patches = SortedPatches()
+        self._applied: SortedPatches | None = self._patches  # those that the weights have; None: it failed midway
+        self._rates: Rates | None = None
+        self.record = RunRecord(settings.device)
+        self._running = False
+
+    # What ComfyUI's memory management asks of it
+
+    @property
+    def device(self) -> torch.device:
+        return self.streamed.settings.device
+
+    @property
+    def device_bytes(self) -> int:
+        return self.streamed.device_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.streamed.weights.total_bytes
+
+    def configure(self, options: StreamOptions, patches: Mapping[str, Sequence[Any]], patches_id: object) -> None:
+        """Run as these options say and with these weight patches, from the next pass on."""
+        if options != self.options:
+            self.streamed.stop() if options.same_host_memory(self.options) else self.streamed.release()
+            if options.compile != self.options.compile:
+                self.streamed.compile(options.compile)
+            self.options = options
+        if patches_id != self._patches_id or not patches:
+            self._patches_id = patches_id
+            self._patches = sort_patches(patches, self.streamed.model) if patches else SortedPatches()
+        applied = self._applied
+        if applied is not None and self._patches.same_but_strengths(applied):
+            if self._patches.strengths != applied.strengths:
+                self._applied = None
+                self.streamed.set_lora_strengths(self._patches.strengths)
+            self._applied = self._patches
+        elif self._patches is not self._applied:
+            self.streamed.stop()
+        self._tell_owner()
+
+    def unload(self) -> int:
+        """Free device and pinned memory. The weights stay in RAM where much of it is free. Returns device bytes."""
+        if self._running:  # something else is loaded in the middle of a pass
+            return 0
+        freed = self.device_bytes
+        self.streamed.stop()
+        self.unpin()
+        if host.free_ram() < ROOM_TO_KEEP * self.total_bytes:
+            self.release()
+        self._tell_owner()
+        return freed
+
+    def unpin(self) -> None:
+        """Give pinned memory back while nothing runs."""
+        if not self.streamed.started and not self._running:
+            self.streamed.weights.unpin()
+
+    def release(self) -> None:
+        """Free device and host memory."""
+        self.streamed.release()
+        self._tell_owner()
+
+    def begin_run(self, phase: str | None = "denoise") -> None:
+        """A sampler starts, all of which is one phase of the report; None: it enters phases of its own."""
+        self.end_run()
+        self.record.begin(phase)
+        self.streamed.in_run = True
+        if self.streamed.started:
+            self.record.uses(self.streamed)
+
+    def end_run(self) -> None:
+        """The sampler is done, or gave up."""
+        self.streamed.in_run = False
+        if self.record.running:
+            self.streamed.settle()
+            self.record.end()
+            self.report = self.record.report()
+        self.streamed.forget_contexts()
+
+    # Planning
+
+    def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
+        """The work of one step of a video of this size, in pixels and frames."""
+        raise NotImplementedError
+
+    def plan(self, work: WorkSize, options: StreamOptions | None = None) -> MemoryPlan:
+        """The plan for this work as memory is now. PlanError says what would fit.
+
+        Another model that runs in turn with this one keeps its place while both fit.
+        """
+        options = options or self.options
+        try:
+            return self.streamed.make_plan(work, self.limits(options))
+        except PlanError:
+            if not host.evictable_vram(self._owner(), self.device):
+                raise
+        host.unload_others(self._owner(), self.device)
+        return self.streamed.make_plan(work, self.limits(options))
+
+    def could_be_faster(self, plan: MemoryPlan) -> bool:
+        """Whether memory was short when `plan` was made, or ran out under it, and no longer is."""
+        try:
+            now = self.streamed.make_plan(plan.work, self.limits(self.options))
+        except PlanError:
+            return False
+        return now.seconds_per_step < WORTH_A_START * plan.seconds_per_step
+
+    def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
+        """The plan that a run with these options would have; with `card_gb` on a card of so many GB.
+
+        Where ComfyUI runs on the CPU a card is needed, and planned for in bf16. PlanError says what would fit.
+        """
+        dtype = None if self.device.type == "cuda" else torch.bfloat16
+        if card_gb:
+            limits = self.card_limits(options, card_gb)
+        else:
+            limits = self.limits(options, host.evictable_vram(self._owner(), self.device))
+        return plan_memory(self.streamed.footprint(dtype), work, limits)
+
+    def limits(self, options: StreamOptions, evictable_bytes: int = 0) -> Limits:
+        """What may be used now, this model's own memory included, and as many bytes of VRAM that others will free."""
+        limits = self._limits(options, self.device)
+        if self.device.type != "cuda":
+            return limits
+        return replace(limits, vram_budget_bytes=self._vram_budget(options, limits.context_bytes, evictable_bytes))
+
+    def card_limits(self, options: StreamOptions, card_gb: float) -> Limits:
+        """What might be used on a card of so many GB, half a GiB of it left to the desktop."""
+        budget = min(options.vram_budget_gb or card_gb, card_gb - DESKTOP_GB)
+        return replace(self._limits(options, torch.device("cuda")), vram_budget_bytes=int(budget * GIB))
+
+    def _limits(self, options: StreamOptions, device: torch.device) -> Limits:
+        """All but the budget of VRAM."""
+        flags = host.memory_flags()
+        swap = options.blocks_to_swap
+        if swap < 0 and (flags.keep_all or flags.stream_all):
+            swap = 0 if flags.keep_all else len(self.streamed.blocks)
+        execution = self.streamed.model.execution
+        limits = limits_for(
+            device,
+            vram_budget_gib=0.0,
+            ram_budget_gib=self._ram_budget(options),
+            blocks_to_swap=swap,
+            num_slots=options.prefetch + 1 if options.prefetch else None,
+            fused=execution.ops.name != "eager",
+            sage_attention=execution.attention.name == "sageattn",
+            measure=False,
+        )
+        pinned_cap = 0
+        if options.pinned_memory and flags.may_pin:
+            pinned_cap = host.pinned_room() + self._holder.pinned_bytes
+        limits = replace(limits, pinned_cap_bytes=pinned_cap)
+        if self.device.type != "cuda":
+            return limits
+        if self._rates is None:
+            self._rates = measure_rates(self.device)
+        return with_rates(limits, self._rates)
+
+    def _vram_budget(self, options: StreamOptions, context_bytes: int, evictable_bytes: int = 0) -> int:
+        """For the whole process, as plans count it: with the context, which has its memory already."""
+        ours = self.device_bytes + evictable_bytes
+        free = host.free_vram(self.device) + ours - host.reserved_vram() + context_bytes
+        if not options.vram_budget_gb:
+            return max(0, free)
+        others = max(0, torch.cuda.memory_allocated(self.device) - ours)  # ComfyUI keeps some outside PyTorch
+        return max(0, min(int(options.vram_budget_gb * GIB) - others, free))
+
+    def _ram_budget(self, options: StreamOptions) -> float | None:
+        """GiB; None while all blocks fit in the RAM that is free."""
+        free = host.free_ram() + self._holder.host_bytes
+        if options.ram_budget_gb:
+            return min(options.ram_budget_gb, free / GIB)
+        return free / GIB if free < self.total_bytes + RAM_MARGIN_BYTES else None
+
+    # Running
+
+    def prepare(self) -> None:
+        """Before a run is planned: other models make room for a budget, and the weights carry their patches."""
+        self.streamed.stop()
+        giver = self.streamed.giver()
+        if giver is not None:  # before the plan: what it has of the device is free then
+            giver.make_way()
+        if self.options.vram_budget_gb:
+            host.unload_others(self._owner(), self.device)
+            host.empty_cache()  # what earlier nodes left in PyTorch's cache counts against the budget
+        self._apply_patches()
+
+    def start(self, plan: MemoryPlan) -> None:
+        """Have the model on the device."""
+        with self.within_budget():
+            self.streamed.start_fitting(plan, self.record.add_spans)
+        self.record.uses(self.streamed)
+        self._tell_owner()
+        logger.info("%s\n%s", plan.model.name, "\n".join(reasons(plan)))
+
+    def check_latent(self, latent: Tensor) -> None:
+        """Before one of ComfyUI's samplers runs: ValueError, with the fix, for what this model cannot sample."""
+
+    def _apply_patches(self) -> None:
+        """Have the weights carry the patches that were asked for, and no others."""
+        wanted = self._patches
+        if wanted is self._applied:
+            return
+        checkpoint = self.streamed.checkpoint
+        source = patched_source(checkpoint, wanted.merged) if wanted.merged else checkpoint
+        self._applied = None  # until all of it is there
+        self.streamed.attach_loras(wanted.loras(), wanted.strengths, source)
+        self._applied = wanted
+
+    @contextmanager
+    def returning_memory(self) -> Iterator[None]:
+        """Device and pinned memory are given back when what goes in here fails or is interrupted.
+
+        After an interrupt, or where the device was full, the weights stay in RAM as after `unload`: they are whole,
+        and the next run wants them. After another failure they go too.
+        """
+        self._running = True
+        try:
+            yield
+        except BaseException as error:  # an interrupt is no Exception
+            self._running = False
+            # its frames hold the failed pass's activations for as long as anybody holds the error
+            traceback.clear_frames(error.__traceback__)
+            if host.is_interrupt(error) or is_out_of_memory(error):
+                self.unload()
+            else:
+                self.release()
+            host.empty_cache()
+            raise
+        finally:
+            self._running = False
+
+    @contextmanager
+    def within_budget(self) -> Iterator[None]:
+        """Passes go in here; a budget given by hand is held by PyTorch's allocator meanwhile."""
+        with dynamo_limits(self.options.compile):
+            if not self.options.vram_budget_gb or self.device.type != "cuda":
+                yield
+                return
+            hold_budget(self.device, Limits(int(self.options.vram_budget_gb * GIB)))
+            try:
+                yield
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    @property
+    def _holder(self) -> StreamedModel[Any]:
+        """The model that has the host memory that this one would run in."""
+        return self.streamed.giver() or self.streamed
+
+    def _owner(self) -> nn.Module | None:
+        return self.owner() if self.owner is not None else None
+
+    def _tell_owner(self) -> None:
+        owner: Any = self._owner()
+        if owner is not None:
+            owner.device = self.device if self.streamed.started else host.offload_device()
+            owner.model_loaded_weight_memory = self.device_bytes

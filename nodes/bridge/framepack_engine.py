@@ -1,0 +1,56 @@
+"""A FramePack model under ComfyUI's memory management."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...framepack.footprint import SectionSize
+from ...framepack.streamed import StreamedFramePack
+from ...memory.plan.footprint import GIB, Limits, WorkSize
+from ...runtime.settings import RunSettings
+from . import host
+from .engine import Engine
+
+
+class FramePackEngine(Engine[StreamedFramePack]):
+    """Planned for a section; on the device from its first pass until something else wants the room."""
+
+    plan_note = "FramePack makes a video section by section: its length does not matter to this plan, which is for one."
+
+    def __init__(self, path: Path, settings: RunSettings, model_type: str = "auto"):
+        super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings)
+
+    def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
+        """A section of the usual length: that of the video does not matter."""
+        return SectionSize(4 * 9 - 3, height, width, passes_per_step=passes_per_step)
+
+    def check_latent(self, latent: Tensor) -> None:
+        raise ValueError(
+            "FramePack makes a video section by section, which ComfyUI's samplers cannot do: connect this model to "
+            "FramePack Sampler (Low VRAM)"
+        )
+
+    def leave_device(self) -> None:
+        """Free device memory, for a decoding between sections; the weights stay in host memory as they are."""
+        self.streamed.stop()
+        self._tell_owner()
+        if self.options.vram_budget_gb:  # others count against it, also where no section is made any more
+            host.unload_others(self._owner(), self.device)
+        host.empty_cache()
+
+    def evict_others(self) -> None:
+        """Have all other models leave the device, which had no memory left."""
+        host.unload_others(self._owner(), self.device)
+        host.empty_cache()
+
+    def vram_left(self) -> int | None:
+        """Bytes that a budget given by hand leaves beside what PyTorch holds now; None without one."""
+        if not self.options.vram_budget_gb or self.device.type != "cuda":
+            return None
+        limits = Limits(int(self.options.vram_budget_gb * GIB))
+        used = limits.context_bytes + torch.cuda.memory_allocated(self.device)
+        return max(0, limits.vram_budget_bytes - used)

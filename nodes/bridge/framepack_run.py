@@ -1,0 +1,124 @@
+"""FramePack Sampler's run: what it asks of ComfyUI, and where its video is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from ...framepack.run.film import Film
+from ...framepack.run.host import Grows, RunPlaces
+from ...framepack.sections import FRAMES_PER_SECOND, Section
+from ...framepack.streamed import StreamedFramePack
+from ...framepack.vae.decoding import DecodeRoom
+from ...framepack.vae.model import HunyuanVAE
+from ...memory.plan.footprint import WorkSize
+from ...memory.plan.plan import MemoryPlan
+from ...sampling.solver import StepInfo
+from ...system.atomic_files import write_file
+from . import host
+from .framepack_engine import FramePackEngine
+from .hunyuan_vae import native_decoder, vae_fingerprint
+from .patcher import StreamedModelPatcher
+from .patches import patch_identity
+
+
+class ComfyRunHost:
+    """A `RunHost` under ComfyUI's memory management, progress bar and interrupts."""
+
+    def __init__(self, patcher: StreamedModelPatcher, vae: Any):
+        self._patcher, self._vae = patcher, vae
+        self._engine = cast(FramePackEngine, patcher.engine)
+        self._preview: host.SamplingPreview | None = None
+
+    @property
+    def model(self) -> StreamedFramePack:
+        return self._engine.streamed
+
+    @property
+    def loras(self) -> tuple[Any, ...]:
+        return tuple(patch_identity(self._patcher.patches))
+
+    @contextmanager
+    def running(self, num_steps: int) -> Iterator[None]:
+        self._preview = host.SamplingPreview(self._patcher, max(1, num_steps))
+        host.load_model(self._patcher)
+        self._engine.begin_run(phase=None)
+        try:
+            yield
+        finally:
+            self._engine.end_run()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._engine.record.phase(name), self._engine.returning_memory():
+            yield
+
+    def within_budget(self) -> AbstractContextManager[None]:
+        return self._engine.within_budget()
+
+    def make_plan(self, work: WorkSize) -> MemoryPlan:
+        self._engine.prepare()
+        return self._engine.plan(work)
+
+    def start(self, plan: MemoryPlan) -> None:
+        self._engine.prepare()
+        self._engine.start(plan)
+
+    def free_memory(self) -> None:
+        self._engine.evict_others()
+
+    @contextmanager
+    def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
+        engine = self._engine
+        with engine.within_budget():
+            engine.leave_device()
+            with native_decoder(self._vae, latents, engine.vram_left) as decoder:
+                yield decoder
+        # making room for the VAE may have struck us off ComfyUI's list of models
+        host.load_model(self._patcher)
+
+    def on_step(self, section: Section, step: StepInfo) -> None:
+        assert self._preview is not None
+        self._preview.step(step.denoised)
+
+    def check_interrupt(self, done: int, total: int) -> None:
+        host.check_interrupt(done, total)
+
+
+def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:
+    """Where ComfyUI has sections and the video; without a VAE there is none."""
+
+    def film(folder: Path, grows: Grows) -> Film:
+        made_by, path = vae_fingerprint(vae), _film_path(folder, prefix)
+        film = Film(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+        if not film.num_sections and path.exists() and not Film.is_at(folder, path):  # what is there stays
+            film = Film(folder, _new_place(folder, prefix), FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+        return film
+
+    scratch = host.temporary_path("")
+    return RunPlaces(host.output_folder("framepack") if resume else None, scratch, None if vae is None else film)
+
+
+def _film_path(folder: Path, prefix: str) -> Path:
+    """Where the film shall be: where it is, if nobody has put another there and the prefix is the same."""
+    note = folder / "place.json"
+    if note.is_file():
+        place = json.loads(note.read_text(encoding="utf-8"))
+        path = Path(place["path"])
+        if place["prefix"] == prefix and Film.is_at(folder, path):
+            return path
+    return _new_place(folder, prefix)
+
+
+def _new_place(folder: Path, prefix: str) -> Path:
+    """A file that is not there yet, noted as the film's."""
+    note = folder / "place.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = host.output_path(prefix, ".mp4")
+    write_file(note, json.dumps({"prefix": prefix, "path": str(path)}).encode())
+    return path

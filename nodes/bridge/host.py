@@ -1,0 +1,321 @@
+"""All that we ask of ComfyUI as a host: folders, memory, interrupts, progress. Nothing else knows its internals."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management as mm
+import comfy.utils
+import comfy.weight_adapter
+import folder_paths
+import latent_preview
+import torch
+from comfy_api.latest import InputImpl, io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+from torch import Tensor
+
+from ...memory.stream.pinned import default_pinned_cap
+from ...system.host_memory import available_ram_bytes, return_freed_bytes
+
+CATEGORY = "LowVRAM Video"
+MODEL_FOLDER = "diffusion_models"  # ComfyUI's models/unet is one of its places
+TEXT_FOLDER = "text_encoders"  # models/clip too
+LORA_FOLDER = "loras"
+MODEL_SUFFIXES = (".safetensors", ".gguf")
+GIB = 2**30
+EVERYTHING = 1e30  # bytes, as ComfyUI itself asks for all
+
+
+def schema(**values: Any) -> io.Schema:
+    """A node's schema; what this ComfyUI does not know yet (search aliases before 0.9) is left out."""
+    known = {field.name for field in fields(io.Schema)}
+    return io.Schema(category=CATEGORY, **{name: value for name, value in values.items() if name in known})
+
+
+def fixed_seed() -> Any:
+    """A seed's control that leaves it as it is; ComfyUIs that cannot say so begin with a random one."""
+    control = getattr(io, "ControlAfterGenerate", None)
+    return True if control is None else control.fixed
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def model_files(folder: str = MODEL_FOLDER, suffixes: tuple[str, ...] = MODEL_SUFFIXES) -> list[str]:
+    """Names of the model files in one of ComfyUI's kinds of folder, as its own loaders show them, GGUF too."""
+    names = set()
+    for root in folder_paths.get_folder_paths(folder):
+        for place, _, files in os.walk(root, followlinks=True):
+            relative = Path(place).relative_to(root)
+            names |= {str(relative / file) for file in files if file.lower().endswith(suffixes)}
+    return sorted(names)
+
+
+def model_path(name: str, folder: str = MODEL_FOLDER) -> Path:
+    """Where the model file of this name is; ValueError where it is gone."""
+    for root in folder_paths.get_folder_paths(folder):
+        path = Path(root) / name
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"{name} is in none of ComfyUI's {folder} folders: put it into models/{folder} and press R, "
+        "or choose another file"
+    )
+
+
+def model_stamp(name: str | None, folder: str = MODEL_FOLDER) -> str:
+    """Changes when the file does, so that a replaced file is loaded again; None: the name comes from another node."""
+    if name is None:
+        return "linked"
+    try:
+        stat = model_path(name, folder).stat()
+    except ValueError:
+        return "missing"
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def output_path(prefix: str, suffix: str) -> Path:
+    """A new file in ComfyUI's output folder."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+
+def output_folder(name: str) -> Path:
+    """A folder in ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()) / name
+
+
+def saved_result(path: Path) -> ui.SavedResult:
+    """A file in the output folder as the frontend shows it."""
+    place = path.parent.relative_to(folder_paths.get_output_directory())
+    return ui.SavedResult(path.name, "" if place == Path() else place.as_posix(), io.FolderType.output)
+
+
+def video(path: Path) -> Any:
+    """A VIDEO of the file."""
+    return InputImpl.VideoFromFile(str(path))
+
+
+def nothing(why: str) -> ExecutionBlocker:
+    """An output that is not made: nodes that want it do not run, and say why."""
+    return ExecutionBlocker(why)
+
+
+def temporary_path(name: str) -> Path:
+    """A file in ComfyUI's temporary folder, which is emptied at each start."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+# --- devices and memory ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """What ComfyUI's command line says about memory: `--highvram`, `--lowvram`/`--novram`, pinning."""
+
+    keep_all: bool
+    stream_all: bool
+    may_pin: bool
+
+
+def memory_flags() -> MemoryFlags:
+    return MemoryFlags(
+        keep_all=mm.vram_state == mm.VRAMState.HIGH_VRAM,
+        stream_all=mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM),
+        may_pin=mm.MAX_PINNED_MEMORY > 0,
+    )
+
+
+def compute_device() -> torch.device:
+    """The device of `--cuda-device`, or the CPU under `--cpu`."""
+    return mm.get_torch_device()
+
+
+def offload_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def text_encoder_device() -> torch.device:
+    """Where ComfyUI encodes prompts."""
+    return mm.text_encoder_device()
+
+
+def free_vram(device: torch.device) -> int:
+    """Bytes that may be used now beyond what is loaded: free ones and those that PyTorch holds unused."""
+    return int(mm.get_free_memory(device))
+
+
+def vram_without(preserved_gb: float, device: torch.device) -> float:
+    """GiB of the card less what shall stay free. ValueError where nothing is left."""
+    total = mm.get_total_memory(device) / GIB
+    if preserved_gb >= total:
+        raise ValueError(
+            f"gpu_memory_preservation is {preserved_gb:g} GB, but the device has {total:.1f} GiB in all: use less, or "
+            "0 to plan from what is free"
+        )
+    return float(total - preserved_gb)
+
+
+def reserved_vram() -> int:
+    """Bytes that ComfyUI leaves to others: `--reserve-vram`, or its default."""
+    return int(mm.extra_reserved_memory())
+
+
+def free_ram() -> int:
+    """Bytes of RAM that are free. ComfyUI sees the machine's also in a container that may take less."""
+    return min(int(mm.get_free_memory(torch.device("cpu"))), available_ram_bytes())
+
+
+def empty_cache() -> None:
+    """Give freed VRAM and RAM back to the system."""
+    return_freed_bytes()
+    mm.soft_empty_cache()
+
+
+def pinned_room() -> int:
+    """Bytes that ComfyUI would still pin, of what this machine or container may."""
+    return max(0, int(min(mm.MAX_PINNED_MEMORY, default_pinned_cap()) - mm.TOTAL_PINNED_MEMORY))
+
+
+class HostRegistrar:
+    """Pins through ComfyUI, so that its own account of pinned memory holds ours too."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        # ComfyUI counts without a lock; our readers pin from several threads
+        # again from within: what the collector frees while we pin may give pinned memory back
+        self._lock = threading.RLock()
+
+    def pin(self, extent: Tensor) -> bool:
+        with self._lock:
+            return bool(mm.pin_memory(extent))
+
+    def unpin(self, extent: Tensor) -> None:
+        # the driver does not wait for copies that still read these pages
+        torch.cuda.synchronize(self._device)
+        with self._lock:
+            mm.unpin_memory(extent)
+
+
+def make_room(bytes_needed: int, device: torch.device, keep: Iterable[Any] = ()) -> None:
+    """Have ComfyUI evict other models until so many bytes are free."""
+    if device.type != "cpu":
+        mm.free_memory(bytes_needed + reserved_vram(), device, keep_loaded=list(keep))
+
+
+def unload_others(model: object, device: torch.device) -> None:
+    """Have ComfyUI evict every model that does not run with this one: a budget by hand is for the whole process."""
+    if device.type != "cpu":
+        others = _others(model, device)
+        keep = [loaded for loaded in mm.current_loaded_models if not any(loaded is other for other in others)]
+        mm.free_memory(EVERYTHING, device, keep_loaded=keep)
+
+
+def evictable_vram(model: object, device: torch.device) -> int:
+    """Bytes of the device that ComfyUI frees when this model runs: those of all that does not run with it."""
+    return sum(int(loaded.model_loaded_memory()) for loaded in _others(model, device))
+
+
+def _others(model: object, device: torch.device) -> list[Any]:
+    """ComfyUI's loaded models on the device, but for this one and those that its nodes run beside it."""
+    on_device = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
+    kept = [loaded.model for loaded in on_device if model is not None and getattr(loaded.model, "model", None) is model]
+    for patcher in tuple(kept):
+        kept += [*patcher.get_nested_additional_models(), *patcher.model_patches_models()]
+    return [loaded for loaded in on_device if not any(loaded.model.is_clone(patcher) for patcher in kept)]
+
+
+def decode_device() -> torch.device:
+    """Where ComfyUI decodes (`--cpu-vae`)."""
+    return mm.vae_device()
+
+
+# --- running ---------------------------------------------------------------------------------------------
+
+
+def stop_if_interrupted() -> None:
+    """Raises ComfyUI's InterruptProcessingException (a BaseException) once the user has asked for it."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether the user stopped the run; in older ComfyUIs that is an Exception like any other."""
+    return isinstance(error, (mm.InterruptProcessingException, KeyboardInterrupt))
+
+
+def check_interrupt(done: int, total: int) -> None:
+    stop_if_interrupted()
+
+
+def load_model(patcher: Any) -> None:
+    """Have ComfyUI count the model among those in use, and make it the one that runs."""
+    mm.load_models_gpu([patcher])
+
+
+class SamplingPreview:
+    """ComfyUI's progress bar with its preview of the latents."""
+
+    def __init__(self, patcher: Any, num_steps: int):
+        self._show = latent_preview.prepare_callback(patcher, num_steps)
+        self._num_steps, self._done = num_steps, 0
+
+    def step(self, denoised: Tensor) -> None:
+        """Another step is done."""
+        self._show(min(self._done, self._num_steps - 1), denoised, denoised, self._num_steps)
+        self._done += 1
+
+
+class Progress:
+    """ComfyUI's progress bar of the node that runs."""
+
+    def __init__(self, total: int):
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def update(self, done: int, total: int) -> None:
+        stop_if_interrupted()
+        self._bar.update_absolute(done, total)
+
+
+def merge_patches(patches: list[Any], weight: Tensor, key: str) -> Tensor:
+    """ComfyUI's weight patches (LoRA and others) applied to a weight, in fp32."""
+    return comfy.lora.calculate_weight(patches, weight.float(), key)
+
+
+@dataclass(frozen=True)
+class LowRankPatch:
+    """A weight patch that is a plain LoRA: `weight += up [out, rank] @ down [rank, in] * scale * strength`."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    strength: float
+
+
+def low_rank_patch(patch: Any) -> LowRankPatch | None:
+    """What a ModelPatcher's patch is, where it is a plain LoRA of a whole matrix."""
+    strength, value, strength_model, offset, function = patch
+    if not isinstance(value, comfy.weight_adapter.LoRAAdapter):  # LoHa, LoKr, OFT, a difference ...
+        return None
+    up, down, alpha, middle, magnitude, reshape = value.weights
+    parts = (offset, function, middle, magnitude, reshape)
+    if strength_model != 1.0 or any(part is not None for part in parts) or up.ndim != 2 or down.ndim != 2:
+        return None
+    return LowRankPatch(up, down, 1.0 if alpha is None else alpha / down.shape[0], strength)
+
+
+def lora_patch(up: Tensor, down: Tensor, alpha: float, magnitude: Tensor | None = None) -> Any:
+    """ComfyUI's patch of a weight by a LoRA, or with a magnitude (`[out, 1]` or `[1, in]`) by a DoRA."""
+    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, magnitude, None))
+
+
+def difference_patch(difference: Tensor) -> Any:
+    """ComfyUI's patch of a tensor by a difference of its shape."""
+    return "diff", (difference,)

@@ -1,0 +1,151 @@
+"""Our Wan model with the call signature of ComfyUI's own, for its BaseModel, samplers and patches.
+
+Core builds the model around a network (latent format, conditioning, schedule); here it is handed ours. Parameters
+have the official names, so LoRA keys fit, and lie on the meta device but while the engine runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import comfy.ldm.common_dit
+import comfy.model_base
+import comfy.model_detection
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ...wanvideo.network.config import WanConfig
+from ...wanvideo.network.embeddings import AxisPositions
+from ...wanvideo.network.model import Extras
+from .block_patches import BlockPatches, check_patches
+from .engine import Engine
+from .wan_engine import WanEngine
+
+# Core's estimate of activations, from which it frees VRAM and batches prompts, is for its own model.
+ACTIVATION_SHARE = 0.4
+
+
+def make_model(engine: WanEngine) -> comfy.model_base.BaseModel:
+    """ComfyUI's model of this variant around the engine's network."""
+    config = engine.streamed.config
+    # core tells the variant from the same entries that it detects in a checkpoint
+    model_config = comfy.model_detection.model_config_from_unet_config(_core_config(config), {})
+    if model_config is None:
+        raise ValueError(
+            f"{engine.streamed.checkpoint.path.name}: this ComfyUI does not know a Wan model of type "
+            f"{config.model_type} with {config.in_channels} channels: update ComfyUI"
+        )
+    model_config.unet_config["disable_unet_model_creation"] = True
+    model_config.set_inference_dtype(engine.streamed.model.execution.dtype, None)
+    model = model_config.get_model({}, "")
+    model.diffusion_model = NativeWan(engine)
+    model.memory_usage_factor *= ACTIVATION_SHARE
+    model.eval().requires_grad_(False)
+    engine.owner = weakref.ref(model)
+    return model
+
+
+class NativeModel(nn.Module):
+    """Our network where core has its own. Its children are the engine's own modules."""
+
+    def __init__(self, engine: Engine[Any]):
+        super().__init__()
+        self.engine = engine
+        self.dtype = engine.streamed.model.execution.dtype
+        for name, child in engine.streamed.model.named_children():
+            self.add_module(name, child)
+
+
+class NativeWan(NativeModel):
+    """What core's BaseModel calls."""
+
+    def __init__(self, engine: WanEngine):
+        super().__init__(engine)
+        self.wan = engine
+        config = engine.streamed.config
+        self.dim, self.patch_size = config.dim, config.patch_size
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Velocity `[B, out, T, H, W]` for noisy latents and core's conditioning."""
+        options = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, clip_fea, time_dim_concat, options, **inputs)
+
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        options = {} if transformer_options is None else transformer_options
+        check_patches(options)
+        frames, height, width = x.shape[2:]
+        latent = self._pad(x)
+        if time_dim_concat is not None:
+            latent = torch.cat([latent, self._pad(time_dim_concat)], dim=2)
+        extras = self._extras(inputs, options, latent)
+        if extras.reference is not None and timestep.ndim == 2:
+            timestep = torch.cat([timestep[:, :1], timestep], dim=1)
+        velocity = self.wan.run(latent, timestep, context, clip_fea, extras)
+        return velocity[:, :, :frames, :height, :width]
+
+    def _pad(self, latent: Tensor) -> Tensor:
+        return comfy.ldm.common_dit.pad_to_patch_size(latent, self.patch_size)
+
+    def _extras(self, inputs: dict[str, Any], transformer_options: dict[str, Any], latent: Tensor) -> Extras:
+        if inputs.get("context_latents") is not None:
+            raise ValueError(
+                "latents as in-context references are not supported by the LowVRAM loader: leave that node out"
+            )
+        config = self.wan.streamed.config
+        vace = inputs.get("vace_context") if config.vace_layers else None  # [B, N, C, T, H, W]
+        reference = inputs.get("reference_latent") if config.reference_channels else None
+        return Extras(
+            vace_frames=() if vace is None else tuple(self._pad(frames) for frames in vace.unbind(1)),
+            vace_strengths=() if vace is None else tuple(inputs["vace_strength"]),
+            reference=reference,
+            camera=inputs.get("camera_conditions") if config.camera_channels else None,
+            positions=_positions(transformer_options),
+            visitor=BlockPatches(transformer_options, latent, config, reference is not None),
+        )
+
+
+def _positions(transformer_options: dict[str, Any]) -> AxisPositions:
+    given = transformer_options.get("rope_options") or {}
+    scale_t, scale_y, scale_x = (float(given.get(f"scale_{axis}", 1.0)) for axis in "tyx")
+    shift_t, shift_y, shift_x = (float(given.get(f"shift_{axis}", 0.0)) for axis in "tyx")
+    return AxisPositions((scale_t, scale_y, scale_x), (shift_t, shift_y, shift_x))
+
+
+def _core_config(config: WanConfig) -> dict[str, Any]:
+    """The entries by which core tells the variants of Wan apart."""
+    model_type = "i2v" if config.image_dim else "t2v"
+    if config.vace_layers:
+        model_type = "vace"
+    elif config.camera_channels:
+        model_type = "camera" if config.image_dim else "camera_2.2"
+    return {
+        "image_model": "wan2.1",
+        "model_type": model_type,
+        "dim": config.dim,
+        "in_dim": config.in_channels,
+        "out_dim": config.out_channels,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+    }

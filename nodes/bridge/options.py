@@ -1,0 +1,27 @@
+"""How one MODEL of the graph may use the machine; it travels with the MODEL and never changes another one's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...compilation.settings import CompileSettings
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """The settings of Block Swap and Torch Compile, as their widgets have them.
+
+    `blocks_to_swap` -1 is planned; `vram_budget_gb` 0 is what is free less ComfyUI's reserve; `prefetch` 0 is planned;
+    `ram_budget_gb` 0 is what is free.
+    """
+
+    blocks_to_swap: int = -1
+    vram_budget_gb: float = 0.0
+    prefetch: int = 0
+    ram_budget_gb: float = 0.0
+    pinned_memory: bool = True
+    compile: CompileSettings | None = None
+
+    def same_host_memory(self, other: StreamOptions) -> bool:
+        """Whether weights in host memory may stay as they are."""
+        return (self.ram_budget_gb, self.pinned_memory) == (other.ram_budget_gb, other.pinned_memory)

@@ -1,0 +1,94 @@
+"""A Wan model under ComfyUI's memory management."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...memory.plan.footprint import WorkSize
+from ...memory.plan.plan import MemoryPlan, PlanError
+from ...runtime.settings import RunSettings
+from ...runtime.turns import Turns
+from ...wanvideo.footprint import WanWork, wan_work
+from ...wanvideo.network.model import Extras
+from ...wanvideo.streamed import StreamedWan
+from .engine import Engine
+
+
+class WanEngine(Engine[StreamedWan]):
+    """Planned at the first pass of a run, for the size that it has."""
+
+    def __init__(self, path: Path, settings: RunSettings, turns: Turns | None = None):
+        super().__init__(StreamedWan, path, settings, turns)
+        self._new_run = True
+
+    def begin_run(self, phase: str | None = "denoise") -> None:
+        super().begin_run(phase)
+        self._new_run = True
+
+    def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1, controls: int = 1) -> WanWork:
+        """The work of a pass over latents of `latent_size` (frames, height, width)."""
+        frames, height, width = latent_size
+        time, down, across = wan_work(self.streamed.config, (1, 1, 1)).stride
+        size = (width * across, height * down, (frames - 1) * time + 1)
+        return wan_work(self.streamed.config, size, batch, passes_per_step, controls)
+
+    def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
+        return wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
+
+    def check_latent(self, latent: Tensor) -> None:
+        wanted = self.streamed.config.out_channels
+        if latent.ndim != 5 or latent.shape[1] != wanted:
+            vae = "wan2.2_vae (Wan22ImageToVideoLatent)" if wanted == 48 else "wan_2.1_vae (EmptyHunyuanLatentVideo)"
+            raise ValueError(
+                f"the latent has the shape {list(latent.shape)}, but this Wan model takes video latents of {wanted} "
+                f"channels: make it with {vae}"
+            )
+
+    def run(
+        self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
+    ) -> Tensor:
+        """The velocity (see `WanModel.forward`). Memory is returned when it fails or is interrupted."""
+        with self.returning_memory():
+            self._start(latent, extras)
+            assert self.streamed.plan is not None
+            batch = self.streamed.plan.work.batch
+            with self.within_budget():
+                if latent.shape[0] <= batch:
+                    return self.streamed(latent, timestep, text, image_tokens, extras)
+                velocities = []
+                for first in range(0, latent.shape[0], batch):
+                    part = slice(first, first + batch)
+                    image = None if image_tokens is None else image_tokens[part]
+                    velocities.append(self.streamed(latent[part], timestep[part], text[part], image, extras.cut(part)))
+                return torch.cat(velocities)
+
+    def _start(self, latent: Tensor, extras: Extras) -> None:
+        """Have the model on the device, planned for this work."""
+        frames, height, width = latent.shape[2:]
+        size = (frames + (extras.reference is not None), height, width)
+        controls = max(1, len(extras.vace_frames))
+        plan, new_run, self._new_run = self.streamed.plan, self._new_run, False
+        if plan is not None and self.streamed.started:
+            planned, rows = plan.work, self.work_size(size, 1).rows
+            assert isinstance(planned, WanWork)
+            same = planned.latent_size == size and planned.batch == latent.shape[0]
+            goes_on = (same or (not new_run and rows <= planned.tokens)) and controls <= planned.controls
+            if goes_on and not (new_run and self.could_be_faster(plan)):
+                return
+        self.prepare()
+        self.start(self._plan_batch(size, latent.shape[0], controls))
+
+    def _plan_batch(self, size: tuple[int, int, int], batch: int, controls: int) -> MemoryPlan:
+        """A plan for the batch, or for one sample at a time where only that fits."""
+        # a single sample: cond and uncond probably come one after the other
+        single = self.work_size(size, 1, 2, controls)
+        if batch == 1:
+            return self.plan(single)
+        try:
+            return self.plan(self.work_size(size, batch, 1, controls))
+        except PlanError:
+            return self.plan(single)

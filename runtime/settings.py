@@ -1,0 +1,74 @@
+"""How a run may use the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..attention.select import AttentionSpec, select_attention
+from ..fused.select import select_fused_ops
+from ..system.dtypes import half_dtype
+from ..transformer.workspace import Execution
+
+CPU = torch.device("cpu")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name; ValueError where this machine has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} does not exist: use cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = "no NVIDIA GPU was found" if torch.version.cuda or torch.version.hip else "this PyTorch is a CPU build"
+        raise ValueError(f"device {name!r} cannot be used: {why}; use cpu, or install PyTorch for your GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+def use_device(name: str) -> torch.device:
+    """`usable_device`, and from here on this thread's current one: there Triton launches its kernels."""
+    device = usable_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Device, precision and limits. None means: chosen for the device, or planned.
+
+    `vram_budget_gib` is a hard limit for the whole process; `ram_budget_gib` below the model's size makes its blocks
+    stream from the disk. `blocks_to_swap` -1 is planned, 0 ... N by hand; `prefetch` blocks arrive ahead of use.
+    """
+
+    device: torch.device = CPU
+    dtype: torch.dtype | None = None
+    attention_mode: str = "auto"
+    quantization: str = "none"  # see weights/linear/compute.py
+    lora_mode: str = "auto"  # see weights/lora/attach.py
+    vram_budget_gib: float | None = None
+    ram_budget_gib: float | None = None
+    blocks_to_swap: int = -1
+    prefetch: int | None = None
+    pinned_memory: bool = True
+    batched_guidance: bool = False
+    keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """fp32 on a CPU; bf16 on a GPU that has it, else fp16."""
+        if self.dtype is not None:
+            return self.dtype
+        if self.device.type != "cuda":
+            return torch.float32
+        return half_dtype(self.device)
+
+    def execution(self, head_dim: int) -> Execution:
+        """Backends for this device; chunk sizes come with the plan. ValueError where the attention mode cannot run."""
+        spec = AttentionSpec(self.device, self.compute_dtype, head_dim)
+        return Execution(self.compute_dtype, select_attention(self.attention_mode, spec), select_fused_ops(self.device))

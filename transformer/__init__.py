@@ -1,0 +1,1 @@
+"""What both families' transformers share: their base, their layers, the workspace of a pass."""

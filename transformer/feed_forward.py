@@ -1,0 +1,28 @@
+"""A transformer's feed-forward in the workspace's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..weights.linear.linear import Linear, project_gelu
+from .workspace import Workspace
+
+Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
+Add = Callable[[slice, Tensor], None]  # adds to those rows of x
+
+
+def feed_forward(widen: Linear, narrow: Linear, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
+    """Linear, tanh-GELU, linear over the rows of `span`, for as many at a time as there is room for hidden ones."""
+    for start in range(span.start, span.stop, work.hidden_rows):
+        stop = min(start + work.hidden_rows, span.stop)
+        work.scratch.reset()
+        project = widen.prepare(work.dtype, work.scratch)
+        for rows in work.chunks(start, stop):
+            hidden = work.hidden[rows.start - start : rows.stop - start]
+            project_gelu(project, normed(rows), hidden, work.ops.gelu_)
+        work.scratch.reset()
+        project = narrow.prepare(work.dtype, work.scratch)
+        for rows in work.chunks(start, stop):
+            add(rows, project(work.hidden[rows.start - start : rows.stop - start]))

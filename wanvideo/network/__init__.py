@@ -1,0 +1,1 @@
+"""Wan's transformer as the paper draws it: no device, no memory, no files."""

@@ -1,0 +1,249 @@
+"""The block of a Wan transformer: self-attention, cross-attention to text and image, feed-forward.
+
+Source: Wan-Video/Wan2.1 and Wan2.2 (`wan/modules/model.py`); parameter names are theirs. The residual stream `x` and
+q, k, v are the only token-sized tensors: norms are made chunk by chunk inside the projections, attention writes over
+q, the FFN's hidden activations live in the bytes of q, k and v, and residuals are added in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...fused.select import Rope, RowGroups
+from ...transformer.feed_forward import Add, Normed, feed_forward
+from ...transformer.layers import Affine, Scale, parameter
+from ...transformer.transformer import Block
+from ...transformer.workspace import Workspace, writable
+from ...weights.linear.linear import Linear, project_together
+from .config import WanConfig
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What one block's cross-attention reads: (k, v) pairs `[B, L, H, D]` of the text and, for I2V, the image."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Context:
+    """Embedded conditioning: `text [B, 512, dim]`, `image [B, 257 or 514, dim]` or None.
+
+    `keys_values`, one per block, is made once per prompt where the plan has room for it.
+    """
+
+    text: Tensor
+    image: Tensor | None = None
+    keys_values: list[KeysValues] | None = None
+
+
+@dataclass(frozen=True)
+class ControlStream:
+    """Tokens `[rows, dim]` of a control video, which run beside those of the video and are added with `strength`."""
+
+    tokens: Tensor
+    strength: float = 1.0
+
+
+class Taps:
+    """What a host is shown inside blocks, to read or to write in place; this one sees nothing.
+
+    Compiled code looks at the flags alone: a class that sets one makes its method no part of it
+    (`torch.compiler.disable`).
+    """
+
+    sees_attention = False  # whether `attended` is called
+    sees_text = False  # whether `after_text` is
+
+    def attended(self, x: Tensor, q: Tensor, k: Tensor) -> None:
+        """Self-attention's result `x` before its projection, and what it is of; `[B, L, H, D]` each."""
+
+    def after_text(self, x: Tensor) -> None:
+        """The residual stream `[rows, dim]` between cross-attention and feed-forward."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the blocks of one forward pass share: `x [rows, dim]`, changed in place, and what steers them.
+
+    `time [groups, dim]` is the embedding that `modulation [groups, 6, dim]` is made of.
+    """
+
+    x: Tensor
+    time: Tensor
+    modulation: Tensor
+    groups: RowGroups
+    rope: Rope
+    work: Workspace
+    controls: tuple[ControlStream, ...] = ()
+    taps: Taps = field(default_factory=Taps)
+
+
+class WanBlock(Block):
+    """Self-attention, cross-attention to text and image, feed-forward; all added to `x` in place."""
+
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config, **factory)
+        self.norm3 = Affine(config.dim, **factory)
+        self.cross_attn = CrossAttention(config, **factory)
+        self.ffn = FeedForward(config, **factory)
+        self.modulation = parameter(1, 6, config.dim, **factory)
+
+    def advance(self, state: Pass, keys_values: KeysValues) -> None:
+        """Take a pass through this block."""
+        self.run(state.x, state, keys_values)
+
+    def run(self, x: Tensor, state: Pass, keys_values: KeysValues) -> None:
+        """Take tokens `[rows, dim]` of a pass through this block."""
+        self(x, state.modulation, state.groups, state.rope, keys_values, state.work, state.taps)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        groups: RowGroups,
+        rope: Rope,
+        keys_values: KeysValues,
+        work: Workspace,
+        taps: Taps,
+    ) -> None:
+        """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
+        x = writable(x)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
+        ops, eps = work.ops, self.eps
+
+        def norm1(rows: slice) -> Tensor:
+            return ops.modulated_norm(x[rows], shift1, scale1, rows.start, groups, eps)
+
+        def norm2(rows: slice) -> Tensor:
+            return ops.modulated_norm(x[rows], shift2, scale2, rows.start, groups, eps)
+
+        def norm3(rows: slice) -> Tensor:
+            return ops.affine_norm(x[rows], self.norm3.weight, self.norm3.bias, eps)
+
+        def add1(rows: slice, y: Tensor) -> None:
+            ops.gated_add_(x[rows], y, gate1, rows.start, groups)
+
+        def add2(rows: slice, y: Tensor) -> None:
+            ops.gated_add_(x[rows], y, gate2, rows.start, groups)
+
+        def add3(rows: slice, y: Tensor) -> None:
+            x[rows].add_(y)
+
+        self.self_attn(norm1, add1, rope, work, taps)
+        self.cross_attn(norm3, add3, keys_values, work)
+        if taps.sees_text:
+            taps.after_text(x)
+        self.ffn(norm2, add2, work)
+
+    def scratch_elements(self, dtype: torch.dtype) -> int:
+        """The most elements that this block has unpacked at a time when it computes in `dtype`."""
+        attn = self.self_attn
+        together = [
+            [attn.q, attn.k, attn.v],
+            [attn.o],
+            [self.cross_attn.q],
+            [self.cross_attn.o],
+            [self.ffn.widen],
+            [self.ffn.narrow],
+        ]
+        return max(sum(layer.scratch_elements(dtype) for layer in layers) for layers in together)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
+        self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
+
+    def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace, taps: Taps) -> None:
+        q, k, v = work.qkv
+        work.scratch.reset()
+        projections = [layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.k, self.v)]
+        for rows in work.chunks():
+            project_together(projections, normed(rows), (q[rows], k[rows], v[rows]))
+            work.ops.rms_norm_(q[rows], self.norm_q.weight, self.eps, rope, rows.start)
+            work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
+        tokens = rope.cos.shape[0]
+        heads = [rearrange(t, "(b n) (h d) -> b n h d", n=tokens, h=self.num_heads) for t in (q, k, v)]
+        queries = heads[0].clone() if taps.sees_attention else None  # attention writes over them
+        work.attend_over(heads[0], [(heads[1], heads[2])])
+        if queries is not None:
+            taps.attended(heads[0], queries, heads[1])
+        project_out(self.o, q, add, work)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
+        self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
+        if config.image_dim:
+            self.k_img, self.v_img = (Linear(config.dim, config.dim, **factory) for _ in range(2))
+            self.norm_k_img = Scale(config.dim, **factory)
+
+    def forward(self, normed: Normed, add: Add, keys_values: KeysValues, work: Workspace) -> None:
+        q = work.qkv[0]
+        work.scratch.reset()
+        project = self.q.prepare(work.dtype, work.scratch)
+        for rows in work.chunks():
+            project(normed(rows), out=q[rows])
+            work.ops.rms_norm_(q[rows], self.norm_q.weight, self.eps, None, 0)
+        batch = keys_values.pairs[0][0].shape[0]
+        work.attend_over(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=self.num_heads), keys_values.pairs)
+        project_out(self.o, q, add, work)
+
+    def keys_values(self, context: Context) -> KeysValues:
+        """Keys and values of the conditioning; they depend on the prompt alone, not on the step."""
+        pairs = [self._pair(context.text, self.k, self.v, self.norm_k)]
+        if context.image is not None:
+            pairs.append(self._pair(context.image, self.k_img, self.v_img, self.norm_k_img))
+        return KeysValues(pairs)
+
+    def _pair(self, tokens: Tensor, to_k: Linear, to_v: Linear, norm_k: Scale) -> tuple[Tensor, Tensor]:
+        k = to_k(tokens)
+        k = F.rms_norm(k.float(), k.shape[-1:], norm_k.weight.float(), self.eps).to(k.dtype)
+        heads = "b n (h d) -> b n h d"
+        return rearrange(k, heads, h=self.num_heads), rearrange(to_v(tokens), heads, h=self.num_heads)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, tanh-GELU, linear, for as many rows at a time as the workspace has room for hidden activations."""
+
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__(
+            Linear(config.dim, config.ffn_dim, device=device, dtype=dtype),
+            nn.GELU("tanh"),
+            Linear(config.ffn_dim, config.dim, device=device, dtype=dtype),
+        )
+
+    def forward(self, normed: Normed, add: Add, work: Workspace) -> None:  # type: ignore[override]
+        feed_forward(self.widen, self.narrow, normed, add, slice(0, work.num_rows), work)
+
+    @property
+    def widen(self) -> Linear:
+        return cast(Linear, self[0])
+
+    @property
+    def narrow(self) -> Linear:
+        return cast(Linear, self[2])
+
+
+def project_out(layer: Linear, attended: Tensor, add: Add, work: Workspace) -> None:
+    work.scratch.reset()
+    project = layer.prepare(work.dtype, work.scratch)
+    for rows in work.chunks():
+        add(rows, project(attended[rows]))

@@ -1,0 +1,211 @@
+"""The Wan 2.1 / 2.2 video diffusion transformer.
+
+Source: Wan-Video/Wan2.1 and Wan2.2 (`wan/modules/model.py`); parameter names are theirs. What a variant adds (VACE,
+a reference picture, camera movement) is there where its configuration says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...fused.select import RowGroups
+from ...transformer.layers import parameter, sinusoidal_embedding
+from ...transformer.transformer import Transformer
+from ...transformer.workspace import Workspace
+from ...weights.linear.linear import Linear
+from .blocks import Context, ControlStream, Pass, Taps, WanBlock
+from .camera import CameraAdapter
+from .config import WanConfig
+from .embeddings import AxisPositions, ImageEmbedding, PatchEmbedding, ReferenceEmbedding, rotary_angles
+from .vace import VaceBlock, vace_places
+
+
+class Visitor(Taps):
+    """What a host does around the blocks of a pass, and inside them; this one does nothing."""
+
+    def visit(self, name: str, state: Pass, run: Callable[[], None]) -> None:
+        """Told of every block in turn by its name ("blocks.3"), with the pass as it stands and what runs the block."""
+        run()
+
+    def cut(self, part: slice) -> Visitor:
+        """The same for some samples of the batch."""
+        return self
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a variant or a host adds to a pass.
+
+    `vace_frames` are control videos with masks, each `[B, vace_channels, T, H, W]`, `vace_strengths` one for each;
+    `reference [B, z, H, W]` is shown as a frame before the first; `camera [B, camera_channels, T, 8H, 8W]` are rays.
+    """
+
+    vace_frames: tuple[Tensor, ...] = ()
+    vace_strengths: tuple[float, ...] = ()
+    reference: Tensor | None = None
+    camera: Tensor | None = None
+    positions: AxisPositions = field(default_factory=AxisPositions)
+    visitor: Visitor = field(default_factory=Visitor)
+
+    def cut(self, part: slice) -> Extras:
+        """The same for some samples of the batch."""
+        return replace(
+            self,
+            vace_frames=tuple(frames[part] for frames in self.vace_frames),
+            reference=None if self.reference is None else self.reference[part],
+            camera=None if self.camera is None else self.camera[part],
+            visitor=self.visitor.cut(part),
+        )
+
+
+class WanModel(Transformer):
+    """Velocity of the flow at a timestep, `[B, in, T, H, W] -> [B, out, T, H, W]`."""
+
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config, **factory)
+        self.text_embedding = nn.Sequential(
+            Linear(config.text_dim, dim, **factory), nn.GELU("tanh"), Linear(dim, dim, **factory)
+        )
+        self.time_embedding = nn.Sequential(
+            Linear(config.freq_dim, dim, **factory), nn.SiLU(), Linear(dim, dim, **factory)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim, **factory))
+        self.blocks = nn.ModuleList(WanBlock(config, **factory) for _ in range(config.num_layers))
+        self.head = Head(config, **factory)
+        self.img_emb = ImageEmbedding(config, **factory) if config.image_dim else None
+        if config.vace_layers:
+            self.vace_blocks = nn.ModuleList(VaceBlock(config, i == 0, **factory) for i in range(config.vace_layers))
+            self.vace_patch_embedding = PatchEmbedding(config, **factory, in_channels=config.vace_channels)
+        self.ref_conv = ReferenceEmbedding(config, **factory) if config.reference_channels else None
+        self.control_adapter = CameraAdapter(config, **factory) if config.camera_channels else None
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        context: Tensor | Context,
+        image_tokens: Tensor | None = None,
+        extras: Extras = Extras(),  # noqa: B008 - immutable
+    ) -> Tensor:
+        """
+        `latent [B, in, T, H, W]`; `timestep` is sigma * 1000, `[B]` or one per latent frame `[B, T]`;
+        `context` is the encoder's text `[B, 512, text_dim]` or an `embed_context` result;
+        `image_tokens [B, 257, image_dim]` are CLIP's penultimate features (two images: 514 or [2B, 257, …]).
+        """
+        if not isinstance(context, Context):
+            context = self.embed_context(context, image_tokens)
+        grid = self.patch_embedding.grid(latent)  # (t, h, w) in tokens
+        if extras.reference is not None:
+            grid = (grid[0] + 1, *grid[1:])
+        num_rows = latent.shape[0] * math.prod(grid)
+        work = self.workspace(num_rows, latent.device)
+        with self.lend((self.time_embedding, self.time_projection), work.pool):
+            time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
+        groups = RowGroups(num_rows // time.shape[0])
+        rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
+
+        x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
+        controls, visitor = self.embed_controls(x, extras, work), extras.visitor
+        state = Pass(x, time, modulation, groups, rope, work, controls, visitor)
+        blocks = self.ordered_blocks()
+        arriving = self.stream(tuple(blocks.values()))
+        for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
+            keys_values = context.keys_values[index] if context.keys_values else block.cross_attn.keys_values(context)
+            visitor.visit(name, state, partial(block.advance, state, keys_values))
+        patches = self.head(x, time, groups, work)
+        if extras.reference is not None:
+            patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
+            grid = (grid[0] - 1, *grid[1:])
+        return self.patch_embedding.unpatchify(patches, grid).to(latent.dtype)
+
+    def ordered_blocks(self) -> dict[str, WanBlock]:
+        """All blocks by name, in the order of a pass; those of VACE stand after the block that they add to."""
+        places = vace_places(self.config.num_layers, self.config.vace_layers)
+        ordered: dict[str, WanBlock] = {}
+        for index, block in enumerate(self.blocks):
+            ordered[f"blocks.{index}"] = cast(WanBlock, block)
+            if index in places:
+                ordered[f"vace_blocks.{places[index]}"] = cast(WanBlock, self.vace_blocks[places[index]])
+        return ordered
+
+    def outer_modules(self) -> list[nn.Module]:
+        return [self.head]
+
+    def embed_latent(self, latent: Tensor, extras: Extras, work: Workspace) -> Tensor:
+        """The pass's first tokens `[B * tokens, dim]`: of the reference where there is one, and of the latent."""
+        x = self.patch_embedding(latent, work)
+        if extras.camera is not None and self.control_adapter is not None:
+            frames = x.view(latent.shape[0], latent.shape[2] // self.config.patch_size[0], -1, x.shape[1])
+            for index, rays in enumerate(extras.camera.unbind(2)):  # one at a time: its features are as wide as tokens
+                frames[:, index] += self.control_adapter(rays, work.dtype)
+        if extras.reference is None:
+            return x
+        if self.ref_conv is None:
+            raise ValueError("this Wan model takes no reference picture: use a Fun Control model, or leave it out")
+        reference = self.ref_conv(extras.reference, work.dtype)  # [B, tokens of a frame, dim]
+        return torch.cat([reference, x.view(latent.shape[0], -1, x.shape[1])], dim=1).flatten(0, 1)
+
+    def embed_controls(self, x: Tensor, extras: Extras, work: Workspace) -> tuple[ControlStream, ...]:
+        """Tokens of the control videos as they enter the first VACE block."""
+        streams = []
+        for frames, strength in zip(extras.vace_frames, extras.vace_strengths, strict=True):
+            first = cast(VaceBlock, self.vace_blocks[0])
+            tokens = self.vace_patch_embedding(frames, work)
+            first.join_(tokens, x, work)
+            streams.append(ControlStream(tokens, strength))
+        return tuple(streams)
+
+    def embed_context(self, text: Tensor, image_tokens: Tensor | None = None) -> Context:
+        """Embed a prompt (and CLIP image tokens, where the model takes them) once, for any number of steps."""
+        dtype = self.execution.dtype
+        image = None
+        if self.img_emb is not None and image_tokens is not None:
+            with self.lend((self.img_emb,), None):
+                image = self.img_emb(image_tokens.to(dtype).reshape(text.shape[0], -1, image_tokens.shape[-1]))
+        with self.lend((self.text_embedding,), None):
+            return Context(self.text_embedding(text.to(dtype)), image)
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding `[groups, dim]` and block modulation `[groups, 6, dim]`; one group per timestep.
+
+        They are made in the compute dtype, as ComfyUI makes them, and given in fp32, in which blocks add to them.
+        """
+        angles = sinusoidal_embedding(self.config.freq_dim, timestep.flatten())
+        time = self.time_embedding(angles.to(self.execution.dtype))
+        modulation = self.time_projection(time)
+        return time.float(), modulation.float().unflatten(1, (6, -1))
+
+    def workspace(self, num_rows: int, device: torch.device) -> Workspace:
+        config = self.config
+        return Workspace(self.execution, num_rows, config.dim, config.ffn_dim, device, self.scratch_elements())
+
+
+class Head(nn.Module):
+    """Modulated norm and the projection to patches, `[rows, dim] -> [rows, out * patch volume]`."""
+
+    def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.eps = config.eps
+        patch = math.prod(config.patch_size)
+        self.head = Linear(config.dim, config.out_channels * patch, device=device, dtype=dtype)
+        self.modulation = parameter(1, 2, config.dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, time: Tensor, groups: RowGroups, work: Workspace) -> Tensor:
+        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
+        out = x.new_empty(x.shape[0], self.head.out_features)
+        work.scratch.reset()
+        project = self.head.prepare(work.dtype)
+        for rows in work.chunks():
+            project(work.ops.modulated_norm(x[rows], shift, scale, rows.start, groups, self.eps), out=out[rows])
+        return out

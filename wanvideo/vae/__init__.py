@@ -1,0 +1,1 @@
+"""Wan's causal VAE, 2.1 and 2.2."""

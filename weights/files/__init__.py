@@ -1,0 +1,1 @@
+"""Checkpoint files: safetensors, shards, GGUF, and what a file is by its tensors."""

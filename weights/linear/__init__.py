@@ -1,0 +1,1 @@
+"""Linear layers over weights as they are stored: formats, unpacking, products, conversion."""

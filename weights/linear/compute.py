@@ -1,0 +1,145 @@
+"""How quantised layers multiply on a device: unpacked, in fp8, or in int8."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ...system.device_errors import is_out_of_memory
+from ...system.dtypes import half_dtype
+from ...system.kernel_choice import Trial, choose, cuda_seconds, disagreement, relative_error
+from .fp8 import Fp8Dequantized, Fp8Matmul
+from .gemms import fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
+from .int8 import Int8Dequantized, Int8Matmul
+from .kitchen import KitchenInt8, kitchen_int8_available
+from .linear import PLAIN, Linear, Plain, Projection, WeightFormat
+from .rows import RowOps, select_row_ops
+
+logger = logging.getLogger(__name__)
+
+# "fp8", "fp8_fast" and "int8" also say what 16-bit files are quantised to as they are read: see quantize.py.
+QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8")
+
+
+def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: str, device: torch.device) -> None:
+    """Set how each linear layer of a model multiplies on `device`; called again, it chooses again.
+
+    Only layers of the blocks, which see thousands of rows, multiply in 8 bits: int8 weights wherever the device can,
+    fp8 weights with "fp8_fast" unless their file asks for full precision. ValueError where an explicit choice cannot
+    run.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+    ops = select_row_ops(device)
+    epilogue = fuses_gelu(device)
+    for layer in _linears([model]):
+        layer.format = _unpacked(layer.format, ops)
+        layer.fuses_gelu = epilogue
+    layers = list(_linears(blocks))
+    try:
+        _use_int8(layers, quantization, device, ops)
+        if quantization == "fp8_fast":
+            _use_fp8(layers, device, ops)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning(
+            "%s has no memory left to try products of 8-bit weights: for now they are unpacked, which is slower; load "
+            "the model again when other models have left the GPU", device,
+        )  # fmt: skip
+
+
+def _linears(modules: Sequence[nn.Module]) -> Iterator[Linear]:
+    for module in modules:
+        yield from (layer for layer in module.modules() if isinstance(layer, Linear))
+
+
+def _unpacked(form: WeightFormat, ops: RowOps) -> WeightFormat:
+    """The same stored form, multiplied in the compute dtype."""
+    if isinstance(form, Fp8Matmul):
+        return PLAIN if form.unscaled else Fp8Dequantized(ops=ops)
+    if isinstance(form, Int8Matmul | KitchenInt8):
+        return Int8Dequantized(form.rotation, ops)
+    if isinstance(form, Fp8Dequantized | Int8Dequantized):
+        return replace(form, ops=ops)
+    return form
+
+
+def _use_fp8(layers: Sequence[Linear], device: torch.device, ops: RowOps) -> None:
+    product = Fp8Matmul(select_fp8_gemm(device, ops), ops)
+    chosen = 0
+    for layer in layers:
+        form = layer.format
+        asks_otherwise = isinstance(form, Fp8Dequantized) and form.full_precision
+        if isinstance(form, Fp8Dequantized | Plain) and not asks_otherwise and product.suits(layer.packed()):
+            layer.format = replace(product, unscaled=isinstance(form, Plain))
+            chosen += 1
+    if not chosen:
+        stored = ", ".join(sorted({f"{layer.format.name} {layer.weight.dtype}" for layer in layers}))
+        raise ValueError(
+            f"quantization is fp8_fast, but no layer of this model can be multiplied in fp8 (stored as: {stored}); "
+            "expected float8_e4m3fn weights whose file does not ask for full precision; choose quantization none"
+        )
+    logger.info("%d of %d layers are multiplied in fp8 (%s).", chosen, len(layers), product.gemm.name)
+
+
+def _use_int8(layers: Sequence[Linear], quantization: str, device: torch.device, ops: RowOps) -> None:
+    stored = [layer for layer in layers if isinstance(layer.format, Int8Dequantized)]
+    if not stored:
+        return
+    refusal = int8_refusal(device)
+    if refusal is not None:
+        if quantization == "int8":
+            raise ValueError(f"quantization is int8, which cannot run here: {refusal}; choose fp8 or none")
+        logger.info("int8 weights are unpacked, not multiplied as such: %s.", refusal)
+        return
+    product = Int8Matmul(0, select_int8_gemm(device, ops), ops)
+    for rotation in sorted({layer.format.rotation for layer in stored if isinstance(layer.format, Int8Dequantized)}):
+        form = _faster(replace(product, rotation=rotation), device)
+        for layer in stored:
+            rotated = isinstance(layer.format, Int8Dequantized) and layer.format.rotation == rotation
+            if rotated and form.suits(layer.packed()):
+                layer.format = form
+        logger.info("int8 layers are multiplied as such: %s.", form.name)
+
+
+def _faster(product: Int8Matmul, device: torch.device) -> Int8Matmul | KitchenInt8:
+    """Ours or comfy-kitchen's, by the time of a whole layer."""
+    if device.type != "cuda" or not kitchen_int8_available():
+        return product
+    trial: Trial[Int8Matmul | KitchenInt8] = Trial(
+        f"int8 layers rotated by {product.rotation}",
+        device,
+        lambda form: disagreement(layer_error(form, Int8Matmul(product.rotation), device)),
+        lambda form: layer_seconds(form, device),
+    )
+    return choose(trial, (product, KitchenInt8(product.rotation)), product).best
+
+
+def layer_error(form: WeightFormat, reference: WeightFormat, device: torch.device) -> float:
+    """Relative difference of a small layer of int8 weights to the reference's, which quantises its rows too."""
+    results = []
+    for each in (form, reference):
+        project, x = _int8_layer(each, device, 48, 512)
+        results.append(project(x))
+    return relative_error(*results)
+
+
+def layer_seconds(form: WeightFormat, device: torch.device) -> float:
+    """Median time on the GPU of one layer of int8 weights of a Wan 14B's size, activations quantised included."""
+    project, x = _int8_layer(form, device, 4096, 5120)
+    out = torch.empty_like(x)
+    return cuda_seconds(lambda: project(x, out=out), device)
+
+
+def _int8_layer(form: WeightFormat, device: torch.device, num_rows: int, dim: int) -> tuple[Projection, Tensor]:
+    """A layer `dim -> dim` of random weights, always the same, and its input."""
+    generator, dtype = torch.Generator(device).manual_seed(0), half_dtype(device)
+    x = torch.randn(num_rows, dim, generator=generator, device=device, dtype=dtype)
+    weight = torch.randint(-127, 128, (dim, dim), generator=generator, device=device, dtype=torch.int8)
+    packed = {"weight": weight, "weight_scale": torch.rand(dim, 1, generator=generator, device=device) * 1e-3}
+    return form.prepare(packed, torch.zeros(dim, device=device, dtype=dtype), dtype, None), x

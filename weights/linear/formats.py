@@ -1,0 +1,64 @@
+"""Which format each linear layer's weight is stored in, from what a checkpoint holds for it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ..files.checkpoint import Checkpoint, TensorInfo
+from .fp8 import recognise_fp8
+from .gguf import GGUF_FORMATS
+from .int8 import recognise_int8
+from .kitchen import recognise_kitchen
+from .linear import PLAIN, Linear, WeightFormat
+
+# A layer's weight and the tensors stored beside it but its bias (scales, markers), by the last part of their names
+# -> its format, or None for another recogniser to say.
+Recogniser = Callable[[TensorInfo, Mapping[str, TensorInfo]], WeightFormat | None]
+
+
+def _gguf(weight: TensorInfo, beside: Mapping[str, TensorInfo]) -> WeightFormat | None:
+    return GGUF_FORMATS.get(weight.quant or "")
+
+
+# A new format is one line here; the first that answers decides.
+RECOGNISERS: tuple[Recogniser, ...] = (recognise_fp8, recognise_int8, recognise_kitchen, _gguf)
+
+
+def format_for(weight: TensorInfo, beside: Mapping[str, TensorInfo] | None = None) -> WeightFormat:
+    """The format of a weight, given what lies beside it in the file."""
+    for recognise in RECOGNISERS:
+        found = recognise(weight, beside or {})
+        if found is not None:
+            return found
+    return PLAIN
+
+
+def assign_formats(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Make the linear layers of a model on the meta device hold what the checkpoint stores for them.
+
+    Their `format` is set and their parameters replaced by meta ones of the stored dtypes and shapes; those of a format
+    with further tensors get them as parameters too, so that the model's names are then the checkpoint's. Shapes are not
+    checked here. Layers that the checkpoint lacks stay as they are.
+    """
+    stored: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name, info in checkpoint.tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        stored[layer][leaf] = info
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear) or "weight" not in stored[name]:
+            continue
+        tensors = stored[name]
+        beside = {leaf: info for leaf, info in tensors.items() if leaf not in ("weight", "bias")}
+        layer.format = format_for(tensors["weight"], beside)
+        # What lies beside a plain weight belongs to no format: left for the loader to refuse.
+        leaves = tensors.keys() if layer.format is not PLAIN else tensors.keys() & layer._parameters.keys()
+        for leaf in leaves:
+            layer.register_parameter(leaf, _meta(tensors[leaf]))
+
+
+def _meta(info: TensorInfo) -> nn.Parameter:
+    return nn.Parameter(torch.empty(info.shape, dtype=info.dtype, device="meta"), requires_grad=False)

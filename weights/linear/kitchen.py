@@ -1,0 +1,180 @@
+"""ComfyUI's own 4-bit and block-scaled formats, unpacked by its package comfy-kitchen where that is installed.
+
+They are made for the newest GPUs' matrix units; here they save memory and transfers, and are multiplied in the compute
+dtype, which every GPU can. Source of names and layouts: ComfyUI 0.33 (`comfy/ops.py`) and comfy-kitchen 0.2.31.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files.checkpoint import CheckpointError, TensorInfo
+from .int8 import Int8Dequantized
+from .linear import Projection, Scratch, Unpacked
+
+PACKAGE = "comfy_kitchen"
+
+
+@dataclass(frozen=True)
+class KitchenQuant:
+    """A format's name in files, what it is, and whether two weights share a byte."""
+
+    name: str
+    title: str
+    halved: bool  # `weight` has half as many columns
+
+
+KITCHEN_QUANTS: Mapping[str, KitchenQuant] = {
+    quant.name: quant
+    for quant in (
+        KitchenQuant("nvfp4", "4-bit floats (NVFP4), made for RTX 50 (compute capability 10)", True),
+        KitchenQuant("mxfp8", "block-scaled 8-bit floats (MXFP8), made for RTX 50 (compute capability 10)", False),
+        KitchenQuant("convrot_w4a4", "rotated 4-bit integers (W4A4), made for RTX 20 or later", True),
+        KitchenQuant("asym_w4a8_int8", "4-bit integers (W4A8), made for RTX 30 or later", True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class KitchenFormat(Unpacked):
+    """The weight is unpacked by comfy-kitchen. `group` and `rotation` are sizes in input features."""
+
+    quant: KitchenQuant
+    group: int = 16
+    rotation: int = 256
+
+    @property
+    def name(self) -> str:
+        return self.quant.name
+
+    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        kitchen = importlib.import_module(PACKAGE)
+        weight = UNPACK[self.name](kitchen, packed, self, dtype).to(dtype)
+        smooth = packed.get("pre_quant_scale")  # what the activations were to be multiplied by
+        if smooth is not None:
+            weight = weight * smooth.to(dtype)
+        return weight if out is None else out.copy_(weight)
+
+    def logical_shape(self, weight: Tensor) -> tuple[int, ...]:
+        rows, columns = weight.shape
+        return rows, 2 * columns if self.quant.halved else columns
+
+
+@dataclass(frozen=True)
+class KitchenInt8:
+    """W8A8 through comfy-kitchen's `int8_linear`, whose CUDA kernels rotate, quantise, multiply and scale."""
+
+    rotation: int = 0
+    name: str = "int8 comfy-kitchen"
+
+    def prepare(
+        self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
+    ) -> Projection:
+        return KitchenInt8Projection(packed["weight"], packed["weight_scale"].float(), bias, self.rotation)
+
+    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        return 0
+
+    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return Int8Dequantized(self.rotation).dequantize(packed, dtype, out)
+
+    def suits(self, packed: Mapping[str, Tensor]) -> bool:
+        """Whether this product takes a layer's tensors."""
+        return all(size % 16 == 0 for size in packed["weight"].shape)
+
+
+class KitchenInt8Projection:
+    """`x @ weight.T + bias` with both in int8; the rows are quantised anew for every layer."""
+
+    form = "dense"
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, rotation: int):
+        self.weight, self.scale, self.bias, self.rotation = weight, scale, bias, rotation
+        self.int8_linear = importlib.import_module(PACKAGE).int8_linear
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.multiply(x, out)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return x
+
+    def multiply(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        product = self.int8_linear(
+            rows, self.weight, self.scale, self.bias, rows.dtype,
+            convrot=self.rotation > 0, convrot_groupsize=self.rotation or 256,
+        )  # fmt: skip
+        return product if out is None else out.copy_(product)
+
+
+def kitchen_int8_available() -> bool:
+    """Whether comfy-kitchen is installed and its CUDA kernels are usable (ComfyUI turns them off below CUDA 13)."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return False
+    cuda = importlib.import_module(PACKAGE).list_backends().get("cuda", {})
+    return bool(cuda.get("available")) and not cuda.get("disabled")
+
+
+def recognise_kitchen(weight: TensorInfo, beside: Mapping[str, TensorInfo]) -> KitchenFormat | None:
+    """The format of such a weight. CheckpointError where comfy-kitchen is not installed."""
+    words = (weight.quant or "").split()
+    quant = KITCHEN_QUANTS.get(words[0]) if len(words) == 3 else None
+    if quant is None:
+        return None
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise CheckpointError(
+            f"{weight.file}: its weights are {quant.title}; unpacking them needs the package comfy-kitchen, which is "
+            "not installed here: install it (`pip install comfy-kitchen`), or choose the fp8 scaled or a GGUF version"
+        )
+    return KitchenFormat(quant, int(words[1]), int(words[2]))
+
+
+def kitchen_quant_name(quant: KitchenQuant, group: int, rotation: int) -> str:
+    """How `TensorInfo.quant` names the format with its sizes."""
+    return f"{quant.name} {group} {rotation}"
+
+
+# --- per format ------------------------------------------------------------------------------------------
+
+
+def _nvfp4(kitchen: Any, packed: Mapping[str, Tensor], how: KitchenFormat, dtype: torch.dtype) -> Tensor:
+    blocks = packed["weight_scale"].view(torch.float8_e4m3fn)
+    return kitchen.dequantize_nvfp4(packed["weight"], packed["weight_scale_2"].float(), blocks, dtype)
+
+
+def _mxfp8(kitchen: Any, packed: Mapping[str, Tensor], how: KitchenFormat, dtype: torch.dtype) -> Tensor:
+    blocks = packed["weight_scale"].view(torch.float8_e8m0fnu)
+    return kitchen.dequantize_mxfp8(packed["weight"], blocks, dtype)
+
+
+def _w4a4(kitchen: Any, packed: Mapping[str, Tensor], how: KitchenFormat, dtype: torch.dtype) -> Tensor:
+    return kitchen.dequantize_convrot_w4a4_weight(
+        packed["weight"], packed["weight_scale"], how.rotation, 64, output_dtype=dtype
+    )
+
+
+def _w4a8(kitchen: Any, packed: Mapping[str, Tensor], how: KitchenFormat, dtype: torch.dtype) -> Tensor:
+    groups = packed["weight_s_rel"]
+    return kitchen.dequantize_w4a8_int8_weight(
+        packed["weight"],
+        groups.view(torch.float8_e4m3fn) if groups.dtype == torch.uint8 else groups,
+        packed["weight_s_channel"],
+        packed.get("weight_codebook"),
+        group_size=how.group,
+        convrot_groupsize=how.rotation,
+        output_dtype=dtype,
+    )
+
+
+UNPACK: Mapping[str, Callable[[Any, Mapping[str, Tensor], KitchenFormat, torch.dtype], Tensor]] = {
+    "nvfp4": _nvfp4,
+    "mxfp8": _mxfp8,
+    "convrot_w4a4": _w4a4,
+    "asym_w4a8_int8": _w4a8,
+}

@@ -1,0 +1,1 @@
+"""LoRAs: their files, their names, beside the weights or merged into them."""

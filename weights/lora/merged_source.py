@@ -1,0 +1,102 @@
+"""Weights that are changed as they are read: dequantised, changed, and stored again in the form that they had."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...system.host_memory import allocate_bytes
+from ..files.checkpoint import TensorInfo
+from ..linear.formats import format_for
+from ..linear.linear import WeightFormat
+from ..linear.made_pairs import MadePairs
+from .merge import can_requantize, requantize
+
+SCALE = "weight_scale"
+Change = Callable[[Tensor], Tensor]  # a dense fp32 weight, which it may write over -> the changed one
+
+
+class Source(Protocol):
+    """A model's stored tensors, such as a Checkpoint."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read_into(self, name: str, out: Tensor) -> None: ...
+
+
+class MergedSource:
+    """A source's tensors, those of `changes` changed; reading is thread-safe. Their bytes are in no file as such.
+
+    All of them can be changed (`refusal`).
+    """
+
+    def __init__(self, origin: Source, changes: Mapping[str, Change]) -> None:
+        self._origin, self._changes = origin, changes
+        self._pairs = MadePairs()
+        self._lock = threading.Lock()  # one weight in fp32 at a time
+        made = {name: replace(info, file=made_from(info.file)) for name in changes for info in [origin.tensors[name]]}
+        self.tensors: dict[str, TensorInfo] = {**origin.tensors, **made}
+
+    @torch.inference_mode()
+    def read_into(self, name: str, out: Tensor) -> None:
+        """The tensor's bytes, as `Checkpoint.read_into`."""
+        layer, _, leaf = name.rpartition(".")
+        weight = f"{layer}.weight"
+        if name in self._changes:
+            self._pairs.read_weight(name, out, partial(self._change, name))
+        elif leaf == SCALE and weight in self._changes:
+            self._pairs.read_scale(weight, out, self.tensors[weight].nbytes, partial(self._change, weight))
+        else:
+            self._origin.read_into(name, out)
+
+    def _change(self, name: str, out: Tensor) -> Tensor:
+        """Write a changed tensor to `out [bytes]`; returns the scale beside it, empty where it has none."""
+        info, scale = self._origin.tensors[name], scale_of(self._origin, name)
+        self._origin.read_into(name, out)
+        packed = {"weight": out.view(info.dtype).view(info.shape)}
+        if scale is not None:
+            raw = allocate_bytes(scale.nbytes)
+            self._origin.read_into(f"{name.rpartition('.')[0]}.{SCALE}", raw)
+            packed[SCALE] = raw.view(scale.dtype).view(scale.shape)
+        form = form_of(self._origin, name)
+        with self._lock:
+            changed = self._changes[name](form.dequantize(packed, torch.float32).clone())
+            num_scales = packed[SCALE].numel() if scale is not None else 0
+            values, scales = requantize(changed, form, info.dtype, num_scales)
+            packed["weight"].copy_(values)
+        if scale is None:
+            return torch.empty(0)
+        return packed[SCALE] if scales is None else scales.to(scale.dtype)
+
+
+def refusal(source: Source, name: str) -> str | None:
+    """How a tensor is stored, where it can not be changed and stored so again."""
+    info = source.tensors[name]
+    if can_requantize(form_of(source, name), info.dtype):
+        return None
+    return info.quant or str(info.dtype).removeprefix("torch.")
+
+
+def scale_of(source: Source, name: str) -> TensorInfo | None:
+    """The scale that lies beside a layer's weight."""
+    layer, _, leaf = name.rpartition(".")
+    return source.tensors.get(f"{layer}.{SCALE}") if leaf == "weight" else None
+
+
+def form_of(source: Source, name: str) -> WeightFormat:
+    """How a tensor is stored."""
+    scale = scale_of(source, name)
+    return format_for(source.tensors[name], {} if scale is None else {SCALE: scale})
+
+
+def made_from(file: Path) -> Path:
+    """In place of the file of bytes that are made as they are read, so that nobody looks for them there."""
+    return file.with_name(f"{file.name} (with LoRA)")
