@@ -11,7 +11,7 @@ import io
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,35 @@ NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
     tokenize.ENCODING,
 }  # fmt: skip
+
+# Who may import whom: a room those in the rows below its own, and nobody in its own row. Networks stand below all that
+# knows of memory, of running and of files of video, so that they can know nothing of it.
+TIERS = (
+    ("cli", "nodes"),
+    ("nodes/bridge",),
+    ("demo",),
+    ("families",),
+    ("wanvideo", "framepack"),
+    ("framepack/run",),
+    ("wanvideo/text", "wanvideo/vae", "framepack/text", "framepack/vae"),
+    ("runtime",),
+    ("vae",),
+    ("memory/report",),
+    ("memory/plan",),
+    ("memory/stream",),
+    ("video", "sampling", "compilation"),
+    ("wanvideo/network", "framepack/network"),
+    ("transformer",),
+    ("weights/lora",),
+    ("weights/linear",),
+    ("weights/kernels",),
+    ("weights/files",),
+    ("attention", "fused"),
+    ("system",),
+)
+FAMILIES = ("wanvideo", "framepack")  # never import each other
+LEAVES = ("weights", "memory", "attention", "fused", "video", "sampling", "compilation")  # import system/ alone
+GROUND = "system"
 
 Imports = dict[str, set[str]]  # module's path -> the paths of the modules that it imports
 
@@ -83,11 +112,44 @@ def room(path: str) -> str:
     return Path(path).parent.as_posix()
 
 
-def room_arrows(found: Imports) -> set[tuple[str, str]]:
-    """Imports from one room into another."""
-    return {
-        (room(path), room(other)) for path, others in found.items() for other in others if room(path) != room(other)
-    }
+def storey(path: str) -> str:
+    """The folder at the root that holds a module, or the module itself where it lies loose at the root."""
+    return path.split("/")[0]
+
+
+def arrows(found: Imports, place: Callable[[str], str]) -> set[tuple[str, str]]:
+    """Imports from one place into another; `place` is where a path belongs, such as `room`."""
+    pairs = {(place(path), place(other)) for path, others in found.items() for other in others}
+    return {(here, there) for here, there in pairs if here != there}
+
+
+def wrong_ways(found: Imports) -> list[str]:
+    """Imports that run back up, across a row or from a leaf to anything but the ground, as "importer -> imported"."""
+    row = {name: index for index, names in enumerate(TIERS) for name in names}
+    wrong = []
+    for path, others in found.items():
+        for other in others:
+            here, there = room(path), room(other)
+            if here in (".", there):
+                continue
+            top, other_top = here.split("/")[0], there.split("/")[0]
+            up = row.get(there, -1) <= row.get(here, len(TIERS))
+            between_families = {top, other_top} == set(FAMILIES)
+            from_leaf = top in LEAVES and other_top not in (top, GROUND)
+            if up or between_families or from_leaf:
+                wrong.append(f"{path} -> {other}")
+    return sorted(wrong)
+
+
+def late_imports(modules: Mapping[str, str]) -> list[str]:
+    """Imports of the product's own modules inside functions, as "path:line"."""
+    found = []
+    for path, text in modules.items():
+        for function in ast.walk(ast.parse(text)):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                inside = [node for node in ast.walk(function) if isinstance(node, ast.ImportFrom) and node.level]
+                found += [f"{path}:{node.lineno}" for node in inside]
+    return sorted(set(found))
 
 
 def circles(found: Mapping[str, set[str]]) -> list[list[str]]:
@@ -150,14 +212,15 @@ def functions(modules: Mapping[str, str]) -> list[Function]:
 def figures(modules: Mapping[str, str]) -> dict[str, str]:
     """The house in figures, by what they are of."""
     found = imports(modules)
-    arrows = room_arrows(found)
     rooms = {room(path) for path in modules}
+    between_rooms = arrows(found, room)
     lines = {path: len(text.splitlines()) for path, text in modules.items()}
     longest = max(lines, key=lambda path: lines[path])
     every = functions(modules)
     slowest = max(every, key=lambda function: function.num_lines)
     wide = [function for function in every if function.num_parameters > MOST_PARAMETERS]
-    between = circles({name: {there for here, there in arrows if here == name} for name in rooms})
+    between = circles({name: {there for here, there in between_rooms if here == name} for name in rooms})
+    inner = {path for path in modules if path != "__init__.py"}
     return {
         "modules": str(len(modules)),
         "code lines": str(sum(code_lines(text) for text in modules.values())),
@@ -165,10 +228,14 @@ def figures(modules: Mapping[str, str]) -> dict[str, str]:
         "longest function": f"{slowest.num_lines} lines, {slowest.name} in {slowest.path}",
         f"functions with more than {MOST_PARAMETERS} parameters": str(len(wide)),
         "loose modules at the root": str(sum(1 for path in modules if "/" not in path and path != "__init__.py")),
-        "rooms": str(len(rooms)),
-        "arrows between rooms": str(len(arrows)),
+        "folders and loose modules at the root": str(len({storey(path) for path in inner})),
+        "arrows between those": str(len(arrows(found, storey))),
+        "rooms (folders at any depth)": str(len(rooms)),
+        "arrows between rooms": str(len(between_rooms)),
         "circles of modules": str(len(circles(found))),
         "circles of rooms": f"{len(between)} ({sum(map(len, between))} rooms)",
+        "arrows that run back up": str(len(wrong_ways(found))),
+        "imports inside functions": str(len(late_imports(modules))),
     }
 
 
@@ -181,8 +248,11 @@ def main() -> None:
     modules = sources(sys.argv[1] if len(sys.argv) > 1 else "")
     for name, value in figures(modules).items():
         print(f"{name}: {value}")
-    for members in circles(imports(modules)):
+    found = imports(modules)
+    for members in circles(found):
         print("circle:", " ".join(members))
+    for way in wrong_ways(found):
+        print("runs back up:", way)
 
 
 if __name__ == "__main__":

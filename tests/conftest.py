@@ -1,0 +1,18 @@
+"""What several test modules share."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def house() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("house", Path(__file__).parents[1] / "docs" / "house.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["house"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
