@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -14,12 +15,19 @@ import pytest
 import torch
 from diffusers import HunyuanVideoFramepackPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack import DEFAULT_PROMPT_TEMPLATE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lowvram_video.framepack.text.bpe import LLAMA_SPLIT, BytePairTokenizer
 from lowvram_video.framepack.text.checkpoint import open_clip, open_llama, open_siglip
 from lowvram_video.framepack.text.images import ImageEncoder, squeezed
-from lowvram_video.framepack.text.llama_gguf import LAYER_NAMES, LLAMA_SPLIT, TOP_NAMES
+from lowvram_video.framepack.text.llama_gguf import LAYER_NAMES, TOP_NAMES
 from lowvram_video.framepack.text.prompts import AFTER_PROMPT, BEFORE_PROMPT, MAX_TOKENS, PromptEncoder
-from lowvram_video.framepack.text.split_patterns import compile_pattern
-from lowvram_video.framepack.text.tokenizer_files import read_clip_vocab, read_tokenizer_json
+from lowvram_video.framepack.text.tokenizer_files import (
+    CLIP_TOKENIZER,
+    find_tokenizer,
+    read_clip_vocab,
+    read_tokenizer_json,
+)
 from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError
 from lowvram_video.weights.linear.adopt import load_tensors
 from lowvram_video.weights.linear.gguf import GGUF_FORMATS
@@ -209,6 +217,13 @@ def write_tokenizers(folder: Path, fast_llama: FastTokenizer, fast_clip: CLIPTok
         (folder / name).mkdir(parents=True, exist_ok=True)
     fast_llama.save(str(folder / "tokenizer" / "tokenizer.json"))
     fast_clip.backend_tokenizer.save(str(folder / "tokenizer_2" / "tokenizer.json"))
+
+
+def write_clip_pair(folder: Path) -> None:
+    vocab, merges = clip_vocab()
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
 def open_encoder(folder: Path, dtype: torch.dtype = torch.float32, tokenizers: Path | None = None) -> PromptEncoder:
@@ -627,10 +642,7 @@ def test_older_files_write_merges_as_text(tmp_path, fast_llama):
 
 def test_clip_tokenizer_matches_tokenizers(tmp_path, fast_clip):
     fast_clip.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    vocab, merges = clip_vocab()
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    write_clip_pair(tmp_path)
     tokenizers = read_tokenizer_json(tmp_path / "tokenizer.json"), read_clip_vocab(tmp_path / "vocab.json")
     texts = many_texts()
     for text in texts:
@@ -666,9 +678,121 @@ def test_a_long_word_takes_no_quadratic_time(tmp_path, fast_llama):
 
 
 @pytest.mark.parametrize("pattern", [r"\w+", r"[[:alpha:]]+", r"[^\S]", r"\p{Greek}", r"(a"])
-def test_unknown_patterns_are_refused(pattern):
-    with pytest.raises(ValueError, match="expected"):
-        compile_pattern(pattern)
+def test_unknown_patterns_are_refused(tmp_path, fast_llama, pattern):
+    content = json.loads(fast_llama.to_str())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"its split pattern is {re.escape(repr(pattern))}; expected"):
+        read_tokenizer_json(tmp_path / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folder, tmp_path_factory) -> dict[str, BytePairTokenizer]:
+    """Ours, from each kind of file."""
+    pair = tmp_path_factory.mktemp("pair") / "vocab.json"
+    write_clip_pair(pair.parent)
+    return {
+        "llama": read_tokenizer_json(folder / "tokenizer" / "tokenizer.json"),
+        "clip": read_tokenizer_json(folder / "tokenizer_2" / "tokenizer.json"),
+        "pair": read_clip_vocab(pair),
+    }
+
+
+SPICED = st.lists(
+    st.text(max_size=12) | st.sampled_from([*LLAMA_MARKS, "<|startoftext|>", "<|endoftext|>", "'LL", "\r\n"])
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(SPICED.map("".join))
+def test_any_text_has_the_ids_of_transformers(tokenizers, fast_llama, fast_clip, text):
+    whole = text.encode("utf-8", "replace").decode()
+    llama = PreTrainedTokenizerFast(tokenizer_object=fast_llama)
+    assert tokenizers["llama"].encode(text) == llama(whole).input_ids
+    clip = fast_clip(whole, truncation=True, max_length=77).input_ids
+    assert tokenizers["clip"].encode(text, 77) == clip
+    if "<|startoftext|>" not in text.lower():
+        assert tokenizers["pair"].encode(text, 77) == clip
+
+
+def test_lone_surrogates_are_question_marks(tokenizers):
+    for tokenizer in tokenizers.values():
+        assert tokenizer.encode("a\ud800b") == tokenizer.encode("a?b")
+
+
+def broken(content: dict, path: str, value: object) -> dict:
+    """A copy with the value at a dotted path replaced."""
+    content = copy.deepcopy(content)
+    *folders, last = path.split(".")
+    inner = content
+    for name in folders:
+        inner = inner[int(name) if isinstance(inner, list) else name]
+    inner[int(last) if isinstance(inner, list) else last] = value
+    return content
+
+
+@pytest.mark.parametrize("value", [None, 3, -1, 2**40, "x", "", [], [[]], {}, {"a": []}, True, "\ud800"], ids=repr)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model", "model.vocab", "model.merges", "model.merges.0", "model.unk_token", "model.end_of_word_suffix",
+        "model.dropout", "added_tokens", "added_tokens.0", "added_tokens.0.id", "added_tokens.0.content",
+        "normalizer", "normalizer.normalizers", "normalizer.normalizers.1", "normalizer.normalizers.1.pattern",
+        "pre_tokenizer", "pre_tokenizer.type", "pre_tokenizer.pretokenizers.0.pattern",
+        "pre_tokenizer.pretokenizers.0.behavior", "post_processor", "post_processor.cls", "post_processor.sep.1",
+    ],
+)  # fmt: skip
+def test_a_spoiled_tokenizer_is_read_or_refused_in_one_line(tmp_path, folder, fast_clip, path, value):
+    content = broken(json.loads(fast_clip.backend_tokenizer.to_str()), path, value)
+    write_spoiled(tmp_path, json.dumps(content))
+    try:
+        tokenizer = find_tokenizer(CLIP_TOKENIZER, tmp_path, folder / "clip_l.safetensors")
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error) and "tokenizer" in str(error)
+    else:
+        assert tokenizer.encode("a red ball", 77)[-1] == tokenizer.last[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", "3", "null", "{", "", "\x00", '{"a": NaN}'])
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, folder, name, text):
+    write_spoiled(tmp_path, text, name)
+    with pytest.raises(CheckpointError, match=r"cannot be read as a tokenizer: .*download vocab"):
+        find_tokenizer(CLIP_TOKENIZER, tmp_path, folder / "clip_l.safetensors")
+
+
+def write_spoiled(folder: Path, text: str, name: str = "tokenizer.json") -> None:
+    (folder / "tokenizer_2").mkdir()
+    (folder / "tokenizer_2" / name).write_text(text, encoding="utf-8")
+    if name == "vocab.json":
+        (folder / "tokenizer_2" / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("merges", ["a", "a b c", "nowhere b", "\x00", "a  b"])
+def test_spoiled_merges_are_refused(tmp_path, merges):
+    write_clip_pair(tmp_path)
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="its parts do not fit together"):
+        read_clip_vocab(tmp_path / "vocab.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.merges": ["nowhere here"]},
+        {"tokenizer.ggml.merges": [1, 2]},
+        {"tokenizer.ggml.merges": "a b"},
+        {"tokenizer.ggml.tokens": 3},
+        {"tokenizer.ggml.tokens": [1, 2], "tokenizer.ggml.token_type": [1, 3]},
+        {"tokenizer.ggml.token_type": "x"},
+        {"tokenizer.ggml.bos_token_id": 2**31},
+    ],
+    ids=str,
+)
+def test_a_gguf_of_spoiled_tokens_is_refused(tmp_path, folder, llama, fast_llama, changes):
+    path = write_llama_gguf(tmp_path / "llama.gguf", llama, fast_llama, "F16", **changes)
+    with pytest.raises(CheckpointError, match=r"its tokenizer .*choose a GGUF file of llava-llama-3-8b"):
+        PromptEncoder(path, folder / "clip_l.safetensors", None, CPU, torch.float32)
 
 
 def test_a_missing_tokenizer_says_what_to_put_where(tmp_path, folder, fast_llama, fast_clip):

@@ -1,171 +1,133 @@
-"""Byte-level BPE tokenizers, from the `tokenizer.json` of Hugging Face or from a vocabulary and its merges.
+"""Byte-level BPE tokenizers of the kinds that LLaMA 3 and CLIP have, run by huggingface/tokenizers.
 
-Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909 (the merges); openai/gpt-2 `src/encoder.py` (bytes as
-characters); huggingface/tokenizers (the file format, and what each part of it does).
+Files say what the library does with a text, regular expressions among it, so that only what those two do is let
+through; all else is refused by its name.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from heapq import heapify, heappop, heappush
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-Normalize = Callable[[str], str]
+from tokenizers import Tokenizer
 
+Part = Mapping[str, Any]
 
-@dataclass(frozen=True)
-class Split:
-    """How a text falls into the pieces in which tokens are merged; what matches nothing is a piece or is dropped."""
-
-    pattern: re.Pattern[str]
-    keeps_gaps: bool = True
-
-    def __call__(self, text: str) -> Iterator[str]:
-        position = 0
-        for match in self.pattern.finditer(text):
-            if self.keeps_gaps and match.start() > position:
-                yield text[position : match.start()]
-            if match[0]:
-                yield match[0]
-            position = match.end()
-        if self.keeps_gaps and position < len(text):
-            yield text[position:]
+LLAMA_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+MARKED_CLIP_SPLIT = rf"<\|startoftext\|>|<\|endoftext\|>|{CLIP_SPLIT}"  # as transformers writes it
+SPLITS = (LLAMA_SPLIT, CLIP_SPLIT, MARKED_CLIP_SPLIT)
+WHITE_SPACE = r"\s+"
 
 
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is found in the text before anything else; `normalized` ones in the normalised text."""
+class BytePairTokenizer:
+    """Turns a text into ids, with the ids `first` and `last` around them.
 
-    content: str
-    token_id: int
-    normalized: bool = False
-
-
-@dataclass(frozen=True)
-class Merges:
-    """The BPE model: `ranks` has the rank of each merge by its two sides with a space between, lowest first.
-
-    `end_of_word` ends the last character of a piece. With `whole_words` a piece that is a token is not taken apart.
+    `model`, `added_tokens`, `pre_tokenizer` and `normalizer` are as in a `tokenizer.json`. ValueError, which names the
+    part, where one is neither LLaMA 3's nor CLIP's or they do not fit together.
     """
 
-    vocab: Mapping[str, int]
-    ranks: Mapping[str, int]
-    end_of_word: str = ""
-    whole_words: bool = False
-    unknown: int | None = None
-
-    def tokens(self, piece: str) -> Iterator[int]:
-        """The ids of one piece, given as characters that stand for its bytes."""
-        if self.whole_words and piece in self.vocab:
-            yield self.vocab[piece]
-            return
-        for symbol in merge([*piece[:-1], piece[-1] + self.end_of_word], self.ranks):
-            token_id = self.vocab.get(symbol, self.unknown)
-            if token_id is not None:
-                yield token_id
-
-
-@dataclass(frozen=True)
-class BytePairTokenizer:
-    """Turns a text into ids: added tokens, normalisation, pieces, bytes, merges; `first` and `last` ids around them."""
-
-    merges: Merges
-    splits: Sequence[Split]
-    normalize: Normalize = str
-    added: Sequence[AddedToken] = ()
-    first: tuple[int, ...] = ()
-    last: tuple[int, ...] = ()
-    max_id: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "max_id", max([*self.merges.vocab.values(), *(token.token_id for token in self.added)])
-        )
+    def __init__(
+        self,
+        model: Part,
+        added_tokens: Sequence[Part],
+        pre_tokenizer: Part | None,
+        normalizer: Part | None = None,
+        first: Sequence[int] = (),
+        last: Sequence[int] = (),
+    ):
+        try:
+            _check_model(model)
+            _check_pre_tokenizer(pre_tokenizer)
+            _check_normalizer(normalizer)
+            added = [_added(entry) for entry in added_tokens]
+            parts = {"added_tokens": added, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+            self._tokenizer = _built({"version": "1.0", **parts, "model": {**model, "type": "BPE"}})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is incomplete ({error!r})") from error
+        self._added = {entry["content"]: entry["id"] for entry in added}
+        self.first, self.last = tuple(first), tuple(last)
+        self.max_id = max(self._tokenizer.get_vocab().values(), default=-1)
+        self._check_ids()
 
     def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         """Ids with those around them; of a text that has more than `max_tokens` the end is left out, not they."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no character
-        ids: list[int] = []
-        for token, raw in _around(text, [token for token in self.added if not token.normalized]):
-            if token is not None:
-                ids.append(token.token_id)
-            else:
-                ids.extend(self._plain(self.normalize(raw)))
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if max_tokens is not None:
             ids = ids[: max(0, max_tokens - len(self.first) - len(self.last))]
         return [*self.first, *ids, *self.last]
 
     def token_id(self, content: str) -> int | None:
         """The id of an added token; None where the tokenizer has no such one."""
-        return next((token.token_id for token in self.added if token.content == content), None)
+        return self._added.get(content)
 
-    def _plain(self, text: str) -> Iterator[int]:
-        characters = byte_characters()
-        for token, plain in _around(text, [token for token in self.added if token.normalized], self.normalize):
-            if token is not None:
-                yield token.token_id
-                continue
-            pieces: Iterable[str] = [plain]
-            for split in self.splits:
-                pieces = [part for piece in pieces for part in split(piece)]
-            for piece in pieces:
-                yield from self.merges.tokens("".join(characters[byte] for byte in piece.encode("utf-8")))
+    def _check_ids(self) -> None:
+        for content, token_id in self._added.items():
+            if self._tokenizer.token_to_id(content) != token_id:
+                raise ValueError(f"its added token {content!r} is not the id {token_id!r} of its vocabulary")
+        for token_id in (*self.first, *self.last):
+            if not (isinstance(token_id, int) and 0 <= token_id <= self.max_id):
+                raise ValueError(f"it puts the id {token_id!r} around a text; expected one up to {self.max_id}")
 
 
-def _around(
-    text: str, tokens: Sequence[AddedToken], normalize: Normalize = str
-) -> Iterator[tuple[AddedToken | None, str]]:
-    """The text in order: added tokens, the leftmost and of those the longest first, and what lies between them."""
-    by_content = {normalize(token.content): token for token in tokens}
-    longest_first = sorted(by_content, key=len, reverse=True)
-    position = 0
-    if by_content:
-        for match in re.finditer("|".join(re.escape(content) for content in longest_first), text):
-            if match.start() > position:
-                yield None, text[position : match.start()]
-            yield by_content[match[0]], match[0]
-            position = match.end()
-    if position < len(text):
-        yield None, text[position:]
+def refused(part: str, given: object, expected: str) -> ValueError:
+    """The error for a part that neither LLaMA 3 nor CLIP has."""
+    return ValueError(f"its {part} is {given!r}; expected {expected}, as LLaMA 3 and CLIP have")
 
 
-def merge(symbols: list[str], ranks: Mapping[str, int]) -> list[str]:
-    """Merge neighbours until no pair has a rank: the lowest rank first, and of equal ones the leftmost."""
-    num = len(symbols)
-    after, before = list(range(1, num + 1)), list(range(-1, num - 1))
-    queue: list[tuple[int, int, str]] = []
-
-    def pair(left: int) -> tuple[int, int, str] | None:
-        if left < 0 or after[left] >= num:
-            return None
-        names = f"{symbols[left]} {symbols[after[left]]}"
-        rank = ranks.get(names)
-        return None if rank is None else (rank, left, names)
-
-    queue = [found for left in range(num - 1) if (found := pair(left)) is not None]
-    heapify(queue)
-    while queue:
-        entry = heappop(queue)
-        left = entry[1]
-        if not symbols[left] or pair(left) != entry:
-            continue  # one of the two was merged meanwhile
-        right = after[left]
-        symbols[left] += symbols[right]
-        symbols[right] = ""
-        after[left] = after[right]
-        if after[left] < num:
-            before[after[left]] = left
-        for neighbour in (before[left], left):
-            if (found := pair(neighbour)) is not None:
-                heappush(queue, found)
-    return [symbol for symbol in symbols if symbol]
+def _built(parts: Part) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(parts))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"its parts do not fit together ({str(error)[:300]})") from error
 
 
-@cache
-def byte_characters() -> tuple[str, ...]:
-    """The character that stands for each byte: itself where it shows, else one from U+0100 on."""
-    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return tuple(chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256))
+def _check_model(model: Part) -> None:
+    beyond = ("continuing_subword_prefix", "byte_fallback", "dropout")
+    if model.get("type", "BPE") != "BPE" or any(model.get(name) for name in beyond):
+        raise refused("model", model.get("type"), "byte-level BPE")
+    if model.get("unk_token") is not None and model["unk_token"] not in model["vocab"]:
+        raise refused("unknown token", model["unk_token"], "one of the vocabulary")
+
+
+def _added(entry: Part) -> dict[str, Any]:
+    aside = ("single_word", "lstrip", "rstrip")
+    if any(entry.get(name) for name in aside):
+        raise refused("added token", entry["content"], "tokens that leave the text around them as it is")
+    normalized = bool(entry.get("normalized"))
+    token = {"id": entry["id"], "content": entry["content"], "normalized": normalized, "special": True}
+    return token | dict.fromkeys(aside, False)
+
+
+def _check_pre_tokenizer(part: Part | None) -> None:
+    if part is None:
+        raise refused("pre_tokenizer", None, "Split and ByteLevel")
+    if part["type"] == "Sequence":
+        for inner in part["pretokenizers"]:
+            _check_pre_tokenizer(inner)
+    elif part["type"] == "Split":
+        behavior, pattern = (part["behavior"], bool(part.get("invert"))), part["pattern"].get("Regex")
+        if behavior not in (("Isolated", False), ("Removed", True)):
+            raise refused("split", behavior[0], "Isolated, or Removed and inverted")
+        if pattern not in SPLITS:
+            raise refused("split pattern", pattern, "that of either")
+    elif part["type"] != "ByteLevel" or part.get("add_prefix_space"):
+        raise refused("pre_tokenizer", part["type"], "Split and ByteLevel without a space in front")
+
+
+def _check_normalizer(part: Part | None) -> None:
+    if part is None:
+        return
+    if part["type"] == "Sequence":
+        for inner in part["normalizers"]:
+            _check_normalizer(inner)
+    elif part["type"] == "Replace":
+        if part["pattern"].get("Regex") != WHITE_SPACE:
+            raise refused("normalizer", part["pattern"], f"Replace of {WHITE_SPACE}")
+    elif part["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase"):
+        raise refused("normalizer", part["type"], "NFC, Replace and Lowercase")

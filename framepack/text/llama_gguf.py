@@ -9,8 +9,7 @@ from typing import Any
 
 from ...weights.files.checkpoint import CheckpointError
 from ...weights.files.gguf_header import read_gguf_header
-from .bpe import AddedToken, BytePairTokenizer, Merges, Split
-from .split_patterns import compile_pattern
+from .bpe import LLAMA_SPLIT, BytePairTokenizer, Part
 
 # llama.cpp's name -> ours, both without the suffix. Source: `gguf.constants`, architecture LLAMA.
 TOP_NAMES = {"token_embd": "embed_tokens"}
@@ -27,10 +26,13 @@ LAYER_NAMES = {
 }
 UNUSED = ("output_norm.weight", "output.weight")
 
-LLAMA_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PIECES: Part = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": LLAMA_SPLIT}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
 TOKENS, TYPES, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 FIRST = "tokenizer.ggml.bos_token_id"
 CONTROL, USER_DEFINED = 3, 4  # token types that are found in the text whole
@@ -64,24 +66,26 @@ def gguf_tokenizer(path: Path) -> BytePairTokenizer | None:
         return None
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "llama-bpe")
     tokens, types, merges = ([] if fields.get(key) is None else fields[key] for key in (TOKENS, TYPES, MERGES))
-    if (kind, split) != ("gpt2", "llama-bpe") or len(tokens) != len(types) or not merges:
+    are_lists = all(isinstance(field, list) for field in (tokens, types, merges))
+    if (kind, split) != ("gpt2", "llama-bpe") or not are_lists or len(tokens) != len(types) or not merges:
         raise CheckpointError(
             f"{path}: its tokenizer is of kind {kind!r}, {split!r}; expected 'gpt2', 'llama-bpe' with tokens, types "
             "and merges; choose a GGUF file of llava-llama-3-8b"
         )
-    return _tokenizer(tokens, types, merges, fields.get(FIRST))
+    try:
+        return _tokenizer(tokens, types, merges, fields.get(FIRST))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: its tokenizer cannot be read: {error}; choose a GGUF file of llava-llama-3-8b"
+        ) from error
 
 
 def _tokenizer(tokens: list[str], types: list[int], merges: list[str], first: Any) -> BytePairTokenizer:
     vocab = {token: number for number, token in enumerate(tokens)}
     added = [
-        AddedToken(token, number)
-        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        {"id": vocab[token], "content": token}
+        for token, kind in zip(tokens, types, strict=True)
         if kind in (CONTROL, USER_DEFINED)
     ]
-    return BytePairTokenizer(
-        Merges(vocab, {pair: rank for rank, pair in enumerate(merges)}, whole_words=True),
-        (Split(compile_pattern(LLAMA_SPLIT)),),
-        added=tuple(added),
-        first=(first,) if isinstance(first, int) else (),
-    )
+    model = {"vocab": vocab, "merges": merges, "ignore_merges": True}
+    return BytePairTokenizer(model, added, PIECES, first=(first,) if isinstance(first, int) else ())

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...weights.files.checkpoint import CheckpointError
-from .bpe import AddedToken, BytePairTokenizer, Merges, Normalize, Split
-from .split_patterns import compile_pattern
+from .bpe import CLIP_SPLIT, WHITE_SPACE, BytePairTokenizer, Part, refused
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 SOURCE = "hunyuanvideo-community/HunyuanVideo"
@@ -19,12 +16,16 @@ SOURCE = "hunyuanvideo-community/HunyuanVideo"
 
 @dataclass(frozen=True)
 class WantedTokenizer:
-    """A tokenizer in words for messages, the folders it lies in, and added tokens that tell it from others."""
+    """A tokenizer in words for messages, the folders it lies in, and added tokens that tell it from others.
+
+    `end` is the one of these that it puts after every text, where the encoder needs that.
+    """
 
     title: str
     folders: tuple[str, ...]
     files: str
     marks: tuple[str, ...]
+    end: str = ""
 
 
 LLAMA_TOKENIZER = WantedTokenizer(
@@ -38,6 +39,7 @@ CLIP_TOKENIZER = WantedTokenizer(
     ("tokenizer_2", "clip_tokenizer", "sd1_tokenizer"),
     f"{VOCAB} and {MERGES}, or {TOKENIZER}",
     ("<|startoftext|>", "<|endoftext|>"),
+    end="<|endoftext|>",
 )
 
 
@@ -58,21 +60,27 @@ def find_tokenizer(wanted: WantedTokenizer, near: Path, encoder: Path) -> BytePa
     for path in found:
         try:
             tokenizer = read_clip_vocab(path) if path.name == VOCAB else read_tokenizer_json(path)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:  # nested too deeply
             raise CheckpointError(
                 f"{path}: cannot be read as a tokenizer: {error}; {_advice(wanted, path.parent)}"
             ) from error
-        if all(tokenizer.token_id(mark) is not None for mark in wanted.marks):
+        if _fits(tokenizer, wanted):
             return tokenizer
     if found:
+        end = f", or without {wanted.end} after every text" if wanted.end else ""
         raise CheckpointError(
-            f"{found[0]}: a tokenizer without {', '.join(wanted.marks)}; expected {wanted.title}; "
+            f"{found[0]}: a tokenizer without {', '.join(wanted.marks)}{end}; expected {wanted.title}; "
             f"{_advice(wanted, places[0])}"
         )
     raise CheckpointError(
         f"{encoder}: there is no tokenizer for it in {folder}; expected {wanted.title} ({wanted.files}); "
         f"{_advice(wanted, places[0])}, or name the folder that holds it"
     )
+
+
+def _fits(tokenizer: BytePairTokenizer, wanted: WantedTokenizer) -> bool:
+    marked = all(tokenizer.token_id(mark) is not None for mark in wanted.marks)
+    return marked and (not wanted.end or tokenizer.last[:1] == (tokenizer.token_id(wanted.end),))
 
 
 def _files_in(place: Path, wanted: WantedTokenizer) -> list[Path]:
@@ -88,98 +96,28 @@ def _advice(wanted: WantedTokenizer, place: Path) -> str:
 
 # --- tokenizer.json --------------------------------------------------------------------------------------
 
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
 
 def read_tokenizer_json(path: Path) -> BytePairTokenizer:
     """A byte-level BPE tokenizer of Hugging Face. ValueError, which names the part, for one with other parts."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _read_json(path)
     try:
         first, last = _frame(content.get("post_processor"))
+        added = content.get("added_tokens") or ()
         return BytePairTokenizer(
-            _model(content["model"]),
-            tuple(_splits(content.get("pre_tokenizer"))),
-            _normalizer(content.get("normalizer")),
-            tuple(_added(entry) for entry in content.get("added_tokens") or ()),
-            first,
-            last,
+            content["model"], added, content.get("pre_tokenizer"), content.get("normalizer"), first, last
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"it is incomplete ({error!r})") from error
 
 
-def _model(model: Mapping[str, Any]) -> Merges:
-    if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("byte_fallback"):
-        raise _other("model", model.get("type"), "byte-level BPE")
-    # Each merge is "left right" or, in newer files, [left, right].
-    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    unknown = model.get("unk_token")
-    return Merges(
-        vocab=model["vocab"],
-        ranks={pair: rank for rank, pair in enumerate(pairs)},
-        end_of_word=model.get("end_of_word_suffix") or "",
-        whole_words=bool(model.get("ignore_merges")),
-        unknown=None if unknown is None else model["vocab"].get(unknown),
-    )
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"it is a {type(content).__name__}; expected an object")
+    return content
 
 
-def _added(entry: Mapping[str, Any]) -> AddedToken:
-    if entry.get("single_word") or entry.get("lstrip") or entry.get("rstrip"):
-        raise _other("added token", entry["content"], "tokens that leave the text around them as it is")
-    return AddedToken(entry["content"], entry["id"], bool(entry.get("normalized")))
-
-
-def _splits(part: Mapping[str, Any] | None) -> Iterable[Split]:
-    if part is None:
-        raise _other("pre_tokenizer", None, "Split and ByteLevel")
-    if part["type"] == "Sequence":
-        for inner in part["pretokenizers"]:
-            yield from _splits(inner)
-    elif part["type"] == "Split":
-        keeps_gaps = part["behavior"] == "Isolated"
-        if not keeps_gaps and (part["behavior"], part.get("invert")) != ("Removed", True):
-            raise _other("split", part["behavior"], "Isolated, or Removed and inverted")
-        yield Split(compile_pattern(part["pattern"]["Regex"]), keeps_gaps)
-    elif part["type"] == "ByteLevel" and not part.get("add_prefix_space"):
-        if part.get("use_regex", True):
-            yield Split(compile_pattern(GPT2_SPLIT))
-    else:
-        raise _other("pre_tokenizer", part["type"], "Split and ByteLevel without a space in front")
-
-
-def _normalizer(part: Mapping[str, Any] | None) -> Normalize:
-    if part is None:
-        return str
-    kind = part["type"]
-    if kind == "Sequence":
-        return _one_after_another([_normalizer(inner) for inner in part["normalizers"]])
-    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
-        return lambda text: unicodedata.normalize(kind, text)
-    if kind == "Lowercase":
-        return lower_case
-    if kind == "Replace":
-        pattern, content = compile_pattern(part["pattern"]["Regex"]), part["content"]
-        return lambda text: pattern.sub(lambda _: content, text)
-    raise _other("normalizer", kind, "NFC, Replace and Lowercase")
-
-
-def _one_after_another(steps: Iterable[Normalize]) -> Normalize:
-    steps = list(steps)
-
-    def normalize(text: str) -> str:
-        for step in steps:
-            text = step(text)
-        return text
-
-    return normalize
-
-
-def lower_case(text: str) -> str:
-    """Character by character: `str.lower` would end words with another sigma."""
-    return "".join(character.lower() for character in text)
-
-
-def _frame(part: Mapping[str, Any] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _frame(part: Part | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids put before and after every text."""
     if part is None or part["type"] == "ByteLevel":
         return (), ()
@@ -198,16 +136,26 @@ def _frame(part: Mapping[str, Any] | None) -> tuple[tuple[int, ...], tuple[int, 
             else:
                 sides[seen].extend(part["special_tokens"][entry["SpecialToken"]["id"]]["ids"])
         return tuple(sides[0]), tuple(sides[1])
-    raise _other("post_processor", part["type"], "TemplateProcessing or RobertaProcessing")
-
-
-def _other(part: str, given: object, expected: str) -> ValueError:
-    return ValueError(f"its {part} is {given!r}; expected {expected}, as LLaMA 3 and CLIP have")
+    raise refused("post_processor", part["type"], "TemplateProcessing or RobertaProcessing")
 
 
 # --- CLIP's pair -----------------------------------------------------------------------------------------
 
-CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+CLIP_PIECES: Part = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": CLIP_SPLIT}, "behavior": "Removed", "invert": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+CLIP_NORMALIZER: Part = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "NFC"},
+        {"type": "Replace", "pattern": {"Regex": WHITE_SPACE}, "content": " "},
+        {"type": "Lowercase"},
+    ],
+}
 
 
 def read_clip_vocab(vocab_path: Path) -> BytePairTokenizer:
@@ -216,18 +164,15 @@ def read_clip_vocab(vocab_path: Path) -> BytePairTokenizer:
     Text is put in Unicode's composed form, in lower case and with single spaces, as `tokenizers` does it: without
     ftfy, and without the spaces between Chinese characters that older releases of transformers put in.
     """
-    vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
+    vocab = _read_json(vocab_path)
     begin, end = (vocab.get(mark) for mark in CLIP_TOKENIZER.marks)
     if begin is None or end is None:
         raise ValueError(f"it has no {' or no '.join(CLIP_TOKENIZER.marks)}; expected the vocabulary of CLIP")
     lines = vocab_path.with_name(MERGES).read_text(encoding="utf-8").split("\n")
-    pairs = [line for line in lines if line.strip() and not line.startswith("#version")]
-    spaces = compile_pattern(r"\s+")
-    return BytePairTokenizer(
-        Merges(vocab, {pair: rank for rank, pair in enumerate(pairs)}, end_of_word="</w>", unknown=end),
-        (Split(compile_pattern(CLIP_SPLIT), keeps_gaps=False),),
-        lambda text: lower_case(spaces.sub(" ", unicodedata.normalize("NFC", text))),
-        (AddedToken(CLIP_TOKENIZER.marks[0], begin, normalized=True), AddedToken(CLIP_TOKENIZER.marks[1], end)),
-        (begin,),
-        (end,),
-    )
+    merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    model = {"vocab": vocab, "merges": merges, "end_of_word_suffix": "</w>", "unk_token": CLIP_TOKENIZER.end}
+    added = [
+        {"id": begin, "content": CLIP_TOKENIZER.marks[0], "normalized": True},
+        {"id": end, "content": CLIP_TOKENIZER.marks[1]},
+    ]
+    return BytePairTokenizer(model, added, CLIP_PIECES, CLIP_NORMALIZER, (begin,), (end,))
