@@ -16,11 +16,13 @@ from ..memory.stream.pinned import Registrar
 from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
-from ..weights.linear.quantize import quantize_checkpoint
+from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
+from ..weights.lora.names import Aliases
 from .checkpoint import build_framepack, open_framepack
 from .footprint import FramePackFootprint
 from .lora_names import framepack_aliases
+from .network.config import FramePackConfig
 from .network.model import BlockCache, FramePackModel, Frames, History, Prompt, StepCondition
 from .sections import SectionMode
 
@@ -29,11 +31,12 @@ MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm.linear.")
 
 
 class StreamedFramePack(StreamedModel[FramePackModel]):
-    """A FramePack checkpoint. Opening reads the header only; CheckpointError for a file of another kind.
+    """A FramePack checkpoint.
 
     `model_type` is "base" or "f1", or "auto": by the file's metadata or name, as their weights have the same names.
     """
 
+    config: FramePackConfig
     parts = WeightParts(
         optional=MODULATION, once=("time_text_embed.", "context_embedder.", "image_projection.", "norm_out.")
     )
@@ -47,12 +50,17 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         loras: Sequence[LoraChoice] = (),
         model_type: str = "auto",
     ):
-        self.config, checkpoint = open_framepack(path, model_type)
-        checkpoint = quantize_checkpoint(checkpoint, settings.quantization, settings.device)
-        model = build_framepack(self.config, checkpoint)
-        aliases = framepack_aliases(checkpoint.tensors)
-        head_dim = self.config.head_dim
-        super().__init__(model, checkpoint, settings, head_dim, aliases, registrar, between_blocks, loras)
+        self._model_type = model_type
+        super().__init__(path, settings, registrar, between_blocks, loras)
+
+    def open_file(self, path: str | Path) -> tuple[FramePackConfig, Checkpoint]:
+        return open_framepack(path, self._model_type)
+
+    def build(self, checkpoint: Checkpoint) -> FramePackModel:
+        return build_framepack(self.config, checkpoint)
+
+    def lora_aliases(self, checkpoint: Checkpoint) -> Aliases:
+        return framepack_aliases(checkpoint.tensors)
 
     @property
     def mode(self) -> SectionMode:

@@ -96,7 +96,7 @@ class LoadFramePackModel(io.ComfyNode):
         cls, model_name: str, model_type: str, compute_dtype: str, attention_mode: str, quantization: str
     ) -> io.NodeOutput:
         settings = _settings(compute_dtype, attention_mode, quantization)
-        engine = FramePackEngine(host.model_path(model_name), settings, model_type)
+        engine = FramePackEngine(host.model_path(model_name), settings, model_type, TURNS)
         return io.NodeOutput(_patcher(native_framepack.make_model(engine), engine))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -29,6 +30,7 @@ from ..transformer.transformer import Block, Transformer, here_already
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.linear.compute import select_compute
 from ..weights.linear.linear import Linear
+from ..weights.linear.quantize import quantize_checkpoint
 from ..weights.lora.file import Lora, LoraChoice, open_loras
 from ..weights.lora.merged_source import Source
 from ..weights.lora.names import Aliases
@@ -47,33 +49,34 @@ T = TypeVar("T")
 class StreamedModel(Generic[M]):
     """One checkpoint's model: its weights in host memory and, between `start` and `stop`, what of it is on the device.
 
-    `model` is on the meta device, `aliases` are the names that LoRAs may call its layers by (see `Aliases`). `plan` is
-    the one that it was last started with: leaner than the one asked for where the device ran out of memory since.
+    Opening reads the file's header only; CheckpointError for a file of another kind. `model` is on the meta device.
+    `plan` is the one that it was last started with: leaner than the one asked for where the device ran out of memory
+    since.
     """
 
     parts = WeightParts()
+    config: Any  # its family's
 
     def __init__(
         self,
-        model: M,
-        checkpoint: Checkpoint,
+        path: str | Path,
         settings: RunSettings,
-        head_dim: int,
-        aliases: Aliases,
         registrar: Registrar | None = None,
         between_blocks: Callable[[], None] | None = None,
         loras: Sequence[LoraChoice] = (),
     ):
-        self.model, self.checkpoint, self.settings, self.aliases = model, checkpoint, settings, aliases
-        self.between_blocks = between_blocks
-        self.model.execution = settings.execution(head_dim)
+        self.config, stored = self.open_file(path)
+        self.checkpoint = checkpoint = quantize_checkpoint(stored, settings.quantization, settings.device)
+        self.model, self.aliases = self.build(checkpoint), self.lora_aliases(checkpoint)
+        self.settings, self.between_blocks = settings, between_blocks
+        self.model.execution = settings.execution(self.config.head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())
         select_compute(self.model, self._busy_modules(), settings.quantization, settings.device)
         if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
             registrar = CudaRegistrar(settings.device)
-        self.weights = HostWeights(model, checkpoint, self.parts, settings, registrar, between_blocks)
+        self.weights = HostWeights(self.model, checkpoint, self.parts, settings, registrar, between_blocks)
         if loras:
-            opened = open_loras(loras, checkpoint.tensors, aliases)
+            opened = open_loras(loras, checkpoint.tensors, self.aliases)
             self.weights.attach_loras(opened, [choice.strength for choice in loras])
         self.turns: Turns | None = None  # the models that it shares host memory with
         self.on_yield: weakref.WeakMethod[Callable[[], None]] | None = None  # called when it is stopped for another
@@ -82,10 +85,23 @@ class StreamedModel(Generic[M]):
         self.streamer: BlockStreamer | None = None
         self.lender: Lender | None = None
         self.ring: DeviceRing | None = None
+        self.forget_contexts()
         self._compiled = False
         self._on_spans: SpanSink | None = None
 
     # What a model says of itself
+
+    def open_file(self, path: str | Path) -> tuple[Any, Checkpoint]:
+        """Its dimensions, and its tensors by their own names."""
+        raise NotImplementedError
+
+    def build(self, checkpoint: Checkpoint) -> M:
+        """The model of `config` on the meta device, every tensor of the dtype that is stored."""
+        raise NotImplementedError
+
+    def lora_aliases(self, checkpoint: Checkpoint) -> Aliases:
+        """The names that LoRAs may call its layers by."""
+        raise NotImplementedError
 
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""

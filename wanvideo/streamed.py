@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -13,17 +12,16 @@ from torch import Tensor
 
 from ..memory.plan.footprint import ModelFootprint
 from ..memory.plan.plan import PlanError
-from ..memory.stream.pinned import Registrar
 from ..runtime.host_weights import WeightParts
-from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
-from ..weights.linear.quantize import quantize_checkpoint
-from ..weights.lora.file import LoraChoice
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.lora.names import Aliases
 from .checkpoint import build_wan, open_wan
 from .footprint import WAN21_VAE, WAN22_VAE, WanFootprint
 from .lora_names import wan_aliases
 from .network.blocks import Context, WanBlock
 from .network.camera import PIXELS
+from .network.config import WanConfig
 from .network.model import Extras, WanModel
 
 logger = logging.getLogger(__name__)
@@ -36,30 +34,25 @@ MAX_CONTEXTS = 4  # prompts remembered at a time
 
 
 class StreamedWan(StreamedModel[WanModel]):
-    """A Wan checkpoint. Opening reads the header only; CheckpointError for a file that is no Wan transformer."""
+    """A Wan checkpoint."""
 
+    config: WanConfig
+    _contexts: list[tuple[Tensor, Tensor | None, Context]]
+    _dropped: list[tuple[Tensor, Tensor | None]]  # prompts whose contexts had to make room for others
     parts = WeightParts(
         optional=TEXT_KV,
         unstreamed=(NOT_STREAMED,),
         lendable=("text_embedding", "time_embedding", "time_projection", "img_emb"),
     )
 
-    def __init__(
-        self,
-        path: str | Path,
-        settings: RunSettings,
-        registrar: Registrar | None = None,
-        between_blocks: Callable[[], None] | None = None,
-        loras: Sequence[LoraChoice] = (),
-    ):
-        self.config, checkpoint = open_wan(path)
-        checkpoint = quantize_checkpoint(checkpoint, settings.quantization, settings.device)
-        self._contexts: list[tuple[Tensor, Tensor | None, Context]] = []
-        self._dropped: list[tuple[Tensor, Tensor | None]] = []  # prompts whose contexts had to make room for others
-        model = build_wan(self.config, checkpoint)
-        aliases = wan_aliases(checkpoint.tensors)
-        head_dim = self.config.head_dim
-        super().__init__(model, checkpoint, settings, head_dim, aliases, registrar, between_blocks, loras)
+    def open_file(self, path: str | Path) -> tuple[WanConfig, Checkpoint]:
+        return open_wan(path)
+
+    def build(self, checkpoint: Checkpoint) -> WanModel:
+        return build_wan(self.config, checkpoint)
+
+    def lora_aliases(self, checkpoint: Checkpoint) -> Aliases:
+        return wan_aliases(checkpoint.tensors)
 
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
@@ -113,8 +106,7 @@ class StreamedWan(StreamedModel[WanModel]):
         return context
 
     def forget_contexts(self) -> None:
-        self._contexts.clear()
-        self._dropped.clear()
+        self._contexts, self._dropped = [], []
 
     def _drop_contexts(self, num_new: int) -> None:
         """Make room for the contexts of `num_new` samples; keys and values have as much as was planned for."""

@@ -20,7 +20,7 @@ from ..room import check_room
 from ..sections import num_frames
 from ..vae.decoding import decode_section
 from .folder import RunStore
-from .host import Output, RunHost, RunPlaces
+from .host import Grows, Output, RunHost, RunPlaces
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class FramePackRun:
                 folder = store.folder
                 wants_film = places.output is not None and sampling.one_frame is None
                 check_room(store, sampling, material, with_film=wants_film)
-            grows = "front" if sections[0].prepend else "back"
+            grows: Grows = "front" if sections[0].prepend else "back"
             output = None if places.output is None else places.output(folder / "film", grows)
             yield cls(host, sampling, material, places, store, output)
 

@@ -12,6 +12,7 @@ from ...framepack.footprint import SectionSize
 from ...framepack.streamed import StreamedFramePack
 from ...memory.plan.footprint import GIB, Limits, WorkSize
 from ...runtime.settings import RunSettings
+from ...runtime.turns import Turns
 from . import host
 from .engine import Engine
 
@@ -21,8 +22,8 @@ class FramePackEngine(Engine[StreamedFramePack]):
 
     plan_note = "FramePack makes a video section by section: its length does not matter to this plan, which is for one."
 
-    def __init__(self, path: Path, settings: RunSettings, model_type: str = "auto"):
-        super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings)
+    def __init__(self, path: Path, settings: RunSettings, model_type: str, turns: Turns | None = None):
+        super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings, turns)
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
         """A section of the usual length: that of the video does not matter."""
