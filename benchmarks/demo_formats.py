@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lowvram_video.demo.files import DEMO_FILES, make_clips, open_demo
-from lowvram_video.demo.score import pick_captions, score
+from lowvram_video.benchmarks.demo.score import make_clips, pick_captions, score
+from lowvram_video.demo.files import DEMO_FILES, open_demo
 from lowvram_video.memory.plan.footprint import Limits, WorkSize
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan

@@ -1,1 +1,1 @@
-"""A tiny trained model in the real file formats, its trainer and its judge."""
+"""The pack's own tiny trained model in the real file formats, and what the `demo` command makes with it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +30,3 @@ def make_clip(pipeline: WanPipeline, prompt: str, seed: int) -> Tensor:
     """One clip, uint8 `[T, H, W, 3]`."""
     # trained with the empty prompt as the negative one
     return torch.cat(list(pipeline.generate(WanRequest(prompt, negative_prompt="", seed=seed))))
-
-
-def make_clips(pipeline: WanPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """One clip per (prompt, seed), `[N, T, H, W, 3]` in 0 ... 1, on the CPU."""
-    clips = [make_clip(pipeline, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    return torch.stack(clips).float() / 255

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOT_PRODUCT = ("tests/", "benchmarks/", "docs/", "demo/train")
+NOT_PRODUCT = ("tests/", "benchmarks/", "docs/")
 PACKAGE = "lowvram_video"
 MOST_PARAMETERS = 8
 NO_CODE = {

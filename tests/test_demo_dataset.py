@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.demo.captions import COLOURS, DIRECTIONS, SHAPES, Caption, all_captions, phrasings
-from lowvram_video.demo.dataset import UNIT_AREAS, ClipSize, draw_scenes, render_clips, signed_distance
+from lowvram_video.benchmarks.demo.captions import COLOURS, DIRECTIONS, SHAPES, Caption, all_captions, phrasings
+from lowvram_video.benchmarks.demo.dataset import UNIT_AREAS, ClipSize, draw_scenes, render_clips, signed_distance
 
 SIZE = ClipSize(num_frames=5, height=96, width=96)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lowvram_video.demo.captions import COLOURS, DIRECTIONS, SHAPES, Caption, all_captions
-from lowvram_video.demo.dataset import ClipSize, draw_scenes, render_clips
+from lowvram_video.benchmarks.demo.captions import COLOURS, DIRECTIONS, SHAPES, Caption, all_captions
+from lowvram_video.benchmarks.demo.dataset import ClipSize, draw_scenes, render_clips
+from lowvram_video.benchmarks.demo.score import FIELDS, judge, main, pick_captions, score, table
 from lowvram_video.demo.files import DEMO_FILES
-from lowvram_video.demo.score import FIELDS, judge, main, pick_captions, score, table
 from lowvram_video.weights.files.checkpoint import open_checkpoint
 
 from .quantizers import write_gguf

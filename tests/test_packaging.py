@@ -86,8 +86,6 @@ def test_only_the_nodes_import_comfyui() -> None:
 def test_run_time_imports_are_the_listed_ones() -> None:
     standard = set(sys.stdlib_module_names) | {"__future__"}
     for path in sources():
-        if path.name.startswith("train"):  # the demo's trainer: development only
-            continue
         for inside, outside in imports_of(path):
             if inside is None and outside not in standard | RUNTIME | OPTIONAL | COMFYUI:
                 raise AssertionError(f"{path.relative_to(ROOT)} imports {outside}, which is no run-time dependency")

@@ -8,8 +8,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.demo.captions import Caption
-from lowvram_video.demo.score import judge
+from lowvram_video.benchmarks.demo.captions import Caption
+from lowvram_video.benchmarks.demo.score import judge
 
 from .node_types import NODE_TYPES
 from .server import PromptError, Server

@@ -1,6 +1,6 @@
 """Whether a clip shows what its caption says, by plain image moments; scores the demo model:
 
-python -m lowvram_video.demo.score --num 64 [--quantization int8] [--model another_file_of_it.gguf]
+python -m lowvram_video.benchmarks.demo.score --num 64 [--quantization int8] [--model another_file_of_it.gguf]
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lowvram_video.demo.files import DEMO_FILES, make_clip, open_demo
+from lowvram_video.wanvideo.pipeline import WanPipeline
 from torch import Tensor
 from torch.nn import functional
 
@@ -160,6 +162,12 @@ def score(generate: Generate, captions: Sequence[Caption], first_seed: int = 100
     return [judge(clip.float(), caption) for clip, caption in zip(clips, captions, strict=True)]
 
 
+def make_clips(pipeline: WanPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """One clip per (prompt, seed), `[N, T, H, W, 3]` in 0 ... 1, on the CPU."""
+    clips = [make_clip(pipeline, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    return torch.stack(clips).float() / 255
+
+
 def table(verdicts: Sequence[Verdict]) -> str:
     """Right answers per attribute and in all, and the clips that went wrong."""
     num = len(verdicts)
@@ -183,9 +191,6 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="the demo model in another file, such as a GGUF of it")
     parser.add_argument("--quantization", default="none", help="as in a run: none, fp8, fp8_fast or int8")
     options = parser.parse_args()
-    # Here, because the trainer judges without the pipeline.
-    from .files import DEMO_FILES, make_clips, open_demo
-
     began = time.perf_counter()
     pipeline = open_demo(torch.device("cpu"), options.model or DEMO_FILES.model, options.quantization)
     verdicts = score(partial(make_clips, pipeline), pick_captions(options.num))

@@ -1,14 +1,14 @@
 """Trains the demo model in the real file formats. Development only: needs diffusers and transformers.
 
-    python -m lowvram_video.demo.train --out DIR --compile       about 9 minutes on an H200
-    python -m lowvram_video.demo.train --out DIR --smoke         every phase for seconds, on a CPU
-    python -m lowvram_video.demo.train --out DIR --init EARLIER  trains on from an earlier run's files
+    python -m lowvram_video.benchmarks.demo.train --out DIR --compile       about 9 minutes on an H200
+    python -m lowvram_video.benchmarks.demo.train --out DIR --smoke         every phase for seconds, on a CPU
+    python -m lowvram_video.benchmarks.demo.train --out DIR --init EARLIER  trains on from an earlier run's files
 
 A VAE of Wan 2.1's architecture first; then a UMT5 encoder and a Wan transformer together, by flow matching
 (Lipman et al. 2023, arXiv:2210.02747) with Wan's shifted timesteps and prompts dropped for guidance
 (Ho & Salimans 2022, arXiv:2207.12598).
 
-The files beside this one were made on one H200 in two runs, the second with --init and the default times; the first
+The files of demo/ were made on one H200 in two runs, the second with --init and the default times; the first
 spent 150 s on the VAE, not yet with `object_weight`, and 270 s on the transformer.
 """
 
@@ -26,14 +26,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from lowvram_video.wanvideo.checkpoint import official_names
+from lowvram_video.wanvideo.text.tokenizer import Tokenizer
+from lowvram_video.wanvideo.vae.checkpoint import to_official_names
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from ..wanvideo.checkpoint import official_names
-from ..wanvideo.text.tokenizer import Tokenizer
-from ..wanvideo.vae.checkpoint import to_official_names
 from .captions import Caption, all_captions
 from .dataset import ClipSize, draw_scenes, render_clips
 from .score import judge, pick_captions, table
@@ -281,7 +281,7 @@ def _save(tensors: dict[str, Tensor], path: Path, how: object) -> None:
         "format": "pt",
         "title": "tiny demo model of ComfyUI-LowVRAM-Video in Wan 2.1's format, not a Wan model",
         "prompts": "a red ball moves slowly left at night (6 colours, 3 shapes, 4 directions, 3 speeds, 3 places)",
-        "trained_by": f"demo/train.py: {how}",
+        "trained_by": f"benchmarks/demo/train.py: {how}",
         "license": "Apache-2.0",
     }
     stored = {

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import sentencepiece
 import torch
+from lowvram_video.wanvideo.text.tokenizer import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 from transformers import UMT5EncoderModel
 
-from ..wanvideo.text.tokenizer import Tokenizer
 from .captions import all_captions, phrasings
 
 TEXT_TOKENS = 512  # as Wan pads its prompts
