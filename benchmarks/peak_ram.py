@@ -265,7 +265,7 @@ def write_models(base: Path, size: Size) -> None:
 
 _BASELINE = """
 import psutil, torch
-import lowvram_video.cli
+import lowvram_video.cli.main
 if torch.cuda.is_available():
     one = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
     (one @ one).sum().item()
