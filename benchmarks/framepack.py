@@ -25,10 +25,10 @@ from pathlib import Path
 import psutil
 import torch
 from lowvram_video.attention.select import AttentionSpec, select_attention
-from lowvram_video.framepack.generation import noise_levels, prepare, section_size
 from lowvram_video.framepack.network.model import Frames, History, Prompt
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.request import Material, Sampling
+from lowvram_video.framepack.run.generation import noise_levels, prepare, section_size
 from lowvram_video.framepack.run.host import RunPlaces
 from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.streamed import StreamedFramePack

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..framepack.generation import section_size
 from ..framepack.pipeline import FramePackPipeline
 from ..framepack.request import Material, Sampling
-from ..framepack.run.film import Film
+from ..framepack.run.generation import section_size
 from ..framepack.run.host import Grows, Output, RunPlaces
 from ..framepack.run.run import FramePackRun
 from ..framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
 from ..framepack.timed_prompts import TimedPrompt
 from ..runtime.run_limits import hold_limits
 from ..system.atomic_files import write_file
+from ..video.growing_video import Film
 from ..video.reader import read_pieces
 from ..weights.files.fingerprint import fingerprint
 

@@ -31,8 +31,8 @@ TIERS = (
     ("nodes/bridge",),
     ("demo",),
     ("families",),
+    ("framepack/run",),  # makes a request with a model: it stands on both
     ("wanvideo", "framepack"),
-    ("framepack/run",),
     ("wanvideo/text", "wanvideo/vae", "framepack/text", "framepack/vae"),
     ("runtime",),
     ("vae",),

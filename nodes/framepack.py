@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..framepack.request import SAMPLERS
-from ..framepack.run.film import Film
 from ..framepack.run.run import FramePackRun
+from ..video.growing_video import Film
 from .bridge import host
 from .bridge.framepack_request import LOADER, SamplerInputs
 from .bridge.framepack_run import ComfyRunHost, run_places

@@ -16,8 +16,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.framepack.run import film as film_module
-from lowvram_video.framepack.run.film import Film, cross_fade, film_bytes
+from lowvram_video.video import growing_video as film_module
+from lowvram_video.video.growing_video import Film, cross_fade, film_bytes
 from lowvram_video.video.writer import VideoError, VideoWriter
 from torch import Tensor
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
-from lowvram_video.framepack.generation import Generation, MadeSection, OnStep, noise_levels, prepare, section_size
 from lowvram_video.framepack.network.model import Frames, History, Prompt, StepCondition
 from lowvram_video.framepack.request import SAMPLERS, Material, Sampling
 from lowvram_video.framepack.run.folder import RunStore
+from lowvram_video.framepack.run.generation import Generation, MadeSection, OnStep, noise_levels, prepare, section_size
 from lowvram_video.framepack.sections import SectionMode
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt

@@ -1,1 +1,1 @@
-"""One run: its folder, its film, and what it asks of the program around it."""
+"""One FramePack run: its loop over the sections, the folder that keeps them, and what it asks of the program."""

@@ -13,14 +13,14 @@ from torch import Tensor
 from ...memory.plan.plan import MemoryPlan
 from ...system.device_errors import is_out_of_memory
 from ...weights.files.fingerprint import fingerprint
-from ..generation import NOTHING, Conditions, Generation, MadeSection, prepare, section_size
 from ..network.model import BlockCache, Frames, History, StepCondition
 from ..request import Material, ModelIdentity, Sampling, run_settings
-from ..room import check_room
 from ..sections import num_frames
 from ..vae.decoding import decode_section
 from .folder import RunStore
+from .generation import NOTHING, Conditions, Generation, MadeSection, prepare, section_size
 from .host import Grows, Output, RunHost, RunPlaces
+from .room import check_room
 
 logger = logging.getLogger(__name__)
 

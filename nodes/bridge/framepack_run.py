@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ...framepack.run.film import Film
 from ...framepack.run.host import Grows, RunPlaces
 from ...framepack.sections import FRAMES_PER_SECOND, Section
 from ...framepack.streamed import StreamedFramePack
@@ -20,6 +19,7 @@ from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan
 from ...sampling.solver import StepInfo
 from ...system.atomic_files import write_file
+from ...video.growing_video import Film
 from . import host
 from .framepack_engine import FramePackEngine
 from .hunyuan_vae import native_decoder, vae_fingerprint

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..memory.plan.plan import MemoryPlan
-from ..sampling.guidance import RescaledGuidance
-from ..sampling.samplers import StepInfo, select_sampler
-from ..sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
-from ..sampling.step_cache import TeaCache
-from .footprint import SectionSize
-from .network.model import BlockCache, Frames, History, StepCondition
-from .request import Material, Sampling
-from .run.folder import RunStore
-from .sections import SPATIAL_STRIDE, Section, num_frames, section_noise
-from .streamed import StreamedFramePack
+from ...memory.plan.plan import MemoryPlan
+from ...sampling.guidance import RescaledGuidance
+from ...sampling.samplers import StepInfo, select_sampler
+from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
+from ...sampling.step_cache import TeaCache
+from ..footprint import SectionSize
+from ..network.model import BlockCache, Frames, History, StepCondition
+from ..request import Material, Sampling
+from ..sections import SPATIAL_STRIDE, Section, num_frames, section_noise
+from ..streamed import StreamedFramePack
+from .folder import RunStore
 
 # (noisy, history, condition, image, cache) -> velocity; a StreamedFramePack that is started, or a model.
 Velocity = Callable[[Frames, History, StepCondition, Tensor | None, BlockCache | None], Tensor]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .request import Material, Sampling
-from .run.film import film_bytes
-from .run.folder import RunStore
-from .sections import FRAMES_PER_LATENT, SPATIAL_STRIDE, num_frames
+from ...video.growing_video import film_bytes
+from ..request import Material, Sampling
+from ..sections import FRAMES_PER_LATENT, SPATIAL_STRIDE, num_frames
+from .folder import RunStore
 
 
 def check_room(store: RunStore, sampling: Sampling, material: Material, with_film: bool) -> None:

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...system.atomic_files import replace_file, write_file
-from ...video.pictures import to_uint8
-from ...video.writer import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
-from .film_state import FORMAT, FilmPart, FilmState, read_state
+from ..system.atomic_files import replace_file, write_file
+from .growing_state import FORMAT, FilmPart, FilmState, read_state
+from .pictures import to_uint8
+from .writer import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
 
 log = logging.getLogger(__name__)
 
