@@ -75,8 +75,8 @@ class Runs:
 
     def load(self, path: Path, budget: float, **options: Any) -> Any:
         import folder_paths
+        from lowvram_pack.nodes.block_swap import BlockSwap
         from lowvram_pack.nodes.loaders import LoadWanModel
-        from lowvram_pack.nodes.memory import BlockSwap
 
         folder_paths.add_model_folder_path("diffusion_models", str(path.parent))
         model = LoadWanModel.execute(path.name, "auto", "auto", "none").result[0]

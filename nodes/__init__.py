@@ -12,7 +12,9 @@ logger = logging.getLogger(__name__)
 # module -> its nodes, in the order in which they are listed
 PARTS = {
     "loaders": ("LoadWanModel", "LoadFramePackModel"),
-    "memory": ("BlockSwap", "VramPlan", "MemoryReport"),
+    "block_swap": ("BlockSwap",),
+    "plan": ("VramPlan",),
+    "report": ("MemoryReport",),
     "compile": ("TorchCompileSettings",),
     "decode": ("DecodeVideo",),
     "demo": ("LoadDemo",),

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..compilation.settings import BACKENDS, DYNAMIC, MODES, CompileSettings
 from .bridge import host
-from .memory import LOADERS, streamed_model
+from .inputs import model_input, streamed_model
 
 
 class TorchCompileSettings(io.ComfyNode):
@@ -23,46 +23,40 @@ class TorchCompileSettings(io.ComfyNode):
             "The first step takes longer; measure whether the others take less. Needs Triton for inductor on a GPU.",
             search_aliases=["torch compile", "inductor", "dynamo"],
             inputs=[
-                io.Model.Input("model", tooltip=f"A MODEL of {LOADERS}."),
+                model_input(),
                 io.Combo.Input(
-                    "backend",
-                    options=list(BACKENDS),
-                    default="inductor",
+                    "backend", options=list(BACKENDS), default="inductor",
                     tooltip="inductor makes Triton kernels. cudagraphs only records launches. tensorrt needs the "
                     "package torch_tensorrt.",
                 ),
                 io.Boolean.Input(
-                    "fullgraph",
-                    default=False,
+                    "fullgraph", default=False,
                     tooltip="On: an error where a block is not one graph. Off: it may be cut.",
                 ),
                 io.Combo.Input("mode", options=list(MODES), default="default", tooltip="One of inductor's presets."),
                 io.Combo.Input(
-                    "dynamic",
-                    options=list(DYNAMIC),
-                    default="auto",
+                    "dynamic", options=list(DYNAMIC), default="auto",
                     tooltip="auto: code for one size, made general at the second. true: general from the start. "
                     "false: new code for each size.",
                 ),
                 io.Boolean.Input(
-                    "compile_transformer_blocks_only",
-                    default=True,
+                    "compile_transformer_blocks_only", default=True,
                     tooltip="On: the blocks, which are nearly all of the work. Off: the output head as well.",
                 ),
                 io.Int.Input(
-                    "dynamo_cache_size_limit", default=64, min=1, max=1024, tooltip="Versions of the code per function."
+                    "dynamo_cache_size_limit", default=64, min=1, max=1024,
+                    tooltip="Versions of the code per function.",
                 ),
                 io.Int.Input(
-                    "dynamo_recompile_limit", default=128, min=1, max=4096, tooltip="Versions of the code in all."
+                    "dynamo_recompile_limit", default=128, min=1, max=4096, tooltip="Versions of the code in all.",
                 ),
                 io.Boolean.Input(
-                    "force_parameter_static_shapes",
-                    default=False,
+                    "force_parameter_static_shapes", default=False,
                     tooltip="On: weights have fixed shapes in the code even where sizes are dynamic.",
                 ),
             ],
             outputs=[io.Model.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(

@@ -25,6 +25,7 @@ from ..wanvideo.vae.checkpoint import WAN_FORMAT
 from ..wanvideo.vae.model import VAEConfig, WanVAE
 from .bridge import host
 from .bridge.hunyuan_vae import decoder_at_work, evict_idle, native_decoder, open_native
+from .inputs import ADVANCED
 
 logger = logging.getLogger(__name__)
 
@@ -50,33 +51,23 @@ class DecodeVideo(io.ComfyNode):
                     "FramePack.",
                 ),
                 io.Int.Input(
-                    "tile_size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=32,
+                    "tile_size", default=0, min=0, max=4096, step=32,
                     tooltip="Side of a tile in pixels. 0: whole frames if they fit, else the largest tile that does. "
                     "256 suits cards of 6 GB, 128 those of 4 GB.",
                 ),
                 io.Int.Input(
-                    "temporal_chunk",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=4,
+                    "temporal_chunk", default=0, min=0, max=4096, step=4,
                     tooltip="Whole frames that gather on the GPU before they move to RAM. 0: each as soon as it is "
-                    "made, which needs the least memory.",
-                    extra_dict={"advanced": True},
+                    "made, which needs the least memory.", extra_dict=ADVANCED,
                 ),
                 io.Boolean.Input(
-                    "keep_latent",
-                    default=True,
+                    "keep_latent", default=True,
                     tooltip="Saves the latent to output/latents before decoding, so that nothing is lost if that "
                     "fails. Copy it to the input folder for Load Latent.",
                 ),
             ],
             outputs=[io.Image.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(

@@ -13,6 +13,7 @@ from .bridge import host
 from .bridge.framepack_request import LOADER, SamplerInputs
 from .bridge.framepack_run import ComfyRunHost, run_places
 from .framepack_inputs import EndImage
+from .inputs import ADVANCED
 
 NO_VIDEO = (
     "FramePack Sampler (Low VRAM) saves a video only with a VAE connected and one_frame_index 0: connect "
@@ -94,20 +95,20 @@ class FramePackSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cfg_rescale", default=0.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="With cfg above 1: brings contrast back.", extra_dict={"advanced": True},
+                    tooltip="With cfg above 1: brings contrast back.", extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "width", default=640, min=64, max=4096, step=16,
-                    tooltip="Used only without a start latent.", extra_dict={"advanced": True},
+                    tooltip="Used only without a start latent.", extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "height", default=608, min=64, max=4096, step=16,
-                    tooltip="Used only without a start latent.", extra_dict={"advanced": True},
+                    tooltip="Used only without a start latent.", extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "one_frame_index", default=0, min=0, max=1000,
                     tooltip="0: a video. N: a single picture, N latents after the start image.",
-                    extra_dict={"advanced": True},
+                    extra_dict=ADVANCED,
                 ),
                 io.Boolean.Input(
                     "resume", default=True,
@@ -120,7 +121,7 @@ class FramePackSampler(io.ComfyNode):
                     "image_embed_strength", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="How much the start image's features (image_embeds) count. Lower leaves the prompt more "
                     "freedom.",
-                    extra_dict={"advanced": True},
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[

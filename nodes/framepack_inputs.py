@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from comfy_api.latest import io
@@ -10,22 +9,11 @@ from torch import Tensor
 
 from ..framepack.buckets import nearest_bucket
 from ..framepack.request import Interpolation
-from ..framepack.timed_prompts import TimedPrompt, parse_timed_prompt
+from ..framepack.timed_prompts import parse_timed_prompt
 from .bridge import host
+from .bridge.framepack_conditioning import EndImageOptions, timed_entries
 
 EndImage = io.Custom("LOWVRAM_END_IMAGE")
-TIMED_KEY = "lowvram_timed_prompt"  # in the options of a CONDITIONING's first entry
-NAME_KEY = "lowvram_prompt"
-
-
-@dataclass(frozen=True)
-class EndImageOptions:
-    """The picture that a video goes to, as LATENT and CLIP_VISION_OUTPUT, and how its features and the start's mix."""
-
-    latent: dict[str, Any] | None
-    features: Any
-    start_strength: float
-    interpolation: Interpolation
 
 
 class NearestBucket(io.ComfyNode):
@@ -41,16 +29,12 @@ class NearestBucket(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The start image."),
                 io.Int.Input(
-                    "base_resolution",
-                    default=640,
-                    min=64,
-                    max=2048,
-                    step=16,
+                    "base_resolution", default=640, min=64, max=2048, step=16,
                     tooltip="640 is what FramePack was trained with; 480 or 512 are faster and take less memory.",
                 ),
             ],
             outputs=[io.Int.Output("width"), io.Int.Output("height")],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, image: Tensor, base_resolution: int) -> io.NodeOutput:
@@ -71,32 +55,21 @@ class TimedPrompts(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="Load CLIP (Dual), type hunyuan_video."),
                 io.String.Input(
-                    "text",
-                    multiline=True,
-                    dynamic_prompts=True,
+                    "text", multiline=True, dynamic_prompts=True,
                     default="[0s: The woman stands still] [2s: She waves at the camera]",
                     tooltip="Times are seconds of the finished video. A section (about 1.2 s) has one prompt.",
                 ),
                 io.Float.Input(
-                    "cross_fade",
-                    default=0.0,
-                    min=0.0,
-                    max=60.0,
-                    step=0.1,
+                    "cross_fade", default=0.0, min=0.0, max=60.0, step=0.1,
                     tooltip="Seconds over which one prompt turns into the next. 0: at once.",
                 ),
             ],
             outputs=[io.Conditioning.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, clip: Any, text: str, cross_fade: float) -> io.NodeOutput:
-        timed = parse_timed_prompt(text, cross_fade)
-        entries = []
-        for prompt in timed.prompts():
-            entry = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0]
-            entries.append([entry[0], {**entry[1], NAME_KEY: prompt, TIMED_KEY: timed}])
-        return io.NodeOutput(entries)
+        return io.NodeOutput(timed_entries(clip, parse_timed_prompt(text, cross_fade)))
 
 
 class FramePackEndImage(io.ComfyNode):
@@ -112,27 +85,21 @@ class FramePackEndImage(io.ComfyNode):
             inputs=[
                 io.Latent.Input("latent", optional=True, tooltip="The end image, by VAE Encode, of the start's size."),
                 io.ClipVisionOutput.Input(
-                    "image_embeds", optional=True, tooltip="The end image, by CLIP Vision Encode with crop none."
+                    "image_embeds", optional=True, tooltip="The end image, by CLIP Vision Encode with crop none.",
                 ),
                 io.Combo.Input(
-                    "embed_interpolation",
-                    options=list(get_args(Interpolation)),
-                    default="linear",
+                    "embed_interpolation", options=list(get_args(Interpolation)), default="linear",
                     tooltip="linear: sections glide from the start's features to the end's. weighted_average: all see "
                     "both, the start's by start_embed_strength. disabled: only the start's.",
                 ),
                 io.Float.Input(
-                    "start_embed_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    "start_embed_strength", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="How much the start image's features count: with weighted_average the end's get the rest. "
                     "Without effect with linear where both pictures have features.",
                 ),
             ],
             outputs=[EndImage.Output("end_image")],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -148,34 +115,3 @@ class FramePackEndImage(io.ComfyNode):
                 "(image_embeds), or both"
             )
         return io.NodeOutput(EndImageOptions(latent, image_embeds, start_embed_strength, embed_interpolation))
-
-
-def single_prompt_of(conditioning: list[Any], name: str) -> tuple[Tensor, dict[str, Any]]:
-    """The text and options of a CONDITIONING with one entry. ValueError for one that was combined."""
-    if len(conditioning) > 1:
-        raise ValueError(
-            f"the {name} conditioning has {len(conditioning)} entries (of Conditioning Combine, areas or ranges), and "
-            "FramePack hears one prompt at a time: write one prompt, or connect FramePack Timed Prompt as positive"
-        )
-    text, options = conditioning[0]
-    return text, options
-
-
-def timed_prompt_of(conditioning: list[Any]) -> tuple[TimedPrompt, list[tuple[str, Tensor, dict[str, Any]]]]:
-    """The schedule of a CONDITIONING and its (name, text, options) entries; any other node's is one prompt.
-
-    ValueError for one that is empty, or put together from several nodes.
-    """
-    if not conditioning:
-        raise ValueError("the positive conditioning is empty: connect CLIP Text Encode or FramePack Timed Prompt")
-    _, options = conditioning[0]
-    timed = options.get(TIMED_KEY)
-    if timed is None and not any(TIMED_KEY in options for _, options in conditioning):
-        text, options = single_prompt_of(conditioning, "positive")
-        return TimedPrompt("prompt"), [("prompt", text, options)]
-    if any(options.get(TIMED_KEY) is not timed for _, options in conditioning):
-        raise ValueError(
-            "FramePack Timed Prompt cannot be combined with other conditioning: connect it to the sampler directly and "
-            "write all of the prompt into it"
-        )
-    return timed, [(options[NAME_KEY], text, options) for text, options in conditioning]

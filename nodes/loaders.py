@@ -36,15 +36,14 @@ class LoadWanModel(io.ComfyNode):
             search_aliases=["wan loader", "block swap", "load diffusion model", "low vram", "gguf"],
             inputs=[
                 io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(),
+                    "model_name", options=host.model_files(),
                     tooltip="A .safetensors or .gguf file in models/diffusion_models or models/unet. Wan 2.1/2.2 "
                     "T2V, I2V, first-last-frame, TI2V 5B, VACE and Fun models; the variant is read from the file.",
                 ),
                 *_compute_inputs(),
             ],
             outputs=[io.Model.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: str) -> str:
@@ -70,22 +69,19 @@ class LoadFramePackModel(io.ComfyNode):
             search_aliases=["framepack loader", "framepack f1", "block swap", "low vram", "gguf"],
             inputs=[
                 io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(),
+                    "model_name", options=host.model_files(),
                     tooltip="A .safetensors or .gguf file in models/diffusion_models or models/unet, such as "
                     "FramePackI2V_HY_fp8_e4m3fn.safetensors; of the model's shards, any one.",
                 ),
                 io.Combo.Input(
-                    "model_type",
-                    options=list(MODEL_TYPES),
-                    default="auto",
+                    "model_type", options=list(MODEL_TYPES), default="auto",
                     tooltip="base works from the end of the video to its start, F1 from the start on. auto: by the "
                     "file's metadata or name, as nothing else in the files tells them apart.",
                 ),
                 *_compute_inputs(),
             ],
             outputs=[io.Model.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: str) -> str:
@@ -117,26 +113,20 @@ def _compute_inputs() -> list[io.Input]:
     """How a model computes; the same for all loaders."""
     return [
         io.Combo.Input(
-            "compute_dtype",
-            options=list(DTYPES),
-            default="auto",
+            "compute_dtype", options=list(DTYPES), default="auto",
             tooltip="What the model computes in, whatever its weights are stored as. auto: bf16 on GPUs that "
             "have it, else fp16; fp32 on a CPU.",
         ),
         io.Combo.Input(
-            "attention_mode",
-            options=list(ATTENTION_MODES),
-            default="auto",
+            "attention_mode", options=list(ATTENTION_MODES), default="auto",
             tooltip="auto takes the fastest exact one that is installed and works here. sageattn is faster "
             "and slightly inexact, so it is only taken when chosen. One that cannot run says why.",
         ),
         io.Combo.Input(
-            "quantization",
-            options=list(QUANTIZATIONS),
-            default="none",
+            "quantization", options=list(QUANTIZATIONS), default="none",
             tooltip="none: weights stay as the file has them (GGUF, fp8 and int8 files too). fp8, int8: bf16 "
             "weights are quantised while they are read, which halves them. fp8_fast also multiplies in fp8: "
             "faster on RTX 40 and newer (compute capability 8.9), slightly inexact. int8 multiplies in int8: "
             "the fast choice for RTX 20 and 30. One that cannot run here says why.",
         ),
-    ]
+    ]  # fmt: skip

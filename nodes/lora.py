@@ -13,7 +13,7 @@ from ..weights.lora.file import Lora, LowRankPair, open_lora
 from .bridge import host
 from .bridge.engine import Engine
 from .bridge.patches import PREFIX
-from .memory import LOADERS, streamed_model
+from .inputs import model_input, streamed_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,25 +32,20 @@ class LoadLora(io.ComfyNode):
             "such as those of HunyuanVideo's LoRAs on FramePack, and combines with it.",
             search_aliases=["lora", "load lora", "hunyuan lora", "framepack lora", "low vram"],
             inputs=[
-                io.Model.Input("model", tooltip=f"A MODEL of {LOADERS}."),
+                model_input(),
                 io.Combo.Input(
-                    "lora_name",
-                    options=host.model_files(host.LORA_FOLDER, (".safetensors",)),
+                    "lora_name", options=host.model_files(host.LORA_FOLDER, (".safetensors",)),
                     tooltip="A .safetensors file in models/loras that was made for this model. FramePack takes LoRAs "
                     "for FramePack and for HunyuanVideo.",
                 ),
                 io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-100.0,
-                    max=100.0,
-                    step=0.01,
+                    "strength", default=1.0, min=-100.0, max=100.0, step=0.01,
                     tooltip="1: as it was trained. 0: not at all. Another strength costs nothing: no weight is read "
                     "again.",
                 ),
             ],
             outputs=[io.Model.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, strength: float, **_: Any) -> str:

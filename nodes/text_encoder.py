@@ -25,21 +25,18 @@ class LoadClipGGUF(io.ComfyNode):
             search_aliases=["clip gguf", "gguf", "umt5", "text encoder", "load clip", "low vram"],
             inputs=[
                 io.Combo.Input(
-                    "clip_name",
-                    options=host.model_files(host.TEXT_FOLDER),
+                    "clip_name", options=host.model_files(host.TEXT_FOLDER),
                     tooltip="A umt5-xxl encoder as .safetensors (fp16, bf16, fp8) or .gguf in models/text_encoders or "
                     "models/clip. It is read afresh for every new prompt, so a fast disk helps.",
                 ),
                 io.Combo.Input(
-                    "device",
-                    options=list(DEVICES),
-                    default="default",
+                    "device", options=list(DEVICES), default="default",
                     tooltip="Where prompts are encoded. default: where ComfyUI puts text encoders, which is the GPU "
                     "where it fits. cpu: slower, and takes no VRAM.",
                 ),
             ],
             outputs=[io.Clip.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str, device: str) -> str:

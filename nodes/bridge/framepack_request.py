@@ -13,8 +13,8 @@ from ...framepack.network.config import IMAGE_TOKENS
 from ...framepack.network.model import Prompt
 from ...framepack.request import Material, Sampling
 from ...framepack.sections import SPATIAL_STRIDE
-from ..framepack_inputs import EndImageOptions, single_prompt_of, timed_prompt_of
 from . import host
+from .framepack_conditioning import EndImageOptions, single_prompt_of, timed_prompt_of
 from .framepack_engine import FramePackEngine
 from .patcher import StreamedModelPatcher
 

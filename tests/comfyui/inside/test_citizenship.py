@@ -13,9 +13,9 @@ import comfy.model_management as mm
 import psutil
 import pytest
 import torch
+from lowvram_pack.nodes.block_swap import BlockSwap
 from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.bridge.patcher import StreamedModelPatcher
-from lowvram_pack.nodes.memory import BlockSwap
 from tiny_models import core, empty_latent, ours, prompts, sample, save
 
 SWAP = {"blocks_to_swap": -1, "vram_budget_gb": 0.0, "prefetch": 0, "ram_budget_gb": 0.0, "pinned_memory": True}

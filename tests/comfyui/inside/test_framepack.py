@@ -20,13 +20,15 @@ from lowvram_pack.framepack.network.config import FramePackConfig
 from lowvram_pack.framepack.network.model import FramePackModel
 from lowvram_pack.framepack.streamed import StreamedFramePack
 from lowvram_pack.memory.stream.streams import Span
+from lowvram_pack.nodes.block_swap import BlockSwap
 from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.bridge.framepack_request import SamplerInputs
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.framepack import FramePackSampler
 from lowvram_pack.nodes.framepack_inputs import FramePackEndImage, NearestBucket, TimedPrompts
 from lowvram_pack.nodes.loaders import LoadFramePackModel
-from lowvram_pack.nodes.memory import BlockSwap, MemoryReport, VramPlan
+from lowvram_pack.nodes.plan import VramPlan
+from lowvram_pack.nodes.report import MemoryReport
 from safetensors.torch import save_file
 from tiny_models import empty_latent, prompts, sample
 from torch import Tensor

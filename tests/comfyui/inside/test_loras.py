@@ -15,9 +15,9 @@ import pytest
 import torch
 from lowvram_pack.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_pack.memory.plan.footprint import Limits, WorkSize
+from lowvram_pack.nodes.block_swap import BlockSwap
 from lowvram_pack.nodes.demo import LoadDemo
 from lowvram_pack.nodes.loaders import LoadWanModel
-from lowvram_pack.nodes.memory import BlockSwap
 from lowvram_pack.runtime.settings import RunSettings
 from lowvram_pack.wanvideo.network.model import Extras
 from lowvram_pack.wanvideo.streamed import StreamedWan

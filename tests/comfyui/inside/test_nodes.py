@@ -15,7 +15,8 @@ import torch
 from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.decode import DecodeVideo
-from lowvram_pack.nodes.memory import MemoryReport, VramPlan
+from lowvram_pack.nodes.plan import VramPlan
+from lowvram_pack.nodes.report import MemoryReport
 from lowvram_pack.vae.files import OpenVae
 from lowvram_pack.wanvideo.vae.checkpoint import WAN_FORMAT
 from lowvram_pack.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, WanVAE

@@ -19,7 +19,7 @@ from lowvram_pack.memory.stream.host_blocks import HostBlocks
 from lowvram_pack.nodes.bridge import engine as engine_module
 from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.bridge.patcher import StreamedModelPatcher
-from lowvram_pack.nodes.memory import VramPlan
+from lowvram_pack.nodes.plan import VramPlan
 from lowvram_pack.runtime import run_record
 from tiny_models import empty_latent, ours, prompts, sample, save
 
