@@ -20,6 +20,7 @@ import torch
 from lowvram_video.memory.plan.footprint import WorkSize, decode_memory
 from lowvram_video.vae.retries import at_work
 from lowvram_video.vae.tiling import WHOLE, decode_in
+from lowvram_video.vae.to_host import behind_decoding
 from lowvram_video.video.pictures import to_uint8
 from lowvram_video.wanvideo.footprint import WAN21_VAE
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
@@ -39,7 +40,7 @@ def command_line(file: Path, latent: torch.Tensor) -> int:
     """As `WanPipeline._decode`: frames as uint8 on the CPU; how many there are."""
     opened = WAN_FORMAT.open_file(file)
     with at_work(lambda: opened.build(torch.bfloat16, DEVICE)) as vae:
-        return sum(len(to_uint8(frames)) for frames in decode_in(vae, latent, WHOLE))
+        return sum(map(len, behind_decoding(decode_in(vae, latent, WHOLE), to_uint8)))
 
 
 def decode_node(vae: Any, latent: torch.Tensor) -> int:
@@ -56,6 +57,7 @@ def measured(decode: Callable[[torch.Tensor], int], case: Case, repeats: int) ->
     work = WorkSize(frames, height, width)
     decode(latent[:, :, :2])
     torch.cuda.empty_cache()
+    predicted = decode_memory(WAN21_VAE, work, 16, 0, 0)
     before = torch.cuda.mem_get_info()[0]
     context = torch.cuda.get_device_properties(DEVICE).total_memory - before
     seconds, peak = float("inf"), 0
@@ -68,7 +70,6 @@ def measured(decode: Callable[[torch.Tensor], int], case: Case, repeats: int) ->
             seconds = min(seconds, time.perf_counter() - began)
         peak = max(peak, before - watch.min_free)
         torch.cuda.empty_cache()
-    predicted = decode_memory(WAN21_VAE, work, 16, 0, 0)
     return {
         "path": case.path,
         "size": case.size,

@@ -20,6 +20,7 @@ from ..system.atomic_files import write_file
 from ..vae.checks import check_latent
 from ..vae.retries import first_fitting
 from ..vae.tiling import Tile, decode_in, retry_tiles
+from ..vae.to_host import behind_decoding
 from ..wanvideo.footprint import WAN21_VAE, WAN22_VAE
 from ..wanvideo.vae.checkpoint import WAN_FORMAT
 from ..wanvideo.vae.model import VAEConfig, WanVAE
@@ -78,7 +79,7 @@ class DecodeVideo(io.ComfyNode):
             _keep(latent)
         if open_native(HUNYUAN_FORMAT, vae) is not None:
             return io.NodeOutput(_decode_hunyuan(vae, latent, tile_size))
-        return io.NodeOutput(_to_images(_decode_wan(vae, latent, tile_size, temporal_chunk)))
+        return io.NodeOutput(_decode_wan(vae, latent, tile_size, temporal_chunk))
 
 
 def _decode_hunyuan(vae: Any, latent: Tensor, tile: int) -> Tensor:
@@ -92,7 +93,7 @@ def _decode_hunyuan(vae: Any, latent: Tensor, tile: int) -> Tensor:
 
 
 def _decode_wan(vae: Any, latent: Tensor, tile: int, chunk: int) -> Tensor:
-    """Video `[B, 3, T, H, W]` in -1 ... 1 on the CPU; smaller tiles where the device runs out of memory."""
+    """IMAGE of a Wan latent; smaller tiles where the device runs out of memory."""
     opened = open_native(WAN_FORMAT, vae)
     if opened is None:
         raise ValueError(
@@ -107,25 +108,41 @@ def _decode_wan(vae: Any, latent: Tensor, tile: int, chunk: int) -> Tensor:
         tile = tile or _choose_tile(decoder, latent)
 
         def decode(way: Tile) -> Tensor:
-            return _gathered(decode_in(decoder, normalised, way, progress.update), chunk)
+            return _images(_gathered(decode_in(decoder, normalised, way, progress.update), chunk), latent, config)
 
         side = config.spatial_stride * max(latent.shape[3:])
         ways = (Tile(tile), *retry_tiles(config, min(tile or side, side)))
         return first_fitting(ways, decode, "decoding", evict_idle)
 
 
-def _gathered(pieces: Iterator[Tensor], chunk: int) -> Tensor:
-    """The whole video on the CPU; at least `chunk` frames move there at a time."""
-    done: list[Tensor] = []
+def _images(pieces: Iterator[Tensor], latent: Tensor, config: VAEConfig) -> Tensor:
+    """IMAGE `[B * T, H, W, 3]` in 0 ... 1 of video `[B, 3, t, H, W]` in -1 ... 1 that comes in pieces."""
+    batch, _, num_latents, height, width = latent.shape
+    stride, num_frames = config.spatial_stride, (num_latents - 1) * config.temporal_stride + 1
+    images = torch.empty(batch, num_frames, height * stride, width * stride, 3)
+    num_taken = 0
+
+    def take(piece: Tensor) -> None:
+        nonlocal num_taken
+        for frame in piece.unbind(2):
+            images[:, num_taken] = ((frame.float() + 1.0) / 2.0).clamp_(0.0, 1.0).permute(0, 2, 3, 1)
+            num_taken += 1
+
+    for _ in behind_decoding(pieces, take):
+        pass
+    return images.flatten(0, 1)
+
+
+def _gathered(pieces: Iterator[Tensor], chunk: int) -> Iterator[Tensor]:
+    """Pieces of at least `chunk` frames, but for the last."""
     waiting: list[Tensor] = []
     for frames in pieces:
         waiting.append(frames)
         if sum(part.shape[2] for part in waiting) >= chunk:
-            done.append(torch.cat(waiting, dim=2).float().cpu())
+            yield torch.cat(waiting, dim=2)
             waiting.clear()
     if waiting:
-        done.append(torch.cat(waiting, dim=2).float().cpu())
-    return torch.cat(done, dim=2)
+        yield torch.cat(waiting, dim=2)
 
 
 def _choose_tile(decoder: WanVAE, latent: Tensor) -> int:
@@ -169,9 +186,3 @@ def _keep(latent: Tensor) -> None:
         logger.warning("the latent is not kept, as it cannot be written (%s): decoding goes on", error)
     else:
         logger.info("the latent is kept in %s", path)
-
-
-def _to_images(video: Tensor) -> Tensor:
-    """IMAGE `[B * T, H, W, 3]` in 0 ... 1."""
-    images = video.float().permute(0, 2, 3, 4, 1).flatten(0, 1)
-    return images.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
