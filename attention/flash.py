@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import AttentionSpec
 from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_function
-
-if TYPE_CHECKING:
-    from .select import AttentionSpec
 
 
 class _FlashAttention(ABC):

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..system.kernel_choice import brief, reason_against, relative_error
-
-if TYPE_CHECKING:
-    from .select import AttentionSpec, Backend
+from .backend import AttentionSpec, Backend
 
 # Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is
 # 2.2e-3; int8 QK is 1.4e-2 and int8 QK with fp8 PV 3.8e-2 (modelled in float32). Black, shifted or unscaled

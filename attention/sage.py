@@ -9,16 +9,14 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import AttentionSpec
 from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_disagreement, find_function
 from .sdpa import Sdpa
-
-if TYPE_CHECKING:
-    from .select import AttentionSpec
 
 logger = logging.getLogger(__name__)
 

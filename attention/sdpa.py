@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .backend import AttentionSpec
 from .probe import THIS_MACHINE, Machine, find_disagreement
-
-if TYPE_CHECKING:
-    from .select import AttentionSpec
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.opaque import OpaqueOps
-from lowvram_video.fused.select import FusedOps
+from lowvram_video.fused.ops import FusedOps
 from lowvram_video.transformer.transformer import Transformer
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.network.config import WanConfig

@@ -22,7 +22,7 @@ from lowvram_video.demo.files import DEMO_FILES, open_demo
 from lowvram_video.memory.plan.footprint import Limits, WorkSize
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.files.checkpoint import open_checkpoint
+from lowvram_video.weights.files.open import open_checkpoint
 from measure import save_results
 from torch import Tensor
 

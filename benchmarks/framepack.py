@@ -24,7 +24,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from lowvram_video.attention.select import AttentionSpec, select_attention
+from lowvram_video.attention.backend import AttentionSpec
+from lowvram_video.attention.select import select_attention
 from lowvram_video.framepack.network.model import Frames, History, Prompt
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.request import Material, Sampling

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 from lowvram_video.weights.kernels.gguf_launch import LAUNCHES, Launch, dequantize_triton
-from lowvram_video.weights.linear.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from lowvram_video.weights.kernels.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
 from measure import save_results
 from torch import Tensor
 

@@ -18,22 +18,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from lowvram_video.fused.select import FusedOps, select_fused_ops
+from lowvram_video.fused.ops import FusedOps
+from lowvram_video.fused.select import select_fused_ops
 from lowvram_video.system.kernel_choice import disagreement, reason_against
+from lowvram_video.weights.kernels.gemms import fp8_refusal, select_fp8_gemm
+from lowvram_video.weights.kernels.low_rank_ops import RANKS, STEPS, ChosenLowRankOps, Probe, select_low_rank_ops
+from lowvram_video.weights.kernels.low_rank_reference import TORCH, LowRankOps
+from lowvram_video.weights.kernels.rows import select_row_ops
 from lowvram_video.weights.linear.fp8 import Fp8Matmul
-from lowvram_video.weights.linear.gemms import fp8_refusal, select_fp8_gemm
-from lowvram_video.weights.linear.linear import PLAIN, Linear, Projection, project_gelu, project_together
+from lowvram_video.weights.linear.linear import Linear, project_gelu, project_together
 from lowvram_video.weights.linear.low_rank import DOWN, SCALE, UP
-from lowvram_video.weights.linear.low_rank_ops import (
-    RANKS,
-    STEPS,
-    TORCH,
-    ChosenLowRankOps,
-    LowRankOps,
-    Probe,
-    select_low_rank_ops,
-)
-from lowvram_video.weights.linear.rows import select_row_ops
+from lowvram_video.weights.linear.projection import Projection
+from lowvram_video.weights.linear.weight_format import PLAIN
 from measure import save_results
 from quantized_linears import BF16, DEVICE, PER_BLOCK, SHAPES, Shape, Way, activations, layer_of
 from torch import Tensor, nn
@@ -195,8 +191,8 @@ def steps_alone(candidates: Sequence[LowRankOps], rank: int) -> dict[str, dict[s
 def candidates_here(sweep: bool) -> list[LowRankOps]:
     if importlib.util.find_spec("triton") is None:
         return []
-    from lowvram_video.weights.kernels.int8_gemm import Tile
     from lowvram_video.weights.kernels.low_rank import CANDIDATES, TritonLowRankOps
+    from lowvram_video.weights.kernels.tile import Tile
 
     if not sweep:
         return list(CANDIDATES)

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 
 import torch
 from lowvram_video.system.triton_errors import triton_errors
+from lowvram_video.weights.kernels.gemms import Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
+from lowvram_video.weights.kernels.row_reference import RowOps, TorchRowOps, row_scales
+from lowvram_video.weights.kernels.rows import select_row_ops
 from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
-from lowvram_video.weights.linear.gemms import Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
 from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul, rotate, rotation_matrix
 from lowvram_video.weights.linear.kitchen import KitchenInt8, kitchen_int8_available
-from lowvram_video.weights.linear.linear import PLAIN, Linear, Scratch, WeightFormat, project_together
-from lowvram_video.weights.linear.rows import RowOps, TorchRowOps, row_scales, select_row_ops
+from lowvram_video.weights.linear.linear import Linear, project_together
+from lowvram_video.weights.linear.projection import Scratch
+from lowvram_video.weights.linear.weight_format import PLAIN, WeightFormat
 from measure import save_results
 from torch import Tensor, nn
 
@@ -71,7 +74,7 @@ def ways(ops: RowOps) -> list[Way]:
         Way("int8 rotated 256, torch, then scaled", "int8", Int8Matmul(256, Int8Product(ops), ops)),
     ]
     if ops.name == "triton":
-        from lowvram_video.weights.kernels.int8_gemm import TILES, Int8Triton
+        from lowvram_video.weights.kernels.gemms import TILES, Int8Triton
 
         gemms: list[Gemm] = [Int8Triton(tile) for tile in TILES]
         found += [Way(gemm.name, "int8", Int8Matmul(0, gemm, ops)) for gemm in gemms]
@@ -91,7 +94,7 @@ class Clamped(Fp8Matmul):
 
 
 class CastRows(TorchRowOps):
-    def quantize_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return x.clamp(-448, 448).to(torch.float8_e4m3fn), torch.ones(x.shape[0], 1, device=x.device)
 
 

@@ -21,7 +21,7 @@ from lowvram_video.framepack.network.model import FramePackModel
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
-from lowvram_video.weights.linear.gguf_reference import random_blocks
+from lowvram_video.weights.kernels.gguf_reference import random_blocks
 from safetensors.torch import save_file
 
 Config = WanConfig | FramePackConfig

@@ -26,8 +26,8 @@ from ..runtime.family import Family
 from ..runtime.settings import RunSettings, use_device
 from ..sampling.samplers import SAMPLERS
 from ..wanvideo.family import WAN
-from ..weights.files.checkpoint import open_checkpoint
 from ..weights.files.kinds import file_kind
+from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert
 from . import framepack as cli_framepack
 from . import wan as cli_wan

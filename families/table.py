@@ -7,8 +7,9 @@ from pathlib import Path
 from ..framepack.family import FRAMEPACK
 from ..runtime.family import Family
 from ..wanvideo.family import WAN
-from ..weights.files.checkpoint import CheckpointError, open_checkpoint
+from ..weights.files.checkpoint import CheckpointError
 from ..weights.files.kinds import file_kind
+from ..weights.files.open import open_checkpoint
 
 FAMILIES: tuple[Family, ...] = (WAN, FRAMEPACK)
 

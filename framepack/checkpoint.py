@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.dimensions import Dimensions, model_prefix
 from ..weights.files.kinds import WantedKind, check_kind
+from ..weights.files.open import open_checkpoint
 from ..weights.linear.adopt import adopt_tensors, load_tensors
 from ..weights.linear.dialects import HEADER_KEY, plain_dialect
 from .network.config import FramePackConfig

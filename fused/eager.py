@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from .select import FusedOps, Rope, RowGroups
+from .ops import FusedOps, Rope, RowGroups
 
 
 class EagerOps:

@@ -5,16 +5,13 @@ that torch 2.11 makes of ours so reads or writes outside of them (an illegal mem
 """
 
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..system.operators import on_device_of, returns_nothing
 from .eager import EagerOps
-
-if TYPE_CHECKING:
-    from .select import FusedOps, Rope, RowGroups
+from .ops import FusedOps, Rope, RowGroups
 
 
 class OpaqueOps:
@@ -22,32 +19,30 @@ class OpaqueOps:
 
     name = "triton"
 
-    def compiled(self) -> "FusedOps":
+    def compiled(self) -> FusedOps:
         return self
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: "RowGroups", eps: float
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
     ) -> Tensor:
         return modulated_norm(x, shift, scale, first_row, groups.rows_per_group, eps)
 
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return affine_norm(x, weight, bias, eps)
 
-    def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: "Rope | None", first_row: int) -> None:
+    def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
         rms_norm_(x, weight, eps, cos, sin, first_row)
 
     def gelu_(self, x: Tensor) -> None:
         gelu_(x)
 
-    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: "RowGroups") -> None:
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
         gated_add_(x, y, gate, first_row, groups.rows_per_group)
 
 
 @torch.library.custom_op("lowvram_video::modulated_norm", mutates_args=())
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float) -> Tensor:
-    from .select import RowGroups
-
     with on_device_of(x):
         return _steps_for(x).modulated_norm(x, shift, scale, first_row, RowGroups(rows_per_group), eps)
 
@@ -70,8 +65,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("lowvram_video::rms_norm_", mutates_args=("x",))
 def rms_norm_(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, first_row: int) -> None:
-    from .select import Rope
-
     with on_device_of(x):
         _steps_for(x).rms_norm_(x, weight, eps, None if cos is None or sin is None else Rope(cos, sin), first_row)
 
@@ -84,8 +77,6 @@ def gelu_(x: Tensor) -> None:
 
 @torch.library.custom_op("lowvram_video::gated_add_", mutates_args=("x",))
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
-    from .select import RowGroups
-
     with on_device_of(x):
         _steps_for(x).gated_add_(x, y, gate, first_row, RowGroups(rows_per_group))
 
@@ -94,7 +85,7 @@ for _operator in (rms_norm_, gelu_, gated_add_):
     _operator.register_fake(returns_nothing)
 
 
-def _steps_for(x: Tensor) -> "FusedOps":
+def _steps_for(x: Tensor) -> FusedOps:
     if not x.is_cuda:
         return EagerOps()
     from .triton_ops import TritonOps

@@ -6,26 +6,24 @@ on a device of bandwidth W is that over W.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .opaque import OpaqueOps
-
-if TYPE_CHECKING:
-    from .select import FusedOps, Rope, RowGroups
+from .ops import FusedOps, Rope, RowGroups
 
 
 class TritonOps:
-    """See `FusedOps` for what each step computes."""
+    """See `FusedOps` for what each step computes; `compiled` are the same steps for torch.compile."""
 
     name = "triton"
 
+    def __init__(self, compiled: FusedOps | None = None) -> None:
+        self._compiled = compiled
+
     def compiled(self) -> FusedOps:
-        return OpaqueOps()
+        return self._compiled or self
 
     def modulated_norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.select import AttentionSpec, select_attention
+from ..attention.backend import AttentionSpec
+from ..attention.select import select_attention
 from ..fused.select import select_fused_ops
 from ..system.dtypes import half_dtype
 from ..transformer.workspace import Execution

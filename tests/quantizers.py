@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 import torch
-from lowvram_video.weights.linear.gguf_reference import IQ4_LEVELS
+from lowvram_video.weights.kernels.gguf_reference import IQ4_LEVELS
 from torch import Tensor
 
 PLAIN = {"F32", "F16", "BF16"}

@@ -13,17 +13,12 @@ from typing import Any
 import pytest
 import torch
 from lowvram_video.attention import sdpa as sdpa_module
+from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.flash import FlashAttention2, FlashAttention3
 from lowvram_video.attention.probe import Machine, find_disagreement, nvidia_capability
 from lowvram_video.attention.sage import SageAttention
 from lowvram_video.attention.sdpa import CUDNN_FIRST, Sdpa
-from lowvram_video.attention.select import (
-    ATTENTION_MODES,
-    AttentionSpec,
-    AttentionUnavailable,
-    explain_attention,
-    select_attention,
-)
+from lowvram_video.attention.select import ATTENTION_MODES, AttentionUnavailable, explain_attention, select_attention
 from torch import Tensor
 
 CPU = torch.device("cpu")

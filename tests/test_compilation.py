@@ -16,14 +16,16 @@ from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.opaque import OpaqueOps
-from lowvram_video.fused.select import FusedOps
+from lowvram_video.fused.ops import FusedOps
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.network.model import WanModel
-from lowvram_video.weights.kernels import row_op
+from lowvram_video.weights.kernels import gemms
+from lowvram_video.weights.kernels import rows as row_ops
+from lowvram_video.weights.kernels.row_reference import INT8_MAX, QuantizedRows, TorchRowOps, row_scales
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized
 from lowvram_video.weights.linear.int8 import Int8Matmul
-from lowvram_video.weights.linear.linear import Linear, Scratch
-from lowvram_video.weights.linear.rows import INT8_MAX, QuantizedRows, TorchRowOps, row_scales
+from lowvram_video.weights.linear.linear import Linear
+from lowvram_video.weights.linear.projection import Scratch
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes.post_grad import post_grad_passes
@@ -214,11 +216,11 @@ def test_settings_reach_dynamo_and_go_again() -> None:
 class OpaqueRowOps(TorchRowOps):
     """What `TritonRowOps` is to compiled code."""
 
-    def quantize_int8(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return row_op.quantize_rows(x, torch.int8)
+    def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return row_ops.quantize_rows(x, dtype)
 
     def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-        row_op.dequantize_rows(values, scales, out)
+        row_ops.dequantize_rows(values, scales, out)
         return out
 
 
@@ -226,7 +228,7 @@ class OpaqueGemm:
     name = "opaque"
 
     def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        row_op.multiply_int8(rows.values, rows.scales, weight, columns, bias, (1, 1, 1, 1, 1), out)
+        gemms.multiply_int8(rows.values, rows.scales, weight, columns, bias, (1, 1, 1, 1, 1), out)
 
 
 def quantize_layers(blocks: Sequence[nn.Module], dtype: torch.dtype, scaled: bool) -> None:
@@ -273,15 +275,15 @@ def test_eight_bit_layers_compile_without_copies(dtype: torch.dtype, scaled: boo
 def test_row_operators_are_ones_that_torch_compile_knows() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(6, 32, generator=generator), torch.randn(16, 32, generator=generator)
-    values, scales = TorchRowOps().quantize_int8(x)
-    packed, columns = TorchRowOps().quantize_int8(weight)
+    values, scales = TorchRowOps().quantize(x, torch.int8)
+    packed, columns = TorchRowOps().quantize(weight, torch.int8)
     columns, out = columns.flatten(), torch.empty(6, 16)
     with torch.inference_mode(False):
         calls: list[tuple[Any, tuple[Any, ...]]] = [
-            (row_op.quantize_rows, (x, torch.int8)),
-            (row_op.dequantize_rows, (values, scales, torch.empty(6, 32))),
-            (row_op.rescale_rows, (torch.randn(6, 16), scales.clone(), columns.clone(), None, torch.empty(6, 16))),
-            (row_op.multiply_int8, (values, scales, packed, columns, None, (1, 1, 1, 1, 1), out)),
+            (row_ops.quantize_rows, (x, torch.int8)),
+            (row_ops.dequantize_rows, (values, scales, torch.empty(6, 32))),
+            (row_ops.rescale_rows, (torch.randn(6, 16), scales.clone(), columns.clone(), None, torch.empty(6, 16))),
+            (gemms.multiply_int8, (values, scales, packed, columns, None, (1, 1, 1, 1, 1), out)),
         ]
         for operator, arguments in calls:
             plain = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)

@@ -13,7 +13,7 @@ from lowvram_video.benchmarks.demo.captions import COLOURS, DIRECTIONS, SHAPES, 
 from lowvram_video.benchmarks.demo.dataset import ClipSize, draw_scenes, render_clips
 from lowvram_video.benchmarks.demo.score import FIELDS, judge, main, pick_captions, score, table
 from lowvram_video.demo.files import DEMO_FILES
-from lowvram_video.weights.files.checkpoint import open_checkpoint
+from lowvram_video.weights.files.open import open_checkpoint
 
 from .quantizers import write_gguf
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
 from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.kernels.gemms import Fp8Rescaled, Fp8Rowwise, ReferenceGemm, gemm_error, select_fp8_gemm
+from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
-from lowvram_video.weights.linear.gemms import Fp8Rescaled, Fp8Rowwise, ReferenceGemm, gemm_error, select_fp8_gemm
-from lowvram_video.weights.linear.linear import Plain, Scratch, project_together
-from lowvram_video.weights.linear.rows import TorchRowOps
+from lowvram_video.weights.linear.linear import project_together
+from lowvram_video.weights.linear.projection import Scratch
+from lowvram_video.weights.linear.weight_format import Plain
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -294,9 +296,9 @@ def test_layers_of_one_input_share_its_quantised_rows() -> None:
     class Counting(TorchRowOps):
         calls = 0
 
-        def quantize_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             self.calls += 1
-            return super().quantize_fp8(x)
+            return super().quantize(x, dtype)
 
     ops = Counting()
     form = Fp8Matmul(ops=ops)
@@ -323,7 +325,7 @@ def test_unpacking_takes_scratch_and_rounds_once() -> None:
 
 def test_zero_and_huge_rows_survive_quantising() -> None:
     x = torch.stack([torch.zeros(32), torch.full((32,), 3e38), rand(32) * 1e-30])
-    for quantise, largest in ((TorchRowOps().quantize_fp8, 448), (TorchRowOps().quantize_int8, 127)):
-        values, scales = quantise(x)
+    for dtype, largest in ((torch.float8_e4m3fn, 448), (torch.int8, 127)):
+        values, scales = TorchRowOps().quantize(x, dtype)
         assert torch.isfinite(values.float()).all() and torch.isfinite(scales).all()
         assert float(values.float().abs().max()) == largest

@@ -29,8 +29,9 @@ from lowvram_video.framepack.checkpoint import (
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel
 from lowvram_video.wanvideo.checkpoint import load_wan
-from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from lowvram_video.weights.files.kinds import file_kind
+from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.linear.linear import Linear
 from lowvram_video.weights.linear.quantize import quantize_checkpoint
 from safetensors.torch import load_file, save_file

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from lowvram_video.fused.eager import EagerOps
-from lowvram_video.fused.select import Rope, RowGroups, select_fused_ops
+from lowvram_video.fused.ops import Rope, RowGroups
+from lowvram_video.fused.select import select_fused_ops
 from torch.nn import functional as F
 
 

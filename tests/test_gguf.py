@@ -12,12 +12,15 @@ from lowvram_video.memory.stream.layout import bind, layout_blocks
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
-from lowvram_video.weights.files.checkpoint import CheckpointError, TensorInfo, open_checkpoint
+from lowvram_video.weights.files.checkpoint import CheckpointError, TensorInfo
+from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.kernels.gguf_op import dequantize_in_chunks, dequantize_packed
+from lowvram_video.weights.kernels.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
 from lowvram_video.weights.linear.formats import assign_formats, format_for
 from lowvram_video.weights.linear.gguf import GGUF_FORMATS
-from lowvram_video.weights.linear.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
-from lowvram_video.weights.linear.linear import PLAIN, Linear, Scratch
+from lowvram_video.weights.linear.linear import Linear
+from lowvram_video.weights.linear.projection import Scratch
+from lowvram_video.weights.linear.weight_format import PLAIN
 from torch import Tensor
 
 from .quantizers import quantize, write_gguf

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from lowvram_video.weights.kernels.gguf_op import dequantize_packed, triton_agrees
-from lowvram_video.weights.linear.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from lowvram_video.weights.kernels.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
 from torch import Tensor
 
 TYPES = sorted(BLOCK_TYPES)

@@ -37,7 +37,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
-from lowvram_video.weights.files.checkpoint import open_checkpoint
+from lowvram_video.weights.files.open import open_checkpoint
 
 checkpoint = open_checkpoint(sys.argv[1])
 sizes = []

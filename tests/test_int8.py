@@ -11,11 +11,11 @@ import pytest
 import torch
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
 from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.kernels.gemms import Int8Product, ReferenceGemm, select_int8_gemm
+from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear.compute import select_compute
-from lowvram_video.weights.linear.gemms import Int8Product, ReferenceGemm, select_int8_gemm
 from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul, rotation_matrix
 from lowvram_video.weights.linear.kitchen import KITCHEN_QUANTS, KitchenFormat, KitchenInt8
-from lowvram_video.weights.linear.rows import TorchRowOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -150,7 +150,7 @@ def test_w8a8_is_its_own_arithmetic(gemm: ReferenceGemm, rotation: int) -> None:
 
 
 def test_many_rows_go_through_small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowvram_video.weights.linear.gemms.PRODUCT_BYTES", 1)
+    monkeypatch.setattr("lowvram_video.weights.kernels.gemms.PRODUCT_BYTES", 1)
     weight = torch.randint(-127, 128, (24, 32), dtype=torch.int8)
     packed = {"weight": weight, "weight_scale": torch.tensor(0.01)}
     x = rand(700, 32)

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_video.attention.select import AttentionSpec, AttentionUnavailable, select_attention
+from lowvram_video.attention.backend import AttentionSpec
+from lowvram_video.attention.select import AttentionUnavailable, select_attention
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.select import select_fused_ops
 from lowvram_video.memory.plan import limits, rates
-from lowvram_video.weights.kernels import gguf_op
-from lowvram_video.weights.linear import compute, gemms, kitchen, low_rank_ops, rows
+from lowvram_video.weights.kernels import gemms, gguf_op, low_rank_ops, low_rank_reference
+from lowvram_video.weights.kernels.row_reference import TorchRowOps
+from lowvram_video.weights.linear import compute, kitchen
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
 from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul
-from lowvram_video.weights.linear.linear import DenseProjection, Linear
+from lowvram_video.weights.linear.linear import Linear
+from lowvram_video.weights.linear.projection import DenseProjection
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -109,7 +112,7 @@ def test_gguf_is_tried_again(shortage: Maker, monkeypatch: pytest.MonkeyPatch, c
     assert gguf_op.triton_agrees("Q4_0", device) and run.calls == calls, "what works is known for good"
 
 
-class TritonLike(low_rank_ops.TorchLowRankOps):
+class TritonLike(low_rank_reference.TorchLowRankOps):
     name = "kernel"
 
 
@@ -179,7 +182,7 @@ def test_elementwise_steps_are_tried_again(shortage: Maker, gpu: pytest.MonkeyPa
     steps = Elementwise()
     gelu = Failing(shortage, steps.gelu_)
     steps.gelu_ = gelu  # type: ignore[method-assign]
-    gpu.setitem(sys.modules, "lowvram_video.fused.triton_ops", SimpleNamespace(TritonOps=lambda: steps))  # type: ignore[arg-type]
+    gpu.setitem(sys.modules, "lowvram_video.fused.triton_ops", SimpleNamespace(TritonOps=lambda _: steps))  # type: ignore[arg-type]
     with caplog.at_level(logging.INFO):
         assert select_fused_ops(CUDA).name == "eager"
     assert "cannot be used" not in caplog.text and "no memory left" in caplog.text
@@ -233,7 +236,7 @@ def test_eight_bit_layers_are_unpacked_for_now(
 ) -> None:
     dtype = torch.float8_e4m3fn if quantization == "fp8_fast" else torch.int8
     layer = layer_of(dtype)
-    gpu.setattr(compute, "select_row_ops", lambda device: rows.TorchRowOps())
+    gpu.setattr(compute, "select_row_ops", lambda device: TorchRowOps())
     gpu.setattr(compute, "fuses_gelu", lambda device: False)
     gpu.setattr(gemms.ReferenceGemm, "__call__", Failing(shortage))
     compute.select_compute(layer, [layer], quantization, CUDA)
@@ -267,7 +270,7 @@ def test_a_fault_while_a_kernel_is_tried_leaves_the_slower_path(low_rank: Any, c
     sys.modules["lowvram_video.weights.kernels.low_rank"].CANDIDATES = (Broken(),)
     with caplog.at_level(logging.INFO):
         chosen = low_rank(30)
-    assert chosen.choices[0].down is low_rank_ops.TORCH
+    assert chosen.choices[0].down is low_rank_reference.TORCH
     assert "missing 1 required positional argument" in caplog.text
 
 
@@ -306,7 +309,7 @@ def test_a_wrong_kernel_is_refused_with_numbers(gpu: pytest.MonkeyPatch, caplog:
         def gelu_(self, x: Tensor) -> None:
             x.zero_()
 
-    gpu.setitem(sys.modules, "lowvram_video.fused.triton_ops", SimpleNamespace(TritonOps=Wrong))  # type: ignore[arg-type]
+    gpu.setitem(sys.modules, "lowvram_video.fused.triton_ops", SimpleNamespace(TritonOps=lambda _: Wrong()))  # type: ignore[arg-type]
     assert select_fused_ops(CUDA).name == "eager"
     assert len(caplog.records) == 1
     text = caplog.records[0].getMessage()

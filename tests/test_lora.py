@@ -11,10 +11,12 @@ from diffusers import WanTransformer3DModel
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.checkpoint import official_names
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.files.checkpoint import CheckpointError, open_checkpoint
+from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.files.open import open_checkpoint
+from lowvram_video.weights.kernels.gguf_reference import dequantize_reference
 from lowvram_video.weights.linear.formats import assign_formats
-from lowvram_video.weights.linear.gguf_reference import dequantize_reference
-from lowvram_video.weights.linear.linear import Linear, Scratch, project_together
+from lowvram_video.weights.linear.linear import Linear, project_together
+from lowvram_video.weights.linear.projection import Scratch
 from lowvram_video.weights.lora.attach import AttachedLoras
 from lowvram_video.weights.lora.file import LoraChoice, open_lora
 from safetensors.torch import load_file, save_file

@@ -19,7 +19,8 @@ from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.files.checkpoint import CheckpointError, open_checkpoint
+from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.linear.dialects import plain_dialect
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized
 from lowvram_video.weights.lora.attach import AttachedLoras

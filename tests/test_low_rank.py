@@ -11,21 +11,13 @@ import pytest
 import torch
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.system.kernel_choice import disagreement, reason_against
+from lowvram_video.weights.kernels.low_rank_ops import STEPS, Choice, ChosenLowRankOps, Probe, Step, select_low_rank_ops
+from lowvram_video.weights.kernels.low_rank_reference import TORCH, LowRankOps, TorchLowRankOps
+from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear.fp8 import Fp8Matmul
 from lowvram_video.weights.linear.int8 import Int8Matmul
-from lowvram_video.weights.linear.linear import PLAIN, Linear, WeightFormat, project_gelu, project_together
-from lowvram_video.weights.linear.low_rank_ops import (
-    STEPS,
-    TORCH,
-    Choice,
-    ChosenLowRankOps,
-    LowRankOps,
-    Probe,
-    Step,
-    TorchLowRankOps,
-    select_low_rank_ops,
-)
-from lowvram_video.weights.linear.rows import TorchRowOps
+from lowvram_video.weights.linear.linear import Linear, project_gelu, project_together
+from lowvram_video.weights.linear.weight_format import PLAIN, WeightFormat
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -46,9 +38,9 @@ class CountingRows(TorchRowOps):
     def __init__(self) -> None:
         self.calls = 0
 
-    def quantize_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         self.calls += 1
-        return super().quantize_fp8(x)
+        return super().quantize(x, dtype)
 
 
 class CountingLowRank(TorchLowRankOps):
@@ -204,8 +196,8 @@ def test_what_fails_or_is_wrong_is_not_chosen() -> None:
 
 
 def check_kernels(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    from lowvram_video.weights.kernels.int8_gemm import Tile
     from lowvram_video.weights.kernels.low_rank import CANDIDATES, TritonLowRankOps
+    from lowvram_video.weights.kernels.tile import Tile
 
     tile = Tile(16, 16, 32, 4, 2)
     found = (TritonLowRankOps(tile, tile),) if device == "cpu" else CANDIDATES
@@ -232,8 +224,8 @@ def check_kernels(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
 def check_zero_strength(device: str, dtype: torch.dtype) -> None:
     """y stays as it is, bit for bit, and becomes what GELU by itself makes of it."""
     from lowvram_video.fused.triton_ops import TritonOps
-    from lowvram_video.weights.kernels.int8_gemm import Tile
     from lowvram_video.weights.kernels.low_rank import CANDIDATES, TritonLowRankOps
+    from lowvram_video.weights.kernels.tile import Tile
 
     tile = Tile(16, 16, 32, 4, 2)
     found = (TritonLowRankOps(tile, tile),) if device == "cpu" else CANDIDATES
@@ -259,8 +251,8 @@ def check_operators() -> None:
 
 def check_compiled() -> None:
     """Compiled code calls the operators, in one graph, and they are the kernels."""
-    from lowvram_video.weights.kernels.int8_gemm import Tile
     from lowvram_video.weights.kernels.low_rank import TritonLowRankOps
+    from lowvram_video.weights.kernels.tile import Tile
 
     ops = TritonLowRankOps(Tile(16, 16, 32, 4, 2), Tile(16, 32, 16, 4, 2))
     x, down, scale, up = rand(20, 32).half(), rand(4, 32).half(), rand(4), rand(48, 4).half()

@@ -212,7 +212,7 @@ def test_converting_takes_little_more_than_the_largest_tensor(tmp_path: Path) ->
         from pathlib import Path
         import torch
         from lowvram_video.weights.linear.convert import convert
-        from lowvram_video.weights.files.checkpoint import open_checkpoint
+        from lowvram_video.weights.files.open import open_checkpoint
 
         def peak():
             return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError
+from lowvram_video.weights.files.open import open_checkpoint
 from safetensors.torch import load_file, save, save_file
 
 DTYPES = [

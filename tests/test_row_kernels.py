@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 from lowvram_video.system.triton_errors import triton_errors
+from lowvram_video.weights.kernels.gemms import Fp8Rescaled, Int8Product, gemm_error, select_fp8_gemm, select_int8_gemm
+from lowvram_video.weights.kernels.row_reference import TorchRowOps
+from lowvram_video.weights.kernels.rows import select_row_ops
 from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.fp8 import Fp8Matmul
-from lowvram_video.weights.linear.gemms import Fp8Rescaled, Int8Product, gemm_error, select_fp8_gemm, select_int8_gemm
 from lowvram_video.weights.linear.linear import Linear
-from lowvram_video.weights.linear.rows import TorchRowOps, select_row_ops
 from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -40,8 +41,8 @@ def check_rows(device: str, fp8: bool) -> None:
     wide = rand(7, 400).to(device)
     x = wide[:, :200] * torch.exp(3 * rand(7, 1, seed=1)).to(device)  # rows of a wider buffer
     x[3] = 0
-    for name in ("quantize_int8", "quantize_fp8"):
-        (got, got_scales), (want, want_scales) = (getattr(each, name)(x) for each in (ops, reference))
+    for name in (torch.int8, E4M3):
+        (got, got_scales), (want, want_scales) = (each.quantize(x, name) for each in (ops, reference))
         assert got.dtype == want.dtype and torch.equal(got_scales, want_scales), name
         different = got.float() != want.float()
         if device == "cpu" and got.dtype == E4M3:
@@ -61,7 +62,8 @@ def check_rows(device: str, fp8: bool) -> None:
 
 
 def check_int8_gemm(device: str) -> None:
-    from lowvram_video.weights.kernels.int8_gemm import TILES, Int8Triton, Tile
+    from lowvram_video.weights.kernels.gemms import TILES, Int8Triton
+    from lowvram_video.weights.kernels.tile import Tile
 
     tiles = (Tile(16, 32, 32, 4, 2),) if device == "cpu" else TILES
     for tile in tiles:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lowvram_video.memory.stream.layout import layout_block
 from lowvram_video.memory.stream.scratch_file import Spool
-from lowvram_video.weights.files.checkpoint import open_checkpoint
+from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.lora.merged_source import MergedSource
 from safetensors.torch import save_file
 from torch import Tensor

@@ -12,8 +12,9 @@ from lowvram_video.families.identify import describe, identify
 from lowvram_video.wanvideo.text.checkpoint import load_text_encoder
 from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
 from lowvram_video.wanvideo.text.gguf import BLOCK_NAMES, gguf_spiece
-from lowvram_video.weights.files.checkpoint import CheckpointError, open_checkpoint
-from lowvram_video.weights.linear.gguf_reference import BLOCK_TYPES, dequantize_reference
+from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.files.open import open_checkpoint
+from lowvram_video.weights.kernels.gguf_reference import BLOCK_TYPES, dequantize_reference
 from lowvram_video.weights.linear.linear import Linear
 from safetensors.torch import save_file
 from torch import Tensor

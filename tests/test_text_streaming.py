@@ -10,9 +10,10 @@ from lowvram_video.runtime.layer_reading import without_table
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.text.checkpoint import load_text_encoder, open_text_encoder
-from lowvram_video.weights.files.checkpoint import Checkpoint, open_checkpoint
+from lowvram_video.weights.files.checkpoint import Checkpoint
+from lowvram_video.weights.files.open import open_checkpoint
+from lowvram_video.weights.kernels.gguf_reference import dequantize_reference
 from lowvram_video.weights.linear.adopt import load_tensors
-from lowvram_video.weights.linear.gguf_reference import dequantize_reference
 from torch import Tensor
 
 from .quantizers import quantize, write_gguf

@@ -9,8 +9,8 @@ import torch
 from lowvram_video.fused import select as fused
 from lowvram_video.system.kernel_choice import brief
 from lowvram_video.system.triton_errors import triton_errors
-from lowvram_video.weights.kernels import gguf_op
-from lowvram_video.weights.linear import gemms, low_rank_ops, rows
+from lowvram_video.weights.kernels import gemms, gguf_op, low_rank_ops, rows
+from lowvram_video.weights.kernels.row_reference import QuantizedRows
 from torch import Tensor
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -80,7 +80,7 @@ def test_another_product_is_chosen(error: Callable[[], Exception], caplog: pytes
         name = "broken"
 
         def __call__(
-            self, rows: rows.QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor
+            self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor
         ) -> None:
             failing(error)()
 

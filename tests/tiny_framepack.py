@@ -10,7 +10,7 @@ import torch
 from lowvram_video.framepack.checkpoint import MODEL_TYPE_KEY, ROPE_AXES, ROPE_AXES_KEY
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel
-from lowvram_video.weights.linear.gguf_reference import dequantize_reference
+from lowvram_video.weights.kernels.gguf_reference import dequantize_reference
 from lowvram_video.weights.linear.linear import Linear
 from safetensors.torch import save_file
 from torch import Tensor

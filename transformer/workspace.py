@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..attention.backend import Backend
 from ..attention.sdpa import Sdpa
-from ..attention.select import Backend
 from ..fused.eager import EagerOps
-from ..fused.select import FusedOps
-from ..weights.linear.linear import Scratch
+from ..fused.ops import FusedOps
+from ..weights.linear.projection import Scratch
 
 TILE_ROWS = 256
 

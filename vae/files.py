@@ -11,8 +11,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.kinds import file_kind
+from ..weights.files.open import open_checkpoint
 from .checks import VaeConfig, check_tensors
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")

@@ -17,12 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...fused.select import Rope, RowGroups
+from ...fused.ops import Rope, RowGroups
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Scale
 from ...transformer.transformer import Block
 from ...transformer.workspace import Workspace, rows_of, writable
-from ...weights.linear.linear import DenseProjection, Linear, Projection, project_gelu, project_together
+from ...weights.linear.linear import Linear, project_gelu, project_together
+from ...weights.linear.projection import DenseProjection, Projection
 from .config import FramePackConfig
 
 

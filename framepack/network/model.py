@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...fused.select import Rope
+from ...fused.ops import Rope
 from ...transformer.transformer import Block, Transformer
 from ...transformer.workspace import Workspace
 from ...weights.linear.linear import Linear

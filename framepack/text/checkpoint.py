@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.layer_reading import TokenTable, without_table
-from ...weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from ...weights.files.checkpoint import Checkpoint, CheckpointError
 from ...weights.files.dimensions import Dimensions
 from ...weights.files.kinds import file_kind
+from ...weights.files.open import open_checkpoint
 from ...weights.linear.adopt import adopt_tensors
 from ...weights.linear.dialects import plain_dialect
 from .clip_text import ClipTextConfig, ClipTextModel

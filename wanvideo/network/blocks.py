@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...fused.select import Rope, RowGroups
+from ...fused.ops import Rope, RowGroups
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Affine, Scale, parameter
 from ...transformer.transformer import Block

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...fused.select import Rope
+from ...fused.ops import Rope
 from ...transformer.layers import Affine, parameter
 from ...transformer.workspace import Workspace
 from ...weights.linear.linear import Linear

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...fused.select import RowGroups
+from ...fused.ops import RowGroups
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.transformer import Transformer
 from ...transformer.workspace import Workspace

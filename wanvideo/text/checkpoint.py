@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ...runtime.layer_reading import LayerReader, TokenTable, without_table
-from ...weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ...weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ...weights.files.kinds import file_kind
+from ...weights.files.open import open_checkpoint
 from ...weights.linear.adopt import adopt_tensors
 from ...weights.linear.dialects import plain_dialect
 from .encoder import TextEncoder, UMT5Config, UMT5Encoder

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from .checkpoint import CheckpointError, TensorInfo, open_checkpoint
+from .checkpoint import CheckpointError, TensorInfo
+from .open import open_checkpoint
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 

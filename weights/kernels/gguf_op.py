@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...system.kernel_choice import Chosen, disagreement, kept_when_final, relative_error, works
 from ...system.operators import on_device_of, returns_nothing
-from ..linear.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from .gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK_ELEMENTS = 1 << 22  # the reference makes about ten temporaries of this many

@@ -5,60 +5,27 @@ Source of the scheme (tiles, groups of rows that share the cache): the matrix mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear.rows import QuantizedRows
-from .row_op import multiply_int8
+from .row_reference import QuantizedRows
+from .tile import Tile
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of one program's part, and how the GPU runs it."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """All fields, as operators take them."""
-        return self.m, self.n, self.k, self.num_warps, self.num_stages
-
-
-# Which is fastest depends on the GPU's generation; the big ones do not fit into the shared memory of every one.
-TILES = (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3))
-
-
-@dataclass(frozen=True)
-class Int8Triton:
+def launch_int8(
+    rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor, tile: Tile
+) -> None:
     """See `gemms.Gemm`."""
-
-    tile: Tile = TILES[2]
-
-    @property
-    def name(self) -> str:
-        return f"int8 Triton {self.tile.m}x{self.tile.n}x{self.tile.k}"
-
-    def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        (m, k), n, tile = rows.values.shape, weight.shape[0], self.tile
-        if torch.compiler.is_compiling():
-            multiply_int8(rows.values, rows.scales, weight, columns, bias, tile.sizes, out)
-            return
-        assert weight.is_contiguous() and rows.values.is_contiguous()
-        grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
-        _int8_gemm_kernel[grid](
-            rows.values, weight, rows.scales, columns, columns if bias is None else bias, out,
-            m, n, out.stride(0),
-            BIAS=bias is not None, COLUMNS=k, M=tile.m, N=tile.n, K=tile.k, GROUP=8,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    (m, k), n = rows.values.shape, weight.shape[0]
+    assert weight.is_contiguous() and rows.values.is_contiguous()
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    _int8_gemm_kernel[grid](
+        rows.values, weight, rows.scales, columns, columns if bias is None else bias, out,
+        m, n, out.stride(0),
+        BIAS=bias is not None, COLUMNS=k, M=tile.m, N=tile.n, K=tile.k, GROUP=8,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 @triton.jit

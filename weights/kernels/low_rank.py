@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...system.operators import returns_nothing
-from ..linear.low_rank_ops import TORCH
-from .int8_gemm import Tile
+from .low_rank_reference import TORCH
+from .tile import Tile
 
 # Which is fastest depends on the rank and the GPU. m: rows, n: of R, then of out; k: of in, then of R.
 DOWN_TILES = (Tile(64, 64, 128, 4, 4), Tile(64, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3))
@@ -39,7 +39,7 @@ class TritonLowRankOps:
         if not _suit(x, down):
             return TORCH.project_down(x, down, scale)
         if torch.compiler.is_compiling():
-            return low_rank_down(x, down, scale, self.down.sizes)
+            return low_rank_down(x, down, scale, self.down)
         return launch_down(x, down, scale, self.down)
 
     def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
@@ -55,7 +55,7 @@ class TritonLowRankOps:
         if not _suit(y, hidden, up):
             return False
         if torch.compiler.is_compiling():
-            low_rank_up_(y, hidden, up, gelu, self.up.sizes)
+            low_rank_up_(y, hidden, up, gelu, self.up)
         else:
             launch_up_(y, hidden, up, gelu, self.up)
         return True
@@ -98,7 +98,7 @@ def launch_up_(y: Tensor, hidden: Tensor, up: Tensor, gelu: bool, tile: Tile) ->
 
 # Operators for torch.compile, which calls them and does not look into them: traced, a kernel that writes to a view of a
 # larger buffer becomes a function of a copy of that buffer. Calling a kernel by itself is faster otherwise. `sizes` are
-# those of a tile.
+# a `Tile`.
 
 
 @torch.library.custom_op("lowvram_video::low_rank_down", mutates_args=())

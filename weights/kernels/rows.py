@@ -1,141 +1,105 @@
-"""The steps over rows of 8-bit numbers as Triton kernels; each element is read once and written once.
+"""The steps over rows of 8-bit numbers on a device: Triton kernels where they are right, else PyTorch.
 
-Bytes per call: quantise 3 x rows x in, from the 2-byte activations (the second look at a row comes from cache);
-dequantise 3 x; rescale 6 x from int32. The floor on a device of bandwidth W is that over W.
+In compiled code the kernels are operators, which torch.compile calls and does not look into.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.library reads the annotations themselves.
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..linear.rows import FP8_MAX, INT8_MAX, SMALLEST_SCALE, TorchRowOps
-from .row_op import dequantize_rows, quantize_rows, rescale_rows
+from ...system.dtypes import half_dtype
+from ...system.kernel_choice import Trial, choose, disagreement, loaded, relative_error
+from ...system.operators import on_device_of, returns_nothing
+from .row_reference import LARGEST, RowOps, TorchRowOps
+
+
+def select_row_ops(device: torch.device) -> RowOps:
+    """Triton kernels on a GPU where they compile and agree with PyTorch; else PyTorch."""
+    reference = TorchRowOps()
+    if device.type != "cuda":
+        return reference
+    trial: Trial[RowOps] = Trial("rows of 8-bit numbers", device, lambda ops: _disagreement(ops, reference, device))
+    return choose(trial, loaded(trial.what, lambda: [_triton(device)]), reference).best
+
+
+def _triton(device: torch.device) -> RowOps:
+    return TritonRowOps(fp8=torch.cuda.get_device_capability(device) >= (8, 9))
+
+
+def _disagreement(ops: RowOps, reference: RowOps, device: torch.device) -> str | None:
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(6, 192, generator=generator, device=device, dtype=half_dtype(device))
+    results = []
+    for each in (ops, reference):
+        parts = []
+        for values, scales in (each.quantize(x, dtype) for dtype in LARGEST):
+            parts.append(each.dequantize(values, scales, torch.empty_like(x)))
+            parts.append(each.rescale(x, scales, x[0].float(), x[1], torch.empty_like(x)))
+        results.append(torch.cat(parts))
+    return disagreement(relative_error(*results))
 
 
 class TritonRowOps:
-    """See `RowOps` for what each step computes. `fp8`: the GPU casts to fp8 (compute capability 8.9).
-
-    In compiled code the steps are operators, which it calls.
-    """
+    """See `RowOps` for what each step computes. `fp8`: the GPU casts to fp8 (compute capability 8.9)."""
 
     name = "triton"
 
     def __init__(self, fp8: bool):
-        self.fp8 = fp8
+        from . import row_kernels
 
-    def quantize_fp8(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return quantize_rows(x, torch.float8_e4m3fn)
-        if not self.fp8:
-            return TorchRowOps().quantize_fp8(x)
-        return _quantize(x, torch.float8_e4m3fn, FP8_MAX)
+        self.kernels, self.fp8 = row_kernels, fp8
 
-    def quantize_int8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return quantize_rows(x, torch.int8)
-        return _quantize(x, torch.int8, INT8_MAX)
+            return quantize_rows(x, dtype)
+        if dtype.is_floating_point and not self.fp8:
+            return TorchRowOps().quantize(x, dtype)
+        return self.kernels.launch_quantize(x, dtype)
 
     def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             dequantize_rows(values, scales, out)
-            return out
-        assert values.is_contiguous() and out.is_contiguous()
-        if values.element_size() != 1:
-            return TorchRowOps().dequantize(values, scales, out)
-        rows, dim = values.shape
-        block = 4096
-        _dequantize_kernel[(rows, triton.cdiv(dim, block))](
-            values.view(torch.uint8), scales, out, dim, int(scales.numel() > 1),
-            KIND=_KINDS[values.dtype], BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        elif values.element_size() == 1:
+            self.kernels.launch_dequantize(values, scales, out)
+        else:
+            TorchRowOps().dequantize(values, scales, out)
         return out
 
     def rescale(self, product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            rescale_rows(product, rows, columns, bias, out)
-            return out
-        num_rows, dim = product.shape
-        block = 2048
-        _rescale_kernel[(num_rows, triton.cdiv(dim, block))](
-            product, rows, columns, columns if bias is None else bias, out, dim, product.stride(0), out.stride(0),
-            BIAS=bias is not None, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        rescale = rescale_rows if torch.compiler.is_compiling() else self.kernels.launch_rescale
+        rescale(product, rows, columns, bias, out)
         return out
 
 
-_KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
+@torch.library.custom_op("lowvram_video::quantize_rows", mutates_args=())
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values in `dtype`, int8 or float8_e4m3fn, and scales; see `RowOps`."""
+    with on_device_of(x):
+        return _ops_for(x).quantize(x, dtype)
 
 
-def _quantize(x: Tensor, dtype: torch.dtype, largest: float) -> tuple[Tensor, Tensor]:
-    rows, dim = x.shape
-    values = torch.empty(rows, dim, device=x.device, dtype=dtype)
-    scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
-    _quantize_kernel[(rows,)](
-        x, values, scales, dim, x.stride(0), largest, SMALLEST_SCALE,
-        INTEGER=dtype == torch.int8, BLOCK=triton.next_power_of_2(dim), num_warps=8 if dim > 2048 else 4,
-    )  # fmt: skip
-    return values, scales
+@quantize_rows.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@triton.jit
-def _quantize_kernel(
-    x_ptr, values_ptr, scales_ptr, dim, row_stride, largest, smallest_scale,
-    INTEGER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    col = tl.arange(0, BLOCK)
-    inside = col < dim
-    x = tl.load(x_ptr + row.to(tl.int64) * row_stride + col, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), largest), smallest_scale)
-    x = tl.div_rn(x, scale)
-    x = tl.minimum(tl.maximum(x, -largest), largest)
-    if INTEGER:
-        # Adding 1.5 x 2^23 leaves no room for a fraction, so the sum is rounded to an integer, halves to even.
-        x = (x + 12582912.0) - 12582912.0
-    tl.store(scales_ptr + row, scale)
-    tl.store(values_ptr + row.to(tl.int64) * dim + col, x.to(values_ptr.dtype.element_ty), mask=inside)
+@torch.library.custom_op("lowvram_video::dequantize_rows", mutates_args=("out",))
+def dequantize_rows(values: Tensor, scales: Tensor, out: Tensor) -> None:
+    """See `RowOps.dequantize`."""
+    with on_device_of(out):
+        _ops_for(out).dequantize(values, scales, out)
 
 
-@triton.jit
-def _dequantize_kernel(values_ptr, scales_ptr, out_ptr, dim, per_row, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < dim
-    start = row.to(tl.int64) * dim
-    code = tl.load(values_ptr + start + col, mask=inside, other=0)
-    x = decode(code, KIND)
-    scale = tl.load(scales_ptr + row * per_row).to(tl.float32)
-    tl.store(out_ptr + start + col, (x * scale).to(out_ptr.dtype.element_ty), mask=inside)
+@torch.library.custom_op("lowvram_video::rescale_rows", mutates_args=("out",))
+def rescale_rows(product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """See `RowOps.rescale`."""
+    with on_device_of(out):
+        _ops_for(out).rescale(product, rows, columns, bias, out)
 
 
-@triton.jit
-def decode(code, KIND: tl.constexpr):
-    """uint8 codes of int8, e4m3fn or e5m2 -> fp32, by integer steps that every GPU has (casts need 8.9)."""
-    if KIND == 0:
-        x = code.to(tl.int8, bitcast=True).to(tl.float32)
-    elif KIND == 1:
-        # exponent and mantissa moved to fp16's place; the exponents' biases differ by 8
-        bits = code.to(tl.uint16)
-        moved = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        x = moved.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    else:
-        x = (code.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    return x
+for _operator in (dequantize_rows, rescale_rows):
+    _operator.register_fake(returns_nothing)
 
 
-@triton.jit
-def _rescale_kernel(
-    product_ptr, rows_ptr, columns_ptr, bias_ptr, out_ptr, dim, product_stride, out_stride,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < dim
-    x = tl.load(product_ptr + row.to(tl.int64) * product_stride + col, mask=inside, other=0).to(tl.float32)
-    x = x * tl.load(rows_ptr + row) * tl.load(columns_ptr + col, mask=inside, other=0.0)
-    if BIAS:
-        x += tl.load(bias_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row.to(tl.int64) * out_stride + col, x.to(out_ptr.dtype.element_ty), mask=inside)
+def _ops_for(x: Tensor) -> RowOps:
+    return _triton(x.device) if x.is_cuda else TorchRowOps()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..files.checkpoint import Checkpoint, CheckpointError
+from ..files.checkpoint import Checkpoint, CheckpointError, some_names
 from .dialects import is_beside_quantised
 from .formats import assign_formats
 from .linear import Linear
@@ -86,9 +85,3 @@ def check_tensors(model: nn.Module, checkpoint: Checkpoint, title: str, expected
 def is_quantisation_name(name: str) -> bool:
     """Whether a tensor belongs to how a weight is stored (a scale, a format marker), not to the model."""
     return QUANTISATION_NAME.search(name) is not None
-
-
-def some_names(names: Sequence[str], noun: str) -> str:
-    """Count and first few: "12 tensors (a, b, c, …)"."""
-    first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({first})"

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from ...system.device_errors import is_out_of_memory
 from ...system.dtypes import half_dtype
 from ...system.kernel_choice import Trial, choose, cuda_seconds, disagreement, relative_error
+from ..kernels.gemms import fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
+from ..kernels.row_reference import RowOps
+from ..kernels.rows import select_row_ops
 from .fp8 import Fp8Dequantized, Fp8Matmul
-from .gemms import fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
 from .int8 import Int8Dequantized, Int8Matmul
 from .kitchen import KitchenInt8, kitchen_int8_available
-from .linear import PLAIN, Linear, Plain, Projection, WeightFormat
-from .rows import RowOps, select_row_ops
+from .linear import Linear
+from .projection import Projection
+from .weight_format import PLAIN, Plain, WeightFormat
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ import torch
 
 from ...system.atomic_files import replace_file
 from ...system.host_memory import allocate_bytes
-from ..files.checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo
+from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from ..files.safetensors import DTYPES
 from .dialects import HEADER_KEY, MARKER, OLD_MARKER
 from .quantize import CPU, FP8_ROWS, FP8_TENSORS, INT8_ROWS, Target, quantized_source
 

@@ -13,7 +13,8 @@ from .fp8 import recognise_fp8
 from .gguf import GGUF_FORMATS
 from .int8 import recognise_int8
 from .kitchen import recognise_kitchen
-from .linear import PLAIN, Linear, WeightFormat
+from .linear import Linear
+from .weight_format import PLAIN, WeightFormat
 
 # A layer's weight and the tensors stored beside it but its bias (scales, markers), by the last part of their names
 # -> its format, or None for another recogniser to say.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import TensorInfo
-from .gemms import Gemm, ReferenceGemm
-from .linear import Projection, Scratch, Unpacked
-from .rows import QuantizedRows, RowOps, TorchRowOps
+from ..kernels.gemms import Gemm, ReferenceGemm
+from ..kernels.row_reference import QuantizedRows, RowOps, TorchRowOps
+from .projection import Projection, Scratch
+from .weight_format import Unpacked
 
 FP8 = "fp8 scaled"
 FP8_FULL_PRECISION = "fp8 scaled, full precision"  # the file asks for multiplication in the compute dtype
@@ -98,7 +99,7 @@ class Fp8Matmul(MultipliedRows):
     form = "fp8 rows"
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ops.quantize_fp8(rows)
+        return self.ops.quantize(rows, torch.float8_e4m3fn)
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight = packed["weight"]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import TensorInfo
+from ..kernels.gemms import Gemm, ReferenceGemm
+from ..kernels.row_reference import RowOps, TorchRowOps
 from .fp8 import MultipliedRows, column_scales
-from .gemms import Gemm, ReferenceGemm
-from .linear import Unpacked
-from .rows import RowOps, TorchRowOps
+from .weight_format import Unpacked
 
 INT8 = "int8"
 ROTATED = re.compile(r"int8 convrot (\d+)")  # and the size of a group
@@ -68,7 +68,7 @@ class Int8Matmul(MultipliedRows):
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         if self.rotation:
             rows = rotate(rows, rotation_matrix(self.rotation, rows.device).to(rows.dtype))
-        return self.ops.quantize_int8(rows)
+        return self.ops.quantize(rows, torch.int8)
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return Int8Dequantized(self.rotation, self.ops).dequantize(packed, dtype, out)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..files.checkpoint import CheckpointError, TensorInfo
 from .int8 import Int8Dequantized
-from .linear import Projection, Scratch, Unpacked
+from .projection import Projection, Scratch
+from .weight_format import Unpacked
 
 PACKAGE = "comfy_kitchen"
 

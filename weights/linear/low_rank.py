@@ -15,15 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .low_rank_ops import LowRankOps
-
-if TYPE_CHECKING:
-    from .linear import Projection
+from ..kernels.low_rank_reference import LowRankOps
+from .projection import Projection
 
 # What a layer's tensors are called, beside its weight.
 DOWN, UP, SCALE = "lora_down", "lora_up", "lora_scale"

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import Checkpoint, TensorInfo
+from ..kernels.row_reference import FP8_MAX, INT8_MAX, row_scales
 from .dialects import FP8_DTYPES
 from .formats import format_for
 from .fp8 import FP8, FP8_FULL_PRECISION
 from .int8 import INT8
 from .kitchen import KitchenFormat
-from .linear import PLAIN, WeightFormat
 from .made_pairs import MadePairs
-from .rows import FP8_MAX, INT8_MAX, row_scales
+from .weight_format import PLAIN, WeightFormat
 
 PIECE_ELEMENTS = 1 << 21  # of a weight in work at a time, per thread
 IN_BLOCK = re.compile(r"(^|\.)((vace_|single_)?(transformer_)?blocks)\.\d+\.(?P<path>.+)\.weight$")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..files.checkpoint import CheckpointError, TensorInfo
+from ..kernels.low_rank_ops import select_low_rank_ops
 from ..linear.linear import Linear
 from ..linear.low_rank import DOWN, SCALE, UP
-from ..linear.low_rank_ops import select_low_rank_ops
 from .file import Difference, Lora, LowRankPair
 from .merge import merge_difference_, merge_pair_
 from .merged_source import MergedSource, Source, made_from, refusal

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from ..files.open import open_checkpoint
 from .names import ALPHA, DIFF, DIFFERENCE_LEAVES, DOWN, MAGNITUDE, UP, Aliases, LayerNames, foreign_kind, split_key
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.row_reference import FP8_MAX, INT8_MAX, row_scales
 from ..linear.fp8 import Fp8Dequantized
 from ..linear.int8 import Int8Dequantized, rotate, rotation_matrix
-from ..linear.linear import Plain, WeightFormat
-from ..linear.rows import FP8_MAX, INT8_MAX, row_scales
+from ..linear.weight_format import Plain, WeightFormat
 from .file import Difference, Lora, LowRankPair
 
 LARGEST = {torch.float8_e4m3fn: FP8_MAX, torch.float8_e5m2: 57344.0, torch.int8: INT8_MAX}

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...system.host_memory import allocate_bytes
 from ..files.checkpoint import TensorInfo
 from ..linear.formats import format_for
-from ..linear.linear import WeightFormat
 from ..linear.made_pairs import MadePairs
+from ..linear.weight_format import WeightFormat
 from .merge import can_requantize, requantize
 
 SCALE = "weight_scale"

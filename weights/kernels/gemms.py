@@ -3,11 +3,9 @@
 All compute `out = values [m, k] @ weight [n, k].T * rows [m, 1] * columns [n] + bias [n]`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+# No `from __future__ import annotations`: torch.library reads the annotations themselves.
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[int]
 
 import torch
 from torch import Tensor
@@ -24,7 +22,9 @@ from ...system.kernel_choice import (
     relative_error,
     works,
 )
-from .rows import FP8_MAX, QuantizedRows, RowOps, TorchRowOps
+from ...system.operators import on_device_of, returns_nothing
+from .row_reference import LARGEST, QuantizedRows, RowOps, TorchRowOps
+from .tile import Tile
 
 FP8_CAPABILITY = (8, 9)
 INT8_CAPABILITY = (7, 5)
@@ -114,6 +114,48 @@ def _int_mm(values: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(values, weight.t())[:num_rows]
 
 
+# Which is fastest depends on the GPU's generation; the big ones do not fit into the shared memory of every one.
+TILES = (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3))
+
+
+@dataclass(frozen=True)
+class Int8Triton:
+    """A kernel that scales its sums before it writes them."""
+
+    tile: Tile = TILES[2]
+
+    @property
+    def name(self) -> str:
+        return f"int8 Triton {self.tile.m}x{self.tile.n}x{self.tile.k}"
+
+    def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            multiply_int8(rows.values, rows.scales, weight, columns, bias, self.tile, out)
+            return
+        from .int8_gemm import launch_int8
+
+        launch_int8(rows, weight, columns, bias, out, self.tile)
+
+
+@torch.library.custom_op("lowvram_video::multiply_int8", mutates_args=("out",))
+def multiply_int8(
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    tile: Sequence[int],
+    out: Tensor,
+) -> None:
+    """`Int8Triton` as an operator, which torch.compile calls and does not look into; `tile` is a `Tile`."""
+    gemm: Gemm = Int8Triton(Tile(*tile)) if out.is_cuda else ReferenceGemm()
+    with on_device_of(out):
+        gemm(QuantizedRows(values, scales, values.shape, out.dtype), weight, columns, bias, out)
+
+
+multiply_int8.register_fake(returns_nothing)
+
+
 # --- choosing --------------------------------------------------------------------------------------------
 
 
@@ -161,7 +203,7 @@ def select_int8_gemm(device: torch.device, ops: RowOps) -> Gemm:
 
 
 def _int8_kernels() -> Sequence[Gemm]:
-    from ..kernels.int8_gemm import TILES, Int8Triton
+    from ..kernels.gemms import TILES, Int8Triton
 
     return [Int8Triton(tile) for tile in TILES]
 
@@ -206,7 +248,7 @@ def _operands(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator)
 
-    largest = FP8_MAX if dtype.is_floating_point else 127
+    largest = LARGEST[dtype]
     values, weight = ((draw(rows, k) * (largest / 6)).clamp_(-largest, largest).to(dtype) for rows in (m, n))
     scales, columns = draw(m, 1).abs_() * 1e-3, draw(n).abs_() * 1e-3
     out_dtype = half_dtype(device) if device.type == "cuda" else torch.float32

@@ -1,8 +1,4 @@
-"""The two products of a low-rank update, and which implementation of them a device runs fastest.
-
-Both are bound by memory: one reads x `[rows, in]`, the other reads and writes y `[rows, out]`; what they make and read
-besides, `hidden [rows, R]` and the factors, stays in cache. Up to R = 200 or so an H200 multiplies faster than that.
-"""
+"""Which implementation of a low-rank update's two products a device runs fastest."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,48 +21,11 @@ from ...system.kernel_choice import (
     loaded,
     relative_error,
 )
+from .low_rank_reference import TORCH, LowRankOps
 
 # A choice is made for updates up to each of these ranks; q, k and v with a LoRA of 64 each are one update of 192.
 # Above, they are products like others, and PyTorch's.
 RANKS = (64, 256)
-
-
-class LowRankOps(Protocol):
-    """Sums in fp32; results in the dtype of `x` or `y`."""
-
-    @property
-    def name(self) -> str: ...
-
-    def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
-        """`x [rows, in] @ down [R, in].T * scale [R]`: `[rows, R]`; `scale` is fp32."""
-        ...
-
-    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
-        """`y [rows, out] += hidden [rows, R] @ up [out, R].T`."""
-        ...
-
-    def add_up_gelu_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Callable[[Tensor], None]) -> None:
-        """The same, then GELU (tanh approximation), in one pass over y where it can be; `gelu_` is the other pass."""
-        ...
-
-
-class TorchLowRankOps:
-    """The reference, and what runs without Triton."""
-
-    name = "torch"
-
-    def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
-        return (x @ down.t()).mul_(scale)
-
-    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
-        y.addmm_(hidden, up.t())
-
-    def add_up_gelu_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Callable[[Tensor], None]) -> None:
-        self.add_up_(y, hidden, up)
-        gelu_(y)
-
-
-TORCH = TorchLowRankOps()
 
 
 @dataclass(frozen=True)
@@ -116,7 +74,7 @@ def select_low_rank_ops(device: torch.device) -> Chosen[LowRankOps]:
 
 
 def _triton() -> Sequence[LowRankOps]:
-    from ..kernels.low_rank import CANDIDATES
+    from .low_rank import CANDIDATES
 
     return CANDIDATES
 

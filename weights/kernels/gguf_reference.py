@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..files.gguf import PACKED_TYPES, PackedType
+
 
 @dataclass(frozen=True)
-class BlockType:
-    """One packed GGUF type: the sizes of its blocks and how to unpack them."""
+class BlockType(PackedType):
+    """A packed type and how to unpack its blocks."""
 
-    name: str
-    elements: int
-    nbytes: int
     scales_at: tuple[int, ...]  # byte offsets of the fp16 scales
     unpack: Callable[[Tensor], Tensor]  # [n, nbytes] uint8 -> [n, elements] fp32
 
@@ -185,20 +184,20 @@ def _levels(indices: Tensor) -> Tensor:
     return torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=indices.device)[indices.int()]
 
 
+UNPACKERS: Mapping[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "Q8_0": ((0,), _q8_0),
+    "Q6_K": ((208,), _q6_k),
+    "Q5_K": ((0, 2), _q5_k),
+    "Q5_1": ((0, 2), _q5_1),
+    "Q5_0": ((0,), _q5_0),
+    "Q4_K": ((0, 2), _q4_k),
+    "Q4_1": ((0, 2), _q4_1),
+    "Q4_0": ((0,), _q4_0),
+    "Q3_K": ((108,), _q3_k),
+    "Q2_K": ((80, 82), _q2_k),
+    "IQ4_NL": ((0,), _iq4_nl),
+    "IQ4_XS": ((0,), _iq4_xs),
+}
 BLOCK_TYPES: Mapping[str, BlockType] = {
-    block.name: block
-    for block in (
-        BlockType("Q8_0", 32, 34, (0,), _q8_0),
-        BlockType("Q6_K", 256, 210, (208,), _q6_k),
-        BlockType("Q5_K", 256, 176, (0, 2), _q5_k),
-        BlockType("Q5_1", 32, 24, (0, 2), _q5_1),
-        BlockType("Q5_0", 32, 22, (0,), _q5_0),
-        BlockType("Q4_K", 256, 144, (0, 2), _q4_k),
-        BlockType("Q4_1", 32, 20, (0, 2), _q4_1),
-        BlockType("Q4_0", 32, 18, (0,), _q4_0),
-        BlockType("Q3_K", 256, 110, (108,), _q3_k),
-        BlockType("Q2_K", 256, 84, (80, 82), _q2_k),
-        BlockType("IQ4_NL", 32, 18, (0,), _iq4_nl),
-        BlockType("IQ4_XS", 256, 136, (0,), _iq4_xs),
-    )
+    name: BlockType(name, kind.elements, kind.nbytes, *UNPACKERS[name]) for name, kind in PACKED_TYPES.items()
 }

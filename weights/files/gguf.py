@@ -1,0 +1,101 @@
+"""GGUF files: their tensors, plain or packed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
+
+
+@dataclass(frozen=True)
+class PackedType:
+    """One packed GGUF type: a block of it is so many elements of a row in so many bytes."""
+
+    name: str
+    elements: int
+    nbytes: int
+
+
+# Those that can be unpacked, see weights/kernels/gguf_reference.py.
+PACKED_TYPES: Mapping[str, PackedType] = {
+    name: PackedType(name, *GGML_QUANT_SIZES[GGMLQuantizationType[name]])
+    for name in (
+        "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS",
+    )
+}  # fmt: skip
+PLAIN_TYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+# city96's converter stores some tensors flattened to 256 columns, and their real shape in a field of this name.
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a `.gguf` file by reading its header only. Raises CheckpointError.
+
+    Packed tensors are uint8 `[*rows, bytes per row]` with their type as `quant`; metadata is that of the file, as text.
+    """
+    header = read_gguf_header(path)
+    if header.fields.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(
+            f"{path}: one of {header.fields['split.count']} parts of a split GGUF file; expected the model in one "
+            "file; join the parts with llama.cpp's `gguf-split --merge`, or download a single-file release"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in header.tensors:
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"{path}: a damaged file: it holds {tensor.name} twice; expected once; download it again"
+            )
+        tensors[tensor.name] = _tensor_info(path, header, tensor)
+    end = max((info.offset + info.nbytes for info in tensors.values()), default=0)
+    size = path.stat().st_size
+    if end > size:
+        raise CheckpointError(
+            f"{path}: a truncated GGUF file, {size:,} bytes; expected {end:,} by its header; "
+            "the download or copy was cut short: download it again"
+        )
+    metadata = {key: str(value) for key, value in header.fields.items() if not key.startswith(ORIGINAL_SHAPE)}
+    return Checkpoint(path, tensors, metadata)
+
+
+def _tensor_info(path: Path, header: GgufHeader, tensor: GgufTensor) -> TensorInfo:
+    quant = _type_name(tensor.type_number)
+    stated = header.fields.get(ORIGINAL_SHAPE + tensor.name, tensor.shape)
+    shape = tuple(stated) if isinstance(stated, list | tuple) else ()
+    if not all(isinstance(size, int) and size > 0 for size in shape) or math.prod(shape) != math.prod(tensor.shape):
+        raise CheckpointError(
+            f"{path}: a damaged file: {tensor.name} is stored as {list(tensor.shape)}; expected a shape of as many "
+            f"elements as {stated}, which is given as its original one; download it again"
+        )
+    if quant in PLAIN_TYPES:
+        dtype = PLAIN_TYPES[quant]
+        return TensorInfo(tensor.name, dtype, shape, path, tensor.offset, math.prod(shape) * dtype.itemsize)
+    block = PACKED_TYPES.get(quant)
+    if block is None:
+        raise CheckpointError(
+            f"{path}: {tensor.name} is stored as {quant}; expected one of {', '.join([*PLAIN_TYPES, *PACKED_TYPES])}; "
+            "choose another release of the model, such as Q4_K_M or Q8_0"
+        )
+    if not shape or shape[-1] % block.elements:
+        raise CheckpointError(
+            f"{path}: {tensor.name} is {list(shape)} in {quant}; expected rows of a multiple of {block.elements} "
+            "elements; choose another release of the model, such as Q8_0"
+        )
+    row_bytes = shape[-1] // block.elements * block.nbytes
+    stored = (*shape[:-1], row_bytes)
+    return TensorInfo(tensor.name, torch.uint8, stored, path, tensor.offset, math.prod(stored), quant, shape)
+
+
+def _type_name(number: int) -> str:
+    try:
+        return GGMLQuantizationType(number).name
+    except ValueError:
+        return f"type number {number}"

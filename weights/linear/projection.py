@@ -1,0 +1,86 @@
+"""What a prepared layer is: a product with a weight that is unpacked once, and the memory that it is unpacked into."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Projection(Protocol):
+    """`x [rows, in] -> [rows, out]`, written into `out` where given: `multiply(quantize(x), out)`."""
+
+    @property
+    def form(self) -> str:
+        """Names what `quantize` makes; "dense" is x itself."""
+        ...
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+    def quantize(self, x: Tensor) -> Any:
+        """The rows as `multiply` takes them; any projection of the same `form` makes the same of them."""
+        ...
+
+    def multiply(self, rows: Any, out: Tensor | None = None) -> Tensor:
+        """The product with rows that a projection of the same `form` quantised."""
+        ...
+
+
+class DenseProjection:
+    """`x @ weight.T + bias` with everything in one dtype."""
+
+    form = "dense"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, fuses_gelu: bool = False):
+        self.weight, self.bias = weight, bias
+        self.fuses_gelu = fuses_gelu and bias is not None  # see `gemms.fuses_gelu`
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.multiply(x, out)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return x
+
+    def multiply(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return torch.nn.functional.linear(rows, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(rows, self.weight.t(), out=out)
+        return torch.addmm(self.bias, rows, self.weight.t(), out=out)
+
+    def multiply_gelu(self, rows: Tensor, out: Tensor) -> None:
+        """GELU (tanh approximation) of the product, in the product's own kernel."""
+        assert self.bias is not None
+        torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=True, out=out)
+
+    def split(self, num_inputs: int) -> tuple[DenseProjection, DenseProjection]:
+        """Two that add up to this one: of the first `num_inputs` inputs, and of the others (with the bias)."""
+        return DenseProjection(self.weight[:, :num_inputs], None), DenseProjection(
+            self.weight[:, num_inputs:], self.bias, self.fuses_gelu
+        )
+
+
+class Scratch:
+    """A reused run of elements on one device, handed out front to back until `reset`.
+
+    It grows when asked for more than it has; sized well from the start it never touches the allocator.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, num_elements: int = 0):
+        self.buffer = torch.empty(num_elements, device=device, dtype=dtype)
+        self.used = 0
+
+    def reset(self) -> None:
+        """Forget what was handed out; the caller no longer uses it."""
+        self.used = 0
+
+    def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor of `shape`, valid until the next `reset`."""
+        num = torch.Size(shape).numel()
+        if self.used + num > self.buffer.numel():
+            self.buffer = torch.empty(self.used + num, device=self.buffer.device, dtype=self.buffer.dtype)
+        # by strides: torch.compile then writes to it where it lies
+        view = self.buffer.as_strided((num,), (1,), self.used).view(shape)
+        self.used += num
+        return view
