@@ -58,7 +58,6 @@ def test_every_folder_with_code_is_packaged() -> None:
         assert (ROOT / folder / "__init__.py").is_file(), folder
 
 
-@pytest.mark.xfail(strict=True, reason="being put right")
 def test_imports_go_one_way(house: ModuleType) -> None:
     assert house.wrong_ways(house.imports(house.sources())) == []
 
