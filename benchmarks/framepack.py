@@ -119,7 +119,9 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
         began = time.perf_counter()
         loras = [LoraChoice(Path(lora)) for lora in case.loras]
         model = StreamedFramePack(case.path, RunSettings(device=device, quantization=case.quantization), loras=loras)
-        work = replace(section_size(sampling, given), context_tokens=TEXT_TOKENS + 729)
+        work = replace(
+            section_size(sampling, given.latent_size, given.end is not None), context_tokens=TEXT_TOKENS + 729
+        )
         plan = model.make_plan(work, limits)
         conditions = prepare(model, plan, sampling, given, sections)
         prepared = time.perf_counter() - began

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..framepack.pipeline import FramePackPipeline
-from ..framepack.request import Material, Sampling
+from ..framepack.request import Sampling
 from ..framepack.run.generation import section_size
 from ..framepack.run.host import Grows, Output, RunPlaces
 from ..framepack.run.run import FramePackRun
 from ..framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
-from ..framepack.timed_prompts import TimedPrompt
 from ..runtime.run_limits import hold_limits
 from ..system.atomic_files import write_file
 from ..video.growing_video import Film
@@ -98,6 +96,4 @@ def plan_ahead(pipeline: FramePackPipeline, sampling: Sampling, size: tuple[int,
     model = pipeline.model
     limits = hold_limits(pipeline.settings, model.model.execution)
     height, width = size[1] // SPATIAL_STRIDE, size[0] // SPATIAL_STRIDE
-    end = torch.zeros(1, 16, 1, height, width) if end_image else None
-    nothing_yet = Material((height, width), TimedPrompt(""), {}, end=end)
-    model.make_plan(section_size(sampling, nothing_yet), limits)
+    model.make_plan(section_size(sampling, (height, width), end_image), limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -231,27 +231,3 @@ class Material:
                     f"the {name} latent has the shape {list(latent.shape)}; expected [1, 16, frames, {height}, "
                     f"{width}] as the start image has: bring all pictures to {8 * width}x{8 * height} first"
                 )
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What else a result depends on: the model's file and `fingerprint`, its LoRAs, and how it is computed."""
-
-    file: str
-    fingerprint: str
-    loras: tuple[Any, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-def run_settings(sampling: Sampling, material: Material, model: ModelIdentity) -> dict[str, Any]:
-    """All that the sections of a run depend on, as `run_key` takes it."""
-    return {
-        "sampling": asdict(sampling),
-        "material": material.identity(),
-        "model": {
-            "file": model.file,
-            "fingerprint": model.fingerprint,
-            "loras": list(model.loras),
-            "settings": dict(model.settings),
-        },
-    }

@@ -103,16 +103,6 @@ class Section:
     decoding: Decoding
 
     @property
-    def is_first(self) -> bool:
-        """Whether it is generated first."""
-        return self.number == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it is generated last."""
-        return self.number == self.num_sections - 1
-
-    @property
     def end_is_one(self) -> bool:
         """Whether the end image takes the place of the 1x latent (base, first generated)."""
         return self.indices.end is not None and self.indices.end in self.indices.one

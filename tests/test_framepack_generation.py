@@ -78,7 +78,10 @@ def run(
     given, settings = given or material(), settings or RunSettings()
     model = StreamedFramePack(path, settings, loras=loras)
     sections = given.sections(sampling)
-    plan = model.make_plan(section_size(sampling, given), limits_for(CPU, ram_budget_gib=settings.ram_budget_gib))
+    plan = model.make_plan(
+        section_size(sampling, given.latent_size, given.end is not None),
+        limits_for(CPU, ram_budget_gib=settings.ram_budget_gib),
+    )
     made = []
     with torch.inference_mode():
         conditions = prepare(model, plan, sampling, given, sections)
@@ -327,7 +330,7 @@ def test_a_pass_that_is_repeated_counts_once_for_the_cache(checkpoint: Path) -> 
     """As after running out of memory in the layers behind the blocks."""
     sampling, given = replace(SAMPLING, cache_threshold=0.15, num_steps=8, seconds=SECONDS / 3), material()
     sections, model = given.sections(sampling), StreamedFramePack(checkpoint, RunSettings())
-    plan = model.make_plan(section_size(sampling, given), limits_for(CPU))
+    plan = model.make_plan(section_size(sampling, given.latent_size, given.end is not None), limits_for(CPU))
     blocks_run: list[int] = []
     model.blocks[0].advance = lambda *args, run=model.blocks[0].advance: (blocks_run.append(1), run(*args))
     with torch.inference_mode():
@@ -360,7 +363,7 @@ def test_each_prompt_of_a_step_has_its_own_cache(checkpoint: Path) -> None:
 
     model = StreamedFramePack(checkpoint, RunSettings())
     sections = given.sections(sampling)
-    plan = model.make_plan(section_size(sampling, given), limits_for(CPU))
+    plan = model.make_plan(section_size(sampling, given.latent_size, given.end is not None), limits_for(CPU))
     with torch.inference_mode():
         conditions = prepare(model, plan, sampling, given, sections)
         model.start(plan)

@@ -385,8 +385,8 @@ def test_unpacked_weights_stay_within_their_bound(stored: torch.dtype, bound: fl
     made = workspaces_of(model)
     error = float((run_ours(model, inputs, 437.5) - want).norm() / want.norm())
     dim, mlp_dim = TINY.dim, TINY.mlp_dim
-    assert DoubleBlock(TINY, dtype=stored).scratch_elements(torch.float32) == max(3 * dim**2, dim * mlp_dim)
-    assert SingleBlock(TINY, dtype=stored).scratch_elements(torch.float32) == dim * (dim + mlp_dim)
+    assert DoubleBlock(TINY).to(stored).scratch_elements(torch.float32) == max(3 * dim**2, dim * mlp_dim)
+    assert SingleBlock(TINY).to(stored).scratch_elements(torch.float32) == dim * (dim + mlp_dim)
     assert DoubleBlock(TINY).scratch_elements(torch.float32) == 0
     (work,) = made
     print(f"{stored}: relative error {error:.2e}, {work.scratch.buffer.numel()} elements of scratch")

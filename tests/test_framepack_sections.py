@@ -186,8 +186,8 @@ def test_plans_cover_the_video_once(case) -> None:
     assert ordered[0].span.latents[0] == given_latents
     assert ordered[-1].span.latents[1] == total
     assert ordered[-1].span.frames[1] == 4 * (total - 1) + 1
-    assert [section.is_first for section in plan] == [True] + [False] * (len(plan) - 1)
-    assert [section.is_last for section in plan] == [False] * (len(plan) - 1) + [True]
+    assert [section.number for section in plan] == list(range(len(plan)))
+    assert [section.num_sections for section in plan] == [len(plan)] * len(plan)
     for section in plan:
         i = section.indices
         groups = [(i.start,), i.noisy, i.one, i.two, i.four]
@@ -235,7 +235,7 @@ def test_one_frame_mode() -> None:
     assert section.indices.clean == (0,)
     assert (section.indices.one, section.indices.two, section.indices.four) == ((), (), ())
     assert section.sources is None
-    assert section.is_first and section.is_last and not section.end_is_one
+    assert (section.number, section.num_sections) == (0, 1) and not section.end_is_one
     assert (section.decoding.num_frames, section.decoding.overlap_frames) == (1, 0)
     assert plan_one_frame()[0].indices.noisy == (1,)
 

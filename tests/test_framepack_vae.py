@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lowvram_video.framepack.vae import blocks as vae_blocks
 from lowvram_video.framepack.vae.blocks import Upsample, attend
 from lowvram_video.framepack.vae.checkpoint import HUNYUAN_FORMAT, to_diffusers_names
-from lowvram_video.framepack.vae.frames import Clip, DeviceStore, SpillStore
+from lowvram_video.framepack.vae.frames import Clip, FrameStore
 from lowvram_video.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE, VAEConfig, decode_footprint
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.tiles import plan_grid
@@ -164,7 +164,7 @@ def test_upsampling_equals_repeating_then_convolving(temporal):
     torch.manual_seed(0)
     layer = Upsample(6, temporal).requires_grad_(False)
     frames = torch.randn(2, 6, 4, 3, 5)
-    clip = Clip(DeviceStore())
+    clip = Clip(FrameStore())
     for frame in frames.unbind(2):
         clip.append(frame)
     enlarged = frames.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
@@ -250,7 +250,7 @@ def test_spilled_frames_change_no_bit(pair, share):
         allocated.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    store = SpillStore(int(share * 2 * footprint.clip_bytes), allocate)  # a batch of two
+    store = FrameStore(int(share * 2 * footprint.clip_bytes), allocate)  # a batch of two
     for _ in range(2):  # a store serves one pass after the other
         assert torch.equal(vae.decode(latent, store), vae.decode(latent))
     assert torch.equal(vae.encode(random_video(5), store), vae.encode(random_video(5)))
@@ -263,7 +263,7 @@ def test_spilled_channels_last_half_precision_too():
     vae = HunyuanVAE(TINY["halving"], dtype=torch.bfloat16)
     vae.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
     latent = random_latent(2)
-    assert torch.equal(vae.decode(latent, SpillStore(0)), vae.decode(latent))
+    assert torch.equal(vae.decode(latent, FrameStore(0)), vae.decode(latent))
 
 
 def test_host_buffers_are_used_again():
@@ -273,7 +273,7 @@ def test_host_buffers_are_used_again():
         sizes.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    store = SpillStore(0, allocate)
+    store = FrameStore(0, allocate)
     kept = store.keep(torch.ones(1, 8, 4, 4))
     store.drop(kept)
     halves = [store.keep(torch.full((1, 4, 4, 4), value)) for value in (1.0, 2.0)]

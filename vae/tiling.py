@@ -7,7 +7,7 @@ temporal tile lacks the frames before it. Mean difference from the untiled video
 released dimensions, random weights, 69 frames of 640x608 and latents that are smooth over 3 to 12 positions:
 0.17 to 0.40 in tiles of 256 pixels over the whole time, 0.07 to 0.11 in those of 512, 0.48 to 0.59 with temporal
 tiles of 16 as well. Learned weights are not measured; random ones answer strongly to other statistics. The bound
-that the tests hold is 1. Where host memory is there, `HunyuanVAE.decode` with a `SpillStore` takes less of the device
+that the tests hold is 1. Where host memory is there, `HunyuanVAE.decode` with a `FrameStore` takes less of the device
 than these tiles and is exact.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -43,16 +43,10 @@ class Pass:
 class Modulation(nn.Module):
     """`[S, dim] -> [S, num_vectors, dim]`: the vectors that shift, scale or gate tokens, for S timesteps."""
 
-    def __init__(
-        self,
-        config: FramePackConfig,
-        num_vectors: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: FramePackConfig, num_vectors: int):
         super().__init__()
         self.num_vectors = num_vectors
-        self.linear = Linear(config.dim, num_vectors * config.dim, device=device, dtype=dtype)
+        self.linear = Linear(config.dim, num_vectors * config.dim)
 
     def forward(self, time: Tensor) -> Tensor:
         return self.linear(F.silu(time)).unflatten(1, (self.num_vectors, -1))
@@ -84,17 +78,14 @@ class FramePackBlock(Block):
 class DoubleBlock(FramePackBlock):
     """Joint attention and feed-forward; image and text rows have weights of their own."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.eps = config.eps
-        self.norm1 = Modulation(config, 6, **factory)
-        self.norm1_context = Modulation(config, 6, **factory)
-        self.attn = JointAttention(config, **factory)
-        self.ff = FeedForward(config.dim, config.mlp_dim, **factory)
-        self.ff_context = FeedForward(config.dim, config.mlp_dim, **factory)
+        self.norm1 = Modulation(config, 6)
+        self.norm1_context = Modulation(config, 6)
+        self.attn = JointAttention(config)
+        self.ff = FeedForward(config.dim, config.mlp_dim)
+        self.ff_context = FeedForward(config.dim, config.mlp_dim)
 
     def modulate(self, time: Tensor) -> Tensor:
         return torch.cat([self.norm1(time), self.norm1_context(time)], dim=1)
@@ -130,16 +121,13 @@ class DoubleBlock(FramePackBlock):
 class SingleBlock(FramePackBlock):
     """Attention and MLP side by side over image and text rows alike, projected out together."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.eps = config.eps
-        self.norm = Modulation(config, 3, **factory)
-        self.attn = Attention(config, **factory)
-        self.proj_mlp = Linear(config.dim, config.mlp_dim, **factory)
-        self.proj_out = Linear(config.dim + config.mlp_dim, config.dim, **factory)
+        self.norm = Modulation(config, 3)
+        self.attn = Attention(config)
+        self.proj_mlp = Linear(config.dim, config.mlp_dim)
+        self.proj_out = Linear(config.dim + config.mlp_dim, config.dim)
 
     def modulate(self, time: Tensor) -> Tensor:
         return self.norm(time)
@@ -196,14 +184,11 @@ class SingleBlock(FramePackBlock):
 class Attention(nn.Module):
     """The layers of self-attention, without an output projection; norms are head by head."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = config.num_heads
-        self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim, **factory) for _ in range(3))
-        self.norm_q, self.norm_k = (Scale(config.head_dim, **factory) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim) for _ in range(3))
+        self.norm_q, self.norm_k = (Scale(config.head_dim) for _ in range(2))
 
     def norms(self) -> tuple[Scale, Scale]:
         return self.norm_q, self.norm_k
@@ -217,16 +202,13 @@ class Attention(nn.Module):
 class JointAttention(Attention):
     """The same with layers of their own for text rows, and output projections."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
-        super().__init__(config, device, dtype)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    def __init__(self, config: FramePackConfig):
+        super().__init__(config)
         dim = config.dim
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, dim, **factory) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = (Scale(config.head_dim, **factory) for _ in range(2))
-        self.to_out = nn.ModuleList([Linear(dim, dim, **factory)])
-        self.to_add_out = Linear(dim, dim, **factory)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, dim) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = (Scale(config.head_dim) for _ in range(2))
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.to_add_out = Linear(dim, dim)
 
     def added_norms(self) -> tuple[Scale, Scale]:
         return self.norm_added_q, self.norm_added_k
@@ -235,12 +217,10 @@ class JointAttention(Attention):
 class FeedForward(nn.Module):
     """Linear, tanh-GELU, linear, for as many rows at a time as the workspace has room for hidden activations."""
 
-    def __init__(
-        self, dim: int, mlp_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, dim: int, mlp_dim: int):
         super().__init__()
-        widen = nn.ModuleDict({"proj": Linear(dim, mlp_dim, device=device, dtype=dtype)})
-        self.net = nn.ModuleDict({"0": widen, "2": Linear(mlp_dim, dim, device=device, dtype=dtype)})
+        widen = nn.ModuleDict({"proj": Linear(dim, mlp_dim)})
+        self.net = nn.ModuleDict({"0": widen, "2": Linear(mlp_dim, dim)})
 
     def forward(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
         feed_forward(self.widen, self.narrow, normed, add, span, work)

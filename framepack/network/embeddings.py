@@ -6,7 +6,6 @@ Source: lllyasviel/FramePack (`diffusers_helper/models/hunyuan_video_packed.py`)
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,17 +20,11 @@ from .config import FramePackConfig
 class Patches(nn.Module):
     """Patches of a latent to tokens; a convolution whose stride is its kernel, so a plain matrix product."""
 
-    def __init__(
-        self,
-        config: FramePackConfig,
-        factor: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: FramePackConfig, factor: int):
         super().__init__()
         pt, ph, pw = (factor * size for size in config.patch_size)
-        self.weight = parameter(config.dim, config.in_channels, pt, ph, pw, device=device, dtype=dtype)
-        self.bias = parameter(config.dim, device=device, dtype=dtype)
+        self.weight = parameter(config.dim, config.in_channels, pt, ph, pw)
+        self.bias = parameter(config.dim)
 
     def forward(self, latent: Tensor, out: Tensor) -> None:
         """`latent [1, c, t, h, w]`, its last frame, row and column repeated to whole patches; `out [tokens, dim]`."""
@@ -56,33 +49,27 @@ class Patches(nn.Module):
 class PatchEmbedding(nn.Module):
     """Tokens of the latents that are made."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
-        self.proj = Patches(config, 1, device, dtype)
+        self.proj = Patches(config, 1)
 
 
 class HistoryEmbedding(PatchEmbedding):
     """Tokens of the latents that are shown: near ones in full, others in patches of 2 and 4 times the size."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
-        super().__init__(config, device, dtype)
-        self.proj_2x = Patches(config, 2, device, dtype)
-        self.proj_4x = Patches(config, 4, device, dtype)
+    def __init__(self, config: FramePackConfig):
+        super().__init__(config)
+        self.proj_2x = Patches(config, 2)
+        self.proj_4x = Patches(config, 4)
 
 
 class ImageProjection(nn.Module):
     """SigLIP's tokens `[1, m, image_dim]` to the model's width."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
-        self.up = Linear(config.image_dim, 3 * config.dim, device=device, dtype=dtype)
-        self.down = Linear(3 * config.dim, config.dim, device=device, dtype=dtype)
+        self.up = Linear(config.image_dim, 3 * config.dim)
+        self.down = Linear(3 * config.dim, config.dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.down(F.silu(self.up(tokens)))
@@ -91,12 +78,10 @@ class ImageProjection(nn.Module):
 class VectorEmbedding(nn.Module):
     """Linear, SiLU, linear: a vector `[n, in]` (angles of a number, or a text as a whole) to `[n, dim]`."""
 
-    def __init__(
-        self, in_dim: int, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, in_dim: int, dim: int):
         super().__init__()
-        self.linear_1 = Linear(in_dim, dim, device=device, dtype=dtype)
-        self.linear_2 = Linear(dim, dim, device=device, dtype=dtype)
+        self.linear_1 = Linear(in_dim, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -105,20 +90,12 @@ class VectorEmbedding(nn.Module):
 class TimeTextEmbedding(nn.Module):
     """The vector that modulates blocks: of a timestep, a text as a whole and, where it is so made, the guidance."""
 
-    def __init__(
-        self,
-        config: FramePackConfig,
-        text_dim: int,
-        guided: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: FramePackConfig, text_dim: int, guided: bool):
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.freq_dim = config.freq_dim
-        self.timestep_embedder = VectorEmbedding(config.freq_dim, config.dim, **factory)
-        self.text_embedder = VectorEmbedding(text_dim, config.dim, **factory)
-        self.guidance_embedder = VectorEmbedding(config.freq_dim, config.dim, **factory) if guided else None
+        self.timestep_embedder = VectorEmbedding(config.freq_dim, config.dim)
+        self.text_embedder = VectorEmbedding(text_dim, config.dim)
+        self.guidance_embedder = VectorEmbedding(config.freq_dim, config.dim) if guided else None
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: float | None = None) -> Tensor:
         """`timesteps [S]`, `text [1, text_dim]` in the dtype that computes -> `[S, dim]`."""

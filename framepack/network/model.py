@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from einops import rearrange
@@ -110,18 +110,17 @@ class FramePackModel(Transformer):
     ):
         super().__init__()
         self.config = config
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.x_embedder = PatchEmbedding(config, **factory)
-        self.clean_x_embedder = HistoryEmbedding(config, **factory)
-        self.context_embedder = TokenRefiner(config, **factory)
-        self.image_projection = ImageProjection(config, **factory)
-        self.time_text_embed = TimeTextEmbedding(config, config.pooled_dim, guided=True, **factory)
-        self.transformer_blocks = nn.ModuleList(DoubleBlock(config, **factory) for _ in range(config.num_layers))
-        self.single_transformer_blocks = nn.ModuleList(
-            SingleBlock(config, **factory) for _ in range(config.num_single_layers)
-        )
-        self.norm_out = Modulation(config, 2, **factory)
-        self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size), **factory)
+        with torch.device(device if device is not None else "cpu"):
+            self.x_embedder = PatchEmbedding(config)
+            self.clean_x_embedder = HistoryEmbedding(config)
+            self.context_embedder = TokenRefiner(config)
+            self.image_projection = ImageProjection(config)
+            self.time_text_embed = TimeTextEmbedding(config, config.pooled_dim, guided=True)
+            self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
+            self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
+            self.norm_out = Modulation(config, 2)
+            self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.to(dtype=dtype)
 
     def forward(
         self,

@@ -5,9 +5,8 @@ Source: Tencent/HunyuanVideo (`hyvideo/modules/token_refiner.py`); parameter nam
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,14 +24,11 @@ MLP_RATIO = 4
 class TokenRefiner(nn.Module):
     """Text `[1, n, text_dim]` to `[S, n, dim]`, one for each of S timesteps."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.time_text_embed = TimeTextEmbedding(config, config.text_dim, guided=False, **factory)
-        self.proj_in = Linear(config.text_dim, config.dim, **factory)
-        blocks = nn.ModuleList(RefinerBlock(config, **factory) for _ in range(config.num_refiner_layers))
+        self.time_text_embed = TimeTextEmbedding(config, config.text_dim, guided=False)
+        self.proj_in = Linear(config.text_dim, config.dim)
+        blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.num_refiner_layers))
         self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
 
     def forward(self, text: Tensor, timesteps: Tensor, execution: Execution) -> Tensor:
@@ -52,16 +48,13 @@ class TokenRefiner(nn.Module):
 class RefinerBlock(nn.Module):
     """Self-attention and feed-forward, each added to `x [S, n, dim]` in place with a gate of its step."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.eps = config.eps
-        self.norm1, self.norm2 = (Affine(config.dim, **factory) for _ in range(2))
-        self.attn = RefinerAttention(config, **factory)
-        self.ff = FeedForward(config.dim, MLP_RATIO * config.dim, **factory)
-        self.norm_out = Modulation(config, 2, **factory)
+        self.norm1, self.norm2 = (Affine(config.dim) for _ in range(2))
+        self.attn = RefinerAttention(config)
+        self.ff = FeedForward(config.dim, MLP_RATIO * config.dim)
+        self.norm_out = Modulation(config, 2)
 
     def forward(self, x: Tensor, time: Tensor, execution: Execution) -> None:
         gates = self.norm_out(time)[:, :, None]  # [S, 2, 1, dim]
@@ -77,13 +70,11 @@ class RefinerBlock(nn.Module):
 class RefinerAttention(nn.Module):
     """`[S, n, dim]`, each step's tokens to themselves."""
 
-    def __init__(
-        self, config: FramePackConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, config: FramePackConfig):
         super().__init__()
         self.num_heads, dim = config.num_heads, config.dim
-        self.to_q, self.to_k, self.to_v = (Linear(dim, dim, device=device, dtype=dtype) for _ in range(3))
-        self.to_out = nn.ModuleList([Linear(dim, dim, device=device, dtype=dtype)])
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: Tensor, execution: Execution) -> Tensor:
         layers = (self.to_q, self.to_k, self.to_v)

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,6 @@ from ...system.atomic_files import write_file
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files: another number is another run
-EXTRA = "extra."
 GIB = 2**30
 
 
@@ -36,11 +35,10 @@ class RunError(OSError):
 
 @dataclass(frozen=True)
 class Section:
-    """What a section left: its latents, the state of the noise generator after it, whatever else goes on from it."""
+    """What a section left: its latents, and the state of the noise generator after it."""
 
     latents: Tensor
     generator_state: Tensor
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class RunStore:
@@ -88,14 +86,7 @@ class RunStore:
         """How many sections, counted from the first, are there and sound."""
         return len(self._checksums)
 
-    @property
-    def finished(self) -> bool:
-        """Whether `finish` was called and all sections are there."""
-        return self.completed == self.total_sections and bool(self._read_description().get("finished"))
-
-    def save_section(
-        self, index: int, latents: Tensor, generator_state: Tensor, extra: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def save_section(self, index: int, latents: Tensor, generator_state: Tensor) -> None:
         """Store section `index`, exactly as its tensors are; later ones are no longer counted.
 
         Returns when the file is on the disk. Raises ValueError for a section out of order and RunError, with the
@@ -106,10 +97,8 @@ class RunStore:
                 f"section {index} cannot be stored in {self.folder}: of {self.total_sections} sections the next "
                 f"is number {self.completed}"
             )
-        tensors = {"latents": latents, "generator_state": generator_state}
-        tensors |= {EXTRA + name: tensor for name, tensor in (extra or {}).items()}
         # clones, because the format refuses tensors that share memory
-        tensors = {name: _plain(tensor).clone() for name, tensor in tensors.items()}
+        tensors = {"latents": _plain(latents).clone(), "generator_state": _plain(generator_state).clone()}
         checksum = self._checksum(index, tensors)
         metadata = {"key": self.key, "index": str(index), "checksum": checksum}
         path = self._path(index)
@@ -154,7 +143,7 @@ class RunStore:
         self._write_description(self._read_description() | {"finished": _now()})
 
     def close(self) -> None:
-        """Let other processes open the run; again is harmless."""
+        """Let other processes open the run; calling it again does nothing."""
         self._lock.release()
 
     def __enter__(self) -> RunStore:
@@ -195,8 +184,7 @@ class RunStore:
         checksum = self._checksum(index, tensors)
         if metadata.get("checksum") != checksum:
             raise RunError(f"{path} is damaged, or does not follow the section before it")
-        extra = {name[len(EXTRA) :]: tensor for name, tensor in tensors.items() if name.startswith(EXTRA)}
-        return Section(tensors["latents"], tensors["generator_state"], extra), checksum
+        return Section(tensors["latents"], tensors["generator_state"]), checksum
 
     def _checksum(self, index: int, tensors: Mapping[str, Tensor]) -> str:
         before = self._checksums[index - 1] if index else ""
@@ -259,7 +247,7 @@ class RunLock:
             self._holder.write_text(f"process {os.getpid()} since {_now()}")
 
     def release(self) -> None:
-        """Free the lock; again is harmless."""
+        """Free the lock; calling it again does nothing."""
         if self._lock.is_locked:
             with suppress(OSError):
                 self._holder.unlink(missing_ok=True)

@@ -85,16 +85,16 @@ def noise_levels(sampling: Sampling, latent_size: tuple[int, int]) -> Tensor:
     return framepack_sigmas(sampling.num_steps, mu, sampling.strength)
 
 
-def section_size(sampling: Sampling, material: Material) -> SectionSize:
-    """The work of one pass over a section."""
-    height, width = (SPATIAL_STRIDE * side for side in material.latent_size)
+def section_size(sampling: Sampling, latent_size: tuple[int, int], end_image: bool) -> SectionSize:
+    """The work of one pass over a section of `latent_size`, (height, width)."""
+    height, width = (SPATIAL_STRIDE * side for side in latent_size)
     one_frame = sampling.one_frame is not None
     return SectionSize(
         1 if one_frame else num_frames(sampling.window),
         height,
         width,
         passes_per_step=1 if sampling.cfg == 1.0 else 2,
-        clean_frames=1 if one_frame else 2 + (material.end is not None),
+        clean_frames=1 if one_frame else 2 + end_image,
         with_history=not one_frame,
         step_cache=sampling.cache_threshold is not None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,15 +13,16 @@ from torch import Tensor
 
 from ...memory.plan.plan import MemoryPlan
 from ...system.device_errors import is_out_of_memory
+from ...video.growing_video import film_bytes
 from ...weights.files.fingerprint import fingerprint
+from ..footprint import SectionSize
 from ..network.model import BlockCache, Frames, History, StepCondition
-from ..request import Material, ModelIdentity, Sampling, run_settings
-from ..sections import num_frames
+from ..request import Material, Sampling
+from ..sections import FRAMES_PER_LATENT, SPATIAL_STRIDE, num_frames
 from ..vae.decoding import decode_section
 from .folder import RunStore
 from .generation import NOTHING, Conditions, Generation, MadeSection, prepare, section_size
 from .host import Grows, Output, RunHost, RunPlaces
-from .room import check_room
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +68,14 @@ class FramePackRun:
             else:
                 store = stack.enter_context(open_store(host, places.runs, sampling, material))
                 folder = store.folder
-                wants_film = places.output is not None and sampling.one_frame is None
-                check_room(store, sampling, material, with_film=wants_film)
+                check_disk(store, sampling, material, with_video=places.output is not None)
             grows: Grows = "front" if sections[0].prepend else "back"
             output = None if places.output is None else places.output(folder / "film", grows)
             yield cls(host, sampling, material, places, store, output)
+
+    @property
+    def _work(self) -> SectionSize:
+        return section_size(self.sampling, self.material.latent_size, self.material.end is not None)
 
     @property
     def completed(self) -> int:
@@ -118,7 +123,7 @@ class FramePackRun:
         PlanError, before anything is read, where a section does not fit.
         """
         model = self.host.model
-        plan = self.host.make_plan(section_size(self.sampling, self.material))
+        plan = self.host.make_plan(self._work)
         try:
             with self.host.within_budget():
                 return prepare(model, plan, self.sampling, self.material, self.sections)
@@ -168,7 +173,7 @@ class FramePackRun:
         ran_with = self.host.model.plan
         if self._started_with is not None and ran_with is not self._started_with:
             self._leaner = ran_with
-        self._started_with = self._leaner or self.host.make_plan(section_size(self.sampling, self.material))
+        self._started_with = self._leaner or self.host.make_plan(self._work)
         self.host.start(self._started_with)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -178,7 +183,23 @@ class FramePackRun:
 
 
 def open_store(host: RunHost, runs: Path, sampling: Sampling, material: Material) -> RunStore:
-    """Where the sections of this request are kept, and those that are there already. Raises as `RunStore.open`."""
+    """Where the sections of this request are kept, by all that they depend on. Raises as `RunStore.open`."""
     path = host.model.checkpoint.path
-    model = ModelIdentity(path.name, fingerprint(path), host.loras, host.model.arithmetic)
-    return RunStore.open(runs, run_settings(sampling, material, model), len(material.sections(sampling)))
+    model = {
+        "file": path.name,
+        "fingerprint": fingerprint(path),
+        "loras": list(host.loras),
+        "settings": host.model.arithmetic,
+    }
+    settings = {"sampling": asdict(sampling), "material": material.identity(), "model": model}
+    return RunStore.open(runs, settings, len(material.sections(sampling)))
+
+
+def check_disk(store: RunStore, sampling: Sampling, material: Material, with_video: bool) -> None:
+    """ValueError where the disk has no room for what a run keeps: its sections, and the video where it has one."""
+    height, width = material.latent_size
+    window, video_bytes = sampling.window, 0
+    if with_video and sampling.one_frame is None:
+        total = FRAMES_PER_LATENT * window * store.total_sections
+        video_bytes = film_bytes(total, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width, num_frames(window))
+    store.check_room(4 * 16 * (window + 1) * height * width, video_bytes)

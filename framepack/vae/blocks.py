@@ -229,44 +229,49 @@ class MiddleBlock(nn.Module):
         return clip
 
 
-class DownStage(nn.Module):
+class Stage(nn.Module):
+    """One resolution: residual blocks, then what changes it, which the last has not."""
+
+    def __init__(self, in_dim: int, dim: int, num_blocks: int, num_groups: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(dim if number else in_dim, dim, num_groups) for number in range(num_blocks)
+        )
+
+    def samplers(self) -> nn.ModuleList:
+        """None, or the one layer that changes the resolution."""
+        raise NotImplementedError
+
+    def forward(self, clip: Clip) -> Clip:
+        for block in self.resnets:
+            clip = block(clip)
+        for sampler in self.samplers():
+            clip.settle()
+            clip = sampler(clip)
+            clip.settle()
+        return clip
+
+
+class DownStage(Stage):
     """One resolution of the encoder; `temporal` is None at the last, which does not change it."""
 
     def __init__(self, in_dim: int, dim: int, num_blocks: int, num_groups: int, temporal: bool | None) -> None:
-        super().__init__()
-        self.resnets = residual_blocks(in_dim, dim, num_blocks, num_groups)
+        super().__init__(in_dim, dim, num_blocks, num_groups)
         self.downsamplers = nn.ModuleList([] if temporal is None else [Downsample(dim, temporal)])
 
-    def forward(self, clip: Clip) -> Clip:
-        for block in self.resnets:
-            clip = block(clip)
-        for sampler in self.downsamplers:
-            clip.settle()
-            clip = sampler(clip)
-            clip.settle()
-        return clip
+    def samplers(self) -> nn.ModuleList:
+        return self.downsamplers
 
 
-class UpStage(nn.Module):
+class UpStage(Stage):
     """One resolution of the decoder; `temporal` is None at the last, which does not change it."""
 
     def __init__(self, in_dim: int, dim: int, num_blocks: int, num_groups: int, temporal: bool | None) -> None:
-        super().__init__()
-        self.resnets = residual_blocks(in_dim, dim, num_blocks, num_groups)
+        super().__init__(in_dim, dim, num_blocks, num_groups)
         self.upsamplers = nn.ModuleList([] if temporal is None else [Upsample(dim, temporal)])
 
-    def forward(self, clip: Clip) -> Clip:
-        for block in self.resnets:
-            clip = block(clip)
-        for sampler in self.upsamplers:
-            clip.settle()
-            clip = sampler(clip)
-            clip.settle()
-        return clip
-
-
-def residual_blocks(in_dim: int, dim: int, num_blocks: int, num_groups: int) -> nn.ModuleList:
-    return nn.ModuleList(ResidualBlock(dim if number else in_dim, dim, num_groups) for number in range(num_blocks))
+    def samplers(self) -> nn.ModuleList:
+        return self.upsamplers
 
 
 class Downsample(nn.Module):

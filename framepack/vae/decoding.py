@@ -17,7 +17,7 @@ from ...system.host_memory import allocate_extent
 from ...vae.retries import first_fitting
 from ...vae.tiling import WHOLE, OnChunk, Tile, decode_tiled, retry_tiles
 from ...video.pictures import to_uint8
-from .frames import CheckedStore, DeviceStore, FrameStore, SpillStore
+from .frames import FrameStore
 from .model import DecodeFootprint, HunyuanVAE, decode_footprint
 
 logger = logging.getLogger(__name__)
@@ -102,13 +102,9 @@ def _decode(
         return decode_tiled(vae, latents, way.tile, on_chunk)
     check = None if on_chunk is None else partial(on_chunk, 0, 1)
     if not way.spill or room is None:
-        return vae.decode(latents, _checked(DeviceStore(), check))
+        return vae.decode(latents, FrameStore(check=check))
     with _host_memory(room) as allocate:
-        return vae.decode(latents, _checked(SpillStore(0, allocate), check)).cpu()
-
-
-def _checked(store: FrameStore, check: Callable[[], None] | None) -> FrameStore:
-    return store if check is None else CheckedStore(store, check)
+        return vae.decode(latents, FrameStore(0, allocate, check)).cpu()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,55 +22,32 @@ class Kept:
     device: torch.device | None = None
 
 
-class FrameStore(Protocol):
-    """Where the frames of a clip lie between two layers."""
+class FrameStore:
+    """Where the frames [B, C, h, w] of a clip lie between two layers.
 
-    def keep(self, frame: Tensor) -> Kept:
-        """Take over a frame [B, C, h, w] of the compute device."""
-
-    def load(self, kept: Kept) -> Tensor:
-        """The frame on the compute device; not to be written to."""
-
-    def drop(self, kept: Kept) -> None:
-        """Let go of a frame that is not needed again."""
-
-    def settle(self) -> None:
-        """From here on frames have another size: memory that fits the old one may be given back."""
-
-
-class DeviceStore:
-    """Every frame stays on the compute device."""
-
-    def keep(self, frame: Tensor) -> Kept:
-        return Kept(frame)
-
-    def load(self, kept: Kept) -> Tensor:
-        return kept.frame
-
-    def drop(self, kept: Kept) -> None:
-        pass
-
-    def settle(self) -> None:
-        # PyTorch's allocator keeps freed memory in pieces of the old size, a third on top of what is in use.
-        torch.cuda.empty_cache()
-
-
-class SpillStore:
-    """Frames stay on the compute device up to `device_bytes` in all; the others lie in host memory, bit for bit.
-
-    `allocate` gives the host memory: pageable by default; from pinned memory copies are several times faster. Freed
-    buffers are used again. Copies go through the current stream, so they stay in order with the layers. A store serves
-    one pass after another, but not on after one that was interrupted.
+    They stay on the compute device up to `device_bytes` in all (None: every one); the others lie in host memory, bit
+    for bit. `allocate` gives that: pageable by default; from pinned memory copies are several times faster. Freed
+    buffers are used again. Copies go through the current stream, so they stay in order with the layers. `check` is
+    called before every frame and raises to stop. A store serves one pass after another, but not on after one that was
+    interrupted.
     """
 
-    def __init__(self, device_bytes: int, allocate: HostAllocator | None = None) -> None:
+    def __init__(
+        self,
+        device_bytes: int | None = None,
+        allocate: HostAllocator = allocate_bytes,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.device_bytes = device_bytes
         self._used_bytes = 0
-        self._allocate = allocate or allocate_bytes
+        self._allocate, self._check = allocate, check
         self._free: list[Tensor] = []
 
     def keep(self, frame: Tensor) -> Kept:
-        if self._used_bytes + frame.nbytes <= self.device_bytes:
+        """Take over a frame of the compute device."""
+        if self._check is not None:
+            self._check()
+        if self.device_bytes is None or self._used_bytes + frame.nbytes <= self.device_bytes:
             self._used_bytes += frame.nbytes
             return Kept(frame)
         if not frame.is_contiguous(memory_format=torch.channels_last):
@@ -82,6 +58,7 @@ class SpillStore:
         return Kept(host, buffer, frame.device)
 
     def load(self, kept: Kept) -> Tensor:
+        """The frame on the compute device; not to be written to."""
         if kept.buffer is None:
             return kept.frame
         # Same strides on both sides: one plain copy of bytes.
@@ -89,12 +66,15 @@ class SpillStore:
         return frame.copy_(kept.frame, non_blocking=True)
 
     def drop(self, kept: Kept) -> None:
+        """Let go of a frame that is not needed again."""
         if kept.buffer is None:
             self._used_bytes -= kept.frame.nbytes
         else:
             self._free.append(kept.buffer)
 
     def settle(self) -> None:
+        """Give back memory that fits the frames so far: from here on they have another size."""
+        # PyTorch's allocator keeps freed memory in pieces of the old size, a third on top of what is in use.
         torch.cuda.empty_cache()
 
     def _take_buffer(self, nbytes: int) -> Tensor:
@@ -108,27 +88,6 @@ class SpillStore:
         if rest.numel():
             self._free.append(rest)
         return buffer[:nbytes]
-
-
-@dataclass(frozen=True)
-class CheckedStore:
-    """Another store that asks before every frame whether to go on: `check` raises to stop."""
-
-    store: FrameStore
-    check: Callable[[], None]
-
-    def keep(self, frame: Tensor) -> Kept:
-        self.check()
-        return self.store.keep(frame)
-
-    def load(self, kept: Kept) -> Tensor:
-        return self.store.load(kept)
-
-    def drop(self, kept: Kept) -> None:
-        self.store.drop(kept)
-
-    def settle(self) -> None:
-        self.store.settle()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...vae.checks import check_latent, check_video
 from .blocks import NORM_EPS, CausalConv3d, DownStage, MiddleBlock, UpStage
-from .frames import Clip, DeviceStore, FrameStore
+from .frames import Clip, FrameStore
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class HunyuanVAE(nn.Module):
 
     Group norms run over all frames and the attention over all earlier ones, so a clip cannot be coded in pieces of
     time without changing it. `store` says where its frames lie meanwhile: on the module's device (the default), or
-    partly in host memory (`vae_frames.SpillStore`), which changes no bit of the result.
+    partly in host memory (its `device_bytes`), which changes no bit of the result.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class HunyuanVAE(nn.Module):
         Raises ValueError when T is not 4n+1 or H, W do not divide by the spatial stride.
         """
         check_video(self.config, video)
-        moments = self.quant_conv(self.encoder(video, self._new_clip(store)))
+        moments = self.quant_conv(self.encoder(video, Clip(store or FrameStore())))
         mean = moments.chunk(2, dim=1)[0]
         return (mean.float() * self.config.scaling_factor).to(self.dtype)
 
@@ -114,7 +114,7 @@ class HunyuanVAE(nn.Module):
         """
         check_latent(self.config, latent)
         z = (latent.to(self.device).float() / self.config.scaling_factor).to(self.dtype)
-        return self.decoder(self.post_quant_conv(z), self._new_clip(store))
+        return self.decoder(self.post_quant_conv(z), Clip(store or FrameStore()))
 
     def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
         """`decode`, which makes the video in one piece."""
@@ -123,9 +123,6 @@ class HunyuanVAE(nn.Module):
     def num_pieces(self, num_latents: int) -> int:
         """One: norms run over the whole clip."""
         return 1
-
-    def _new_clip(self, store: FrameStore | None) -> Clip:
-        return Clip(store if store is not None else DeviceStore())
 
 
 class Encoder(nn.Module):
