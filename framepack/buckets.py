@@ -4,23 +4,9 @@ from __future__ import annotations
 
 BASE_RESOLUTION = 640
 MULTIPLE = 16  # the VAE's 8 times the patch's 2
-# (height, width), as in lllyasviel/FramePack `diffusers_helper/bucket_tools.py`
-BUCKETS = (
-    (416, 960),
-    (448, 864),
-    (480, 832),
-    (512, 768),
-    (544, 704),
-    (576, 672),
-    (608, 640),
-    (640, 608),
-    (672, 576),
-    (704, 544),
-    (768, 512),
-    (832, 480),
-    (864, 448),
-    (960, 416),
-)
+# as in lllyasviel/FramePack `diffusers_helper/bucket_tools.py`: the n-th height goes with the n-th width from the end
+SIDES = (416, 448, 480, 512, 544, 576, 608, 640, 672, 704, 768, 832, 864, 960)
+BUCKETS = tuple(zip(SIDES, reversed(SIDES), strict=True))  # (height, width)
 
 
 def nearest_bucket(width: int, height: int, base_resolution: int = BASE_RESOLUTION) -> tuple[int, int]:

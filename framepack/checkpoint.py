@@ -12,7 +12,7 @@ from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.dimensions import Dimensions, model_prefix
 from ..weights.files.kinds import WantedKind, check_kind
 from ..weights.files.open import open_checkpoint
-from ..weights.linear.adopt import adopt_tensors, load_tensors
+from ..weights.linear.adopt import adopt_tensors
 from ..weights.linear.dialects import HEADER_KEY, plain_dialect
 from .network.config import FramePackConfig
 from .network.model import FramePackModel
@@ -42,16 +42,6 @@ ROOTS = (
     "norm_out.",
     "proj_out.",
 )
-
-
-def load_framepack(path: str | Path, model_type: str = "auto") -> FramePackModel:
-    """A FramePack transformer on the CPU, in the file's own dtypes; see `open_framepack` for what it takes.
-
-    Tensors are read one by one into a model built without storage, so that memory peaks at about the size
-    of the file. Raises CheckpointError.
-    """
-    config, checkpoint = open_framepack(path, model_type)
-    return load_tensors(build_framepack(config, checkpoint), checkpoint)
 
 
 def build_framepack(config: FramePackConfig, checkpoint: Checkpoint) -> FramePackModel:

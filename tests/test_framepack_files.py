@@ -22,7 +22,6 @@ from lowvram_video.framepack.checkpoint import (
     ROPE_AXES_KEY,
     build_framepack,
     infer_config,
-    load_framepack,
     open_framepack,
     told_model_type,
 )
@@ -32,6 +31,7 @@ from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from lowvram_video.weights.files.kinds import file_kind
 from lowvram_video.weights.files.open import open_checkpoint
+from lowvram_video.weights.linear.adopt import load_tensors
 from lowvram_video.weights.linear.linear import Linear
 from lowvram_video.weights.linear.quantize import quantize_checkpoint
 from safetensors.torch import load_file, save_file
@@ -57,6 +57,11 @@ def save(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, path, {**metadata_of(CONFIG), **metadata})
     return path
+
+
+def load_framepack(path: Path) -> FramePackModel:
+    config, checkpoint = open_framepack(path)
+    return load_tensors(build_framepack(config, checkpoint), checkpoint)
 
 
 def refused(path: Path, *words: str, load: Callable[[Path], object] = load_framepack) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,28 +183,20 @@ class Generation:
         prompts = self.material.timed.prompts_at(section)
         negative = self.conditions.negative
 
-        def cache(number: int, step: int) -> TeaCache | None:
-            if not caches:
-                return None
-            caches[number].begin_step(step)
-            return caches[number]
-
-        def cond(x: Tensor, sigma: Tensor) -> Tensor:
-            step = steps[float(sigma)]
-            condition = self.conditions.of(prompts, step)
-            return self.velocity(Frames(x, indices), shown, condition, image, cache(0, step))
-
-        def uncond(x: Tensor, sigma: Tensor) -> Tensor:
-            assert negative is not None
-            step = steps[float(sigma)]
-            return self.velocity(Frames(x, indices), shown, negative[step], image, cache(1, step))
+        def predict(number: int, condition: Callable[[int], StepCondition], x: Tensor, sigma: Tensor) -> Tensor:
+            step, cache = steps[float(sigma)], caches[number] if caches else None
+            if cache is not None:
+                cache.begin_step(step)
+            return self.velocity(Frames(x, indices), shown, condition(step), image, cache)
 
         def report(step: StepInfo) -> None:
             if self.on_step is not None:
                 self.on_step(section, step)
 
         settings = self.sampling
-        denoise = RescaledGuidance(cond, uncond if negative else None, settings.cfg, settings.cfg_rescale)
+        cond = partial(predict, 0, partial(self.conditions.of, prompts))
+        uncond = partial(predict, 1, negative.__getitem__) if negative else None
+        denoise = RescaledGuidance(cond, uncond, settings.cfg, settings.cfg_rescale)
         return select_sampler(settings.sampler)(denoise, x.to(self.device), sigmas, report).float().cpu()
 
     def _history(self, section: Section, history: Tensor) -> History:

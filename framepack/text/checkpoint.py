@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from torch import nn
 
 from ...runtime.layer_reading import TokenTable, without_table
 from ...weights.files.checkpoint import Checkpoint, CheckpointError
@@ -17,6 +21,9 @@ from .clip_text import ClipTextConfig, ClipTextModel
 from .llama import LlamaConfig, LlamaDecoder
 from .llama_gguf import gguf_names
 from .siglip import SiglipConfig, SiglipVisionModel
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
 
 # FramePack reads the third hidden state from the end: the last two layers and the last norm are not run.
 NUM_UNUSED_LAYERS = 2
@@ -54,44 +61,27 @@ SIGLIP = EncoderKind(
 
 
 @dataclass(frozen=True)
-class LlamaFile:
-    """An opened LLaMA: `checkpoint` has the layers that run, `table` the token embeddings."""
+class EncoderFile(Generic[C, M]):
+    """An opened encoder: `checkpoint` has the layers that run, without the token embeddings of a text encoder."""
 
-    config: LlamaConfig
+    kind: EncoderKind
+    config: C
     checkpoint: Checkpoint
-    table: TokenTable
+    network: Callable[[C, str], M]
 
-    def build(self) -> LlamaDecoder:
-        """The decoder on the meta device. Raises CheckpointError."""
-        return adopt_tensors(LlamaDecoder(self.config, "meta"), self.checkpoint, LLAMA.title, LLAMA.file_names)
+    def build(self) -> M:
+        """The model on the meta device. Raises CheckpointError."""
+        return adopt_tensors(self.network(self.config, "meta"), self.checkpoint, self.kind.title, self.kind.file_names)
 
 
 @dataclass(frozen=True)
-class ClipFile:
-    """An opened CLIP text model; `checkpoint` has all but the token embeddings, which are in `table`."""
+class TextEncoderFile(EncoderFile[C, M]):
+    """An opened text encoder; its token embeddings are in `table`."""
 
-    config: ClipTextConfig
-    checkpoint: Checkpoint
     table: TokenTable
 
-    def build(self) -> ClipTextModel:
-        """The model on the meta device. Raises CheckpointError."""
-        return adopt_tensors(ClipTextModel(self.config, "meta"), self.checkpoint, CLIP.title, CLIP.file_names)
 
-
-@dataclass(frozen=True)
-class SiglipFile:
-    """An opened SigLIP vision model."""
-
-    config: SiglipConfig
-    checkpoint: Checkpoint
-
-    def build(self) -> SiglipVisionModel:
-        """The model on the meta device. Raises CheckpointError."""
-        return adopt_tensors(SiglipVisionModel(self.config, "meta"), self.checkpoint, SIGLIP.title, SIGLIP.file_names)
-
-
-def open_llama(path: Path) -> LlamaFile:
+def open_llama(path: Path) -> TextEncoderFile[LlamaConfig, LlamaDecoder]:
     """Read the header of a LLaMA file; Hugging Face's names with any prefix, or llama.cpp's. Raises CheckpointError."""
     checkpoint = _open(path, LLAMA)
     sizes = Dimensions(checkpoint, LLAMA.title)
@@ -117,10 +107,10 @@ def open_llama(path: Path) -> LlamaFile:
     )
     unused = {name: None for name in checkpoint.tensors if _layer_number(name) >= num_layers}
     layers, table = without_table(checkpoint.renamed(unused), "embed_tokens.weight")
-    return LlamaFile(config, layers, table)
+    return TextEncoderFile(LLAMA, config, layers, LlamaDecoder, table)
 
 
-def open_clip(path: Path) -> ClipFile:
+def open_clip(path: Path) -> TextEncoderFile[ClipTextConfig, ClipTextModel]:
     """Read the header of a CLIP text model; Hugging Face's names with any prefix. Raises CheckpointError."""
     checkpoint = _open(path, CLIP)
     sizes = Dimensions(checkpoint, CLIP.title)
@@ -134,10 +124,10 @@ def open_clip(path: Path) -> ClipFile:
         num_positions=sizes.shape("embeddings.position_embedding.weight", 2)[0],
     )
     layers, table = without_table(checkpoint, CLIP.mark)
-    return ClipFile(config, layers, table)
+    return TextEncoderFile(CLIP, config, layers, ClipTextModel, table)
 
 
-def open_siglip(path: Path) -> SiglipFile:
+def open_siglip(path: Path) -> EncoderFile[SiglipConfig, SiglipVisionModel]:
     """Read the header of a SigLIP vision model; Hugging Face's names with any prefix. Raises CheckpointError."""
     checkpoint = _open(path, SIGLIP)
     sizes = Dimensions(checkpoint, SIGLIP.title)
@@ -155,7 +145,7 @@ def open_siglip(path: Path) -> SiglipFile:
             f"{checkpoint.path}: {SIGLIP.title} of {num_tokens} patches of {patch_size} pixels; expected 729 of 14, "
             f"those of a picture of 384 x 384; choose {SIGLIP.file_names}"
         )
-    return SiglipFile(config, checkpoint)
+    return EncoderFile(SIGLIP, config, checkpoint, SiglipVisionModel)
 
 
 # --- names -----------------------------------------------------------------------------------------------
