@@ -76,7 +76,7 @@ def wan_footprint(
         block_bytes=(block,) * num_layers,
         fixed_bytes=2 * (embeddings + 11 * dim),
         text_kv_bytes=int(2 * dim**2 * bytes_per_weight),
-        lendable_bytes=2 * embeddings - 8 * (in_channels + latent_channels) * dim,
+        transient_bytes=2 * embeddings - 8 * (in_channels + latent_channels) * dim,
         scratch_elements=0 if bytes_per_weight == 2 else max(3 * dim**2, dim * ffn_dim),
         in_channels=in_channels,
         latent_channels=latent_channels,

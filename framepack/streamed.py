@@ -38,7 +38,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
 
     config: FramePackConfig
     parts = WeightParts(
-        optional=MODULATION, once=("time_text_embed.", "context_embedder.", "image_projection.", "norm_out.")
+        optional=MODULATION, per_run=("time_text_embed.", "context_embedder.", "image_projection.", "norm_out.")
     )
 
     def __init__(
@@ -81,14 +81,14 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         config, dtype = self.config, dtype or self.model.execution.dtype
         layouts = self.weights.layouts
-        fixed = [name for name in self.weights.fixed_names() if not name.startswith(self.parts.once)]
+        fixed = [name for name in self.weights.fixed_names() if not name.startswith(self.parts.per_run)]
         return FramePackFootprint(
             name=self.checkpoint.path.name,
             dim=config.dim,
             ffn_dim=config.mlp_dim,
             num_heads=config.num_heads,
             block_bytes=tuple(layout.stream_bytes for layout in layouts),
-            once_bytes=sum(layout.part_bytes(Part.OPTIONAL) for layout in layouts),
+            per_run_bytes=sum(layout.part_bytes(Part.OPTIONAL) for layout in layouts),
             fixed_bytes=sum(self.weights.source.tensors[name].nbytes for name in fixed),
             scratch_elements=max((block.scratch_elements(dtype) for block in self.blocks), default=0),
             in_channels=config.in_channels,

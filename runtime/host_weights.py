@@ -14,7 +14,7 @@ from ..memory.stream.disk_blocks import DiskBlocks
 from ..memory.stream.host_blocks import HostBlocks, PinnedBudget
 from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
 from ..memory.stream.pinned import Registrar
-from ..memory.stream.scratch_file import Spool
+from ..memory.stream.scratch_file import ScratchFile
 from ..system.host_memory import allocate_bytes
 from ..transformer.transformer import Transformer
 from ..weights.files.checkpoint import Checkpoint
@@ -32,13 +32,13 @@ class WeightParts:
     """How a family's tensors are treated, by how their names begin (within their block where they have one).
 
     `optional` ones of a block make what can be kept in their place, `unstreamed` ones stay on the device. Outside the
-    blocks, `lendable` modules are needed for a moment before them in each pass, and `once` ones once per run.
+    blocks, `transient` modules are needed for a moment before them in each pass, and `per_run` ones once in each run.
     """
 
     optional: tuple[str, ...] = ()
     unstreamed: tuple[str, ...] = ()
-    lendable: tuple[str, ...] = ()
-    once: tuple[str, ...] = ()
+    transient: tuple[str, ...] = ()
+    per_run: tuple[str, ...] = ()
 
 
 class HostWeights:
@@ -61,7 +61,7 @@ class HostWeights:
     ):
         self.checkpoint, self.parts = checkpoint, parts
         self.blocks: HostBlocks | DiskBlocks | None = None
-        self.spool: Spool | None = None
+        self.scratch_file: ScratchFile | None = None
         self.budget: PinnedBudget | None = None  # of everything that is pinned between `read` and `release`
         self._model, self._settings = model, settings
         self._registrar, self._check = registrar, check
@@ -91,7 +91,7 @@ class HostWeights:
         return [name for name in self._model.state_dict() if name not in streamed]
 
     def read(self, plan: MemoryPlan) -> None:
-        """Bring the blocks into host memory (or get ready to read them from disk); again is harmless.
+        """Bring the blocks into host memory (or get ready to read them from disk); calling it again does nothing.
 
         What host memory holds stays there; what was read from the disk moves there when the plan has room for it.
         """
@@ -104,8 +104,8 @@ class HostWeights:
         self.budget = self._budget_of(plan)
         if plan.host.from_disk:
             self._check_disk()
-            self.spool = Spool(self.source, self.layouts, self.checkpoint.path.parent, self._check)
-            self.blocks = DiskBlocks(self.spool, self.layouts, self.budget, plan.host.num_staging)
+            self.scratch_file = ScratchFile(self.source, self.layouts, self.checkpoint.path.parent, self._check)
+            self.blocks = DiskBlocks(self.scratch_file, self.layouts, self.budget, plan.host.num_staging)
         else:
             pin = _streamed(plan)
             self.blocks = HostBlocks(self.source, self.layouts, self.budget, pin=pin, check=self._check)
@@ -157,13 +157,13 @@ class HostWeights:
             self.blocks.unpin()
 
     def release(self) -> None:
-        """Give all memory back; again is harmless. The model must be stopped."""
+        """Give all memory back; calling it again does nothing. The model must be stopped."""
         blocks, self.blocks = self.blocks, None
         if blocks is not None:
             blocks.release()
-        spool, self.spool = self.spool, None
-        if spool is not None:
-            spool.close()
+        scratch_file, self.scratch_file = self.scratch_file, None
+        if scratch_file is not None:
+            scratch_file.close()
 
     def set_lora_strengths(self, strengths: Sequence[float]) -> bool:
         """Other strengths, one per LoRA; True where some are merged: their bytes are another source's, to be read."""

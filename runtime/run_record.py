@@ -11,7 +11,7 @@ import torch
 
 from ..memory.plan.footprint import Limits
 from ..memory.report.intervals import Interval
-from ..memory.report.report import MemoryMonitor, RunReport, others_bytes
+from ..memory.report.report import MemoryMonitor, RunReport, outside_bytes
 from ..memory.report.stream_log import StreamLog
 from ..memory.stream.streams import Span
 from .streamed import StreamedModel
@@ -30,7 +30,7 @@ class RunRecord:
         self._limits: Limits | None = None
         self._models: list[StreamedModel[Any]] = []
         self._pinned_bytes = 0
-        self._beside = 0  # bytes of the device that were never PyTorch's here
+        self._outside_bytes = 0  # bytes of the device that were never PyTorch's here
         self._watching = ExitStack()
         self.running = False
 
@@ -39,14 +39,14 @@ class RunRecord:
         self.end()
         self._monitor, self._stream = MemoryMonitor(self._device), StreamLog()
         self._limits, self._models, self._pinned_bytes = None, [], 0
-        self._beside = others_bytes(self._device)
+        self._outside_bytes = outside_bytes(self._device)
         self.running = True
         self._watching.enter_context(self._monitor)
         if phase is not None:
             self._watching.enter_context(self.phase(phase))
 
     def end(self) -> None:
-        """The run is over; again is harmless."""
+        """The run is over; calling it again does nothing."""
         self._count_pinned()
         self.running = False
         self._watching.close()
@@ -69,14 +69,14 @@ class RunRecord:
         return self._monitor.phase(name)
 
     def add_spans(self, spans: Sequence[Span]) -> None:
-        """Count in what timed lanes did."""
+        """Count in what timed streams did."""
         self._stream.add(spans)
 
     def uses(self, model: StreamedModel[Any]) -> None:
         """A model is on its device: others have made room for it."""
         if model not in self._models:
             self._models.append(model)
-        self._beside = min(self._beside, others_bytes(self._device))
+        self._outside_bytes = min(self._outside_bytes, outside_bytes(self._device))
         self._count_pinned()
 
     def report(self) -> RunReport:
@@ -88,7 +88,7 @@ class RunRecord:
         if self._device.type == "cuda" and limits is not None:
             predicted["denoise"] = max((plan.denoise.total for plan in plans), default=0)
             predicted["decode"] = max((plan.decode.total for plan in plans), default=0)
-            budget, others = limits.vram_budget_bytes, max(0, self._beside - limits.context_bytes)
+            budget, others = limits.vram_budget_bytes, max(0, self._outside_bytes - limits.context_bytes)
         return replace(
             self._monitor.report({phase: nbytes for phase, nbytes in predicted.items() if nbytes}),
             stream=self._stream.report(),

@@ -23,8 +23,8 @@ from ..memory.stream.layout import Part
 from ..memory.stream.pinned import CudaRegistrar, Registrar
 from ..memory.stream.ring import DeviceRing
 from ..memory.stream.streamer import BlockStreamer
-from ..memory.stream.streams import SpanSink, lanes_for
-from ..memory.stream.transient_weights import Lender
+from ..memory.stream.streams import SpanSink, streams_for
+from ..memory.stream.transient_weights import TransientWeights
 from ..system.device_errors import is_out_of_memory
 from ..transformer.transformer import Block, Transformer, here_already
 from ..weights.files.checkpoint import Checkpoint
@@ -36,7 +36,6 @@ from ..weights.lora.merged_source import Source
 from ..weights.lora.names import Aliases
 from .host_weights import HostWeights, WeightParts
 from .settings import RunSettings
-from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +77,12 @@ class StreamedModel(Generic[M]):
         if loras:
             opened = open_loras(loras, checkpoint.tensors, self.aliases)
             self.weights.attach_loras(opened, [choice.strength for choice in loras])
-        self.turns: Turns | None = None  # the models that it shares host memory with
+        self.partners: weakref.WeakSet[StreamedModel[Any]] = weakref.WeakSet()  # see `Turns`
         self.on_yield: weakref.WeakMethod[Callable[[], None]] | None = None  # called when it is stopped for another
         self.in_run = False  # set by what runs it: its host memory is wanted again, also while it is stopped
         self.plan: MemoryPlan | None = None
         self.streamer: BlockStreamer | None = None
-        self.lender: Lender | None = None
+        self.transient: TransientWeights | None = None
         self.ring: DeviceRing | None = None
         self.forget_contexts()
         self._compiled = False
@@ -135,7 +134,7 @@ class StreamedModel(Generic[M]):
 
     @property
     def pinned_bytes(self) -> int:
-        return self.weights.pinned_bytes + (0 if self.lender is None else self.lender.pinned_bytes)
+        return self.weights.pinned_bytes + (0 if self.transient is None else self.transient.pinned_bytes)
 
     # Taking turns in host memory
 
@@ -147,8 +146,11 @@ class StreamedModel(Generic[M]):
         return self.settings.device.type == "cpu" or self.plan.blocks.num_streamed > 0
 
     def giver(self) -> StreamedModel[Any] | None:
-        """The model that this one's weights will be read over, see `Turns.giver`."""
-        return None if self.turns is None else self.turns.giver(self)
+        """The idle model whose host memory this one would be read over; None where it has its own or none suits."""
+        if self.weights.held is not None:
+            return None
+        others = (other for other in self.partners if other is not self and other.idle)
+        return next((other for other in others if self.weights.fits(other.weights)), None)
 
     def make_way(self) -> None:
         """Stop for another model, which will take the host memory."""
@@ -195,7 +197,7 @@ class StreamedModel(Generic[M]):
     def start_fitting(self, plan: MemoryPlan, on_spans: SpanSink | None = None) -> None:
         """`start`; when the device runs out of memory meanwhile, with a leaner plan.
 
-        `on_spans` is told what a GPU's lanes did when, also after later starts with leaner plans.
+        `on_spans` is told what a GPU's streams did when, also after later starts with leaner plans.
         """
         self.stop()
         self._on_spans = on_spans
@@ -233,7 +235,7 @@ class StreamedModel(Generic[M]):
                 self.settings.device,
                 ring=self.ring,
                 resident=plan.blocks.resident,
-                part=Part.STREAM if plan.choice.cache_text_kv or self.parts.once else Part.ALL,
+                part=Part.STREAM if plan.choice.cache_text_kv or self.parts.per_run else Part.ALL,
                 between_blocks=self.between_blocks,
             )
             self.streamer.load()
@@ -248,15 +250,15 @@ class StreamedModel(Generic[M]):
     def settle(self) -> None:
         """Wait for the device; who is told of spans then knows of all that it did."""
         if self.streamer is not None:
-            self.streamer.lanes.synchronize()
+            self.streamer.streams.synchronize()
 
     def stop(self) -> None:
-        """Give the device memory back; the weights stay in host memory. Again is harmless."""
+        """Give the device memory back; the weights stay in host memory. Calling it again does nothing."""
         self.model.stream = iter
-        self.model.lend = here_already
-        lender, self.lender = self.lender, None
-        if lender is not None:
-            lender.release()
+        self.model.bring = here_already
+        transient, self.transient = self.transient, None
+        if transient is not None:
+            transient.release()
         self.forget_contexts()
         streamer, self.streamer, self.ring = self.streamer, None, None
         if streamer is not None:
@@ -276,7 +278,7 @@ class StreamedModel(Generic[M]):
         """
         self.stop()
         self._read(plan)
-        names = [name for name in self.weights.fixed_names() if name.startswith(self.parts.once)]
+        names = [name for name in self.weights.fixed_names() if name.startswith(self.parts.per_run)]
         try:
             self._load(names)
             self.weights.loras.place(self.settings.device)
@@ -321,21 +323,21 @@ class StreamedModel(Generic[M]):
         return leaner
 
     def _make_ring(self, plan: MemoryPlan) -> DeviceRing | None:
-        if self.settings.device.type == "cpu" and not plan.host.from_disk:
+        device = self.settings.device
+        if device.type == "cpu" and not plan.host.from_disk:
             return None  # the blocks run where they lie
-        return DeviceRing(plan.blocks.ring_bytes, self.settings.device, lanes_for(self.settings.device, self._on_spans))
+        return DeviceRing(plan.blocks.ring_bytes, device, streams_for(device, self._on_spans))
 
     def _load_fixed(self, plan: MemoryPlan) -> None:
-        lent = self.parts.lendable if plan.choice.lend_fixed and self.settings.device.type != "cpu" else ()
-        if lent:
-            self._lend(lent)
-        here = [name for name in self.weights.fixed_names() if not name.startswith(lent + self.parts.once)]
-        self._load(here)
+        away = self.parts.transient if plan.choice.transient_fixed and self.settings.device.type != "cpu" else ()
+        if away:
+            self._keep_away(away)
+        self._load([name for name in self.weights.fixed_names() if not name.startswith(away + self.parts.per_run)])
 
-    def _lend(self, names: Sequence[str]) -> None:
+    def _keep_away(self, names: Sequence[str]) -> None:
         modules = {name: module for name in names if (module := getattr(self.model, name)) is not None}
-        self.lender = Lender(self.weights.source, modules, self.settings.device, self.weights.budget)
-        self.model.lend = self.lender
+        self.transient = TransientWeights(self.weights.source, modules, self.settings.device, self.weights.budget)
+        self.model.bring = self.transient
 
     def _load(self, names: Sequence[str]) -> None:
         with ThreadPoolExecutor(NUM_READERS) as readers:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .streamed import StreamedModel
+from .streamed import StreamedModel
 
 
 class Turns:
@@ -20,11 +19,4 @@ class Turns:
 
     def add(self, model: StreamedModel[Any]) -> None:
         self._models.add(model)
-        model.turns = self
-
-    def giver(self, model: StreamedModel[Any]) -> StreamedModel[Any] | None:
-        """The idle model whose host memory this one would be read over; None where it has its own or none suits."""
-        if model.weights.held is not None:
-            return None
-        others = (other for other in self._models if other is not model and other.idle)
-        return next((other for other in others if model.weights.fits(other.weights)), None)
+        model.partners = self._models

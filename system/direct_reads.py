@@ -63,7 +63,7 @@ class RawFile:
         return True
 
     def close(self) -> None:
-        """Close the file; again is harmless."""
+        """Close the file; calling it again does nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)

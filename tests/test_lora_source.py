@@ -241,7 +241,7 @@ def test_large_tensors_that_are_in_no_file_stream_from_disk(
     with torch.inference_mode():
         model = start(StreamedWan(wan, settings, loras=[lora]), 5, disk=True)
         assert len(list(folder.rglob("weights"))) == 1 and not list(other.rglob("weights"))
-        assert model.weights.spool is not None and model.weights.spool.num_bytes >= 2 * 2**20
+        assert model.weights.scratch_file is not None and model.weights.scratch_file.num_bytes >= 2 * 2**20
         assert torch.equal(model(*INPUTS), resident) and not torch.equal(resident, velocity(wan))
         model.release()
     assert [path.name for path in (*home.iterdir(), *temporary.iterdir())] == ["wan.safetensors"]

@@ -71,7 +71,6 @@ def test_nothing_lies_loose_at_the_root(house: ModuleType) -> None:
     assert [path for path in house.sources() if "/" not in path] == ["__init__.py"]
 
 
-@pytest.mark.xfail(strict=True, reason="being put right")
 def test_no_modules_import_each_other(house: ModuleType) -> None:
     assert house.circles(house.imports(house.sources())) == []
 

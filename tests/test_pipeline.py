@@ -691,8 +691,8 @@ def test_lent_weights_and_blocks_are_pinned_under_one_cap(t2v: WanFiles) -> None
     budget = model.weights.budget
     assert budget is not None and 0 < budget.pinned_bytes == model.pinned_bytes
     before = budget.pinned_bytes
-    model._lend(("time_embedding",))
-    assert model.lender is not None and model.lender.pinned_bytes == budget.pinned_bytes - before > 0
+    model._keep_away(("time_embedding",))
+    assert model.transient is not None and model.transient.pinned_bytes == budget.pinned_bytes - before > 0
     model.release()
     assert budget.pinned_bytes == 0
 
@@ -853,7 +853,7 @@ def test_running_out_of_memory_while_decoding_loses_no_frame(
     assert "out of VRAM while decoding whole: next in tiles of 128 pixels" in caplog.text
 
 
-def test_what_timed_lanes_did_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_timed_streams_did_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = WanPipeline(save_files(tmp_path), RunSettings())
     stop = StreamedWan.stop
 

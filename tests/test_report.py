@@ -77,7 +77,7 @@ class TestIntervals:
         assert stream.stall_ms_per_pass == pytest.approx(500)
         assert stream.overlap_percent == pytest.approx(100 * 2.0 / 3.5)
 
-    def test_spans_of_timed_lanes(self):
+    def test_spans_of_timed_streams(self):
         """Two passes over streamed blocks 0 and 2; block 1 is resident and only shows as time between them."""
         log = StreamLog()
         for begin in (3.0, 3.1):
@@ -249,7 +249,7 @@ class TestTimeline:
             image.load()
             assert (image.format, image.size) == ("PNG", (1200, 600))
             colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
-        # copy lane, compute lane and budget line are there exactly where there is something to show
+        # copy stream, compute stream and budget line are there exactly where there is something to show
         for color in ((0xE0, 0x8E, 0x2B), (0x4C, 0x9A, 0x5B), (0xC0, 0x39, 0x2B)):
             assert (color in colors) == streamed
         assert (0x3B, 0x6F, 0xB6) in colors

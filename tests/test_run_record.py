@@ -20,7 +20,7 @@ from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 
 from .test_pipeline import UNLIMITED, Scarce, inputs
-from .timed_lanes import TimedInlineLanes
+from .timed_streams import TimedInlineStreams
 from .tiny import save_wan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -31,7 +31,7 @@ class Timed(StreamedWan):
 
     def _make_ring(self, plan: MemoryPlan) -> DeviceRing:
         assert self._on_spans is not None
-        return DeviceRing(plan.blocks.ring_bytes, CPU, TimedInlineLanes(self._on_spans))
+        return DeviceRing(plan.blocks.ring_bytes, CPU, TimedInlineStreams(self._on_spans))
 
 
 def plan_of(model: Timed) -> MemoryPlan:
@@ -129,7 +129,7 @@ def fake_model(pinned_bytes: int, denoise: int = 0, decode: int = 0) -> Any:
 
 def test_all_models_that_ran_count(monkeypatch: pytest.MonkeyPatch) -> None:
     held = [3 * GIB, 2 * GIB, 4 * GIB]  # by others: at first, when models are on their device
-    monkeypatch.setattr(run_record, "others_bytes", lambda device: held.pop(0))
+    monkeypatch.setattr(run_record, "outside_bytes", lambda device: held.pop(0))
     monkeypatch.setattr(run_record, "MemoryMonitor", lambda device: MemoryMonitor(CPU))
     record = RunRecord(CUDA)
     high, low = fake_model(5, denoise=70, decode=30), fake_model(6, denoise=60)

@@ -1,4 +1,4 @@
-"""The order of copies and compute, checked by simulating both lanes under an adversarial scheduler."""
+"""The order of copies and compute, checked by simulating both streams under an adversarial scheduler."""
 
 import gc
 import random
@@ -80,7 +80,7 @@ class Event:
         raise AssertionError("the host must not wait in a pass")
 
 
-class SimulatedLanes:
+class SimulatedStreams:
     """Two queues that run only when the scheduler lets them, each in order, joined by events alone."""
 
     def __init__(self, prefer_copy: Callable[[], bool]) -> None:
@@ -130,13 +130,13 @@ class SimulatedLanes:
         self.run(until_idle=False)
 
     def run(self, until_idle: bool) -> None:
-        """Let lanes run: to the end, or as far as the scheduler feels like."""
+        """Let streams run: to the end, or as far as the scheduler feels like."""
         while True:
             order = [self.copies, self.compute] if self.prefer_copy() else [self.compute, self.copies]
             if not until_idle and self.prefer_copy():
                 return
             if not any(self._step(lane) for lane in order):
-                assert not until_idle or not (self.copies or self.compute), "the lanes wait for each other forever"
+                assert not until_idle or not (self.copies or self.compute), "the streams wait for each other forever"
                 return
 
     def _record(self, lane: deque, event: Event) -> None:
@@ -228,7 +228,7 @@ PASSES = st.lists(
     PASSES,
     st.integers(0, 10_000),
 )
-def test_no_schedule_of_the_lanes_breaks_a_pass(
+def test_no_schedule_of_the_streams_breaks_a_pass(
     sizes: tuple[list[int], list[int]],
     num_slots: int,
     num_resident: int,
@@ -237,16 +237,16 @@ def test_no_schedule_of_the_lanes_breaks_a_pass(
     seed: int,
 ) -> None:
     models = [Model(sizes[0]), Model(sizes[1], first_value=100)]
-    lanes = SimulatedLanes(schedulers(seed))
+    streams = SimulatedStreams(schedulers(seed))
     nbytes = max(ring_bytes([layout.part_bytes(part) for layout in model.layouts], num_slots) for model in models)
-    ring = DeviceRing(nbytes, CPU, lanes)
+    ring = DeviceRing(nbytes, CPU, streams)
     streamers = []
     for model in models:
         resident = spread_residents(len(model.blocks), min(num_resident, len(model.blocks)))
         source = Unready(model.host, random.Random(seed)) if seed % 3 == 0 else model.host
         streamers.append(BlockStreamer([model.blocks], source, CPU, ring=ring, resident=resident, part=part))
         streamers[-1].load()
-    num_events = lanes.num_events
+    num_events = streams.num_events
     weights = [[(id(b.weight), b.weight.data_ptr()) for b in model.blocks] for model in models]
     leaked = []
     for one in passes:
@@ -254,11 +254,11 @@ def test_no_schedule_of_the_lanes_breaks_a_pass(
         blocks = [b for i, b in enumerate(model.blocks) if one.blocks is None or i in one.blocks]
         iterator = stream(blocks)
         if one.how == "interrupt" and one.stop_at is not None:
-            lanes.interrupt_in = 5 * one.stop_at
+            streams.interrupt_in = 5 * one.stop_at
         seen = []
         try:
             for number, block in enumerate(iterator):
-                lanes.use(check_bytes(model, block))
+                streams.use(check_bytes(model, block))
                 seen.append(block)
                 if number == one.stop_at and one.how == "raise":
                     raise RuntimeError("out of memory, say")
@@ -270,15 +270,15 @@ def test_no_schedule_of_the_lanes_breaks_a_pass(
             leaked.append(iterator)
         elif one.how == "close":
             iterator.close()
-        lanes.interrupt_in = None
+        streams.interrupt_in = None
         if one.stop_at is None:
             assert seen == blocks
     # A clean pass of each at the end, then whatever is still queued.
     for model, stream in zip(models, streamers, strict=True):
         for block in stream(model.blocks):
-            lanes.use(check_bytes(model, block))
-    lanes.synchronize()
-    assert lanes.num_events == num_events
+            streams.use(check_bytes(model, block))
+    streams.synchronize()
+    assert streams.num_events == num_events
     assert weights == [[(id(b.weight), b.weight.data_ptr()) for b in model.blocks] for model in models]
     for iterator in leaked:
         iterator.close()
@@ -290,8 +290,8 @@ def test_no_schedule_of_the_lanes_breaks_a_pass(
 
 
 def test_prefetch_runs_past_the_end_of_the_pass() -> None:
-    model, lanes = Model([300] * 6), SimulatedLanes(lambda: False)
-    ring = DeviceRing(2 * 512, CPU, lanes)
+    model, streams = Model([300] * 6), SimulatedStreams(lambda: False)
+    ring = DeviceRing(2 * 512, CPU, streams)
     stream = BlockStreamer([model.blocks[:2], model.blocks[2:]], model.host, CPU, ring=ring, part=Part.STREAM)
     stream.load()
     stream.prefetch()
@@ -300,8 +300,8 @@ def test_prefetch_runs_past_the_end_of_the_pass() -> None:
         for group in (model.blocks[:2], model.blocks[2:]):
             for block in stream(group):
                 copied.append(stream.copied_bytes // 512)
-                lanes.use(check_bytes(model, block))
-    lanes.synchronize()
+                streams.use(check_bytes(model, block))
+    streams.synchronize()
     # While block n computes, n + 1 is already on its way, and at the end of a pass the next pass's first ones.
     assert copied == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     assert stream.depth == 2

@@ -14,7 +14,7 @@ from lowvram_video.memory.stream.host_blocks import CudaRegistrar, HostBlocks, P
 from lowvram_video.memory.stream.layout import layout_blocks
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
 from lowvram_video.memory.stream.streamer import BlockStreamer
-from lowvram_video.memory.stream.streams import Span, TimedLanes
+from lowvram_video.memory.stream.streams import Span, TimedStreams
 from torch import Tensor, nn
 
 pytestmark = [
@@ -243,21 +243,21 @@ def test_on_another_stream_than_the_default(model: Model, expected: Tensor) -> N
 def test_spans_show_copies_behind_compute(model: Model) -> None:
     host = model.host("pinned")
     spans: list[Span] = []
-    lanes = TimedLanes(model.device, spans.extend)
-    ring = DeviceRing(ring_bytes(model.sizes, 2), model.device, lanes)
+    streams = TimedStreams(model.device, spans.extend)
+    ring = DeviceRing(ring_bytes(model.sizes, 2), model.device, streams)
     stream = BlockStreamer([model.blocks], host, model.device, ring=ring)
     stream.load()
     model.run(stream)
-    lanes.synchronize()
+    streams.synchronize()
     spans.clear()
     began = time.perf_counter()
     for _ in range(2):
         model.run(stream)
-    lanes.synchronize()
+    streams.synchronize()
     ended = time.perf_counter()
-    copies = [span for span in spans if span.lane == "copy"]
-    compute = [span for span in spans if span.lane == "compute"]
-    stall = sum(1e3 * (span.end - span.begin) for span in spans if span.lane == "stall")
+    copies = [span for span in spans if span.kind == "copy"]
+    compute = [span for span in spans if span.kind == "compute"]
+    stall = sum(1e3 * (span.end - span.begin) for span in spans if span.kind == "stall")
     busy = sum(1e3 * (span.end - span.begin) for span in copies)
     print(
         f"{sum(span.nbytes for span in copies) / busy / 1e6:.1f} GB/s, stalled {stall:.2f} of {busy:.2f} ms of copies"

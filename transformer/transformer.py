@@ -1,4 +1,4 @@
-"""What a streamer, a lender and the memory plan know of a transformer."""
+"""What a streamer, transient weights and the memory plan know of a transformer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .workspace import Execution
 
 # Brings modules to the device for a `with` block, into the bytes of a tensor that nobody needs meanwhile (or None).
-Lend = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
+Bring = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
 
 
 def here_already(modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
@@ -34,7 +34,7 @@ class Transformer(nn.Module):
     """A model that is a sequence of blocks, with a little before and behind them."""
 
     stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
-    lend: Lend = staticmethod(here_already)  # or a Lender
+    bring: Bring = staticmethod(here_already)  # or TransientWeights
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ class Workspace:
         self.dim, self.ffn_dim, self.joined_dim = dim, ffn_dim, joined_dim
         self.hidden_rows = min(num_rows, size // ffn_dim)
         self.joined_rows = min(num_rows, (size - num_rows * dim) // joined_dim) if joined_dim else 0
-        self.beside_rows = min(num_rows, (size - num_rows * dim) // ffn_dim)
+        self.hidden_after_q_rows = min(num_rows, (size - num_rows * dim) // ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
 
     @property
@@ -88,9 +88,9 @@ class Workspace:
         return rows_of(self.pool, self.num_rows * self.dim, self.joined_rows, self.joined_dim)
 
     @property
-    def beside(self) -> Tensor:
-        """Hidden activations while q is still read: `[beside_rows, ffn_dim]`, over the bytes of k and v."""
-        return rows_of(self.pool, self.num_rows * self.dim, self.beside_rows, self.ffn_dim)
+    def hidden_after_q(self) -> Tensor:
+        """Hidden activations while q is still read: `[hidden_after_q_rows, ffn_dim]`, over the bytes of k and v."""
+        return rows_of(self.pool, self.num_rows * self.dim, self.hidden_after_q_rows, self.ffn_dim)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Row ranges of at most `token_chunk` rows that cover `start .. stop` about evenly."""

@@ -42,7 +42,7 @@ class StreamedWan(StreamedModel[WanModel]):
     parts = WeightParts(
         optional=TEXT_KV,
         unstreamed=(NOT_STREAMED,),
-        lendable=("text_embedding", "time_embedding", "time_projection", "img_emb"),
+        transient=("text_embedding", "time_embedding", "time_projection", "img_emb"),
     )
 
     def open_file(self, path: str | Path) -> tuple[WanConfig, Checkpoint]:
@@ -66,7 +66,7 @@ class StreamedWan(StreamedModel[WanModel]):
             num_heads=config.num_heads,
             block_bytes=tuple(layout.nbytes for layout in layouts),
             fixed_bytes=sum(fixed.values()),
-            lendable_bytes=sum(size for name, size in fixed.items() if name.startswith(self.parts.lendable)),
+            transient_bytes=sum(size for name, size in fixed.items() if name.startswith(self.parts.transient)),
             text_kv_bytes=min((layout.nbytes - layout.stream_bytes for layout in layouts), default=0),
             scratch_elements=max((block.scratch_elements(dtype) for block in self.blocks), default=0),
             in_channels=config.in_channels,

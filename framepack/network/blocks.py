@@ -141,7 +141,7 @@ class SingleBlock(FramePackBlock):
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), normed, everything, rope, eps, work)
         attn.attend(work)
         dense = self.proj_out.is_dense(work.dtype)
-        step = work.beside_rows if dense else work.joined_rows
+        step = work.hidden_after_q_rows if dense else work.joined_rows
         for start in range(0, work.num_rows, step):
             span = slice(start, min(start + step, work.num_rows))
             if dense:
@@ -155,12 +155,12 @@ class SingleBlock(FramePackBlock):
         work.scratch.reset()
         project = self.proj_mlp.prepare(work.dtype, work.scratch)
         for rows in work.chunks(span.start, span.stop):
-            hidden = work.beside[rows.start - span.start : rows.stop - span.start]
+            hidden = work.hidden_after_q[rows.start - span.start : rows.stop - span.start]
             project_gelu(project, normed(rows), hidden, work.ops.gelu_)
         work.scratch.reset()
         of_attention, of_mlp = cast(DenseProjection, self.proj_out.prepare(work.dtype, work.scratch)).split(work.dim)
         for rows in work.chunks(span.start, span.stop):
-            out = of_mlp(work.beside[rows.start - span.start : rows.stop - span.start])
+            out = of_mlp(work.hidden_after_q[rows.start - span.start : rows.stop - span.start])
             add(rows, out.addmm_(attended[rows], of_attention.weight.t()))
 
     def join(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:

@@ -198,9 +198,9 @@ class FramePackModel(Transformer):
             )
         dtype = self.execution.dtype
         timesteps = timesteps.to(prompt.text.device)
-        with self.lend((self.context_embedder,), None):
+        with self.bring((self.context_embedder,), None):
             text = self.context_embedder(prompt.text.to(dtype), timesteps, self.execution)  # [S, n, dim]
-        with self.lend((self.time_text_embed, self.norm_out), None):
+        with self.bring((self.time_text_embed, self.norm_out), None):
             time = self.time_text_embed(timesteps, prompt.pooled.to(dtype), guidance)  # [S, dim]
             heads = self.norm_out(time)
 
@@ -218,7 +218,7 @@ class FramePackModel(Transformer):
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """SigLIP's `[1, m, image_dim]` -> `[m, dim]`, once per picture."""
-        with self.lend((self.image_projection,), None):
+        with self.bring((self.image_projection,), None):
             return self.image_projection(tokens.to(self.execution.dtype)).squeeze(0)
 
     def embed(self, shown: Sequence[Shown], texts: Sequence[Tensor], x: Tensor) -> Rope:

@@ -1,6 +1,6 @@
-"""The ladder of ways to denoise one piece of work, from the leanest up; arithmetic only.
+"""The ways there are to denoise one piece of work, from the leanest up; arithmetic only.
 
-Each rung spends memory on what is worth most next. The ladder does not depend on the budget, so a larger budget never
+Each candidate spends memory on what is worth most next. They do not depend on the budget, so a larger budget never
 gives a slower plan or one with fewer residents.
 """
 
@@ -79,7 +79,7 @@ class PassTimes:
 
 
 @dataclass(frozen=True)
-class Rung:
+class Candidate:
     """One way to denoise."""
 
     choice: Choice
@@ -98,41 +98,41 @@ def spread_residents(num_blocks: int, num_resident: int) -> tuple[int, ...]:
     return tuple(i for i in range(num_blocks) if (i + 1) * num_resident // num_blocks > i * num_resident // num_blocks)
 
 
-def ladder(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterator[Rung]:
-    """Rungs from the leanest up; each is at least as fast as the one before and has no fewer residents."""
+def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterator[Candidate]:
+    """Candidates from the leanest up; each is at least as fast as the one before and has no fewer residents."""
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
-    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.lendable_bytes > 0)
-    rung = _rung(choice, model, work, limits)
-    yield rung
-    seconds = rung.times.total
+    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.transient_bytes > 0)
+    candidate = _candidate(choice, model, work, limits)
+    yield candidate
+    seconds = candidate.times.total
     compute: list[Step] = [_larger_chunk, _fewer_groups, _kept_fixed]
     transfers: list[Step] = [_kept_fixed, _cached_text] if by_hand else [_kept_fixed, _cached_text, _more_residents]
     while True:
-        steps = transfers + compute if rung.times.transfer_bound else compute + transfers
-        choices = [step(rung.choice, model, work, limits) for step in steps]
-        upgrades = [_rung(upgraded, model, work, limits) for upgraded in choices if upgraded]
+        steps = transfers + compute if candidate.times.transfer_bound else compute + transfers
+        choices = [step(candidate.choice, model, work, limits) for step in steps]
+        upgrades = [_candidate(upgraded, model, work, limits) for upgraded in choices if upgraded]
         if not upgrades:
             return
-        free = [upgrade for upgrade in upgrades if upgrade.denoise.total <= rung.denoise.total]
-        rung = (free or upgrades)[0]
-        if rung.times.total <= seconds:  # blocks of unequal size can make a rung slower: leave it out
-            seconds = rung.times.total
-            yield rung
+        free = [upgrade for upgrade in upgrades if upgrade.denoise.total <= candidate.denoise.total]
+        candidate = (free or upgrades)[0]
+        if candidate.times.total <= seconds:  # blocks of unequal size can make a candidate slower: leave it out
+            seconds = candidate.times.total
+            yield candidate
 
 
-def fastest_rung(model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int) -> Rung | None:
-    """The highest rung that denoises in so many bytes, None where none does."""
+def fastest_candidate(model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int) -> Candidate | None:
+    """The highest candidate that denoises in so many bytes, None where none does."""
     fitting = None
-    for rung in ladder(model, work, limits):
-        if rung.denoise.total <= budget_bytes:
-            fitting = rung
+    for candidate in candidates(model, work, limits):
+        if candidate.denoise.total <= budget_bytes:
+            fitting = candidate
     if fitting is None or not fitting.times.transfer_bound:
         return fitting
     # what is too little for another resident goes into larger pieces: the predicted rates may be wrong
     for step in (_larger_chunk, _fewer_groups):
         while upgraded := step(fitting.choice, model, work, limits):
-            candidate = _rung(upgraded, model, work, limits)
+            candidate = _candidate(upgraded, model, work, limits)
             if candidate.denoise.total > budget_bytes:
                 break
             fitting = candidate
@@ -163,7 +163,7 @@ def _cached_text(choice: Choice, model: ModelFootprint, work: WorkSize, limits: 
 
 def _kept_fixed(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
     """Keep what is needed only before the blocks: its copy in every pass hides behind nothing."""
-    return replace(choice, lend_fixed=False) if choice.lend_fixed else None
+    return replace(choice, transient_fixed=False) if choice.transient_fixed else None
 
 
 def _more_residents(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
@@ -186,7 +186,7 @@ def _head_groups(model: ModelFootprint) -> list[int]:
     return [groups for groups in even if groups >= full or groups == 1]
 
 
-def _rung(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Rung:
+def _candidate(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Candidate:
     sizes = model.streamable_bytes(choice.cache_text_kv)
     resident = spread_residents(model.num_blocks, choice.num_resident)
     kept = set(resident)
@@ -195,7 +195,7 @@ def _rung(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits)
     total = sum(streamed)
     blocks = BlockPlacement(model.num_blocks, resident, num_slots, ring_bytes(streamed, num_slots), total)
     host, transfer = _host_side(model, sizes, streamed, limits)
-    return Rung(
+    return Candidate(
         choice,
         blocks,
         host,
@@ -210,7 +210,7 @@ def _host_side(
     """Where the streamed blocks, of all the blocks' sizes, come from, and the seconds that they take."""
     ram, cap = limits.ram_budget_bytes, limits.pinned_cap_bytes
     # all of it: residents stay in RAM too, and so do weights whose keys and values are cached, for the next prompt
-    host_bytes = model.once_bytes + sum(model.block_bytes)
+    host_bytes = model.per_run_bytes + sum(model.block_bytes)
     if ram is None or host_bytes + RAM_MARGIN_BYTES <= ram:
         pinned = _pinned_bytes(streamed, cap)
         pageable = sum(streamed) - pinned

@@ -51,9 +51,9 @@ class ModelFootprint:
 
     `block_bytes` holds the stored bytes of each block in order, `text_kv_bytes` the part of every block that makes
     keys and values of the text (and image) and need not be there once they are cached (0: cannot be cached).
-    `once_bytes` of all blocks together are needed once per run: they stay in host memory and are not among the others.
+    `per_run_bytes` of all blocks together are needed once per run: they stay in host memory, not among the others.
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
-    time: 0 where weights are stored in the compute dtype. `lendable_bytes` of the fixed ones are needed only for a
+    time: 0 where weights are stored in the compute dtype. `transient_bytes` of the fixed ones are needed only for a
     moment before the blocks, and can be brought for it. `chunk_tensors` are those of one chunk of rows: what is normed,
     and for products in 8 bits their rows as well.
     """
@@ -64,9 +64,9 @@ class ModelFootprint:
     num_heads: int
     block_bytes: tuple[int, ...]
     fixed_bytes: int
-    once_bytes: int = 0
+    per_run_bytes: int = 0
     text_kv_bytes: int = 0
-    lendable_bytes: int = 0
+    transient_bytes: int = 0
     scratch_elements: int = 0
     in_channels: int = 16
     latent_channels: int = 16
@@ -205,7 +205,7 @@ class Choice:
     head_groups: int
     cache_text_kv: bool
     num_resident: int
-    lend_fixed: bool
+    transient_fixed: bool
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def denoise_memory(
     latents = 4 * work.batch * work.latent_positions * channels  # fp32, of solver, guidance and preview
     return DenoiseMemory(
         context=limits.context_bytes,
-        fixed_weights=model.fixed_bytes - (model.lendable_bytes if choice.lend_fixed else 0),
+        fixed_weights=model.fixed_bytes - (model.transient_bytes if choice.transient_fixed else 0),
         residents=resident_bytes,
         ring=ring_bytes,
         activations=activations,

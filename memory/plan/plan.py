@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .candidates import MIN_STAGING, RAM_MARGIN_BYTES, BlockPlacement, HostMemory, PassTimes, Rung, fastest_rung, ladder
+from .candidates import (
+    MIN_STAGING,
+    RAM_MARGIN_BYTES,
+    BlockPlacement,
+    Candidate,
+    HostMemory,
+    PassTimes,
+    candidates,
+    fastest_candidate,
+)
 from .footprint import (
     GIB,
     MIB,
@@ -86,13 +95,16 @@ class PlanError(ValueError):
 def plan_memory(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
     """The fastest plan within the limits; PlanError says what would fit where none does."""
     _check_by_hand(model, limits)
-    rung, decode = fastest_rung(model, work, limits, limits.vram_budget_bytes), _choose_tile(model, work, limits)
-    if rung is None or decode is None:
+    candidate, decode = (
+        fastest_candidate(model, work, limits, limits.vram_budget_bytes),
+        _choose_tile(model, work, limits),
+    )
+    if candidate is None or decode is None:
         raise _refusal(model, work, limits)
-    if rung.host.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
+    if candidate.host.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
         return plan_memory(model, work, replace(limits, blocks_to_swap=model.num_blocks))  # no resident is for free
-    _check_ram(model, rung, limits)
-    return _plan(model, work, limits, rung, decode)
+    _check_ram(model, candidate, limits)
+    return _plan(model, work, limits, candidate, decode)
 
 
 def plan_leaner(plan: MemoryPlan) -> MemoryPlan:
@@ -102,14 +114,16 @@ def plan_leaner(plan: MemoryPlan) -> MemoryPlan:
     """
     needed = plan.denoise.total
     for spared in (RETRY_BYTES, 1):
-        rung = fastest_rung(plan.model, plan.work, plan.limits, needed - spared)
-        if rung is not None:
-            return _plan(plan.model, plan.work, plan.limits, rung, plan.decode)
+        candidate = fastest_candidate(plan.model, plan.work, plan.limits, needed - spared)
+        if candidate is not None:
+            return _plan(plan.model, plan.work, plan.limits, candidate, plan.decode)
     raise PlanError(f"{plan.model.name} at {plan.work} cannot denoise in less than {in_gib(needed)} of VRAM")
 
 
-def _plan(model: ModelFootprint, work: WorkSize, limits: Limits, rung: Rung, decode: DecodeMemory) -> MemoryPlan:
-    parts = rung.choice, rung.blocks, rung.host, rung.denoise, rung.times
+def _plan(
+    model: ModelFootprint, work: WorkSize, limits: Limits, candidate: Candidate, decode: DecodeMemory
+) -> MemoryPlan:
+    parts = candidate.choice, candidate.blocks, candidate.host, candidate.denoise, candidate.times
     return MemoryPlan(model, work, limits, *parts, decode)
 
 
@@ -137,7 +151,7 @@ def _decode_bytes(model: ModelFootprint, vae: VaeFootprint, work: WorkSize, limi
 
 def _leanest_bytes(model: ModelFootprint, work: WorkSize, limits: Limits) -> int:
     """The smallest peak of any plan for this work."""
-    denoise = min(rung.denoise.total for rung in ladder(model, work, limits))
+    denoise = min(candidate.denoise.total for candidate in candidates(model, work, limits))
     if model.vae is None:
         return denoise
     return max(denoise, _decode_bytes(model, model.vae, work, limits, TILES[-1]))
@@ -155,10 +169,10 @@ def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:
         )
 
 
-def _check_ram(model: ModelFootprint, rung: Rung, limits: Limits) -> None:
-    if not rung.host.from_disk or limits.ram_budget_bytes is None:
+def _check_ram(model: ModelFootprint, candidate: Candidate, limits: Limits) -> None:
+    if not candidate.host.from_disk or limits.ram_budget_bytes is None:
         return
-    num_buffers = MIN_STAGING if rung.blocks.num_streamed else 1  # residents are read one after the other
+    num_buffers = MIN_STAGING if candidate.blocks.num_streamed else 1  # residents are read one after the other
     needed = num_buffers * max(model.block_bytes) + RAM_MARGIN_BYTES
     if needed > limits.ram_budget_bytes:
         smallest = _round_up(needed)

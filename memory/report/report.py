@@ -216,7 +216,7 @@ class MemoryMonitor:
                 )
 
 
-def others_bytes(device: torch.device) -> int:
+def outside_bytes(device: torch.device) -> int:
     """VRAM that PyTorch did not allocate here: other processes' and this one's context."""
     if device.type != "cuda":
         return 0

@@ -1,4 +1,4 @@
-"""How blocks travelled: totals of a whole run, and its last passes lane by lane."""
+"""How blocks travelled: totals of a whole run, and its last passes stream by stream."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CopyTimes:
 
     @classmethod
     def of(cls, copies: Sequence[Interval], computes: Sequence[Interval], passes: Sequence[Interval]) -> CopyTimes:
-        """From what each lane did when; copies between passes are nobody's stall."""
+        """From what each stream did when; copies between passes are nobody's stall."""
         exposed = subtract(copies, computes)
         return cls(length(copies), length(exposed), length(intersect(exposed, passes)))
 
@@ -54,7 +54,7 @@ class CopyTimes:
 
 
 class StreamLog:
-    """Takes the spans of timed lanes (`add`), in the order of each lane.
+    """Takes the spans of timed streams (`add`), in the order of each stream.
 
     Totals are of all of them; `copies`, `stalls` and `passes` are those of the last passes, however long a run is. A
     pass runs from its first block to its last.
@@ -77,11 +77,11 @@ class StreamLog:
         """Count these in."""
         for span in spans:
             interval = span.begin, span.end
-            if span.lane == "copy":
+            if span.kind == "copy":
                 self.copies.append(interval)
                 self._bytes_streamed += span.nbytes
                 continue
-            if span.lane == "stall":  # the first thing noted of a block
+            if span.kind == "stall":  # the first thing noted of a block
                 self.stalls.append(interval)
                 if span.block <= self._last_block or not self.passes:
                     self._begin_pass(interval)

@@ -1,4 +1,4 @@
-"""A run as a picture: the memory curve under its budget, and the copy and compute lanes of one pass."""
+"""A run as a picture: the memory curve under its budget, and the copy and compute streams of one pass."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def draw_timeline(report: RunReport) -> bytes:
     """The report as a PNG of 1200 x 600 pixels."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    memory, lanes = figure.subplots(2, 1, gridspec_kw={"height_ratios": (3, 2)})
+    memory, streams = figure.subplots(2, 1, gridspec_kw={"height_ratios": (3, 2)})
     _draw_memory(memory, report)
-    _draw_lanes(lanes, report)
+    _draw_streams(streams, report)
     png = BytesIO()
     canvas.print_png(png)
     return png.getvalue()
@@ -48,7 +48,7 @@ def _draw_memory(axes: Axes, report: RunReport) -> None:
     axes.legend(loc="lower right", fontsize=8)
 
 
-def _draw_lanes(axes: Axes, report: RunReport) -> None:
+def _draw_streams(axes: Axes, report: RunReport) -> None:
     axes.set_yticks((1, 0), ("copy", "compute"))
     axes.set_ylim(-0.5, 1.5)
     if report.stream is None or not report.passes:

@@ -127,7 +127,7 @@ class DiskBlocks:
             staging.close()
 
     def release(self) -> None:
-        """Free everything and close the files; again is harmless. Unload the streamer first."""
+        """Free everything and close the files; calling it again does nothing. Unload the streamer first."""
         self.pause()
         self._reader.close()
 

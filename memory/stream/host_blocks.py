@@ -152,7 +152,7 @@ class HostBlocks:
             self._pinned.discard(index)
 
     def release(self) -> None:
-        """Unpin and free everything; again is harmless. Unload the streamer first."""
+        """Unpin and free everything; calling it again does nothing. Unload the streamer first."""
         self.unpin()
         self.extents.clear()
         self._areas.clear()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import align
-from .streams import BlockEvents, Lanes, lanes_for
+from .streams import BlockEvents, Streams, streams_for
 
 
 class RingUser(Protocol):
@@ -56,16 +56,16 @@ def plan_ring(sizes: Sequence[int], capacity: int) -> RingSchedule:
 
 
 class DeviceRing:
-    """The ring's memory and its lanes; several streamers may share one, a single one owns it at a time."""
+    """The ring's memory and its streams; several streamers may share one, a single one owns it at a time."""
 
-    def __init__(self, nbytes: int, device: torch.device, lanes: Lanes | None = None) -> None:
+    def __init__(self, nbytes: int, device: torch.device, streams: Streams | None = None) -> None:
         self.nbytes = align(nbytes)
         self.device = device
-        self.lanes = lanes_for(device) if lanes is None else lanes
+        self.streams = streams_for(device) if streams is None else streams
         self._flat: Tensor | None = None
         self._users: weakref.WeakSet[RingUser] = weakref.WeakSet()
         self._owner: weakref.ref[RingUser] | None = None
-        self._handover: BlockEvents = self.lanes.events(-1)
+        self._handover: BlockEvents = self.streams.events(-1)
         self._settled = True  # False: an interrupt cut a handover off
 
     def attach(self, user: RingUser) -> Tensor:
@@ -76,7 +76,7 @@ class DeviceRing:
         return self._flat
 
     def detach(self, user: RingUser) -> None:
-        """Forget a user; the memory goes with the last one. The caller has waited for its lanes."""
+        """Forget a user; the memory goes with the last one. The caller has waited for its streams."""
         self._users.discard(user)
         if self._owner is not None and self._owner() in (user, None):
             self._owner = None
@@ -91,10 +91,10 @@ class DeviceRing:
         self._settled = False
         if owner is not None and owner is not user:
             owner.lose_ring()
-        # One event covers all that the compute lane has been given so far: the last owner's blocks, and
+        # One event covers all that the compute stream has been given so far: the last owner's blocks, and
         # whatever used this memory before it was the ring's.
-        self.lanes.record_free(self._handover)
-        self.lanes.after_compute(self._handover)
+        self.streams.record_free(self._handover)
+        self.streams.after_compute(self._handover)
         self._owner = weakref.ref(user)
         self._settled = True
 

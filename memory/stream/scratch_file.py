@@ -26,7 +26,7 @@ PREFIX = ".lowvram-video-"
 NEW_SECONDS = 60  # so long nobody takes a folder for one that was left behind: its lock may be about to come
 
 
-class Spool:
+class ScratchFile:
     """A source whose every large tensor lies in a file; those that lay in none are in a temporary one until `close`.
 
     It is put into `home` where that has room and can be written to, else to temporary files, which are often memory.
@@ -63,7 +63,7 @@ class Spool:
         self._source.read_into(name, out)
 
     def close(self) -> None:
-        """Delete the temporary file; again is harmless. What reads from it must be closed first."""
+        """Delete the temporary file; calling it again does nothing. What reads from it must be closed first."""
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()

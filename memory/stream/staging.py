@@ -82,9 +82,9 @@ class Staging:
         return sum(buffer.extent.numel() for buffer in self._buffers if buffer.pinned)
 
     def start(self) -> None:
-        """Begin to read; harmless when already begun."""
+        """Begin to read; does nothing when already begun."""
         # An interrupt may have struck between `take` and `sent`. The copies it cut off, if any were issued,
-        # are still ahead of all later ones on the copy lane and their target was never declared valid, so
+        # are still ahead of all later ones on the copy stream and their target was never declared valid, so
         # the buffer can be filled again at once.
         for buffer in self._buffers:
             if buffer.taken:
@@ -126,7 +126,7 @@ class Staging:
         self.start()
 
     def close(self) -> None:
-        """Stop the threads, wait for the copies, free the memory; again is harmless."""
+        """Stop the threads, wait for the copies, free the memory; calling it again does nothing."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         while self._buffers:
             buffer = self._buffers[-1]

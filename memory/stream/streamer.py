@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .layout import BlockLayout, LayoutError, Part, bind, unbind
 from .ring import DeviceRing, RingSchedule, plan_ring
 from .staging import Fence
-from .streams import BlockEvents, Lanes, lanes_for
+from .streams import BlockEvents, Streams, streams_for
 
 
 class BlockSource(Protocol):
@@ -76,8 +76,8 @@ class BlockStreamer:
         self._ring = ring
         self._schedule = self._plan(ring)
         self._position = {index: position for position, index in enumerate(self._streamed)}
-        self._lanes: Lanes = ring.lanes if ring is not None else lanes_for(device)
-        self._events: list[BlockEvents] = [self._lanes.events(index) for index in range(len(self._blocks))]
+        self._streams: Streams = ring.streams if ring is not None else streams_for(device)
+        self._events: list[BlockEvents] = [self._streams.events(index) for index in range(len(self._blocks))]
         self._memory: list[Tensor] = []  # the residents' bytes
         self._flat: Tensor | None = None  # the ring's bytes
         self._loaded = False
@@ -92,12 +92,12 @@ class BlockStreamer:
         return self._schedule.depth
 
     @property
-    def lanes(self) -> Lanes:
-        """The device's lanes; TimedLanes tell what ran when."""
-        return self._lanes
+    def streams(self) -> Streams:
+        """The device's streams; TimedStreams tell what ran when."""
+        return self._streams
 
     def load(self) -> None:
-        """Allocate, upload the residents, bind all parameters; again is harmless."""
+        """Allocate, upload the residents, bind all parameters; calling it again does nothing."""
         if self._loaded:
             return
         try:
@@ -111,11 +111,11 @@ class BlockStreamer:
         self._loaded = True
 
     def unload(self) -> None:
-        """Wait for the device and free its memory; parameters go back to meta. Again is harmless."""
+        """Wait for the device and free its memory; parameters go back to meta. Calling it again does nothing."""
         self._loaded = False
         try:
             self._close_pass()
-            self._lanes.synchronize()
+            self._streams.synchronize()
         finally:
             self._pause_source()
             for block, layout in zip(self._blocks, self._source.layouts, strict=True):
@@ -148,7 +148,7 @@ class BlockStreamer:
         self._reset()
 
     def __call__(self, blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
-        """Yield each block when the compute lane may use it, in order.
+        """Yield each block when the compute stream may use it, in order.
 
         Raises ValueError for a block that is not this streamer's and StreamerError when it is not loaded.
         """
@@ -192,7 +192,7 @@ class BlockStreamer:
         self._in_use = index
         if position is not None:
             self._window = (position + 1) % len(self._streamed), max(ahead - 1, 0)
-        self._lanes.wait_ready(self._events[index])
+        self._streams.wait_ready(self._events[index])
 
     def _release(self) -> None:
         self._free_in_use()
@@ -208,7 +208,7 @@ class BlockStreamer:
         position = self._position.get(self._in_use)
         if position is not None:
             self._used[position] = True
-        self._lanes.record_free(self._events[self._in_use])
+        self._streams.record_free(self._events[self._in_use])
         self._in_use = None
 
     def _fill_ring(self) -> None:
@@ -238,9 +238,9 @@ class BlockStreamer:
         region = self._region(position)
         pairs = [(region[at : at + host.numel()], host) for host, at in pieces]
         events = self._events[index]
-        # The copy lane keeps its order, so an event that one copy has waited for is past for all later ones.
+        # The copy stream keeps its order, so an event that one copy has waited for is past for all later ones.
         after = [self._events[self._streamed[other]] for other in others if self._used[other]]
-        self._lanes.copy(pairs, after, events)
+        self._streams.copy(pairs, after, events)
         for other in others:
             self._used[other] = False
         self._held[position] = True

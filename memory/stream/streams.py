@@ -1,4 +1,4 @@
-"""The two lanes of a device: copies on one, compute on the other, ordered by events alone."""
+"""The two streams of a device: copies on one, compute on the other, ordered by events alone."""
 
 import time
 from collections import deque
@@ -15,36 +15,36 @@ NOTES_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class BlockEvents:
-    """A block's two events, made once; opaque to all but the lanes that made them."""
+    """A block's two events, made once; opaque to all but the streams that made them."""
 
     block: int
-    ready: Any  # recorded on the copy lane: the bytes are there
-    free: Any  # recorded on the compute lane: the bytes are no longer needed
+    ready: Any  # recorded on the copy stream: the bytes are there
+    free: Any  # recorded on the compute stream: the bytes are no longer needed
 
 
-class Lanes(Protocol):
+class Streams(Protocol):
     """The device operations of a streamer. None of them makes the host wait, except `synchronize`."""
 
     def events(self, block: int) -> BlockEvents:
         """Make the events of a block; set-up only."""
 
     def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
-        """On the copy lane: wait until `after` are free, copy, record `ready`."""
+        """On the copy stream: wait until `after` are free, copy, record `ready`."""
 
     def wait_ready(self, events: BlockEvents) -> None:
-        """The compute lane waits for the block's bytes."""
+        """The compute stream waits for the block's bytes."""
 
     def record_free(self, events: BlockEvents) -> None:
-        """Record on the compute lane that all work given to it so far has used the block."""
+        """Record on the compute stream that all work given to it so far has used the block."""
 
     def after_compute(self, events: BlockEvents) -> None:
-        """The copy lane waits for a `free` event."""
+        """The copy stream waits for a `free` event."""
 
     def synchronize(self) -> None:
-        """The host waits until both lanes are empty."""
+        """The host waits until both streams are empty."""
 
 
-class CudaLanes:
+class CudaStreams:
     """A copy stream of our own beside whatever stream is current when a block is used."""
 
     def __init__(self, device: torch.device) -> None:
@@ -82,9 +82,9 @@ class CudaLanes:
 
 @dataclass(frozen=True)
 class Span:
-    """What a lane did from when to when, in seconds of `time.perf_counter`, whichever lanes did it."""
+    """What a stream did from when to when, in seconds of `time.perf_counter`, whichever streams did it."""
 
-    lane: str  # "copy", "compute", or "stall": the compute lane waiting for a copy
+    kind: str  # "copy", "compute", or "stall": the compute stream waiting for a copy
     block: int
     begin: float
     end: float
@@ -97,15 +97,15 @@ SpanSink = Callable[[Sequence[Span]], None]
 class _Note(NamedTuple):
     """A span to be, once the device has passed its events."""
 
-    lane: str
+    kind: str
     block: int
     begin: torch.cuda.Event
     end: torch.cuda.Event
     nbytes: int = 0
 
 
-class TimedLanes(CudaLanes):
-    """CudaLanes that tell `on_spans` when each copy and each block's compute began and ended.
+class TimedStreams(CudaStreams):
+    """CudaStreams that tell `on_spans` when each copy and each block's compute began and ended.
 
     Every use of a block makes new events. Those that the device has passed are read some hundred at a time, the last
     ones by `synchronize`: the host waits for none of them elsewhere.
@@ -165,7 +165,7 @@ class TimedLanes(CudaLanes):
         def when(event: torch.cuda.Event) -> float:
             return seconds + known.elapsed_time(event) / 1e3
 
-        self._on_spans([Span(note.lane, note.block, when(note.begin), when(note.end), note.nbytes) for note in passed])
+        self._on_spans([Span(note.kind, note.block, when(note.begin), when(note.end), note.nbytes) for note in passed])
         # a near one: times since an event are of single precision
         self._known, self._known_seconds = passed[-1].end, when(passed[-1].end)
 
@@ -182,8 +182,8 @@ class _Done:
         return
 
 
-class InlineLanes:
-    """Lanes of a device without streams (the CPU): a copy is done when it is asked for."""
+class InlineStreams:
+    """Streams of a device without streams (the CPU): a copy is done when it is asked for."""
 
     def events(self, block: int) -> BlockEvents:
         return BlockEvents(block, _Done(), _Done())
@@ -205,8 +205,8 @@ class InlineLanes:
         return
 
 
-def lanes_for(device: torch.device, on_spans: SpanSink | None = None) -> Lanes:
-    """The lanes of a device; on CUDA `on_spans` is told what ran when."""
+def streams_for(device: torch.device, on_spans: SpanSink | None = None) -> Streams:
+    """The streams of a device; on CUDA `on_spans` is told what ran when."""
     if device.type != "cuda":
-        return InlineLanes()
-    return CudaLanes(device) if on_spans is None else TimedLanes(device, on_spans)
+        return InlineStreams()
+    return CudaStreams(device) if on_spans is None else TimedStreams(device, on_spans)

@@ -12,7 +12,7 @@ from .host_blocks import HostBlocks, PinnedBudget
 from .layout import TensorSource, align, bind, layout_blocks, unbind
 
 
-class Lender:
+class TransientWeights:
     """Brings modules to the device for the length of a `with` block, into bytes that are spare at that moment.
 
     `modules` by their full names. The copies run on the stream that computes, so the bytes may be reused behind it
@@ -49,5 +49,5 @@ class Lender:
                 unbind(module, self._host.layouts[index])
 
     def release(self) -> None:
-        """Give the host memory back; again is harmless."""
+        """Give the host memory back; calling it again does nothing."""
         self._host.release()

@@ -110,7 +110,7 @@ class WanModel(Transformer):
             grid = (grid[0] + 1, *grid[1:])
         num_rows = latent.shape[0] * math.prod(grid)
         work = self.workspace(num_rows, latent.device)
-        with self.lend((self.time_embedding, self.time_projection), work.pool):
+        with self.bring((self.time_embedding, self.time_projection), work.pool):
             time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
         groups = RowGroups(num_rows // time.shape[0])
         rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
@@ -171,9 +171,9 @@ class WanModel(Transformer):
         dtype = self.execution.dtype
         image = None
         if self.img_emb is not None and image_tokens is not None:
-            with self.lend((self.img_emb,), None):
+            with self.bring((self.img_emb,), None):
                 image = self.img_emb(image_tokens.to(dtype).reshape(text.shape[0], -1, image_tokens.shape[-1]))
-        with self.lend((self.text_embedding,), None):
+        with self.bring((self.text_embedding,), None):
             return Context(self.text_embedding(text.to(dtype)), image)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:

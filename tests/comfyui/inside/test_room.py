@@ -173,7 +173,7 @@ def test_loading_is_within_the_budget_too(models: Path, monkeypatch: pytest.Monk
 
 def test_what_others_hold_is_not_the_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours(save(models, "t2v"))
-    monkeypatch.setattr(run_record, "others_bytes", lambda device: 2 * GIB)
+    monkeypatch.setattr(run_record, "outside_bytes", lambda device: 2 * GIB)
     record = model.engine.record
     sample(model, *prompts(), empty_latent(), steps=1)
     assert model.engine.report.other_bytes == 0, "there is no card"

@@ -1,10 +1,10 @@
-"""Weights lent for a moment: the same results, in bytes that were spare, and gone afterwards."""
+"""Weights brought for a moment: the same results, in bytes that were spare, and gone afterwards."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.memory.stream.transient_weights import Lender
+from lowvram_video.memory.stream.transient_weights import TransientWeights
 from lowvram_video.wanvideo.checkpoint import load_wan, open_wan
 from lowvram_video.wanvideo.streamed import StreamedWan
 
@@ -23,28 +23,28 @@ def test_a_model_whose_embeddings_are_lent_computes_the_same(tmp_path: Path, var
     timestep = torch.tensor([400.0])
     want = model(latent, timestep, text, image)
     _, checkpoint = open_wan(path)
-    modules = {name: part for name in StreamedWan.parts.lendable if (part := getattr(model, name)) is not None}
-    lender = Lender(checkpoint, modules, CPU, None)
+    modules = {name: part for name in StreamedWan.parts.transient if (part := getattr(model, name)) is not None}
+    weights = TransientWeights(checkpoint, modules, CPU, None)
     for part in modules.values():
         part.to("meta")
-    model.lend = lender
+    model.bring = weights
     assert torch.equal(model(latent, timestep, text, image), want)
     assert all(p.is_meta for part in modules.values() for p in part.parameters())
-    lender.release()
+    weights.release()
 
 
 def test_spare_bytes_are_used_and_missing_ones_allocated(tmp_path: Path) -> None:
     path = tiny.save_wan(tmp_path / "wan.safetensors")
     model = load_wan(path)
     _, checkpoint = open_wan(path)
-    lender = Lender(checkpoint, {"time_embedding": model.time_embedding}, CPU, None)
+    weights = TransientWeights(checkpoint, {"time_embedding": model.time_embedding}, CPU, None)
     want = checkpoint.read("time_embedding.2.weight")
     spare = torch.zeros(1 << 20, dtype=torch.uint8)
-    with lender((model.time_embedding,), spare):
+    with weights((model.time_embedding,), spare):
         weight = model.time_embedding[2].weight
         assert spare.data_ptr() <= weight.data_ptr() < spare.data_ptr() + spare.numel()
         assert torch.equal(weight, want)
-    with lender((model.time_embedding,), spare[:100]):
+    with weights((model.time_embedding,), spare[:100]):
         assert torch.equal(model.time_embedding[2].weight, want)
 
 
@@ -53,8 +53,8 @@ def test_spare_bytes_of_an_inference_tensor_serve_too(tmp_path: Path) -> None:
     path = tiny.save_wan(tmp_path / "wan.safetensors")
     model = load_wan(path)
     _, checkpoint = open_wan(path)
-    lender = Lender(checkpoint, {"time_embedding": model.time_embedding}, CPU, None)
-    with lender((model.time_embedding,), torch.zeros(1 << 20, dtype=torch.uint8)):
+    weights = TransientWeights(checkpoint, {"time_embedding": model.time_embedding}, CPU, None)
+    with weights((model.time_embedding,), torch.zeros(1 << 20, dtype=torch.uint8)):
         assert torch.equal(model.time_embedding[0].bias, checkpoint.read("time_embedding.0.bias"))
 
 
@@ -62,7 +62,7 @@ def test_an_error_in_between_takes_the_weights_back(tmp_path: Path) -> None:
     path = tiny.save_wan(tmp_path / "wan.safetensors")
     model = load_wan(path)
     _, checkpoint = open_wan(path)
-    lender = Lender(checkpoint, {"text_embedding": model.text_embedding}, CPU, None)
-    with pytest.raises(KeyboardInterrupt), lender((model.text_embedding,), None):
+    weights = TransientWeights(checkpoint, {"text_embedding": model.text_embedding}, CPU, None)
+    with pytest.raises(KeyboardInterrupt), weights((model.text_embedding,), None):
         raise KeyboardInterrupt
     assert model.text_embedding[0].weight.is_meta

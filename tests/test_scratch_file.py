@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_video.memory.stream.layout import layout_block
-from lowvram_video.memory.stream.scratch_file import Spool
+from lowvram_video.memory.stream.scratch_file import ScratchFile
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.lora.merged_source import MergedSource
 from safetensors.torch import save_file
@@ -42,7 +42,7 @@ def test_an_interrupt_stops_it_between_tensors_and_leaves_nothing(source: Merged
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        Spool(source, [layout_block(source, "block", NAMES)], tmp_path, check)
+        ScratchFile(source, [layout_block(source, "block", NAMES)], tmp_path, check)
     assert len(asked) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
@@ -53,13 +53,13 @@ def test_it_says_how_far_it_is(
     layouts = [layout_block(source, "block", NAMES)]
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stderr", stream)
-        spool = Spool(source, layouts, tmp_path)
+        scratch_file = ScratchFile(source, layouts, tmp_path)
         shown = stream.getvalue()
         assert ("weights:" in shown and "/16.8M" in shown) if stream.isatty() else shown == ""
         assert f"0.02 GiB of weights are made for streaming and put into {tmp_path}" in caplog.text
         caplog.clear()
-        info = spool.tensors["block.1.weight"]
+        info = scratch_file.tensors["block.1.weight"]
         raw = info.file.read_bytes()[info.offset : info.offset + info.nbytes]
         made: Tensor = torch.frombuffer(bytearray(raw), dtype=torch.float32)
         assert bool((made == 2).all())
-        spool.close()
+        scratch_file.close()

@@ -1,14 +1,14 @@
-"""Lanes of the CPU that tell what ran when, as those of a GPU do."""
+"""Streams of the CPU that tell what ran when, as those of a GPU do."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
 
-from lowvram_video.memory.stream.streams import BlockEvents, InlineLanes, Pair, Span, SpanSink
+from lowvram_video.memory.stream.streams import BlockEvents, InlineStreams, Pair, Span, SpanSink
 
 
-class TimedInlineLanes(InlineLanes):
+class TimedInlineStreams(InlineStreams):
     """Tells `on_spans` when it is waited for."""
 
     def __init__(self, on_spans: SpanSink) -> None:
