@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import InputImpl, io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..framepack.request import SAMPLERS
 from ..framepack.run.run import FramePackRun
@@ -137,7 +138,9 @@ class FramePackSampler(io.ComfyNode):
         vae = request.vae if sampling.one_frame is None else None
         places = run_places(vae, request.resume, request.filename_prefix)
         with FramePackRun.open(ComfyRunHost(request.patcher, vae), sampling, request.material(), places) as run:
-            made, film = {"samples": request.latents.made(run.make())}, run.output
+            made, film = {"samples": request.patcher.model.process_latent_out(run.make())}, run.output
         if not isinstance(film, Film):
-            return io.NodeOutput(made, host.nothing(NO_VIDEO))
-        return io.NodeOutput(made, host.video(film.path), ui=ui.PreviewVideo([host.saved_result(film.path)]))
+            return io.NodeOutput(made, ExecutionBlocker(NO_VIDEO))
+        return io.NodeOutput(
+            made, InputImpl.VideoFromFile(str(film.path)), ui=ui.PreviewVideo([host.saved_result(film.path)])
+        )

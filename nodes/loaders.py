@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from comfy_api.latest import io
 
@@ -11,11 +9,9 @@ from ..attention.select import ATTENTION_MODES
 from ..runtime.settings import RunSettings
 from ..runtime.turns import Turns
 from ..weights.linear.compute import QUANTIZATIONS
-from .bridge import host, native_framepack
-from .bridge import native_wan as native
-from .bridge.engine import Engine
+from .bridge import host, native_framepack, native_wan
 from .bridge.framepack_engine import FramePackEngine
-from .bridge.patcher import StreamedModelPatcher
+from .bridge.patcher import make_patcher
 from .bridge.wan_engine import WanEngine
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,7 +49,7 @@ class LoadWanModel(io.ComfyNode):
     def execute(cls, model_name: str, compute_dtype: str, attention_mode: str, quantization: str) -> io.NodeOutput:
         settings = _settings(compute_dtype, attention_mode, quantization)
         engine = WanEngine(host.model_path(model_name), settings, TURNS)
-        return io.NodeOutput(_patcher(native.make_model(engine), engine))
+        return io.NodeOutput(make_patcher(native_wan.make_model(engine)))
 
 
 class LoadFramePackModel(io.ComfyNode):
@@ -93,7 +89,7 @@ class LoadFramePackModel(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = _settings(compute_dtype, attention_mode, quantization)
         engine = FramePackEngine(host.model_path(model_name), settings, model_type, TURNS)
-        return io.NodeOutput(_patcher(native_framepack.make_model(engine), engine))
+        return io.NodeOutput(make_patcher(native_framepack.make_model(engine)))
 
 
 def _settings(compute_dtype: str, attention_mode: str, quantization: str) -> RunSettings:
@@ -103,10 +99,6 @@ def _settings(compute_dtype: str, attention_mode: str, quantization: str) -> Run
         attention_mode=attention_mode,
         quantization=quantization,
     )
-
-
-def _patcher(model: Any, engine: Engine[Any]) -> StreamedModelPatcher:
-    return StreamedModelPatcher(model, engine.device, host.offload_device(), engine.total_bytes)
 
 
 def _compute_inputs() -> list[io.Input]:

@@ -50,7 +50,7 @@ class Engine(Generic[S]):
     plan_note = ""  # said with every plan that is shown
 
     def __init__(self, open_model: Callable[..., S], path: Path, settings: RunSettings, turns: Turns | None = None):
-        settings = replace(settings, pinned_memory=host.memory_flags().may_pin)
+        settings = replace(settings, pinned_memory=host.may_pin())
         registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
         self.streamed: S = open_model(path, settings, registrar, host.stop_if_interrupted)
         if turns is not None:
@@ -195,28 +195,20 @@ class Engine(Generic[S]):
 
     def _limits(self, options: StreamOptions, device: torch.device) -> Limits:
         """All but the budget of VRAM."""
-        flags = host.memory_flags()
-        swap = options.blocks_to_swap
-        if swap < 0 and (flags.keep_all or flags.stream_all):
-            swap = 0 if flags.keep_all else len(self.streamed.blocks)
-        execution = self.streamed.model.execution
+        swap, execution = options.blocks_to_swap, self.streamed.model.execution
         limits = limits_for(
             device,
             vram_budget_gib=0.0,
             ram_budget_gib=self._ram_budget(options),
-            blocks_to_swap=swap,
+            blocks_to_swap=host.blocks_to_swap(len(self.streamed.blocks)) if swap < 0 else swap,
             num_slots=options.prefetch + 1 if options.prefetch else None,
             fused=execution.ops.name != "eager",
             sage_attention=execution.attention.name == "sageattn",
             measure=False,
         )
-        pinned_cap = 0
-        if options.pinned_memory and flags.may_pin:
-            pinned_cap = host.pinned_room() + self._holder.pinned_bytes
-        limits = replace(limits, pinned_cap_bytes=pinned_cap)
-        if self.device.type != "cuda":
-            return limits
-        if self._rates is None:
+        may_pin = options.pinned_memory and host.may_pin()
+        limits = replace(limits, pinned_cap_bytes=host.pinned_room() + self._holder.pinned_bytes if may_pin else 0)
+        if self._rates is None and self.device.type == "cuda":
             self._rates = measure_rates(self.device)
         return with_rates(limits, self._rates)
 
@@ -245,9 +237,13 @@ class Engine(Generic[S]):
         if giver is not None:  # before the plan: what it has of the device is free then
             giver.make_way()
         if self.options.vram_budget_gb:
-            host.unload_others(self._owner(), self.device)
-            host.empty_cache()  # what earlier nodes left in PyTorch's cache counts against the budget
+            self.evict_others()
         self._apply_patches()
+
+    def evict_others(self) -> None:
+        """Have all other models leave the device, and PyTorch's cache, where earlier nodes left something."""
+        host.unload_others(self._owner(), self.device)
+        host.empty_cache()
 
     def start(self, plan: MemoryPlan) -> None:
         """Have the model on the device."""
@@ -318,5 +314,5 @@ class Engine(Generic[S]):
     def _tell_owner(self) -> None:
         owner: Any = self._owner()
         if owner is not None:
-            owner.device = self.device if self.streamed.started else host.offload_device()
+            owner.device = self.device if self.streamed.started else host.CPU
             owner.model_loaded_weight_memory = self.device_bytes

@@ -39,14 +39,8 @@ class FramePackEngine(Engine[StreamedFramePack]):
         """Free device memory, for a decoding between sections; the weights stay in host memory as they are."""
         self.streamed.stop()
         self._tell_owner()
-        if self.options.vram_budget_gb:  # others count against it, also where no section is made any more
-            host.unload_others(self._owner(), self.device)
-        host.empty_cache()
-
-    def evict_others(self) -> None:
-        """Have all other models leave the device, which had no memory left."""
-        host.unload_others(self._owner(), self.device)
-        host.empty_cache()
+        # others count against a budget, also where no section is made any more
+        self.evict_others() if self.options.vram_budget_gb else host.empty_cache()
 
     def vram_left(self) -> int | None:
         """Bytes that a budget given by hand leaves beside what PyTorch holds now; None without one."""

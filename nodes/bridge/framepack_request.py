@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,14 +64,10 @@ class SamplerInputs:
         given = patcher.options.vram_budget_gb
         return patcher.with_options(vram_budget_gb=min(budget, given) if given else budget)
 
-    @cached_property
-    def latents(self) -> NetworkLatents:
-        return NetworkLatents(self.patcher)
-
     def sampling(self) -> Sampling:
         return Sampling(
             seconds=self.total_second_length,
-            mode=_engine(self.patcher).streamed.mode,
+            mode=self.patcher.engine.streamed.mode,
             window=self.latent_window_size,
             num_steps=self.steps,
             sampler=self.sampler,
@@ -86,9 +82,9 @@ class SamplerInputs:
         )
 
     def material(self) -> Material:
-        latents, config = self.latents, _engine(self.patcher).streamed.config
-        start = latents.given(self.start_latent, 1)
-        initial, given = latents.given(self.initial_samples), latents.given(self.extend_samples)
+        config, latents = self.patcher.engine.streamed.config, partial(_network_latents, self.patcher.model)
+        start = latents(self.start_latent, 1)
+        initial, given = latents(self.initial_samples), latents(self.extend_samples)
         end = self.end_image or EndImageOptions(None, None, 1.0, "linear")
         sized = next((latent for latent in (start, given, initial) if latent is not None), None)
         size = self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
@@ -105,7 +101,7 @@ class SamplerInputs:
             prompts={name: _prompt(text, options) for name, text, options in prompts},
             negative=_prompt(*single_prompt_of(self.negative, "negative")) if self.negative else None,
             start=start,
-            end=latents.given(end.latent, 1),
+            end=latents(end.latent, 1),
             start_features=start_features,
             end_features=end_features,
             start_strength=end.start_strength,
@@ -117,28 +113,17 @@ class SamplerInputs:
         return material
 
 
-class NetworkLatents:
-    """Latents as ComfyUI has them and as the network does."""
-
-    def __init__(self, patcher: StreamedModelPatcher):
-        self._model = patcher.model
-
-    def given(self, latent: dict[str, Any] | None, num_frames: int | None = None) -> Tensor | None:
-        """The network's fp32 latents `[1, 16, T, h, w]` on the CPU; of a picture, one frame."""
-        if latent is None:
-            return None
-        samples: Tensor = latent["samples"]
-        if samples.ndim != 5 or samples.shape[1] != 16:
-            raise ValueError(
-                f"a latent has the shape {list(samples.shape)}; FramePack takes [1, 16, frames, height, width]: encode "
-                "with hunyuan_video_vae"
-            )
-        samples = self._model.process_latent_in(samples[:1].float().cpu())
-        return samples if num_frames is None else samples[:, :, :num_frames]
-
-    def made(self, samples: Tensor) -> Tensor:
-        """The network's latents as ComfyUI's."""
-        return self._model.process_latent_out(samples)
+def _network_latents(model: Any, latent: dict[str, Any] | None, num_frames: int | None = None) -> Tensor | None:
+    """The network's fp32 latents `[1, 16, T, h, w]` on the CPU, of ComfyUI's; of a picture, one frame."""
+    if latent is None:
+        return None
+    samples: Tensor = latent["samples"]
+    if samples.ndim != 5 or samples.shape[1] != 16:
+        raise ValueError(
+            f"a latent has the shape {list(samples.shape)}; FramePack takes [1, 16, frames, height, width]: encode "
+            "with hunyuan_video_vae"
+        )
+    return model.process_latent_in(samples[:1].float().cpu())[:, :, :num_frames]
 
 
 def framepack_model(model: Any) -> StreamedModelPatcher:
@@ -146,10 +131,6 @@ def framepack_model(model: Any) -> StreamedModelPatcher:
     if isinstance(model, StreamedModelPatcher) and isinstance(model.engine, FramePackEngine):
         return model
     raise ValueError(f"FramePack Sampler (Low VRAM) samples models of {LOADER}: load a FramePack file with that node")
-
-
-def _engine(patcher: StreamedModelPatcher) -> FramePackEngine:
-    return cast(FramePackEngine, patcher.engine)
 
 
 def _prompt(text: Tensor, options: dict[str, Any]) -> Prompt:

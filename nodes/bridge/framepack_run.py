@@ -22,7 +22,7 @@ from ...system.atomic_files import write_file
 from ...video.growing_video import Film
 from . import host
 from .framepack_engine import FramePackEngine
-from .hunyuan_vae import native_decoder, vae_fingerprint
+from .native_vae import native_decoder, vae_fingerprint
 from .patcher import StreamedModelPatcher
 from .patches import patch_identity
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
 import comfy.model_management as mm
 import comfy.utils
-import comfy.weight_adapter
 import folder_paths
 import latent_preview
 import torch
-from comfy_api.latest import InputImpl, io, ui
-from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...memory.stream.pinned import default_pinned_cap
@@ -59,14 +55,13 @@ def model_files(folder: str = MODEL_FOLDER, suffixes: tuple[str, ...] = MODEL_SU
 
 def model_path(name: str, folder: str = MODEL_FOLDER) -> Path:
     """Where the model file of this name is; ValueError where it is gone."""
-    for root in folder_paths.get_folder_paths(folder):
-        path = Path(root) / name
-        if path.is_file():
-            return path
-    raise ValueError(
-        f"{name} is in none of ComfyUI's {folder} folders: put it into models/{folder} and press R, "
-        "or choose another file"
-    )
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise ValueError(
+            f"{name} is in none of ComfyUI's {folder} folders: put it into models/{folder} and press R, "
+            "or choose another file"
+        )
+    return Path(path)
 
 
 def model_stamp(name: str | None, folder: str = MODEL_FOLDER) -> str:
@@ -97,16 +92,6 @@ def saved_result(path: Path) -> ui.SavedResult:
     return ui.SavedResult(path.name, "" if place == Path() else place.as_posix(), io.FolderType.output)
 
 
-def video(path: Path) -> Any:
-    """A VIDEO of the file."""
-    return InputImpl.VideoFromFile(str(path))
-
-
-def nothing(why: str) -> ExecutionBlocker:
-    """An output that is not made: nodes that want it do not run, and say why."""
-    return ExecutionBlocker(why)
-
-
 def temporary_path(name: str) -> Path:
     """A file in ComfyUI's temporary folder, which is emptied at each start."""
     folder = Path(folder_paths.get_temp_directory())
@@ -117,30 +102,26 @@ def temporary_path(name: str) -> Path:
 # --- devices and memory ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MemoryFlags:
-    """What ComfyUI's command line says about memory: `--highvram`, `--lowvram`/`--novram`, pinning."""
-
-    keep_all: bool
-    stream_all: bool
-    may_pin: bool
+CPU = torch.device("cpu")  # where idle models are
 
 
-def memory_flags() -> MemoryFlags:
-    return MemoryFlags(
-        keep_all=mm.vram_state == mm.VRAMState.HIGH_VRAM,
-        stream_all=mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM),
-        may_pin=mm.MAX_PINNED_MEMORY > 0,
-    )
+def blocks_to_swap(num_blocks: int) -> int:
+    """Blocks to stream by ComfyUI's command line: none under `--highvram`, all under `--lowvram` and `--novram`.
+
+    -1: it leaves that to the plan.
+    """
+    if mm.vram_state == mm.VRAMState.HIGH_VRAM:
+        return 0
+    return num_blocks if mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM) else -1
+
+
+def may_pin() -> bool:
+    return mm.MAX_PINNED_MEMORY > 0
 
 
 def compute_device() -> torch.device:
     """The device of `--cuda-device`, or the CPU under `--cpu`."""
     return mm.get_torch_device()
-
-
-def offload_device() -> torch.device:
-    return torch.device("cpu")
 
 
 def text_encoder_device() -> torch.device:
@@ -171,7 +152,7 @@ def reserved_vram() -> int:
 
 def free_ram() -> int:
     """Bytes of RAM that are free. ComfyUI sees the machine's also in a container that may take less."""
-    return min(int(mm.get_free_memory(torch.device("cpu"))), available_ram_bytes())
+    return min(int(mm.get_free_memory(CPU)), available_ram_bytes())
 
 
 def empty_cache() -> None:
@@ -205,10 +186,10 @@ class HostRegistrar:
             mm.unpin_memory(extent)
 
 
-def make_room(bytes_needed: int, device: torch.device, keep: Iterable[Any] = ()) -> None:
+def make_room(bytes_needed: int, device: torch.device) -> None:
     """Have ComfyUI evict other models until so many bytes are free."""
     if device.type != "cpu":
-        mm.free_memory(bytes_needed + reserved_vram(), device, keep_loaded=list(keep))
+        mm.free_memory(bytes_needed + reserved_vram(), device)
 
 
 def unload_others(model: object, device: torch.device) -> None:
@@ -282,40 +263,3 @@ class Progress:
     def update(self, done: int, total: int) -> None:
         stop_if_interrupted()
         self._bar.update_absolute(done, total)
-
-
-def merge_patches(patches: list[Any], weight: Tensor, key: str) -> Tensor:
-    """ComfyUI's weight patches (LoRA and others) applied to a weight, in fp32."""
-    return comfy.lora.calculate_weight(patches, weight.float(), key)
-
-
-@dataclass(frozen=True)
-class LowRankPatch:
-    """A weight patch that is a plain LoRA: `weight += up [out, rank] @ down [rank, in] * scale * strength`."""
-
-    up: Tensor
-    down: Tensor
-    scale: float
-    strength: float
-
-
-def low_rank_patch(patch: Any) -> LowRankPatch | None:
-    """What a ModelPatcher's patch is, where it is a plain LoRA of a whole matrix."""
-    strength, value, strength_model, offset, function = patch
-    if not isinstance(value, comfy.weight_adapter.LoRAAdapter):  # LoHa, LoKr, OFT, a difference ...
-        return None
-    up, down, alpha, middle, magnitude, reshape = value.weights
-    parts = (offset, function, middle, magnitude, reshape)
-    if strength_model != 1.0 or any(part is not None for part in parts) or up.ndim != 2 or down.ndim != 2:
-        return None
-    return LowRankPatch(up, down, 1.0 if alpha is None else alpha / down.shape[0], strength)
-
-
-def lora_patch(up: Tensor, down: Tensor, alpha: float, magnitude: Tensor | None = None) -> Any:
-    """ComfyUI's patch of a weight by a LoRA, or with a magnitude (`[out, 1]` or `[1, in]`) by a DoRA."""
-    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, magnitude, None))
-
-
-def difference_patch(difference: Tensor) -> Any:
-    """ComfyUI's patch of a tensor by a difference of its shape."""
-    return "diff", (difference,)

@@ -6,21 +6,19 @@ have the official names, so LoRA keys fit, and lie on the meta device but while 
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import comfy.ldm.common_dit
 import comfy.model_base
-import comfy.model_detection
 import comfy.patcher_extension
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...wanvideo.network.config import WanConfig
 from ...wanvideo.network.embeddings import AxisPositions
 from ...wanvideo.network.model import Extras
 from .block_patches import BlockPatches, check_patches
-from .engine import Engine
+from .native_model import NativeModel, core_model
 from .wan_engine import WanEngine
 
 # Core's estimate of activations, from which it frees VRAM and batches prompts, is for its own model.
@@ -30,32 +28,13 @@ ACTIVATION_SHARE = 0.4
 def make_model(engine: WanEngine) -> comfy.model_base.BaseModel:
     """ComfyUI's model of this variant around the engine's network."""
     config = engine.streamed.config
-    # core tells the variant from the same entries that it detects in a checkpoint
-    model_config = comfy.model_detection.model_config_from_unet_config(_core_config(config), {})
-    if model_config is None:
-        raise ValueError(
-            f"{engine.streamed.checkpoint.path.name}: this ComfyUI does not know a Wan model of type "
-            f"{config.model_type} with {config.in_channels} channels: update ComfyUI"
-        )
-    model_config.unet_config["disable_unet_model_creation"] = True
-    model_config.set_inference_dtype(engine.streamed.model.execution.dtype, None)
-    model = model_config.get_model({}, "")
-    model.diffusion_model = NativeWan(engine)
+    unknown = (
+        f"{engine.streamed.checkpoint.path.name}: this ComfyUI does not know a Wan model of type {config.model_type} "
+        f"with {config.in_channels} channels"
+    )
+    model = core_model(NativeWan(engine), _core_config(config), unknown)
     model.memory_usage_factor *= ACTIVATION_SHARE
-    model.eval().requires_grad_(False)
-    engine.owner = weakref.ref(model)
     return model
-
-
-class NativeModel(nn.Module):
-    """Our network where core has its own. Its children are the engine's own modules."""
-
-    def __init__(self, engine: Engine[Any]):
-        super().__init__()
-        self.engine = engine
-        self.dtype = engine.streamed.model.execution.dtype
-        for name, child in engine.streamed.model.named_children():
-            self.add_module(name, child)
 
 
 class NativeWan(NativeModel):

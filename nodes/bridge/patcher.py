@@ -7,7 +7,7 @@ when to give memory back. All clones share one model and one engine.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_base
 import comfy.model_patcher
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import host
 from .engine import Engine
-from .native_wan import NativeModel
+from .native_model import NativeModel
 from .options import StreamOptions
 
 WRAPPER_KEY = "lowvram"
@@ -58,9 +58,6 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # Sizes and places, as core asks for them
 
-    def is_dynamic(self) -> bool:
-        return False
-
     def model_size(self) -> int:
         """The most that we would hold on the device: core evicts other models for so much."""
         budget = int(self.options.vram_budget_gb * 2**30)
@@ -69,15 +66,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def loaded_size(self) -> int:
         return self.engine.device_bytes
 
-    def current_loaded_device(self) -> torch.device:
-        return self.load_device if self.engine.streamed.started else self.offload_device
-
     def get_free_memory(self, device: torch.device) -> float:
         """What core may count on when it batches prompts: the same before and after our weights are loaded."""
         return host.free_vram(device) + self.engine.device_bytes
-
-    def lowvram_patch_counter(self) -> int:
-        return 0
 
     # Loading and unloading
 
@@ -87,7 +78,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Make this clone the one that runs. What it may use is decided by the plan, at the first pass."""
         if force_patch_weights:  # older ComfyUIs ask for weights to save in no other way
             self.engine.unload()  # core no longer counts it among what is loaded
-            raise self._not_here()
+            self.get_key_patches()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(unpatch_weights=False)
             self.patch_model(load_weights=False)
@@ -113,21 +104,15 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # Weights, which are not where core would read them
 
-    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
-        raise self._not_here()
-
-    def state_dict_for_saving(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
-        raise self._not_here()
-
-    def model_state_dict_for_saving(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
-        raise self._not_here()
-
-    def _not_here(self) -> ValueError:
+    def get_key_patches(self, *arguments: Any, **named: Any) -> NoReturn:
+        """ValueError: they cannot be saved or merged."""
         name = self.engine.streamed.checkpoint.path.name
-        return ValueError(
+        raise ValueError(
             f"{name} was opened by the LowVRAM loader, whose weights are in memory only while it runs, so it cannot be "
             "saved or merged: load it with ComfyUI's own loader for that, or use lowvram-video convert"
         )
+
+    state_dict_for_saving = model_state_dict_for_saving = get_key_patches
 
     def set_injections(self, key: str, injections: Any) -> None:
         """Core's bypass LoRAs replace `forward` of layers that our blocks do not call."""
@@ -157,8 +142,11 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             )
         self.current_hooks = hooks
 
-    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
-        self.current_hooks = None
+
+def make_patcher(model: comfy.model_base.BaseModel) -> StreamedModelPatcher:
+    """The MODEL of ComfyUI's model around one of our networks."""
+    engine = model.diffusion_model.engine
+    return StreamedModelPatcher(model, engine.device, host.CPU, engine.total_bytes)
 
 
 def _check_latent(executor: WrapperExecutor, noise: Tensor, *arguments: Any, **named: Any) -> Tensor:

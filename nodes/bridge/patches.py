@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
+import comfy.weight_adapter
 from torch import Tensor, nn
 
 from ...weights.files.checkpoint import Checkpoint
 from ...weights.linear.linear import Linear
 from ...weights.lora.file import Lora, LoraReport, LowRankPair
 from ...weights.lora.merged_source import Change, MergedSource, refusal
-from . import host
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,20 @@ IN_MEMORY = Path("a LoRA loaded by ComfyUI")
 
 
 @dataclass(frozen=True)
+class LowRankPatch:
+    """A weight patch that is a plain LoRA: `weight += up [out, rank] @ down [rank, in] * scale * strength`."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    strength: float
+
+
+@dataclass(frozen=True)
 class SortedPatches:
     """A ModelPatcher's patches: `beside` by layer, each a LoRA of its own with its own strength; `merged` by key."""
 
-    beside: Sequence[tuple[str, host.LowRankPatch]] = ()
+    beside: Sequence[tuple[str, LowRankPatch]] = ()
     merged: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
@@ -74,11 +85,11 @@ def sort_patches(patches: Mapping[str, Sequence[Any]], model: nn.Module) -> Sort
     linear = {
         f"{PREFIX}{name}.weight": (name, module) for name, module in model.named_modules() if isinstance(module, Linear)
     }
-    beside: list[tuple[str, host.LowRankPatch]] = []
+    beside: list[tuple[str, LowRankPatch]] = []
     merged: dict[str, Sequence[Any]] = {}
     for key, found in patches.items():
         layer, module = linear.get(key, ("", None))
-        low_rank = [patch for each in found if (patch := host.low_rank_patch(each)) is not None]
+        low_rank = [patch for each in found if (patch := low_rank_patch(each)) is not None]
         if module is not None and len(low_rank) == len(found) and all(_fits(patch, module) for patch in low_rank):
             beside += [(layer, patch) for patch in low_rank]
         else:
@@ -86,7 +97,19 @@ def sort_patches(patches: Mapping[str, Sequence[Any]], model: nn.Module) -> Sort
     return SortedPatches(beside, merged)
 
 
-def _fits(patch: host.LowRankPatch, layer: Linear) -> bool:
+def low_rank_patch(patch: Any) -> LowRankPatch | None:
+    """What a ModelPatcher's patch is, where it is a plain LoRA of a whole matrix."""
+    strength, value, strength_model, offset, function = patch
+    if not isinstance(value, comfy.weight_adapter.LoRAAdapter):  # LoHa, LoKr, OFT, a difference ...
+        return None
+    up, down, alpha, middle, magnitude, reshape = value.weights
+    parts = (offset, function, middle, magnitude, reshape)
+    if strength_model != 1.0 or any(part is not None for part in parts) or up.ndim != 2 or down.ndim != 2:
+        return None
+    return LowRankPatch(up, down, 1.0 if alpha is None else alpha / down.shape[0], strength)
+
+
+def _fits(patch: LowRankPatch, layer: Linear) -> bool:
     (out, rank), (same_rank, inner) = patch.up.shape, patch.down.shape
     return rank == same_rank and (out, inner) == (layer.out_features, layer.in_features)
 
@@ -118,7 +141,7 @@ def patched_source(checkpoint: Checkpoint, patches: Mapping[str, Sequence[Any]])
 
 
 def _patch(weight: Tensor, patches: list[Any], key: str) -> Tensor:
-    return host.merge_patches(patches, weight, key).float()
+    return comfy.lora.calculate_weight(patches, weight.float(), key).float()
 
 
 def patch_identity(patches: Mapping[str, Sequence[Any]]) -> list[Any]:

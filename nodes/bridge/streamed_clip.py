@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,34 +21,30 @@ from . import host
 def make_wan_clip(encoder: TextEncoder) -> comfy.sd.CLIP:
     """ComfyUI's CLIP of an encoder, which reads its weights itself: ComfyUI finds none to load, move or keep."""
 
+    # as core's `UMT5XXlModel`, around our encoder
+    inner = partial(
+        sd1_clip.SDClipModel,
+        textmodel_json_config={},
+        model_class=lambda *_: StreamedTransformer(encoder),
+        special_tokens={"end": encoder.tokenizer.eos_id, "pad": encoder.tokenizer.pad_id},
+        enable_attention_masks=True,
+        zero_out_masked=True,
+    )
+
     class Model(sd1_clip.SD1ClipModel):
         """Core's wrapper, which ModelPatcher holds."""
 
         disable_offload = True  # nothing here for core's dynamic VRAM to page
 
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None):
-            super().__init__(device, None, model_options or {}, name="umt5xxl", clip_model=Inner)
-
-    class Inner(sd1_clip.SDClipModel):
-        """As core's `UMT5XXlModel`, around our encoder."""
-
-        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None):
-            super().__init__(
-                device,
-                textmodel_json_config={},
-                model_class=lambda *_: StreamedTransformer(encoder),
-                special_tokens={"end": encoder.tokenizer.eos_id, "pad": encoder.tokenizer.pad_id},
-                enable_attention_masks=True,
-                zero_out_masked=True,
-                model_options=model_options or {},
-            )
+            super().__init__(device, None, model_options or {}, name="umt5xxl", clip_model=inner)
 
     spiece = torch.frombuffer(bytearray(encoder.tokenizer.processor.serialized_model_proto()), dtype=torch.uint8)
     return comfy.sd.CLIP(
         SimpleNamespace(params={}, clip=Model, tokenizer=WanT5Tokenizer),
         folder_paths.get_folder_paths("embeddings"),
         tokenizer_data={"spiece_model": spiece},
-        model_options={"load_device": encoder.device, "offload_device": host.offload_device()},
+        model_options={"load_device": encoder.device, "offload_device": host.CPU},
     )
 
 

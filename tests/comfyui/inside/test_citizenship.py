@@ -269,10 +269,10 @@ def test_cores_flags_decide_what_is_resident(
 def test_pinning_follows_core(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 100)
     monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", 30)
-    assert host.memory_flags().may_pin
+    assert host.may_pin()
     assert host.pinned_room() == 70
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", -1)  # --disable-pinned-memory
-    assert not host.memory_flags().may_pin
+    assert not host.may_pin()
     model = ours(save(models, "t2v")).with_options(prefetch=2)
     mm.load_models_gpu([model])
     assert model.engine.limits(model.options).pinned_cap_bytes == 0

@@ -424,7 +424,7 @@ def test_a_video_that_is_decoded_anew_keeps_the_one_that_is_there(model: Any, ti
 
 def test_decoding_has_the_room_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowvram_pack.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE, decode_footprint
-    from lowvram_pack.nodes.bridge.hunyuan_vae import native_decoder
+    from lowvram_pack.nodes.bridge.native_vae import native_decoder
 
     config = replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=8, layers_per_block=1)
     network, asked = HunyuanVAE(config), []

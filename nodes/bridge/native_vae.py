@@ -74,7 +74,7 @@ def vae_fingerprint(vae: Any) -> str:
 def _room(device: torch.device, vram_left: int | None) -> DecodeRoom | None:
     if device.type != "cuda":
         return None
-    registrar = host.HostRegistrar(device) if host.memory_flags().may_pin else None
+    registrar = host.HostRegistrar(device) if host.may_pin() else None
     free = max(0, host.free_vram(device) - host.reserved_vram())
     if vram_left is not None:
         free = min(free, vram_left)
