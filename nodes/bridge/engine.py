@@ -37,7 +37,7 @@ GIB = 2**30
 S = TypeVar("S", bound=StreamedModel[Any])
 DESKTOP_GB = 0.5  # of a card that is not this machine's
 WORTH_A_START = 0.97  # of a step's time: for less, a model that is on its device stays as it is
-ROOM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
+RAM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
 
 
 class Engine(Generic[S]):
@@ -109,7 +109,7 @@ class Engine(Generic[S]):
         freed = self.device_bytes
         self.streamed.stop()
         self.unpin()
-        if host.free_ram() < ROOM_TO_KEEP * self.total_bytes:
+        if host.free_ram() < RAM_TO_KEEP * self.total_bytes:
             self.release()
         self._tell_owner()
         return freed
@@ -207,7 +207,7 @@ class Engine(Generic[S]):
             measure=False,
         )
         may_pin = options.pinned_memory and host.may_pin()
-        limits = replace(limits, pinned_cap_bytes=host.pinned_room() + self._holder.pinned_bytes if may_pin else 0)
+        limits = replace(limits, pinned_cap_bytes=host.pinnable_bytes() + self._holder.pinned_bytes if may_pin else 0)
         if self._rates is None and self.device.type == "cuda":
             self._rates = measure_rates(self.device)
         return with_rates(limits, self._rates)

@@ -123,7 +123,8 @@ def _network_latents(model: Any, latent: dict[str, Any] | None, num_frames: int 
             f"a latent has the shape {list(samples.shape)}; FramePack takes [1, 16, frames, height, width]: encode "
             "with hunyuan_video_vae"
         )
-    return model.process_latent_in(samples[:1].float().cpu())[:, :, :num_frames]
+    latents: Tensor = model.process_latent_in(samples[:1].float().cpu())
+    return latents[:, :, :num_frames]
 
 
 def framepack_model(model: Any) -> StreamedModelPatcher:

@@ -161,7 +161,7 @@ def empty_cache() -> None:
     mm.soft_empty_cache()
 
 
-def pinned_room() -> int:
+def pinnable_bytes() -> int:
     """Bytes that ComfyUI would still pin, of what this machine or container may."""
     return max(0, int(min(mm.MAX_PINNED_MEMORY, default_pinned_cap()) - mm.TOTAL_PINNED_MEMORY))
 

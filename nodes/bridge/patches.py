@@ -36,19 +36,19 @@ class LowRankPatch:
 
 @dataclass(frozen=True)
 class SortedPatches:
-    """A ModelPatcher's patches: `beside` by layer, each a LoRA of its own with its own strength; `merged` by key."""
+    """A ModelPatcher's patches: `low_rank` by layer, each a LoRA of its own with its own strength; `merged` by key."""
 
-    beside: Sequence[tuple[str, LowRankPatch]] = ()
+    low_rank: Sequence[tuple[str, LowRankPatch]] = ()
     merged: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def strengths(self) -> list[float]:
-        return [patch.strength for _, patch in self.beside]
+        return [patch.strength for _, patch in self.low_rank]
 
     def loras(self) -> list[Lora]:
         """Those that run beside layers."""
         loras = []
-        for layer, patch in self.beside:
+        for layer, patch in self.low_rank:
             factors = PatchFactors(IN_MEMORY, {}, {}, patch.up, patch.down)
             pair = LowRankPair("down", "up", patch.down.shape[0], patch.scale)
             loras.append(Lora(factors, {layer: pair}, {}, LoraReport(IN_MEMORY, 1, {})))
@@ -58,13 +58,13 @@ class SortedPatches:
         """Whether nothing need be read for one after the other; ComfyUI's loaders keep the tensors of their file."""
         return (
             not (self.merged or other.merged)
-            and len(self.beside) == len(other.beside)
+            and len(self.low_rank) == len(other.low_rank)
             and all(
                 layer == other_layer
                 and patch.up is known.up
                 and patch.down is known.down
                 and patch.scale == known.scale
-                for (layer, patch), (other_layer, known) in zip(self.beside, other.beside, strict=True)
+                for (layer, patch), (other_layer, known) in zip(self.low_rank, other.low_rank, strict=True)
             )
         )
 
@@ -85,16 +85,16 @@ def sort_patches(patches: Mapping[str, Sequence[Any]], model: nn.Module) -> Sort
     linear = {
         f"{PREFIX}{name}.weight": (name, module) for name, module in model.named_modules() if isinstance(module, Linear)
     }
-    beside: list[tuple[str, LowRankPatch]] = []
+    plain: list[tuple[str, LowRankPatch]] = []
     merged: dict[str, Sequence[Any]] = {}
     for key, found in patches.items():
         layer, module = linear.get(key, ("", None))
         low_rank = [patch for each in found if (patch := low_rank_patch(each)) is not None]
         if module is not None and len(low_rank) == len(found) and all(_fits(patch, module) for patch in low_rank):
-            beside += [(layer, patch) for patch in low_rank]
+            plain += [(layer, patch) for patch in low_rank]
         else:
             merged[key] = list(found)
-    return SortedPatches(beside, merged)
+    return SortedPatches(plain, merged)
 
 
 def low_rank_patch(patch: Any) -> LowRankPatch | None:

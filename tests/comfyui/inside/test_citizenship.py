@@ -270,7 +270,7 @@ def test_pinning_follows_core(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 100)
     monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", 30)
     assert host.may_pin()
-    assert host.pinned_room() == 70
+    assert host.pinnable_bytes() == 70
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", -1)  # --disable-pinned-memory
     assert not host.may_pin()
     model = ours(save(models, "t2v")).with_options(prefetch=2)

@@ -107,7 +107,7 @@ def test_a_container_may_take_less_than_the_machine_has(monkeypatch: pytest.Monk
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 240 * GIB)
     monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", GIB)
     monkeypatch.setattr(host, "default_pinned_cap", lambda: 27 * GIB)
-    assert host.pinned_room() == 26 * GIB
+    assert host.pinnable_bytes() == 26 * GIB
 
 
 def test_a_plan_that_does_not_fit_beside_another_model_has_its_room(
