@@ -31,10 +31,9 @@ class LoadWanModel(io.ComfyNode):
             "MODEL works with KSampler, LoRA loaders, EasyCache and ComfyUI's other Wan nodes.",
             search_aliases=["wan loader", "block swap", "load diffusion model", "low vram", "gguf"],
             inputs=[
-                io.Combo.Input(
-                    "model_name", options=host.model_files(),
-                    tooltip="A .safetensors or .gguf file in models/diffusion_models or models/unet. Wan 2.1/2.2 "
-                    "T2V, I2V, first-last-frame, TI2V 5B, VACE and Fun models; the variant is read from the file.",
+                _file_input(
+                    ". Wan 2.1/2.2 T2V, I2V, first-last-frame, TI2V 5B, VACE and Fun models; the variant is read from "
+                    "the file."
                 ),
                 *_compute_inputs(),
             ],
@@ -64,11 +63,7 @@ class LoadFramePackModel(io.ComfyNode):
             "Sample it with FramePack Sampler (Low VRAM).",
             search_aliases=["framepack loader", "framepack f1", "block swap", "low vram", "gguf"],
             inputs=[
-                io.Combo.Input(
-                    "model_name", options=host.model_files(),
-                    tooltip="A .safetensors or .gguf file in models/diffusion_models or models/unet, such as "
-                    "FramePackI2V_HY_fp8_e4m3fn.safetensors; of the model's shards, any one.",
-                ),
+                _file_input(", such as FramePackI2V_HY_fp8_e4m3fn.safetensors; of the model's shards, any one."),
                 io.Combo.Input(
                     "model_type", options=list(MODEL_TYPES), default="auto",
                     tooltip="base works from the end of the video to its start, F1 from the start on. auto: by the "
@@ -99,6 +94,11 @@ def _settings(compute_dtype: str, attention_mode: str, quantization: str) -> Run
         attention_mode=attention_mode,
         quantization=quantization,
     )
+
+
+def _file_input(more: str) -> io.Input:
+    where = "A .safetensors or .gguf file in models/diffusion_models or models/unet"
+    return io.Combo.Input("model_name", options=host.model_files(), tooltip=where + more)
 
 
 def _compute_inputs() -> list[io.Input]:

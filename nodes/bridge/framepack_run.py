@@ -100,8 +100,8 @@ def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:
             film = Film(folder, _new_place(folder, prefix), FRAMES_PER_SECOND, grows=grows, made_by=made_by)
         return film
 
-    scratch = host.temporary_path("")
-    return RunPlaces(host.output_folder("framepack") if resume else None, scratch, None if vae is None else film)
+    runs = host.output_folder("framepack") if resume else None
+    return RunPlaces(runs, host.temporary_folder(), None if vae is None else film)
 
 
 def _film_path(folder: Path, prefix: str) -> Path:

@@ -92,11 +92,11 @@ def saved_result(path: Path) -> ui.SavedResult:
     return ui.SavedResult(path.name, "" if place == Path() else place.as_posix(), io.FolderType.output)
 
 
-def temporary_path(name: str) -> Path:
-    """A file in ComfyUI's temporary folder, which is emptied at each start."""
+def temporary_folder() -> Path:
+    """ComfyUI's temporary folder, which is emptied at each start."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return folder
 
 
 # --- devices and memory ----------------------------------------------------------------------------------
