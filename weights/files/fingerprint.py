@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from .checkpoint import CheckpointError, TensorInfo
+from .checkpoint import CheckpointError, TensorInfo, unreadable
 from .open import open_checkpoint
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -26,7 +26,7 @@ def fingerprint(path: Path) -> str:
         for info in by_place[:: max(1, len(by_place) // NUM_SAMPLES)]:
             digest.update(_first_bytes(info))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check that it exists") from error
+        raise CheckpointError(unreadable(path, error)) from error
     return digest.hexdigest()
 
 

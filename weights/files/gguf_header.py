@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .checkpoint import IMPOSTORS, CheckpointError
+from .checkpoint import IMPOSTORS, CheckpointError, unreadable
 
 MAGIC = b"GGUF"
 ALIGNMENT_KEY = "general.alignment"
@@ -46,10 +46,7 @@ def read_gguf_header(path: Path, long_lists: Collection[str] = ()) -> GgufHeader
         with open(path, "rb") as file:
             return _read(_Cursor(path, file), long_lists)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); expected a readable model file; "
-            "check that it exists and its rights"
-        ) from error
+        raise CheckpointError(unreadable(path, error)) from error
 
 
 def _read(cursor: _Cursor, long_lists: Collection[str]) -> GgufHeader:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 FP8_MAX = 448.0  # of e4m3fn
 INT8_MAX = 127.0
-LARGEST = {torch.float8_e4m3fn: FP8_MAX, torch.int8: INT8_MAX}
+LARGEST = {torch.float8_e4m3fn: FP8_MAX, torch.int8: INT8_MAX, torch.float8_e5m2: 57344.0}
 SMALLEST_SCALE = 1e-30  # of a row of zeros
 
 
@@ -35,7 +35,7 @@ class RowOps(Protocol):
     def name(self) -> str: ...
 
     def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`x [rows, in]` in `dtype`, one of `LARGEST`, and scales `[rows, 1]`: largest magnitude / `LARGEST[dtype]`.
+        """`x [rows, in]` in `dtype`, int8 or float8_e4m3fn, and scales `[rows, 1]`: largest magnitude / `LARGEST[dtype]`.
 
         int8 is rounded halves to even, and is never -128.
         """
@@ -56,13 +56,8 @@ class TorchRowOps:
     name = "torch"
 
     def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        largest = LARGEST[dtype]
-        scales = row_scales(x, largest)
-        values = x.float() / scales
-        if not dtype.is_floating_point:
-            values.round_()
-        # clamped: a cast past the largest number is NaN in older torch releases
-        return values.clamp_(-largest, largest).to(dtype), scales
+        scales = row_scales(x, LARGEST[dtype])
+        return quantized(x.float(), scales, dtype), scales
 
     def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         # 8-bit numbers are exact in every dtype that computes; the product is made in fp32 and rounded once
@@ -71,6 +66,15 @@ class TorchRowOps:
     def rescale(self, product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         scaled = product.float() * rows * columns
         return out.copy_(scaled if bias is None else scaled.add_(bias))
+
+
+def quantized(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x / scales` in `dtype`, one of `LARGEST`; `x` is fp32."""
+    values = x / scales
+    if not dtype.is_floating_point:
+        values.round_()
+    # clamped: a cast past the largest number is NaN in older torch releases
+    return values.clamp_(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
 
 
 def row_scales(x: Tensor, largest: float) -> Tensor:

@@ -6,7 +6,7 @@ file's dialect is undone in `dialects.py`. A weight cast to fp8 without a scale 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,14 +17,14 @@ from ..files.checkpoint import TensorInfo
 from ..kernels.gemms import Gemm, ReferenceGemm
 from ..kernels.row_reference import QuantizedRows, RowOps, TorchRowOps
 from .projection import Projection, Scratch
-from .weight_format import Unpacked
+from .weight_format import MultipliedAsStored, WeightFormat
 
 FP8 = "fp8 scaled"
 FP8_FULL_PRECISION = "fp8 scaled, full precision"  # the file asks for multiplication in the compute dtype
 
 
 @dataclass(frozen=True)
-class Fp8Dequantized(Unpacked):
+class Fp8Dequantized(WeightFormat):
     """The weight is unpacked into scratch in one pass and multiplied in the compute dtype: any GPU, exact."""
 
     full_precision: bool = False
@@ -41,7 +41,7 @@ class Fp8Dequantized(Unpacked):
         return self.ops.dequantize(weight, packed["weight_scale"], out)
 
 
-class MultipliedRows(ABC):
+class MultipliedRows(MultipliedAsStored):
     """What formats share that multiply a weight as it is stored, with rows that are quantised as they come."""
 
     gemm: Gemm
@@ -61,19 +61,13 @@ class MultipliedRows(ABC):
         weight = packed["weight"]
         return RowsProjection(weight, column_scales(weight, packed.get("weight_scale")), bias, self)
 
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return 0
 
-
-class RowsProjection:
+class RowsProjection(Projection):
     """`x @ weight.T + bias` with both in 8 bits."""
 
     def __init__(self, weight: Tensor, columns: Tensor, bias: Tensor | None, how: MultipliedRows):
         self.weight, self.columns, self.bias, self.how = weight, columns, bias, how
         self.form = how.form
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.multiply(self.quantize(x), out)
 
     def quantize(self, x: Tensor) -> QuantizedRows:
         values, scales = self.how.quantize(x.reshape(-1, x.shape[-1]))
@@ -107,7 +101,6 @@ class Fp8Matmul(MultipliedRows):
         return Fp8Dequantized(ops=self.ops).dequantize({"weight": weight, "weight_scale": scale}, dtype, out)
 
     def suits(self, packed: Mapping[str, Tensor]) -> bool:
-        """Whether this product takes a layer's tensors."""
         weight = packed["weight"]
         return weight.dtype == torch.float8_e4m3fn and all(size % 16 == 0 for size in weight.shape)
 

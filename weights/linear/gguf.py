@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..kernels.gguf_op import dequantize_packed
 from ..kernels.gguf_reference import BLOCK_TYPES, BlockType
-from .weight_format import Unpacked
+from .weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
-class GgufFormat(Unpacked):
+class GgufFormat(WeightFormat):
     """A weight packed in one GGUF type: `packed["weight"]` is uint8 `[out, bytes per row]`.
 
     It is unpacked once per `prepare`, then multiplied as a dense one.

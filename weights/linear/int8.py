@@ -18,14 +18,14 @@ from ..files.checkpoint import TensorInfo
 from ..kernels.gemms import Gemm, ReferenceGemm
 from ..kernels.row_reference import RowOps, TorchRowOps
 from .fp8 import MultipliedRows, column_scales
-from .weight_format import Unpacked
+from .weight_format import WeightFormat
 
 INT8 = "int8"
 ROTATED = re.compile(r"int8 convrot (\d+)")  # and the size of a group
 
 
 @dataclass(frozen=True)
-class Int8Dequantized(Unpacked):
+class Int8Dequantized(WeightFormat):
     """The weight is unpacked into scratch and multiplied in the compute dtype. `rotation`: features per group or 0."""
 
     rotation: int = 0
@@ -74,7 +74,6 @@ class Int8Matmul(MultipliedRows):
         return Int8Dequantized(self.rotation, self.ops).dequantize(packed, dtype, out)
 
     def suits(self, packed: Mapping[str, Tensor]) -> bool:
-        """Whether this product takes a layer's tensors."""
         return all(size % 8 == 0 for size in packed["weight"].shape)
 
 

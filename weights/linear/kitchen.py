@@ -18,33 +18,23 @@ from torch import Tensor
 from ..files.checkpoint import CheckpointError, TensorInfo
 from .int8 import Int8Dequantized
 from .projection import Projection, Scratch
-from .weight_format import Unpacked
+from .weight_format import MultipliedAsStored, WeightFormat
 
 PACKAGE = "comfy_kitchen"
 
 
 @dataclass(frozen=True)
 class KitchenQuant:
-    """A format's name in files, what it is, and whether two weights share a byte."""
+    """A format's name in files, what it is, whether two weights share a byte, and what unpacks it."""
 
     name: str
     title: str
     halved: bool  # `weight` has half as many columns
-
-
-KITCHEN_QUANTS: Mapping[str, KitchenQuant] = {
-    quant.name: quant
-    for quant in (
-        KitchenQuant("nvfp4", "4-bit floats (NVFP4), made for RTX 50 (compute capability 10)", True),
-        KitchenQuant("mxfp8", "block-scaled 8-bit floats (MXFP8), made for RTX 50 (compute capability 10)", False),
-        KitchenQuant("convrot_w4a4", "rotated 4-bit integers (W4A4), made for RTX 20 or later", True),
-        KitchenQuant("asym_w4a8_int8", "4-bit integers (W4A8), made for RTX 30 or later", True),
-    )
-}
+    unpack: Callable[[Any, Mapping[str, Tensor], KitchenFormat, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
-class KitchenFormat(Unpacked):
+class KitchenFormat(WeightFormat):
     """The weight is unpacked by comfy-kitchen. `group` and `rotation` are sizes in input features."""
 
     quant: KitchenQuant
@@ -57,7 +47,7 @@ class KitchenFormat(Unpacked):
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         kitchen = importlib.import_module(PACKAGE)
-        weight = UNPACK[self.name](kitchen, packed, self, dtype).to(dtype)
+        weight = self.quant.unpack(kitchen, packed, self, dtype).to(dtype)
         smooth = packed.get("pre_quant_scale")  # what the activations were to be multiplied by
         if smooth is not None:
             weight = weight * smooth.to(dtype)
@@ -69,7 +59,7 @@ class KitchenFormat(Unpacked):
 
 
 @dataclass(frozen=True)
-class KitchenInt8:
+class KitchenInt8(MultipliedAsStored):
     """W8A8 through comfy-kitchen's `int8_linear`, whose CUDA kernels rotate, quantise, multiply and scale."""
 
     rotation: int = 0
@@ -80,31 +70,19 @@ class KitchenInt8:
     ) -> Projection:
         return KitchenInt8Projection(packed["weight"], packed["weight_scale"].float(), bias, self.rotation)
 
-    def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-        return 0
-
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return Int8Dequantized(self.rotation).dequantize(packed, dtype, out)
 
     def suits(self, packed: Mapping[str, Tensor]) -> bool:
-        """Whether this product takes a layer's tensors."""
         return all(size % 16 == 0 for size in packed["weight"].shape)
 
 
-class KitchenInt8Projection:
+class KitchenInt8Projection(Projection):
     """`x @ weight.T + bias` with both in int8; the rows are quantised anew for every layer."""
-
-    form = "dense"
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, rotation: int):
         self.weight, self.scale, self.bias, self.rotation = weight, scale, bias, rotation
         self.int8_linear = importlib.import_module(PACKAGE).int8_linear
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.multiply(x, out)
-
-    def quantize(self, x: Tensor) -> Tensor:
-        return x
 
     def multiply(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         product = self.int8_linear(
@@ -173,9 +151,14 @@ def _w4a8(kitchen: Any, packed: Mapping[str, Tensor], how: KitchenFormat, dtype:
     )
 
 
-UNPACK: Mapping[str, Callable[[Any, Mapping[str, Tensor], KitchenFormat, torch.dtype], Tensor]] = {
-    "nvfp4": _nvfp4,
-    "mxfp8": _mxfp8,
-    "convrot_w4a4": _w4a4,
-    "asym_w4a8_int8": _w4a8,
+KITCHEN_QUANTS: Mapping[str, KitchenQuant] = {
+    quant.name: quant
+    for quant in (
+        KitchenQuant("nvfp4", "4-bit floats (NVFP4), made for RTX 50 (compute capability 10)", True, _nvfp4),
+        KitchenQuant(
+            "mxfp8", "block-scaled 8-bit floats (MXFP8), made for RTX 50 (compute capability 10)", False, _mxfp8
+        ),
+        KitchenQuant("convrot_w4a4", "rotated 4-bit integers (W4A4), made for RTX 20 or later", True, _w4a4),
+        KitchenQuant("asym_w4a8_int8", "4-bit integers (W4A8), made for RTX 30 or later", True, _w4a8),
+    )
 }

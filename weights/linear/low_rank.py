@@ -51,15 +51,12 @@ class LowRank:
         weight.addmm_((self.up * self.scale).to(weight.dtype), self.down.to(weight.dtype))
 
 
-class SideBranch:
+class SideBranch(Projection):
     """A projection with a low-rank update beside it; for weights that are multiplied as they are stored."""
 
     def __init__(self, project: Projection, update: LowRank, ops: LowRankOps):
         self.project, self.update, self.ops = project, update, ops
         self.form = f"{project.form}, and as they are"
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.multiply(self.quantize(x), out)
 
     def quantize(self, x: Tensor) -> tuple[Any, Tensor]:
         return self.project.quantize(x), x

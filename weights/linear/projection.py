@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Projection(Protocol):
-    """`x [rows, in] -> [rows, out]`, written into `out` where given: `multiply(quantize(x), out)`."""
+class Projection(ABC):
+    """`x [rows, in] -> [rows, out]`, written into `out` where given; `form` names what `quantize` makes of x."""
 
-    @property
-    def form(self) -> str:
-        """Names what `quantize` makes; "dense" is x itself."""
-        ...
+    form = "dense"
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.multiply(self.quantize(x), out)
 
     def quantize(self, x: Tensor) -> Any:
         """The rows as `multiply` takes them; any projection of the same `form` makes the same of them."""
-        ...
+        return x
 
+    @abstractmethod
     def multiply(self, rows: Any, out: Tensor | None = None) -> Tensor:
         """The product with rows that a projection of the same `form` quantised."""
-        ...
 
 
-class DenseProjection:
+class DenseProjection(Projection):
     """`x @ weight.T + bias` with everything in one dtype."""
-
-    form = "dense"
 
     def __init__(self, weight: Tensor, bias: Tensor | None, fuses_gelu: bool = False):
         self.weight, self.bias = weight, bias
         self.fuses_gelu = fuses_gelu and bias is not None  # see `gemms.fuses_gelu`
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.multiply(x, out)
-
-    def quantize(self, x: Tensor) -> Tensor:
-        return x
 
     def multiply(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import Checkpoint, TensorInfo
-from ..kernels.row_reference import FP8_MAX, INT8_MAX, row_scales
+from ..kernels.row_reference import LARGEST, quantized, row_scales
 from .dialects import FP8_DTYPES
 from .formats import format_for
 from .fp8 import FP8, FP8_FULL_PRECISION
@@ -37,16 +37,15 @@ class Target:
 
     quant: str  # see TensorInfo.quant
     dtype: torch.dtype
-    largest: float
     per_tensor: bool = False
     same: tuple[str, ...] = ()  # stored forms that are left as they are, besides a plain cast to one of `kept`
     kept: tuple[torch.dtype, ...] = ()
 
 
 FP8_FORMS = (FP8, FP8_FULL_PRECISION)
-FP8_ROWS = Target(FP8, torch.float8_e4m3fn, FP8_MAX, False, FP8_FORMS, FP8_DTYPES)
+FP8_ROWS = Target(FP8, torch.float8_e4m3fn, False, FP8_FORMS, FP8_DTYPES)
 FP8_MATMUL = replace(FP8_ROWS, kept=(torch.float8_e4m3fn,))  # e5m2 cannot be multiplied row by row
-INT8_ROWS = Target(INT8, torch.int8, INT8_MAX, False, (INT8,), (torch.int8,))
+INT8_ROWS = Target(INT8, torch.int8, False, (INT8,), (torch.int8,))
 FP8_TENSORS = replace(FP8_ROWS, per_tensor=True)
 
 # `quantization` of a run -> what is made of the weights as they are read.
@@ -98,12 +97,12 @@ class QuantizedSource(Checkpoint):
         scales = torch.empty(num_rows, 1)
         if target.per_tensor:
             for rows, weight in self._pieces(layer):
-                scales[rows] = row_scales(weight, target.largest).cpu()
+                scales[rows] = row_scales(weight, LARGEST[target.dtype]).cpu()
             scales.fill_(scales.max())
         values = out.view(target.dtype).view(layer.shape)
         for rows, weight in self._pieces(layer):
-            scale = scales[rows].to(weight.device) if target.per_tensor else row_scales(weight, target.largest)
-            values[rows] = _quantized(weight, scale, target).cpu()
+            scale = scales[rows].to(weight.device) if target.per_tensor else row_scales(weight, LARGEST[target.dtype])
+            values[rows] = quantized(weight, scale, target.dtype).cpu()
             scales[rows] = scale.cpu()
         return scales[:1].clone() if target.per_tensor else scales
 
@@ -187,10 +186,3 @@ def _quantized_infos(layer: StoredLayer, info: TensorInfo, name: str, target: Ta
         f"{name}.weight_scale", torch.float32, shape, nowhere, info.offset, 4 * torch.Size(shape).numel()
     )
     return {weight.name: weight, scale.name: scale}
-
-
-def _quantized(weight: Tensor, scale: Tensor, target: Target) -> Tensor:
-    values = weight / scale
-    if not target.dtype.is_floating_point:
-        values = values.round_()
-    return values.clamp_(-target.largest, target.largest).to(target.dtype)

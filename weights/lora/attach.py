@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,19 @@ logger = logging.getLogger(__name__)
 LORA_MODES = ("auto", "side", "merge")
 
 
-@dataclass(frozen=True)
-class Change:
-    """What one LoRA, by its number, merges into one tensor: a pair or a difference."""
-
-    number: int
-    what: LowRankPair | Difference
+T = TypeVar("T", bound=LowRankPair | Difference)
 
 
 @dataclass(frozen=True)
-class Share:
-    """One LoRA's part, by its number, of a layer's low-rank update."""
+class Part(Generic[T]):
+    """What one LoRA, by its number, has for one tensor."""
 
     number: int
-    pair: LowRankPair
+    what: T
+
+
+Share = Part[LowRankPair]  # of a layer's low-rank update
+Change = Part[LowRankPair | Difference]  # merged into a tensor
 
 
 class AttachedLoras:
@@ -95,7 +95,7 @@ class AttachedLoras:
         """Have the strengths on the device where the layers run, and what is fastest there beside them."""
         with torch.inference_mode(False):  # changed from outside later
             self._scale = self._scales().to(device)
-        parts = self._scale.split([sum(share.pair.rank for share in shares) for shares in self._shares.values()])
+        parts = self._scale.split([sum(share.what.rank for share in shares) for shares in self._shares.values()])
         for layer, part in zip(self._shares, parts, strict=True):
             module = self._model.get_submodule(layer)
             assert isinstance(module, Linear), "sorted so"
@@ -125,7 +125,7 @@ class AttachedLoras:
         values: list[Tensor] = [torch.empty(0)]
         for shares in self._shares.values():
             values += [
-                torch.full((share.pair.rank,), share.pair.scale * self.strengths[share.number]) for share in shares
+                torch.full((share.what.rank,), share.what.scale * self.strengths[share.number]) for share in shares
             ]
         return torch.cat(values)
 
@@ -193,8 +193,8 @@ class LoraSource:
         whole = out.view(info.dtype).view(info.shape)
         first = 0
         for share in self._shares[layer]:
-            lora, rank = self._loras[share.number], share.pair.rank
-            factor = lora.down(share.pair) if leaf == DOWN else lora.up(share.pair)
+            lora, rank = self._loras[share.number], share.what.rank
+            factor = lora.down(share.what) if leaf == DOWN else lora.up(share.what)
             whole.narrow(0 if leaf == DOWN else 1, first, rank).copy_(factor)
             first += rank
 
@@ -214,7 +214,7 @@ def side_info(source: Source, layer: str, leaf: str, shares: Sequence[Share], dt
     """What is known of a layer's `lora_down` or `lora_up`; in files it would lie behind the weight."""
     weight = source.tensors[f"{layer}.weight"]
     rows, columns = weight.logical_shape or weight.shape
-    rank = sum(share.pair.rank for share in shares)
+    rank = sum(share.what.rank for share in shares)
     shape = (rank, columns) if leaf == DOWN else (rows, rank)
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     return TensorInfo(f"{layer}.{leaf}", dtype, shape, made_from(weight.file), weight.offset, nbytes)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.row_reference import FP8_MAX, INT8_MAX, row_scales
+from ..kernels.row_reference import LARGEST, quantized, row_scales
 from ..linear.fp8 import Fp8Dequantized
 from ..linear.int8 import Int8Dequantized, rotate, rotation_matrix
 from ..linear.weight_format import Plain, WeightFormat
 from .file import Difference, Lora, LowRankPair
-
-LARGEST = {torch.float8_e4m3fn: FP8_MAX, torch.float8_e5m2: 57344.0, torch.int8: INT8_MAX}
 
 
 def merge_pair_(weight: Tensor, lora: Lora, pair: LowRankPair, strength: float) -> None:
@@ -58,7 +56,4 @@ def requantize(weight: Tensor, form: WeightFormat, dtype: torch.dtype, num_scale
     scales = row_scales(weight, largest)
     if num_scales == 1:
         scales = scales.max().reshape(1, 1)
-    values = weight / scales
-    if not dtype.is_floating_point:
-        values = values.round_()
-    return values.clamp_(-largest, largest).to(dtype), scales.flatten()
+    return quantized(weight, scales, dtype), scales.flatten()
