@@ -28,7 +28,7 @@ from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.select import select_attention
 from lowvram_video.framepack.network.model import Frames, History, Prompt
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
-from lowvram_video.framepack.request import Material, Sampling
+from lowvram_video.framepack.request import EncodedInputs, Sampling
 from lowvram_video.framepack.run.generation import noise_levels, prepare, section_size
 from lowvram_video.framepack.run.host import RunPlaces
 from lowvram_video.framepack.run.run import FramePackRun
@@ -62,13 +62,13 @@ class Case:
     cache: float | None = None
 
 
-def random_material(model: StreamedFramePack | None = None) -> Material:
+def random_material(model: StreamedFramePack | None = None) -> EncodedInputs:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    return Material(
+    return EncodedInputs(
         latent_size=SIZE,
         timed=parse_timed_prompt("any"),
         prompts={"any": Prompt(randn(1, TEXT_TOKENS, 4096), randn(1, 768))},

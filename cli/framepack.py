@@ -19,7 +19,7 @@ from ..framepack.checkpoint import MODEL_TYPES
 from ..framepack.footprint import SectionSize
 from ..framepack.inputs import EncoderFiles, Encoders, Inputs
 from ..framepack.pipeline import FramePackFiles, FramePackPipeline
-from ..framepack.request import SAMPLERS, Interpolation, Material, Sampling
+from ..framepack.request import SAMPLERS, EncodedInputs, Interpolation, Sampling
 from ..framepack.run.run import FramePackRun
 from ..framepack.sections import (
     FRAMES_PER_LATENT,
@@ -148,12 +148,12 @@ def generate_framepack(options: argparse.Namespace, say: Say) -> None:
 
 def _make(job: _Job, say: Say) -> None:
     try:
-        material = job.encode()
+        inputs = job.encode()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted before the first step: no section was made") from None
     files, pipeline = job.files, job.pipeline
     places = files.places(pipeline.files.vae, job.size)
-    with FramePackRun.open(pipeline, job.sampling, material, places) as run:
+    with FramePackRun.open(pipeline, job.sampling, inputs, places) as run:
         try:
             run.make()
         except KeyboardInterrupt:
@@ -198,7 +198,7 @@ class _Job:
         sampling = _sampling(options, mode)
         return cls(options, settings, pipeline, encoders, sampling, timed, size, _places(options))
 
-    def encode(self) -> Material:
+    def encode(self) -> EncodedInputs:
         """What the video is made of."""
         inputs = self._inputs()
         with self.pipeline.record.phase("encode"):

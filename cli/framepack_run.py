@@ -13,12 +13,12 @@ from torch import Tensor
 from ..framepack.pipeline import FramePackPipeline
 from ..framepack.request import Sampling
 from ..framepack.run.generation import section_size
-from ..framepack.run.host import Grows, Output, RunPlaces
+from ..framepack.run.host import Output, RunPlaces
 from ..framepack.run.run import FramePackRun
 from ..framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
 from ..runtime.run_limits import hold_limits
 from ..system.atomic_files import write_file
-from ..video.growing_video import Film
+from ..video.growing_video import GrowingVideo, Grows
 from ..video.reader import read_pieces
 from ..weights.files.fingerprint import fingerprint
 
@@ -38,7 +38,7 @@ class Files:
         def output(folder: Path, grows: Grows) -> Output:
             if self.output.suffix.lower() == ".png":
                 return Picture(self.output)
-            return Film(folder, self.output, FRAMES_PER_SECOND, grows=grows, made_by=fingerprint(vae))
+            return GrowingVideo(folder, self.output, FRAMES_PER_SECOND, grows=grows, made_by=fingerprint(vae))
 
         def given() -> Iterator[Tensor]:
             assert self.extend is not None
@@ -48,7 +48,7 @@ class Files:
 
     def result(self, run: FramePackRun) -> str:
         """One line on what was made."""
-        if not isinstance(run.output, Film):
+        if not isinstance(run.output, GrowingVideo):
             return f"{self.output}: a picture, {run.sampling.one_frame} latents after the start"
         kept = "" if run.store is None else f"; its sections are kept in {run.store.folder}"
         return f"{self.output}: {run.output.num_frames} frames{kept}"
@@ -56,7 +56,7 @@ class Files:
     def kept(self, run: FramePackRun) -> str:
         """One line on what there is of an unfinished run, and how it goes on."""
         shown = ""
-        if isinstance(run.output, Film) and run.output.num_shown:
+        if isinstance(run.output, GrowingVideo) and run.output.num_shown:
             shown = f"{self.output} holds the {run.output.num_shown} frames made so far"
         if run.store is None or not run.completed:
             return shown or "no section was made yet"

@@ -17,7 +17,7 @@ from ..vae.tiling import encode_fitting
 from ..weights.files.checkpoint import CheckpointError
 from .network.config import IMAGE_TOKENS, FramePackConfig
 from .network.model import Prompt
-from .request import Interpolation, Material
+from .request import EncodedInputs, Interpolation
 from .text.images import ImageEncoder
 from .text.prompts import PromptEncoder
 from .timed_prompts import TimedPrompt
@@ -92,7 +92,7 @@ class Encoders:
                 )
 
     @torch.inference_mode()
-    def encode(self, inputs: Inputs, config: FramePackConfig) -> Material:
+    def encode(self, inputs: Inputs, config: FramePackConfig) -> EncodedInputs:
         """Everything through its encoder, one encoder on the device at a time and none when this returns."""
         with self._alone("prompts"):
             names = inputs.timed.prompts()
@@ -108,7 +108,7 @@ class Encoders:
         with self._alone("latents"):
             start_latent, end_latent, initial, given = self._latents([start, inputs.end, *videos])
         width, height = inputs.size
-        return Material(
+        return EncodedInputs(
             latent_size=(height // 8, width // 8),
             timed=inputs.timed,
             prompts=dict(zip(names, made, strict=False)),

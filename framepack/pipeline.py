@@ -27,7 +27,7 @@ from ..weights.lora.file import LoraChoice, LoraReport
 from .sections import Section
 from .streamed import StreamedFramePack
 from .vae.checkpoint import HUNYUAN_FORMAT
-from .vae.decoding import DecodeRoom
+from .vae.decoding import DecodeBudget
 from .vae.model import HunyuanVAE
 
 
@@ -102,12 +102,12 @@ class FramePackPipeline:
         return  # Ctrl-C raises by itself
 
     @contextmanager
-    def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
+    def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeBudget | None]]:
         self.model.stop()
         self.free_memory()
         settings = self.settings
         with at_work(lambda: self._vae.build(settings.compute_dtype, settings.device, decode_only=True)) as vae:
-            yield vae, self._decode_room()
+            yield vae, self._decode_budget()
 
     def free_memory(self) -> None:
         if self.settings.device.type == "cuda":
@@ -121,7 +121,7 @@ class FramePackPipeline:
         """What the last video used."""
         return self.record.report()
 
-    def _decode_room(self) -> DecodeRoom | None:
+    def _decode_budget(self) -> DecodeBudget | None:
         """What the budgets leave for decoding.
 
         Host memory only of a RAM budget given by hand: the clips of a section take as much as the model.
@@ -133,4 +133,4 @@ class FramePackPipeline:
         host_bytes = 0
         if self.settings.ram_budget_gib is not None and limits.ram_budget_bytes is not None:
             host_bytes = max(0, limits.ram_budget_bytes - RAM_MARGIN_BYTES - self.model.host_bytes)
-        return DecodeRoom(free, host_bytes, CudaRegistrar(device) if self.settings.pinned_memory else None)
+        return DecodeBudget(free, host_bytes, CudaRegistrar(device) if self.settings.pinned_memory else None)

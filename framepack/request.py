@@ -63,12 +63,12 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Material:
-    """What the video is made of, all on the CPU in fp32. `latent_size` is (height, width) of the latents.
+class EncodedInputs:
+    """What the video is made of, as the encoders give it, all on the CPU in fp32.
 
-    Latents are the network's `[1, 16, T, h, w]`, features SigLIP's `[1, m, image_dim]`. Without a start image the
-    video is made of the text alone. `initial` is a video to begin from (`strength`), `given` one to extend (F1), or its
-    end: `given_after` seconds of it come before.
+    `latent_size` is (height, width) of the latents, which are the network's `[1, 16, T, h, w]`; features are SigLIP's
+    `[1, m, image_dim]`. Without a start image the video is made of the text alone. `initial` is a video to begin from
+    (`strength`), `given` one to extend (F1), or its end: `given_after` seconds of it come before.
     """
 
     latent_size: tuple[int, int]
@@ -86,7 +86,7 @@ class Material:
     given_after: float = 0.0
 
     def sections(self, sampling: Sampling) -> tuple[Section, ...]:
-        """The sections in order of generation. ValueError where settings and material contradict each other."""
+        """The sections in order of generation. ValueError where settings and inputs contradict each other."""
         sampling.check()
         self._check(sampling)
         if sampling.one_frame is not None:
@@ -144,10 +144,10 @@ class Material:
         share = self.start_strength if self.interpolation == "weighted_average" else 1.0 - self._place(section)
         return start * share + end * (1.0 - share)
 
-    def heard_prompts(self, sections: tuple[Section, ...]) -> Mapping[str, Prompt]:
+    def prompts_of(self, sections: tuple[Section, ...]) -> Mapping[str, Prompt]:
         """The prompts that these sections hear."""
-        heard = [self.timed.prompts_at(section) for section in sections]
-        return {name: self.prompts[name] for prompts in heard for name, _ in prompts}
+        used = [self.timed.prompts_at(section) for section in sections]
+        return {name: self.prompts[name] for prompts in used for name, _ in prompts}
 
     def identity(self) -> dict[str, Any]:
         """All of it as JSON values and tensors: what a run is known by."""

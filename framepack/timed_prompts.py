@@ -66,11 +66,11 @@ class TimedPrompt:
         """Return every prompt that holds at some time, in order of time, each once."""
         return tuple(dict.fromkeys(prompt for _, prompt in self._timeline()))
 
-    def unheard(self, sections: Iterable[Section]) -> tuple[str, ...]:
+    def unused(self, sections: Iterable[Section]) -> tuple[str, ...]:
         """Return the prompts that no section gets: covered by others, or held for less than a section."""
-        heard = {prompt for section in sections for prompt, _ in self.prompts_at(section)}
+        used = {prompt for section in sections for prompt, _ in self.prompts_at(section)}
         said = dict.fromkeys((self.base, *self.prompts()) if self.base else self.prompts())
-        return tuple(prompt for prompt in said if prompt not in heard)
+        return tuple(prompt for prompt in said if prompt not in used)
 
     def _faded_in(self, start: float, seconds: float) -> float:
         """How far the prompt that takes over at `start` has done so."""

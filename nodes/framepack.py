@@ -9,7 +9,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..framepack.request import SAMPLERS
 from ..framepack.run.run import FramePackRun
-from ..video.growing_video import Film
+from ..video.growing_video import GrowingVideo
 from .bridge import host
 from .bridge.framepack_request import LOADER, SamplerInputs
 from .bridge.framepack_run import ComfyRunHost, run_places
@@ -137,9 +137,9 @@ class FramePackSampler(io.ComfyNode):
         sampling = request.sampling()
         vae = request.vae if sampling.one_frame is None else None
         places = run_places(vae, request.resume, request.filename_prefix)
-        with FramePackRun.open(ComfyRunHost(request.patcher, vae), sampling, request.material(), places) as run:
+        with FramePackRun.open(ComfyRunHost(request.patcher, vae), sampling, request.inputs(), places) as run:
             made, film = {"samples": request.patcher.model.process_latent_out(run.make())}, run.output
-        if not isinstance(film, Film):
+        if not isinstance(film, GrowingVideo):
             return io.NodeOutput(made, ExecutionBlocker(NO_VIDEO))
         return io.NodeOutput(
             made, InputImpl.VideoFromFile(str(film.path)), ui=ui.PreviewVideo([host.saved_result(film.path)])

@@ -18,7 +18,7 @@ from lowvram_video.cli.framepack import _size
 from lowvram_video.cli.main import main, make_parser
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel
-from lowvram_video.framepack.request import Material, Sampling
+from lowvram_video.framepack.request import EncodedInputs, Sampling
 from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.text.images import ImageEncoder
 from lowvram_video.framepack.text.prompts import PromptEncoder
@@ -216,7 +216,7 @@ def test_sections_are_those_of_the_encoders_and_the_loop_by_hand(
     vae.load_state_dict(load_file(files.vae))
     start, end = (load_image(folder / f"{name}.png", WIDTH, HEIGHT) for name in ("girl", "end"))
     encoded = prompts.encode(["she stands", "she waves", "blurry"])
-    material = Material(
+    material = EncodedInputs(
         latent_size=(HEIGHT // 8, WIDTH // 8),
         timed=parse_timed_prompt(text, 0.2),
         prompts=dict(zip(["she stands", "she waves"], encoded, strict=False)),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.video import growing_video as film_module
-from lowvram_video.video.growing_video import Film, cross_fade, film_bytes
+from lowvram_video.video.growing_video import GrowingVideo, cross_fade, disk_bytes
 from lowvram_video.video.writer import VideoError, VideoWriter
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def encoded(frames: np.ndarray, path: Path, crf: int) -> np.ndarray:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_film_is_the_blend_of_its_sections_frame_for_frame(tmp_path: Path, grows: str, count: int) -> None:
     """Quality 0 loses nothing but what yuv420p does, so a direct encode of the reference must be the same."""
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", crf=0, grows=grows)
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", crf=0, grows=grows)
     parts = sections(count)
     for index, part in enumerate(parts):
         film.add(part, OVERLAP)
@@ -103,7 +103,7 @@ def test_the_film_is_the_blend_of_its_sections_frame_for_frame(tmp_path: Path, g
 
 
 def test_quality_is_that_of_one_encode(tmp_path: Path) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", grows="front")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", grows="front")
     parts = sections(4)
     for part in parts:
         film.add(part, OVERLAP)
@@ -117,7 +117,7 @@ def test_quality_is_that_of_one_encode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fps", [30, 23.976, 16, 7])
 def test_times_are_even_over_many_short_parts(tmp_path: Path, fps: float) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", fps=fps)
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", fps=fps)
     for index in range(6):
         film.add(section(index, 2), 1)
     unit, shown = times(film.path)
@@ -140,7 +140,7 @@ def test_cross_fade_weights_are_linspace(overlap: int) -> None:
 
 
 def test_floats_are_rounded_once_and_overlaps_may_shrink(tmp_path: Path) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", crf=0)
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", crf=0)
     a, b = section(0, 9), section(1, 7)
     film.add(a.float() / 127.5 - 1, 4)
     film.add(b.float() / 127.5 - 1, 2)
@@ -149,7 +149,7 @@ def test_floats_are_rounded_once_and_overlaps_may_shrink(tmp_path: Path) -> None
 
 
 def test_only_the_open_frames_are_encoded_again(tmp_path: Path) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
     written: dict[str, int] = {}
     for part in sections(4):
         film.add(part, OVERLAP)
@@ -162,16 +162,16 @@ def test_only_the_open_frames_are_encoded_again(tmp_path: Path) -> None:
 
 def test_odd_names_and_a_missing_video(tmp_path: Path) -> None:
     folder = tmp_path / "it's 100% #1? ünï"
-    film = Film(folder / "parts", folder / "a 'b'.mp4", crf=0)
+    film = GrowingVideo(folder / "parts", folder / "a 'b'.mp4", crf=0)
     for part in sections(2):
         film.add(part, OVERLAP)
     film.publish()
     whole = decode(film.path)
     film.path.unlink()
-    again = Film(folder / "parts", folder / "a 'b'.mp4", crf=0)
+    again = GrowingVideo(folder / "parts", folder / "a 'b'.mp4", crf=0)
     assert again.num_sections == 2
     np.testing.assert_array_equal(decode(again.path), whole)
-    elsewhere = Film(folder / "parts", folder / "c.mkv", crf=0)
+    elsewhere = GrowingVideo(folder / "parts", folder / "c.mkv", crf=0)
     np.testing.assert_array_equal(decode(elsewhere.path), whole)
 
 
@@ -194,7 +194,7 @@ def build(folder: Path, grows: str, stop_at: int | None = None) -> None:
 
         # this is the process that dies: nothing else sees the change
         os.replace, os.fsync, Path.unlink = counted(os.replace), counted(os.fsync), counted(Path.unlink)
-    film = Film(folder / "parts", folder / "film.mp4", grows=grows)
+    film = GrowingVideo(folder / "parts", folder / "film.mp4", grows=grows)
     parts = sections(3)
     while film.num_sections < len(parts):
         film.add(parts[film.num_sections], OVERLAP)
@@ -255,7 +255,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def two_sections(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("film")
-    film = Film(folder / "parts", folder / "film.mp4")
+    film = GrowingVideo(folder / "parts", folder / "film.mp4")
     for part in sections(2):
         film.add(part, OVERLAP)
     film.publish()
@@ -276,32 +276,32 @@ def test_a_damaged_part_means_a_new_film(
         path.unlink()
     else:
         path.write_bytes(b"{" + data[:-1])
-    again = Film(tmp_path / "parts", tmp_path / "film.mp4")
+    again = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
     assert again.num_sections == again.num_frames == 0
     assert "the video is built anew" in caplog.text or (victim, damage) == ("film.json", "gone")
     assert os.listdir(tmp_path / "parts") == []
 
 
 def test_other_settings_mean_a_new_film(tmp_path: Path) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", crf=12)
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", crf=12)
     film.add(section(0, 9), OVERLAP)
     film.publish()
-    assert Film(tmp_path / "parts", tmp_path / "film.mp4", crf=12).num_sections == 1
-    assert Film(tmp_path / "parts", tmp_path / "film.mp4", crf=20).num_sections == 0
+    assert GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", crf=12).num_sections == 1
+    assert GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", crf=20).num_sections == 0
 
 
 def test_a_video_put_in_the_films_place_is_replaced(tmp_path: Path) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
     film.add(section(0, 9), OVERLAP)
     film.path.write_bytes(b"another")
-    assert len(decode(Film(tmp_path / "parts", tmp_path / "film.mp4").path)) == 9
+    assert len(decode(GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4").path)) == 9
 
 
 # --- errors -----------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
     with pytest.raises(ValueError, match=r"expected \[T, H, W, 3\]"):
         film.add(section(0, 9)[0], 0)
     film.add(section(0, 9), 3)
@@ -313,13 +313,13 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         film.add(section(1, 2), 3)
     assert film.num_sections == 1 and len(decode(film.path)) == 9
     with pytest.raises(ValueError, match="grows is 'top'; a film grows at its \"front\""):
-        Film(tmp_path / "parts", tmp_path / "film.mp4", grows="top")  # type: ignore[arg-type]
+        GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", grows="top")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is no video file name"):
-        Film(tmp_path / "parts", tmp_path / "film.txt")
+        GrowingVideo(tmp_path / "parts", tmp_path / "film.txt")
 
 
 def test_a_full_disk_leaves_the_film_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
     parts = sections(3)
     film.add(parts[0], OVERLAP)
     with monkeypatch.context() as patched:
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_the_film_as_it_was(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_ffmpeg_that_fails_to_join_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
     monkeypatch.setattr(film_module, "_flush", lambda path: path.write_bytes(b"broken") and "")
     with pytest.raises(VideoError, match=r"film.partial.mp4: ffmpeg could not join 2 parts \(.+\): check"):
         film.add(section(0, 9), OVERLAP)
@@ -344,7 +344,7 @@ def test_a_video_open_in_a_player_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Windows refuses to replace an open file; the refusal is played here."""
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
     film.add(section(0, 9), OVERLAP)
     with monkeypatch.context() as patched:
         refusal = PermissionError(13, "The process cannot access the file")
@@ -358,12 +358,12 @@ def test_a_video_open_in_a_player_stops_nothing(
 
 def test_the_room_a_film_takes_is_enough_for_noise(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", grows="front")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", grows="front")
     for part in sections(3):
         noise = torch.randint(-10, 11, part.shape, generator=generator)
         film.add((part + noise).clamp(0, 255).to(torch.uint8), OVERLAP)
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.*") if path.is_file())
-    wanted = film_bytes(film.num_frames, HEIGHT, WIDTH, OVERLAP)
+    wanted = disk_bytes(film.num_frames, HEIGHT, WIDTH, OVERLAP)
     print(f"{taken / wanted:.2f} of the estimate")
     assert taken < wanted
     state = json.loads((tmp_path / "parts" / "film.json").read_text())
@@ -389,7 +389,7 @@ def written_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_at_most_twelve_times_its_bytes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts, frames that wait and all publications together, wherever the film ends."""
     written = written_bytes(monkeypatch)
-    film, count = Film(tmp_path / "parts", tmp_path / "film.mp4", crf=4, grows="front"), 200
+    film, count = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", crf=4, grows="front"), 200
     generator, totals = torch.Generator().manual_seed(0), []
     for _ in range(count):
         film.add(torch.randint(0, 256, (5, HEIGHT, WIDTH, 3), generator=generator, dtype=torch.uint8), 1)
@@ -403,9 +403,9 @@ def test_at_most_twelve_times_its_bytes_are_written(tmp_path: Path, monkeypatch:
     assert len(decode(film.path)) == film.num_frames == count * 4 + 1
 
 
-def grow(folder: Path, grows: Literal["front", "back"], parts: list[Tensor], stop: int) -> Film:
+def grow(folder: Path, grows: Literal["front", "back"], parts: list[Tensor], stop: int) -> GrowingVideo:
     """The film of the first `stop` sections, as the process leaves it that is killed after them."""
-    film = Film(folder / "parts", folder / "film.mp4", grows=grows)
+    film = GrowingVideo(folder / "parts", folder / "film.mp4", grows=grows)
     while film.num_sections < stop:
         film.add(parts[film.num_sections], OVERLAP)
     return film
@@ -414,7 +414,7 @@ def grow(folder: Path, grows: Literal["front", "back"], parts: list[Tensor], sto
 @pytest.mark.parametrize("grows", ["front", "back"])
 def test_the_video_is_published_when_a_tenth_of_it_is_new(tmp_path: Path, grows: Literal["front", "back"]) -> None:
     parts, shown = sections(24), []
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", grows=grows)
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", grows=grows)
     for part in parts:
         film.add(part, OVERLAP)
         shown.append(film.num_shown)
@@ -424,7 +424,7 @@ def test_the_video_is_published_when_a_tenth_of_it_is_new(tmp_path: Path, grows:
     assert published == film.num_shown == len(reference(parts[: len(parts) - 1], grows))
     film.publish()
     assert len(decode(film.path)) == film.num_shown == film.num_frames == len(reference(parts, grows))
-    again = Film(tmp_path / "parts", tmp_path / "film.mp4", grows=grows)
+    again = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", grows=grows)
     assert again.num_sections == len(parts), "left in order: nothing has to be decoded again"
 
 
@@ -438,13 +438,13 @@ def test_killed_between_publications_only_the_last_section_comes_again(
     for stop in (1, 11, 13, 16):  # the eleventh and the thirteenth are not published
         folder = tmp_path / str(stop)
         shown = grow(folder, grows, parts, stop).num_shown
-        again = Film(folder / "parts", folder / "film.mp4", grows=grows)
+        again = GrowingVideo(folder / "parts", folder / "film.mp4", grows=grows)
         assert (again.num_sections, again.num_shown) == (stop - 1, shown) and len(decode(again.path)) == shown
         again.publish()
         assert len(decode(again.path)) == shown, "as it was found"
         grow(folder, grows, parts, len(parts)).finish()
         np.testing.assert_array_equal(decode(folder / "film.mp4"), whole)
-        finished = Film(folder / "parts", folder / "film.mp4", grows=grows)
+        finished = GrowingVideo(folder / "parts", folder / "film.mp4", grows=grows)
         assert finished.num_sections == len(parts) and not list((folder / "parts").glob("*.safetensors"))
 
 
@@ -452,10 +452,10 @@ def test_a_given_beginning_is_read_again_for_its_last_frames_alone(tmp_path: Pat
     given, part = section(3, 30), section(4, 13)
 
     def grown(name: str, killed: bool) -> np.ndarray:
-        film = Film(tmp_path / name, tmp_path / f"{name}.mp4", crf=0)
+        film = GrowingVideo(tmp_path / name, tmp_path / f"{name}.mp4", crf=0)
         film.begin(given.split(7), OVERLAP)
         if killed:
-            film = Film(tmp_path / name, tmp_path / f"{name}.mp4", crf=0)
+            film = GrowingVideo(tmp_path / name, tmp_path / f"{name}.mp4", crf=0)
             assert film.num_sections == 0
             film.begin(given.split(7), OVERLAP)
         assert film.num_sections == 1
@@ -469,7 +469,7 @@ def test_a_given_beginning_is_read_again_for_its_last_frames_alone(tmp_path: Pat
 
 
 def test_sections_without_an_overlap_are_published_too(tmp_path: Path) -> None:
-    film = Film(tmp_path / "parts", tmp_path / "film.mp4", grows="back")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", grows="back")
     for index in range(11):
         film.add(section(index, 4), 0)
     assert film.num_shown < film.num_frames

@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from lowvram_video.framepack.network.model import Frames, History, Prompt, StepCondition
-from lowvram_video.framepack.request import SAMPLERS, Material, Sampling
+from lowvram_video.framepack.request import SAMPLERS, EncodedInputs, Sampling
 from lowvram_video.framepack.run.folder import RunStore
 from lowvram_video.framepack.run.generation import Generation, MadeSection, OnStep, noise_levels, prepare, section_size
 from lowvram_video.framepack.sections import SectionMode
@@ -49,9 +49,9 @@ def prompt(seed: int, length: int = 7) -> Prompt:
     return Prompt(randn(1, length, CONFIG.text_dim, seed=seed), randn(1, CONFIG.pooled_dim, seed=seed + 1))
 
 
-def material(**changes: object) -> Material:
+def material(**changes: object) -> EncodedInputs:
     text = "she stands"
-    plain = Material(
+    plain = EncodedInputs(
         latent_size=SIZE,
         timed=parse_timed_prompt(text),
         prompts={text: prompt(20)},
@@ -67,7 +67,7 @@ END = {"end": randn(1, 16, 1, *SIZE, seed=3), "end_features": randn(1, 5, CONFIG
 def run(
     path: Path,
     sampling: Sampling = SAMPLING,
-    given: Material | None = None,
+    given: EncodedInputs | None = None,
     settings: RunSettings | None = None,
     store: RunStore | None = None,
     loras: tuple[LoraChoice, ...] = (),
@@ -122,7 +122,7 @@ def denoised(
     return x - sigma * model(x, timestep, **shown, return_dict=False)[0]
 
 
-def plain_loop(model: HunyuanVideoFramepackTransformer3DModel, sampling: Sampling, given: Material) -> Tensor:
+def plain_loop(model: HunyuanVideoFramepackTransformer3DModel, sampling: Sampling, given: EncodedInputs) -> Tensor:
     """The definition of the loop, for videos of 1 to 4 sections, written down without the package's indices."""
     w, count = sampling.window, round(sampling.seconds * 30 / (4 * sampling.window))
     forward = sampling.mode == "f1"

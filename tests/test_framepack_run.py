@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
-from lowvram_video.framepack.run.host import Grows, RunPlaces
+from lowvram_video.framepack.run.host import RunPlaces
 from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.video.growing_video import Grows
 from torch import Tensor
 
 from .test_framepack_encoders import write

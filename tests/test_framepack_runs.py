@@ -466,12 +466,12 @@ def test_room_is_checked_for_what_is_missing(
     usage = namedtuple("usage", "total used free")
     with RunStore.open(tmp_path, SETTINGS, TOTAL) as run:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 3 * 2**30))
-        run.check_room(2**28)
+        run.check_free_space(2**28)
         assert not caplog.text
-        run.check_room(2**30, 2**29)
+        run.check_free_space(2**30, 2**29)
         assert "this run leaves about 0.50 GiB free" in caplog.text
         with pytest.raises(ValueError, match=r"has room for 3.00 GiB, and this run needs about 3.50 GiB: free some"):
-            run.check_room(2**30, 3 * 2**29)
+            run.check_free_space(2**30, 3 * 2**29)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

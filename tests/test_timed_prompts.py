@@ -90,9 +90,9 @@ def test_times_are_of_the_finished_video() -> None:
         {"a": 1 - (55 / 30 - 1.75) / 0.5, "b": (55 / 30 - 1.75) / 0.5}
     )
     assert prompt.prompts_at(base[0]) == [("c", 1.0)]
-    assert prompt.unheard(base) == ()
-    assert parse_timed_prompt("[0s: a] [1.3s-1.5s: blink] [9s: late]").unheard(base) == ("blink", "late")
-    assert parse_timed_prompt("a street [0s: a] [2s: b]").unheard(base) == ("a street",), "brackets hold all the time"
+    assert prompt.unused(base) == ()
+    assert parse_timed_prompt("[0s: a] [1.3s-1.5s: blink] [9s: late]").unused(base) == ("blink", "late")
+    assert parse_timed_prompt("a street [0s: a] [2s: b]").unused(base) == ("a street",), "brackets hold all the time"
 
 
 @pytest.mark.parametrize(

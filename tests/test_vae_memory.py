@@ -10,7 +10,7 @@ import pytest
 import torch
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.vae.checkpoint import HUNYUAN_FORMAT
-from lowvram_video.framepack.vae.decoding import DecodeRoom, decode_section
+from lowvram_video.framepack.vae.decoding import DecodeBudget, decode_section
 from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.vae.tiling import encode_fitting
@@ -146,4 +146,4 @@ def test_a_framepack_clip_is_encoded_in_tiles(monkeypatch: pytest.MonkeyPatch, e
 def test_a_section_is_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     vae = tiny_hunyuan()
     monkeypatch.setattr(vae, "decode", failing_once(vae.decode, error))
-    assert decode_section(vae, torch.randn(1, 16, 1, 4, 40), DecodeRoom(1 << 30)).shape == (1, 32, 320, 3)
+    assert decode_section(vae, torch.randn(1, 16, 1, 4, 40), DecodeBudget(1 << 30)).shape == (1, 32, 320, 3)

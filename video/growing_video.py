@@ -1,4 +1,4 @@
-"""The video of a run: it grows section by section, and plays at any moment."""
+"""A video that grows section by section, and plays at any moment."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..system.atomic_files import replace_file, write_file
-from .growing_state import FORMAT, FilmPart, FilmState, read_state
+from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
 from .writer import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
 
 log = logging.getLogger(__name__)
 
+Grows = Literal["front", "back"]
+
 PIXEL_BYTES = 0.25  # of H.264 at crf 12 without B-frames, for pictures with noise of 10 in 255; most take far less
 SHOWN = 0.9  # of what is made, at least, plays: all publications but the last write 1 / (1 - SHOWN) films at most
 
 
-class Film:
+class GrowingVideo:
     """A video at `path` that grows at the front (`grows="front"`, later sections play earlier) or at the back.
 
-    Neighbouring sections share frames and are cross-faded there. The frames at the growing edge wait for the next
+    The film is all of its frames, the video what a player finds of them at `path`. Neighbouring sections share frames
+    and are cross-faded there. The frames at the growing edge wait for the next
     section, in memory; all others are encoded once, into parts that are copied together into the video. That is
     published, whole, when a tenth of it is new, at `publish` and at `finish`, and plays at any moment. What the
     process leaves in `folder`, however it ends, is taken up again: `num_sections` are there already, but for the last
@@ -48,7 +51,7 @@ class Film:
         path: str | Path,
         fps: float = 30,
         crf: int = 12,
-        grows: Literal["front", "back"] = "back",
+        grows: Grows = "back",
         made_by: str = "",
     ) -> None:
         if grows not in ("front", "back"):
@@ -57,7 +60,7 @@ class Film:
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
         check_writable(folder / "film.json")
-        self._state = FilmState(FORMAT, float(fps), crf, grows, made_by)
+        self._state = VideoState(FORMAT, float(fps), crf, grows, made_by)
         self._edge: Tensor | None = None  # uint8 [E, H, W, 3]
         self._resume()
 
@@ -134,12 +137,12 @@ class Film:
             state = replace(state, pixels=self._keep(self._edge))
         self._commit(state)
 
-    def _keep(self, edge: Tensor) -> FilmPart:
+    def _keep(self, edge: Tensor) -> VideoPart:
         """The open frames as they are, on the disk."""
         pixels = self.folder / f"open_{self._new_name()}.safetensors"
         try:
             write_file(pixels, save({"frames": edge}))
-            return FilmPart(pixels.name, len(edge), _sha256(pixels))
+            return VideoPart(pixels.name, len(edge), _sha256(pixels))
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
 
@@ -182,7 +185,7 @@ class Film:
         count = self._state.num_open
         self._edge = (frames[:count] if self._at_front else frames[-count:]).clone()
 
-    def _grow(self, final: FilmPart | None, edge: Tensor) -> None:
+    def _grow(self, final: VideoPart | None, edge: Tensor) -> None:
         """Take in a section's encoded frames and those that wait for the next."""
         before = self._state
         new = [] if final is None else [final]
@@ -229,7 +232,7 @@ class Film:
             return to_uint8(frames.permute(3, 0, 1, 2)[None])
         return frames.cpu()
 
-    def _encode(self, pieces: Iterable[Tensor], name: str) -> FilmPart | None:
+    def _encode(self, pieces: Iterable[Tensor], name: str) -> VideoPart | None:
         """Frames as a part; None where there are none."""
         video = self.folder / f"{name}.mp4"
         with VideoWriter(video, self._state.fps, self._state.crf, b_frames=False) as writer:
@@ -239,11 +242,11 @@ class Film:
         if not writer.num_frames:
             return None
         try:
-            return FilmPart(video.name, writer.num_frames, _flush(video))
+            return VideoPart(video.name, writer.num_frames, _flush(video))
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
 
-    def _shown(self, state: FilmState, edge: Tensor | None) -> FilmState:
+    def _shown(self, state: VideoState, edge: Tensor | None) -> VideoState:
         """The state with all of it published."""
         if self.num_shown == state.num_frames and state.num_shown_parts == len(state.parts):
             return state
@@ -251,7 +254,7 @@ class Film:
         shown = replace(state, num_shown_parts=len(state.parts), shown_open=shown_open)
         return replace(shown, film_sha256=self._publish(shown.shown))
 
-    def _publish(self, parts: Sequence[FilmPart]) -> str:
+    def _publish(self, parts: Sequence[VideoPart]) -> str:
         """Join the parts beside the video's place, move them there, and return their SHA-256."""
         partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         newest = self.path.with_name(f"{self.path.stem}.newest{self.path.suffix}")
@@ -269,7 +272,7 @@ class Film:
             raise _cannot_write(self.path, error) from error
         return sha256
 
-    def _commit(self, state: FilmState) -> None:
+    def _commit(self, state: VideoState) -> None:
         path = self.folder / "film.json"
         try:
             write_file(path, json.dumps(asdict(state), indent=1).encode("ascii"))
@@ -295,7 +298,7 @@ class Film:
         if self._state.shown and not (self.path.is_file() and _sha256(self.path) == self._state.film_sha256):
             self._commit(replace(self._state, film_sha256=self._publish(self._state.shown)))
 
-    def _check_parts(self, state: FilmState) -> Tensor | None:
+    def _check_parts(self, state: VideoState) -> Tensor | None:
         """The open frames `[E, H, W, 3]` where they are there; ValueError or OSError for a file not as written."""
         for part in state.named:
             if _sha256(self.folder / part.file) != part.sha256:
@@ -325,7 +328,7 @@ def cross_fade(earlier: Tensor, later: Tensor, overlap: int) -> Tensor:
     return torch.cat([earlier[: len(earlier) - overlap], faded, later[overlap:]])
 
 
-def film_bytes(num_frames: int, height: int, width: int, overlap: int) -> int:
+def disk_bytes(num_frames: int, height: int, width: int, overlap: int) -> int:
     """About what a film takes on the disk while it is made: parts, the video and the next one, the open frames."""
     return round(3 * num_frames * height * width * PIXEL_BYTES) + 2 * overlap * height * width * 3
 

@@ -121,7 +121,7 @@ class RunStore:
         except RunError as error:
             raise RunError(f"{error}: start again, and the run goes on from section {index}") from error
 
-    def check_room(self, section_bytes: int, other_bytes: int = 0) -> None:
+    def check_free_space(self, section_bytes: int, other_bytes: int = 0) -> None:
         """ValueError where the disk has no room for the missing sections, and `other_bytes` (the film); a warning
         where it is left nearly full."""
         free = shutil.disk_usage(self.folder).free
@@ -140,7 +140,8 @@ class RunStore:
             raise ValueError(
                 f"{self.folder} is not finished: it has {self.completed} of {self.total_sections} sections"
             )
-        self._write_description(self._read_description() | {"finished": _now()})
+        description = self._read_description()
+        self._write_description(description | {"finished": description.get("finished") or _now()})
 
     def close(self) -> None:
         """Let other processes open the run; calling it again does nothing."""

@@ -22,7 +22,7 @@ from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepac
 from ...sampling.step_cache import TeaCache
 from ..footprint import SectionSize
 from ..network.model import BlockCache, Frames, History, StepCondition
-from ..request import Material, Sampling
+from ..request import EncodedInputs, Sampling
 from ..sections import SPATIAL_STRIDE, Section, num_frames, section_noise
 from ..streamed import StreamedFramePack
 from .folder import RunStore
@@ -102,17 +102,17 @@ def section_size(sampling: Sampling, latent_size: tuple[int, int], end_image: bo
 
 
 def prepare(
-    model: StreamedFramePack, plan: MemoryPlan, sampling: Sampling, material: Material, sections: tuple[Section, ...]
+    model: StreamedFramePack, plan: MemoryPlan, sampling: Sampling, inputs: EncodedInputs, sections: tuple[Section, ...]
 ) -> Conditions:
     """All that depends on steps, prompts and pictures alone. The model is not started yet."""
-    sigmas = noise_levels(sampling, material.latent_size)
+    sigmas = noise_levels(sampling, inputs.latent_size)
     # the model was trained with timesteps rounded to bf16
     timesteps = (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).bfloat16().float()
-    prompts = dict(material.heard_prompts(sections))
+    prompts = dict(inputs.prompts_of(sections))
     wanted = list(prompts.values())
-    if sampling.cfg != 1.0 and material.negative is not None:
-        wanted.append(material.negative)
-    features = [material.features(section) for section in sections]
+    if sampling.cfg != 1.0 and inputs.negative is not None:
+        wanted.append(inputs.negative)
+    features = [inputs.features(section) for section in sections]
     made, images = model.prepared(plan, wanted, features, timesteps, sampling.guidance * NUM_TRAIN_TIMESTEPS)
     negative = made[-1] if len(made) > len(prompts) else None
     return Conditions(dict(zip(prompts, made, strict=False)), negative, images)
@@ -124,7 +124,7 @@ class Generation:
 
     velocity: Velocity
     sampling: Sampling
-    material: Material
+    inputs: EncodedInputs
     sections: tuple[Section, ...]
     conditions: Conditions
     device: torch.device
@@ -134,7 +134,7 @@ class Generation:
     def run(self) -> Iterator[MadeSection]:
         """The sections in order of generation; those that the store has are not made again."""
         generator = torch.Generator().manual_seed(self.sampling.seed)
-        history = self.material.new_history(self.sampling.mode)
+        history = self.inputs.new_history(self.sampling.mode)
         num_before = history.shape[2]
         caches = self._caches()
         for section in self.sections:
@@ -162,16 +162,16 @@ class Generation:
         """The section's latents `[1, 16, window (+ 1 with the start's), h, w]`."""
         latents = self._sample(section, history, generator, caches)
         if section.prepend_start:
-            latents = torch.cat([self.material.start_latent(), latents], dim=2)
+            latents = torch.cat([self.inputs.start_latent(), latents], dim=2)
         return latents
 
     def _sample(
         self, section: Section, history: Tensor, generator: torch.Generator, caches: Sequence[TeaCache]
     ) -> Tensor:
-        sigmas = noise_levels(self.sampling, self.material.latent_size)
-        shape = (1, history.shape[1], len(section.indices.noisy), *self.material.latent_size)
+        sigmas = noise_levels(self.sampling, self.inputs.latent_size)
+        shape = (1, history.shape[1], len(section.indices.noisy), *self.inputs.latent_size)
         noise = section_noise(generator, shape)
-        initial = self.material.initial_latents(section)
+        initial = self.inputs.initial_latents(section)
         if initial is not None and len(sigmas) == 1:  # a strength of 0 leaves no step
             return initial
         x = noise if initial is None else torch.lerp(initial, noise, float(sigmas[0]))
@@ -180,7 +180,7 @@ class Generation:
         indices = torch.tensor(section.indices.noisy)
         image = self.conditions.images[section.number]
         image = None if image is None else image.to(self.device)
-        prompts = self.material.timed.prompts_at(section)
+        prompts = self.inputs.timed.prompts_at(section)
         negative = self.conditions.negative
 
         def predict(number: int, condition: Callable[[int], StepCondition], x: Tensor, sigma: Tensor) -> Tensor:
@@ -202,12 +202,12 @@ class Generation:
     def _history(self, section: Section, history: Tensor) -> History:
         """What a section is shown, on the device."""
         places, sources = section.indices, section.sources
-        near = [self.material.start_latent()]
+        near = [self.inputs.start_latent()]
         if sources is not None and not section.end_is_one:
             near.append(history[:, :, sources.one])
         if places.end is not None:
-            assert self.material.end is not None
-            near.append(self.material.end)
+            assert self.inputs.end is not None
+            near.append(self.inputs.end)
         clean = self._frames(torch.cat(near, dim=2), places.clean)
         if sources is None:
             return History(clean)
@@ -223,7 +223,7 @@ class Generation:
     def _video(self, history: Tensor, num_before: int) -> Tensor:
         """Of the history what belongs to the video."""
         if self.sampling.mode == "f1":
-            first = self.material.num_given or int(self.material.has_start)
+            first = self.inputs.num_given or int(self.inputs.has_start)
             return history[:, :, num_before - first :]
         return history[:, :, : history.shape[2] - num_before]
 

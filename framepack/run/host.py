@@ -6,23 +6,22 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan
 from ...sampling.solver import StepInfo
+from ...video.growing_video import Grows
 from ..sections import Section
 from ..streamed import StreamedFramePack
-from ..vae.decoding import DecodeRoom
+from ..vae.decoding import DecodeBudget
 from ..vae.model import HunyuanVAE
-
-Grows = Literal["front", "back"]
 
 
 class Output(Protocol):
-    """What becomes of the frames: a `Film`, or a picture."""
+    """What becomes of the frames: a `GrowingVideo`, or a picture."""
 
     @property
     def num_sections(self) -> int: ...
@@ -74,7 +73,7 @@ class RunHost(Protocol):
     def free_memory(self) -> None:
         """Give back all device memory that nothing works with: it ran out."""
 
-    def decoder(self, latents: Tensor) -> AbstractContextManager[tuple[HunyuanVAE, DecodeRoom | None]]:
+    def decoder(self, latents: Tensor) -> AbstractContextManager[tuple[HunyuanVAE, DecodeBudget | None]]:
         """The VAE on the device in the model's place, and what it may use beside its weights (None: any)."""
 
     def on_step(self, section: Section, step: StepInfo) -> None:

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ...memory.plan.plan import MemoryPlan
 from ...system.device_errors import is_out_of_memory
-from ...video.growing_video import film_bytes
+from ...video.growing_video import Grows, disk_bytes
 from ...weights.files.fingerprint import fingerprint
 from ..footprint import SectionSize
 from ..network.model import BlockCache, Frames, History, StepCondition
-from ..request import Material, Sampling
+from ..request import EncodedInputs, Sampling
 from ..sections import FRAMES_PER_LATENT, SPATIAL_STRIDE, num_frames
 from ..vae.decoding import decode_section
 from .folder import RunStore
 from .generation import NOTHING, Conditions, Generation, MadeSection, prepare, section_size
-from .host import Grows, Output, RunHost, RunPlaces
+from .host import Output, RunHost, RunPlaces
 
 logger = logging.getLogger(__name__)
 
@@ -34,29 +34,31 @@ class FramePackRun:
         self,
         host: RunHost,
         sampling: Sampling,
-        material: Material,
+        inputs: EncodedInputs,
         places: RunPlaces,
         store: RunStore | None = None,
         output: Output | None = None,
     ) -> None:
         """Use `open`."""
-        self.host, self.sampling, self.material, self.places = host, sampling, material, places
+        self.host, self.sampling, self.inputs, self.places = host, sampling, inputs, places
         self.store, self.output = store, output
-        self.sections = material.sections(sampling)
+        self.sections = inputs.sections(sampling)
         self._started_with: MemoryPlan | None = None
         self._leaner: MemoryPlan | None = None  # once the device ran out of memory, for the rest of the run
 
     @classmethod
     @contextmanager
-    def open(cls, host: RunHost, sampling: Sampling, material: Material, places: RunPlaces) -> Iterator[FramePackRun]:
+    def open(
+        cls, host: RunHost, sampling: Sampling, inputs: EncodedInputs, places: RunPlaces
+    ) -> Iterator[FramePackRun]:
         """The run of this request in a folder of its own; where nothing is kept, that is removed afterwards.
 
         Nothing is loaded yet. ValueError for a bad request, and where a folder cannot be written, is too small, or
         another process works on the same run.
         """
-        sections = material.sections(sampling)
-        material.check_for(host.model.config)
-        for prompt in material.timed.unheard(sections):
+        sections = inputs.sections(sampling)
+        inputs.check_for(host.model.config)
+        for prompt in inputs.timed.unused(sections):
             logger.warning(
                 "the prompt %r is not heard: others hold all the time, or it holds for less than a section", prompt
             )
@@ -66,16 +68,16 @@ class FramePackRun:
                 place = TemporaryDirectory(prefix="lowvram-video-", dir=places.scratch, ignore_cleanup_errors=True)
                 folder = Path(stack.enter_context(place))
             else:
-                store = stack.enter_context(open_store(host, places.runs, sampling, material))
+                store = stack.enter_context(open_store(host, places.runs, sampling, inputs))
                 folder = store.folder
-                check_disk(store, sampling, material, with_video=places.output is not None)
+                check_disk(store, sampling, inputs, with_video=places.output is not None)
             grows: Grows = "front" if sections[0].prepend else "back"
             output = None if places.output is None else places.output(folder / "film", grows)
-            yield cls(host, sampling, material, places, store, output)
+            yield cls(host, sampling, inputs, places, store, output)
 
     @property
     def _work(self) -> SectionSize:
-        return section_size(self.sampling, self.material.latent_size, self.material.end is not None)
+        return section_size(self.sampling, self.inputs.latent_size, self.inputs.end is not None)
 
     @property
     def completed(self) -> int:
@@ -114,7 +116,7 @@ class FramePackRun:
                 conditions = self._prepare()
         device = host.model.settings.device
         return Generation(
-            self._velocity, self.sampling, self.material, self.sections, conditions, device, self.store, host.on_step
+            self._velocity, self.sampling, self.inputs, self.sections, conditions, device, self.store, host.on_step
         )
 
     def _prepare(self) -> Conditions:
@@ -126,7 +128,7 @@ class FramePackRun:
         plan = self.host.make_plan(self._work)
         try:
             with self.host.within_budget():
-                return prepare(model, plan, self.sampling, self.material, self.sections)
+                return prepare(model, plan, self.sampling, self.inputs, self.sections)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -134,14 +136,14 @@ class FramePackRun:
         # outside the handler: its traceback holds tensors
         self.host.free_memory()
         with self.host.within_budget():
-            return prepare(model, plan, self.sampling, self.material, self.sections)
+            return prepare(model, plan, self.sampling, self.inputs, self.sections)
 
     def _add_given(self) -> int:
         """Put the video to extend before its continuation; returns how many of the output's sections that is.
 
         A video shorter than a section is a part of the first section's frames instead.
         """
-        given, output, still_open = self.material.given, self.output, num_frames(self.sampling.window)
+        given, output, still_open = self.inputs.given, self.output, num_frames(self.sampling.window)
         if output is None or given is None or given.shape[2] < self.sampling.window:
             return 0
         if not output.num_sections:
@@ -178,11 +180,11 @@ class FramePackRun:
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Frames `[T, H, W, 3]`, uint8, with the model's device memory given back meanwhile."""
-        with self.host.phase("decode"), self.host.decoder(latents) as (vae, room):
-            return decode_section(vae, latents, room, self.host.check_interrupt)
+        with self.host.phase("decode"), self.host.decoder(latents) as (vae, budget):
+            return decode_section(vae, latents, budget, self.host.check_interrupt)
 
 
-def open_store(host: RunHost, runs: Path, sampling: Sampling, material: Material) -> RunStore:
+def open_store(host: RunHost, runs: Path, sampling: Sampling, inputs: EncodedInputs) -> RunStore:
     """Where the sections of this request are kept, by all that they depend on. Raises as `RunStore.open`."""
     path = host.model.checkpoint.path
     model = {
@@ -191,15 +193,15 @@ def open_store(host: RunHost, runs: Path, sampling: Sampling, material: Material
         "loras": list(host.loras),
         "settings": host.model.arithmetic,
     }
-    settings = {"sampling": asdict(sampling), "material": material.identity(), "model": model}
-    return RunStore.open(runs, settings, len(material.sections(sampling)))
+    settings = {"sampling": asdict(sampling), "material": inputs.identity(), "model": model}
+    return RunStore.open(runs, settings, len(inputs.sections(sampling)))
 
 
-def check_disk(store: RunStore, sampling: Sampling, material: Material, with_video: bool) -> None:
+def check_disk(store: RunStore, sampling: Sampling, inputs: EncodedInputs, with_video: bool) -> None:
     """ValueError where the disk has no room for what a run keeps: its sections, and the video where it has one."""
-    height, width = material.latent_size
+    height, width = inputs.latent_size
     window, video_bytes = sampling.window, 0
     if with_video and sampling.one_frame is None:
         total = FRAMES_PER_LATENT * window * store.total_sections
-        video_bytes = film_bytes(total, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width, num_frames(window))
-    store.check_room(4 * 16 * (window + 1) * height * width, video_bytes)
+        video_bytes = disk_bytes(total, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width, num_frames(window))
+    store.check_free_space(4 * 16 * (window + 1) * height * width, video_bytes)

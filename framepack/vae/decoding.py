@@ -26,7 +26,7 @@ HEADROOM_BYTES = 256 << 20  # cuDNN's workspaces, and what the allocator cannot 
 
 
 @dataclass(frozen=True)
-class DecodeRoom:
+class DecodeBudget:
     """Bytes that decoding may take beside the weights: of the device, and of host memory, pinned by `registrar`."""
 
     device_bytes: int
@@ -45,8 +45,8 @@ class DecodeWay:
         return f"{self.tile}, with clips in host memory" if self.spill else str(self.tile)
 
 
-def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None, tile: int = 0) -> list[DecodeWay]:
-    """How these latents may be decoded, the most exact first; no room given is room for anything.
+def decode_ways(vae: HunyuanVAE, latents: Tensor, budget: DecodeBudget | None, tile: int = 0) -> list[DecodeWay]:
+    """How these latents may be decoded, the most exact first; no budget leaves room for anything.
 
     Whole frames are exact, wherever their clips lie. Tiles are not, as norms see the tile alone: larger ones and ones
     over the whole time are closer. `tile` pixels come first where given.
@@ -61,13 +61,13 @@ def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None, tile:
 
     if 0 < tile < side:
         return [DecodeWay(Tile(tile)), *(DecodeWay(smaller) for smaller in retry_tiles(vae.config, tile))]
-    if room is None:
+    if budget is None:
         return [DecodeWay()]
-    free, whole = room.device_bytes - HEADROOM_BYTES, footprint(0)
+    free, whole = budget.device_bytes - HEADROOM_BYTES, footprint(0)
     ways = []
     if whole.total_bytes <= free:
         ways.append(DecodeWay())
-    if whole.scratch_bytes <= free and whole.clip_bytes <= room.host_bytes:
+    if whole.scratch_bytes <= free and whole.clip_bytes <= budget.host_bytes:
         ways.append(DecodeWay(spill=True))
     fitting = fitting_tile(side, lambda tile: footprint(tile).total_bytes, free)
     if fitting:
@@ -79,7 +79,7 @@ def decode_ways(vae: HunyuanVAE, latents: Tensor, room: DecodeRoom | None, tile:
 def decode_section(
     vae: HunyuanVAE,
     latents: Tensor,
-    room: DecodeRoom | None = None,
+    budget: DecodeBudget | None = None,
     on_chunk: OnChunk | None = None,
     tile: int = 0,
 ) -> Tensor:
@@ -90,40 +90,40 @@ def decode_section(
 
     def decode(way: DecodeWay) -> Tensor:
         logger.info("decoding %s", way)
-        return to_uint8(_decode(vae, latents, way, room, on_chunk))
+        return to_uint8(_decode(vae, latents, way, budget, on_chunk))
 
-    return first_fitting(decode_ways(vae, latents, room, tile), decode, "decoding")
+    return first_fitting(decode_ways(vae, latents, budget, tile), decode, "decoding")
 
 
 def _decode(
-    vae: HunyuanVAE, latents: Tensor, way: DecodeWay, room: DecodeRoom | None, on_chunk: OnChunk | None
+    vae: HunyuanVAE, latents: Tensor, way: DecodeWay, budget: DecodeBudget | None, on_chunk: OnChunk | None
 ) -> Tensor:
     if way.tile.pixels:
         return decode_tiled(vae, latents, way.tile, on_chunk)
     check = None if on_chunk is None else partial(on_chunk, 0, 1)
-    if not way.spill or room is None:
+    if not way.spill or budget is None:
         return vae.decode(latents, FrameStore(check=check))
-    with _host_memory(room) as allocate:
+    with _host_memory(budget) as allocate:
         return vae.decode(latents, FrameStore(0, allocate, check)).cpu()
 
 
 @contextmanager
-def _host_memory(room: DecodeRoom) -> Iterator[Callable[[int], Tensor]]:
+def _host_memory(budget: DecodeBudget) -> Iterator[Callable[[int], Tensor]]:
     """Host memory for clips, given back at the end; pinned where that is allowed, as copies then take a fifth."""
     extents: list[Tensor] = []
-    budget = None if room.registrar is None else PinnedBudget(room.registrar, room.host_bytes)
+    pinned = None if budget.registrar is None else PinnedBudget(budget.registrar, budget.host_bytes)
 
     def allocate(nbytes: int) -> Tensor:
         extent = allocate_extent(nbytes)
-        if budget is not None and budget.pin(extent) is None:
+        if pinned is not None and pinned.pin(extent) is None:
             extents.append(extent)
         return extent[:nbytes]
 
     try:
         yield allocate
     finally:
-        if room.registrar is not None and extents:
+        if budget.registrar is not None and extents:
             torch.cuda.synchronize()
         for extent in extents:
-            assert budget is not None
-            budget.unpin(extent)
+            assert pinned is not None
+            pinned.unpin(extent)

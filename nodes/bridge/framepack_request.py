@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...framepack.network.config import IMAGE_TOKENS
 from ...framepack.network.model import Prompt
-from ...framepack.request import Material, Sampling
+from ...framepack.request import EncodedInputs, Sampling
 from ...framepack.sections import SPATIAL_STRIDE
 from . import host
 from .framepack_conditioning import EndImageOptions, single_prompt_of, timed_prompt_of
@@ -81,7 +81,7 @@ class SamplerInputs:
             one_frame=self.one_frame_index or None,
         )
 
-    def material(self) -> Material:
+    def inputs(self) -> EncodedInputs:
         config, latents = self.patcher.engine.streamed.config, partial(_network_latents, self.patcher.model)
         start = latents(self.start_latent, 1)
         initial, given = latents(self.initial_samples), latents(self.extend_samples)
@@ -95,7 +95,7 @@ class SamplerInputs:
         elif end_features is None:  # the network always has some
             start_features = torch.zeros(1, IMAGE_TOKENS, config.image_dim)
         timed, prompts = timed_prompt_of(self.positive)
-        material = Material(
+        inputs = EncodedInputs(
             latent_size=size if sized is None else (sized.shape[3], sized.shape[4]),
             timed=timed,
             prompts={name: _prompt(text, options) for name, text, options in prompts},
@@ -109,8 +109,8 @@ class SamplerInputs:
             initial=initial,
             given=given,
         )
-        material.check_for(config)
-        return material
+        inputs.check_for(config)
+        return inputs
 
 
 def _network_latents(model: Any, latent: dict[str, Any] | None, num_frames: int | None = None) -> Tensor | None:

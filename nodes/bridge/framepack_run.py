@@ -10,16 +10,16 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ...framepack.run.host import Grows, RunPlaces
+from ...framepack.run.host import RunPlaces
 from ...framepack.sections import FRAMES_PER_SECOND, Section
 from ...framepack.streamed import StreamedFramePack
-from ...framepack.vae.decoding import DecodeRoom
+from ...framepack.vae.decoding import DecodeBudget
 from ...framepack.vae.model import HunyuanVAE
 from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan
 from ...sampling.solver import StepInfo
 from ...system.atomic_files import write_file
-from ...video.growing_video import Film
+from ...video.growing_video import GrowingVideo, Grows
 from . import host
 from .framepack_engine import FramePackEngine
 from .native_vae import native_decoder, vae_fingerprint
@@ -73,7 +73,7 @@ class ComfyRunHost:
         self._engine.evict_others()
 
     @contextmanager
-    def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
+    def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeBudget | None]]:
         engine = self._engine
         with engine.within_budget():
             engine.leave_device()
@@ -93,11 +93,11 @@ class ComfyRunHost:
 def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:
     """Where ComfyUI has sections and the video; without a VAE there is none."""
 
-    def film(folder: Path, grows: Grows) -> Film:
+    def film(folder: Path, grows: Grows) -> GrowingVideo:
         made_by, path = vae_fingerprint(vae), _film_path(folder, prefix)
-        film = Film(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by)
-        if not film.num_sections and path.exists() and not Film.is_at(folder, path):  # what is there stays
-            film = Film(folder, _new_place(folder, prefix), FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+        film = GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+        if not film.num_sections and path.exists() and not GrowingVideo.is_at(folder, path):  # what is there stays
+            film = GrowingVideo(folder, _new_place(folder, prefix), FRAMES_PER_SECOND, grows=grows, made_by=made_by)
         return film
 
     runs = host.output_folder("framepack") if resume else None
@@ -110,7 +110,7 @@ def _film_path(folder: Path, prefix: str) -> Path:
     if note.is_file():
         place = json.loads(note.read_text(encoding="utf-8"))
         path = Path(place["path"])
-        if place["prefix"] == prefix and Film.is_at(folder, path):
+        if place["prefix"] == prefix and GrowingVideo.is_at(folder, path):
             return path
     return _new_place(folder, prefix)
 

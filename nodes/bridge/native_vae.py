@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...framepack.run.folder import run_key
 from ...framepack.vae.checkpoint import HUNYUAN_FORMAT
-from ...framepack.vae.decoding import HEADROOM_BYTES, DecodeRoom
+from ...framepack.vae.decoding import HEADROOM_BYTES, DecodeBudget
 from ...framepack.vae.model import HunyuanVAE, decode_footprint
 from ...vae.checks import VaeConfig
 from ...vae.files import OpenVae, VaeFormat
@@ -48,7 +48,7 @@ def evict_idle() -> None:
 @contextmanager
 def native_decoder(
     vae: Any, latents: Tensor, vram_left: Callable[[], int | None] = lambda: None
-) -> Iterator[tuple[HunyuanVAE, DecodeRoom | None]]:
+) -> Iterator[tuple[HunyuanVAE, DecodeBudget | None]]:
     """HunyuanVideo's decoder on the device, and the memory that it may use beside its weights (None: any).
 
     Idle models leave the device as far as whole `latents [1, 16, t, h, w]` need their room. `vram_left` tells what a
@@ -62,7 +62,7 @@ def native_decoder(
     height, width = (opened.config.spatial_stride * side for side in latents.shape[3:])
     whole = decode_footprint(opened.config, latents.shape[2], height, width, vae.vae_dtype.itemsize)
     with decoder_at_work(opened, vae.vae_dtype, whole.total_bytes + HEADROOM_BYTES) as decoder:
-        yield decoder, _room(decoder.device, vram_left())
+        yield decoder, _decode_budget(decoder.device, vram_left())
 
 
 def vae_fingerprint(vae: Any) -> str:
@@ -71,11 +71,11 @@ def vae_fingerprint(vae: Any) -> str:
     return run_key({name: tensor.flatten()[:NUM_SAMPLED] for name, tensor in stored.items()})
 
 
-def _room(device: torch.device, vram_left: int | None) -> DecodeRoom | None:
+def _decode_budget(device: torch.device, vram_left: int | None) -> DecodeBudget | None:
     if device.type != "cuda":
         return None
     registrar = host.HostRegistrar(device) if host.may_pin() else None
     free = max(0, host.free_vram(device) - host.reserved_vram())
     if vram_left is not None:
         free = min(free, vram_left)
-    return DecodeRoom(free, host.free_ram() // 2, registrar)
+    return DecodeBudget(free, host.free_ram() // 2, registrar)
