@@ -21,7 +21,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from lowvram_video.framepack.run.folder import RunError, RunLock, RunStore, Section, run_key
+from lowvram_video.framepack.run.folder import RunError, RunLock, RunStore, StoredSection, run_key
 from torch import Tensor
 
 SETTINGS = {"prompt": "she waves", "seed": 31337, "cfg": 1.0, "start": torch.arange(6.0).view(1, 2, 3)}
@@ -35,7 +35,7 @@ def sample(generator: torch.Generator, history: Tensor) -> Tensor:
     return torch.tanh(noise + history[:, :, :3]) / 3
 
 
-def generate(root: Path, settings: dict[str, Any] = SETTINGS, stop_before: int = TOTAL) -> list[Section]:
+def generate(root: Path, settings: dict[str, Any] = SETTINGS, stop_before: int = TOTAL) -> list[StoredSection]:
     """A run as the pipeline makes it: goes on after the sections that are there."""
     generator, history = torch.Generator().manual_seed(7), torch.zeros(1, 16, 3, 4, 6)
     with RunStore.open(root, settings, TOTAL) as run:
@@ -52,7 +52,7 @@ def generate(root: Path, settings: dict[str, Any] = SETTINGS, stop_before: int =
         return [run.load(index) for index in range(run.completed)]
 
 
-def same(a: Section, b: Section) -> bool:
+def same(a: StoredSection, b: StoredSection) -> bool:
     pairs = [(a.latents, b.latents), (a.generator_state, b.generator_state)]
     return all(x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 

@@ -34,7 +34,7 @@ class RunError(OSError):
 
 
 @dataclass(frozen=True)
-class Section:
+class StoredSection:
     """What a section left: its latents, and the state of the noise generator after it."""
 
     latents: Tensor
@@ -111,8 +111,8 @@ class RunStore:
             ) from error
         self._checksums[index:] = [checksum]
 
-    def load(self, index: int) -> Section:
-        """Section `index` with its tensors as they were stored. Raises ValueError for one that is not there, and
+    def load(self, index: int) -> StoredSection:
+        """StoredSection `index` with its tensors as they were stored. Raises ValueError for one that is not there, and
         RunError where its file was damaged since the run was opened."""
         if not 0 <= index < self.completed:
             raise ValueError(f"{self.folder} has no section {index}: {self.completed} are there, counted from 0")
@@ -171,7 +171,7 @@ class RunStore:
         if self.completed:
             log.info("%s: %d of %d sections are there", self.folder, self.completed, self.total_sections)
 
-    def _read(self, index: int) -> tuple[Section, str]:
+    def _read(self, index: int) -> tuple[StoredSection, str]:
         """The section and its checksum; RunError says what is wrong with its file."""
         path = self._path(index)
         try:
@@ -185,7 +185,7 @@ class RunStore:
         checksum = self._checksum(index, tensors)
         if metadata.get("checksum") != checksum:
             raise RunError(f"{path} is damaged, or does not follow the section before it")
-        return Section(tensors["latents"], tensors["generator_state"]), checksum
+        return StoredSection(tensors["latents"], tensors["generator_state"]), checksum
 
     def _checksum(self, index: int, tensors: Mapping[str, Tensor]) -> str:
         before = self._checksums[index - 1] if index else ""

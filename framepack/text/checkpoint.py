@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
 from torch import nn
 
 from ...runtime.layer_reading import TokenTable, without_table
@@ -67,11 +68,13 @@ class EncoderFile(Generic[C, M]):
     kind: EncoderKind
     config: C
     checkpoint: Checkpoint
-    network: Callable[[C, str], M]
+    network: Callable[[C], M]
 
     def build(self) -> M:
         """The model on the meta device. Raises CheckpointError."""
-        return adopt_tensors(self.network(self.config, "meta"), self.checkpoint, self.kind.title, self.kind.file_names)
+        with torch.device("meta"):
+            model = self.network(self.config)
+        return adopt_tensors(model, self.checkpoint, self.kind.title, self.kind.file_names)
 
 
 @dataclass(frozen=True)

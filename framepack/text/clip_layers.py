@@ -26,12 +26,12 @@ class LayerSizes:
 class EncoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); `x [B, L, dim]` is fp32 and the layers compute in `dtype`."""
 
-    def __init__(self, sizes: LayerSizes, activation: Callable[[Tensor], Tensor], device: torch.device | str | None):
+    def __init__(self, sizes: LayerSizes, activation: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.layer_norm1 = LayerNorm(sizes.dim, sizes.eps, device)
-        self.self_attn = SelfAttention(sizes, device)
-        self.layer_norm2 = LayerNorm(sizes.dim, sizes.eps, device)
-        self.mlp = FeedForward(sizes, activation, device)
+        self.layer_norm1 = LayerNorm(sizes.dim, sizes.eps)
+        self.self_attn = SelfAttention(sizes)
+        self.layer_norm2 = LayerNorm(sizes.dim, sizes.eps)
+        self.mlp = FeedForward(sizes, activation)
 
     def forward(self, x: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x, dtype), causal)
@@ -41,13 +41,13 @@ class EncoderLayer(nn.Module):
 class SelfAttention(nn.Module):
     """Attention with biases; `causal` lets a token see those before it only."""
 
-    def __init__(self, sizes: LayerSizes, device: torch.device | str | None):
+    def __init__(self, sizes: LayerSizes):
         super().__init__()
         self.num_heads = sizes.num_heads
-        self.q_proj = Linear(sizes.dim, sizes.dim, device=device)
-        self.k_proj = Linear(sizes.dim, sizes.dim, device=device)
-        self.v_proj = Linear(sizes.dim, sizes.dim, device=device)
-        self.out_proj = Linear(sizes.dim, sizes.dim, device=device)
+        self.q_proj = Linear(sizes.dim, sizes.dim)
+        self.k_proj = Linear(sizes.dim, sizes.dim)
+        self.v_proj = Linear(sizes.dim, sizes.dim)
+        self.out_proj = Linear(sizes.dim, sizes.dim)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = (
@@ -61,11 +61,11 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """fc2(activation(fc1(x)))."""
 
-    def __init__(self, sizes: LayerSizes, activation: Callable[[Tensor], Tensor], device: torch.device | str | None):
+    def __init__(self, sizes: LayerSizes, activation: Callable[[Tensor], Tensor]):
         super().__init__()
         self.activation = activation
-        self.fc1 = Linear(sizes.dim, sizes.ffn_dim, device=device)
-        self.fc2 = Linear(sizes.ffn_dim, sizes.dim, device=device)
+        self.fc1 = Linear(sizes.dim, sizes.ffn_dim)
+        self.fc2 = Linear(sizes.ffn_dim, sizes.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -74,10 +74,10 @@ class FeedForward(nn.Module):
 class LayerNorm(nn.Module):
     """LayerNorm computed in fp32, its result in `dtype`."""
 
-    def __init__(self, dim: int, eps: float, device: torch.device | str | None):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = parameter(dim, device=device), parameter(dim, device=device)
+        self.weight, self.bias = parameter(dim), parameter(dim)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(dtype)
@@ -86,20 +86,14 @@ class LayerNorm(nn.Module):
 class Layers(nn.Module):
     """The stack; a module only because the parameter names have it."""
 
-    def __init__(
-        self,
-        num_layers: int,
-        sizes: LayerSizes,
-        activation: Callable[[Tensor], Tensor],
-        device: torch.device | str | None,
-    ):
+    def __init__(self, num_layers: int, sizes: LayerSizes, activation: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(sizes, activation, device) for _ in range(num_layers))
+        self.layers = nn.ModuleList(EncoderLayer(sizes, activation) for _ in range(num_layers))
 
 
 class Rows(nn.Module):
     """A table by its name; whoever uses it gathers."""
 
-    def __init__(self, num_rows: int, dim: int, device: torch.device | str | None):
+    def __init__(self, num_rows: int, dim: int):
         super().__init__()
-        self.weight = parameter(num_rows, dim, device=device)
+        self.weight = parameter(num_rows, dim)

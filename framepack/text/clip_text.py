@@ -30,12 +30,12 @@ class ClipTextConfig:
 class ClipTextModel(nn.Module):
     """A causal transformer. The token table is not part of it: a prompt needs but a few of its rows."""
 
-    def __init__(self, config: ClipTextConfig, device: torch.device | str | None = None):
+    def __init__(self, config: ClipTextConfig):
         super().__init__()
         sizes = LayerSizes(config.dim, config.ffn_dim, config.num_heads, config.eps)
-        self.embeddings = Positions(config, device)
-        self.encoder = Layers(config.num_layers, sizes, quick_gelu, device)
-        self.final_layer_norm = LayerNorm(config.dim, config.eps, device)
+        self.embeddings = Positions(config)
+        self.encoder = Layers(config.num_layers, sizes, quick_gelu)
+        self.final_layer_norm = LayerNorm(config.dim, config.eps)
 
     def forward(self, embeddings: Tensor, ends: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`embeddings [B, L, dim]` of tokens and the place `ends [B]` of each text's end token -> `[B, dim]` fp32.
@@ -52,9 +52,9 @@ class ClipTextModel(nn.Module):
 class Positions(nn.Module):
     """The table of positions under its name."""
 
-    def __init__(self, config: ClipTextConfig, device: torch.device | str | None):
+    def __init__(self, config: ClipTextConfig):
         super().__init__()
-        self.position_embedding = Rows(config.num_positions, config.dim, device)
+        self.position_embedding = Rows(config.num_positions, config.dim)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -42,11 +42,11 @@ class LlamaDecoder(nn.Module):
     `stream` hands out the layers with their weights on the device of the embeddings.
     """
 
-    def __init__(self, config: LlamaConfig, device: torch.device | str | None = None):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.stream: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] = iter
-        self.layers = nn.ModuleList(DecoderLayer(config, device) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
 
     def forward(self, embeddings: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`embeddings [B, L, dim]` -> hidden states `[B, L, dim]` fp32, as layer `num_layers` leaves them.
@@ -64,12 +64,12 @@ class LlamaDecoder(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, device: torch.device | str | None):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.self_attn = GroupedAttention(config, device)
-        self.mlp = GatedFeedForward(config, device)
-        self.input_layernorm = RMSNorm(config, device)
-        self.post_attention_layernorm = RMSNorm(config, device)
+        self.self_attn = GroupedAttention(config)
+        self.mlp = GatedFeedForward(config)
+        self.input_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
 
     def forward(self, x: Tensor, rotation: Tensor, dtype: torch.dtype) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x, dtype), rotation)
@@ -79,14 +79,14 @@ class DecoderLayer(nn.Module):
 class GroupedAttention(nn.Module):
     """Causal attention in which several heads share keys and values (Ainslie et al. 2023)."""
 
-    def __init__(self, config: LlamaConfig, device: torch.device | str | None):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         query_dim, key_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.dim, query_dim, bias=False, device=device)
-        self.k_proj = Linear(config.dim, key_dim, bias=False, device=device)
-        self.v_proj = Linear(config.dim, key_dim, bias=False, device=device)
-        self.o_proj = Linear(query_dim, config.dim, bias=False, device=device)
+        self.q_proj = Linear(config.dim, query_dim, bias=False)
+        self.k_proj = Linear(config.dim, key_dim, bias=False)
+        self.v_proj = Linear(config.dim, key_dim, bias=False)
+        self.o_proj = Linear(query_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         """`x [B, L, dim]`, `rotation [2, L, head_dim / 2]` -> `[B, L, dim]`."""
@@ -105,11 +105,11 @@ class GroupedAttention(nn.Module):
 class GatedFeedForward(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, device: torch.device | str | None):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = Linear(config.dim, config.ffn_dim, bias=False, device=device)
-        self.up_proj = Linear(config.dim, config.ffn_dim, bias=False, device=device)
-        self.down_proj = Linear(config.ffn_dim, config.dim, bias=False, device=device)
+        self.gate_proj = Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -118,10 +118,10 @@ class GatedFeedForward(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm computed in fp32."""
 
-    def __init__(self, config: LlamaConfig, device: torch.device | str | None):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.eps = config.eps
-        self.weight = parameter(config.dim, device=device)
+        self.weight = parameter(config.dim)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.float()

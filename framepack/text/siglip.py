@@ -38,13 +38,13 @@ class SiglipConfig:
 class SiglipVisionModel(nn.Module):
     """A vision transformer without a class token."""
 
-    def __init__(self, config: SiglipConfig, device: torch.device | str | None = None):
+    def __init__(self, config: SiglipConfig):
         super().__init__()
         self.config = config
         sizes = LayerSizes(config.dim, config.ffn_dim, config.num_heads, config.eps)
-        self.embeddings = PatchEmbeddings(config, device)
-        self.encoder = Layers(config.num_layers, sizes, tanh_gelu, device)
-        self.post_layernorm = LayerNorm(config.dim, config.eps, device)
+        self.embeddings = PatchEmbeddings(config)
+        self.encoder = Layers(config.num_layers, sizes, tanh_gelu)
+        self.post_layernorm = LayerNorm(config.dim, config.eps)
 
     def forward(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`pixels [B, 3, image_size, image_size]` in -1 ... 1 -> the last hidden state `[B, num_tokens, dim]`, fp32."""
@@ -57,11 +57,11 @@ class SiglipVisionModel(nn.Module):
 class PatchEmbeddings(nn.Module):
     """Patches to tokens, and their places added."""
 
-    def __init__(self, config: SiglipConfig, device: torch.device | str | None):
+    def __init__(self, config: SiglipConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        self.patch_embedding = PatchConvolution(config, device)
-        self.position_embedding = Rows(config.num_tokens, config.dim, device)
+        self.patch_embedding = PatchConvolution(config)
+        self.position_embedding = Rows(config.num_tokens, config.dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
         size = self.patch_size
@@ -74,10 +74,10 @@ class PatchEmbeddings(nn.Module):
 class PatchConvolution(nn.Module):
     """A convolution whose kernel is its stride: a matrix for each patch."""
 
-    def __init__(self, config: SiglipConfig, device: torch.device | str | None):
+    def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.weight = parameter(config.dim, 3, config.patch_size, config.patch_size, device=device)
-        self.bias = parameter(config.dim, device=device)
+        self.weight = parameter(config.dim, 3, config.patch_size, config.patch_size)
+        self.bias = parameter(config.dim)
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
