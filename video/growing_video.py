@@ -9,7 +9,7 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -140,11 +140,9 @@ class GrowingVideo:
     def _keep(self, edge: Tensor) -> VideoPart:
         """The open frames as they are, on the disk."""
         pixels = self.folder / f"open_{self._new_name()}.safetensors"
-        try:
+        with _writing(self.folder):
             write_file(pixels, save({"frames": edge}))
             return VideoPart(pixels.name, len(edge), _sha256(pixels))
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from error
 
     def leave(self) -> None:
         """`publish` where the run failed or was interrupted, whose error is what counts: a second one is only told."""
@@ -241,10 +239,8 @@ class GrowingVideo:
                     writer.write(frames)
         if not writer.num_frames:
             return None
-        try:
+        with _writing(self.folder):
             return VideoPart(video.name, writer.num_frames, _flush(video))
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from error
 
     def _shown(self, state: VideoState, edge: Tensor | None) -> VideoState:
         """The state with all of it published."""
@@ -259,7 +255,7 @@ class GrowingVideo:
         partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         newest = self.path.with_name(f"{self.path.stem}.newest{self.path.suffix}")
         join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps)
-        try:
+        with _writing(self.path):
             sha256 = _flush(partial)
             try:
                 replace_file(partial, self.path)
@@ -268,16 +264,12 @@ class GrowingVideo:
                 log.warning("%s is open in another program: the longer video is %s", self.path, newest)
             else:
                 newest.unlink(missing_ok=True)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
         return sha256
 
     def _commit(self, state: VideoState) -> None:
         path = self.folder / "film.json"
-        try:
+        with _writing(path):
             write_file(path, json.dumps(asdict(state), indent=1).encode("ascii"))
-        except OSError as error:
-            raise _cannot_write(path, error) from error
         self._state = state
         self._tidy()
 
@@ -348,7 +340,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _cannot_write(path: Path, error: OSError) -> VideoError:
-    return VideoError(
-        f"{path} cannot be written ({error.strerror}): check the free space and the rights of that folder"
-    )
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Have errors of the system say what cannot be written, as a VideoError."""
+    try:
+        yield
+    except OSError as error:
+        raise VideoError(
+            f"{path} cannot be written ({error.strerror}): check the free space and the rights of that folder"
+        ) from error

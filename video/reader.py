@@ -15,6 +15,8 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
+from .writer import last_line
+
 HOW = "give an MP4, MOV, MKV or WebM file"
 
 
@@ -78,7 +80,7 @@ def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor
                 yield torch.frombuffer(frame, dtype=torch.uint8).view(height, width, 3)
             if process.wait() != 0:
                 complaints.seek(0)
-                reason = _last_line(complaints.read().decode(errors="replace"))
+                reason = last_line(complaints.read().decode(errors="replace"))
                 raise ValueError(f"{path}: cannot be read as a video ({reason}); {HOW}")
         finally:
             process.kill()
@@ -94,13 +96,9 @@ def _told(path: Path) -> dict[str, Any]:
             return next(frames)
     # what it raises where ffmpeg says nothing of pictures
     except (OSError, RuntimeError, LookupError, ValueError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{path}: cannot be read as a video ({_last_line(str(error))}); {HOW}") from error
+        raise ValueError(f"{path}: cannot be read as a video ({last_line(str(error))}); {HOW}") from error
 
 
 def _check_there(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such video; {HOW}")
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")

@@ -171,8 +171,12 @@ def _reason(complaints: IO[bytes] | None) -> str:
     if complaints is None:
         return "no reason given"
     complaints.seek(0)
-    lines = complaints.read().decode(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.strip()), "no reason given")
+    return last_line(complaints.read().decode(errors="replace"))
+
+
+def last_line(text: str) -> str:
+    """The last line of a program's messages that says something."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
 
 
 def check_writable(path: str | Path) -> Path:
