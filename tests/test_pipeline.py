@@ -815,6 +815,20 @@ def test_a_bad_request_is_refused_before_anything_is_loaded(t2v: WanFiles, chang
     assert progress.titles == []
 
 
+def test_experts_without_a_published_boundary_want_one(ti2v: WanFiles) -> None:
+    progress = Interrupting("")
+    pipeline = WanPipeline(replace(ti2v, model_low=ti2v.model), progress=progress)
+    request = replace(REQUEST, width=64)
+    with pytest.raises(ValueError, match=r"no boundary is known for .*ti2v.safetensors.*--boundary.*--model-low"):
+        run(pipeline, request)
+    assert progress.titles == []
+    # both experts are guided alike unless told otherwise
+    same = replace(ti2v, model_low=ti2v.model)
+    request = replace(request, height=64, boundary=0.5)
+    assert torch.equal(latent_of(same, request), latent_of(same, replace(request, guidance_high=request.guidance)))
+    assert torch.equal(latent_of(same, request), latent_of(ti2v, replace(request, boundary=None)))
+
+
 def test_pictures_that_do_not_suit_the_model(i2v: WanFiles, ti2v: WanFiles, pictures: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"wan_i2v.safetensors makes a video of a picture: give --image"):
         run(WanPipeline(i2v))

@@ -96,8 +96,7 @@ class WanPipeline:
         """Frames as they are decoded, uint8 `[t, H, W, 3]`. A bad request is a ValueError before anything is loaded."""
         request = request.completed(self.defaults)
         check_request(request)
-        if self.low is None:
-            check_experts(request, self.files.model.name)
+        check_experts(request, self.files.model.name, experts=self.low is not None)
         check_size(self.vae_config, self.config.patch_size[1], *request.size)
         select_sampler(request.sampler)
         sigmas = self.sigmas(request)
@@ -190,7 +189,7 @@ class WanPipeline:
 
     def _denoiser(self, request: WanRequest, conditions: Conditions) -> Denoiser:
         assert request.guidance is not None
-        high_scale = request.guidance_high if self.low is not None else request.guidance
+        high_scale = request.guidance if request.guidance_high is None else request.guidance_high
         high = self._guided(self.high, conditions, high_scale)
         if self.low is None:
             return high
@@ -206,7 +205,7 @@ class WanPipeline:
 
         return ExpertSwitch(high, low, request.boundary, on_switch=switch)
 
-    def _guided(self, model: StreamedWan, conditions: Conditions, scale: float | None) -> Denoiser:
+    def _guided(self, model: StreamedWan, conditions: Conditions, scale: float) -> Denoiser:
         channels, first_frame = conditions.channels, conditions.first_frame
         both = None if conditions.uncond is None else torch.cat([conditions.cond, conditions.uncond])
 
@@ -220,7 +219,6 @@ class WanPipeline:
                 text = both  # one tensor for all steps, so that it is embedded once
             return model(latent, timestep, text)
 
-        scale = 1.0 if scale is None else scale
         guided = Guidance(velocity, conditions.cond, conditions.uncond, scale, self.settings.batched_guidance)
         if first_frame is None:
             return guided

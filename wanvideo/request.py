@@ -129,8 +129,18 @@ class WanRequest:
         return self.guidance != 1 or self.guidance_high not in (None, 1)
 
 
-def check_experts(request: WanRequest, only: str) -> None:
-    """ValueError for settings of two experts, given to a model that is one file named `only`."""
+def check_experts(request: WanRequest, model: str, experts: bool) -> None:
+    """ValueError where a completed request's settings of two experts do not suit a model that is one file, or is two.
+
+    `model` is the file's name, of two that of the high-noise one.
+    """
+    if experts:
+        if request.boundary is None:
+            raise ValueError(
+                f"no boundary is known for {model}: give the sigma where the low-noise expert takes over (--boundary), "
+                "such as 0.9, or leave out the low-noise model (--model-low)"
+            )
+        return
     roles = {
         "guidance_high": "for the high-noise expert of Wan 2.2 A14B",
         "boundary": "where the low-noise expert of Wan 2.2 A14B takes over",
@@ -139,7 +149,7 @@ def check_experts(request: WanRequest, only: str) -> None:
         value = getattr(request, name)
         if value is not None:
             raise ValueError(
-                f"{name} is {value}, {role}, but there is only {only}: leave it out, or give the low-noise model too "
+                f"{name} is {value}, {role}, but there is only {model}: leave it out, or give the low-noise model too "
                 "(--model-low)"
             )
 
