@@ -7,16 +7,38 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..attention.select import ATTENTION_MODES
+from ..memory.plan.footprint import WorkSize
+from ..memory.report.report import RunReport
 from ..runtime.settings import RunSettings, use_device
 from ..weights.linear.compute import QUANTIZATIONS
 from ..weights.lora.attach import LORA_MODES
 from ..weights.lora.file import LoraChoice
 
-Say = Callable[[str], None]  # told what people are to read
+
+@dataclass(frozen=True)
+class FamilyCommands:
+    """What the command line has of a model family: its own flags, making a video, the work of one for `plan`.
+
+    `foreign` are the options of other families, each with what holds instead for `models`.
+    """
+
+    models: str
+    foreign: Mapping[str, str]
+    add_generate: Callable[[argparse.ArgumentParser], None]
+    add_plan: Callable[[argparse.ArgumentParser], None]
+    generate: Callable[[argparse.Namespace], RunReport]
+    planned_work: Callable[[argparse.Namespace, Any], WorkSize]
+
+    def refuse_foreign(self, options: argparse.Namespace) -> None:
+        """ValueError for a flag of another family."""
+        for option, instead in self.foreign.items():
+            if is_given(options, option):
+                raise ValueError(f"{flag(option)} does not apply to {self.models}: {instead}")
 
 
 @dataclass(frozen=True)
@@ -49,13 +71,6 @@ def is_given(options: argparse.Namespace, option: str) -> bool:
     """Whether a flag without a default was given."""
     value = getattr(options, option, None)
     return not (value is None or value is False or value == [])
-
-
-def refuse_foreign(options: argparse.Namespace, foreign: Mapping[str, str], model: str) -> None:
-    """ValueError for a flag of another model family; `foreign` says of each option what holds here instead."""
-    for option, instead in foreign.items():
-        if is_given(options, option):
-            raise ValueError(f"{flag(option)} does not apply to {model}: {instead}")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

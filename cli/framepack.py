@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import get_args
 
-import torch
 from PIL import Image
 
 from ..framepack.buckets import MULTIPLE, nearest_bucket
@@ -33,14 +32,13 @@ from ..framepack.sections import (
 from ..framepack.streamed import StreamedFramePack
 from ..framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from ..memory.plan.footprint import WorkSize
-from ..runtime.settings import RunSettings
+from ..memory.report.report import RunReport
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
 from ..video.writer import SUFFIXES, check_writable
-from .arguments import Say, WantedFile, flag, fraction, is_given, not_negative, positive, refuse_foreign, settings_of
+from .arguments import FamilyCommands, WantedFile, flag, fraction, is_given, not_negative, positive, settings_of
 from .framepack_run import Files, plan_ahead
 from .progress import TerminalProgress
-from .report import say_report
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +123,6 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 def planned_work(options: argparse.Namespace, model: StreamedFramePack) -> WorkSize:
     """The work of a section of these options, for `plan`."""
-    refuse_foreign(options, FOREIGN, "FramePack models")
     window = WINDOW if options.window is None else options.window
     count_sections(SECONDS, window)  # refuses a window that no section has
     width, height = _given_size(options) or SIZE
@@ -135,18 +132,18 @@ def planned_work(options: argparse.Namespace, model: StreamedFramePack) -> WorkS
     )  # fmt: skip
 
 
-def generate_framepack(options: argparse.Namespace, say: Say) -> None:
+def generate(options: argparse.Namespace) -> RunReport:
     """Make one video that grows section by section, or one picture; what is done is kept and gone on from."""
     job = _Job.of(options)
     plan_ahead(job.pipeline, job.sampling, job.size, options.end_image is not None)
     for lora in job.pipeline.lora_reports():
-        say(lora.summary)  # what was not applied is in the log
+        print(lora.summary)  # what was not applied is in the log
     with job.pipeline.record.run():
-        _make(job, say)
-    say_report(job.pipeline.report(), options, say)
+        _make(job)
+    return job.pipeline.report()
 
 
-def _make(job: _Job, say: Say) -> None:
+def _make(job: _Job) -> None:
     try:
         inputs = job.encode()
     except KeyboardInterrupt:
@@ -158,10 +155,10 @@ def _make(job: _Job, say: Say) -> None:
             run.make()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {files.kept(run)}") from None
-        except (torch.cuda.OutOfMemoryError, OSError):
-            say(files.kept(run))
+        except (RuntimeError, OSError):  # out of memory, whichever library says so, or no room on the disk
+            print(files.kept(run))
             raise
-        say(files.result(run))
+        print(files.result(run))
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,6 @@ class _Job:
     """A request that was checked as far as headers and flags tell, with its files opened."""
 
     options: argparse.Namespace
-    settings: RunSettings
     pipeline: FramePackPipeline
     encoders: Encoders
     sampling: Sampling
@@ -180,7 +176,6 @@ class _Job:
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Job:
         """ValueError or CheckpointError, before anything is loaded or written, for what cannot be made."""
-        refuse_foreign(options, FOREIGN, "FramePack models")
         timed = _timed_prompt(options)
         _check_combination(options)
         encoder_files, files = _files(options)
@@ -196,7 +191,7 @@ class _Job:
             )
         size = _size(options)
         sampling = _sampling(options, mode)
-        return cls(options, settings, pipeline, encoders, sampling, timed, size, _places(options))
+        return cls(options, pipeline, encoders, sampling, timed, size, _places(options))
 
     def encode(self) -> EncodedInputs:
         """What the video is made of."""
@@ -210,7 +205,8 @@ class _Job:
         start, end = (None if path is None else load_image(path, width, height) for path in pictures)
         initial, given, given_after = None, None, 0.0
         if options.video is not None:
-            length = 1 + FRAMES_PER_LATENT * self.sampling.window * self._num_sections
+            num_sections = count_sections(self.sampling.seconds, self.sampling.window)
+            length = 1 + FRAMES_PER_LATENT * self.sampling.window * num_sections
             video = read_video(options.video, width, height, FRAMES_PER_SECOND, first=length)
             initial = video[: _whole(len(video))]
         if options.extend is not None:
@@ -232,10 +228,6 @@ class _Job:
             1.0 if options.image_strength is None else options.image_strength,
             options.embed_interpolation or "linear",
         )
-
-    @property
-    def _num_sections(self) -> int:
-        return count_sections(self.sampling.seconds, self.sampling.window)
 
 
 # --- from flags ------------------------------------------------------------------------------------------
@@ -366,3 +358,6 @@ def _places(options: argparse.Namespace) -> Files:
 def _whole(num_video_frames: int) -> int:
     """How many of a video's frames the VAE takes: 4n + 1."""
     return (num_video_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+
+
+FRAMEPACK_COMMANDS = FamilyCommands("FramePack models", FOREIGN, add_generate, add_plan, generate, planned_work)

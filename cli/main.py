@@ -7,10 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -18,37 +16,24 @@ from ..demo.show import make_demo
 from ..families.identify import describe, identify
 from ..families.table import FAMILIES, family_of, family_of_kind
 from ..framepack.family import FRAMEPACK
-from ..memory.plan.footprint import WorkSize
 from ..memory.plan.limits import limits_for
 from ..memory.plan.table import assumed_rates
 from ..memory.plan.table import describe as describe_plan
 from ..runtime.family import Family
 from ..runtime.settings import RunSettings, use_device
 from ..sampling.samplers import SAMPLERS
+from ..system.device_errors import is_out_of_memory
 from ..wanvideo.family import WAN
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert
-from . import framepack as cli_framepack
-from . import wan as cli_wan
-from .arguments import Say, add_machine, lora_choice, positive
+from .arguments import FamilyCommands, add_machine, lora_choice, positive
+from .framepack import FRAMEPACK_COMMANDS
 from .progress import TerminalProgress
+from .report import show_report
+from .wan import WAN_COMMANDS
 
-
-@dataclass(frozen=True)
-class FamilyCommands:
-    """What the command line has of a family: making a video, and the work of one with these options of `plan`."""
-
-    generate: Callable[[argparse.Namespace, Say], None]
-    planned_work: Callable[[argparse.Namespace, Any], WorkSize]
-
-
-COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType(
-    {
-        WAN: FamilyCommands(cli_wan.generate_wan, cli_wan.planned_work),
-        FRAMEPACK: FamilyCommands(cli_framepack.generate_framepack, cli_framepack.planned_work),
-    }
-)
+COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType({WAN: WAN_COMMANDS, FRAMEPACK: FRAMEPACK_COMMANDS})
 
 BAD_INPUT = 2
 
@@ -65,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command(options)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted")
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         problem = f"the GPU ran out of memory ({str(error).splitlines()[0]})"
         advice = "close what else uses it, or make a smaller or shorter video (FramePack: --window)"
         return _fail(f"{problem}: {advice}")
@@ -117,8 +104,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", type=int)
     how.add_argument("--sampler", choices=list(SAMPLERS))
     how.add_argument("--shift", type=float)
-    cli_wan.add_generate(parser)
-    cli_framepack.add_generate(parser)
+    for commands in COMMANDS.values():
+        commands.add_generate(parser)
     add_machine(parser)
     parser.set_defaults(command=generate)
 
@@ -130,8 +117,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vram-budget", type=positive, metavar="GIB", required=True)
     parser.add_argument("--ram-budget", type=positive, metavar="GIB")
     parser.add_argument("--blocks-to-swap", type=int, default=-1)
-    cli_wan.add_plan(parser)
-    cli_framepack.add_plan(parser)
+    for commands in COMMANDS.values():
+        commands.add_plan(parser)
     parser.set_defaults(command=plan)
 
 
@@ -157,12 +144,15 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Make a video with the model that the file holds."""
-    COMMANDS[_family(options.model)].generate(options, print)
+    commands = COMMANDS[_family(options.model)]
+    commands.refuse_foreign(options)
+    show_report(commands.generate(options), options)
 
 
 def plan(options: argparse.Namespace) -> None:
     """Print how a run would use a card that need not be in this machine."""
     family = _family(options.model)
+    COMMANDS[family].refuse_foreign(options)
     model = family.open_model(options.model, RunSettings(dtype=torch.bfloat16))
     limits = limits_for(
         torch.device("cuda"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..memory.plan.footprint import WorkSize
+from ..memory.report.report import RunReport
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
 from ..video.writer import VideoWriter, check_writable
@@ -17,9 +18,8 @@ from ..wanvideo.pipeline import WanFiles, WanPipeline
 from ..wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, plan_defaults
 from ..wanvideo.streamed import StreamedWan
 from ..wanvideo.vae.model import WAN21_VAE, WAN22_VAE
-from .arguments import Say, WantedFile, lora_choice, numbers, positive, refuse_foreign, settings_of
+from .arguments import FamilyCommands, WantedFile, lora_choice, numbers, positive, settings_of
 from .progress import TerminalProgress
-from .report import say_report
 
 SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
 TEXT_ENCODER = WantedFile("text_encoder", "a umt5-xxl encoder", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", SOURCE)
@@ -78,9 +78,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     wan.add_argument("--cfg-1", action="store_true", help="no guidance: one pass per step, as distilled models run")
 
 
-def generate_wan(options: argparse.Namespace, say: Say) -> None:
+def generate(options: argparse.Namespace) -> RunReport:
     """Make one video, its frames written as they are decoded."""
-    refuse_foreign(options, FOREIGN, "Wan models")
     loras = tuple(options.lora), tuple(options.lora_low)
     text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
     pipeline = WanPipeline(
@@ -89,7 +88,7 @@ def generate_wan(options: argparse.Namespace, say: Say) -> None:
         TerminalProgress(sys.stderr),
     )
     for lora in pipeline.lora_reports():
-        say(lora.summary)  # what was not applied is in the log
+        print(lora.summary)  # what was not applied is in the log
     if options.report is not None:
         check_writable(options.report)
     output = options.output or Path("output/video.mp4")
@@ -101,13 +100,12 @@ def generate_wan(options: argparse.Namespace, say: Say) -> None:
     except KeyboardInterrupt:
         kept = f"{output} holds the {writer.num_frames} frames made so far"
         raise KeyboardInterrupt(f"interrupted: {kept if writer.num_frames else 'no frame was made yet'}") from None
-    say(f"{output}: {writer.num_frames} frames")
-    say_report(pipeline.report(), options, say)
+    print(f"{output}: {writer.num_frames} frames")
+    return pipeline.report()
 
 
 def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:
     """The work of a video of these options, for `plan`."""
-    refuse_foreign(options, FOREIGN, "Wan models")
     request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
     size = request.completed(plan_defaults(model.config)).size
     check_size(WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE, model.config.patch_size[1], *size)
@@ -134,3 +132,6 @@ def _request(options: argparse.Namespace) -> WanRequest:
         image=options.image,
         end_image=options.end_image,
     )
+
+
+WAN_COMMANDS = FamilyCommands("Wan models", FOREIGN, add_generate, add_plan, generate, planned_work)

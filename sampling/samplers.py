@@ -16,24 +16,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .schedules import add_noise
-from .solver import Denoiser, OnStep, Sampler, StepInfo, prepare, report, step_towards
+from .solver import Denoiser, OnStep, Sampler, prepare, report, step_towards
 from .unipc import sample_unipc_bh1, sample_unipc_bh2
-
-__all__ = [
-    "SAMPLERS",
-    "Denoiser",
-    "OnStep",
-    "Sampler",
-    "StepInfo",
-    "sample_dpmpp_2m",
-    "sample_euler",
-    "sample_lcm",
-    "sample_unipc",
-    "select_sampler",
-]
 
 # At sigma = 1 the log signal-to-noise ratio is -inf; diffusers' UniPC clamps sigma by the same amount.
 LARGEST_FINITE_SIGMA = 1.0 - 1e-6
@@ -42,11 +29,7 @@ FEW_STEPS = 15
 
 
 def sample_euler(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    on_step: OnStep | None = None,
-    generator: torch.Generator | None = None,
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None, generator: Generator | None = None
 ) -> Tensor:
     """First order: follow the velocity in a straight line. See `Sampler` for arguments and errors.
 
@@ -62,11 +45,7 @@ def sample_euler(
 
 
 def sample_dpmpp_2m(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    on_step: OnStep | None = None,
-    generator: torch.Generator | None = None,
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None, generator: Generator | None = None
 ) -> Tensor:
     """DPM-Solver++(2M), second order, one evaluation a step. See `Sampler` for arguments and errors.
 
@@ -90,11 +69,7 @@ def sample_dpmpp_2m(
 
 
 def sample_unipc(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    on_step: OnStep | None = None,
-    generator: torch.Generator | None = None,
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None, generator: Generator | None = None
 ) -> Tensor:
     """Wan's UniPC, order 2 (bh2, data prediction): each new evaluation also corrects the step that led to it.
 
@@ -122,11 +97,7 @@ def sample_unipc(
 
 
 def sample_lcm(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    on_step: OnStep | None = None,
-    generator: torch.Generator | None = None,
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None, generator: Generator | None = None
 ) -> Tensor:
     """Multistep consistency sampling: denoise fully, then add fresh noise up to the next level. For distilled models.
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .solver import Denoiser, OnStep, prepare, report, step_towards
 
@@ -27,11 +27,7 @@ Known = tuple[float, Tensor]  # a level (sigma) and the denoised latent there
 
 
 def sample_unipc_bh1(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    on_step: OnStep | None = None,
-    generator: torch.Generator | None = None,
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None, generator: Generator | None = None
 ) -> Tensor:
     """UniPC with B(h) = h, FramePack's default; order min(3, num_steps - 1), one evaluation a step.
 
@@ -42,11 +38,7 @@ def sample_unipc_bh1(
 
 
 def sample_unipc_bh2(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    on_step: OnStep | None = None,
-    generator: torch.Generator | None = None,
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None, generator: Generator | None = None
 ) -> Tensor:
     """UniPC with B(h) = 1 - exp(-h); otherwise as `sample_unipc_bh1`.
 

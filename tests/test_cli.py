@@ -392,6 +392,10 @@ def test_incomplete_commands(capsys: pytest.CaptureFixture[str], words: list[str
             torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
             "the GPU ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): close what else uses it",
         ),
+        (
+            RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+            "the GPU ran out of memory (cuDNN error: CUDNN_STATUS_ALLOC_FAILED): close what else uses it",
+        ),
         (MemoryError("could not allocate 9.00 GiB of host memory"), "could not allocate 9.00 GiB of host memory"),
         (MemoryError(), "out of RAM: close other programs"),
         (KeyboardInterrupt(), "interrupted: no frame was made yet"),

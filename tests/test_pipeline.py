@@ -846,8 +846,8 @@ def test_running_out_of_memory_while_decoding_loses_no_frame(
     want = torch.cat(list(pipeline.generate(request)))
     decode, failures = WanVAE.decode, [1]
 
-    def failing(vae: WanVAE, latent: torch.Tensor, split_frames: bool = False) -> Iterator[torch.Tensor]:
-        for index, frames in enumerate(decode(vae, latent, split_frames)):
+    def failing(vae: WanVAE, latent: torch.Tensor) -> Iterator[torch.Tensor]:
+        for index, frames in enumerate(decode(vae, latent)):
             if failures and index == 2:
                 failures.pop()
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")

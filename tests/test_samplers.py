@@ -6,8 +6,9 @@ import math
 import diffusers
 import pytest
 import torch
-from lowvram_video.sampling.samplers import SAMPLERS, Sampler, StepInfo, select_sampler
+from lowvram_video.sampling.samplers import SAMPLERS, select_sampler
 from lowvram_video.sampling.schedules import flow_sigmas
+from lowvram_video.sampling.solver import Sampler, StepInfo
 from torch import Tensor
 
 SHIFTS = (1.0, 3.0, 5.0, 8.0, 12.0)

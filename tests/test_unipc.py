@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.sampling.guidance import RescaledGuidance, rescale_to_cond
-from lowvram_video.sampling.samplers import SAMPLERS, StepInfo
+from lowvram_video.sampling.samplers import SAMPLERS
 from lowvram_video.sampling.schedules import flow_sigmas, framepack_shift, framepack_sigmas
+from lowvram_video.sampling.solver import StepInfo
 from lowvram_video.sampling.unipc import sample_unipc_bh1, sample_unipc_bh2
 from torch import Tensor
 

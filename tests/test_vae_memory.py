@@ -55,8 +55,8 @@ def failing_once(real: Callable[..., Tensor], error: Exception) -> Callable[...,
 def failing_at_the_third_latent(error: Exception) -> Callable[..., Iterator[Tensor]]:
     decode, left = WanVAE.decode, [error]
 
-    def method(vae: WanVAE, latent: Tensor, split_frames: bool = False) -> Iterator[Tensor]:
-        for index, frames in enumerate(decode(vae, latent, split_frames)):
+    def method(vae: WanVAE, latent: Tensor) -> Iterator[Tensor]:
+        for index, frames in enumerate(decode(vae, latent)):
             if left and index == 2:
                 raise left.pop()
             yield frames

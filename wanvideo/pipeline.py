@@ -18,8 +18,9 @@ from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
 from ..runtime.turns import Turns
 from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
-from ..sampling.samplers import Denoiser, StepInfo, select_sampler
+from ..sampling.samplers import select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
+from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import OpenVae
 from ..vae.retries import at_work, pieces_fitting
 from ..vae.tiling import Tile, decode_in, encode_fitting

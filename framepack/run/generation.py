@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from ...memory.plan.plan import MemoryPlan
 from ...sampling.guidance import RescaledGuidance
-from ...sampling.samplers import StepInfo, select_sampler
+from ...sampling.samplers import select_sampler
 from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
+from ...sampling.solver import StepInfo
 from ...sampling.step_cache import TeaCache
 from ..footprint import SectionSize
 from ..network.model import BlockCache, Frames, History, StepCondition

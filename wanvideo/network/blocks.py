@@ -51,7 +51,7 @@ class ControlStream:
     strength: float = 1.0
 
 
-class Taps:
+class BlockHooks:
     """What a host is shown inside blocks, to read or to write in place; this one sees nothing.
 
     Compiled code looks at the flags alone: a class that sets one makes its method no part of it
@@ -82,7 +82,7 @@ class Pass:
     rope: Rope
     work: Workspace
     controls: tuple[ControlStream, ...] = ()
-    taps: Taps = field(default_factory=Taps)
+    hooks: BlockHooks = field(default_factory=BlockHooks)
 
 
 class WanBlock(Block):
@@ -104,7 +104,7 @@ class WanBlock(Block):
 
     def run(self, x: Tensor, state: Pass, keys_values: KeysValues) -> None:
         """Take tokens `[rows, dim]` of a pass through this block."""
-        self(x, state.modulation, state.groups, state.rope, keys_values, state.work, state.taps)
+        self(x, state.modulation, state.groups, state.rope, keys_values, state.work, state.hooks)
 
     def forward(
         self,
@@ -114,7 +114,7 @@ class WanBlock(Block):
         rope: Rope,
         keys_values: KeysValues,
         work: Workspace,
-        taps: Taps,
+        hooks: BlockHooks,
     ) -> None:
         """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
         x = writable(x)
@@ -139,10 +139,10 @@ class WanBlock(Block):
         def add3(rows: slice, y: Tensor) -> None:
             x[rows].add_(y)
 
-        self.self_attn(norm1, add1, rope, work, taps)
+        self.self_attn(norm1, add1, rope, work, hooks)
         self.cross_attn(norm3, add3, keys_values, work)
-        if taps.sees_text:
-            taps.after_text(x)
+        if hooks.sees_text:
+            hooks.after_text(x)
         self.ffn(norm2, add2, work)
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
@@ -167,7 +167,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, **factory) for _ in range(4))
         self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
 
-    def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace, taps: Taps) -> None:
+    def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace, hooks: BlockHooks) -> None:
         q, k, v = work.qkv
         work.scratch.reset()
         projections = [layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.k, self.v)]
@@ -177,10 +177,10 @@ class SelfAttention(nn.Module):
             work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
         tokens = rope.cos.shape[0]
         heads = [rearrange(t, "(b n) (h d) -> b n h d", n=tokens, h=self.num_heads) for t in (q, k, v)]
-        queries = heads[0].clone() if taps.sees_attention else None  # attention writes over them
+        queries = heads[0].clone() if hooks.sees_attention else None  # attention writes over them
         work.attend_over(heads[0], [(heads[1], heads[2])])
         if queries is not None:
-            taps.attended(heads[0], queries, heads[1])
+            hooks.attended(heads[0], queries, heads[1])
         project_out(self.o, q, add, work)
 
 

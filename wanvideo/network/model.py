@@ -20,14 +20,14 @@ from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.transformer import Transformer
 from ...transformer.workspace import Workspace
 from ...weights.linear.linear import Linear
-from .blocks import Context, ControlStream, Pass, Taps, WanBlock
+from .blocks import BlockHooks, Context, ControlStream, Pass, WanBlock
 from .camera import CameraAdapter
 from .config import WanConfig
 from .embeddings import AxisPositions, ImageEmbedding, PatchEmbedding, ReferenceEmbedding, rotary_angles
 from .vace import VaceBlock, vace_places
 
 
-class Visitor(Taps):
+class Visitor(BlockHooks):
     """What a host does around the blocks of a pass, and inside them; this one does nothing."""
 
     def visit(self, name: str, state: Pass, run: Callable[[], None]) -> None:

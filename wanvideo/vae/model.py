@@ -156,17 +156,15 @@ class WanVAE(nn.Module):
         chunks = [video[:, :, start:end] for start, end in pairwise(bounds)]
         return torch.cat([self._encode_chunk(chunk, cache) for chunk in chunks], dim=2)
 
-    def decode(self, latent: Tensor, split_frames: bool = False) -> Iterator[Tensor]:
+    def decode(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode a normalised `latent` [B, z, T, h, w], yielding frames [B, 3, 1, H, W], then [B, 3, 4, H, W] each.
 
         Frames are in [-1, 1] and come as soon as their latent frame is done. The latent may lie on another device.
-        `split_frames` runs the resolutions above the last doubling of time on one frame instead of four: the same
-        result, slower, with a fraction of the scratch memory. Closing or dropping the iterator frees what the pass
-        held; several may run at once.
+        Closing or dropping the iterator frees what the pass held; several may run at once.
         Raises ValueError at the call, before any work, when the latent does not belong to this autoencoder.
         """
         check_latent(self.config, latent)
-        return self._decode_frames(latent, split_frames)
+        return self._decode_frames(latent)
 
     def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
         """`decode`, by the name that both families' VAEs have."""
@@ -176,10 +174,10 @@ class WanVAE(nn.Module):
         """How many pieces `decode` yields."""
         return num_latents
 
-    def _decode_frames(self, latent: Tensor, split_frames: bool) -> Iterator[Tensor]:
+    def _decode_frames(self, latent: Tensor) -> Iterator[Tensor]:
         cache = CausalCache()
         for index in range(latent.shape[2]):
-            yield self._decode_frame(latent[:, :, index : index + 1], cache, split_frames)
+            yield self._decode_frame(latent[:, :, index : index + 1], cache)
 
     @torch.inference_mode()
     def _encode_chunk(self, frames: Tensor, cache: CausalCache) -> Tensor:
@@ -190,10 +188,10 @@ class WanVAE(nn.Module):
         return ((mode.float() - mean) / std).to(self.dtype)
 
     @torch.inference_mode()
-    def _decode_frame(self, frame: Tensor, cache: CausalCache, split_frames: bool = False) -> Tensor:
+    def _decode_frame(self, frame: Tensor, cache: CausalCache) -> Tensor:
         mean, std = self._latent_statistics()
         z = (frame.to(self.device).float() * std + mean).to(self.dtype)
-        pixels = self.decoder(self.conv2(z), cache, split_frames)
+        pixels = self.decoder(self.conv2(z), cache)
         cache.advance()
         return unfold_pixels(pixels, self.config.patch_size).clamp_(-1.0, 1.0)
 
@@ -246,7 +244,6 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim, dims[0], (3, 3, 3))
         self.middle = middle_block(dims[0])
         stages: list[nn.Module] = []
-        self.num_timed = 0  # layers up to the last that doubles the frames
         in_dim = dims[0]
         for index, out_dim in enumerate(dims):
             layers: list[nn.Module] = [
@@ -261,22 +258,13 @@ class Decoder(nn.Module):
                 stages.append(UpStage(layers, in_dim, out_dim, 1 + temporal, 1 + doubles))
             else:
                 stages.extend(layers)
-            if temporal:
-                self.num_timed = len(stages)
             in_dim = enlarged_dim
         self.upsamples = nn.Sequential(*stages)
         self.head = output_head(dims[-1], config.image_channels)
 
-    def forward(self, z: Tensor, cache: CausalCache, split_frames: bool = False) -> Tensor:
+    def forward(self, z: Tensor, cache: CausalCache) -> Tensor:
         x = self.conv1(z, cache)
-        for layer in (*self.middle, *list(self.upsamples)[: self.num_timed]):
-            x = layer(x, cache)
-        if not split_frames:
-            return self._finish(x, cache)
-        return torch.cat([self._finish(frame, cache) for frame in x.split(1, dim=2)], dim=2)
-
-    def _finish(self, x: Tensor, cache: CausalCache) -> Tensor:
-        for layer in list(self.upsamples)[self.num_timed :]:
+        for layer in (*self.middle, *self.upsamples):
             x = layer(x, cache)
         return norm_silu_conv(x, list(self.head), cache)
 
