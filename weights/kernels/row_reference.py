@@ -35,7 +35,7 @@ class RowOps(Protocol):
     def name(self) -> str: ...
 
     def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`x [rows, in]` in `dtype`, int8 or float8_e4m3fn, and scales `[rows, 1]`: largest magnitude / `LARGEST[dtype]`.
+        """`x [rows, in]` in `dtype`, int8 or float8_e4m3fn, and scales `[rows, 1]`: largest size / `LARGEST[dtype]`.
 
         int8 is rounded halves to even, and is never -128.
         """
