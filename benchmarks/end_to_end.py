@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from lowvram_video.memory.report.report import GIB
+from lowvram_video.memory.plan.footprint import GIB
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..memory.plan.footprint import GIB
 from ..memory.plan.plan import MemoryPlan
 from ..memory.stream.disk_blocks import DiskBlocks
-from ..memory.stream.host_blocks import HostBlocks, PinnedBudget
+from ..memory.stream.host_blocks import HostBlocks
 from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
-from ..memory.stream.pinned import Registrar
+from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..memory.stream.scratch_file import ScratchFile
 from ..system.host_memory import allocate_bytes
 from ..transformer.transformer import Transformer

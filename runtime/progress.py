@@ -13,14 +13,5 @@ class Progress(Protocol):
     def end(self) -> None: ...
 
 
-class Silent:
+class Silent(Progress):
     """Progress for nobody."""
-
-    def begin(self, title: str) -> None:
-        return
-
-    def update(self, done: int, total: int) -> None:
-        return
-
-    def end(self) -> None:
-        return

@@ -16,19 +16,23 @@ def hold_limits(settings: RunSettings, execution: Execution, held_bytes: int = 0
 
     From here on PyTorch's allocator holds the VRAM budget.
     """
-    ram_budget_gib = settings.ram_budget_gib
-    if ram_budget_gib is None:  # what a model already holds there is not wanted again
-        ram_budget_gib = (available_ram_bytes() + held_bytes) / GIB
+    if settings.ram_budget_gib is None:  # what a model already holds there is not wanted again
+        settings = replace(settings, ram_budget_gib=(available_ram_bytes() + held_bytes) / GIB)
+    limits = run_limits(settings, execution)
+    hold_budget(settings.device, limits)
+    return limits
+
+
+def run_limits(settings: RunSettings, execution: Execution, measure: bool = True) -> Limits:
+    """The limits of a model that runs with these settings and backends; `measure` as in `limits_for`."""
     limits = limits_for(
         settings.device,
         vram_budget_gib=settings.vram_budget_gib,
-        ram_budget_gib=ram_budget_gib,
+        ram_budget_gib=settings.ram_budget_gib,
         blocks_to_swap=settings.blocks_to_swap,
         num_slots=None if settings.prefetch is None else settings.prefetch + 1,
         fused=execution.ops.name != "eager",
         sage_attention=execution.attention.name == "sageattn",
+        measure=measure,
     )
-    if not settings.pinned_memory:
-        limits = replace(limits, pinned_cap_bytes=0)
-    hold_budget(settings.device, limits)
-    return limits
+    return limits if settings.pinned_memory else replace(limits, pinned_cap_bytes=0)

@@ -15,8 +15,11 @@ from ..transformer.workspace import Execution
 CPU = torch.device("cpu")
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of this name; ValueError where this machine has none."""
+def use_device(name: str) -> torch.device:
+    """The device of this name, from here on this thread's current one: there Triton launches its kernels.
+
+    ValueError where this machine has none.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -28,12 +31,6 @@ def usable_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used: {why}; use cpu, or install PyTorch for your GPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
-    return device
-
-
-def use_device(name: str) -> torch.device:
-    """`usable_device`, and from here on this thread's current one: there Triton launches its kernels."""
-    device = usable_device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device

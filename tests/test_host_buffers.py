@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from lowvram_video.memory.stream.host_blocks import HostBlocks, PinnedBudget, default_pinned_cap
+from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import BlockLayout, LayoutError, Part, TensorPlace
+from lowvram_video.memory.stream.pinned import PinnedBudget, default_pinned_cap
 from lowvram_video.system.host_memory import total_ram_bytes
 from torch import Tensor
 

@@ -14,8 +14,9 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lowvram_video.memory.plan.footprint import GIB
 from lowvram_video.memory.report.intervals import intersect, length, merge, split, subtract
-from lowvram_video.memory.report.report import GIB, MemoryMonitor, MemorySample, PhaseReport, RunReport
+from lowvram_video.memory.report.report import MemoryMonitor, MemorySample, PhaseReport, RunReport
 from lowvram_video.memory.report.stream_log import KEPT_PASSES, CopyTimes, StreamLog
 from lowvram_video.memory.report.timeline import draw_timeline
 from lowvram_video.memory.stream.streams import Span

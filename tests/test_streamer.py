@@ -18,7 +18,7 @@ from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import LayoutError, Part, layout_blocks
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
 from lowvram_video.memory.stream.streamer import BlockStreamer, StreamerError
-from lowvram_video.memory.stream.streams import BlockEvents, Pair
+from lowvram_video.memory.stream.streams import BlockEvents, Pair, Streams
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ class Event:
         raise AssertionError("the host must not wait in a pass")
 
 
-class SimulatedStreams:
+class SimulatedStreams(Streams):
     """Two queues that run only when the scheduler lets them, each in order, joined by events alone."""
 
     def __init__(self, prefer_copy: Callable[[], bool]) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from lowvram_video.memory.plan.candidates import spread_residents
 from lowvram_video.memory.stream.disk_blocks import DiskBlocks
-from lowvram_video.memory.stream.host_blocks import CudaRegistrar, HostBlocks, PinnedBudget
+from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import layout_blocks
+from lowvram_video.memory.stream.pinned import CudaRegistrar, PinnedBudget
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
 from lowvram_video.memory.stream.streamer import BlockStreamer
 from lowvram_video.memory.stream.streams import Span, TimedStreams

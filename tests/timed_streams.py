@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-from lowvram_video.memory.stream.streams import BlockEvents, InlineStreams, Pair, Span, SpanSink
+from lowvram_video.memory.stream.streams import BlockEvents, Pair, Span, SpanSink, Streams
 
 
-class TimedInlineStreams(InlineStreams):
+class TimedInlineStreams(Streams):
     """Tells `on_spans` when it is waited for."""
 
     def __init__(self, on_spans: SpanSink) -> None:

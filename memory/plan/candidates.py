@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate, takewhile
 
 from ..stream.ring import ring_bytes
 from .footprint import (
@@ -82,6 +83,9 @@ class PassTimes:
 class Candidate:
     """One way to denoise."""
 
+    model: ModelFootprint
+    work: WorkSize
+    limits: Limits
     choice: Choice
     blocks: BlockPlacement
     host: HostMemory
@@ -89,8 +93,8 @@ class Candidate:
     times: PassTimes
 
 
-# A choice with one more thing switched on, or None where there is no more of it.
-Step = Callable[[Choice, ModelFootprint, WorkSize, Limits], Choice | None]
+# A candidate's choice with one more thing switched on, or None where there is no more of it.
+Step = Callable[[Candidate], Choice | None]
 
 
 def spread_residents(num_blocks: int, num_resident: int) -> tuple[int, ...]:
@@ -103,26 +107,25 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
     choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.transient_bytes > 0)
-    candidate = _candidate(choice, model, work, limits)
+    candidate = _candidate(model, work, limits, choice)
     yield candidate
     seconds = candidate.times.total
     compute: list[Step] = [_larger_chunk, _fewer_groups, _kept_fixed]
     transfers: list[Step] = [_kept_fixed, _cached_text] if by_hand else [_kept_fixed, _cached_text, _more_residents]
     while True:
         steps = transfers + compute if candidate.times.transfer_bound else compute + transfers
-        choices = [step(candidate.choice, model, work, limits) for step in steps]
-        upgrades = [_candidate(upgraded, model, work, limits) for upgraded in choices if upgraded]
+        upgrades = [_candidate(model, work, limits, better) for step in steps if (better := step(candidate))]
         if not upgrades:
             return
         free = [upgrade for upgrade in upgrades if upgrade.denoise.total <= candidate.denoise.total]
         candidate = (free or upgrades)[0]
-        if candidate.times.total <= seconds:  # blocks of unequal size can make a candidate slower: leave it out
+        if candidate.times.total <= seconds:  # blocks of unequal size can make one slower: leave it out
             seconds = candidate.times.total
             yield candidate
 
 
 def fastest_candidate(model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int) -> Candidate | None:
-    """The highest candidate that denoises in so many bytes, None where none does."""
+    """The last candidate that denoises in so many bytes, None where none does."""
     fitting = None
     for candidate in candidates(model, work, limits):
         if candidate.denoise.total <= budget_bytes:
@@ -131,51 +134,54 @@ def fastest_candidate(model: ModelFootprint, work: WorkSize, limits: Limits, bud
         return fitting
     # what is too little for another resident goes into larger pieces: the predicted rates may be wrong
     for step in (_larger_chunk, _fewer_groups):
-        while upgraded := step(fitting.choice, model, work, limits):
-            candidate = _candidate(upgraded, model, work, limits)
+        while choice := step(fitting):
+            candidate = _candidate(model, work, limits, choice)
             if candidate.denoise.total > budget_bytes:
                 break
             fitting = candidate
     return fitting
 
 
-def _larger_chunk(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
-    larger = [chunk for chunk in TOKEN_CHUNKS if chunk > choice.token_chunk]
-    if not larger or choice.token_chunk >= work.rows:
+def _larger_chunk(candidate: Candidate) -> Choice | None:
+    chunk = candidate.choice.token_chunk
+    if chunk >= min(candidate.work.rows, TOKEN_CHUNKS[-1]):
         return None
-    return replace(choice, token_chunk=larger[0])
+    return replace(candidate.choice, token_chunk=TOKEN_CHUNKS[TOKEN_CHUNKS.index(chunk) + 1])
 
 
-def _fewer_groups(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
-    fewer = [groups for groups in _head_groups(model) if groups < choice.head_groups]
-    return replace(choice, head_groups=fewer[0]) if fewer else None
+def _fewer_groups(candidate: Candidate) -> Choice | None:
+    fewer = [groups for groups in _head_groups(candidate.model) if groups < candidate.choice.head_groups]
+    return replace(candidate.choice, head_groups=fewer[0]) if fewer else None
 
 
-def _cached_text(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+def _cached_text(candidate: Candidate) -> Choice | None:
     """Cache the text's keys and values where that spares more bytes per pass than residents of the same size."""
-    if choice.cache_text_kv or not model.text_kv_bytes:
+    model, blocks = candidate.model, candidate.blocks
+    if candidate.choice.cache_text_kv or not model.text_kv_bytes:
         return None
-    streamed = model.num_blocks - choice.num_resident
-    held = choice.num_resident + min(streamed, limits.num_slots or DEFAULT_SLOTS)
-    cost = model.text_cache_bytes(work) - held * model.text_kv_bytes
-    return replace(choice, cache_text_kv=True) if cost < streamed * model.text_kv_bytes else None
+    cost = model.text_cache_bytes(candidate.work) - (blocks.num_resident + blocks.num_slots) * model.text_kv_bytes
+    spared = blocks.num_streamed * model.text_kv_bytes
+    return replace(candidate.choice, cache_text_kv=True) if cost < spared else None
 
 
-def _kept_fixed(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+def _kept_fixed(candidate: Candidate) -> Choice | None:
     """Keep what is needed only before the blocks: its copy in every pass hides behind nothing."""
-    return replace(choice, transient_fixed=False) if choice.transient_fixed else None
+    return replace(candidate.choice, transient_fixed=False) if candidate.choice.transient_fixed else None
 
 
-def _more_residents(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Choice | None:
+def _more_residents(candidate: Candidate) -> Choice | None:
     """More residents, so many that the streamed count is a multiple of the slots: prefetch then wraps seamlessly."""
-    slots = limits.num_slots or DEFAULT_SLOTS
-    streamed = model.num_blocks - choice.num_resident
+    slots, streamed = _num_slots(candidate.limits), candidate.blocks.num_streamed
     if streamed == 0:
         return None
     fewer = (streamed - 1) // slots * slots
     if fewer <= slots:  # a ring as large as what streams through it: rather keep everything
         fewer = 0
-    return replace(choice, num_resident=model.num_blocks - fewer)
+    return replace(candidate.choice, num_resident=candidate.model.num_blocks - fewer)
+
+
+def _num_slots(limits: Limits) -> int:
+    return limits.num_slots or DEFAULT_SLOTS
 
 
 def _head_groups(model: ModelFootprint) -> list[int]:
@@ -186,20 +192,22 @@ def _head_groups(model: ModelFootprint) -> list[int]:
     return [groups for groups in even if groups >= full or groups == 1]
 
 
-def _candidate(choice: Choice, model: ModelFootprint, work: WorkSize, limits: Limits) -> Candidate:
+def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Choice) -> Candidate:
     sizes = model.streamable_bytes(choice.cache_text_kv)
     resident = spread_residents(model.num_blocks, choice.num_resident)
     kept = set(resident)
     streamed = tuple(size for index, size in enumerate(sizes) if index not in kept)
-    num_slots = min(limits.num_slots or DEFAULT_SLOTS, len(streamed))
-    total = sum(streamed)
-    blocks = BlockPlacement(model.num_blocks, resident, num_slots, ring_bytes(streamed, num_slots), total)
+    num_slots = min(_num_slots(limits), len(streamed))
+    ring, total = ring_bytes(streamed, num_slots), sum(streamed)
     host, transfer = _host_side(model, sizes, streamed, limits)
     return Candidate(
+        model,
+        work,
+        limits,
         choice,
-        blocks,
+        BlockPlacement(model.num_blocks, resident, num_slots, ring, total),
         host,
-        denoise_memory(model, work, choice, blocks.ring_bytes, sum(sizes) - total, limits),
+        denoise_memory(model, work, choice, ring, sum(sizes) - total, limits),
         PassTimes(compute_seconds(model, work, choice, limits), transfer),
     )
 
@@ -225,9 +233,4 @@ def _host_side(
 
 def _pinned_bytes(streamed: tuple[int, ...], cap: int | None) -> int:
     """Whole blocks, in order, for as long as they stay under the cap."""
-    pinned = 0
-    for size in streamed:
-        if cap is not None and pinned + size > cap:
-            break
-        pinned += size
-    return pinned
+    return max(takewhile(lambda total: cap is None or total <= cap, accumulate(streamed)), default=0)

@@ -39,11 +39,6 @@ class VaeFootprint:
     cache_bytes_per_pixel: int
     working_bytes_per_pixel: int
 
-    def moving_bytes(self, work: WorkSize, tile: int) -> int:
-        """What decoding takes beside weights and latents in tiles of `tile` pixels (0: whole frames)."""
-        height, width = (min(size, tile or size) for size in (work.height, work.width))
-        return height * width * (self.cache_bytes_per_pixel + self.working_bytes_per_pixel)
-
 
 @dataclass(frozen=True)
 class ModelFootprint:
@@ -286,8 +281,9 @@ def denoise_memory(
 
 def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile: int, context_bytes: int) -> int:
     """Predicted VRAM of decoding in `tile` x `tile` pixels (0: whole frames); finished frames leave the device."""
-    latents = 2 * 4 * work.batch * work.latent_positions * latent_channels
-    moving = vae.moving_bytes(work, tile) + latents
+    height, width = (min(size, tile or size) for size in (work.height, work.width))
+    moving = height * width * (vae.cache_bytes_per_pixel + vae.working_bytes_per_pixel)
+    moving += 2 * 4 * work.batch * work.latent_positions * latent_channels
     return context_bytes + vae.weight_bytes + moving + SLACK_BYTES + int(SLACK_FRACTION * moving)
 
 

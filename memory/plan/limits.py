@@ -58,14 +58,7 @@ def limits_for(
 
 def with_rates(limits: Limits, rates: Rates | None) -> Limits:
     """The same limits on a device that is as fast as was measured; None: as fast as they assume."""
-    if rates is None:
-        return limits
-    return replace(
-        limits,
-        tflops_matmul=rates.tflops_matmul,
-        tflops_attention=rates.tflops_attention,
-        h2d_gbps=rates.h2d_gbps,
-    )
+    return limits if rates is None else replace(limits, **vars(rates))
 
 
 def hold_budget(device: torch.device, limits: Limits) -> None:

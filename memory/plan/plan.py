@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
-from .candidates import (
-    MIN_STAGING,
-    RAM_MARGIN_BYTES,
-    BlockPlacement,
-    Candidate,
-    HostMemory,
-    PassTimes,
-    candidates,
-    fastest_candidate,
-)
-from .footprint import (
-    GIB,
-    MIB,
-    Choice,
-    DenoiseMemory,
-    Limits,
-    ModelFootprint,
-    VaeFootprint,
-    WorkSize,
-    decode_memory,
-    in_gib,
-)
+from ..stream.layout import align
+from .candidates import MIN_STAGING, RAM_MARGIN_BYTES, Candidate, candidates, fastest_candidate
+from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize, decode_memory, in_gib
 from .tiles import TILES, fitting_tile, smaller_tiles
 
 BUDGET_STEP_BYTES = 64 * MIB
@@ -42,17 +25,9 @@ class DecodeMemory:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(Candidate):
     """How one model and one piece of work use the device; everything a streamer and a model need to be set up."""
 
-    model: ModelFootprint
-    work: WorkSize
-    limits: Limits
-    choice: Choice
-    blocks: BlockPlacement
-    host: HostMemory
-    denoise: DenoiseMemory
-    times: PassTimes
     decode: DecodeMemory
 
     @property
@@ -95,16 +70,14 @@ class PlanError(ValueError):
 def plan_memory(model: ModelFootprint, work: WorkSize, limits: Limits) -> MemoryPlan:
     """The fastest plan within the limits; PlanError says what would fit where none does."""
     _check_by_hand(model, limits)
-    candidate, decode = (
-        fastest_candidate(model, work, limits, limits.vram_budget_bytes),
-        _choose_tile(model, work, limits),
-    )
+    candidate = fastest_candidate(model, work, limits, limits.vram_budget_bytes)
+    decode = _choose_tile(model, work, limits)
     if candidate is None or decode is None:
         raise _refusal(model, work, limits)
     if candidate.host.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
         return plan_memory(model, work, replace(limits, blocks_to_swap=model.num_blocks))  # no resident is for free
     _check_ram(model, candidate, limits)
-    return _plan(model, work, limits, candidate, decode)
+    return MemoryPlan(**vars(candidate), decode=decode)
 
 
 def plan_leaner(plan: MemoryPlan) -> MemoryPlan:
@@ -116,26 +89,13 @@ def plan_leaner(plan: MemoryPlan) -> MemoryPlan:
     for spared in (RETRY_BYTES, 1):
         candidate = fastest_candidate(plan.model, plan.work, plan.limits, needed - spared)
         if candidate is not None:
-            return _plan(plan.model, plan.work, plan.limits, candidate, plan.decode)
+            return MemoryPlan(**vars(candidate), decode=plan.decode)
     raise PlanError(f"{plan.model.name} at {plan.work} cannot denoise in less than {in_gib(needed)} of VRAM")
-
-
-def _plan(
-    model: ModelFootprint, work: WorkSize, limits: Limits, candidate: Candidate, decode: DecodeMemory
-) -> MemoryPlan:
-    parts = candidate.choice, candidate.blocks, candidate.host, candidate.denoise, candidate.times
-    return MemoryPlan(model, work, limits, *parts, decode)
 
 
 def _choose_tile(model: ModelFootprint, work: WorkSize, limits: Limits) -> DecodeMemory | None:
     """The largest VAE tile whose decode fits the budget (0: whole frames)."""
-    if model.vae is None:
-        return DecodeMemory(0, 0)
-    vae = model.vae
-
-    def needed(tile: int) -> int:
-        return _decode_bytes(model, vae, work, limits, tile)
-
+    needed = partial(_decode_bytes, model, work, limits)
     tile = fitting_tile(max(work.height, work.width), needed, limits.vram_budget_bytes)
     return None if tile is None else DecodeMemory(tile, needed(tile))
 
@@ -145,16 +105,16 @@ def decode_tiles(plan: MemoryPlan) -> tuple[int, ...]:
     return plan.decode.tile, *smaller_tiles(plan.decode.tile or max(plan.work.height, plan.work.width))
 
 
-def _decode_bytes(model: ModelFootprint, vae: VaeFootprint, work: WorkSize, limits: Limits, tile: int) -> int:
-    return decode_memory(vae, work, model.latent_channels, tile, limits.context_bytes)
+def _decode_bytes(model: ModelFootprint, work: WorkSize, limits: Limits, tile: int) -> int:
+    if model.vae is None:
+        return 0
+    return decode_memory(model.vae, work, model.latent_channels, tile, limits.context_bytes)
 
 
 def _leanest_bytes(model: ModelFootprint, work: WorkSize, limits: Limits) -> int:
     """The smallest peak of any plan for this work."""
     denoise = min(candidate.denoise.total for candidate in candidates(model, work, limits))
-    if model.vae is None:
-        return denoise
-    return max(denoise, _decode_bytes(model, model.vae, work, limits, TILES[-1]))
+    return max(denoise, _decode_bytes(model, work, limits, TILES[-1]))
 
 
 def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:
@@ -175,7 +135,7 @@ def _check_ram(model: ModelFootprint, candidate: Candidate, limits: Limits) -> N
     num_buffers = MIN_STAGING if candidate.blocks.num_streamed else 1  # residents are read one after the other
     needed = num_buffers * max(model.block_bytes) + RAM_MARGIN_BYTES
     if needed > limits.ram_budget_bytes:
-        smallest = _round_up(needed)
+        smallest = align(needed, BUDGET_STEP_BYTES)
         buffers = f"{num_buffers} staging buffer{'s' if num_buffers > 1 else ''}"
         raise PlanError(
             f"{model.name} cannot stream from disk in {in_gib(limits.ram_budget_bytes)} of RAM: {buffers} and the "
@@ -187,7 +147,7 @@ def _check_ram(model: ModelFootprint, candidate: Candidate, limits: Limits) -> N
 def _refusal(model: ModelFootprint, work: WorkSize, limits: Limits) -> PlanError:
     """What does not fit, by how much, and every single change that would make it fit."""
     needed = _leanest_bytes(model, work, limits)
-    smallest = _round_up(needed)
+    smallest = align(needed, BUDGET_STEP_BYTES)
 
     def fits(other: WorkSize) -> bool:
         return _leanest_bytes(model, other, limits) <= limits.vram_budget_bytes
@@ -211,10 +171,6 @@ def _refusal(model: ModelFootprint, work: WorkSize, limits: Limits) -> PlanError
     )
 
 
-def _round_up(size: int) -> int:
-    return -(-size // BUDGET_STEP_BYTES) * BUDGET_STEP_BYTES
-
-
 def _largest_frames(work: WorkSize, fits: Callable[[WorkSize], bool]) -> int | None:
     stride = work.stride[0]
     count = _largest((work.frames - 1) // stride + 1, lambda n: fits(replace(work, frames=stride * (n - 1) + 1)))
@@ -235,15 +191,11 @@ def _largest_size(work: WorkSize, fits: Callable[[WorkSize], bool]) -> tuple[int
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
     """The largest n in 1 … most that fits where n + 1 does not; 0 where not even 1 does."""
-    low, high = 0, most + 1  # low fits (or is 0), high does not or is out of range
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect_left(range(1, most + 1), True, key=lambda n: not fits(n))
 
 
 def _smallest_swap(model: ModelFootprint, work: WorkSize, limits: Limits) -> int | None:
-    for count in range(limits.blocks_to_swap + 1, model.num_blocks + 1):
-        if _leanest_bytes(model, work, replace(limits, blocks_to_swap=count)) <= limits.vram_budget_bytes:
-            return count
-    return None
+    def fits(count: int) -> bool:
+        return _leanest_bytes(model, work, replace(limits, blocks_to_swap=count)) <= limits.vram_budget_bytes
+
+    return next(filter(fits, range(limits.blocks_to_swap + 1, model.num_blocks + 1)), None)

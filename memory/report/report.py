@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 import torch
 
 from ...system.atomic_files import write_file
+from ..plan.footprint import in_gib
 from .intervals import Interval
 from .stream_log import StreamReport
 
-GIB = 2**30
 MAX_SAMPLES = 2000
 
 
@@ -76,12 +75,9 @@ class RunReport:
         """This process's peak in a phase, its context included."""
         return max(0, phase.device_peak_bytes - self.other_bytes)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     def save(self, path: str | Path) -> None:
         """Write the JSON; a reader sees the old file or the whole new one."""
-        write_file(Path(path), self.to_json().encode())
+        write_file(Path(path), json.dumps(asdict(self)).encode())
 
     def table(self) -> str:
         """The report as text, one line per phase."""
@@ -147,9 +143,7 @@ class MemoryMonitor:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -245,4 +239,4 @@ def _thin(samples: Sequence[MemorySample], most: int) -> tuple[MemorySample, ...
 
 
 def _gib(size: int | None) -> str:
-    return "-" if size is None else f"{size / GIB:.2f} GiB"
+    return "-" if size is None else in_gib(size)

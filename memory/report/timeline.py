@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..plan.footprint import GIB
 from .intervals import Interval, intersect
-from .report import GIB, RunReport
+from .report import RunReport
 
 SIZE_INCHES, DPI = (10.0, 5.0), 120
 MEMORY_COLOR, BUDGET_COLOR, COPY_COLOR, COMPUTE_COLOR = "#3b6fb6", "#c0392b", "#e08e2b", "#4c9a5b"

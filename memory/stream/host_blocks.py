@@ -4,21 +4,18 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from torch import Tensor
 
 from ...system.host_memory import allocate_extent
 from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
-from .pinned import CudaRegistrar, PinnedBudget, Registrar, default_pinned_cap
-from .staging import Fence, Job, Staging
-
-__all__ = ["CudaRegistrar", "HostBlocks", "PinnedBudget", "Registrar", "default_pinned_cap"]
+from .pinned import PinnedBudget
+from .staging import Fence, Job, Staging, wait_for
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.1
 _STAGING_BUFFERS = 2
 _STAGING_CHUNK = 32 << 20  # bytes that one thread copies at a time
 
@@ -201,7 +198,7 @@ class HostBlocks:
                 for index, layout in enumerate(self.layouts)
                 for place in layout.places
             ]
-            _wait(jobs, check)
+            wait_for(jobs, check)
         finally:
             stop.set()
             threads.shutdown(wait=True, cancel_futures=True)
@@ -243,18 +240,4 @@ class HostBlocks:
 def _fill(parts: dict[int, Tensor], index: int, buffer: Tensor) -> list[Job]:
     part = parts[index]
     pairs = zip(buffer[: part.numel()].split(_STAGING_CHUNK), part.split(_STAGING_CHUNK), strict=True)
-    return [partial(_copy, out, host) for out, host in pairs]
-
-
-def _copy(out: Tensor, host: Tensor) -> None:
-    out.copy_(host)
-
-
-def _wait(jobs: Sequence["Future[None]"], check: Callable[[], None] | None) -> None:
-    pending = set(jobs)
-    while pending:
-        done, pending = wait(pending, timeout=_POLL_SECONDS)
-        for job in done:
-            job.result()
-        if check is not None:
-            check()
+    return [partial(out.copy_, host) for out, host in pairs]

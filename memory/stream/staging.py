@@ -12,7 +12,7 @@ from torch import Tensor
 from ...system.host_memory import allocate_extent
 from .pinned import PinnedBudget
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 Fill = Callable[[int, Tensor], Sequence[Job]]  # (block, buffer) -> independent jobs that fill the buffer
 
 _POLL_SECONDS = 0.1  # waits are cut into such slices so that Ctrl-C works on every system
@@ -110,7 +110,7 @@ class Staging:
             if older.serial < buffer.serial:
                 self._drop(older)
         try:
-            _wait_for(buffer.jobs)
+            wait_for(buffer.jobs)
         except BaseException:
             self._drop(buffer)
             raise
@@ -177,9 +177,12 @@ class Staging:
         buffer.block = block
 
 
-def _wait_for(jobs: Sequence["Future[None]"]) -> None:
+def wait_for(jobs: Sequence["Future[None]"], check: Callable[[], None] | None = None) -> None:
+    """Wait until all are done and raise what one of them raised; `check` is called meanwhile and may raise too."""
     pending = set(jobs)
     while pending:
         done, pending = wait(pending, timeout=_POLL_SECONDS)
         for job in done:
             job.result()
+        if check is not None:
+            check()

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,27 @@ class BlockEvents:
     free: Any  # recorded on the compute stream: the bytes are no longer needed
 
 
-class Streams(Protocol):
-    """The device operations of a streamer. None of them makes the host wait, except `synchronize`."""
+class _Done:
+    """The event of something that has already happened."""
+
+    def synchronize(self) -> None:
+        return
+
+
+class Streams:
+    """The device operations of a streamer, here of a device without streams (the CPU): a copy is done when asked for.
+
+    None of them makes the host wait, except `synchronize`.
+    """
 
     def events(self, block: int) -> BlockEvents:
         """Make the events of a block; set-up only."""
+        return BlockEvents(block, _Done(), _Done())
 
     def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
         """On the copy stream: wait until `after` are free, copy, record `ready`."""
+        for device_bytes, host_bytes in pairs:
+            device_bytes.copy_(host_bytes)
 
     def wait_ready(self, events: BlockEvents) -> None:
         """The compute stream waits for the block's bytes."""
@@ -44,7 +57,7 @@ class Streams(Protocol):
         """The host waits until both streams are empty."""
 
 
-class CudaStreams:
+class CudaStreams(Streams):
     """A copy stream of our own beside whatever stream is current when a block is used."""
 
     def __init__(self, device: torch.device) -> None:
@@ -175,38 +188,8 @@ class TimedStreams(CudaStreams):
         return event
 
 
-class _Done:
-    """The event of something that has already happened."""
-
-    def synchronize(self) -> None:
-        return
-
-
-class InlineStreams:
-    """Streams of a device without streams (the CPU): a copy is done when it is asked for."""
-
-    def events(self, block: int) -> BlockEvents:
-        return BlockEvents(block, _Done(), _Done())
-
-    def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
-        for device_bytes, host_bytes in pairs:
-            device_bytes.copy_(host_bytes)
-
-    def wait_ready(self, events: BlockEvents) -> None:
-        return
-
-    def record_free(self, events: BlockEvents) -> None:
-        return
-
-    def after_compute(self, events: BlockEvents) -> None:
-        return
-
-    def synchronize(self) -> None:
-        return
-
-
 def streams_for(device: torch.device, on_spans: SpanSink | None = None) -> Streams:
     """The streams of a device; on CUDA `on_spans` is told what ran when."""
     if device.type != "cuda":
-        return InlineStreams()
+        return Streams()
     return CudaStreams(device) if on_spans is None else TimedStreams(device, on_spans)

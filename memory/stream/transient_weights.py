@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .host_blocks import HostBlocks, PinnedBudget
+from .host_blocks import HostBlocks
 from .layout import TensorSource, align, bind, layout_blocks, unbind
+from .pinned import PinnedBudget
 
 
 class TransientWeights:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ...compilation.blocks import dynamo_limits
 from ...memory.plan.candidates import RAM_MARGIN_BYTES
 from ...memory.plan.footprint import Limits, WorkSize
-from ...memory.plan.limits import hold_budget, limits_for, with_rates
+from ...memory.plan.limits import hold_budget, with_rates
 from ...memory.plan.plan import MemoryPlan, PlanError, plan_memory
 from ...memory.plan.rates import Rates, measure_rates
 from ...memory.plan.table import reasons
 from ...memory.report.report import RunReport
+from ...runtime.run_limits import run_limits
 from ...runtime.run_record import RunRecord
 from ...runtime.settings import RunSettings
 from ...runtime.streamed import StreamedModel
@@ -195,17 +196,15 @@ class Engine(Generic[S]):
 
     def _limits(self, options: StreamOptions, device: torch.device) -> Limits:
         """All but the budget of VRAM."""
-        swap, execution = options.blocks_to_swap, self.streamed.model.execution
-        limits = limits_for(
-            device,
-            vram_budget_gib=0.0,
+        swap = options.blocks_to_swap
+        settings = replace(
+            self.streamed.settings,
+            device=device,
             ram_budget_gib=self._ram_budget(options),
             blocks_to_swap=host.blocks_to_swap(len(self.streamed.blocks)) if swap < 0 else swap,
-            num_slots=options.prefetch + 1 if options.prefetch else None,
-            fused=execution.ops.name != "eager",
-            sage_attention=execution.attention.name == "sageattn",
-            measure=False,
+            prefetch=options.prefetch or None,
         )
+        limits = run_limits(settings, self.streamed.model.execution, measure=False)
         may_pin = options.pinned_memory and host.may_pin()
         limits = replace(limits, pinned_cap_bytes=host.pinnable_bytes() + self._holder.pinned_bytes if may_pin else 0)
         if self._rates is None and self.device.type == "cuda":
