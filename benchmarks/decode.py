@@ -22,7 +22,6 @@ import torch
 from lowvram_video.memory.plan.footprint import WorkSize, decode_memory
 from lowvram_video.vae.retries import at_work
 from lowvram_video.vae.tiling import WHOLE, decode_in
-from lowvram_video.vae.to_host import behind_decoding
 from lowvram_video.video.pictures import to_uint8
 from lowvram_video.wanvideo.footprint import WAN21_VAE
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
@@ -43,7 +42,7 @@ def command_line(file: Path, latent: torch.Tensor) -> int:
     """As `WanPipeline._decode`: frames as uint8 on the CPU; how many there are."""
     opened = WAN_FORMAT.open_file(file)
     with at_work(lambda: opened.build(torch.bfloat16, DEVICE)) as vae:
-        return sum(map(len, behind_decoding(decode_in(vae, latent, WHOLE), to_uint8)))
+        return sum(len(to_uint8(frames)) for frames in decode_in(vae, latent, WHOLE))
 
 
 def decode_node(vae: Any, latent: torch.Tensor) -> int:

@@ -24,7 +24,6 @@ from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import OpenVae
 from ..vae.retries import at_work, pieces_fitting
 from ..vae.tiling import Tile, decode_in, encode_fitting
-from ..vae.to_host import behind_decoding
 from ..video.pictures import load_image, to_uint8
 from ..weights.files.checkpoint import CheckpointError
 from ..weights.lora.file import LoraChoice, LoraReport
@@ -237,7 +236,7 @@ class WanPipeline:
         with self._vae_at_work() as vae:
 
             def frames(tile: Tile) -> Iterator[Tensor]:
-                return behind_decoding(decode_in(vae, latent, tile, self.progress.update), to_uint8)
+                return map(to_uint8, decode_in(vae, latent, tile, self.progress.update))
 
             yield from pieces_fitting([Tile(pixels) for pixels in decode_tiles(plan)], frames, "decoding")
 

@@ -14,7 +14,6 @@ from ...memory.plan.tiles import TILES, fitting_tile
 from ...vae.checks import check_latent
 from ...vae.retries import first_fitting
 from ...vae.tiling import Tile, decode_in, retry_tiles
-from ...vae.to_host import behind_decoding
 from ...wanvideo.footprint import WAN21_VAE, WAN22_VAE
 from ...wanvideo.vae.checkpoint import WAN_FORMAT
 from ...wanvideo.vae.model import VAEConfig, WanVAE
@@ -65,16 +64,13 @@ def _images(pieces: Iterator[Tensor], latent: Tensor, config: VAEConfig) -> Tens
     batch, _, num_latents, height, width = latent.shape
     stride, num_frames = config.spatial_stride, (num_latents - 1) * config.temporal_stride + 1
     images = torch.empty(batch, num_frames, height * stride, width * stride, 3)
-    num_taken = 0
-
-    def take(piece: Tensor) -> None:
-        nonlocal num_taken
-        for frame in piece.unbind(2):
-            images[:, num_taken] = ((frame.float() + 1.0) / 2.0).clamp_(0.0, 1.0).permute(0, 2, 3, 1)
-            num_taken += 1
-
-    for _ in behind_decoding(pieces, take):
-        pass
+    num_done = 0
+    for piece in pieces:
+        done = images[:, num_done : num_done + piece.shape[2]]
+        done.zero_()  # pages are made while the device still works on the piece: within a copy they hold it up
+        for index, frame in enumerate(piece.unbind(2)):
+            done[:, index] = ((frame.float() + 1.0) / 2.0).clamp_(0.0, 1.0).permute(0, 2, 3, 1)
+        num_done += piece.shape[2]
     return images.flatten(0, 1)
 
 
