@@ -166,17 +166,8 @@ def _gelu_kernel(x_ptr, dim, row_stride, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_row"])
 def _gated_add_kernel(
-    x_ptr,
-    y_ptr,
-    gate_ptr,
-    first_row,
-    rows_per_group,
-    group_stride,
-    dim,
-    x_stride,
-    y_stride,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, y_ptr, gate_ptr, first_row, rows_per_group, group_stride, dim, x_stride, y_stride, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < dim

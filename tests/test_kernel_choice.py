@@ -264,7 +264,7 @@ def test_a_fault_while_a_kernel_is_tried_leaves_the_slower_path(low_rank: Any, c
         def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
             raise own_fault()
 
-        def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
+        def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: low_rank_reference.Gelu | None = None) -> None:
             raise own_fault()
 
     sys.modules["lowvram_video.weights.kernels.low_rank"].CANDIDATES = (Broken(),)

@@ -12,7 +12,7 @@ import torch
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.system.kernel_choice import disagreement, reason_against
 from lowvram_video.weights.kernels.low_rank_ops import STEPS, Choice, ChosenLowRankOps, Probe, Step, select_low_rank_ops
-from lowvram_video.weights.kernels.low_rank_reference import TORCH, LowRankOps, TorchLowRankOps
+from lowvram_video.weights.kernels.low_rank_reference import TORCH, Gelu, LowRankOps, TorchLowRankOps
 from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear.fp8 import Fp8Matmul
 from lowvram_video.weights.linear.int8 import Int8Matmul
@@ -60,8 +60,10 @@ class Broken(TorchLowRankOps):
     def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
         raise RuntimeError("no compiler")
 
-    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
+    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Gelu | None = None) -> None:
         y.mul_(1.1)
+        if gelu_ is not None:
+            gelu_(y)
 
 
 def layer_with(
@@ -175,7 +177,7 @@ def test_ops_are_chosen_by_rank() -> None:
         hidden, y, gelu = ops.project_down(x, down, scale), torch.zeros(3, 16), torch.zeros(3, 16)
         assert (few.calls, many.calls) == calls
         ops.add_up_(y, hidden, up)
-        ops.add_up_gelu_(gelu, hidden, up, EagerOps().gelu_)
+        ops.add_up_(gelu, hidden, up, EagerOps().gelu_)
         torch.testing.assert_close(y, (x @ down.T * scale) @ up.T)
         torch.testing.assert_close(gelu, torch.nn.functional.gelu(y, approximate="tanh"))
 
@@ -210,7 +212,7 @@ def check_kernels(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
                 got, want = ops.project_down(x, down, scale), (x.double() @ down.double().T) * scale.double()
                 errors = [relative(got, want)]
                 total = y.to(device, dtype)[7:44].double() + hidden.double() @ up.double().T
-                for run in (ops.add_up_, lambda *a: ops.add_up_gelu_(*a, EagerOps().gelu_)):  # noqa: B023 - at once
+                for run in (ops.add_up_, lambda *a: ops.add_up_(*a, EagerOps().gelu_)):  # noqa: B023 - at once
                     buffer = y.to(device, dtype)
                     before = buffer.clone()
                     run(buffer[7:44], hidden, up)
@@ -235,7 +237,7 @@ def check_zero_strength(device: str, dtype: torch.dtype) -> None:
         y = (3 * rand(37, 96, seed=3)).to(device, dtype)
         same, turned, want = y.clone(), y.clone(), y.clone()
         ops.add_up_(same, hidden, up)
-        ops.add_up_gelu_(turned, hidden, up, TritonOps().gelu_)
+        ops.add_up_(turned, hidden, up, TritonOps().gelu_)
         TritonOps().gelu_(want)
         assert torch.equal(same, y) and torch.equal(turned, want), ops.name
 
@@ -260,7 +262,7 @@ def check_compiled() -> None:
     def run(y: Tensor) -> Tensor:
         hidden = ops.project_down(x, down, scale)
         ops.add_up_(y, hidden, up)
-        ops.add_up_gelu_(y, hidden, up, EagerOps().gelu_)
+        ops.add_up_(y, hidden, up, EagerOps().gelu_)
         return y * 2
 
     with torch.inference_mode():

@@ -126,7 +126,7 @@ class Int8Triton:
 
     @property
     def name(self) -> str:
-        return f"int8 Triton {self.tile.m}x{self.tile.n}x{self.tile.k}"
+        return f"int8 Triton {self.tile}"
 
     def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if torch.compiler.is_compiling():

@@ -12,61 +12,56 @@ from .gguf_parts import centred, chunk_rows, levels, read_chunk, read_half, read
 
 
 @triton.jit
-def q4_0(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
+def unpack_nibbles(
+    packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr,
+    NBYTES: tl.constexpr, OFFSET: tl.constexpr, FIFTH: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """A block is a scale, an OFFSET, 32 FIFTH bits and 16 bytes of two nibbles, which may index the IQ4 LEVELS."""
     chunk, block, inside, first = chunk_rows(num_chunks, ROWS, 2)
-    packed_ptr += first * 18
-    scale = read_half(packed_ptr, block * 18, inside)
-    quants = read_chunk(packed_ptr, block * 18 + 2 + chunk * 8, inside, 2)
-    start = block * 32 + chunk * 8
+    packed_ptr += first * NBYTES
+    start = block * NBYTES
+    scale = read_half(packed_ptr, start, inside)
+    quants = read_chunk(packed_ptr, start + (NBYTES - 16) + chunk * 8, inside, 4 if OFFSET else 2)
+    low, high = quants & 15, (quants >> 4) & 15
+    if FIFTH:
+        bits = start + (NBYTES - 20)
+        low |= (spread_bits(read_short(packed_ptr, bits, inside) >> (chunk * 8).to(tl.uint32)) & 1) << 4
+        high |= (spread_bits(read_short(packed_ptr, bits + 2, inside) >> (chunk * 8).to(tl.uint32)) & 1) << 4
+    if LEVELS:
+        low, high = scale * levels(low), scale * levels(high)
+    elif OFFSET:
+        offset = read_half(packed_ptr, start + 2, inside)
+        low, high = scale * low.to(tl.float32) + offset, scale * high.to(tl.float32) + offset
+    else:
+        low, high = scale * centred(low, 16 if FIFTH else 8), scale * centred(high, 16 if FIFTH else 8)
     out_ptr += first * 32
-    write_run(out_ptr, start, scale * centred(quants & 15, 8), inside)
-    write_run(out_ptr, start + 16, scale * centred((quants >> 4) & 15, 8), inside)
+    write_run(out_ptr, block * 32 + chunk * 8, low, inside)
+    write_run(out_ptr, block * 32 + chunk * 8 + 16, high, inside)
+
+
+@triton.jit
+def q4_0(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
+    unpack_nibbles(packed_ptr, out_ptr, num_chunks, ROWS, 18, False, False, False)
 
 
 @triton.jit
 def q4_1(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
-    chunk, block, inside, first = chunk_rows(num_chunks, ROWS, 2)
-    packed_ptr += first * 20
-    scale = read_half(packed_ptr, block * 20, inside)
-    offset = read_half(packed_ptr, block * 20 + 2, inside)
-    quants = read_chunk(packed_ptr, block * 20 + 4 + chunk * 8, inside, 4)
-    start = block * 32 + chunk * 8
-    out_ptr += first * 32
-    write_run(out_ptr, start, scale * (quants & 15).to(tl.float32) + offset, inside)
-    write_run(out_ptr, start + 16, scale * ((quants >> 4) & 15).to(tl.float32) + offset, inside)
+    unpack_nibbles(packed_ptr, out_ptr, num_chunks, ROWS, 20, True, False, False)
 
 
 @triton.jit
 def q5_0(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
-    chunk, block, inside, first = chunk_rows(num_chunks, ROWS, 2)
-    packed_ptr += first * 22
-    scale = read_half(packed_ptr, block * 22, inside)
-    fifth_low = spread_bits(read_short(packed_ptr, block * 22 + 2, inside) >> (chunk * 8).to(tl.uint32))
-    fifth_high = spread_bits(read_short(packed_ptr, block * 22 + 4, inside) >> (chunk * 8).to(tl.uint32))
-    quants = read_chunk(packed_ptr, block * 22 + 6 + chunk * 8, inside, 2)
-    start = block * 32 + chunk * 8
-    out_ptr += first * 32
-    low = (quants & 15) | ((fifth_low & 1) << 4)
-    high = ((quants >> 4) & 15) | ((fifth_high & 1) << 4)
-    write_run(out_ptr, start, scale * centred(low, 16), inside)
-    write_run(out_ptr, start + 16, scale * centred(high, 16), inside)
+    unpack_nibbles(packed_ptr, out_ptr, num_chunks, ROWS, 22, False, True, False)
 
 
 @triton.jit
 def q5_1(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
-    chunk, block, inside, first = chunk_rows(num_chunks, ROWS, 2)
-    packed_ptr += first * 24
-    scale = read_half(packed_ptr, block * 24, inside)
-    offset = read_half(packed_ptr, block * 24 + 2, inside)
-    fifth_low = spread_bits(read_short(packed_ptr, block * 24 + 4, inside) >> (chunk * 8).to(tl.uint32))
-    fifth_high = spread_bits(read_short(packed_ptr, block * 24 + 6, inside) >> (chunk * 8).to(tl.uint32))
-    quants = read_chunk(packed_ptr, block * 24 + 8 + chunk * 8, inside, 4)
-    start = block * 32 + chunk * 8
-    out_ptr += first * 32
-    low = (quants & 15) | ((fifth_low & 1) << 4)
-    high = ((quants >> 4) & 15) | ((fifth_high & 1) << 4)
-    write_run(out_ptr, start, scale * low.to(tl.float32) + offset, inside)
-    write_run(out_ptr, start + 16, scale * high.to(tl.float32) + offset, inside)
+    unpack_nibbles(packed_ptr, out_ptr, num_chunks, ROWS, 24, True, True, False)
+
+
+@triton.jit
+def iq4_nl(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
+    unpack_nibbles(packed_ptr, out_ptr, num_chunks, ROWS, 18, False, False, True)
 
 
 @triton.jit
@@ -77,15 +72,3 @@ def q8_0(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
     quants = read_chunk(packed_ptr, block * 34 + 2 + chunk * 8, inside, 2)
     # int8 as its bits: shifted up by 128 and back
     write_run(out_ptr + first * 32, block * 32 + chunk * 8, scale * centred((quants ^ 128) & 255, 128), inside)
-
-
-@triton.jit
-def iq4_nl(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
-    chunk, block, inside, first = chunk_rows(num_chunks, ROWS, 2)
-    packed_ptr += first * 18
-    scale = read_half(packed_ptr, block * 18, inside)
-    quants = read_chunk(packed_ptr, block * 18 + 2 + chunk * 8, inside, 2)
-    start = block * 32 + chunk * 8
-    out_ptr += first * 32
-    write_run(out_ptr, start, scale * levels(quants), inside)
-    write_run(out_ptr, start + 16, scale * levels(quants >> 4), inside)

@@ -6,7 +6,6 @@ last ones are still in the L2 cache, and the first ones are when the next step b
 """
 
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[int]
 
@@ -16,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...system.operators import returns_nothing
-from .low_rank_reference import TORCH
+from .low_rank_reference import TORCH, Gelu
 from .tile import Tile
 
 # Which is fastest depends on the rank and the GPU. m: rows, n: of R, then of out; k: of in, then of R.
@@ -33,39 +32,23 @@ class TritonLowRankOps:
 
     @property
     def name(self) -> str:
-        return f"Triton {_words(self.down)} and {_words(self.up)}"
+        return f"Triton {self.down} and {self.up}"
 
     def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
         if not _suit(x, down):
             return TORCH.project_down(x, down, scale)
-        if torch.compiler.is_compiling():
-            return low_rank_down(x, down, scale, self.down)
-        return launch_down(x, down, scale, self.down)
+        project_down = low_rank_down if torch.compiler.is_compiling() else launch_down
+        return project_down(x, down, scale, self.down)
 
-    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
-        if not self._added_up(y, hidden, up, False):
-            TORCH.add_up_(y, hidden, up)
-
-    def add_up_gelu_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Callable[[Tensor], None]) -> None:
-        if not self._added_up(y, hidden, up, True):
-            TORCH.add_up_gelu_(y, hidden, up, gelu_)
-
-    def _added_up(self, y: Tensor, hidden: Tensor, up: Tensor, gelu: bool) -> bool:
-        """Whether the numbers suit; if so it is done."""
+    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Gelu | None = None) -> None:
         if not _suit(y, hidden, up):
-            return False
-        if torch.compiler.is_compiling():
-            low_rank_up_(y, hidden, up, gelu, self.up)
-        else:
-            launch_up_(y, hidden, up, gelu, self.up)
-        return True
+            TORCH.add_up_(y, hidden, up, gelu_)
+            return
+        add_up_ = low_rank_up_ if torch.compiler.is_compiling() else launch_up_
+        add_up_(y, hidden, up, gelu_ is not None, self.up)
 
 
 CANDIDATES = tuple(TritonLowRankOps(down, up) for down, up in zip(DOWN_TILES, UP_TILES, strict=True))
-
-
-def _words(tile: Tile) -> str:
-    return f"{tile.m}x{tile.n}x{tile.k}"
 
 
 def _suit(*matrices: Tensor) -> bool:

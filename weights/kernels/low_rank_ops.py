@@ -21,7 +21,7 @@ from ...system.kernel_choice import (
     loaded,
     relative_error,
 )
-from .low_rank_reference import TORCH, LowRankOps
+from .low_rank_reference import TORCH, Gelu, LowRankOps
 
 # A choice is made for updates up to each of these ranks; q, k and v with a LoRA of 64 each are one update of 192.
 # Above, they are products like others, and PyTorch's.
@@ -48,17 +48,12 @@ class ChosenLowRankOps:
     def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
         return self._of(down.shape[0]).down.project_down(x, down, scale)
 
-    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
-        self._of(up.shape[1]).up.add_up_(y, hidden, up)
-
-    def add_up_gelu_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Callable[[Tensor], None]) -> None:
-        self._of(up.shape[1]).up_gelu.add_up_gelu_(y, hidden, up, gelu_)
+    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Gelu | None = None) -> None:
+        choice = self._of(up.shape[1])
+        (choice.up if gelu_ is None else choice.up_gelu).add_up_(y, hidden, up, gelu_)
 
     def _of(self, rank: int) -> Choice:
-        for choice in self.choices[:-1]:
-            if rank <= choice.rank:
-                return choice
-        return self.choices[-1]
+        return next((choice for choice in self.choices if rank <= choice.rank), self.choices[-1])
 
 
 @kept_when_final
@@ -114,7 +109,7 @@ class Probe:
         return self.x
 
     def up_gelu(self, ops: LowRankOps) -> Tensor:
-        ops.add_up_gelu_(self.x, self.hidden, self.up_factor, _gelu_)
+        ops.add_up_(self.x, self.hidden, self.up_factor, _gelu_)
         return self.x
 
     def error(self, step: Step, ops: LowRankOps) -> float:

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+Gelu = Callable[[Tensor], None]
+
 
 class LowRankOps(Protocol):
     """Sums in fp32; results in the dtype of `x` or `y`."""
@@ -22,12 +24,11 @@ class LowRankOps(Protocol):
         """`x [rows, in] @ down [R, in].T * scale [R]`: `[rows, R]`; `scale` is fp32."""
         ...
 
-    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
-        """`y [rows, out] += hidden [rows, R] @ up [out, R].T`."""
-        ...
+    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Gelu | None = None) -> None:
+        """`y [rows, out] += hidden [rows, R] @ up [out, R].T`.
 
-    def add_up_gelu_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Callable[[Tensor], None]) -> None:
-        """The same, then GELU (tanh approximation), in one pass over y where it can be; `gelu_` is the other pass."""
+        With `gelu_`, which does that in place, GELU (tanh approximation) follows: in the same pass where that can be.
+        """
         ...
 
 
@@ -39,12 +40,10 @@ class TorchLowRankOps:
     def project_down(self, x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
         return (x @ down.t()).mul_(scale)
 
-    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor) -> None:
+    def add_up_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Gelu | None = None) -> None:
         y.addmm_(hidden, up.t())
-
-    def add_up_gelu_(self, y: Tensor, hidden: Tensor, up: Tensor, gelu_: Callable[[Tensor], None]) -> None:
-        self.add_up_(y, hidden, up)
-        gelu_(y)
+        if gelu_ is not None:
+            gelu_(y)
 
 
 TORCH = TorchLowRankOps()

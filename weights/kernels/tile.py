@@ -11,3 +11,6 @@ class Tile(NamedTuple):
     k: int
     num_warps: int
     num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"

@@ -76,7 +76,7 @@ class SideBranch(Projection):
         """Write GELU of the layer's product into `out`."""
         (hidden,) = hidden_of([self], x)
         self.project(x, out=out)
-        self.ops.add_up_gelu_(out.view(-1, out.shape[-1]), hidden, self.update.up.to(out.dtype), gelu_)
+        self.ops.add_up_(out.view(-1, out.shape[-1]), hidden, self.update.up.to(out.dtype), gelu_)
 
 
 def hidden_of(branches: Sequence[SideBranch], x: Tensor) -> tuple[Tensor, ...]:
