@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import FusedOps, Rope, RowGroups
+from .ops import FusedOps, Rope
 
 
 class EagerOps:
@@ -18,9 +18,9 @@ class EagerOps:
         return self
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
     ) -> Tensor:
-        rows = _group_of_rows(x, shift, first_row, groups)
+        rows = _group_of_rows(x, shift, first_row, rows_per_group)
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
         return (normed * (1 + scale[rows]) + shift[rows]).to(x.dtype)
 
@@ -41,12 +41,12 @@ class EagerOps:
     def gelu_(self, x: Tensor) -> None:
         x.copy_(F.gelu(x.float(), approximate="tanh"))
 
-    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
-        x.copy_(torch.addcmul(x.float(), y.float(), gate[_group_of_rows(x, gate, first_row, groups)]))
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
+        x.copy_(torch.addcmul(x.float(), y.float(), gate[_group_of_rows(x, gate, first_row, rows_per_group)]))
 
 
-def _group_of_rows(x: Tensor, modulation: Tensor, first_row: int, groups: RowGroups) -> Tensor | slice:
-    first, last = (row // groups.rows_per_group for row in (first_row, first_row + x.shape[0] - 1))
+def _group_of_rows(x: Tensor, modulation: Tensor, first_row: int, rows_per_group: int) -> Tensor | slice:
+    first, last = (row // rows_per_group for row in (first_row, first_row + x.shape[0] - 1))
     if first == last:  # one group: broadcast instead of gathering
         return slice(first, first + 1)
-    return torch.arange(first_row, first_row + x.shape[0], device=modulation.device) // groups.rows_per_group
+    return torch.arange(first_row, first_row + x.shape[0], device=modulation.device) // rows_per_group

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..system.operators import on_device_of, returns_nothing
 from .eager import EagerOps
-from .ops import FusedOps, Rope, RowGroups
+from .ops import FusedOps, Rope
 
 
 class OpaqueOps:
@@ -23,9 +23,9 @@ class OpaqueOps:
         return self
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
     ) -> Tensor:
-        return modulated_norm(x, shift, scale, first_row, groups.rows_per_group, eps)
+        return modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
 
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return affine_norm(x, weight, bias, eps)
@@ -37,14 +37,14 @@ class OpaqueOps:
     def gelu_(self, x: Tensor) -> None:
         gelu_(x)
 
-    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
-        gated_add_(x, y, gate, first_row, groups.rows_per_group)
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
+        gated_add_(x, y, gate, first_row, rows_per_group)
 
 
 @torch.library.custom_op("lowvram_video::modulated_norm", mutates_args=())
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float) -> Tensor:
     with on_device_of(x):
-        return _steps_for(x).modulated_norm(x, shift, scale, first_row, RowGroups(rows_per_group), eps)
+        return _steps_for(x).modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
 
 
 @modulated_norm.register_fake
@@ -78,7 +78,7 @@ def gelu_(x: Tensor) -> None:
 @torch.library.custom_op("lowvram_video::gated_add_", mutates_args=("x",))
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
     with on_device_of(x):
-        _steps_for(x).gated_add_(x, y, gate, first_row, RowGroups(rows_per_group))
+        _steps_for(x).gated_add_(x, y, gate, first_row, rows_per_group)
 
 
 for _operator in (rms_norm_, gelu_, gated_add_):

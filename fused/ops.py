@@ -21,13 +21,6 @@ class Rope:
     sin: Tensor
 
 
-@dataclass(frozen=True)
-class RowGroups:
-    """Which rows share one modulation vector: `rows_per_group` consecutive ones."""
-
-    rows_per_group: int
-
-
 class FusedOps(Protocol):
     """Statistics and sums in fp32; results in the dtype of `x`."""
 
@@ -38,7 +31,7 @@ class FusedOps(Protocol):
         ...
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
     ) -> Tensor:
         """LayerNorm(x) * (1 + scale) + shift; `shift`, `scale` are `[groups, dim]`."""
         ...
@@ -58,6 +51,6 @@ class FusedOps(Protocol):
         """GELU, tanh approximation, in place."""
         ...
 
-    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
         """x += y * gate; `gate` is `[groups, dim]`."""
         ...

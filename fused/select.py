@@ -11,7 +11,7 @@ from ..system.dtypes import half_dtype
 from ..system.kernel_choice import Trial, choose, disagreement, loaded, relative_error
 from .eager import EagerOps
 from .opaque import OpaqueOps
-from .ops import FusedOps, Rope, RowGroups
+from .ops import FusedOps, Rope
 
 
 def select_fused_ops(device: torch.device) -> FusedOps:
@@ -39,11 +39,11 @@ def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> s
     rope = Rope(rand(6, 64, dtype=torch.float32), rand(6, 64, dtype=torch.float32))
     results = []
     for each in (ops, reference):
-        y = each.modulated_norm(x, modulation, modulation, 1, RowGroups(4), 1e-6)
+        y = each.modulated_norm(x, modulation, modulation, 1, 4, 1e-6)
         each.rms_norm_(y, weight, 1e-6, rope, 0)
         each.rms_norm_(y, weight[:128], 1e-6, rope, 2)
         each.rms_norm_(y, weight[:64], 1e-6, None, 0)
         each.gelu_(y)
-        each.gated_add_(y, each.affine_norm(x, weight, weight, 1e-6), modulation, 1, RowGroups(4))
+        each.gated_add_(y, each.affine_norm(x, weight, weight, 1e-6), modulation, 1, 4)
         results.append(y)
     return disagreement(relative_error(*results))

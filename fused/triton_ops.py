@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import FusedOps, Rope, RowGroups
+from .ops import FusedOps, Rope
 
 
 class TritonOps:
@@ -26,13 +26,13 @@ class TritonOps:
         return self._compiled or self
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, groups: RowGroups, eps: float
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
     ) -> Tensor:
         rows, dim = x.shape
         out = torch.empty_like(x)
         # the two are slices of one [groups, 6, dim] tensor: same strides
         _norm_kernel[(rows,)](
-            x, out, scale, shift, first_row, groups.rows_per_group, scale.stride(0), eps, dim, x.stride(0),
+            x, out, scale, shift, first_row, rows_per_group, scale.stride(0), eps, dim, x.stride(0),
             MODULATED=True, BLOCK=triton.next_power_of_2(dim), num_warps=_num_warps(dim),
         )  # fmt: skip
         return out
@@ -71,11 +71,11 @@ class TritonOps:
         block = 2048
         _gelu_kernel[(rows, triton.cdiv(dim, block))](x, dim, x.stride(0), BLOCK=block, num_warps=4)
 
-    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, groups: RowGroups) -> None:
+    def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
         rows, dim = x.shape
         block = 2048
         _gated_add_kernel[(rows, triton.cdiv(dim, block))](
-            x, y, gate, first_row, groups.rows_per_group, gate.stride(0), dim, x.stride(0), y.stride(0),
+            x, y, gate, first_row, rows_per_group, gate.stride(0), dim, x.stride(0), y.stride(0),
             BLOCK=block, num_warps=4,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from lowvram_video.fused.eager import EagerOps
-from lowvram_video.fused.ops import Rope, RowGroups
+from lowvram_video.fused.ops import Rope
 from lowvram_video.fused.select import select_fused_ops
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device:
 
 def test_modulated_norm_takes_each_rows_group() -> None:
     x, shift, scale = rand(7, 12), rand(3, 12, seed=1), rand(3, 12, seed=2)
-    got = EagerOps().modulated_norm(x, shift, scale, 2, RowGroups(4), 1e-6)
+    got = EagerOps().modulated_norm(x, shift, scale, 2, 4, 1e-6)
     for row in range(7):
         group = (2 + row) // 4
         want = F.layer_norm(x[row], (12,), eps=1e-6) * (1 + scale[group]) + shift[group]
@@ -56,7 +56,7 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
     weight = rand(dim, seed=2, dtype=dtype, device=device)
     modulation = rand(4, 6, dim, seed=3, device=device).unbind(1)
     angle = rand(5, half, seed=4, device=device)
-    rope, groups = Rope(angle.cos(), angle.sin()), RowGroups(3)
+    rope, rows_per_group = Rope(angle.cos(), angle.sin()), 3
     results = []
     for ops in (TritonOps(), EagerOps()):
         rotated, plain, heads, head_rope, act, added = (wide.clone()[:, :dim] for _ in range(6))
@@ -65,8 +65,8 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
         ops.rms_norm_(heads, weight[: 2 * half], 1e-6, None, 0)
         ops.rms_norm_(head_rope, weight[: 2 * half], 1e-6, rope, 2)
         ops.gelu_(act)
-        ops.gated_add_(added, y, modulation[2], 1, groups)
-        norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, groups, 1e-6)
+        ops.gated_add_(added, y, modulation[2], 1, rows_per_group)
+        norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, rows_per_group, 1e-6)
         affine = ops.affine_norm(x, weight, y[0], 1e-6)
         results.append([norm, affine, rotated, plain, heads, head_rope, act, added])
     names = ["norm", "affine", "rope", "rms", "heads", "heads, rope", "gelu", "add"]

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...fused.ops import Rope, RowGroups
+from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Scale
 from ...transformer.transformer import Block
@@ -237,20 +237,20 @@ class FeedForward(nn.Module):
 def modulated(x: Tensor, modulation: Tensor, eps: float, work: Workspace) -> tuple[Normed, Add]:
     """How rows of `x` are normed and added to, by shift, scale and gate `[3, dim]`."""
     shift, scale, gate = modulation
-    groups = RowGroups(x.shape[0])  # one vector for all rows
+    rows_per_group = x.shape[0]  # one vector for all rows
 
     def add(rows: slice, y: Tensor) -> None:
-        work.ops.gated_add_(x[rows], y, gate[None], 0, groups)
+        work.ops.gated_add_(x[rows], y, gate[None], 0, rows_per_group)
 
     return norm_by(x, shift, scale, eps, work), add
 
 
 def norm_by(x: Tensor, shift: Tensor, scale: Tensor, eps: float, work: Workspace) -> Normed:
     """How rows of `x` are normed, with shift and scale `[dim]` for all of them."""
-    groups = RowGroups(x.shape[0])
+    rows_per_group = x.shape[0]
 
     def normed(rows: slice) -> Tensor:
-        return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, groups, eps)
+        return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, rows_per_group, eps)
 
     return normed
 

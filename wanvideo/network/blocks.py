@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...fused.ops import Rope, RowGroups
+from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Affine, Scale, parameter
 from ...transformer.transformer import Block
@@ -78,7 +78,7 @@ class Pass:
     x: Tensor
     time: Tensor
     modulation: Tensor
-    groups: RowGroups
+    rows_per_group: int
     rope: Rope
     work: Workspace
     controls: tuple[ControlStream, ...] = ()
@@ -104,13 +104,13 @@ class WanBlock(Block):
 
     def run(self, x: Tensor, state: Pass, keys_values: KeysValues) -> None:
         """Take tokens `[rows, dim]` of a pass through this block."""
-        self(x, state.modulation, state.groups, state.rope, keys_values, state.work, state.hooks)
+        self(x, state.modulation, state.rows_per_group, state.rope, keys_values, state.work, state.hooks)
 
     def forward(
         self,
         x: Tensor,
         modulation: Tensor,
-        groups: RowGroups,
+        rows_per_group: int,
         rope: Rope,
         keys_values: KeysValues,
         work: Workspace,
@@ -122,19 +122,19 @@ class WanBlock(Block):
         ops, eps = work.ops, self.eps
 
         def norm1(rows: slice) -> Tensor:
-            return ops.modulated_norm(x[rows], shift1, scale1, rows.start, groups, eps)
+            return ops.modulated_norm(x[rows], shift1, scale1, rows.start, rows_per_group, eps)
 
         def norm2(rows: slice) -> Tensor:
-            return ops.modulated_norm(x[rows], shift2, scale2, rows.start, groups, eps)
+            return ops.modulated_norm(x[rows], shift2, scale2, rows.start, rows_per_group, eps)
 
         def norm3(rows: slice) -> Tensor:
             return ops.affine_norm(x[rows], self.norm3.weight, self.norm3.bias, eps)
 
         def add1(rows: slice, y: Tensor) -> None:
-            ops.gated_add_(x[rows], y, gate1, rows.start, groups)
+            ops.gated_add_(x[rows], y, gate1, rows.start, rows_per_group)
 
         def add2(rows: slice, y: Tensor) -> None:
-            ops.gated_add_(x[rows], y, gate2, rows.start, groups)
+            ops.gated_add_(x[rows], y, gate2, rows.start, rows_per_group)
 
         def add3(rows: slice, y: Tensor) -> None:
             x[rows].add_(y)

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...fused.ops import RowGroups
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.transformer import Transformer
 from ...transformer.workspace import Workspace
@@ -112,18 +111,18 @@ class WanModel(Transformer):
         work = self.workspace(num_rows, latent.device)
         with self.bring((self.time_embedding, self.time_projection), work.pool):
             time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
-        groups = RowGroups(num_rows // time.shape[0])
+        rows_per_group = num_rows // time.shape[0]
         rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
 
         x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
         controls, visitor = self.embed_controls(x, extras, work), extras.visitor
-        state = Pass(x, time, modulation, groups, rope, work, controls, visitor)
+        state = Pass(x, time, modulation, rows_per_group, rope, work, controls, visitor)
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
         for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
             keys_values = context.keys_values[index] if context.keys_values else block.cross_attn.keys_values(context)
             visitor.visit(name, state, partial(block.advance, state, keys_values))
-        patches = self.head(x, time, groups, work)
+        patches = self.head(x, time, rows_per_group, work)
         if extras.reference is not None:
             patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
             grid = (grid[0] - 1, *grid[1:])
@@ -201,11 +200,11 @@ class Head(nn.Module):
         self.head = Linear(config.dim, config.out_channels * patch, device=device, dtype=dtype)
         self.modulation = parameter(1, 2, config.dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, time: Tensor, groups: RowGroups, work: Workspace) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, rows_per_group: int, work: Workspace) -> Tensor:
         shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
         out = x.new_empty(x.shape[0], self.head.out_features)
         work.scratch.reset()
         project = self.head.prepare(work.dtype)
         for rows in work.chunks():
-            project(work.ops.modulated_norm(x[rows], shift, scale, rows.start, groups, self.eps), out=out[rows])
+            project(work.ops.modulated_norm(x[rows], shift, scale, rows.start, rows_per_group, self.eps), out=out[rows])
         return out
