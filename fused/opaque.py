@@ -47,20 +47,10 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows
         return _steps_for(x).modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
 
 
-@modulated_norm.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 @torch.library.custom_op("lowvram_video::affine_norm", mutates_args=())
 def affine_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     with on_device_of(x):
         return _steps_for(x).affine_norm(x, weight, bias, eps)
-
-
-@affine_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("lowvram_video::rms_norm_", mutates_args=("x",))
@@ -81,6 +71,8 @@ def gated_add_(x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_grou
         _steps_for(x).gated_add_(x, y, gate, first_row, rows_per_group)
 
 
+for _operator in (modulated_norm, affine_norm):
+    _operator.register_fake(lambda x, *_: x.new_empty(x.shape))
 for _operator in (rms_norm_, gelu_, gated_add_):
     _operator.register_fake(returns_nothing)
 

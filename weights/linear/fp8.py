@@ -34,11 +34,8 @@ class Fp8Dequantized(WeightFormat):
     def name(self) -> str:
         return FP8_FULL_PRECISION if self.full_precision else FP8
 
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        weight = packed["weight"]
-        if out is None:
-            out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        return self.ops.dequantize(weight, packed["weight_scale"], out)
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        return self.ops.dequantize(packed["weight"], packed["weight_scale"], out)
 
 
 class MultipliedRows(MultipliedAsStored):
@@ -95,14 +92,12 @@ class Fp8Matmul(MultipliedRows):
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.ops.quantize(rows, torch.float8_e4m3fn)
 
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
         weight = packed["weight"]
-        scale = column_scales(weight, packed.get("weight_scale"))
-        return Fp8Dequantized(ops=self.ops).dequantize({"weight": weight, "weight_scale": scale}, dtype, out)
+        return self.ops.dequantize(weight, column_scales(weight, packed.get("weight_scale")), out)
 
     def suits(self, packed: Mapping[str, Tensor]) -> bool:
-        weight = packed["weight"]
-        return weight.dtype == torch.float8_e4m3fn and all(size % 16 == 0 for size in weight.shape)
+        return packed["weight"].dtype == torch.float8_e4m3fn and super().suits(packed)
 
 
 def column_scales(weight: Tensor, scale: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..kernels.gguf_op import dequantize_packed
@@ -26,11 +25,8 @@ class GgufFormat(WeightFormat):
     def name(self) -> str:
         return self.block.name
 
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        weight = packed["weight"]
-        if out is None:
-            out = torch.empty(self.logical_shape(weight), dtype=dtype, device=weight.device)
-        dequantize_packed(weight, out, self.name)
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        dequantize_packed(packed["weight"], out, self.name)
         return out
 
     def logical_shape(self, weight: Tensor) -> tuple[int, ...]:

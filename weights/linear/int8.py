@@ -35,10 +35,8 @@ class Int8Dequantized(WeightFormat):
     def name(self) -> str:
         return f"int8 convrot {self.rotation}" if self.rotation else INT8
 
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
         weight = packed["weight"]
-        if out is None:
-            out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         if not self.rotation:
             return self.ops.dequantize(weight, packed["weight_scale"], out)
         matrix = rotation_matrix(self.rotation, out.device)
@@ -56,10 +54,9 @@ class Int8Matmul(MultipliedRows):
     rotation: int = 0
     gemm: Gemm = field(default_factory=ReferenceGemm)
     ops: RowOps = field(default_factory=TorchRowOps)
+    name: str = "int8 matmul"
 
-    @property
-    def name(self) -> str:
-        return "int8 matmul"
+    multiple = 8
 
     @property
     def form(self) -> str:
@@ -70,11 +67,8 @@ class Int8Matmul(MultipliedRows):
             rows = rotate(rows, rotation_matrix(self.rotation, rows.device).to(rows.dtype))
         return self.ops.quantize(rows, torch.int8)
 
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        return Int8Dequantized(self.rotation, self.ops).dequantize(packed, dtype, out)
-
-    def suits(self, packed: Mapping[str, Tensor]) -> bool:
-        return all(size % 8 == 0 for size in packed["weight"].shape)
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        return Int8Dequantized(self.rotation, self.ops).unpack(packed, out)
 
 
 def rotation_matrix(size: int, device: torch.device) -> Tensor:

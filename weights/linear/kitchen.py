@@ -45,13 +45,13 @@ class KitchenFormat(WeightFormat):
     def name(self) -> str:
         return self.quant.name
 
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
         kitchen = importlib.import_module(PACKAGE)
-        weight = self.quant.unpack(kitchen, packed, self, dtype).to(dtype)
+        weight = self.quant.unpack(kitchen, packed, self, out.dtype).to(out.dtype)
         smooth = packed.get("pre_quant_scale")  # what the activations were to be multiplied by
         if smooth is not None:
-            weight = weight * smooth.to(dtype)
-        return weight if out is None else out.copy_(weight)
+            weight = weight * smooth.to(out.dtype)
+        return out.copy_(weight)
 
     def logical_shape(self, weight: Tensor) -> tuple[int, ...]:
         rows, columns = weight.shape
@@ -70,11 +70,8 @@ class KitchenInt8(MultipliedAsStored):
     ) -> Projection:
         return KitchenInt8Projection(packed["weight"], packed["weight_scale"].float(), bias, self.rotation)
 
-    def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        return Int8Dequantized(self.rotation).dequantize(packed, dtype, out)
-
-    def suits(self, packed: Mapping[str, Tensor]) -> bool:
-        return all(size % 16 == 0 for size in packed["weight"].shape)
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        return Int8Dequantized(self.rotation).unpack(packed, out)
 
 
 class KitchenInt8Projection(Projection):

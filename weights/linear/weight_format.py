@@ -24,8 +24,15 @@ class WeightFormat(ABC):
     def name(self) -> str: ...
 
     @abstractmethod
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        """The weight `[out, in]`, written into `out`."""
+
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight `[out, in]` in `dtype`, written into `out` where given."""
+        if out is None:
+            weight = packed["weight"]
+            out = torch.empty(self.logical_shape(weight), dtype=dtype, device=weight.device)
+        return self.unpack(packed, out)
 
     def prepare(
         self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
@@ -59,24 +66,29 @@ class Plain(WeightFormat):
         return 0 if packed["weight"].dtype == dtype else packed["weight"].numel()
 
     def dequantize(self, packed: Mapping[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        same = out is None and packed["weight"].dtype == dtype
+        return packed["weight"] if same else super().dequantize(packed, dtype, out)
+
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
         weight = packed["weight"]
         if weight.element_size() > 1 or not torch.compiler.is_compiling():
-            return weight.to(dtype) if out is None else out.copy_(weight)
-        out = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
+            return out.copy_(weight)
         # by an operator: what inductor makes of a cast reads no fp8 before GPUs of compute capability 8.9
         dequantize_rows(weight, torch.ones(1, device=weight.device), out)
         return out
 
 
 class MultipliedAsStored(WeightFormat):
-    """What formats share that multiply a weight as it is stored."""
+    """What formats share that multiply a weight as it is stored, its dimensions multiples of `multiple`."""
+
+    multiple = 16
 
     def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         return 0
 
-    @abstractmethod
     def suits(self, packed: Mapping[str, Tensor]) -> bool:
         """Whether this product takes a layer's tensors."""
+        return all(size % self.multiple == 0 for size in packed["weight"].shape)
 
 
 PLAIN = Plain()
