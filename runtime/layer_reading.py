@@ -88,9 +88,7 @@ class TokenTable:
         if scale is not None:
             scales = self.checkpoint.read(scale.name).reshape(-1, 1)
             packed["weight_scale"] = scales[wanted] if len(scales) == info.shape[0] else scales[0]
-        return format_for(info, {} if scale is None else {"weight_scale": scale}).dequantize(packed, torch.float32)[
-            places
-        ]
+        return format_for(info).dequantize(packed, torch.float32)[places]
 
     def _read_rows(self, info: TensorInfo, wanted: Tensor) -> Tensor:
         row_bytes = info.nbytes // info.shape[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,26 +16,19 @@ from .kitchen import recognise_kitchen
 from .linear import Linear
 from .weight_format import PLAIN, WeightFormat
 
-# A layer's weight and the tensors stored beside it but its bias (scales, markers), by the last part of their names
-# -> its format, or None for another recogniser to say.
-Recogniser = Callable[[TensorInfo, Mapping[str, TensorInfo]], WeightFormat | None]
+# A layer's weight, whose `quant` names its format -> the format, or None for another recogniser to say. A new format is
+# one line here; the first that answers decides.
+RECOGNISERS: tuple[Callable[[TensorInfo], WeightFormat | None], ...] = (
+    recognise_fp8,
+    recognise_int8,
+    recognise_kitchen,
+    lambda weight: GGUF_FORMATS.get(weight.quant or ""),
+)
 
 
-def _gguf(weight: TensorInfo, beside: Mapping[str, TensorInfo]) -> WeightFormat | None:
-    return GGUF_FORMATS.get(weight.quant or "")
-
-
-# A new format is one line here; the first that answers decides.
-RECOGNISERS: tuple[Recogniser, ...] = (recognise_fp8, recognise_int8, recognise_kitchen, _gguf)
-
-
-def format_for(weight: TensorInfo, beside: Mapping[str, TensorInfo] | None = None) -> WeightFormat:
-    """The format of a weight, given what lies beside it in the file."""
-    for recognise in RECOGNISERS:
-        found = recognise(weight, beside or {})
-        if found is not None:
-            return found
-    return PLAIN
+def format_for(weight: TensorInfo) -> WeightFormat:
+    """The format of a layer's weight."""
+    return next(filter(None, (recognise(weight) for recognise in RECOGNISERS)), PLAIN)
 
 
 def assign_formats(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -53,9 +46,8 @@ def assign_formats(model: nn.Module, checkpoint: Checkpoint) -> None:
         if not isinstance(layer, Linear) or "weight" not in stored[name]:
             continue
         tensors = stored[name]
-        beside = {leaf: info for leaf, info in tensors.items() if leaf not in ("weight", "bias")}
-        layer.format = format_for(tensors["weight"], beside)
-        # What lies beside a plain weight belongs to no format: left for the loader to refuse.
+        layer.format = format_for(tensors["weight"])
+        # What is stored with a plain weight belongs to no format: left for the loader to refuse.
         leaves = tensors.keys() if layer.format is not PLAIN else tensors.keys() & layer._parameters.keys()
         for leaf in leaves:
             layer.register_parameter(leaf, _meta(tensors[leaf]))

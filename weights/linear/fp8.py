@@ -107,7 +107,7 @@ def column_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
     return scale.float().reshape(-1).expand(weight.shape[0]).contiguous()
 
 
-def recognise_fp8(weight: TensorInfo, beside: Mapping[str, TensorInfo]) -> Fp8Dequantized | None:
+def recognise_fp8(weight: TensorInfo) -> Fp8Dequantized | None:
     """The format of a scaled fp8 weight; see `dialects.py` for how files say so."""
     if weight.quant not in (FP8, FP8_FULL_PRECISION):
         return None

@@ -87,7 +87,7 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
     return (x.unflatten(1, (-1, matrix.shape[0])) @ matrix).flatten(1)
 
 
-def recognise_int8(weight: TensorInfo, beside: Mapping[str, TensorInfo]) -> Int8Dequantized | None:
+def recognise_int8(weight: TensorInfo) -> Int8Dequantized | None:
     """The format of an int8 weight; see `dialects.py` for how files say so."""
     rotated = ROTATED.fullmatch(weight.quant or "")
     if weight.quant != INT8 and rotated is None:

@@ -97,7 +97,7 @@ def kitchen_int8_available() -> bool:
     return bool(cuda.get("available")) and not cuda.get("disabled")
 
 
-def recognise_kitchen(weight: TensorInfo, beside: Mapping[str, TensorInfo]) -> KitchenFormat | None:
+def recognise_kitchen(weight: TensorInfo) -> KitchenFormat | None:
     """The format of such a weight. CheckpointError where comfy-kitchen is not installed."""
     words = (weight.quant or "").split()
     quant = KITCHEN_QUANTS.get(words[0]) if len(words) == 3 else None

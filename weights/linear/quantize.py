@@ -162,10 +162,10 @@ def _stored_layers(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredLayer]]:
             continue
         layer = name.removesuffix(".weight")
         scale = checkpoint.tensors.get(f"{layer}.weight_scale")
-        beside = {} if scale is None else {"weight_scale": scale}
-        form = format_for(info, beside)
+        form = format_for(info)
         if not isinstance(form, KitchenFormat):  # their rows cannot be read apart, and they are small enough
-            yield layer, StoredLayer(form, {"weight": info, **(beside if form is not PLAIN else {})})
+            scales = {} if scale is None or form is PLAIN else {"weight_scale": scale}
+            yield layer, StoredLayer(form, {"weight": info, **scales})
 
 
 def _is_already(layer: StoredLayer, target: Target) -> bool:

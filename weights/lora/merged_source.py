@@ -16,7 +16,6 @@ from ...system.host_memory import allocate_bytes
 from ..files.checkpoint import TensorInfo
 from ..linear.formats import format_for
 from ..linear.made_pairs import MadePairs
-from ..linear.weight_format import WeightFormat
 from .merge import can_requantize, requantize
 
 SCALE = "weight_scale"
@@ -66,7 +65,7 @@ class MergedSource:
             raw = allocate_bytes(scale.nbytes)
             self._origin.read_into(f"{name.rpartition('.')[0]}.{SCALE}", raw)
             packed[SCALE] = raw.view(scale.dtype).view(scale.shape)
-        form = form_of(self._origin, name)
+        form = format_for(info)
         with self._lock:
             changed = self._changes[name](form.dequantize(packed, torch.float32).clone())
             num_scales = packed[SCALE].numel() if scale is not None else 0
@@ -80,7 +79,7 @@ class MergedSource:
 def refusal(source: Source, name: str) -> str | None:
     """How a tensor is stored, where it can not be changed and stored so again."""
     info = source.tensors[name]
-    if can_requantize(form_of(source, name), info.dtype):
+    if can_requantize(format_for(info), info.dtype):
         return None
     return info.quant or str(info.dtype).removeprefix("torch.")
 
@@ -89,12 +88,6 @@ def scale_of(source: Source, name: str) -> TensorInfo | None:
     """The scale that lies beside a layer's weight."""
     layer, _, leaf = name.rpartition(".")
     return source.tensors.get(f"{layer}.{SCALE}") if leaf == "weight" else None
-
-
-def form_of(source: Source, name: str) -> WeightFormat:
-    """How a tensor is stored."""
-    scale = scale_of(source, name)
-    return format_for(source.tensors[name], {} if scale is None else {SCALE: scale})
 
 
 def made_from(file: Path) -> Path:
