@@ -146,13 +146,13 @@ def _fill(file: Any, target: memoryview, info: TensorInfo) -> None:
         count = file.readinto(target[position:])
         if not count:
             expected = f"at least {info.offset + info.nbytes:,}"
-            raise CheckpointError(truncated(info.file, expected, info.file.stat().st_size))
+            raise CheckpointError(truncated(info.file, "model", expected, info.file.stat().st_size))
         position += count
 
 
-def truncated(path: Path, expected: str, actual: int) -> str:
+def truncated(path: Path, kind: str, expected: str, actual: int) -> str:
     return (
-        f"{path}: a truncated safetensors file, {actual:,} bytes; expected {expected} by its header; "
+        f"{path}: a truncated {kind} file, {actual:,} bytes; expected {expected} by its header; "
         "the download or copy was cut short: download it again"
     )
 

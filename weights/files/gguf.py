@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo, truncated
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 
 
@@ -58,10 +58,7 @@ def open_gguf(path: Path) -> Checkpoint:
     end = max((info.offset + info.nbytes for info in tensors.values()), default=0)
     size = path.stat().st_size
     if end > size:
-        raise CheckpointError(
-            f"{path}: a truncated GGUF file, {size:,} bytes; expected {end:,} by its header; "
-            "the download or copy was cut short: download it again"
-        )
+        raise CheckpointError(truncated(path, "GGUF", f"{end:,}", size))
     metadata = {key: str(value) for key, value in header.fields.items() if not key.startswith(ORIGINAL_SHAPE)}
     return Checkpoint(path, tensors, metadata)
 

@@ -70,7 +70,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
             "expected a safetensors model; download it again"
         )
     if 8 + length > size:
-        raise CheckpointError(truncated(path, f"more than {8 + length:,}", size))
+        raise CheckpointError(truncated(path, "safetensors", f"more than {8 + length:,}", size))
     file.seek(8)
     try:
         header = json.loads(file.read(length))
@@ -108,7 +108,7 @@ def _check_offsets(path: Path, size: int, tensors: Iterable[TensorInfo]) -> None
             raise CheckpointError(damaged(path, f"the bytes of {before} and {info.name} overlap"))
         position, before = info.offset + info.nbytes, info.name
     if position > size:
-        raise CheckpointError(truncated(path, f"{position:,}", size))
+        raise CheckpointError(truncated(path, "safetensors", f"{position:,}", size))
 
 
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")

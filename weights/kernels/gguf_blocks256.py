@@ -35,42 +35,37 @@ def group_scale_offset(low_scale, low_offset, high, group):
 
 
 @triton.jit
-def q4_k(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
+def unpack_nibbles_k(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr, NBYTES: tl.constexpr, FIFTH: tl.constexpr):
+    """A block is the scales of scales and offsets, 12 bytes of those, 256 FIFTH bits and 128 bytes of two nibbles."""
     chunk, block, inside, first = chunk_rows(num_chunks, ROWS, 16)
-    packed_ptr += first * 144
-    at = block * 144
-    quants = read_chunk(packed_ptr, at + 16 + chunk * 8, inside, 4)
+    packed_ptr += first * NBYTES
+    at = block * NBYTES
+    pair = chunk // 4  # two groups of 32 elements share 32 bytes
+    quants = read_chunk(packed_ptr, at + (NBYTES - 128) + chunk * 8, inside, 4)
+    if FIFTH:
+        fifth = read_chunk(packed_ptr, at + 16 + (chunk % 4) * 8, inside, 4) >> (pair * 2).to(tl.uint32)[:, None]
     scale, offset = read_half(packed_ptr, at, inside), read_half(packed_ptr, at + 2, inside)
     low_scale = read_word(packed_ptr, at + 4, inside, 4)
     low_offset = read_word(packed_ptr, at + 8, inside, 4)
     high = read_word(packed_ptr, at + 12, inside, 4)
-    pair = chunk // 4  # two groups of 32 elements share 32 bytes
     start = block * 256 + pair * 64 + (chunk % 4) * 8
     out_ptr += first * 256
     for half in tl.static_range(2):
         s, o = group_scale_offset(low_scale, low_offset, high, pair * 2 + half)
-        values = (scale * s) * ((quants >> (4 * half)) & 15).to(tl.float32) - offset * o
-        write_run(out_ptr, start + 32 * half, values, inside)
+        level = (quants >> (4 * half)) & 15
+        if FIFTH:
+            level |= ((fifth >> half) & 1) << 4
+        write_run(out_ptr, start + 32 * half, (scale * s) * level.to(tl.float32) - offset * o, inside)
+
+
+@triton.jit
+def q4_k(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
+    unpack_nibbles_k(packed_ptr, out_ptr, num_chunks, ROWS, 144, False)
 
 
 @triton.jit
 def q5_k(packed_ptr, out_ptr, num_chunks, ROWS: tl.constexpr):
-    chunk, block, inside, first = chunk_rows(num_chunks, ROWS, 16)
-    packed_ptr += first * 176
-    at = block * 176
-    pair = chunk // 4
-    quants = read_chunk(packed_ptr, at + 48 + chunk * 8, inside, 4)
-    fifth = read_chunk(packed_ptr, at + 16 + (chunk % 4) * 8, inside, 4) >> (pair * 2).to(tl.uint32)[:, None]
-    scale, offset = read_half(packed_ptr, at, inside), read_half(packed_ptr, at + 2, inside)
-    low_scale = read_word(packed_ptr, at + 4, inside, 4)
-    low_offset = read_word(packed_ptr, at + 8, inside, 4)
-    high = read_word(packed_ptr, at + 12, inside, 4)
-    start = block * 256 + pair * 64 + (chunk % 4) * 8
-    out_ptr += first * 256
-    for half in tl.static_range(2):
-        s, o = group_scale_offset(low_scale, low_offset, high, pair * 2 + half)
-        level = ((quants >> (4 * half)) & 15) | (((fifth >> half) & 1) << 4)
-        write_run(out_ptr, start + 32 * half, (scale * s) * level.to(tl.float32) - offset * o, inside)
+    unpack_nibbles_k(packed_ptr, out_ptr, num_chunks, ROWS, 176, True)
 
 
 @triton.jit

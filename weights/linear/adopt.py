@@ -10,7 +10,7 @@ from torch import nn
 
 from ..files.checkpoint import Checkpoint, CheckpointError, some_names
 from .dialects import is_beside_quantised
-from .formats import assign_formats
+from .formats import assign_formats, meta_parameter
 from .linear import Linear
 
 M = TypeVar("M", bound=nn.Module)
@@ -27,8 +27,7 @@ def adopt_tensors(model: M, checkpoint: Checkpoint, title: str, expected_files: 
     assign_formats(model, checkpoint)
     for name, info in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
-        stored = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(stored, requires_grad=False))
+        setattr(model.get_submodule(module), leaf, meta_parameter(info))
     return model.eval()
 
 

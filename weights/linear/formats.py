@@ -50,8 +50,9 @@ def assign_formats(model: nn.Module, checkpoint: Checkpoint) -> None:
         # What is stored with a plain weight belongs to no format: left for the loader to refuse.
         leaves = tensors.keys() if layer.format is not PLAIN else tensors.keys() & layer._parameters.keys()
         for leaf in leaves:
-            layer.register_parameter(leaf, _meta(tensors[leaf]))
+            layer.register_parameter(leaf, meta_parameter(tensors[leaf]))
 
 
-def _meta(info: TensorInfo) -> nn.Parameter:
+def meta_parameter(info: TensorInfo) -> nn.Parameter:
+    """A parameter of a stored tensor's dtype and shape, without storage."""
     return nn.Parameter(torch.empty(info.shape, dtype=info.dtype, device="meta"), requires_grad=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..files.checkpoint import CheckpointError, TensorInfo
 from ..kernels.low_rank_ops import select_low_rank_ops
+from ..linear.formats import meta_parameter
 from ..linear.linear import Linear
 from ..linear.low_rank import DOWN, SCALE, UP
 from .file import Difference, Lora, LowRankPair
@@ -69,7 +70,8 @@ class AttachedLoras:
         self._check_merged(mode)
         for layer in self._shares:
             for leaf in (DOWN, UP):
-                self._register(layer, leaf)
+                info = side_info(source, layer, leaf, self._shares[layer], dtype)
+                model.get_submodule(layer).register_parameter(leaf, meta_parameter(info))
         self._scale = torch.empty(0)
         self.place(torch.device("cpu"))
         if self._changes and self.loras:
@@ -89,7 +91,7 @@ class AttachedLoras:
             for name, found in self._changes.items()
             if any(strengths[change.number] for change in found)
         }
-        return LoraSource(MergedSource(self._origin, changes), self.loras, self._shares, self._dtype)
+        return LoraSource(self._origin, changes, self.loras, self._shares, self._dtype)
 
     def place(self, device: torch.device) -> None:
         """Have the strengths on the device where the layers run, and what is fastest there beside them."""
@@ -158,25 +160,23 @@ class AttachedLoras:
                     "weights in bf16, fp16, fp8 or int8; use such a file of the model, or leave this LoRA out"
                 )
 
-    def _register(self, layer: str, leaf: str) -> None:
-        info = side_info(self._origin, layer, leaf, self._shares[layer], self._dtype)
-        meta = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        self._model.get_submodule(layer).register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
 
-
-class LoraSource:
+class LoraSource(MergedSource):
     """A model's tensors with LoRAs beside them (`shares`, by layer) or merged into them; reading is thread-safe."""
 
     def __init__(
-        self, merged: MergedSource, loras: Sequence[Lora], shares: Mapping[str, tuple[Share, ...]], dtype: torch.dtype
+        self,
+        origin: Source,
+        changes: Mapping[str, Callable[[Tensor], Tensor]],
+        loras: Sequence[Lora],
+        shares: Mapping[str, tuple[Share, ...]],
+        dtype: torch.dtype,
     ) -> None:
-        self._merged, self._loras, self._shares = merged, loras, shares
-        beside = {
-            f"{layer}.{leaf}": side_info(merged, layer, leaf, shares[layer], dtype)
-            for layer in shares
-            for leaf in (DOWN, UP)
-        }
-        self.tensors: dict[str, TensorInfo] = {**merged.tensors, **beside}
+        super().__init__(origin, changes)
+        self._loras, self._shares = loras, shares
+        for layer in shares:
+            for leaf in (DOWN, UP):
+                self.tensors[f"{layer}.{leaf}"] = side_info(origin, layer, leaf, shares[layer], dtype)
 
     def read_into(self, name: str, out: Tensor) -> None:
         """The tensor's bytes, as `Checkpoint.read_into`."""
@@ -184,7 +184,7 @@ class LoraSource:
         if layer in self._shares and leaf in (DOWN, UP):
             self._read_side(layer, leaf, out)
         else:
-            self._merged.read_into(name, out)
+            super().read_into(name, out)
 
     @torch.inference_mode()
     def _read_side(self, layer: str, leaf: str, out: Tensor) -> None:
