@@ -356,6 +356,69 @@ def test_a_video_open_in_a_player_stops_nothing(
     assert len(decode(film.path)) == 17 and sorted(os.listdir(tmp_path)) == ["film.mp4", "parts"]
 
 
+@pytest.mark.parametrize("both_open", [False, True])
+def test_a_longer_video_open_in_a_player_stops_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, both_open: bool
+) -> None:
+    """The one that the first warning names is what people open then; Windows' refusals are played here."""
+    film, newest = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4"), tmp_path / "film.newest.mp4"
+    film.add(section(0, 9), OVERLAP)
+    newest.write_bytes(b"in a player")
+    replace, unlink = os.replace, Path.unlink
+    in_use = {newest, film.path} if both_open else {newest}
+
+    def refused(place: Path) -> None:
+        if Path(place) in in_use:
+            raise PermissionError(13, "The process cannot access the file")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda source, target: (refused(target), replace(source, target)))
+        patched.setattr(Path, "unlink", lambda path, missing_ok=False: (refused(path), unlink(path, missing_ok)))
+        film.add(section(1, 9), OVERLAP)
+    assert newest.read_bytes() == b"in a player"
+    longest = tmp_path / "film.partial.mp4" if both_open else film.path
+    assert len(decode(longest)) == 13
+    assert (f"the longer video is {longest}" in caplog.text) == both_open
+    film.add(section(2, 9), OVERLAP)
+    assert len(decode(film.path)) == 17 and sorted(os.listdir(tmp_path)) == ["film.mp4", "parts"]
+
+
+def test_an_interrupted_joining_leaves_nothing_beside_the_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen, timeout: float | None = None) -> int:
+        status = wait(process, timeout)
+        if "concat" in process.args and not seen:
+            seen.append(process)
+            raise KeyboardInterrupt
+        return status
+
+    seen: list[subprocess.Popen] = []
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        film.add(section(0, 9), OVERLAP)
+    film.leave()
+    assert seen and os.listdir(tmp_path) == ["parts"]
+
+
+def test_leaving_a_film_whose_folder_is_gone_only_tells_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What counts is the error or the interrupt that ended the run."""
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
+    for part in sections(20):
+        film.add(part, OVERLAP)
+        if film.num_shown < film.num_frames:
+            break
+    else:
+        pytest.fail("all of it is shown")
+    shutil.rmtree(film.folder)
+    film.folder.write_bytes(b"")
+    film.leave()
+    assert "cannot be written" in caplog.text
+
+
 def test_the_room_a_film_takes_is_enough_for_noise(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4", grows="front")

@@ -148,7 +148,7 @@ class GrowingVideo:
         """`publish` where the run failed or was interrupted, whose error is what counts: a second one is only told."""
         try:
             self.publish()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the other where its folder cannot be written any more
             log.warning("%s", error)
 
     def finish(self) -> None:
@@ -260,10 +260,15 @@ class GrowingVideo:
             try:
                 replace_file(partial, self.path)
             except PermissionError:  # Windows: a player has it open, which is no reason to stop a run of hours
-                os.replace(partial, newest)
-                log.warning("%s is open in another program: the longer video is %s", self.path, newest)
+                longer = newest
+                try:
+                    os.replace(partial, newest)
+                except PermissionError:  # that too, as a warning named it
+                    longer = partial
+                log.warning("%s is open in another program: the longer video is %s", self.path, longer)
             else:
-                newest.unlink(missing_ok=True)
+                with suppress(PermissionError):  # next time
+                    newest.unlink(missing_ok=True)
         return sha256
 
     def _commit(self, state: VideoState) -> None:

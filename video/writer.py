@@ -106,7 +106,8 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float) -> No
 
     The parts lie in one folder, have names of letters, digits, `_`, `-` and `.`, and come from VideoWriters of one
     size, rate and quality with `b_frames=False`: then decoding and showing order are the same, and times fit at
-    every joint. Raises VideoError where ffmpeg cannot go on; what it has written of `path` is removed then.
+    every joint. Raises VideoError where ffmpeg cannot go on; what it has written of `path` is removed then, as it is
+    after Ctrl-C.
     """
     folder = parts[0][0].parent
     lines, frames_before = [], 0
@@ -132,11 +133,13 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float) -> No
                 process.kill()  # after Ctrl-C; else it has ended
                 process.wait()
             if failed:
-                path.unlink(missing_ok=True)
                 raise VideoError(
                     f"{path}: ffmpeg could not join {len(parts)} parts ({_reason(complaints)}): "
                     "check the free space and the rights of that folder"
                 )
+    except BaseException:  # Ctrl-C too: half a video plays nowhere
+        path.unlink(missing_ok=True)
+        raise
     finally:
         listing.unlink(missing_ok=True)
 
