@@ -633,3 +633,10 @@ def test_a_terminal_gets_a_bar() -> None:
     assert f"denoise [{'#' * 12}{'.' * 12}] 2/4" in text
     assert f"denoise [{'#' * 24}] 4/4" in text
     assert re.search(r"\r *\rdenoise: \d+\.\d s\n$", text)
+
+
+def test_the_command_line_runs_as_a_module() -> None:
+    """Where nothing was installed, as in a portable ComfyUI."""
+    command = [sys.executable, "-m", "lowvram_video.cli", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0 and "convert" in ran.stdout, ran.stderr

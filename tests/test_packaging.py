@@ -124,3 +124,8 @@ def test_requirements_never_name_what_comfyui_brings() -> None:
     names = {re.split(r"[<>=!~\[; ]", line)[0].lower() for line in (ROOT / "requirements.txt").read_text().split("\n")}
     forbidden = {"torch", "torchvision", "numpy", "transformers", "diffusers", "accelerate", "peft", "opencv-python"}
     assert not names & forbidden
+
+
+def test_an_older_filelock_is_not_enough() -> None:
+    """3.11 has no `thread_local`: a lock is taken in one thread and given back in another."""
+    assert "filelock>=3.12" in (ROOT / "requirements.txt").read_text().split()
