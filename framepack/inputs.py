@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.progress import Progress, Silent
 from ..runtime.settings import RunSettings
-from ..vae.retries import at_work
+from ..vae.retries import at_work, once_more
 from ..vae.tiling import encode_fitting
 from ..weights.files.checkpoint import CheckpointError
 from .network.config import IMAGE_TOKENS, FramePackConfig
@@ -97,7 +97,7 @@ class Encoders:
         with self._alone("prompts"):
             names = inputs.timed.prompts()
             texts = [*names, *([] if inputs.negative is None else [inputs.negative])]
-            made: list[Prompt] = self._prompts.encode(texts)
+            made: list[Prompt] = once_more(lambda: self._prompts.encode(texts), "encoding the prompts")
         first = inputs.first_picture
         with self._alone("image features"):
             start_features, end_features = (self._features(picture) for picture in (first, inputs.end))
@@ -138,8 +138,9 @@ class Encoders:
     def _features(self, picture: Tensor | None) -> Tensor | None:
         if picture is None:
             return None
-        assert self._images is not None, "pictures want a vision model"
-        return self._images.encode(picture[:, :, 0])
+        images = self._images
+        assert images is not None, "pictures want a vision model"
+        return once_more(lambda: images.encode(picture[:, :, 0]), "encoding a picture")
 
     def _latents(self, clips: Sequence[Tensor | None]) -> list[Tensor | None]:
         if all(clip is None for clip in clips):

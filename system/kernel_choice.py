@@ -121,7 +121,7 @@ class _Tried(Generic[T]):
     def _note_shortage(self, candidate: T, error: RuntimeError) -> None:
         if not is_out_of_memory(error):
             raise error
-        self.short = error
+        self.short = error.with_traceback(None)  # whose frames have what was tried on the device
         self.notes.append(f"{candidate.name}: not tried to the end, as {self.trial.device} has no memory left")
 
 

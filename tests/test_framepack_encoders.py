@@ -17,6 +17,7 @@ from diffusers import HunyuanVideoFramepackPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack import DEFAULT_PROMPT_TEMPLATE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lowvram_video.framepack.inputs import EncoderFiles, Encoders, Inputs
 from lowvram_video.framepack.text.bpe import LLAMA_SPLIT, BytePairTokenizer
 from lowvram_video.framepack.text.checkpoint import open_clip, open_llama, open_siglip
 from lowvram_video.framepack.text.images import ImageEncoder, squeezed
@@ -28,6 +29,8 @@ from lowvram_video.framepack.text.tokenizer_files import (
     read_clip_vocab,
     read_tokenizer_json,
 )
+from lowvram_video.framepack.timed_prompts import parse_timed_prompt
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError
 from lowvram_video.weights.linear.adopt import load_tensors
 from lowvram_video.weights.linear.gguf import GGUF_FORMATS
@@ -393,6 +396,24 @@ def test_a_failing_layer_strands_nothing(encoder, monkeypatch):
     with pytest.raises(RuntimeError):
         encoder.encode(["x"])
     assert all(parameter.is_meta for parameter in encoder._decoder.parameters())
+
+
+def test_prompts_are_encoded_again_where_memory_was_lacking(folder, encoder, monkeypatch):
+    files = EncoderFiles(folder / "llava_llama3.safetensors", folder / "clip_l.safetensors", folder / "no_vae")
+    encoders = Encoders(files, RunSettings(device=CPU, dtype=torch.float32))
+    mlp = type(encoder._decoder.layers[0].mlp)
+    errors, forward = [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")], mlp.forward
+
+    def scarce(self, x):
+        if errors:
+            raise errors.pop()
+        return forward(self, x)
+
+    expected = encoder.encode(["a cat"])[0]
+    monkeypatch.setattr(mlp, "forward", scarce)
+    inputs = Inputs(parse_timed_prompt("a cat"), (64, 64))
+    made = encoders.encode(inputs, SimpleNamespace(image_dim=8)).prompts["a cat"]
+    assert torch.equal(made.text, expected.text) and not errors
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])

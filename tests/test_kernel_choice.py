@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from lowvram_video.attention.select import AttentionUnavailable, select_attentio
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.select import select_fused_ops
 from lowvram_video.memory.plan import limits, rates
+from lowvram_video.system.kernel_choice import Trial, choose
 from lowvram_video.weights.kernels import gemms, gguf_op, low_rank_ops, low_rank_reference
 from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear import compute, kitchen
@@ -110,6 +113,24 @@ def test_gguf_is_tried_again(shortage: Maker, monkeypatch: pytest.MonkeyPatch, c
     assert gguf_op.triton_agrees("Q4_0", device)
     calls = run.calls
     assert gguf_op.triton_agrees("Q4_0", device) and run.calls == calls, "what works is known for good"
+
+
+@SHORTAGES
+def test_what_ran_out_of_memory_leaves_nothing_on_the_device(shortage: Maker) -> None:
+    """The error is kept until the choice is made, but not what was made for the trial."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def check(ops: Any) -> str | None:
+        probe = torch.zeros(4)
+        made.append(weakref.ref(probe))
+        raise shortage()
+
+    gc.disable()
+    try:
+        assert not choose(Trial("a step", CPU, check), [EagerOps()], EagerOps()).is_final
+        assert [ref() for ref in made] == [None]
+    finally:
+        gc.enable()
 
 
 class TritonLike(low_rank_reference.TorchLowRankOps):

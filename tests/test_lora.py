@@ -14,9 +14,11 @@ from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.files.checkpoint import CheckpointError
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.kernels.gguf_reference import dequantize_reference
+from lowvram_video.weights.kernels.low_rank_reference import TORCH
 from lowvram_video.weights.linear.formats import assign_formats
 from lowvram_video.weights.linear.linear import Linear, project_together
 from lowvram_video.weights.linear.projection import Scratch
+from lowvram_video.weights.lora import attach
 from lowvram_video.weights.lora.attach import AttachedLoras
 from lowvram_video.weights.lora.file import LoraChoice, open_lora
 from safetensors.torch import load_file, save_file
@@ -369,6 +371,18 @@ def test_a_strength_changes_in_its_place(wan: Path, tmp_path: Path) -> None:
     assert torch.equal(at_quarter, velocity(wan, LoraChoice(lora, 0.25)))
     with pytest.raises(ValueError, match="2 strengths for 1 LoRAs"):
         model.set_lora_strengths([1.0, 2.0])
+
+
+def test_what_runs_beside_layers_is_chosen_once_for_all(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the device is short of memory each choice is made anew, with all its trials."""
+    lora, calls = save_lora(tmp_path / "lora.safetensors", make_factors()), []
+    monkeypatch.setattr(attach, "select_low_rank_ops", lambda device: calls.append(device) or TORCH)
+    model = StreamedWan(wan, RunSettings(), loras=[LoraChoice(lora, 1.0)])
+    calls.clear()
+    start(model).release()
+    assert calls == [CPU]
 
 
 def test_another_strength_of_a_merged_lora_is_read_again(wan: Path, tmp_path: Path) -> None:

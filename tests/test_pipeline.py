@@ -29,6 +29,7 @@ from lowvram_video.wanvideo.pipeline import Conditions, WanFiles, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.wanvideo.text.checkpoint import load_text_encoder
+from lowvram_video.wanvideo.text.encoder import GatedFeedForward
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
 from lowvram_video.wanvideo.vae.model import WanVAE
 from PIL import Image
@@ -554,6 +555,21 @@ def test_memory_that_a_library_lacks_is_retried_as_torchs_is(t2v: WanFiles, mess
         assert relative_error(model(*inputs()), expected) <= 1e-5
     assert model.plan is not None and model.plan.denoise.total < plan.denoise.total
     model.release()
+
+
+def test_prompts_are_encoded_again_where_memory_was_lacking(t2v: WanFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = WanPipeline(t2v, RunSettings(device=CPU))
+    expected = pipeline._encode_text(["a red ball"])
+    errors = [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
+    forward = GatedFeedForward.forward
+
+    def scarce(self: GatedFeedForward, x: Tensor) -> Tensor:
+        if errors:
+            raise errors.pop()
+        return forward(self, x)
+
+    monkeypatch.setattr(GatedFeedForward, "forward", scarce)
+    assert torch.equal(pipeline._encode_text(["a red ball"]), expected)
 
 
 def test_another_error_of_a_pass_is_no_lack_of_memory(t2v: WanFiles) -> None:

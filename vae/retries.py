@@ -40,6 +40,11 @@ def first_fitting(ways: Sequence[W], work: Callable[[W], R], what: str, make_roo
     raise AssertionError("there is always a way")
 
 
+def once_more(work: Callable[[], R], what: str, make_room: MakeRoom = empty_cache) -> R:
+    """What `work` makes; where memory is lacking, room is made and it is done again."""
+    return first_fitting(("at once", "with more room"), lambda _: work(), what, make_room)
+
+
 def pieces_fitting(
     ways: Sequence[W], work: Callable[[W], Iterable[Tensor]], what: str, make_room: MakeRoom = empty_cache
 ) -> Iterator[Tensor]:
@@ -62,7 +67,7 @@ def at_work(load: Callable[[], V], make_room: MakeRoom = empty_cache, keep: bool
 
     Where the device has no memory left, room is made and it is brought again.
     """
-    vae = first_fitting(("at once", "with more room"), lambda _: load(), "loading the VAE", make_room)
+    vae = once_more(load, "loading the VAE", make_room)
     try:
         yield vae
     finally:

@@ -22,7 +22,7 @@ from ..sampling.samplers import select_sampler
 from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
 from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import OpenVae
-from ..vae.retries import at_work, pieces_fitting
+from ..vae.retries import at_work, once_more, pieces_fitting
 from ..vae.tiling import Tile, decode_in, encode_fitting
 from ..video.pictures import load_image, to_uint8
 from ..weights.files.checkpoint import CheckpointError
@@ -163,7 +163,7 @@ class WanPipeline:
             keep=settings.keep_loaded and settings.ram_budget_gib is None,
         )
         self._text_encoder = encoder if settings.keep_loaded else None
-        return encoder.encode(prompts)
+        return once_more(lambda: encoder.encode(prompts), "encoding the prompts")
 
     def _denoise(self, request: WanRequest, conditions: Conditions, sigmas: Tensor) -> Tensor:
         assert self.plan is not None and request.num_steps is not None

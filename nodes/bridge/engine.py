@@ -230,8 +230,9 @@ class Engine(Generic[S]):
     # Running
 
     def prepare(self) -> None:
-        """Before a run is planned: other models make room for a budget, and the weights carry their patches."""
+        """Before a run is planned: the weights carry their patches, and other models make room for a budget."""
         self.streamed.stop()
+        self._apply_patches()  # first: whose host memory fits depends on them
         giver = self.streamed.giver()
         if giver is not None:  # before the plan: what it has of the device is free then
             giver.make_way()

@@ -14,6 +14,7 @@ from comfy import sd1_clip
 from comfy.text_encoders.wan import WanT5Tokenizer
 from torch import Tensor, nn
 
+from ...vae.retries import empty_cache, once_more
 from ...wanvideo.text.encoder import TextEncoder
 from . import host
 
@@ -79,8 +80,17 @@ class StreamedTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The last hidden state, or that after the block that CLIP Set Last Layer names; the last norm follows both."""
         num_layers = None if intermediate_output is None else intermediate_output % self.num_layers + 1
-        hidden = self.text_encoder.hidden_states(embeds, attention_mask, num_layers)
+
+        def encode() -> Tensor:
+            return self.text_encoder.hidden_states(embeds, attention_mask, num_layers)
+
+        hidden = once_more(encode, "encoding the prompt", self._evict_idle)
         return hidden, hidden
+
+    def _evict_idle(self) -> None:
+        """Have all other models leave the device, which had no memory left."""
+        empty_cache()
+        host.make_room(int(host.EVERYTHING), self.text_encoder.device)
 
     def _embed(self, tokens: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
         return self.text_encoder.embed(tokens).to(tokens.device, out_dtype)

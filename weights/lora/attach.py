@@ -97,12 +97,15 @@ class AttachedLoras:
         """Have the strengths on the device where the layers run, and what is fastest there beside them."""
         with torch.inference_mode(False):  # changed from outside later
             self._scale = self._scales().to(device)
+        if not self._shares:
+            return
+        ops = select_low_rank_ops(device)  # once for all: while memory is short each call would try them anew
         parts = self._scale.split([sum(share.what.rank for share in shares) for shares in self._shares.values()])
         for layer, part in zip(self._shares, parts, strict=True):
             module = self._model.get_submodule(layer)
             assert isinstance(module, Linear), "sorted so"
             module.register_buffer(SCALE, part, persistent=False)
-            module.low_rank_ops = select_low_rank_ops(device)
+            module.low_rank_ops = ops
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """Other strengths, one per LoRA, from the next product on: new numbers in the same tensor.

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.sd
 import psutil
 import pytest
 import torch
 from lowvram_pack.nodes.block_swap import BlockSwap
 from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.bridge.patcher import StreamedModelPatcher
+from test_native_nodes import lora
 from tiny_models import core, empty_latent, ours, prompts, sample, save
 
 SWAP = {"blocks_to_swap": -1, "vram_budget_gb": 0.0, "prefetch": 0, "ram_budget_gb": 0.0, "pinned_memory": True}
@@ -208,6 +210,27 @@ def test_models_of_one_layout_have_one_models_ram(models: Path) -> None:
             assert [engine.streamed.host_bytes > 0 for engine in engines] == [each is model for each in ones]
             assert sum(engine.streamed.host_bytes for engine in engines) == one
             assert all(other.loaded_size() == other.model.model_loaded_weight_memory for other in ones)
+
+
+def test_experts_with_a_lora_are_planned_for_what_the_other_leaves(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose host memory a model takes depends on its LoRAs, which it has before it is planned."""
+    tensors = {name: tensor for name, tensor in lora().items() if not name.endswith("diff_b")}
+    first, second = (
+        comfy.sd.load_lora_for_models(ours(save(models, "t2v", seed=seed)), None, tensors, 0.8, 0)[0] for seed in (0, 3)
+    )
+    sample(first, *prompts(), empty_latent())
+    plan, was_started = second.engine.plan, []
+
+    def planned(*arguments: Any) -> Any:
+        was_started.append(first.engine.streamed.started)
+        return plan(*arguments)
+
+    monkeypatch.setattr(second.engine, "plan", planned)
+    sample(second, *prompts(), empty_latent())
+    assert was_started == [False], "what the other had of the device counts as free"
+    assert first.engine.streamed.host_bytes == 0
 
 
 def test_memory_of_a_model_whose_run_goes_on_stays_its_own(models: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 import torch
 from lowvram_pack.nodes.text_encoder import LoadClipGGUF
-from lowvram_pack.wanvideo.text.encoder import UMT5Config, UMT5Encoder
+from lowvram_pack.wanvideo.text.encoder import GatedFeedForward, UMT5Config, UMT5Encoder
 from lowvram_pack.wanvideo.text.gguf import BLOCK_NAMES, TOP_NAMES
 from lowvram_pack.weights.files.checkpoint import Checkpoint
 from safetensors.torch import save_file
@@ -158,6 +158,20 @@ def test_an_interrupt_stops_between_blocks(files: Path, monkeypatch: pytest.Monk
         nodes.CLIPTextEncode().encode(clip, SENTENCES[0])
     mm.interrupt_current_processing(False)
     assert nodes.CLIPTextEncode().encode(clip, SENTENCES[0])[0][0][0].isfinite().all()
+
+
+def test_a_prompt_is_encoded_again_where_memory_was_lacking(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = LoadClipGGUF.execute("tiny.gguf", "cpu").result[0]
+    expected = nodes.CLIPTextEncode().encode(clip, SENTENCES[0])[0][0][0]
+    errors, forward = [torch.cuda.OutOfMemoryError("CUDA out of memory.")], GatedFeedForward.forward
+
+    def scarce(self: GatedFeedForward, x: Tensor) -> Tensor:
+        if errors:
+            raise errors.pop()
+        return forward(self, x)
+
+    monkeypatch.setattr(GatedFeedForward, "forward", scarce)
+    assert torch.equal(nodes.CLIPTextEncode().encode(clip, SENTENCES[0])[0][0][0], expected)
 
 
 def test_other_files_are_refused_in_one_line(files: Path) -> None:
