@@ -68,11 +68,15 @@ class Function:
 
 def sources(revision: str = "") -> dict[str, str]:
     """The product's modules by path: of the work tree, or of a git revision."""
-    listing = ["ls-tree", "-r", "--name-only", revision] if revision else ["ls-files"]
-    paths = [path for path in _git(*listing).splitlines() if path.endswith(".py") and not path.startswith(NOT_PRODUCT)]
     if revision:
-        return {path: _git("show", f"{revision}:{path}") for path in paths}
-    return {path: (ROOT / path).read_text(encoding="utf-8") for path in paths if (ROOT / path).exists()}
+        paths = [path for path in _git("ls-tree", "-r", "--name-only", revision).splitlines() if path.endswith(".py")]
+        return {path: _git("show", f"{revision}:{path}") for path in paths if not path.startswith(NOT_PRODUCT)}
+    tops = [
+        top for top in sorted(ROOT.iterdir()) if not top.name.startswith(".") and top.name not in ("build", "output")
+    ]
+    files = [file for top in tops for file in (sorted(top.rglob("*.py")) if top.is_dir() else [top])]
+    found = {file.relative_to(ROOT).as_posix(): file for file in files if file.suffix == ".py"}
+    return {path: file.read_text(encoding="utf-8") for path, file in found.items() if not path.startswith(NOT_PRODUCT)}
 
 
 def imports(modules: Mapping[str, str]) -> Imports:
