@@ -145,15 +145,15 @@ def wrong_ways(found: Imports) -> list[str]:
     return sorted(wrong)
 
 
-def late_imports(modules: Mapping[str, str]) -> list[str]:
-    """Imports of the product's own modules inside functions, as "path:line"."""
-    found = []
-    for path, text in modules.items():
-        for function in ast.walk(ast.parse(text)):
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-                inside = [node for node in ast.walk(function) if isinstance(node, ast.ImportFrom) and node.level]
-                found += [f"{path}:{node.lineno}" for node in inside]
-    return sorted(set(found))
+def late_imports(modules: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Imports of the product's own modules inside functions, as (importer, imported)."""
+    return {
+        (path, found)
+        for path, text in modules.items()
+        for function in ast.walk(ast.parse(text))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for found in _imported(path, ast.unparse(function), modules)
+    }
 
 
 def circles(found: Mapping[str, set[str]]) -> list[list[str]]:

@@ -75,6 +75,12 @@ def test_no_modules_import_each_other(house: ModuleType) -> None:
     assert house.circles(house.imports(house.sources())) == []
 
 
+def test_imports_inside_functions_are_of_what_may_be_missing(house: ModuleType) -> None:
+    for path, imported in house.late_imports(house.sources()) - {("__init__.py", "nodes/__init__.py")}:
+        outside = {name for inside, name in imports_of(ROOT / imported) if inside is None}
+        assert outside & {*OPTIONAL, "matplotlib"}, f"{path} imports {imported} late, which nothing asks for"
+
+
 def test_only_the_nodes_import_comfyui() -> None:
     for path in sources():
         outside = {name for inside, name in imports_of(path) if inside is None}

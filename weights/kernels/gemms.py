@@ -18,7 +18,6 @@ from ...system.kernel_choice import (
     cuda_seconds,
     disagreement,
     kept_when_final,
-    loaded,
     relative_error,
     works,
 )
@@ -198,14 +197,8 @@ def select_int8_gemm(device: torch.device, ops: RowOps) -> Gemm:
     """The fastest int8 product of those that agree with the reference here; raises as `select_fp8_gemm`."""
     if refusal := int8_refusal(device):
         raise ValueError(f"int8 matrix products cannot run: {refusal}")
-    kernels = loaded("int8 products", _int8_kernels) if device.type == "cuda" and ops.name == "triton" else ()
+    kernels = [Int8Triton(tile) for tile in TILES] if device.type == "cuda" and ops.name == "triton" else []
     return _fastest([Int8Product(ops), *kernels], torch.int8, device)
-
-
-def _int8_kernels() -> Sequence[Gemm]:
-    from ..kernels.gemms import TILES, Int8Triton
-
-    return [Int8Triton(tile) for tile in TILES]
 
 
 def _fastest(candidates: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> Gemm:
