@@ -160,12 +160,14 @@ class StreamedModel(Generic[M]):
             told()
 
     def _read(self, plan: MemoryPlan) -> None:
-        giver = None if plan.host.from_disk else self.giver()
-        if giver is None:
-            self.weights.read(plan)
-        else:
+        giver = self.giver()
+        if giver is not None:
             giver.make_way()
-            self.weights.take(giver.weights, plan)
+            if not plan.host.from_disk:
+                self.weights.take(giver.weights, plan)
+                return
+            giver.weights.release()  # the plan counts on its memory
+        self.weights.read(plan)
 
     # Changes, between runs
 

@@ -378,6 +378,20 @@ def test_an_expert_is_read_over_the_last_ones_memory(
     assert len(made) == (1 if keep_loaded else 2)
 
 
+def test_an_expert_that_streams_from_disk_does_not_leave_the_other_in_memory(experts: WanFiles) -> None:
+    """Its plan counts on that memory, and is from disk because even so there is too little."""
+    pipeline = WanPipeline(experts, RunSettings(device=CPU))
+    high, low = pipeline.high, pipeline.low
+    assert low is not None
+    work = WorkSize(5, 32, 32)
+    high.start(high.make_plan(work, Limits(UNLIMITED)))
+    assert high.host_bytes > 0
+    plan = low.make_plan(work, Limits(UNLIMITED, blocks_to_swap=3))
+    low.start(replace(plan, host=replace(plan.host, from_disk=True, num_staging=3)))
+    assert not high.started and high.host_bytes == 0 < low.host_bytes
+    low.release()
+
+
 def test_a_failure_while_one_expert_replaces_the_other_leaves_neither(
     experts: WanFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
