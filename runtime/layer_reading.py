@@ -37,9 +37,9 @@ class LayerReader:
             for number, layer in enumerate(layers):
                 assert pending is not None
                 weights, pending = pending.result(), read(number + 1)
-                _assign(layer, f"{self.stem}.{number}.", weights, self.device)
-                del weights
-                try:
+                try:  # also where the device has room for a part of it
+                    _assign(layer, f"{self.stem}.{number}.", weights, self.device)
+                    del weights
                     yield layer
                 finally:
                     layer.to("meta")

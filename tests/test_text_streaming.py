@@ -14,7 +14,7 @@ from lowvram_video.weights.files.checkpoint import Checkpoint
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.kernels.gguf_reference import dequantize_reference
 from lowvram_video.weights.linear.adopt import load_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from .quantizers import quantize, write_gguf
 from .tiny import save_files, save_text_encoder
@@ -103,3 +103,19 @@ def test_streamed_is_resident_bit_for_bit(tmp_path: Path) -> None:
     file = open_text_encoder(tmp_path / "umt5.safetensors")
     encoder.model = load_tensors(file.build(), file.checkpoint)
     assert torch.equal(encoder.encode(["a red ball moves left", ""]), streamed)
+
+
+def test_a_block_that_half_fits_is_not_left_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_text_encoder(save_text_encoder(tmp_path / "umt5.safetensors"))
+    parameter, made = nn.Parameter, []
+
+    def full(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+        made.append(tensor)
+        if len(made) == 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return parameter(tensor, requires_grad)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of memory"):
+        patched.setattr(nn, "Parameter", full)
+        encoder.encode(["a red ball"])
+    assert all(tensor.is_meta for tensor in encoder.model.encoder.block.parameters())
