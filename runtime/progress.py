@@ -13,5 +13,14 @@ class Progress(Protocol):
     def end(self) -> None: ...
 
 
-class Silent(Progress):
+class Silent:
     """Progress for nobody."""
+
+    def begin(self, title: str) -> None:
+        return
+
+    def update(self, done: int, total: int) -> None:
+        return
+
+    def end(self) -> None:
+        return

@@ -1,5 +1,6 @@
 """The text encoder's weights: read block by block, within a RAM budget, and never copied back from the device."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,10 @@ def test_a_ram_budget_covers_the_text_encoder(tmp_path: Path) -> None:
     path = save_text_encoder(tmp_path / "large.safetensors", ffn_dim=65536 * 3 // 4, num_layers=24)
     budget = 0.2
     command = [sys.executable, "-c", PEAK, str(tmp_path), str(budget)]
-    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # glibc before 2.38 does not use aligned chunks again (its bug 14581), so that 6 MiB of temporaries stay behind here
+    # and there; a real block's, above 32 MiB, have pages of their own, as all have with this
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     print(f"encoding with {path.stat().st_size / MIB:.0f} MiB of weights took {grown / MIB:.0f} MiB of RAM")
     assert path.stat().st_size > 2 * budget * 2**30
     assert grown < budget * 2**30
