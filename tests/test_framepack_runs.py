@@ -21,7 +21,9 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from lowvram_video.framepack.run.folder import RunError, RunLock, RunStore, StoredSection, run_key
+from lowvram_video.framepack.run.folder import RunError, RunStore, StoredSection
+from lowvram_video.system.content_key import run_key
+from lowvram_video.system.run_lock import RunLock
 from torch import Tensor
 
 SETTINGS = {"prompt": "she waves", "seed": 31337, "cfg": 1.0, "start": torch.arange(6.0).view(1, 2, 3)}
@@ -121,7 +123,7 @@ def test_tensor_keys_are_their_type_shape_and_bytes(shape: list[int], dtype: tor
 def test_a_key_is_the_same_in_every_process() -> None:
     """The text is fixed, so that a run is found again by a later version; hash seeds do not matter."""
     code = (
-        "from lowvram_video.framepack.run.folder import run_key; import torch; "
+        "from lowvram_video.system.content_key import run_key; import torch; "
         "print(run_key({'b': {'y', }.pop(), 'a': [1, 2.5, None, True, torch.arange(3.)]}))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ...system.atomic_files import write_file
+from ...system.content_key import plain, readable, run_key
+from ...system.run_lock import RunLock, now
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +95,7 @@ class RunStore:
                 f"is number {self.completed}"
             )
         # clones, because the format refuses tensors that share memory
-        tensors = {"latents": _plain(latents).clone(), "generator_state": _plain(generator_state).clone()}
+        tensors = {"latents": plain(latents).clone(), "generator_state": plain(generator_state).clone()}
         checksum = self._checksum(index, tensors)
         metadata = {"key": self.key, "index": str(index), "checksum": checksum}
         path = self._path(index)
@@ -141,7 +138,7 @@ class RunStore:
                 f"{self.folder} is not finished: it has {self.completed} of {self.total_sections} sections"
             )
         description = self._read_description()
-        self._write_description(description | {"finished": description.get("finished") or _now()})
+        self._write_description(description | {"finished": description.get("finished") or now()})
 
     def close(self) -> None:
         """Let other processes open the run; calling it again does nothing."""
@@ -198,10 +195,10 @@ class RunStore:
             there = {}
         description = {
             "key": self.key,
-            "started": there.get("started", _now()),
+            "started": there.get("started", now()),
             "finished": there.get("finished"),
             "total_sections": self.total_sections,
-            "settings": _readable(settings),
+            "settings": readable(settings),
         }
         self._write_description(description)
 
@@ -221,93 +218,7 @@ class RunStore:
             raise RunError(f"{path} cannot be written ({error.strerror or error}): check the free space") from error
 
 
-class RunLock:
-    """A lock that lasts as long as its process; who has it, and since when, is in a file beside it.
-
-    The system drops the lock however the process ends, so a file that is left behind is simply taken over.
-    Raises ValueError where another process, or another place in this one, holds it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(path, timeout=0, thread_local=False)
-        self._holder = path.with_name(f"{path.name}_holder.txt")  # not in the lock: Windows lets nobody read that
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"the run in {path.parent} is in use ({self._named() or 'another process'}): wait until that ends, or "
-                "change a setting such as the seed"
-            ) from None
-        except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
-            log.warning(
-                "%s cannot be locked (%s): do not start this run twice", path, getattr(error, "strerror", error)
-            )
-        if self._named():
-            log.info("%s was left by a process that has ended", path)
-        with suppress(OSError):  # a full disk: the text is only for people
-            self._holder.write_text(f"process {os.getpid()} since {_now()}")
-
-    def release(self) -> None:
-        """Free the lock; calling it again does nothing."""
-        if self._lock.is_locked:
-            with suppress(OSError):
-                self._holder.unlink(missing_ok=True)
-        self._lock.release()
-
-    def _named(self) -> str:
-        try:
-            return self._holder.read_text()[:200]
-        except OSError:
-            return ""
-
-
-def run_key(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of settings, in hex: dicts in any order, lists, strings, numbers, booleans, None and tensors.
-
-    Tensors count with dtype, shape and bytes, wherever they are; 1 and 1.0 differ. ValueError names a value of
-    another type.
-    """
-    return hashlib.sha256(json.dumps(_canonical(settings, "settings"), sort_keys=True).encode("ascii")).hexdigest()
-
-
-def _canonical(value: Any, name: str) -> Any:
-    """A JSON value that is another for every other value: lists are marked, so that none looks like a tensor."""
-    if isinstance(value, Tensor):
-        content = _plain(value).reshape(-1).view(torch.uint8).numpy()
-        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(content.data).hexdigest()]
-    if isinstance(value, Mapping):
-        if bad := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"{name} has the key {bad[0]!r}; keys are strings")
-        return {key: _canonical(item, f"{name}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return ["list", *(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ValueError(
-        f"{name} is a {type(value).__name__}; what tells runs apart are strings, numbers, booleans, None, lists, "
-        "dicts and tensors"
-    )
-
-
-def _readable(value: Any) -> Any:
-    """Settings for people: tensors as their type and size."""
-    if isinstance(value, Tensor):
-        _, dtype, shape, digest = _canonical(value, "")
-        return f"{dtype.removeprefix('torch.')} {shape} {digest[:16]}"
-    if isinstance(value, Mapping):
-        return {key: _readable(item) for key, item in value.items()}
-    return [_readable(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
 def _metadata(data: bytes) -> dict[str, str]:
     """The texts in a safetensors file's header; the file has been parsed before."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...framepack.run.folder import run_key
 from ...framepack.vae.checkpoint import HUNYUAN_FORMAT
 from ...framepack.vae.decoding import HEADROOM_BYTES, DecodeBudget
 from ...framepack.vae.model import HunyuanVAE, decode_footprint
+from ...system.content_key import run_key
 from ...vae.checks import VaeConfig
 from ...vae.files import OpenVae, VaeFormat
 from ...vae.retries import at_work, empty_cache

@@ -1,0 +1,54 @@
+"""One name for all that a result depends on: equal settings have equal keys, on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run_key(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, in hex: dicts in any order, lists, strings, numbers, booleans, None and tensors.
+
+    Tensors count with dtype, shape and bytes, wherever they are; 1 and 1.0 differ. ValueError names a value of
+    another type.
+    """
+    return hashlib.sha256(json.dumps(_canonical(settings, "settings"), sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _canonical(value: Any, name: str) -> Any:
+    """A JSON value that is another for every other value: lists are marked, so that none looks like a tensor."""
+    if isinstance(value, Tensor):
+        content = plain(value).reshape(-1).view(torch.uint8).numpy()
+        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(content.data).hexdigest()]
+    if isinstance(value, Mapping):
+        if bad := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{name} has the key {bad[0]!r}; keys are strings")
+        return {key: _canonical(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return ["list", *(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ValueError(
+        f"{name} is a {type(value).__name__}; what tells runs apart are strings, numbers, booleans, None, lists, "
+        "dicts and tensors"
+    )
+
+
+def readable(value: Any) -> Any:
+    """Settings for people: tensors as their type and size."""
+    if isinstance(value, Tensor):
+        _, dtype, shape, digest = _canonical(value, "")
+        return f"{dtype.removeprefix('torch.')} {shape} {digest[:16]}"
+    if isinstance(value, Mapping):
+        return {key: readable(item) for key, item in value.items()}
+    return [readable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor in host memory, element after element."""
+    return tensor.detach().cpu().contiguous()
