@@ -11,20 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a model asks of its attention; `masked` when it will pass a mask in any call."""
+    """What a model asks of its attention."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
-    masked: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}, head dim {self.head_dim}{', masked' if self.masked else ''}, on {self.device}"
+        return f"{dtype}, head dim {self.head_dim}, on {self.device}"
 
 
 class Backend(Protocol):
-    """One way to compute softmax(q kᵀ / √D + mask) v; `exact` means nothing is quantised."""
+    """One way to compute softmax(q kᵀ / √D) v; `exact` means nothing is quantised."""
 
     name: str
     exact: bool
@@ -33,10 +32,9 @@ class Backend(Protocol):
         """The reason, with its fix, why this backend cannot run `spec`; None when it can."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D], any of them strided views; returns [B, Lq, H, D].
 
-        `mask` broadcasts to [B, H, Lq, Lk]: boolean (True = attend) or additive. A backend that takes none raises
-        ValueError. Call it only after `refuse` returned None.
+        Call it only after `refuse` returned None.
         """
         ...

@@ -1,4 +1,4 @@
-"""FlashAttention 2 and 3: exact, CUDA only, without masks.
+"""FlashAttention 2 and 3: exact, CUDA only.
 
 Source: Dao, https://arxiv.org/abs/2307.08691; Shah et al., https://arxiv.org/abs/2407.08608; package
 Dao-AILab/flash-attention (3 is its `hopper` folder).
@@ -37,10 +37,8 @@ class _FlashAttention(ABC):
             return str(error)
         return None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of [B, Lq, H, D] over [B, Lk, H, D]; ValueError for a mask."""
-        if mask is not None:
-            raise ValueError(f"{self.name} takes no attention mask: set attention_mode to sdpa")
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
         assert self._function is not None, "refuse() decides whether attend() may run"
         out = self._function(q, k, v, causal=False)
         return out[0] if isinstance(out, tuple) else out  # early versions of 3 return the log-sum-exp, too

@@ -61,7 +61,7 @@ THIS_MACHINE = Machine()
 
 @dataclass(frozen=True)
 class KernelNeeds:
-    """What a CUDA kernel without mask support needs; capabilities are inclusive bounds."""
+    """What a CUDA kernel needs; capabilities are inclusive bounds."""
 
     lowest: tuple[int, int]
     head_dims: Collection[int]
@@ -83,8 +83,6 @@ class KernelNeeds:
             reasons.append(f"computes in {allowed}, and the model runs in {_name(spec.dtype)}: load it in bfloat16")
         if spec.head_dim not in self.head_dims:
             reasons.append(f"takes head dim {_listed(self.head_dims)}, and the model's is {spec.head_dim}")
-        if spec.masked:
-            reasons.append("takes no attention mask, and this model passes one: use sdpa")
         return reasons
 
 
@@ -116,7 +114,7 @@ def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
     """Runs `backend` on small random tensors on the device and returns why it cannot be trusted, or None.
 
     The tensors are groups of heads out of wider buffers, as the models pass them, with k as long as q, shorter, and
-    of a length that fills no block of a kernel; a masked spec is tried with a boolean and with an additive mask.
+    of a length that fills no block of a kernel.
     An out-of-memory is no answer: it is raised.
     """
     return reason_against(lambda: _disagreement(backend, spec), spec.device)
@@ -124,12 +122,11 @@ def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
 
 def _disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
     with torch.inference_mode():
-        for q_length, k_length, additive in ((256, 256, False), (256, 128, True), (256, 77, False)):
+        for q_length, k_length in ((256, 256), (256, 128), (256, 77)):
             q, k, v = _random_heads(spec, (q_length, k_length, k_length))
-            mask = _padding_mask(spec, k_length, additive) if spec.masked else None
-            expected = _reference(q, k, v, mask)
+            expected = _reference(q, k, v)
             before = [tensor.clone() for tensor in (q, k, v)]
-            reason = _find_difference(backend.attend(q, k, v, mask), expected, spec.dtype, backend.exact)
+            reason = _find_difference(backend.attend(q, k, v), expected, spec.dtype, backend.exact)
             if not all(map(torch.equal, (q, k, v), before)):
                 return f"overwrites its inputs on {spec.device}"
             if reason is not None:
@@ -158,19 +155,10 @@ def _random_heads(spec: AttentionSpec, lengths: tuple[int, ...]) -> list[Tensor]
     return [tensor.to(spec.device, spec.dtype)[:, :, 1:3] for tensor in wide]  # [1, L, 2, D]
 
 
-def _padding_mask(spec: AttentionSpec, k_length: int, additive: bool) -> Tensor:
-    keep = torch.arange(k_length, device=spec.device) < k_length * 3 // 4
-    if additive:
-        return torch.zeros(1, 1, 1, k_length, device=spec.device, dtype=spec.dtype).masked_fill(~keep, -torch.inf)
-    return keep.view(1, 1, 1, k_length)
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (tensor.float().transpose(1, 2) for tensor in (q, k, v))
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.float()
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -58,10 +58,8 @@ class SageAttention:
             return "; ".join(reasons)
         return self._check_lengths(spec)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of [B, Lq, H, D] over [B, Lk, H, D]; ValueError for a mask (2.x would drop it silently)."""
-        if mask is not None:
-            raise ValueError("sageattn takes no attention mask: set attention_mode to sdpa")
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
         assert self._function is not None, "refuse() decides whether attend() may run"
         num_padding = -k.shape[1] % BLOCK
         if self._counts_padding and num_padding * 256 > k.shape[1]:

@@ -1,4 +1,4 @@
-"""PyTorch's own scaled dot product attention: exact, on every device, with masks."""
+"""PyTorch's own scaled dot product attention: exact, on every device."""
 
 from __future__ import annotations
 
@@ -46,17 +46,12 @@ class Sdpa:
             self.order = None
         return None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of [B, Lq, H, D] over [B, Lk, H, D]; returns a view [B, Lq, H, D].
-
-        `mask` broadcasts to [B, H, Lq, Lk]: boolean (True = attend) or additive.
-        """
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of [B, Lq, H, D] over [B, Lk, H, D]; returns a view [B, Lq, H, D]."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, L, D]
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
         if self.order is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out = F.scaled_dot_product_attention(q, k, v)
         else:
             with sdpa_kernel(self.order, set_priority=True):
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2)

@@ -59,12 +59,6 @@ def select_attention(mode: str, spec: AttentionSpec, machine: Machine = THIS_MAC
         return Sdpa(torch.device("cpu"))  # in torch's own order of kernels, which needs no proof
 
 
-def explain_attention(spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> list[tuple[str, str]]:
-    """Every backend's name with the reason against it, or "ready"; each one is imported and probed."""
-    backends = [line.make(spec.device, machine) for line in _BACKENDS]
-    return [(backend.name, _find_reason(backend, spec) or "ready") for backend in backends]
-
-
 def _select_named(mode: str, spec: AttentionSpec, machine: Machine) -> Backend:
     lines = [line for line in _BACKENDS if line.name == mode]
     if not lines:

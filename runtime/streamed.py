@@ -232,7 +232,7 @@ class StreamedModel(Generic[M]):
             self.weights.loras.place(self.settings.device)
             self.ring = ring or self._make_ring(plan)
             self.streamer = BlockStreamer(
-                [self.blocks],
+                self.blocks,
                 self.weights.blocks,
                 self.settings.device,
                 ring=self.ring,
@@ -295,7 +295,7 @@ class StreamedModel(Generic[M]):
         largest = max(layout.part_bytes(Part.OPTIONAL) for layout in source.layouts)
         in_place = device.type == "cpu" and isinstance(source, HostBlocks)
         visitor = BlockStreamer(
-            [self.blocks], source, device, ring=None if in_place else DeviceRing(2 * largest, device),
+            self.blocks, source, device, ring=None if in_place else DeviceRing(2 * largest, device),
             part=Part.OPTIONAL, between_blocks=self.between_blocks,
         )  # fmt: skip
         try:

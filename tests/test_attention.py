@@ -15,23 +15,22 @@ import torch
 from lowvram_video.attention import sdpa as sdpa_module
 from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.flash import FlashAttention2, FlashAttention3
-from lowvram_video.attention.probe import Machine, find_disagreement, nvidia_capability
+from lowvram_video.attention.probe import THIS_MACHINE, Machine, nvidia_capability
 from lowvram_video.attention.sage import SageAttention
 from lowvram_video.attention.sdpa import CUDNN_FIRST, Sdpa
-from lowvram_video.attention.select import ATTENTION_MODES, AttentionUnavailable, explain_attention, select_attention
+from lowvram_video.attention.select import ATTENTION_MODES, AttentionUnavailable, select_attention
 from torch import Tensor
 
 CPU = torch.device("cpu")
 # The fakes compute on the CPU, so their spec names it; a fake capability makes it pass for a GPU.
 SPEC = AttentionSpec(CPU, torch.bfloat16, 128)
+FIX = "; or set attention_mode to sdpa, which runs everywhere"
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √D + mask) v in float64; [B, L, H, D] in and out."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v in float64; [B, L, H, D] in and out."""
     q, k, v = q.double(), k.double(), v.double()
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
@@ -120,7 +119,12 @@ def machine(
 
 
 def reason_for(name: str, spec: AttentionSpec, where: Machine) -> str:
-    return dict(explain_attention(spec, where))[name]
+    """Why a backend does not run there, or "ready"."""
+    try:
+        select_attention(name, spec, where)
+    except AttentionUnavailable as error:
+        return str(error).partition(f"cannot run {spec}: ")[2].removesuffix(FIX)
+    return "ready"
 
 
 # --- sdpa: the numbers
@@ -128,22 +132,13 @@ def reason_for(name: str, spec: AttentionSpec, where: Machine) -> str:
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("k_length", [40, 17])
-@pytest.mark.parametrize("mask_kind", ["none", "bool", "additive", "per_query", "float32"])
-def test_sdpa_equals_a_plain_softmax(dtype: torch.dtype, bound: float, k_length: int, mask_kind: str) -> None:
+def test_sdpa_equals_a_plain_softmax(dtype: torch.dtype, bound: float, k_length: int) -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 40, 3, 16, generator=generator).to(dtype)
     k, v = (torch.randn(2, k_length, 3, 16, generator=generator).to(dtype) for _ in range(2))
-    masks: dict[str, Tensor | None] = {
-        "none": None,
-        "bool": torch.arange(k_length).expand(2, 1, 1, k_length) < torch.tensor([9, 13]).view(2, 1, 1, 1),
-        "additive": torch.randn(2, 3, 40, k_length, generator=generator).to(dtype),
-        "per_query": torch.ones(40, k_length, dtype=torch.bool).tril(),
-        "float32": torch.randn(1, 1, 1, k_length, generator=generator).to(dtype).float(),
-    }
-    mask = masks[mask_kind]
-    out = Sdpa(CPU).attend(q, k, v, mask)
-    error = relative_error(out, plain_attention(q, k, v, mask))
-    print(f"sdpa {dtype} mask {mask_kind} k length {k_length}: relative error {error:.2e}")
+    out = Sdpa(CPU).attend(q, k, v)
+    error = relative_error(out, plain_attention(q, k, v))
+    print(f"sdpa {dtype} k length {k_length}: relative error {error:.2e}")
     assert out.shape == q.shape
     assert out.dtype == dtype
     assert error < bound
@@ -265,7 +260,7 @@ def test_packages_are_found_in_sys_modules(monkeypatch: pytest.MonkeyPatch) -> N
     assert backend.name == "flash_attn_2"
 
 
-# --- rules: GPU, dtype, head dim, mask, package
+# --- rules: GPU, dtype, head dim, package
 
 ALL = {"sageattention": sage_2(), "flash_attn": flash(), "flash_attn_interface": flash()}
 
@@ -283,7 +278,7 @@ ALL = {"sageattention": sage_2(), "flash_attn": flash(), "flash_attn_interface":
     ],
 )
 def test_compute_capability(capability: tuple[int, int] | None, ready: set[str]) -> None:
-    explained = dict(explain_attention(SPEC, machine(capability, **ALL)))
+    explained = {mode: reason_for(mode, SPEC, machine(capability, **ALL)) for mode in ATTENTION_MODES[1:]}
     assert {name for name, reason in explained.items() if reason == "ready"} == ready
     for name, reason in explained.items():
         if name not in ready:
@@ -327,20 +322,10 @@ def test_head_dim(name: str, package: Callable[..., Any] | None, allowed: tuple[
         assert f"and the model's is {head_dim}" in reason_for(name, replace(SPEC, head_dim=head_dim), where)
 
 
-@pytest.mark.parametrize("name", ["sageattn", "flash_attn_2", "flash_attn_3"])
-def test_a_mask_is_refused_and_never_dropped(name: str) -> None:
-    where = machine((9, 0), **ALL)
-    assert "takes no attention mask" in reason_for(name, replace(SPEC, masked=True), where)
-    backend = select_attention(name, SPEC, where)
-    q = torch.zeros(1, 4, 1, 128, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="takes no attention mask: set attention_mode to sdpa"):
-        backend.attend(q, q, q, mask=torch.ones(1, 1, 1, 4, dtype=torch.bool))
-
-
 def test_every_reason_is_given_at_once() -> None:
-    spec = AttentionSpec(CPU, torch.float32, 160, masked=True)
+    spec = AttentionSpec(CPU, torch.float32, 160)
     reason = reason_for("sageattn", spec, machine((7, 5)))
-    for part in ("8.0 or newer", "cpu has 7.5", "float32", "head dim 1 to 128", "160", "mask"):
+    for part in ("8.0 or newer", "cpu has 7.5", "float32", "head dim 1 to 128", "160"):
         assert part in reason
 
 
@@ -477,16 +462,6 @@ def test_quantisation_noise_passes_for_sage_only() -> None:
     assert "differs from plain attention by 3." in reason_for("flash_attn_2", SPEC, where)
 
 
-def test_the_probe_tries_a_masked_spec_with_masks() -> None:
-    class DropsMasks(Sdpa):
-        def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-            return super().attend(q, k, v)
-
-    assert find_disagreement(DropsMasks(CPU), SPEC) is None
-    assert "differs" in (find_disagreement(DropsMasks(CPU), replace(SPEC, masked=True)) or "")
-    assert find_disagreement(Sdpa(CPU), replace(SPEC, masked=True)) is None
-
-
 def test_the_probe_leaves_the_users_seed_alone() -> None:
     torch.manual_seed(9)
     expected = torch.rand(1)
@@ -525,7 +500,6 @@ def test_auto_takes_the_best_exact_backend(
     backend = select_attention("auto", SPEC, machine(capability, **packages))
     assert backend.name == chosen
     assert backend.exact
-    assert select_attention("auto", replace(SPEC, masked=True), machine(capability, **packages)).name == "sdpa"
 
 
 def test_auto_logs_the_choice_once_with_every_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -601,12 +575,12 @@ def test_importing_loads_no_kernels_and_touches_no_cuda() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_gpu_runs_what_it_calls_ready(masked: bool) -> None:
+def test_the_gpu_runs_what_it_calls_ready() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     for dtype in (torch.bfloat16, torch.float16):
-        spec = AttentionSpec(device, dtype, 128, masked)
-        for name, reason in explain_attention(spec):
+        spec = AttentionSpec(device, dtype, 128)
+        for name in ATTENTION_MODES[1:]:
+            reason = reason_for(name, spec, THIS_MACHINE)
             print(f"{spec}: {name}: {reason}")
             if reason != "ready":
                 continue
@@ -614,8 +588,7 @@ def test_the_gpu_runs_what_it_calls_ready(masked: bool) -> None:
             wide = torch.randn(2, 640, 6, 128, generator=torch.Generator().manual_seed(10)).to(device, dtype)
             for k_length in (640, 512, 257):
                 q, k, v = wide[:, :, 0:2], wide[:, :k_length, 2:4], wide[:, :k_length, 4:6]
-                mask = torch.arange(k_length, device=device).view(1, 1, 1, -1) < 211 if masked else None
-                error = relative_error(backend.attend(q, k, v, mask), plain_attention(q, k, v, mask))
+                error = relative_error(backend.attend(q, k, v), plain_attention(q, k, v))
                 print(f"  k length {k_length}: relative error {error:.2e}")
                 assert error < (1e-2 if backend.exact else 5e-2)
 

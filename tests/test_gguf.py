@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.families.identify import describe, identify
-from lowvram_video.memory.stream.layout import bind, layout_blocks
+from lowvram_video.memory.stream.layout import bind, layout_block
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
@@ -355,7 +355,7 @@ def test_blocks_run_from_flat_extents(tmp_path: Path) -> None:
     path, dense = save_wan(tmp_path / "wan.gguf", "Q4_K")
     config, checkpoint = open_wan(path)
     model = build_wan(config, checkpoint)
-    layouts = layout_blocks(checkpoint, {f"blocks.{n}": block for n, block in enumerate(model.blocks)})
+    layouts = [layout_block(checkpoint, f"blocks.{n}", block.state_dict()) for n, block in enumerate(model.blocks)]
     for block, layout in zip(model.blocks, layouts, strict=True):
         flat = torch.empty(layout.nbytes, dtype=torch.uint8)
         for place in layout.places:

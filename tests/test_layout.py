@@ -12,7 +12,6 @@ from lowvram_video.memory.stream.layout import (
     Part,
     bind,
     layout_block,
-    layout_blocks,
     unbind,
 )
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ OPTIONAL = {"cross_attn.k.weight", "cross_attn.k.bias"}
 
 
 def test_places_are_aligned_disjoint_and_optional_ones_come_last() -> None:
-    layout = layout_blocks(Source(values()), {"blocks.0": Block()}, OPTIONAL)[0]
+    layout = layout_block(Source(values()), "blocks.0", Block().state_dict(), OPTIONAL)
     end = 0
     for place in layout.places:
         assert place.offset % ALIGNMENT == 0 and place.offset >= end
@@ -108,7 +107,7 @@ def test_large_tensors_precede_small_ones_in_file_order() -> None:
 @pytest.mark.parametrize("part", list(Part))
 def test_bound_parameters_are_views_with_the_stored_dtype(part: Part) -> None:
     source, block = Source(values()), Block()
-    layout = layout_blocks(source, {"blocks.0": block}, OPTIONAL)[0]
+    layout = layout_block(source, "blocks.0", block.state_dict(), OPTIONAL)
     flat = torch.zeros(layout.part_bytes(part), dtype=torch.uint8)
     bind(block, layout, flat, part)
     start, _ = layout.span(part)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_video.memory.stream.host_blocks import HostBlocks
-from lowvram_video.memory.stream.layout import bind, layout_blocks
+from lowvram_video.memory.stream.layout import bind, layout_block
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.weights.files.checkpoint import CheckpointError
@@ -37,7 +37,7 @@ def quantised_model(path: Path, quantization: str) -> WanModel:
     source = quantize_checkpoint(checkpoint, quantization)
     model = build_wan(config, source)
     blocks = {f"blocks.{index}": block for index, block in enumerate(model.blocks)}
-    layouts = layout_blocks(source, blocks)
+    layouts = [layout_block(source, name, block.state_dict()) for name, block in blocks.items()]
     host = HostBlocks(source, layouts)
     for block, layout, extent in zip(blocks.values(), layouts, host.extents, strict=True):
         bind(block, layout, extent)
@@ -150,7 +150,7 @@ def test_a_converted_file_is_what_reading_makes(
     if file_format != "fp8":  # whose scales are per tensor
         source = quantize_checkpoint(checkpoint, quantization)
         assert source.tensors.keys() == converted.tensors.keys()
-        layouts = layout_blocks(source, {f"blocks.{index}": block for index, block in enumerate(model.blocks)})
+        layouts = [layout_block(source, f"blocks.{n}", block.state_dict()) for n, block in enumerate(model.blocks)]
         ours, theirs = [HostBlocks(each, layouts) for each in (source, converted)]
         for layout, one, other in zip(layouts, ours.extents, theirs.extents, strict=True):
             for place in layout.places:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lowvram_video.memory.plan.candidates import spread_residents
 from lowvram_video.memory.stream.disk_blocks import DiskBlocks
 from lowvram_video.memory.stream.host_blocks import HostBlocks
-from lowvram_video.memory.stream.layout import LayoutError, Part, layout_blocks
+from lowvram_video.memory.stream.layout import LayoutError, Part, layout_block
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
 from lowvram_video.memory.stream.streamer import BlockStreamer, StreamerError
 from lowvram_video.memory.stream.streams import BlockEvents, Pair, Streams
@@ -66,7 +66,7 @@ class Model:
                 tensors[f"blocks.{index}.{name}"] = torch.full(weight.shape, first_value + index, dtype=torch.uint8)
         self.source = Source(tensors)
         named = {f"blocks.{index}": block for index, block in enumerate(self.blocks)}
-        self.layouts = layout_blocks(self.source, named, {"extra"})
+        self.layouts = [layout_block(self.source, name, block.state_dict(), {"extra"}) for name, block in named.items()]
         self.host = HostBlocks(self.source, self.layouts, num_threads=1)
 
 
@@ -87,7 +87,7 @@ class SimulatedStreams(Streams):
         self.prefer_copy = prefer_copy
         self.copies: deque[tuple] = deque()
         self.compute: deque[tuple] = deque()
-        self.num_events = 0
+        self.num_events = self.num_copies = 0
         self.interrupt_in: int | None = None
 
     def events(self, block: int) -> BlockEvents:
@@ -95,6 +95,7 @@ class SimulatedStreams(Streams):
         return BlockEvents(block, Event(), Event())
 
     def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
+        self.num_copies += 1
         for other in after:
             self._tick()
             self.copies.append(("wait", other.free, other.free.recorded))
@@ -244,7 +245,7 @@ def test_no_schedule_of_the_streams_breaks_a_pass(
     for model in models:
         resident = spread_residents(len(model.blocks), min(num_resident, len(model.blocks)))
         source = Unready(model.host, random.Random(seed)) if seed % 3 == 0 else model.host
-        streamers.append(BlockStreamer([model.blocks], source, CPU, ring=ring, resident=resident, part=part))
+        streamers.append(BlockStreamer(model.blocks, source, CPU, ring=ring, resident=resident, part=part))
         streamers[-1].load()
     num_events = streams.num_events
     weights = [[(id(b.weight), b.weight.data_ptr()) for b in model.blocks] for model in models]
@@ -283,7 +284,7 @@ def test_no_schedule_of_the_streams_breaks_a_pass(
     for iterator in leaked:
         iterator.close()
     for model, stream in zip(models, streamers, strict=True):
-        stream.close()
+        stream.unload()
         assert all(block.weight.is_meta for block in model.blocks)
         model.host.release()
     assert ring._flat is None
@@ -292,35 +293,35 @@ def test_no_schedule_of_the_streams_breaks_a_pass(
 def test_prefetch_runs_past_the_end_of_the_pass() -> None:
     model, streams = Model([300] * 6), SimulatedStreams(lambda: False)
     ring = DeviceRing(2 * 512, CPU, streams)
-    stream = BlockStreamer([model.blocks[:2], model.blocks[2:]], model.host, CPU, ring=ring, part=Part.STREAM)
+    stream = BlockStreamer(model.blocks, model.host, CPU, ring=ring, part=Part.STREAM)
     stream.load()
-    stream.prefetch()
     copied = []
     for _ in range(2):
         for group in (model.blocks[:2], model.blocks[2:]):
             for block in stream(group):
-                copied.append(stream.copied_bytes // 512)
+                copied.append(streams.num_copies)
                 streams.use(check_bytes(model, block))
     streams.synchronize()
-    # While block n computes, n + 1 is already on its way, and at the end of a pass the next pass's first ones.
-    assert copied == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
-    assert stream.depth == 2
+    # While block n computes, n + 1 is on its way (but for the very first), at the end of a pass the next pass's first.
+    assert copied == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
 
 
 def test_what_the_ring_still_holds_is_not_copied_again() -> None:
-    model = Model([300] * 4)
-    stream = BlockStreamer([model.blocks], model.host, CPU, ring=DeviceRing(1 << 20, CPU), part=Part.STREAM)
+    model, streams = Model([300] * 4), SimulatedStreams(lambda: True)
+    ring = DeviceRing(1 << 20, CPU, streams)
+    stream = BlockStreamer(model.blocks, model.host, CPU, ring=ring, part=Part.STREAM)
     stream.load()
     for _ in range(3):
         for block in stream(model.blocks):
-            check_bytes(model, block)()
-    assert stream.copied_bytes == 4 * 512
+            streams.use(check_bytes(model, block))
+    streams.synchronize()
+    assert streams.num_copies == 4
 
 
 def test_optional_part_streams_through_the_same_ring() -> None:
     model = Model([300, 700, 500])
     ring = DeviceRing(2 * 1024, CPU)
-    streamers = {part: BlockStreamer([model.blocks], model.host, CPU, ring=ring, part=part)
+    streamers = {part: BlockStreamer(model.blocks, model.host, CPU, ring=ring, part=part)
                  for part in (Part.OPTIONAL, Part.STREAM)}  # fmt: skip
     for stream in streamers.values():
         stream.load()
@@ -329,16 +330,16 @@ def test_optional_part_streams_through_the_same_ring() -> None:
             assert bool((block.extra == model.values[block]).all())
         for block in streamers[Part.STREAM](model.blocks):
             check_bytes(model, block)()
-    streamers[Part.OPTIONAL].close()
+    streamers[Part.OPTIONAL].unload()
     assert all(block.extra.is_meta and not block.weight.is_meta for block in model.blocks)
 
 
 def test_on_a_cpu_blocks_are_used_where_they_are() -> None:
     model = Model([300, 700])
-    stream = BlockStreamer([model.blocks], model.host, CPU)
+    stream = BlockStreamer(model.blocks, model.host, CPU)
     stream.load()
     seen = list(stream(model.blocks))
-    assert seen == model.blocks and stream.copied_bytes == 0
+    assert seen == model.blocks
     for block, extent in zip(model.blocks, model.host.extents, strict=True):
         assert block.weight.data_ptr() == extent.data_ptr()
         check_bytes(model, block)()
@@ -353,7 +354,7 @@ def test_between_blocks_can_end_a_pass() -> None:
         if left[0] < 0:
             raise KeyboardInterrupt
 
-    stream = BlockStreamer([model.blocks], model.host, CPU, ring=DeviceRing(1024, CPU), between_blocks=check)
+    stream = BlockStreamer(model.blocks, model.host, CPU, ring=DeviceRing(1024, CPU), between_blocks=check)
     stream.load()
     seen = []
     with pytest.raises(KeyboardInterrupt):
@@ -366,10 +367,10 @@ def test_between_blocks_can_end_a_pass() -> None:
 def test_misuse_is_refused_in_words() -> None:
     model = Model([300] * 2)
     with pytest.raises(ValueError, match="2 of 2 blocks are streamed: give a ring"):
-        BlockStreamer([model.blocks], model.host, torch.device("meta"))
+        BlockStreamer(model.blocks, model.host, torch.device("meta"))
     with pytest.raises(LayoutError, match="describes 2 blocks, the model has 1"):
-        BlockStreamer([model.blocks[:1]], model.host, CPU)
-    stream = BlockStreamer([model.blocks], model.host, CPU, ring=DeviceRing(4096, CPU))
+        BlockStreamer(model.blocks[:1], model.host, CPU)
+    stream = BlockStreamer(model.blocks, model.host, CPU, ring=DeviceRing(4096, CPU))
     with pytest.raises(StreamerError, match=r"call load\(\) first"):
         next(stream(model.blocks))
     stream.load()
@@ -417,7 +418,7 @@ def disk_model(tmp_path: Path) -> tuple[list[Block], FileSource, DiskBlocks]:
     blocks = [Block(size) for size in DISK_SIZES]
     sizes = {f"blocks.{i}.{name}": w.numel() for i, block in enumerate(blocks) for name, w in block.named_parameters()}
     source = FileSource(tmp_path / "model.bin", sizes)
-    layouts = layout_blocks(source, {f"blocks.{i}": block for i, block in enumerate(blocks)}, {"extra"})
+    layouts = [layout_block(source, f"blocks.{i}", block.state_dict(), {"extra"}) for i, block in enumerate(blocks)]
     return blocks, source, DiskBlocks(source, layouts, num_buffers=3, num_threads=3)
 
 
@@ -430,7 +431,7 @@ def io_threads() -> list[str]:
 def test_disk_blocks_bring_the_files_bytes_in_every_pass(tmp_path: Path, resident: tuple[int, ...], part: Part) -> None:
     blocks, source, disk = disk_model(tmp_path)
     ring = DeviceRing(ring_bytes([layout.part_bytes(part) for layout in disk.layouts], 2), CPU)
-    stream = BlockStreamer([blocks], disk, CPU, ring=ring, resident=resident, part=part)
+    stream = BlockStreamer(blocks, disk, CPU, ring=ring, resident=resident, part=part)
     stream.load()
 
     def run(stop_at: int | None = None) -> None:
@@ -451,7 +452,7 @@ def test_disk_blocks_bring_the_files_bytes_in_every_pass(tmp_path: Path, residen
     direct = next(iter(disk._reader._files.values())).direct
     print(f"disk: {held / MIB:.1f} MiB held of {sum(DISK_SIZES) / MIB:.1f}, direct reads {direct}")
     assert held < 3 * (max(DISK_SIZES) + 16384) + 2 * MIB
-    stream.close()
+    stream.unload()
     assert io_threads() == [] and disk.host_bytes < 2 * MIB
     disk.release()
     disk.release()
@@ -460,7 +461,7 @@ def test_disk_blocks_bring_the_files_bytes_in_every_pass(tmp_path: Path, residen
 def test_disk_errors_name_the_file_and_pass(tmp_path: Path) -> None:
     blocks, source, disk = disk_model(tmp_path)
     ring = DeviceRing(ring_bytes([layout.nbytes for layout in disk.layouts], 1), CPU)
-    stream = BlockStreamer([blocks], disk, CPU, ring=ring)
+    stream = BlockStreamer(blocks, disk, CPU, ring=ring)
     stream.load()
     whole = source.path.read_bytes()
     with source.path.open("r+b") as file:
@@ -472,13 +473,13 @@ def test_disk_errors_name_the_file_and_pass(tmp_path: Path) -> None:
     source.path.write_bytes(whole)  # the same file again, repaired
     for index, block in enumerate(stream(blocks)):
         assert torch.equal(block.weight, source.read(f"blocks.{index}.weight"))
-    stream.close()
+    stream.unload()
     assert io_threads() == []
 
 
 def test_forgotten_disk_blocks_stop_their_threads(tmp_path: Path) -> None:
     blocks, _, disk = disk_model(tmp_path)
-    stream = BlockStreamer([blocks], disk, CPU, ring=DeviceRing(12 * MIB, CPU))
+    stream = BlockStreamer(blocks, disk, CPU, ring=DeviceRing(12 * MIB, CPU))
     stream.load()
     next(stream(blocks))
     assert io_threads()

@@ -11,7 +11,7 @@ import torch
 from lowvram_video.memory.plan.candidates import spread_residents
 from lowvram_video.memory.stream.disk_blocks import DiskBlocks
 from lowvram_video.memory.stream.host_blocks import HostBlocks
-from lowvram_video.memory.stream.layout import layout_blocks
+from lowvram_video.memory.stream.layout import layout_block
 from lowvram_video.memory.stream.pinned import CudaRegistrar, PinnedBudget
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
 from lowvram_video.memory.stream.streamer import BlockStreamer
@@ -81,7 +81,9 @@ class Model:
             for name, weight in block.named_parameters()
         }
         self.source = FileSource(path, tensors)
-        self.layouts = layout_blocks(self.source, {f"blocks.{index}": block for index, block in enumerate(self.blocks)})
+        self.layouts = [
+            layout_block(self.source, f"blocks.{index}", block.state_dict()) for index, block in enumerate(self.blocks)
+        ]
         self.sizes = [layout.nbytes for layout in self.layouts]
         self.x = torch.empty(TOKENS, WIDTH, dtype=torch.bfloat16, device=self.device)
         self.start = torch.randn(TOKENS, WIDTH, device=self.device, dtype=torch.bfloat16)
@@ -112,11 +114,11 @@ def expected(model: Model) -> Tensor:
     """The all-resident result."""
     host = model.host("pageable")
     with torch.inference_mode():
-        stream = BlockStreamer([model.blocks], host, model.device, resident=range(len(HIDDEN)))
+        stream = BlockStreamer(model.blocks, host, model.device, resident=range(len(HIDDEN)))
         stream.load()
         model.run(stream)
         result = model.x.clone()
-        stream.close()
+        stream.unload()
     host.release()
     assert result.isfinite().all()
     return result
@@ -140,9 +142,8 @@ def test_streamed_equals_resident(model: Model, expected: Tensor, mode: str, num
     host = model.host(mode)
     ring = DeviceRing(ring_bytes(model.sizes, num_slots), model.device)
     resident = spread_residents(len(HIDDEN), num_resident)
-    stream = BlockStreamer([model.blocks], host, model.device, ring=ring, resident=resident)
+    stream = BlockStreamer(model.blocks, host, model.device, ring=ring, resident=resident)
     stream.load()
-    stream.prefetch()
     for _ in range(4):
         model.run(stream)
         assert torch.equal(model.x, expected)
@@ -155,7 +156,7 @@ def test_streamed_equals_resident(model: Model, expected: Tensor, mode: str, num
     stream.load()
     model.run(stream)
     assert torch.equal(model.x, expected)
-    stream.close()
+    stream.unload()
     host.release()
     assert host.pinned_bytes == 0
 
@@ -165,7 +166,7 @@ def test_streamed_equals_resident(model: Model, expected: Tensor, mode: str, num
 def test_passes_neither_synchronise_nor_allocate(model: Model, expected: Tensor, mode: str) -> None:
     host = model.host(mode)
     ring = DeviceRing(ring_bytes(model.sizes, 2), model.device)
-    stream = BlockStreamer([model.blocks], host, model.device, ring=ring)
+    stream = BlockStreamer(model.blocks, host, model.device, ring=ring)
     stream.load()
     model.run(stream)
     with no_synchronisation():
@@ -177,7 +178,7 @@ def test_passes_neither_synchronise_nor_allocate(model: Model, expected: Tensor,
     print(f"{mode}: allocator calls in three passes: {calls}")
     assert not any(calls.values())
     assert torch.equal(model.x, expected)
-    stream.close()
+    stream.unload()
     host.release()
 
 
@@ -209,7 +210,7 @@ def test_two_models_share_one_ring(tmp_path: Path) -> None:
     ring = DeviceRing(ring_bytes(models[0].sizes, 2), models[0].device)
     streams = []
     for mode, one in zip(("pinned", "disk"), models, strict=True):
-        streams.append(BlockStreamer([one.blocks], one.host(mode), one.device, ring=ring))
+        streams.append(BlockStreamer(one.blocks, one.host(mode), one.device, ring=ring))
         streams[-1].load()
     results: list[list[Tensor]] = [[], []]
     for which in (0, 1, 1, 0, 1, 0, 0):
@@ -219,15 +220,13 @@ def test_two_models_share_one_ring(tmp_path: Path) -> None:
         assert all(torch.equal(passes[0], other) for other in passes[1:])
     assert not torch.equal(results[0][0], results[1][0])
     for stream in streams:
-        stream.close()
+        stream.unload()
 
 
 @torch.inference_mode()
 def test_on_another_stream_than_the_default(model: Model, expected: Tensor) -> None:
     host = model.host("pinned")
-    stream = BlockStreamer(
-        [model.blocks], host, model.device, ring=DeviceRing(ring_bytes(model.sizes, 2), model.device)
-    )
+    stream = BlockStreamer(model.blocks, host, model.device, ring=DeviceRing(ring_bytes(model.sizes, 2), model.device))
     stream.load()
     compute = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -236,7 +235,7 @@ def test_on_another_stream_than_the_default(model: Model, expected: Tensor) -> N
             model.run(stream)
     torch.cuda.synchronize()
     assert torch.equal(model.x, expected)
-    stream.close()
+    stream.unload()
     host.release()
 
 
@@ -246,7 +245,7 @@ def test_spans_show_copies_behind_compute(model: Model) -> None:
     spans: list[Span] = []
     streams = TimedStreams(model.device, spans.extend)
     ring = DeviceRing(ring_bytes(model.sizes, 2), model.device, streams)
-    stream = BlockStreamer([model.blocks], host, model.device, ring=ring)
+    stream = BlockStreamer(model.blocks, host, model.device, ring=ring)
     stream.load()
     model.run(stream)
     streams.synchronize()
@@ -268,5 +267,5 @@ def test_spans_show_copies_behind_compute(model: Model) -> None:
     assert all(began - 1 < span.begin <= span.end <= ended + 1e-3 for span in spans)
     assert all(began - 1e-3 < span.begin for span in compute)
     assert 0 < sum(span.nbytes for span in copies) <= 2 * sum(model.sizes)  # the ring may still hold a block
-    stream.close()
+    stream.unload()
     host.release()

@@ -31,14 +31,14 @@ class Rates:
     h2d_gbps: float
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype | None = None) -> Rates | None:
+def measure_rates(device: torch.device) -> Rates | None:
     """Time a product, an attention and a copy on an idle CUDA device; about a tenth of a second, 200 MiB.
 
-    `dtype` None: the 16 bits that the device computes in. None where the device has no memory left for it: plans are
-    then made at the rates that `Limits` assumes.
+    In the 16 bits that the device computes in. None where the device has no memory left for it: plans are then made at
+    the rates that `Limits` assumes.
     """
     try:
-        return _measure(device, dtype or half_dtype(device))
+        return _measure(device, half_dtype(device))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

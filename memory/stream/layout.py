@@ -120,13 +120,6 @@ def layout_block(
     return BlockLayout(prefix, tuple(places), end, stream_bytes)
 
 
-def layout_blocks(
-    source: TensorSource, blocks: Mapping[str, nn.Module], optional_last: Collection[str] = ()
-) -> list[BlockLayout]:
-    """Layouts of blocks given by prefix (`{"blocks.0": module, ...}`), one place per state-dict entry."""
-    return [layout_block(source, prefix, block.state_dict().keys(), optional_last) for prefix, block in blocks.items()]
-
-
 def bind(block: nn.Module, layout: BlockLayout, flat: Tensor, part: Part = Part.ALL) -> None:
     """Make the block's parameters and buffers views of `flat` (uint8, the bytes of `part`).
 

@@ -35,12 +35,11 @@ class StreamerError(RuntimeError):
 class BlockStreamer:
     """Streams blocks through a ring of device bytes while earlier ones compute.
 
-    `groups` are the model's block lists in the order of a pass; `streamer(blocks)` iterates over one of them
-    (or some of its blocks). Each streamed block always lands at the same address, its parameters are views
-    bound once by `load`, and copies are ordered against compute by events: the host never waits in a pass,
-    except for the disk or to feed unpinned memory. After a block the next free bytes are filled at once,
-    past the end of the pass with the first blocks of the next. A pass that ends early, by an exception or by
-    closing the iterator, leaves everything ready for the next one.
+    `blocks` are the model's in the order of a pass; `streamer(some)` iterates over all or some of them. Each streamed
+    block always lands at the same address, its parameters are views bound once by `load`, and copies are ordered
+    against compute by events: the host never waits in a pass, except for the disk or to feed unpinned memory. After a
+    block the next free bytes are filled at once, past the end of the pass with the first blocks of the next. A pass
+    that ends early, by an exception or by closing the iterator, leaves everything ready for the next one.
 
     `resident` blocks stay on the device. `part` streams only the every-pass or only the optional tensors.
     `ring` may be shared between streamers and is not needed if nothing streams; on a CPU with the blocks in
@@ -50,7 +49,7 @@ class BlockStreamer:
 
     def __init__(
         self,
-        groups: Sequence[Iterable[nn.Module]],
+        blocks: Iterable[nn.Module],
         source: BlockSource,
         device: torch.device,
         *,
@@ -60,8 +59,7 @@ class BlockStreamer:
         between_blocks: Callable[[], None] | None = None,
     ) -> None:
         self.between_blocks = between_blocks
-        self.copied_bytes = 0  # host to device since the start, residents included
-        self._blocks = [block for group in groups for block in group]
+        self._blocks = list(blocks)
         self._source = source
         self._device = device
         self._part = part
@@ -76,8 +74,8 @@ class BlockStreamer:
         self._ring = ring
         self._schedule = self._plan(ring)
         self._position = {index: position for position, index in enumerate(self._streamed)}
-        self._streams: Streams = ring.streams if ring is not None else streams_for(device)
-        self._events: list[BlockEvents] = [self._streams.events(index) for index in range(len(self._blocks))]
+        self.streams: Streams = ring.streams if ring is not None else streams_for(device)
+        self._events: list[BlockEvents] = [self.streams.events(index) for index in range(len(self._blocks))]
         self._memory: list[Tensor] = []  # the residents' bytes
         self._flat: Tensor | None = None  # the ring's bytes
         self._loaded = False
@@ -85,16 +83,6 @@ class BlockStreamer:
         self._in_use: int | None = None  # block index
         self._pass: object | None = None  # the open pass
         self._reset()
-
-    @property
-    def depth(self) -> int:
-        """So many consecutive streamed blocks fit beside each other; below 2 copies cannot hide."""
-        return self._schedule.depth
-
-    @property
-    def streams(self) -> Streams:
-        """The device's streams; TimedStreams tell what ran when."""
-        return self._streams
 
     def load(self) -> None:
         """Allocate, upload the residents, bind all parameters; calling it again does nothing."""
@@ -115,7 +103,7 @@ class BlockStreamer:
         self._loaded = False
         try:
             self._close_pass()
-            self._streams.synchronize()
+            self.streams.synchronize()
         finally:
             self._pause_source()
             for block, layout in zip(self._blocks, self._source.layouts, strict=True):
@@ -126,20 +114,10 @@ class BlockStreamer:
                 self._ring.detach(self)
             self._reset()
 
-    def close(self) -> None:
-        """The same as `unload`; host memory belongs to the source."""
-        self.unload()
-
     def __del__(self) -> None:
         # Prefetched bytes may still be arriving in memory that the allocator would hand to somebody else.
         if getattr(self, "_loaded", False) and not sys.is_finalizing():
             self.unload()
-
-    def prefetch(self) -> None:
-        """Start to copy the first blocks of the coming pass."""
-        self._require_load()
-        self._take_ring()
-        self._fill_ring()
 
     def lose_ring(self) -> None:
         """Called by the ring when another streamer takes it: what was prefetched is gone."""
@@ -152,7 +130,8 @@ class BlockStreamer:
 
         Raises ValueError for a block that is not this streamer's and StreamerError when it is not loaded.
         """
-        self._require_load()
+        if not self._loaded:
+            raise StreamerError("the blocks are not on the device: call load() first")
         self._close_pass()  # one that was left open: its iterator may live on in some traceback
         token = self._pass = object()
         try:
@@ -192,7 +171,7 @@ class BlockStreamer:
         self._in_use = index
         if position is not None:
             self._window = (position + 1) % len(self._streamed), max(ahead - 1, 0)
-        self._streams.wait_ready(self._events[index])
+        self.streams.wait_ready(self._events[index])
 
     def _release(self) -> None:
         self._free_in_use()
@@ -208,7 +187,7 @@ class BlockStreamer:
         position = self._position.get(self._in_use)
         if position is not None:
             self._used[position] = True
-        self._streams.record_free(self._events[self._in_use])
+        self.streams.record_free(self._events[self._in_use])
         self._in_use = None
 
     def _fill_ring(self) -> None:
@@ -240,12 +219,11 @@ class BlockStreamer:
         events = self._events[index]
         # The copy stream keeps its order, so an event that one copy has waited for is past for all later ones.
         after = [self._events[self._streamed[other]] for other in others if self._used[other]]
-        self._streams.copy(pairs, after, events)
+        self.streams.copy(pairs, after, events)
         for other in others:
             self._used[other] = False
         self._held[position] = True
         self._source.sent(index, events.ready)
-        self.copied_bytes += sum(host.numel() for host, _ in pieces)
 
     # Set-up
 
@@ -269,7 +247,6 @@ class BlockStreamer:
                 flat = torch.empty(layout.part_bytes(self._part), dtype=torch.uint8, device=self._device)
                 self._source.fetch(index, self._part, flat)
                 self._memory.append(flat)
-                self.copied_bytes += flat.numel()
             bind(self._blocks[index], layout, flat, self._part)
 
     def _bind_streamed(self) -> None:
@@ -292,10 +269,6 @@ class BlockStreamer:
         if self._prepared:
             self._source.pause()
             self._prepared = False
-
-    def _require_load(self) -> None:
-        if not self._loaded:
-            raise StreamerError("the blocks are not on the device: call load() first")
 
     def _index_of(self, block: nn.Module) -> int:
         index = self._index.get(id(block))

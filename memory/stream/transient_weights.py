@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .host_blocks import HostBlocks
-from .layout import TensorSource, align, bind, layout_blocks, unbind
+from .layout import TensorSource, align, bind, layout_block, unbind
 from .pinned import PinnedBudget
 
 
@@ -25,7 +25,8 @@ class TransientWeights:
     ):
         self._device = device
         self._index = {id(module): index for index, module in enumerate(modules.values())}
-        self._host = HostBlocks(source, layout_blocks(source, modules), budget)
+        layouts = [layout_block(source, name, module.state_dict()) for name, module in modules.items()]
+        self._host = HostBlocks(source, layouts, budget)
 
     @property
     def pinned_bytes(self) -> int:
