@@ -26,15 +26,23 @@ C = TypeVar("C")
 
 _HOLD = """
 import sys, torch
-left = float(sys.argv[1]) * 2**30
-free, _ = torch.cuda.mem_get_info()
-held, size = [], int(free - left)
-while left > 0 and size > 2**21:
-    take = min(size, 2**33) // 2**21 * 2**21
-    held.append(torch.empty(take, dtype=torch.uint8, device="cuda"))
-    size -= take
+free, _ = torch.cuda.mem_get_info()  # while nobody else has anything
+
+def leave(left):
+    held, size = [], int(free - left)
+    while left > 0 and size > 2**21:
+        take = min(size, 2**33) // 2**21 * 2**21
+        held.append(torch.empty(take, dtype=torch.uint8, device="cuda"))
+        size -= take
+    return held
+
+held = leave(float(sys.argv[1]) * 2**30)
 print(torch.cuda.mem_get_info()[0], flush=True)
-sys.stdin.read()
+for line in sys.stdin:
+    held = None
+    torch.cuda.empty_cache()
+    held = leave(float(line) * 2**30)
+    print(free, flush=True)
 """
 
 
@@ -56,6 +64,14 @@ class Ballast:
         assert self.process.stdout is not None
         self.free_bytes = int(self.process.stdout.readline())
         return self
+
+    def leave(self, gib: float) -> None:
+        """Hold all but `gib` (0: nothing) of what was free when it began, whatever others have of that by now."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{gib}\n")
+        self.process.stdin.flush()
+        if not self.process.stdout.readline():
+            raise RuntimeError(f"the process that holds VRAM could not leave {gib} GiB")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
