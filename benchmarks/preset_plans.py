@@ -80,6 +80,7 @@ def wan_footprint(
         scratch_elements=0 if bytes_per_weight == 2 else max(3 * dim**2, dim * ffn_dim),
         in_channels=in_channels,
         latent_channels=latent_channels,
+        streams_queries=True,
         vae=vae,
     )
 

@@ -246,7 +246,10 @@ class StreamedModel(Generic[M]):
             raise
         self.model.stream = self.streamer
         self.model.execution = replace(
-            self.model.execution, token_chunk=plan.choice.token_chunk, head_groups=plan.choice.head_groups
+            self.model.execution,
+            token_chunk=plan.choice.token_chunk,
+            head_groups=plan.choice.head_groups,
+            query_chunk=plan.choice.query_chunk,
         )
 
     def settle(self) -> None:

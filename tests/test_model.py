@@ -87,12 +87,17 @@ def test_velocity_equals_diffusers(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["t2v", "wide ffn", "i2v", "ti2v"])
-@pytest.mark.parametrize(("token_chunk", "head_groups"), [(7, 1), (64, 2), (1000, 2)])
-def test_chunks_change_nothing_but_rounding(variant: str, token_chunk: int, head_groups: int) -> None:
+@pytest.mark.parametrize(
+    ("token_chunk", "head_groups", "query_chunk"),
+    [(7, 1, None), (64, 2, None), (1000, 2, None), (7, 1, 17), (64, 2, 30), (1000, 1, 60), (64, 2, 100)],
+)
+def test_chunks_change_nothing_but_rounding(
+    variant: str, token_chunk: int, head_groups: int, query_chunk: int | None
+) -> None:
     config = VARIANTS[variant]
     model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
     want = model(**inputs)
-    model.execution = Execution(token_chunk=token_chunk, head_groups=head_groups)
+    model.execution = Execution(token_chunk=token_chunk, head_groups=head_groups, query_chunk=query_chunk)
     got = model(**inputs)
     assert float((got - want).abs().max() / want.abs().max()) < 2e-6
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..weights.linear.linear import Linear, project_gelu
-from .workspace import Workspace
+from .workspace import Workspace, even_step, within
 
 Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
 Add = Callable[[slice, Tensor], None]  # adds to those rows of x
@@ -15,14 +15,14 @@ Add = Callable[[slice, Tensor], None]  # adds to those rows of x
 
 def feed_forward(widen: Linear, narrow: Linear, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
     """Linear, tanh-GELU, linear over the rows of `span`, for as many at a time as there is room for hidden ones."""
-    for start in range(span.start, span.stop, work.hidden_rows):
-        stop = min(start + work.hidden_rows, span.stop)
+    step = even_step(span.stop - span.start, work.hidden_rows)
+    for start in range(span.start, span.stop, step):
+        stop = min(start + step, span.stop)
         work.scratch.reset()
         project = widen.prepare(work.dtype, work.scratch)
         for rows in work.chunks(start, stop):
-            hidden = work.hidden[rows.start - start : rows.stop - start]
-            project_gelu(project, normed(rows), hidden, work.ops.gelu_)
+            project_gelu(project, normed(rows), work.hidden[within(rows, start)], work.ops.gelu_)
         work.scratch.reset()
         project = narrow.prepare(work.dtype, work.scratch)
         for rows in work.chunks(start, stop):
-            add(rows, project(work.hidden[rows.start - start : rows.stop - start]))
+            add(rows, project(work.hidden[within(rows, start)]))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..attention.backend import Backend
@@ -16,13 +17,16 @@ from ..weights.linear.projection import Scratch
 
 TILE_ROWS = 256
 
+Pair = tuple[Tensor, Tensor]  # k and v, [B, L, H, D] each
+
 
 @dataclass(frozen=True)
 class Execution:
     """Choices that change speed and memory, and results only by rounding.
 
     `token_chunk` rows go through norms and matrix products at a time; attention runs over `head_groups` groups of
-    heads in turn. Both come from the memory plan.
+    heads in turn, for the queries of at most `query_chunk` rows at a time (None: of all). They come from the memory
+    plan.
     """
 
     dtype: torch.dtype = torch.float32
@@ -30,37 +34,56 @@ class Execution:
     ops: FusedOps = field(default_factory=EagerOps)
     token_chunk: int = 4096
     head_groups: int = 1
+    query_chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of all samples in order, `batch` times as many, and what stands in a row.
+
+    A row is `dim` wide, the FFN's hidden one `ffn_dim`. Where a model joins attention and FFN in one row that is
+    `joined_dim` wide.
+    """
+
+    count: int
+    dim: int
+    ffn_dim: int
+    joined_dim: int = 0
+    batch: int = 1
 
 
 class Workspace:
-    """Every token-sized buffer of a pass besides the residual stream: q, k and v.
+    """Every token-sized buffer of a pass besides the residual stream: k, v, and q for `query_rows` rows at a time.
 
-    The FFN's hidden activations live in the same bytes, for as many rows at a time as fit (`hidden_rows`).
-    Rows are tokens of all samples in order: `[batch * tokens, dim]`. Where a model joins attention and FFN in rows of
-    `joined_dim`, those live in the bytes of k and v while q is still read (`joined_rows`).
+    Attention's rows do not depend on each other: where q exists for some rows only, their attention is projected and
+    added to the residual stream before the next ones are made (`spans`). The FFN's hidden activations live in the same
+    bytes, for as many rows at a time as fit (`hidden_rows`). Where a model joins attention and FFN in rows of
+    `joined_dim`, those live in the bytes of k and v while q is still read (`joined_rows`): such a model makes all of q.
     """
 
     def __init__(
         self,
         execution: Execution,
-        num_rows: int,
-        dim: int,
-        ffn_dim: int,
+        rows: Rows,
         device: torch.device,
         scratch_elements: int,
-        joined_dim: int = 0,
+        all_queries: bool = False,
     ):
         self.execution = execution
         self.dtype = execution.dtype
-        self.num_rows = num_rows
+        self.rows = rows
+        self.num_rows, self.dim = rows.count, rows.dim
+        self.query_rows = self.num_rows
+        if not all_queries and execution.query_chunk is not None and self.num_rows > execution.query_chunk:
+            self.query_rows = even_step(self.num_rows // rows.batch, execution.query_chunk)
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
-        chunk = min(num_rows, execution.token_chunk)
-        size = max(3 * num_rows * dim, chunk * ffn_dim, num_rows * dim + chunk * joined_dim)
+        chunk = min(self.num_rows, execution.token_chunk)
+        queries = self.query_rows * self.dim
+        size = max(queries + 2 * self.num_rows * self.dim, chunk * rows.ffn_dim, queries + chunk * rows.joined_dim)
         self.pool = torch.empty(size, device=device, dtype=execution.dtype)
-        self.dim, self.ffn_dim, self.joined_dim = dim, ffn_dim, joined_dim
-        self.hidden_rows = min(num_rows, size // ffn_dim)
-        self.joined_rows = min(num_rows, (size - num_rows * dim) // joined_dim) if joined_dim else 0
-        self.hidden_after_q_rows = min(num_rows, (size - num_rows * dim) // ffn_dim)
+        self.hidden_rows = min(self.num_rows, size // rows.ffn_dim)
+        self.joined_rows = min(self.num_rows, (size - queries) // rows.joined_dim) if rows.joined_dim else 0
+        self.hidden_after_q_rows = min(self.num_rows, (size - queries) // rows.ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
 
     @property
@@ -68,52 +91,108 @@ class Workspace:
         """The elementwise steps; code that is compiled has them in a form of its own, and no other code sees that."""
         return self.execution.ops.compiled() if torch.compiler.is_compiling() else self.execution.ops
 
+    @property
+    def streams_queries(self) -> bool:
+        """Whether q exists for some rows at a time only."""
+        return self.query_rows < self.num_rows
+
+    @property
+    def queries_are_free(self) -> bool:
+        """Whether attention leaves q's bytes to whoever goes on with it."""
+        return self.execution.head_groups == 1
+
     # Views are made where they are used: torch.compile takes no inputs that share memory and are written to.
 
     @property
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`[rows, dim]` each."""
-        size = self.num_rows * self.dim
-        q, k, v = (rows_of(self.pool, first, self.num_rows, self.dim) for first in (0, size, 2 * size))
-        return q, k, v
+    def queries(self) -> Tensor:
+        """`[query_rows, dim]`, the first of which are those of a span."""
+        return rows_of(self.pool, 0, self.query_rows, self.dim)
+
+    @property
+    def keys(self) -> Tensor:
+        """`[rows, dim]`."""
+        return rows_of(self.pool, self.query_rows * self.dim, self.num_rows, self.dim)
+
+    @property
+    def values(self) -> Tensor:
+        """`[rows, dim]`."""
+        return rows_of(self.pool, (self.query_rows + self.num_rows) * self.dim, self.num_rows, self.dim)
 
     @property
     def hidden(self) -> Tensor:
         """`[hidden_rows, ffn_dim]`, over the same bytes."""
-        return rows_of(self.pool, 0, self.hidden_rows, self.ffn_dim)
+        return rows_of(self.pool, 0, self.hidden_rows, self.rows.ffn_dim)
 
     @property
     def joined(self) -> Tensor:
         """`[joined_rows, joined_dim]`, over the bytes of k and v."""
-        return rows_of(self.pool, self.num_rows * self.dim, self.joined_rows, self.joined_dim)
+        return rows_of(self.pool, self.query_rows * self.dim, self.joined_rows, self.rows.joined_dim)
 
     @property
     def hidden_after_q(self) -> Tensor:
         """Hidden activations while q is still read: `[hidden_after_q_rows, ffn_dim]`, over the bytes of k and v."""
-        return rows_of(self.pool, self.num_rows * self.dim, self.hidden_after_q_rows, self.ffn_dim)
+        return rows_of(self.pool, self.query_rows * self.dim, self.hidden_after_q_rows, self.rows.ffn_dim)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Row ranges of at most `token_chunk` rows that cover `start .. stop` about evenly."""
         stop = self.num_rows if stop is None else stop
-        chunk = self.execution.token_chunk
-        count = -(-(stop - start) // chunk)
-        # products are computed in tiles of up to 256 rows: a tile that is begun costs as much as a whole one
-        step = min(chunk, -(-(stop - start) // count // TILE_ROWS) * TILE_ROWS)
+        step = even_step(stop - start, self.execution.token_chunk)
         for first in range(start, stop, step):
             yield slice(first, min(first + step, stop))
 
-    def attend_over(self, q: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> None:
-        """Replace `q [B, L, H, D]` by the sum of its attention to each (k, v), one group of heads at a time."""
-        num_heads = q.shape[2]
-        step = -(-num_heads // self.execution.head_groups)
-        attend = self.execution.attention.attend
+    def spans(self) -> Iterator[slice]:
+        """Row ranges whose queries exist at a time: all rows, or some of one sample's."""
+        tokens = self.num_rows // self.rows.batch if self.streams_queries else self.num_rows
+        for sample in range(0, self.num_rows, tokens):
+            for first in range(sample, sample + tokens, self.query_rows):
+                yield slice(first, min(first + self.query_rows, sample + tokens))
+
+    def attend_rows(self, q: Tensor, span: slice, keys_values: Sequence[Pair]) -> Tensor:
+        """Attention of the rows `span`, whose queries are `q [rows, dim]`, to each (k, v) of all samples, summed.
+
+        `[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own.
+        """
+        if self.streams_queries:
+            sample = span.start * self.rows.batch // self.num_rows
+            keys_values = [(k[sample : sample + 1], v[sample : sample + 1]) for k, v in keys_values]
+        batch, _, num_heads, _ = keys_values[0][0].shape
+        attended = self.attend(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=num_heads), keys_values)
+        return rearrange(attended, "b n h d -> (b n) (h d)")
+
+    def attend(self, q: Tensor, keys_values: Sequence[Pair]) -> Tensor:
+        """The sum of the attention of `q [B, L, H, D]` to each (k, v).
+
+        Where heads go in groups it replaces q, else it is a tensor of its own.
+        """
+        num_heads, groups = q.shape[2], self.execution.head_groups
+        if self.queries_are_free:
+            return self._attend(q, keys_values, slice(0, num_heads))
+        step = -(-num_heads // groups)
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
-            query = q[:, :, heads]
-            first_out, *others = (attend(query, k[:, :, heads], v[:, :, heads]) for k, v in keys_values)
-            for other in others:
-                first_out.add_(other)
-            query.copy_(first_out)
+            q[:, :, heads].copy_(self._attend(q, keys_values, heads))
+        return q
+
+    def _attend(self, q: Tensor, keys_values: Sequence[Pair], heads: slice) -> Tensor:
+        attend = self.execution.attention.attend
+        first, *others = (attend(q[:, :, heads], k[:, :, heads], v[:, :, heads]) for k, v in keys_values)
+        for other in others:
+            first.add_(other)
+        return first
+
+
+def even_step(count: int, most: int) -> int:
+    """So many rows at a time, at most `most`, that parts of `count` are about even.
+
+    Products are computed in tiles of up to 256 rows: a tile that is begun costs as much as a whole one.
+    """
+    num_parts = -(-count // most)
+    return min(most, -(-count // num_parts // TILE_ROWS) * TILE_ROWS)
+
+
+def within(rows: slice, start: int) -> slice:
+    """The same rows of a buffer whose first one is row `start`."""
+    return slice(rows.start - start, rows.stop - start)
 
 
 def rows_of(buffer: Tensor, first: int, num_rows: int, dim: int) -> Tensor:

@@ -151,7 +151,7 @@ class SingleBlock(FramePackBlock):
 
     def add_both(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
         """MLP and output of some rows; the two halves of the output's weight are multiplied one after the other."""
-        attended = work.qkv[0]
+        attended = work.queries
         work.scratch.reset()
         project = self.proj_mlp.prepare(work.dtype, work.scratch)
         for rows in work.chunks(span.start, span.stop):
@@ -165,7 +165,7 @@ class SingleBlock(FramePackBlock):
 
     def join(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
         """The same, joined in one row for a product that quantises whole rows."""
-        q, dim = work.qkv[0], work.dim
+        q, dim = work.queries, work.dim
         work.scratch.reset()
         project = self.proj_mlp.prepare(work.dtype, work.scratch)
         for rows in work.chunks(span.start, span.stop):
@@ -195,8 +195,11 @@ class Attention(nn.Module):
 
     def attend(self, work: Workspace) -> None:
         """Replace the workspace's q by its attention to k and v."""
-        q, k, v = (rearrange(rows, "n (h d) -> 1 n h d", h=self.num_heads) for rows in work.qkv)
-        work.attend_over(q, [(k, v)])
+        buffers = (work.queries, work.keys, work.values)
+        q, k, v = (rearrange(rows, "n (h d) -> 1 n h d", h=self.num_heads) for rows in buffers)
+        attended = work.attend(q, [(k, v)])
+        if attended is not q:
+            q.copy_(attended)
 
 
 class JointAttention(Attention):
@@ -265,7 +268,7 @@ def project_qkv(
     work: Workspace,
 ) -> None:
     """Fill those rows of the workspace's q, k and v; q and k are normed and turned."""
-    q, k, v = work.qkv
+    q, k, v = work.queries, work.keys, work.values
     norm_q, norm_k = norms
     work.scratch.reset()
     projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
@@ -277,7 +280,7 @@ def project_qkv(
 
 def project_out(layer: Linear, add: Add, span: slice, work: Workspace) -> None:
     """Add the projection of those rows of q, where attention wrote."""
-    attended = work.qkv[0]
+    attended = work.queries
     work.scratch.reset()
     project = layer.prepare(work.dtype, work.scratch)
     for rows in work.chunks(span.start, span.stop):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...fused.ops import Rope
 from ...transformer.transformer import Block, Transformer
-from ...transformer.workspace import Workspace
+from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
 from .blocks import DoubleBlock, FramePackBlock, Modulation, Pass, SingleBlock, norm_by
 from .config import FramePackConfig
@@ -177,7 +177,7 @@ class FramePackModel(Transformer):
 
     def signal(self, state: Pass, condition: StepCondition) -> Tensor:
         """What tells a step cache how far this step is from the last, in q's bytes: the first block's image rows."""
-        signal = state.work.qkv[0][: state.num_image]
+        signal = state.work.queries[: state.num_image]
         shift, scale = condition.blocks[0][:2].float()
         normed = norm_by(state.x, shift, scale, self.config.eps, state.work)
         for rows in state.work.chunks(0, state.num_image):
@@ -300,6 +300,6 @@ class FramePackModel(Transformer):
 
     def workspace(self, num_rows: int, device: torch.device) -> Workspace:
         config = self.config
-        scratch = self.scratch_elements()
-        joined = config.dim + config.mlp_dim
-        return Workspace(self.execution, num_rows, config.dim, config.mlp_dim, device, scratch, joined)
+        rows = Rows(num_rows, config.dim, config.mlp_dim, joined_dim=config.dim + config.mlp_dim)
+        # a single block's MLP works in the bytes of k and v: no attention may be left to do by then
+        return Workspace(self.execution, rows, device, self.scratch_elements(), all_queries=True)

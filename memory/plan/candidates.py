@@ -24,6 +24,7 @@ from .footprint import (
 )
 
 TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
+QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
 DEFAULT_SLOTS = 2
 MIN_STAGING, MAX_STAGING = 3, 4
 RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the weights
@@ -106,11 +107,12 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
     """Candidates from the leanest up; each is at least as fast as the one before and has no fewer residents."""
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
-    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.transient_bytes > 0)
+    queries = QUERY_CHUNKS[0] if model.streams_queries else None
+    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.transient_bytes > 0, queries)
     candidate = _candidate(model, work, limits, choice)
     yield candidate
     seconds = candidate.times.total
-    compute: list[Step] = [_larger_chunk, _fewer_groups, _kept_fixed]
+    compute: list[Step] = [_larger_chunk, _fewer_groups, _more_queries, _kept_fixed]
     transfers: list[Step] = [_kept_fixed, _cached_text] if by_hand else [_kept_fixed, _cached_text, _more_residents]
     while True:
         steps = transfers + compute if candidate.times.transfer_bound else compute + transfers
@@ -133,7 +135,7 @@ def fastest_candidate(model: ModelFootprint, work: WorkSize, limits: Limits, bud
     if fitting is None or not fitting.times.transfer_bound:
         return fitting
     # what is too little for another resident goes into larger pieces: the predicted rates may be wrong
-    for step in (_larger_chunk, _fewer_groups):
+    for step in (_larger_chunk, _fewer_groups, _more_queries):
         while choice := step(fitting):
             candidate = _candidate(model, work, limits, choice)
             if candidate.denoise.total > budget_bytes:
@@ -152,6 +154,14 @@ def _larger_chunk(candidate: Candidate) -> Choice | None:
 def _fewer_groups(candidate: Candidate) -> Choice | None:
     fewer = [groups for groups in _head_groups(candidate.model) if groups < candidate.choice.head_groups]
     return replace(candidate.choice, head_groups=fewer[0]) if fewer else None
+
+
+def _more_queries(candidate: Candidate) -> Choice | None:
+    choice, work = candidate.choice, candidate.work
+    if choice.query_rows(work) == work.rows:
+        return None
+    more = next((chunk for chunk in QUERY_CHUNKS if choice.query_rows(work) < chunk < work.tokens), None)
+    return replace(choice, query_chunk=more)
 
 
 def _cached_text(candidate: Candidate) -> Choice | None:

@@ -1,7 +1,7 @@
 """What a model and a piece of work cost: bytes of VRAM and seconds, by arithmetic alone.
 
-The activation arithmetic mirrors `wanvideo/network/model.py`: x, q, k and v are the only token-sized buffers. Sizes
-are bytes, rates are decimal (1 TFLOP/s = 1e12, 1 GB/s = 1e9), and "rows" are the tokens of all samples of a pass.
+The activation arithmetic mirrors `wanvideo/network/model.py`: x, k and v are the only token-sized buffers, and q where
+it is not made for some rows at a time. Sizes are bytes, rates are decimal (1 TFLOP/s = 1e12, 1 GB/s = 1e9), and "rows" are the tokens of all samples of a pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ GEMM_EFFICIENCY = ((32768, 1.0), (16384, 0.99), (8192, 0.98), (4096, 0.95), (204
 FULL_SPEED_HEADS = 8
 GROUPED_EFFICIENCY = 0.99
 FEW_HEADS_EFFICIENCY = 0.96
+# Likewise for the queries of one attention call; measured with cuDNN at 32,760 and 75,600 tokens.
+QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
 
 # The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact.
 DENSE_CHUNK_TENSORS, QUANTIZED_CHUNK_TENSORS = 1.25, 3.0  # of rows of the model's width; measured
@@ -50,7 +52,7 @@ class ModelFootprint:
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `transient_bytes` of the fixed ones are needed only for a
     moment before the blocks, and can be brought for it. `chunk_tensors` are those of one chunk of rows: what is normed,
-    and for products in 8 bits their rows as well.
+    and for products in 8 bits their rows as well. `streams_queries`: q can be made for some rows at a time.
     """
 
     name: str
@@ -68,6 +70,7 @@ class ModelFootprint:
     text_tokens: int = 512
     image_tokens: int = 0
     compute_bytes: int = 2
+    streams_queries: bool = False
     chunk_tensors: float = DENSE_CHUNK_TENSORS
     vae: VaeFootprint | None = None
 
@@ -88,7 +91,7 @@ class ModelFootprint:
         """x, the pool of q, k, v and FFN hidden, rotary angles, and the largest of the temporaries."""
         dim, rows, element = self.dim, work.rows, self.compute_bytes
         chunk = min(choice.token_chunk, rows)
-        pool = max(3 * rows * dim, chunk * self.ffn_dim) * element
+        pool = max((2 * rows + choice.query_rows(work)) * dim, chunk * self.ffn_dim) * element
         angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
         return rows * dim * element + pool + angles + self.temporary_bytes(work, choice, limits)
 
@@ -99,19 +102,20 @@ class ModelFootprint:
         # eager steps work in fp32
         chunk_bytes = self.chunk_tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)
         return max(
-            self._attention_bytes(rows, choice.head_groups, limits.sage_attention),
+            self._attention_bytes(work, choice, limits.sage_attention),
             int(chunk * chunk_bytes),
             0 if choice.cache_text_kv else self._text_projection_bytes(work),
         )
 
-    def _attention_bytes(self, rows: int, head_groups: int, sage_attention: bool) -> int:
+    def _attention_bytes(self, work: WorkSize, choice: Choice, sage_attention: bool) -> int:
         """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
+        rows, queries = work.rows, choice.query_rows(work)
         outputs = 2 if self.image_tokens else 1
-        output = outputs * rows * self.dim * self.compute_bytes
+        output = outputs * queries * self.dim * self.compute_bytes
         # Sage keeps int8 copies of q and k and a 16-bit v, its version 1 another k besides; the exact backends keep one
         # fp32 sum per row and head
-        workspace = rows * self.dim * 6 if sage_attention else rows * self.num_heads * 4
-        return -(-(output + workspace) // head_groups)
+        workspace = (queries + 5 * rows) * self.dim if sage_attention else queries * self.num_heads * 4
+        return -(-(output + workspace) // choice.head_groups)
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
@@ -201,6 +205,13 @@ class Choice:
     cache_text_kv: bool
     num_resident: int
     transient_fixed: bool
+    query_chunk: int | None = None  # rows whose queries exist at a time; None: all
+
+    def query_rows(self, work: WorkSize) -> int:
+        """At most so many rows' queries exist at a time; those of a chunk belong to one sample."""
+        if self.query_chunk is None or work.rows <= self.query_chunk:
+            return work.rows
+        return min(work.tokens, self.query_chunk)
 
 
 @dataclass(frozen=True)
@@ -296,5 +307,8 @@ def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limit
     attention_share = 1.0
     if choice.head_groups > 1:
         attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
+    queries = choice.query_rows(work)
+    if queries < work.rows:
+        attention_share *= next(share for least, share in QUERY_EFFICIENCY if queries >= least)
     products_seconds = products / (limits.tflops_matmul * 1e12 * share)
     return products_seconds + attention / (limits.tflops_attention * 1e12 * attention_share)

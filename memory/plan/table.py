@@ -106,6 +106,9 @@ def _piece_reasons(plan: MemoryPlan) -> list[str]:
         f"{chunk} of {plan.work.rows} tokens are projected at a time, and attention runs over "
         f"{plan.model.num_heads // plan.choice.head_groups} of {plan.model.num_heads} heads at a time."
     ]
+    queries = plan.choice.query_rows(plan.work)
+    if queries < plan.work.rows:
+        said.append(f"Attention's queries are made for {queries} tokens at a time: all at once would take more VRAM.")
     if plan.decode.tile:
         said.append(
             f"The video is decoded in tiles of {plan.decode.tile} pixels: whole frames would exceed the budget."

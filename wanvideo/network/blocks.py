@@ -1,8 +1,8 @@
 """The block of a Wan transformer: self-attention, cross-attention to text and image, feed-forward.
 
 Source: Wan-Video/Wan2.1 and Wan2.2 (`wan/modules/model.py`); parameter names are theirs. The residual stream `x` and
-q, k, v are the only token-sized tensors: norms are made chunk by chunk inside the projections, attention writes over
-q, the FFN's hidden activations live in the bytes of q, k and v, and residuals are added in place.
+k, v are the only token-sized tensors, and q where it is not made for some rows at a time: norms are made chunk by chunk
+inside the projections, the FFN's hidden activations live in the bytes of q, k and v, and residuals are added in place.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Affine, Scale, parameter
 from ...transformer.transformer import Block
-from ...transformer.workspace import Workspace, writable
+from ...transformer.workspace import Workspace, within, writable
 from ...weights.linear.linear import Linear, project_together
+from ...weights.linear.projection import Projection
 from .config import WanConfig
 
 
@@ -150,9 +151,8 @@ class WanBlock(Block):
         attn = self.self_attn
         together = [
             [attn.q, attn.k, attn.v],
-            [attn.o],
-            [self.cross_attn.q],
-            [self.cross_attn.o],
+            [attn.q, attn.o],
+            [self.cross_attn.q, self.cross_attn.o],
             [self.ffn.widen],
             [self.ffn.narrow],
         ]
@@ -168,20 +168,36 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
 
     def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace, hooks: BlockHooks) -> None:
-        q, k, v = work.qkv
+        self.fill(normed, rope, work)
         work.scratch.reset()
-        projections = [layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.k, self.v)]
+        to_q = self.q.prepare(work.dtype, work.scratch) if work.streams_queries else None
+        to_out = self.o.prepare(work.dtype, work.scratch)
+        batch = work.rows.batch
+        heads = [rearrange(t, "(b n) (h d) -> b n h d", b=batch, h=self.num_heads) for t in (work.keys, work.values)]
+        for span in work.spans():
+            q = work.queries[: span.stop - span.start]
+            if to_q is not None:
+                make_queries(to_q, self.norm_q.weight, self.eps, normed, rope, span, work)
+            seen = q.clone() if hooks.sees_attention else None  # attention may write over it
+            attended = work.attend_rows(q, span, [(heads[0], heads[1])])
+            if seen is not None:
+                shown = (rearrange(t, "(b n) (h d) -> b n h d", b=batch, h=self.num_heads) for t in (attended, seen))
+                hooks.attended(*shown, heads[0])
+            project_out(to_out, attended, add, span, work)
+
+    def fill(self, normed: Normed, rope: Rope, work: Workspace) -> None:
+        """Make k and v of all rows; q too where it exists for all at once, of the same normed rows."""
+        k, v = work.keys, work.values
+        layers, outs = [self.k, self.v], [k, v]
+        if not work.streams_queries:
+            layers, outs = [self.q, *layers], [work.queries, *outs]
+        work.scratch.reset()
+        projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
         for rows in work.chunks():
-            project_together(projections, normed(rows), (q[rows], k[rows], v[rows]))
-            work.ops.rms_norm_(q[rows], self.norm_q.weight, self.eps, rope, rows.start)
+            project_together(projections, normed(rows), [out[rows] for out in outs])
+            if not work.streams_queries:
+                work.ops.rms_norm_(outs[0][rows], self.norm_q.weight, self.eps, rope, rows.start)
             work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
-        tokens = rope.cos.shape[0]
-        heads = [rearrange(t, "(b n) (h d) -> b n h d", n=tokens, h=self.num_heads) for t in (q, k, v)]
-        queries = heads[0].clone() if hooks.sees_attention else None  # attention writes over them
-        work.attend_over(heads[0], [(heads[1], heads[2])])
-        if queries is not None:
-            hooks.attended(heads[0], queries, heads[1])
-        project_out(self.o, q, add, work)
 
 
 class CrossAttention(nn.Module):
@@ -196,15 +212,13 @@ class CrossAttention(nn.Module):
             self.norm_k_img = Scale(config.dim, **factory)
 
     def forward(self, normed: Normed, add: Add, keys_values: KeysValues, work: Workspace) -> None:
-        q = work.qkv[0]
         work.scratch.reset()
-        project = self.q.prepare(work.dtype, work.scratch)
-        for rows in work.chunks():
-            project(normed(rows), out=q[rows])
-            work.ops.rms_norm_(q[rows], self.norm_q.weight, self.eps, None, 0)
-        batch = keys_values.pairs[0][0].shape[0]
-        work.attend_over(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=self.num_heads), keys_values.pairs)
-        project_out(self.o, q, add, work)
+        to_q, to_out = (layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.o))
+        for span in work.spans():
+            make_queries(to_q, self.norm_q.weight, self.eps, normed, None, span, work)
+            q = work.queries[: span.stop - span.start]
+            attended = work.attend_rows(q, span, keys_values.pairs)
+            project_out(to_out, attended, add, span, work)
 
     def keys_values(self, context: Context) -> KeysValues:
         """Keys and values of the conditioning; they depend on the prompt alone, not on the step."""
@@ -242,8 +256,19 @@ class FeedForward(nn.Sequential):
         return cast(Linear, self[2])
 
 
-def project_out(layer: Linear, attended: Tensor, add: Add, work: Workspace) -> None:
-    work.scratch.reset()
-    project = layer.prepare(work.dtype, work.scratch)
-    for rows in work.chunks():
-        add(rows, project(attended[rows]))
+def make_queries(
+    to_q: Projection, weight: Tensor, eps: float, normed: Normed, rope: Rope | None, span: slice, work: Workspace
+) -> None:
+    """The workspace's queries of the rows `span`, normed by `weight`, turned by `rope`."""
+    for rows in work.chunks(span.start, span.stop):
+        q = work.queries[within(rows, span.start)]
+        to_q(normed(rows), out=q)
+        work.ops.rms_norm_(q, weight, eps, rope, rows.start)
+
+
+def project_out(to_out: Projection, attended: Tensor, add: Add, span: slice, work: Workspace) -> None:
+    """Add the projection of `attended`, which is of the rows `span`."""
+    spare = work.queries if work.queries_are_free else None
+    for rows in work.chunks(span.start, span.stop):
+        part = within(rows, span.start)
+        add(rows, to_out(attended[part], out=None if spare is None else spare[part]))

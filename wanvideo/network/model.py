@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.transformer import Transformer
-from ...transformer.workspace import Workspace
+from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
 from .blocks import BlockHooks, Context, ControlStream, Pass, WanBlock
 from .camera import CameraAdapter
@@ -108,7 +108,7 @@ class WanModel(Transformer):
         if extras.reference is not None:
             grid = (grid[0] + 1, *grid[1:])
         num_rows = latent.shape[0] * math.prod(grid)
-        work = self.workspace(num_rows, latent.device)
+        work = self.workspace(num_rows, latent.device, latent.shape[0], extras.visitor.sees_attention)
         with self.bring((self.time_embedding, self.time_projection), work.pool):
             time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
         rows_per_group = num_rows // time.shape[0]
@@ -185,9 +185,10 @@ class WanModel(Transformer):
         modulation = self.time_projection(time)
         return time.float(), modulation.float().unflatten(1, (6, -1))
 
-    def workspace(self, num_rows: int, device: torch.device) -> Workspace:
-        config = self.config
-        return Workspace(self.execution, num_rows, config.dim, config.ffn_dim, device, self.scratch_elements())
+    def workspace(self, num_rows: int, device: torch.device, batch: int = 1, all_queries: bool = False) -> Workspace:
+        """`all_queries`: whoever sees attention sees all of it at once."""
+        rows = Rows(num_rows, self.config.dim, self.config.ffn_dim, batch=batch)
+        return Workspace(self.execution, rows, device, self.scratch_elements(), all_queries)
 
 
 class Head(nn.Module):
