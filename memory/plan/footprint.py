@@ -1,7 +1,8 @@
 """What a model and a piece of work cost: bytes of VRAM and seconds, by arithmetic alone.
 
 The activation arithmetic mirrors `wanvideo/network/model.py`: x, k and v are the only token-sized buffers, and q where
-it is not made for some rows at a time. Sizes are bytes, rates are decimal (1 TFLOP/s = 1e12, 1 GB/s = 1e9), and "rows" are the tokens of all samples of a pass.
+it is not made for some rows at a time. Sizes are bytes, rates are decimal (1 TFLOP/s = 1e12, 1 GB/s = 1e9), and "rows"
+are the tokens of all samples of a pass.
 """
 
 from __future__ import annotations
