@@ -21,7 +21,8 @@ import sentencepiece
 import torch
 from lowvram_video.memory.plan.footprint import GIB
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
+from lowvram_video.wanvideo.identity import WanFiles
+from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE

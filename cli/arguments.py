@@ -95,6 +95,27 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--report", type=Path, help="write what the run used as JSON, and a timeline PNG beside it")
 
 
+def add_keeping(parser: argparse.ArgumentParser) -> None:
+    """The flags that `runs_folder` reads."""
+    keeping = parser.add_argument_group("what is kept, so that a run that was stopped goes on")
+    keeping.add_argument(
+        "--runs", type=Path, metavar="FOLDER",
+        help="keeps Wan's steps until the video is whole, FramePack's sections for good (wan or framepack, beside "
+        "--output)",
+    )  # fmt: skip
+    keeping.add_argument("--no-resume", action="store_true", help="keep nothing, begin anew")
+
+
+def runs_folder(options: argparse.Namespace, output: Path, name: str) -> Path | None:
+    """Where runs are kept: `name` beside the output, or as given; None for `--no-resume`. ValueError for both."""
+    if options.no_resume and options.runs is not None:
+        raise ValueError("--runs and --no-resume exclude each other: runs are kept, or they are not; leave one out")
+    if options.no_resume:
+        return None
+    runs: Path = options.runs or output.parent / name
+    return runs
+
+
 def settings_of(options: argparse.Namespace) -> RunSettings:
     """The machine's flags as settings."""
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -36,7 +36,17 @@ from ..memory.report.report import RunReport
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
 from ..video.writer import SUFFIXES, check_writable
-from .arguments import FamilyCommands, WantedFile, flag, fraction, is_given, not_negative, positive, settings_of
+from .arguments import (
+    FamilyCommands,
+    WantedFile,
+    flag,
+    fraction,
+    is_given,
+    not_negative,
+    positive,
+    runs_folder,
+    settings_of,
+)
 from .framepack_run import Files, plan_ahead
 from .progress import TerminalProgress
 
@@ -109,8 +119,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     cache = own.add_mutually_exclusive_group()
     cache.add_argument("--teacache", type=not_negative, metavar="THRESHOLD", help=f"steps skip blocks ({TEACACHE})")
     cache.add_argument("--no-teacache", action="store_true", help="compute every step")
-    own.add_argument("--runs", type=Path, metavar="FOLDER", help="keeps sections (framepack, beside --output)")
-    own.add_argument("--no-resume", action="store_true", help="keep no sections, begin anew")
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -257,8 +265,6 @@ def _check_combination(options: argparse.Namespace) -> None:
         is_given(options, option) for option in ("image", "extend", "video")
     ):
         raise ValueError("--image-strength has no picture to act on: give --image, or leave it out")
-    if options.no_resume and options.runs is not None:
-        raise ValueError("--runs and --no-resume exclude each other: sections are kept, or they are not; leave one out")
     if options.negative_prompt and options.cfg in (None, 1.0):
         logger.warning("the negative prompt is not read: it takes --cfg above 1")
 
@@ -351,8 +357,7 @@ def _places(options: argparse.Namespace) -> Files:
     if options.report is not None:
         check_writable(options.report)
     check_writable(output)
-    runs = None if options.no_resume else options.runs or output.parent / "framepack"
-    return Files(output, runs, options.extend)
+    return Files(output, runs_folder(options, output, "framepack"), options.extend)
 
 
 def _whole(num_video_frames: int) -> int:

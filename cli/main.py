@@ -27,7 +27,7 @@ from ..wanvideo.family import WAN
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert
-from .arguments import FamilyCommands, add_machine, lora_choice, positive
+from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice, positive
 from .framepack import FRAMEPACK_COMMANDS
 from .progress import TerminalProgress
 from .report import show_report
@@ -106,6 +106,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--shift", type=float)
     for commands in COMMANDS.values():
         commands.add_generate(parser)
+    add_keeping(parser)
     add_machine(parser)
     parser.set_defaults(command=generate)
 

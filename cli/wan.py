@@ -14,11 +14,12 @@ from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
 from ..video.writer import VideoWriter, check_writable
 from ..wanvideo.footprint import wan_work
-from ..wanvideo.pipeline import WanFiles, WanPipeline
+from ..wanvideo.identity import WanFiles
+from ..wanvideo.pipeline import WanPipeline
 from ..wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, plan_defaults
 from ..wanvideo.streamed import StreamedWan
 from ..wanvideo.vae.model import WAN21_VAE, WAN22_VAE
-from .arguments import FamilyCommands, WantedFile, lora_choice, numbers, positive, settings_of
+from .arguments import FamilyCommands, WantedFile, lora_choice, numbers, positive, runs_folder, settings_of
 from .progress import TerminalProgress
 
 SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
@@ -46,8 +47,6 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "teacache": "it is FramePack's step cache",
         "no_teacache": "it is FramePack's step cache",
         "model_type": "it tells FramePack's base and F1 models apart",
-        "runs": f"{ONE_PIECE}, so there are no sections to keep",
-        "no_resume": f"{ONE_PIECE}, so there are no sections to go on from",
     }
 )
 
@@ -92,16 +91,32 @@ def generate(options: argparse.Namespace) -> RunReport:
     if options.report is not None:
         check_writable(options.report)
     output = options.output or Path("output/video.mp4")
+    pipeline.runs = runs_folder(options, output, "wan")
     writer = VideoWriter(output, options.fps or pipeline.defaults.fps)
     try:
         with writer:
             for frames in pipeline.generate(_request(options)):
                 writer.write(frames)
     except KeyboardInterrupt:
-        kept = f"{output} holds the {writer.num_frames} frames made so far"
-        raise KeyboardInterrupt(f"interrupted: {kept if writer.num_frames else 'no frame was made yet'}") from None
+        shown = f"{output} holds the {writer.num_frames} frames made so far" if writer.num_frames else ""
+        said = ", ".join(filter(None, (shown, _kept(pipeline))))
+        raise KeyboardInterrupt(f"interrupted: {said or 'no frame was made yet'}") from None
+    except (RuntimeError, OSError):  # out of memory, or no room on the disk
+        if said := _kept(pipeline):
+            print(said)
+        raise
+    pipeline.forget()
     print(f"{output}: {writer.num_frames} frames")
     return pipeline.report()
+
+
+def _kept(pipeline: WanPipeline) -> str:
+    """What there is of an unfinished run, and how it goes on; nothing where nothing is kept."""
+    steps = pipeline.steps
+    if steps is None or not (steps.num_kept or steps.is_finished):
+        return ""
+    what = "all steps are" if steps.is_finished else f"{steps.num_kept} steps are"
+    return f"{what} kept in {steps.folder}; the same command goes on from there"
 
 
 def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.settings import RunSettings
-from ..wanvideo.pipeline import WanFiles, WanPipeline
+from ..wanvideo.identity import WanFiles
+from ..wanvideo.pipeline import WanPipeline
 from ..wanvideo.request import WanRequest
 
 FOLDER = Path(__file__).parent

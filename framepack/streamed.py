@@ -67,16 +67,6 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         """Whether sections are made from the end (base) or from the start (F1)."""
         return cast(SectionMode, self.config.model_type)
 
-    @property
-    def arithmetic(self) -> dict[str, str]:
-        """What a result depends on beside the weights: a run that goes on must compute as before."""
-        execution = self.model.execution
-        return {
-            "dtype": str(execution.dtype),
-            "quantization": self.settings.quantization,
-            "attention": execution.attention.name,
-        }
-
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         config, dtype = self.config, dtype or self.model.execution.dtype

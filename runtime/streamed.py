@@ -121,6 +121,22 @@ class StreamedModel(Generic[M]):
         return self.streamer is not None
 
     @property
+    def arithmetic(self) -> dict[str, str]:
+        """What a result depends on beside the weights: a run that goes on must compute as before."""
+        execution, device = self.model.execution, self.settings.device
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(execution.dtype),
+            "quantization": self.settings.quantization,
+            "attention": execution.attention.name,
+            "elementwise": execution.ops.name,
+            "loras": self.settings.lora_mode,
+            "batched_guidance": str(self.settings.batched_guidance),
+            "compiled": str(self._compiled),
+            "torch": str(torch.__version__),
+        }
+
+    @property
     def device_bytes(self) -> int:
         """Bytes of weights, and of the ring for them, on the device; 0 unless started."""
         if self.plan is None or not self.started:

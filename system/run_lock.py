@@ -21,6 +21,7 @@ class RunLock:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = FileLock(path, timeout=0, thread_local=False)
         self._holder = path.with_name(f"{path.name}_holder.txt")  # not in the lock: Windows lets nobody read that
         try:
@@ -45,6 +46,17 @@ class RunLock:
             with suppress(OSError):
                 self._holder.unlink(missing_ok=True)
         self._lock.release()
+
+    def remove(self) -> None:
+        """Free the lock and leave no file of it; whoever opened that file meanwhile is refused, and may come again."""
+        try:
+            self._path.unlink()
+        except OSError:  # Windows deletes nothing that is open
+            self.release()
+            with suppress(OSError):
+                self._path.unlink()
+        else:
+            self.release()
 
     def _named(self) -> str:
         try:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -19,9 +20,9 @@ import pytest
 import torch
 from lowvram_video.cli.main import main
 from lowvram_video.cli.progress import TerminalProgress
+from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
-from lowvram_video.wanvideo.pipeline import WanFiles
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -446,11 +447,65 @@ def test_ctrl_c_leaves_a_video_that_plays(files: WanFiles, tmp_path: Path) -> No
     assert process.returncode == 2
     assert "Traceback" not in err
     match = re.fullmatch(
-        rf"lowvram-video: interrupted: {re.escape(str(output))} holds the (\d+) frames made so far", last
+        rf"lowvram-video: interrupted: {re.escape(str(output))} holds the (\d+) frames made so far, "
+        rf"all steps are kept in {re.escape(str(tmp_path / 'wan'))}.\w{{16}}; the same command goes on from there",
+        last,
     )
     assert match is not None
     assert 0 < num_frames(output) == int(match[1]) < 2001
-    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "wan"]
+
+
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, stop_at: int, error: BaseException) -> list[int]:
+    """Have the model fail in one of its passes; returns the passes that were made."""
+    passes: list[int] = []
+    forward = WanModel.forward
+
+    def counted(self: WanModel, *arguments: Any, **named: Any) -> Tensor:
+        if len(passes) == stop_at:
+            raise error
+        passes.append(len(passes))
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(WanModel, "forward", counted)
+    return passes
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_the_same_command_goes_on_where_it_stopped(
+    files: WanFiles,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    assert main(arguments(files, tmp_path / "whole.mp4", "--steps", 4)) == 0
+    assert sorted(os.listdir(tmp_path)) == ["whole.mp4"], "nothing is kept of a whole video"
+    stop_at_step(monkeypatch, 5, error)
+    words = arguments(files, tmp_path / "a.mp4", "--steps", 4)
+    assert main(words) != 0
+    out, err = capsys.readouterr()
+    said = (
+        rf"2 steps are kept in {re.escape(str(tmp_path / 'wan'))}.[0-9a-f]{{16}}; the same command goes on from there"
+    )
+    assert re.search(said, out + err)
+    assert sorted(os.listdir(tmp_path)) == ["wan", "whole.mp4"]
+    monkeypatch.undo()
+    passes = stop_at_step(monkeypatch, 99, error)
+    assert main(words) == 0
+    assert len(passes) == 4
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "whole.mp4"]
+
+
+def test_no_resume_keeps_nothing(files: WanFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at_step(monkeypatch, 3, KeyboardInterrupt())
+    main(arguments(files, tmp_path / "a.mp4", "--no-resume"))
+    assert os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    stop_at_step(monkeypatch, 3, KeyboardInterrupt())
+    main(arguments(files, tmp_path / "a.mp4", "--runs", tmp_path / "kept"))
+    assert os.listdir(tmp_path) == ["kept"]
 
 
 # --- plan ------------------------------------------------------------------------------------------------

@@ -501,7 +501,6 @@ def test_wrong_flags(
         (["--clip-vision", "a.safetensors"], "--clip-vision does not apply to Wan models"),
         (["--one-frame", 1], "for a single picture give --frames 1"),
         (["--extend", "a.mp4"], "only FramePack F1 models go on from a video"),
-        (["--no-resume"], "there are no sections to go on from"),
         ([], "wan.safetensors needs --text-encoder, a umt5-xxl encoder: download umt5_xxl"),
     ],
 )

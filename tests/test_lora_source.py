@@ -15,8 +15,9 @@ from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.scratch_file import remove_left_behind
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.checkpoint import load_wan
+from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.model import WanModel
-from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
+from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.files.checkpoint import CheckpointError

@@ -25,7 +25,8 @@ from lowvram_video.vae import tiling
 from lowvram_video.vae.tiling import decode_tiled
 from lowvram_video.video.pictures import to_uint8
 from lowvram_video.wanvideo.checkpoint import load_wan
-from lowvram_video.wanvideo.pipeline import Conditions, WanFiles, WanPipeline
+from lowvram_video.wanvideo.identity import WanFiles
+from lowvram_video.wanvideo.pipeline import Conditions, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.wanvideo.text.checkpoint import load_text_encoder

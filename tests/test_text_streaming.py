@@ -27,7 +27,8 @@ from pathlib import Path
 
 import psutil
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.wanvideo.pipeline import WanFiles, WanPipeline
+from lowvram_video.wanvideo.identity import WanFiles
+from lowvram_video.wanvideo.pipeline import WanPipeline
 
 folder, settings = Path(sys.argv[1]), RunSettings(ram_budget_gib=float(sys.argv[2]))
 small, pipeline = (

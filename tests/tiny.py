@@ -8,9 +8,9 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
-from lowvram_video.wanvideo.pipeline import WanFiles
 from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
 from safetensors.torch import save_file

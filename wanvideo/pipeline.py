@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,40 +16,27 @@ from ..runtime.progress import Progress, Silent
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
+from ..runtime.step_record import StepRecord
 from ..runtime.turns import Turns
-from ..sampling.guidance import ExpertSwitch, Guidance, batch_and_passes
+from ..sampling.guidance import Expert, ExpertSwitch, Guidance, batch_and_passes
 from ..sampling.samplers import select_sampler
-from ..sampling.schedules import flow_sigmas, sigmas_from_timesteps
+from ..sampling.schedules import flow_sigmas, is_high_noise, sigmas_from_timesteps
 from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import OpenVae
 from ..vae.retries import at_work, once_more, pieces_fitting
 from ..vae.tiling import Tile, decode_in, encode_fitting
 from ..video.pictures import load_image, to_uint8
 from ..weights.files.checkpoint import CheckpointError
-from ..weights.lora.file import LoraChoice, LoraReport
+from ..weights.lora.file import LoraReport
 from .conditioning import image_channels
 from .footprint import wan_work
+from .identity import WanFiles, run_settings
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
 from .text.checkpoint import load_text_encoder, open_text_encoder
 from .text.encoder import TextEncoder
 from .vae.checkpoint import WAN_FORMAT
 from .vae.model import VAEConfig, WanVAE
-
-
-@dataclass(frozen=True)
-class WanFiles:
-    """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B.
-
-    `loras` are those of the model, `loras_low` those of the low-noise expert.
-    """
-
-    model: Path
-    text_encoder: Path
-    vae: Path
-    model_low: Path | None = None
-    loras: tuple[LoraChoice, ...] = ()
-    loras_low: tuple[LoraChoice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,8 +55,15 @@ class WanPipeline:
     Opening reads headers only and checks that the files belong together; CheckpointError where they do not.
     """
 
-    def __init__(self, files: WanFiles, settings: RunSettings = RunSettings(), progress: Progress = Silent()):  # noqa: B008 - both are immutable
-        self.files, self.settings, self.progress = files, settings, progress
+    def __init__(
+        self,
+        files: WanFiles,
+        settings: RunSettings = RunSettings(),  # noqa: B008 - immutable
+        progress: Progress = Silent(),  # noqa: B008
+        runs: Path | None = None,
+    ):
+        """`runs` is the folder that keeps the steps of runs (None: nothing is kept)."""
+        self.files, self.settings, self.progress, self.runs = files, settings, progress, runs
         if files.loras_low and not files.model_low:
             raise ValueError(
                 f"{files.loras_low[0].path}: a LoRA for the low-noise expert, but there is only {files.model.name}: "
@@ -90,10 +84,15 @@ class WanPipeline:
         self._text_encoder: TextEncoder | None = None
         self._vae: WanVAE | None = None
         self.record = RunRecord(settings.device)
+        self.steps: StepRecord | None = None  # of the last request, where they are kept
 
     @torch.inference_mode()
     def generate(self, request: WanRequest) -> Iterator[Tensor]:
-        """Frames as they are decoded, uint8 `[t, H, W, 3]`. A bad request is a ValueError before anything is loaded."""
+        """Frames as they are decoded, uint8 `[t, H, W, 3]`. A bad request is a ValueError before anything is loaded.
+
+        With `runs`, the steps of a run that was stopped are not made again, nor the latents of one that was finished;
+        they are kept until `forget`.
+        """
         request = request.completed(self.defaults)
         check_request(request)
         check_experts(request, self.files.model.name, experts=self.low is not None)
@@ -102,17 +101,19 @@ class WanPipeline:
         sigmas = self.sigmas(request)
         pictures = self._load_pictures(request)
         self.plan = self._plan(request)
-        with self.record.run(self.plan.limits):
+        with self._recording(request, pictures), self.record.run(self.plan.limits):
             try:
-                with self.record.phase("encode"):
-                    conditions = self._encode(request, pictures)
-                with self.record.phase("denoise"):
-                    latent = self._denoise(request, conditions, sigmas)
+                latent = self._latent(request, pictures, sigmas)
                 with self.record.phase("decode"):
                     yield from self._decode(latent, self.plan)
             finally:
                 self.progress.end()
                 self._stop()
+
+    def forget(self) -> None:
+        """The last request's video is whole and in its place: nothing of its run need be kept."""
+        if self.steps is not None:
+            self.steps.remove()
 
     def sigmas(self, request: WanRequest) -> Tensor:
         """Noise levels `[steps + 1]` of a completed request."""
@@ -129,6 +130,31 @@ class WanPipeline:
     def report(self) -> RunReport:
         """What the last video used."""
         return self.record.report()
+
+    @contextmanager
+    def _recording(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Iterator[None]:
+        """The folder of this run, held while it goes on."""
+        self.steps = None
+        if self.runs is None:
+            yield
+            return
+        models = [self.high] if self.low is None else [self.high, self.low]
+        settings = run_settings(self.files, models, request, pictures)
+        with StepRecord.open(self.runs, settings) as self.steps:
+            yield
+
+    def _latent(self, request: WanRequest, pictures: Sequence[Tensor | None], sigmas: Tensor) -> Tensor:
+        """The video's latent, made or as it was kept."""
+        kept = None if self.steps is None else self.steps.finished()
+        if kept is not None:
+            return kept["latent"].to(self.settings.device)
+        with self.record.phase("encode"):
+            conditions = self._encode(request, pictures)
+        with self.record.phase("denoise"):
+            latent = self._denoise(request, conditions, sigmas)
+        if self.steps is not None:
+            self.steps.finish(latent=latent)
+        return latent
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
         work = wan_work(
@@ -171,10 +197,7 @@ class WanPipeline:
         shape = (1, self.config.out_channels, *self.plan.work.latent_size)
         generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every machine
         noise = torch.randn(shape, generator=generator).to(device)
-        self.progress.begin("load")
-        self._start(self.high, self.low)
-        self.progress.begin("denoise")
-        denoise = self._denoiser(request, conditions)
+        denoise = self._recorded(_Begun(lambda sigma: self._begin(request, conditions, sigma)))
         if conditions.first_frame is not None:
             noise[:, :, :1] = conditions.first_frame
 
@@ -187,7 +210,28 @@ class WanPipeline:
             latent[:, :, :1] = conditions.first_frame
         return latent
 
-    def _denoiser(self, request: WanRequest, conditions: Conditions) -> Denoiser:
+    def _recorded(self, denoise: Denoiser) -> Denoiser:
+        """The same, with answers that are recorded where they are kept."""
+        steps = self.steps
+        if steps is None:
+            return denoise
+
+        def answer(x: Tensor, sigma: Tensor) -> Tensor:
+            return steps.answer({"x": x, "sigma": sigma.to(x.device)}, lambda: denoise(x, sigma))
+
+        return answer
+
+    def _begin(self, request: WanRequest, conditions: Conditions, sigma: Tensor) -> Denoiser:
+        """The models at work, from this noise level on."""
+        self.progress.begin("load")
+        expert: Expert = "high"
+        if self.low is not None and request.boundary is not None and not is_high_noise(sigma, request.boundary):
+            expert = "low"
+        self._start(*((self.high, self.low) if expert == "high" or self.low is None else (self.low, self.high)))
+        self.progress.begin("denoise")
+        return self._denoiser(request, conditions, expert)
+
+    def _denoiser(self, request: WanRequest, conditions: Conditions, expert: Expert) -> Denoiser:
         assert request.guidance is not None
         high_scale = request.guidance if request.guidance_high is None else request.guidance_high
         high = self._guided(self.high, conditions, high_scale)
@@ -203,7 +247,7 @@ class WanPipeline:
             self.plan = gone.plan  # leaner than at first, if the device ran out of memory
             self._start(wanted, gone)
 
-        return ExpertSwitch(high, low, request.boundary, on_switch=switch)
+        return ExpertSwitch(high, low, request.boundary, on_switch=switch, loaded=expert)
 
     def _guided(self, model: StreamedWan, conditions: Conditions, scale: float) -> Denoiser:
         channels, first_frame = conditions.channels, conditions.first_frame
@@ -322,3 +366,16 @@ class WanPipeline:
             raise ValueError(f"{self.files.model.name} makes a video of a picture: give --image")
         if self.config.model_type == "ti2v" and request.end_image:
             raise ValueError(f"{self.files.model.name} takes a first frame only: leave out {request.end_image}")
+
+
+class _Begun:
+    """A Denoiser whose models are started when it is first asked: a run whose steps are all there needs none."""
+
+    def __init__(self, begin: Callable[[Tensor], Denoiser]) -> None:
+        self._begin = begin
+        self._denoise: Denoiser | None = None
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if self._denoise is None:
+            self._denoise = self._begin(sigma)
+        return self._denoise(x, sigma)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ...runtime.step_record import header_texts
 from ...system.atomic_files import write_file
 from ...system.content_key import plain, readable, run_key
 from ...system.run_lock import RunLock, now
@@ -174,7 +175,7 @@ class RunStore:
         try:
             data = path.read_bytes()  # not mapped: Windows would not let the file be replaced
             tensors = load(data)
-            metadata = _metadata(data)
+            metadata = header_texts(data)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise RunError(f"{path} cannot be read ({error})") from error
         if metadata.get("key") != self.key:
@@ -216,9 +217,3 @@ class RunStore:
             write_file(path, json.dumps(description, indent=1).encode("ascii"))
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror or error}): check the free space") from error
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The texts in a safetensors file's header; the file has been parsed before."""
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}

@@ -1,4 +1,4 @@
-"""Whether a model file is the one that it was: by its header and samples of its bytes, not by its name."""
+"""Whether a model file is the one that it was: by its header, its size, its time and samples of its bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256, in hex, of a checkpoint's tensors by name, form and place, and of the first bytes of 64 of them.
+    """SHA-256, in hex, of a checkpoint's tensors by name, form and place, of the first bytes of 64 of them, and of its
+    files' sizes and times of change to the nanosecond: files of gigabytes are not read for it.
 
-    A model that was trained on, merged or quantised differs in nearly every tensor. CheckpointError where the file
-    cannot be read.
+    A file that was moved or renamed is the same; one that was written anew is another, also where its samples are
+    equal. CheckpointError where the file cannot be read.
     """
     tensors = open_checkpoint(path).tensors
     digest = hashlib.sha256()
@@ -23,6 +24,9 @@ def fingerprint(path: Path) -> str:
         digest.update(f"{name} {info.dtype} {info.shape} {info.quant} {info.offset} {info.nbytes}\n".encode())
     by_place = sorted(tensors.values(), key=lambda info: (str(info.file), info.offset))
     try:
+        for file in sorted({info.file for info in tensors.values()}):
+            stat = file.stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
         for info in by_place[:: max(1, len(by_place) // NUM_SAMPLES)]:
             digest.update(_first_bytes(info))
     except OSError as error:

@@ -1,0 +1,177 @@
+"""What a model answered, call by call, on the disk: a run that was stopped goes on from its last whole step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..system.atomic_files import write_file
+from ..system.content_key import run_key
+from ..system.run_lock import RunLock, now
+from .host_copies import BackgroundWriter, HostCopy
+from .kept_runs import clean_runs, mark_used, remove_run
+
+log = logging.getLogger(__name__)
+
+FINISHED = "finished.safetensors"
+FORMAT = 1  # of the files: another number is another run
+
+
+class StepRecord:
+    """The answers of one run's model, in `root/<first 16 letters of the key>`; a context manager that holds its lock.
+
+    A solver asks for the same answers in the same order whenever it starts anew, so it gets those that are recorded
+    (`answer`) and rebuilds its history and its noise by itself: every solver goes on bit for bit, without the model.
+    Each answer is one file that is there whole or not at all, with what was asked: one that is damaged, or was given
+    to another question, ends them there. A thread writes them; where it cannot, the run goes on without.
+    """
+
+    def __init__(self, folder: Path, key: str, lock: RunLock) -> None:
+        """Use `open`."""
+        self.folder, self.key = folder, key
+        self._lock = lock
+        self._writer = BackgroundWriter()
+        self._asked = 0  # calls of this process so far
+        self._known = self._count()  # answers that may still be on the disk
+
+    @classmethod
+    def open(cls, root: Path, settings: Mapping[str, Any]) -> StepRecord:
+        """The run with these settings: JSON values and tensors, all that the model's answers depend on.
+
+        What other runs left long ago is removed (`kept_runs`). ValueError where the folder cannot be written, where a
+        setting has no stable form, and where another process works on the run.
+        """
+        key = run_key({"format": FORMAT, "settings": settings})
+        folder = root / key[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(folder / "lock")
+            mark_used(folder, {"key": key, "used": now()})
+        except OSError as error:
+            raise ValueError(
+                f"the run's folder {folder} cannot be written ({error.strerror or error}): check the free space and "
+                "the rights, choose another folder, or keep no steps"
+            ) from error
+        clean_runs(root)
+        return cls(folder, key, lock)
+
+    @property
+    def num_kept(self) -> int:
+        """How many answers are on the disk, from the first on."""
+        self._writer.flush()
+        return self._count()
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / FINISHED).exists()
+
+    def answer(self, question: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """The recorded answer to the next call, on the device of the question; else that of `compute`, recorded."""
+        index, self._asked = self._asked, self._asked + 1
+        if index < self._known:
+            try:
+                return self._recall(index, question)
+            except (OSError, SafetensorError, ValueError, KeyError) as error:
+                log.warning("%s: %s: the run goes on from call %d", self._path(index), error, index)
+                self._forget_from(index)
+        made = compute()
+        copy = HostCopy({**question, "answer": made})
+        self._writer.submit(lambda: self._store(index, copy.wait()))
+        return made
+
+    def finished(self) -> dict[str, Tensor] | None:
+        """What `finish` kept, in host memory; None where the run is not finished."""
+        path = self.folder / FINISHED
+        if not path.exists():
+            return None
+        try:
+            return self._read(path, "finished")[0]
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            log.warning("%s: %s: it is made again", path, error)
+            return None
+
+    def finish(self, **latents: Tensor) -> None:
+        """The run's latents are there: they are kept in place of the answers, until `remove`."""
+        copy = HostCopy(latents)
+        self._writer.submit(lambda: self._keep_finished(copy.wait()))
+        self._writer.flush()
+
+    def remove(self) -> None:
+        """What was wanted is whole and in its place: nothing of the run need be kept."""
+        self._writer.close()
+        remove_run(self.folder, self._lock)
+        with suppress(OSError):  # other runs are in it
+            self.folder.parent.rmdir()
+
+    def close(self) -> None:
+        """Write what is still to be written, and let others open the run; nothing is left of one without a step."""
+        self._writer.close()
+        if self.folder.exists() and not (self.num_kept or self.is_finished):
+            self.remove()
+        self._lock.release()
+
+    def __enter__(self) -> StepRecord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"step_{index:04d}.safetensors"
+
+    def _count(self) -> int:
+        count = 0
+        while self._path(count).exists():
+            count += 1
+        return count
+
+    def _forget_from(self, index: int) -> None:
+        for later in range(index, self._known):
+            self._path(later).unlink(missing_ok=True)
+        self._known = index
+
+    def _recall(self, index: int, question: Mapping[str, Tensor]) -> Tensor:
+        tensors, metadata = self._read(self._path(index), str(index))
+        if metadata.get("question") != run_key(question):
+            raise ValueError("it answers another question than is asked now")
+        device = next(iter(question.values())).device
+        return tensors["answer"].to(device)
+
+    def _read(self, path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A file's tensors and texts; ValueError where it is another run's, or damaged."""
+        data = path.read_bytes()  # not mapped: Windows would not let the file be replaced
+        tensors = load(data)
+        metadata = header_texts(data)
+        if metadata.get("key") != self.key or metadata.get("part") != part:
+            raise ValueError("it is of another run")
+        if metadata.get("checksum") != run_key(tensors):
+            raise ValueError("it is damaged")
+        return tensors, metadata
+
+    def _store(self, index: int, tensors: dict[str, Tensor]) -> None:
+        made = {"answer": tensors.pop("answer")}
+        self._write(self._path(index), str(index), made, {"question": run_key(tensors)})
+
+    def _keep_finished(self, latents: dict[str, Tensor]) -> None:
+        self._write(self.folder / FINISHED, "finished", latents, {})
+        for path in self.folder.glob("step_*.safetensors"):
+            with suppress(OSError):  # the rule of `kept_runs` removes it
+                path.unlink()
+
+    def _write(self, path: Path, part: str, tensors: dict[str, Tensor], more: dict[str, str]) -> None:
+        metadata = {"key": self.key, "part": part, "checksum": run_key(tensors), **more}
+        write_file(path, save(tensors, metadata))
+
+
+def header_texts(data: bytes) -> dict[str, str]:
+    """The texts in a safetensors file's header; the file has been parsed before."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}

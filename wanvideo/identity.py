@@ -1,0 +1,56 @@
+"""The files of one Wan model, and what tells one run of them from another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..weights.files.fingerprint import fingerprint
+from ..weights.lora.file import LoraChoice
+from .request import WanRequest
+from .streamed import StreamedWan
+
+
+@dataclass(frozen=True)
+class WanFiles:
+    """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B.
+
+    `loras` are those of the model, `loras_low` those of the low-noise expert.
+    """
+
+    model: Path
+    text_encoder: Path
+    vae: Path
+    model_low: Path | None = None
+    loras: tuple[LoraChoice, ...] = ()
+    loras_low: tuple[LoraChoice, ...] = ()
+
+
+def run_settings(
+    files: WanFiles, models: Sequence[StreamedWan], request: WanRequest, pictures: Sequence[Tensor | None]
+) -> dict[str, Any]:
+    """All that the latents of a completed request depend on: JSON values, and the pictures as they were read.
+
+    CheckpointError where a file cannot be read.
+    """
+    asked = {name: value for name, value in asdict(request).items() if name not in ("image", "end_image")}
+    loras = [files.loras, files.loras_low]
+    return {
+        "family": "wan",
+        "request": asked,
+        "pictures": list(pictures),
+        "models": [
+            {
+                "fingerprint": fingerprint(model.checkpoint.path),
+                "loras": [[fingerprint(lora.path), lora.strength] for lora in choices],
+                "arithmetic": model.arithmetic,
+            }
+            for model, choices in zip(models, loras, strict=False)
+        ],
+        "text_encoder": fingerprint(files.text_encoder),
+        "vae": fingerprint(files.vae) if any(picture is not None for picture in pictures) else None,
+    }
