@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from ..weights.files.dimensions import Dimensions, model_prefix
+from ..weights.files.checkpoint import Checkpoint, CheckpointError
+from ..weights.files.dimensions import Dimensions, model_prefix, with_kernels
 from ..weights.files.kinds import WantedKind, check_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.adopt import adopt_tensors
-from ..weights.linear.dialects import HEADER_KEY, plain_dialect
+from ..weights.linear.dialects import HEADER_KEY, plain_dialect, with_plain_parts
+from ..weights.linear.fitting import fit_tensors
 from .network.config import FramePackConfig
 from .network.model import FramePackModel
 
@@ -59,19 +60,24 @@ def open_framepack(path: str | Path, model_type: str = "auto") -> tuple[FramePac
     """
     if model_type not in ("auto", *MODEL_TYPES):
         raise ValueError(f"model_type is {model_type!r}; expected one of auto, {', '.join(MODEL_TYPES)}")
-    checkpoint = open_checkpoint(path)
+    return framepack_of(open_checkpoint(path), model_type)
+
+
+def framepack_of(checkpoint: Checkpoint, model_type: str = "auto") -> tuple[FramePackConfig, Checkpoint]:
+    """`open_framepack` of an opened file."""
     check_kind(checkpoint, WANTED)
+    checkpoint = with_plain_parts(checkpoint)
     names = plain_names(checkpoint.tensors)
-    checkpoint = plain_dialect(checkpoint.renamed(names), names)
-    checkpoint = with_kernels(checkpoint)
+    checkpoint = with_kernels(plain_dialect(checkpoint.renamed(names), names), KERNELS)
     told = told_model_type(checkpoint) if model_type == "auto" else model_type
     checkpoint = replace(checkpoint, metadata={**checkpoint.metadata, MODEL_TYPE_KEY: told})
-    return infer_config(checkpoint), checkpoint
+    config = infer_config(checkpoint)
+    return config, fit_tensors(FramePackModel(config, device="meta"), checkpoint)
 
 
 def with_plain_names(checkpoint: Checkpoint) -> Checkpoint:
     """Its tensors by diffusers' names, as they are stored, with the shapes that the model has."""
-    return with_kernels(checkpoint.renamed(plain_names(checkpoint.tensors)))
+    return with_kernels(checkpoint.renamed(plain_names(checkpoint.tensors)), KERNELS)
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -81,34 +87,13 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return {name: name.removeprefix(prefix) for name in names}
 
 
-# --- patches ---------------------------------------------------------------------------------------------
-
-# Of each convolution to tokens, how many times as large its kernel is as a patch.
+# The convolutions to tokens: their kernels.
 KERNELS = {
-    "x_embedder.proj": 1,
-    "clean_x_embedder.proj": 1,
-    "clean_x_embedder.proj_2x": 2,
-    "clean_x_embedder.proj_4x": 4,
+    "x_embedder.proj": (1, 2, 2),
+    "clean_x_embedder.proj": (1, 2, 2),
+    "clean_x_embedder.proj_2x": (2, 4, 4),
+    "clean_x_embedder.proj_4x": (4, 8, 8),
 }
-PATCH = (1, 2, 2)
-
-
-def with_kernels(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its convolutions `[dim, channels, t, h, w]`: GGUF files may store fewer dimensions.
-
-    Tensors in which such a kernel has no room keep their shape.
-    """
-    tensors = dict(checkpoint.tensors)
-    for layer, factor in KERNELS.items():
-        weight, bias = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.bias")
-        if weight is not None and bias is not None and weight.quant is None and len(weight.shape) != 5:
-            tensors[weight.name] = _with_kernel(weight, math.prod(bias.shape), tuple(factor * size for size in PATCH))
-    return replace(checkpoint, tensors=tensors)
-
-
-def _with_kernel(info: TensorInfo, dim: int, kernel: tuple[int, ...]) -> TensorInfo:
-    channels, rest = divmod(math.prod(info.shape), max(dim * math.prod(kernel), 1))
-    return info if rest or not channels else replace(info, shape=(dim, channels, *kernel))
 
 
 # --- base or F1 ------------------------------------------------------------------------------------------

@@ -314,8 +314,8 @@ def test_shapes_that_contradict_each_other(tmp_path):
     tensors = official_tensors(MODELS["t2v"])
     save_file(tensors | {"blocks.1.ffn.0.weight": torch.zeros(80, 256)}, path)
     refused(path, "blocks.1.ffn.0.weight is [80, 256]; expected [96, 256]", "download it again")
-    save_file(tensors | {"patch_embedding.weight": torch.zeros(256, 64)}, path)
-    refused(path, "patch_embedding.weight has shape [256, 64]; expected 5 dimensions", "choose another file")
+    save_file(tensors | {"patch_embedding.weight": torch.zeros(256, 62)}, path)
+    refused(path, "patch_embedding.weight has shape [256, 62]; expected 5 dimensions", "choose another file")
 
 
 def test_two_layouts_in_one_file(tmp_path):
@@ -333,7 +333,10 @@ def test_a_scaled_file_is_not_loaded_as_a_plain_one(tmp_path):
     torch.testing.assert_close(
         layer.format.dequantize(layer.packed(), torch.float32), 2 * tensors["blocks.0.ffn.0.weight"]
     )
-    stray = {"blocks.0.norm3.scale_weight": torch.tensor(2.0)}  # of a weight that no format is known for
+    of_a_norm = {"blocks.0.norm3.scale_weight": torch.tensor(2.0)}  # which is unpacked as it is read
+    save_file(tensors | of_a_norm, path)
+    torch.testing.assert_close(load_wan(path).blocks[0].norm3.weight.data, 2 * tensors["blocks.0.norm3.weight"])
+    stray = {"blocks.0.norm7.scale_weight": torch.tensor(2.0)}  # of a weight that is not there
     save_file(tensors | stray, path)
     refused(path, "quantised file", "choose the bf16")
 

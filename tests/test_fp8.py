@@ -204,8 +204,8 @@ def test_markers_that_make_no_sense_are_refused(plain: Path, tmp_path: Path) -> 
         with pytest.raises(CheckpointError, match=message) as error:
             open_wan(tmp_path / "bad.safetensors")
         print(error.value)
-    blockwise = {**stored, "blocks.0.ffn.0.weight_scale": torch.ones(2, 2)}
-    save_file(blockwise, tmp_path / "bad.safetensors")
+    misfit = {**stored, "blocks.0.ffn.0.weight_scale": torch.ones(5, 7)}  # no blocks of [192, 128]
+    save_file(misfit, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match="one number, or one for each row"):
         open_wan(tmp_path / "bad.safetensors")
     save_file(tensors, tmp_path / "bad.safetensors", {"_quantization_metadata": "{}"})

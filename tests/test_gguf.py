@@ -16,6 +16,7 @@ from lowvram_video.weights.files.checkpoint import CheckpointError, TensorInfo
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.kernels.gguf_op import dequantize_in_chunks, dequantize_packed
 from lowvram_video.weights.kernels.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from lowvram_video.weights.linear.fitting import fit_tensors
 from lowvram_video.weights.linear.formats import assign_formats, format_for
 from lowvram_video.weights.linear.gguf import GGUF_FORMATS
 from lowvram_video.weights.linear.linear import Linear
@@ -230,9 +231,19 @@ def test_contradictory_files_are_refused(tmp_path: Path) -> None:
     refused(write_gguf(tmp_path / "split.gguf", one, fields={"split.count": 3}), "one of 3 parts", "--merge")
     flat = {"comfy.gguf.orig_shape.a.weight": [3, 256]}
     refused(write_gguf(tmp_path / "shape.gguf", one, fields=flat), "[3, 256]")
-    narrow = {"comfy.gguf.orig_shape.a.weight": [4, 128]}
-    refused(write_gguf(tmp_path / "narrow.gguf", one, fields=narrow), "multiple of 256")
     refused(write_gguf(tmp_path / "align.gguf", one, fields={"general.alignment": "x"}), "alignment")
+
+
+def test_rows_may_be_packed_by_256_columns(tmp_path: Path) -> None:
+    """As city96's converter does with rows that are no multiple of a block: unpacked as they are read."""
+    values = rand(2, 256)
+    narrow = {"comfy.gguf.orig_shape.weight": [4, 128]}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "narrow.gguf", {"weight": (values, "Q4_K")}, fields=narrow))
+    info = checkpoint.tensors["weight"]
+    assert (info.shape, info.logical_shape) == ((2, 144), (4, 128))
+    want = dequantize_reference(quantize(values, "Q4_K"), "Q4_K", (2, 256)).view(4, 128)
+    fitted = fit_tensors(Linear(128, 4, bias=False, device="meta"), checkpoint)
+    assert torch.equal(fitted.read("weight"), want)
 
 
 # --- linear layers ---------------------------------------------------------------------------------------
@@ -368,12 +379,15 @@ def test_blocks_run_from_flat_extents(tmp_path: Path) -> None:
     assert torch.equal(velocity(model), velocity(dense))
 
 
-def test_packed_tensors_that_belong_to_no_layer_are_refused(tmp_path: Path) -> None:
+def test_packed_tensors_that_belong_to_no_layer_are_unpacked_or_refused(tmp_path: Path) -> None:
     path, dense = save_wan(tmp_path / "wan.gguf", "F32")
     tensors = {name: (tensor, "F32") for name, tensor in dense.state_dict().items()}
-    tensors["blocks.0.modulation"] = (tensors["blocks.0.modulation"][0], "Q8_0")
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.modulation"):
-        load_wan(write_gguf(path, tensors))
+    modulation = tensors["blocks.0.modulation"][0]
+    tensors["blocks.0.modulation"] = (modulation, "Q8_0")
+    want = dequantize_reference(quantize(modulation, "Q8_0"), "Q8_0", (6, 256)).view(1, 6, 256)
+    assert torch.equal(load_wan(write_gguf(path, tensors)).blocks[0].modulation.data, want)
+    with pytest.raises(CheckpointError, match=r"nothing\.weight"):
+        load_wan(write_gguf(path, {**tensors, "blocks.0.nothing.weight": (modulation, "Q8_0")}))
     tensors["blocks.0.modulation"] = (tensors["blocks.1.modulation"][0], "F32")
     tensors["blocks.0.ffn.2.weight"] = (rand(256, 768), "Q4_K")
     with pytest.raises(CheckpointError, match=r"ffn\.2\.weight is \[256, 768\]"):

@@ -19,7 +19,7 @@ class VaeConfig(Protocol):
     """An autoencoder's configuration: its latents, its strides, and what messages call it and its file.
 
     `latents_at_once` is how many latent frames a tile holds where tiles of space alone do not fit; None for a VAE to
-    which time costs no memory.
+    which time costs no memory. `decoded_channels` are those of a decoded pixel, most often 3.
     """
 
     @property
@@ -36,6 +36,8 @@ class VaeConfig(Protocol):
     def spatial_stride(self) -> int: ...
     @property
     def latents_at_once(self) -> int | None: ...
+    @property
+    def decoded_channels(self) -> int: ...
 
     def advice(self, latent_channels: int) -> str:
         """What to do about a latent of another number of channels."""

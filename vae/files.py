@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
+from ..weights.linear.dialects import plain_dialect, with_plain_parts
+from ..weights.linear.fitting import fit_tensors
 from .checks import VaeConfig, check_tensors
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
@@ -44,7 +46,11 @@ class VaeFormat(Generic[C, V]):
 
         Raises CheckpointError, saying what the file is where that can be told, unless it is a complete VAE.
         """
-        checkpoint = open_checkpoint(path)
+        return self.opened(open_checkpoint(path))
+
+    def opened(self, checkpoint: Checkpoint) -> OpenVae[C, V]:
+        """`open_file` of an opened file."""
+        checkpoint = with_plain_parts(checkpoint)
         prefix = self._prefix(checkpoint.tensors)
         if prefix is None:
             raise CheckpointError(
@@ -54,7 +60,7 @@ class VaeFormat(Generic[C, V]):
         ours = self.rename(bare.values())
         # What is outside the prefix belongs to another model of a merged file: None drops it.
         names = {name: ours[bare[name]] if name in bare else None for name in checkpoint.tensors}
-        return self._opened(checkpoint.renamed(names))
+        return self._fitted(plain_dialect(checkpoint.renamed(names), names))
 
     def open_tensors(self, stored: Mapping[str, Tensor]) -> OpenVae[C, V] | None:
         """The state dict of another program's VAE, whose tensors are read where they lie; None for another family's."""
@@ -65,7 +71,7 @@ class VaeFormat(Generic[C, V]):
             name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
             for name, tensor in tensors.items()
         }
-        return self._opened(Checkpoint(Path("the connected VAE"), infos, {}), tensors)
+        return self._fitted(Checkpoint(Path("the connected VAE"), infos, {}), tensors)
 
     def _prefix(self, names: Iterable[str]) -> str | None:
         """What stands before the VAE's names, or None where there is none."""
@@ -75,15 +81,12 @@ class VaeFormat(Generic[C, V]):
                 return prefix
         return None
 
-    def _opened(self, renamed: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> OpenVae[C, V]:
+    def _fitted(self, renamed: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> OpenVae[C, V]:
         """CheckpointError where a tensor is missing or of another shape than the network's."""
         config = self.infer_config(renamed)
-        shapes = {
-            name: tuple(weight.shape) for name, weight in self.network(config, device="meta").state_dict().items()
-        }
-        fitted = {name: _without_kernel(info, shapes.get(name)) for name, info in renamed.tensors.items()}
-        checkpoint = Checkpoint(renamed.path, fitted, renamed.metadata)
-        check_tensors(checkpoint, config, shapes)
+        network = self.network(config, device="meta")
+        checkpoint = fit_tensors(network, renamed)
+        check_tensors(checkpoint, config, {name: tuple(each.shape) for name, each in network.state_dict().items()})
         return OpenVae(self, config, checkpoint, tensors)
 
 
@@ -143,10 +146,3 @@ def to_channels_last(weight: Tensor) -> Tensor:
         return weight
     layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
     return weight.contiguous(memory_format=layout)
-
-
-def _without_kernel(info: TensorInfo, wanted: tuple[int, ...] | None) -> TensorInfo:
-    """The weight of a 1x1x1 convolution as a matrix, where one is wanted: ComfyUI's attention has convolutions."""
-    if wanted is not None and len(wanted) == 2 and info.shape == (*wanted, 1, 1, 1):
-        return replace(info, shape=wanted)
-    return info

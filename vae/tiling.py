@@ -109,7 +109,8 @@ def decode_tiled(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | 
     plan = plan_tiles(latent.shape[2:], tile, stride)
     dtype = torch.float32 if vae.dtype == torch.float32 else torch.float16
     num_frames = (latent.shape[2] - 1) * step + 1
-    video = torch.zeros(latent.shape[0], 3, num_frames, latent.shape[3] * stride, latent.shape[4] * stride, dtype=dtype)
+    channels, sides = vae.config.decoded_channels, [side * stride for side in latent.shape[3:]]
+    video = torch.zeros(latent.shape[0], channels, num_frames, *sides, dtype=dtype)
     num_done, num_pieces = 0, plan.num_tiles * vae.num_pieces(plan.time.length + 1)
     for place in plan.places():
         weights = plan.grid.weights(place[1:], stride).to(vae.device)

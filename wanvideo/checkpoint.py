@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from ..weights.files.dimensions import Dimensions, model_prefix
-from ..weights.files.kinds import WantedKind, check_kind
+from ..weights.files.dimensions import Dimensions, model_prefix, with_kernels
+from ..weights.files.kinds import WantedKind, check_kind, file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.adopt import adopt_tensors, load_tensors
-from ..weights.linear.dialects import plain_dialect
+from ..weights.linear.dialects import plain_dialect, with_plain_parts
+from ..weights.linear.fitting import fit_tensors
 from .network.camera import PIXELS as CAMERA_PIXELS
 from .network.config import WanConfig
 from .network.model import WanModel
@@ -26,7 +27,7 @@ WANTED = WantedKind(
     TITLE,
     "a Wan 2.1 or 2.2 transformer",
     "wan2.1_… or wan2.2_…",
-    ("wan vae", "umt5 encoder", "clip vision"),
+    ("wan vae", "umt5 encoder", "clip vision", "wan vace module"),
 )
 
 
@@ -46,30 +47,55 @@ def build_wan(config: WanConfig, checkpoint: Checkpoint) -> WanModel:
     return adopt_tensors(WanModel(config, device="meta"), checkpoint, "this Wan transformer", expected)
 
 
-def open_wan(path: str | Path) -> tuple[WanConfig, Checkpoint]:
+def open_wan(path: str | Path, vace_module: str | Path | None = None) -> tuple[WanConfig, Checkpoint]:
     """Open a Wan 2.1/2.2 transformer in any known layout; its tensors get their official names.
 
     `path` is a file, an index, a shard or a folder (`open_checkpoint`). Other models packed into the same
-    file are left out. Raises CheckpointError, which says what the file is when it is another kind of model.
+    file are left out. `vace_module` is a file of VACE's blocks, which then are the model's. Raises CheckpointError,
+    which says what a file is when it is another kind of model.
     """
-    checkpoint = open_checkpoint(path)
+    module = None if vace_module is None else open_checkpoint(vace_module)
+    return wan_of(open_checkpoint(path), module)
+
+
+def wan_of(checkpoint: Checkpoint, vace_module: Checkpoint | None = None) -> tuple[WanConfig, Checkpoint]:
+    """`open_wan` of opened files."""
     check_kind(checkpoint, WANTED)
-    names = _names(checkpoint)
-    checkpoint = plain_dialect(checkpoint.renamed(names), names)
-    tensors = {name: _with_leading_one(info) for name, info in checkpoint.tensors.items()}
-    checkpoint = replace(checkpoint, tensors=tensors)
-    return infer_config(checkpoint), checkpoint
+    checkpoint = _plain(checkpoint)
+    if vace_module is not None:
+        checkpoint = with_vace_module(checkpoint, _plain(_checked_module(vace_module)))
+    config = infer_config(checkpoint)
+    return config, fit_tensors(WanModel(config, device="meta"), checkpoint)
 
 
 def with_official_names(checkpoint: Checkpoint) -> Checkpoint:
     """The transformer's tensors by their official names, as they are stored."""
+    checkpoint = with_plain_parts(checkpoint)
     return checkpoint.renamed(_names(checkpoint))
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    """A file's tensors by official names and in one dialect, its convolutions in their shape."""
+    checkpoint = with_plain_parts(checkpoint)
+    names = _names(checkpoint)
+    checkpoint = with_kernels(plain_dialect(checkpoint.renamed(names), names), KERNELS)
+    tensors = {name: _with_leading_one(info) for name, info in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors)
 
 
 def _names(checkpoint: Checkpoint) -> dict[str, str | None]:
     """`{name in the file: official name, or None for another model's}`."""
     others = {name: None for name in checkpoint.tensors if OTHER_PARTS.search(name)}
     return {**official_names(checkpoint.tensors), **others}
+
+
+# The convolutions to tokens: their kernels.
+KERNELS = {
+    "patch_embedding": (1, 2, 2),
+    "vace_patch_embedding": (1, 2, 2),
+    "ref_conv": (2, 2),
+    "control_adapter.conv": (2, 2),
+}
 
 
 def _with_leading_one(info: TensorInfo) -> TensorInfo:
@@ -79,10 +105,51 @@ def _with_leading_one(info: TensorInfo) -> TensorInfo:
     return info
 
 
+# --- VACE in a file of its own ---------------------------------------------------------------------------
+
+
+def with_vace_module(base: Checkpoint, module: Checkpoint) -> Checkpoint:
+    """A text-to-video transformer with the VACE blocks of another file, both plain. CheckpointError unless they fit."""
+    if any(name.startswith(VACE) for name in base.tensors):
+        raise CheckpointError(
+            f"{base.path}: this is a whole VACE model already; expected the text-to-video model that "
+            f"{module.path.name} belongs to; leave the VACE module out, or choose that model"
+        )
+    parts = {name: info for name, info in module.tensors.items() if name.startswith(VACE)}
+    widths = [_width(each, name) for each, name in ((base, PATCHES), (module, f"vace_{PATCHES}"))]
+    if widths[0] != widths[1]:
+        raise CheckpointError(
+            f"{module.path}: a VACE module of width {widths[1]}; {base.path.name} has {widths[0]}; expected one of the "
+            "same model size; choose the module for it (1.3B is 1536 wide, 14B 5120)"
+        )
+    return replace(base, tensors={**base.tensors, **parts})
+
+
+VACE = ("vace_blocks.", "vace_patch_embedding.")
+PATCHES = "patch_embedding.bias"
+
+
+def _width(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.tensors.get(name)
+    return 0 if info is None else math.prod(info.logical_shape or info.shape)
+
+
+def _checked_module(module: Checkpoint) -> Checkpoint:
+    if not any(name.startswith(VACE) or f".{VACE[0]}" in name for name in module.tensors):
+        raise CheckpointError(
+            f"{module.path}: this is {file_kind(module.tensors).title}; expected a VACE module (its names begin with "
+            "vace_blocks); choose such a file (Wan2_1-VACE_module_…), or leave it out"
+        )
+    return module
+
+
 # --- key layouts -----------------------------------------------------------------------------------------
 
 # The first parts of a Wan transformer's names in either layout: what tells a prefix from a chance match.
-ROOTS = ("blocks.", "patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "head.")
+ROOTS = (
+    "blocks.", "patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "head.", "vace_blocks.",
+    "vace_patch_embedding.",
+)  # fmt: skip
 DIFFUSERS_ROOTS = ("condition_embedder.", "proj_out.", "scale_shift_table")
 
 # diffusers' WanTransformer3DModel -> official; only whole parts of a name match.
@@ -120,14 +187,17 @@ DIFFUSERS_BLOCK_NAMES = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "scale_shift_table": "modulation",
+    "proj_in": "before_proj",  # of VACE's blocks
+    "proj_out": "after_proj",
 }
 
 # All-in-one files carry the other models beside the transformer; `norm_added_q` is a diffusers leftover.
 OTHER_PARTS = re.compile(
-    r"^(vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|clip_vision|model_ema)\.|\.norm_added_q\."
+    r"^(vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|clip_vision|image_encoder|model_ema)\."
+    r"|\.norm_added_q\."
 )
 
-BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+BLOCK = re.compile(r"((?:vace_)?blocks\.\d+)\.(.+)")
 
 
 def official_names(names: Iterable[str]) -> dict[str, str]:
@@ -148,7 +218,7 @@ def official_names(names: Iterable[str]) -> dict[str, str]:
 def _from_diffusers(name: str) -> str:
     block = BLOCK.fullmatch(name)
     if block is not None:
-        return f"blocks.{block[1]}.{_replace_start(block[2], DIFFUSERS_BLOCK_NAMES)}"
+        return f"{block[1]}.{_replace_start(block[2], DIFFUSERS_BLOCK_NAMES)}"
     return _replace_start(name, DIFFUSERS_NAMES)
 
 
@@ -163,17 +233,36 @@ def _replace_start(name: str, table: Mapping[str, str]) -> str:
 
 # Variants with parts of their own, by the start of a name; the first that fits is named.
 VARIANTS = {
+    "fps_embedding.": "SkyReels-V2 Diffusion Forcing",
     "face_adapter.": "Wan 2.2 Animate",
+    "motion_encoder.": "Wan 2.2 Animate",
     "casual_audio_encoder.": "Wan 2.2 S2V",
     "audio_proj.": "an audio-driven Wan (HuMo, InfiniteTalk)",
+    "audio_injector.": "Wan 2.2 S2V",
     "patch_embedding_": "a pose-driven Wan (SCAIL, WanDancer)",
+    "cam_encoder.": "ReCamMaster",
+    "dwpose_embedding.": "UniAnimate",
+    "randomref_embedding_pose.": "UniAnimate",
+    "add_conv_in.": "RealisDance",
+    "motion_controller.": "Wan with motion control",
+}
+# The same by the parts that are inside its blocks.
+BLOCK_VARIANTS = {
+    "cam_encoder.": "ReCamMaster",
+    "audio_cross_attn.": "an audio-driven Wan (MultiTalk, InfiniteTalk)",
+    "ref_adapter.": "Lynx",
 }
 
 
 def variant_name(names: Iterable[str]) -> str | None:
     """The Wan variant with extra parts that these official names belong to, or None for a plain Wan."""
     names = list(names)
-    return next((title for start, title in VARIANTS.items() if any(n.startswith(start) for n in names)), None)
+    inner = [block[2] for block in map(BLOCK.fullmatch, names) if block is not None]
+    for table, found in ((VARIANTS, names), (BLOCK_VARIANTS, inner)):
+        for start, title in table.items():
+            if any(name.startswith(start) for name in found):
+                return title
+    return None
 
 
 def infer_config(checkpoint: Checkpoint) -> WanConfig:
@@ -185,6 +274,11 @@ def infer_config(checkpoint: Checkpoint) -> WanConfig:
     if variant is not None:
         raise _unsupported(checkpoint, variant)
     sizes = Dimensions(checkpoint, TITLE)
+    if not sizes.has("patch_embedding.weight") and checkpoint.path.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{checkpoint.path}: a Wan transformer without patch_embedding.weight, which GGUF tools leave out unless "
+            "they put it back (`fix_5d_tensors.py`); expected that tensor; choose another release of the model"
+        )
     dim, in_channels, *patch = sizes.shape("patch_embedding.weight", 5)
     image_dim = sizes.shape("img_emb.proj.0.weight", 1)[0] if sizes.has("img_emb.proj.0.weight") else 0
     positions = sizes.shape("img_emb.emb_pos", 3)[1] if sizes.has("img_emb.emb_pos") else 0

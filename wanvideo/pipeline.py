@@ -329,6 +329,11 @@ class WanPipeline:
                 f"{config.out_channels}: use wan_2.1_vae.safetensors for Wan 2.1 and 2.2 A14B, "
                 "wan2.2_vae.safetensors for TI2V 5B"
             )
+        if self.vae_config.decoded_channels != 3:
+            raise CheckpointError(
+                f"{files.vae}: this VAE decodes {self.vae_config.decoded_channels} channels of a pixel, which nodes of "
+                f"ComfyUI can use; expected the 3 of a video; use {self.vae_config.file_name}"
+            )
         if config.image_dim:
             raise CheckpointError(
                 f"{files.model}: this model wants CLIP image features, which are made in ComfyUI only: load it there, "

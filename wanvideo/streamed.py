@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from ..memory.plan.footprint import ModelFootprint
 from ..memory.plan.plan import PlanError
+from ..memory.stream.pinned import Registrar
 from ..runtime.host_weights import WeightParts
+from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
 from ..weights.files.checkpoint import Checkpoint
+from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases
 from .checkpoint import build_wan, open_wan
 from .footprint import WAN21_VAE, WAN22_VAE, WanFootprint
@@ -34,7 +38,7 @@ MAX_CONTEXTS = 4  # prompts remembered at a time
 
 
 class StreamedWan(StreamedModel[WanModel]):
-    """A Wan checkpoint."""
+    """A Wan checkpoint; `vace_module` is a file whose VACE blocks are the model's too."""
 
     config: WanConfig
     _contexts: list[tuple[Tensor, Tensor | None, Context]]
@@ -45,8 +49,20 @@ class StreamedWan(StreamedModel[WanModel]):
         transient=("text_embedding", "time_embedding", "time_projection", "img_emb"),
     )
 
+    def __init__(
+        self,
+        path: str | Path,
+        settings: RunSettings,
+        registrar: Registrar | None = None,
+        between_blocks: Callable[[], None] | None = None,
+        loras: Sequence[LoraChoice] = (),
+        vace_module: Path | None = None,
+    ):
+        self.vace_module = vace_module
+        super().__init__(path, settings, registrar, between_blocks, loras)
+
     def open_file(self, path: str | Path) -> tuple[WanConfig, Checkpoint]:
-        return open_wan(path)
+        return open_wan(path, self.vace_module)
 
     def build(self, checkpoint: Checkpoint) -> WanModel:
         return build_wan(self.config, checkpoint)

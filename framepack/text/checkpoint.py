@@ -17,7 +17,8 @@ from ...weights.files.dimensions import Dimensions
 from ...weights.files.kinds import file_kind
 from ...weights.files.open import open_checkpoint
 from ...weights.linear.adopt import adopt_tensors
-from ...weights.linear.dialects import plain_dialect
+from ...weights.linear.dialects import plain_dialect, with_plain_parts
+from ...weights.linear.fitting import fit_tensors
 from .clip_text import ClipTextConfig, ClipTextModel
 from .llama import LlamaConfig, LlamaDecoder
 from .llama_gguf import gguf_names
@@ -86,7 +87,12 @@ class TextEncoderFile(EncoderFile[C, M]):
 
 def open_llama(path: Path) -> TextEncoderFile[LlamaConfig, LlamaDecoder]:
     """Read the header of a LLaMA file; Hugging Face's names with any prefix, or llama.cpp's. Raises CheckpointError."""
-    checkpoint = _open(path, LLAMA)
+    return llama_of(open_checkpoint(path))
+
+
+def llama_of(checkpoint: Checkpoint) -> TextEncoderFile[LlamaConfig, LlamaDecoder]:
+    """`open_llama` of an opened file."""
+    checkpoint = _own_tensors(checkpoint, LLAMA)
     sizes = Dimensions(checkpoint, LLAMA.title)
     num_layers = sizes.num_blocks("layers") - NUM_UNUSED_LAYERS
     if num_layers < 1:
@@ -110,12 +116,17 @@ def open_llama(path: Path) -> TextEncoderFile[LlamaConfig, LlamaDecoder]:
     )
     unused = {name: None for name in checkpoint.tensors if _layer_number(name) >= num_layers}
     layers, table = without_table(checkpoint.renamed(unused), "embed_tokens.weight")
-    return TextEncoderFile(LLAMA, config, layers, LlamaDecoder, table)
+    return TextEncoderFile(LLAMA, config, _fitted(LlamaDecoder, config, layers), LlamaDecoder, table)
 
 
 def open_clip(path: Path) -> TextEncoderFile[ClipTextConfig, ClipTextModel]:
     """Read the header of a CLIP text model; Hugging Face's names with any prefix. Raises CheckpointError."""
-    checkpoint = _open(path, CLIP)
+    return clip_of(open_checkpoint(path))
+
+
+def clip_of(checkpoint: Checkpoint) -> TextEncoderFile[ClipTextConfig, ClipTextModel]:
+    """`open_clip` of an opened file."""
+    checkpoint = _own_tensors(checkpoint, CLIP)
     sizes = Dimensions(checkpoint, CLIP.title)
     vocab_size, dim = sizes.shape(CLIP.mark, 2)
     config = ClipTextConfig(
@@ -127,12 +138,17 @@ def open_clip(path: Path) -> TextEncoderFile[ClipTextConfig, ClipTextModel]:
         num_positions=sizes.shape("embeddings.position_embedding.weight", 2)[0],
     )
     layers, table = without_table(checkpoint, CLIP.mark)
-    return TextEncoderFile(CLIP, config, layers, ClipTextModel, table)
+    return TextEncoderFile(CLIP, config, _fitted(ClipTextModel, config, layers), ClipTextModel, table)
 
 
 def open_siglip(path: Path) -> EncoderFile[SiglipConfig, SiglipVisionModel]:
     """Read the header of a SigLIP vision model; Hugging Face's names with any prefix. Raises CheckpointError."""
-    checkpoint = _open(path, SIGLIP)
+    return siglip_of(open_checkpoint(path))
+
+
+def siglip_of(checkpoint: Checkpoint) -> EncoderFile[SiglipConfig, SiglipVisionModel]:
+    """`open_siglip` of an opened file."""
+    checkpoint = _own_tensors(checkpoint, SIGLIP)
     sizes = Dimensions(checkpoint, SIGLIP.title)
     dim, _, patch_size, _ = sizes.shape(SIGLIP.mark, 4)
     config = SiglipConfig(
@@ -148,15 +164,20 @@ def open_siglip(path: Path) -> EncoderFile[SiglipConfig, SiglipVisionModel]:
             f"{checkpoint.path}: {SIGLIP.title} of {num_tokens} patches of {patch_size} pixels; expected 729 of 14, "
             f"those of a picture of 384 x 384; choose {SIGLIP.file_names}"
         )
-    return EncoderFile(SIGLIP, config, checkpoint, SiglipVisionModel)
+    return EncoderFile(SIGLIP, config, _fitted(SiglipVisionModel, config, checkpoint), SiglipVisionModel)
+
+
+def _fitted(network: Callable[[C], nn.Module], config: C, checkpoint: Checkpoint) -> Checkpoint:
+    with torch.device("meta"):
+        return fit_tensors(network(config), checkpoint)
 
 
 # --- names -----------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, kind: EncoderKind) -> Checkpoint:
+def _own_tensors(checkpoint: Checkpoint, kind: EncoderKind) -> Checkpoint:
     """A file's tensors of one encoder, under the encoder's names and in one dialect of quantisation."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = with_plain_parts(checkpoint)
     packed = gguf_names(checkpoint.tensors) if kind is LLAMA else None
     if packed is not None:
         return checkpoint.renamed(packed)

@@ -32,6 +32,7 @@ class VAEConfig:
     num_groups: int = 32
     scaling_factor: float = 0.476986
     latents_at_once: int = 16
+    decoded_channels: int = 3
     name: str = "HunyuanVideo"
     models: str = "HunyuanVideo and FramePack"
     file_name: str = "hunyuan_video_vae_bf16.safetensors"

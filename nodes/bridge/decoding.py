@@ -60,10 +60,13 @@ def decode_wan(vae: Any, latent: Tensor, tile: int, chunk: int) -> Tensor:
 
 
 def _images(pieces: Iterator[Tensor], latent: Tensor, config: VAEConfig) -> Tensor:
-    """IMAGE `[B * T, H, W, 3]` in 0 ... 1 of video `[B, 3, t, H, W]` in -1 ... 1 that comes in pieces."""
+    """IMAGE `[B * T, H, W, 3]` in 0 ... 1 of video `[B, 3, t, H, W]` in -1 ... 1 that comes in pieces.
+
+    Instead of 3 there are as many channels as the VAE decodes, as in ComfyUI.
+    """
     batch, _, num_latents, height, width = latent.shape
     stride, num_frames = config.spatial_stride, (num_latents - 1) * config.temporal_stride + 1
-    images = torch.empty(batch, num_frames, height * stride, width * stride, 3)
+    images = torch.empty(batch, num_frames, height * stride, width * stride, config.decoded_channels)
     num_done = 0
     for piece in pieces:
         done = images[:, num_done : num_done + piece.shape[2]]

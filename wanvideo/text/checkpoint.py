@@ -15,7 +15,8 @@ from ...weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ...weights.files.kinds import file_kind
 from ...weights.files.open import open_checkpoint
 from ...weights.linear.adopt import adopt_tensors
-from ...weights.linear.dialects import plain_dialect
+from ...weights.linear.dialects import plain_dialect, with_plain_parts
+from ...weights.linear.fitting import fit_tensors
 from .encoder import TextEncoder, UMT5Config, UMT5Encoder
 from .gguf import gguf_names, gguf_spiece
 from .tokenizer import Tokenizer
@@ -88,13 +89,19 @@ def open_text_encoder(path: str | Path) -> TextEncoderFile:
     official Wan layout and llama.cpp's in GGUF files, quantised in any dialect of `weights/linear/dialects.py`. Raises
     CheckpointError, which says what a file for another slot is.
     """
-    checkpoint = open_checkpoint(path)
+    return text_encoder_of(open_checkpoint(path))
+
+
+def text_encoder_of(checkpoint: Checkpoint) -> TextEncoderFile:
+    """`open_text_encoder` of an opened file."""
+    checkpoint = with_plain_parts(checkpoint)
     names = model_names(checkpoint)
     checkpoint = plain_dialect(checkpoint.renamed(names), names)
     config = infer_config(checkpoint)
     _check_dtypes(checkpoint)
     spiece = {name: info for name, info in checkpoint.tensors.items() if name == TOKENIZER}
     layers, table = without_table(checkpoint.renamed({TOKENIZER: None}), TABLE)
+    layers = fit_tensors(UMT5Encoder(config, "meta"), layers)
     file = TextEncoderFile(config, layers, table, Checkpoint(checkpoint.path, spiece, checkpoint.metadata))
     file.build()  # refuses a file that does not fit before anything runs
     return file

@@ -25,8 +25,8 @@ def infer_config(checkpoint: Checkpoint) -> VAEConfig:
 
     Raises CheckpointError when a tensor that tells them is missing or no known VAE has such dimensions.
     """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    for name in ("conv2.weight", "encoder.conv1.weight", "decoder.conv1.weight"):
+    shapes = {name: info.logical_shape or info.shape for name, info in checkpoint.tensors.items()}
+    for name in ("conv2.weight", "encoder.conv1.weight", "decoder.conv1.weight", "decoder.head.2.weight"):
         if len(shapes.get(name, ())) != 5:
             raise CheckpointError(
                 f"{checkpoint.path}: a Wan VAE without a 3-D convolution {name} (found {shapes.get(name, 'nothing')}); "
@@ -34,12 +34,18 @@ def infer_config(checkpoint: Checkpoint) -> VAEConfig:
                 f"Download {WAN21_VAE.file_name} or {WAN22_VAE.file_name} again."
             )
     z_dim = shapes["conv2.weight"][0]
-    encoder_dim, image_channels = shapes["encoder.conv1.weight"][:2]
+    encoder_dim, pixel_channels = shapes["encoder.conv1.weight"][:2]
+    patch = math.isqrt(pixel_channels // 3)  # 3 or 4 channels of each pixel
     base = next((known for known in (WAN21_VAE, WAN22_VAE) if known.z_dim == z_dim), None)
     if base is None:
         raise CheckpointError(
             f"{checkpoint.path}: a VAE of {z_dim} latent channels; expected {WAN21_VAE.z_dim} ({WAN21_VAE.name}) or "
             f"{WAN22_VAE.z_dim} ({WAN22_VAE.name}). Choose {WAN21_VAE.file_name} or {WAN22_VAE.file_name}."
+        )
+    if not patch:
+        raise CheckpointError(
+            f"{checkpoint.path}: a {base.name} VAE that encodes {pixel_channels} channels of a pixel; expected 3, or 4 "
+            f"with transparency. Choose {base.file_name}."
         )
     stage_dims, temporal_downsample, num_res_blocks = read_encoder_stages(shapes)
     if not stage_dims or any(dim % encoder_dim for dim in stage_dims):
@@ -55,7 +61,9 @@ def infer_config(checkpoint: Checkpoint) -> VAEConfig:
         dim_mult=dim_mult,
         num_res_blocks=num_res_blocks,
         temporal_downsample=temporal_downsample,
-        patch_size=math.isqrt(image_channels // 3),
+        patch_size=patch,
+        encoded_channels=pixel_channels // patch**2,
+        decoded_channels=shapes["decoder.head.2.weight"][0] // patch**2,
         residual_shortcuts="encoder.downsamples.0.downsamples.0.residual.2.weight" in shapes,
     )
 

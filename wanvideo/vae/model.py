@@ -34,7 +34,8 @@ class VAEConfig:
 
     `patch_size` is the side of the pixel squares folded into channels around the network; `residual_shortcuts` adds a
     parameter-free shortcut around each resolution (and keeps the channel count in upsampling). `latent_mean` and
-    `latent_std` hold one value per latent channel. `models` and `file_name` are for messages.
+    `latent_std` hold one value per latent channel. `models` and `file_name` are for messages. `encoded_channels` and
+    `decoded_channels` are those of a pixel: 4 with transparency, 12 for a decoder that makes 2 x 2 pixels of each.
     """
 
     name: str
@@ -50,6 +51,8 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
     residual_shortcuts: bool = False
+    encoded_channels: int = 3
+    decoded_channels: int = 3
 
     @property
     def spatial_stride(self) -> int:
@@ -60,10 +63,6 @@ class VAEConfig:
     def temporal_stride(self) -> int:
         """Frames per latent frame; the first latent frame holds a single one."""
         return 2 ** sum(self.temporal_downsample)
-
-    @property
-    def image_channels(self) -> int:
-        return 3 * self.patch_size**2
 
     @property
     def latent_channels(self) -> int:
@@ -207,7 +206,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         dims = [config.encoder_dim * mult for mult in config.dim_mult]
-        self.conv1 = CausalConv3d(config.image_channels, config.encoder_dim, (3, 3, 3))
+        self.conv1 = CausalConv3d(config.encoded_channels * config.patch_size**2, config.encoder_dim, (3, 3, 3))
         stages: list[nn.Module] = []
         in_dim = config.encoder_dim
         for index, out_dim in enumerate(dims):
@@ -260,7 +259,7 @@ class Decoder(nn.Module):
                 stages.extend(layers)
             in_dim = enlarged_dim
         self.upsamples = nn.Sequential(*stages)
-        self.head = output_head(dims[-1], config.image_channels)
+        self.head = output_head(dims[-1], config.decoded_channels * config.patch_size**2)
 
     def forward(self, z: Tensor, cache: CausalCache) -> Tensor:
         x = self.conv1(z, cache)

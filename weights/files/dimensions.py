@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
+# Of ComfyUI, of diffusers' pipelines, of DiffSynth's training; what data-parallel and compiled models are saved with.
+PREFIXES = (
+    "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "pipe.dit.", "dit.", "module.",
+    "_orig_mod.", "",
+)  # fmt: skip
 
 
 def model_prefix(names: Iterable[str], roots: tuple[str, ...]) -> str | None:
@@ -24,6 +29,28 @@ def model_prefix(names: Iterable[str], roots: tuple[str, ...]) -> str | None:
 
     prefix = max(PREFIXES, key=num_rooted)
     return prefix if num_rooted(prefix) else None
+
+
+def with_kernels(checkpoint: Checkpoint, kernels: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """The checkpoint with its convolutions to tokens `[dim, channels, *kernel]`, by layer: files may store them flat.
+
+    (GGUF has four dimensions at most.) A bias tells `dim`; tensors in which such a kernel has no room keep their shape.
+    """
+    tensors = dict(checkpoint.tensors)
+    for layer, kernel in kernels.items():
+        weight, bias = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.bias")
+        if weight is not None and bias is not None:
+            tensors[weight.name] = _with_kernel(weight, math.prod(bias.logical_shape or bias.shape), kernel)
+    return replace(checkpoint, tensors=tensors)
+
+
+def _with_kernel(info: TensorInfo, dim: int, kernel: tuple[int, ...]) -> TensorInfo:
+    shape = info.logical_shape or info.shape
+    channels, rest = divmod(math.prod(shape), max(dim * math.prod(kernel), 1))
+    if len(shape) == len(kernel) + 2 or rest or not channels:
+        return info
+    whole = (dim, channels, *kernel)
+    return replace(info, logical_shape=whole) if info.quant else replace(info, shape=whole)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,10 @@ PACKED_TYPES: Mapping[str, PackedType] = {
         "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS",
     )
 }  # fmt: skip
-PLAIN_TYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_TYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I8": torch.int8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 
 
 # city96's converter stores some tensors flattened to 256 columns, and their real shape in a field of this name.
@@ -81,13 +84,15 @@ def _tensor_info(path: Path, header: GgufHeader, tensor: GgufTensor) -> TensorIn
             f"{path}: {tensor.name} is stored as {quant}; expected one of {', '.join([*PLAIN_TYPES, *PACKED_TYPES])}; "
             "choose another release of the model, such as Q4_K_M or Q8_0"
         )
-    if not shape or shape[-1] % block.elements:
+    rows = shape
+    if shape and shape[-1] % block.elements:  # packed in rows of other lengths, such as 256 columns
+        rows = tensor.shape
+    if not rows or rows[-1] % block.elements:
         raise CheckpointError(
             f"{path}: {tensor.name} is {list(shape)} in {quant}; expected rows of a multiple of {block.elements} "
             "elements; choose another release of the model, such as Q8_0"
         )
-    row_bytes = shape[-1] // block.elements * block.nbytes
-    stored = (*shape[:-1], row_bytes)
+    stored = (*rows[:-1], rows[-1] // block.elements * block.nbytes)
     return TensorInfo(tensor.name, torch.uint8, stored, path, tensor.offset, math.prod(stored), quant, shape)
 
 

@@ -28,27 +28,41 @@ class WantedKind:
 
 
 HUNYUAN = FileKind("hunyuan transformer", "a HunyuanVideo transformer")
+LORA, DIFFERENCES = FileKind("lora", "a LoRA"), FileKind("lora", "a LoRA (full differences)")
+NOT = "not "
 
-# All fragments must occur in the names, each of which has a newline before and after it.
+# All fragments must occur in the names (or must not, with NOT before them); each name has a newline and a dot before it
+# and a newline after it.
 FINGERPRINTS: tuple[tuple[FileKind, tuple[str, ...]], ...] = (
-    (FileKind("lora", "a LoRA"), (".lora_A.",)),
-    (FileKind("lora", "a LoRA"), (".lora_down.",)),
-    (FileKind("lora", "a LoRA"), (".lora_up.",)),
-    (FileKind("lora", "a LoRA (full differences)"), (".diff\n",)),
+    (LORA, (".lora_A",)),
+    (LORA, (".lora_B",)),
+    (LORA, (".lora_down.",)),
+    (LORA, (".lora_up.",)),
+    (LORA, (".lora.down.",)),
+    (LORA, (".lora.up.",)),
+    (FileKind("lora", "a LoKr, a kind of LoRA"), (".lokr_",)),
+    (FileKind("lora", "a LoHa, a kind of LoRA"), (".hada_",)),
+    (DIFFERENCES, (".diff\n",)),
+    (DIFFERENCES, (".diff_b\n",)),
+    (DIFFERENCES, (".diff_m\n",)),
+    (FileKind("wan vace module", "a Wan VACE module without its transformer"), (".vace_blocks.0.", NOT + ".blocks.0.")),
+    (
+        FileKind("unknown", "an audio module for Wan (MultiTalk, InfiniteTalk)"),
+        (".audio_cross_attn.", NOT + ".self_attn.q."),
+    ),
     (FileKind("framepack transformer", "a FramePack transformer"), ("clean_x_embedder.proj_4x.",)),
-    (FileKind("wan transformer", "a Wan transformer"), ("patch_embedding.weight\n", ".cross_attn.norm_q.")),
+    (FileKind("wan transformer", "a Wan transformer"), (".patch_embedding.weight", ".cross_attn.norm_q.")),
     (FileKind("wan transformer", "a Wan transformer"), ("time_projection.1.", ".cross_attn.norm_q.")),
     (FileKind("wan transformer", "a Wan transformer"), ("condition_embedder.time_proj.", ".attn2.to_q.")),
-    (FileKind("wan vae", "a Wan VAE"), ("\ndecoder.middle.0.residual.0.gamma\n", "conv2.weight\n")),
+    (FileKind("wan vae", "a Wan VAE"), (".decoder.middle.0.residual.0.gamma\n", ".conv2.weight\n")),
     (FileKind("wan vae", "a Wan VAE (diffusers layout)"), ("decoder.mid_block.resnets.0.norm1.gamma\n",)),
     (FileKind("hunyuan vae", "a HunyuanVideo VAE"), ("decoder.conv_in.conv.", "post_quant_conv.")),
     (FileKind("umt5 encoder", "a UMT5 text encoder"), ("block.1.layer.0.SelfAttention.relative_att",)),
-    (FileKind("umt5 encoder", "a UMT5 text encoder"), ("token_embedding.weight\n", "blocks.0.pos_embedding.")),
+    (FileKind("umt5 encoder", "a UMT5 text encoder"), (".token_embedding.weight", ".blocks.0.pos_embedding.")),
     (FileKind("umt5 encoder", "a UMT5 text encoder (GGUF layout)"), ("enc.blk.1.attn_rel_b",)),
     (FileKind("siglip vision", "a SigLIP vision model"), ("vision_model.encoder.layers.0.", "vision_model.head.")),
     (FileKind("clip vision", "a CLIP vision model"), ("vision_model.encoder.layers.0.",)),
     (FileKind("clip vision", "a CLIP vision model"), ("visual.transformer.",)),
-    (FileKind("unknown", "a Wan VACE module without its transformer"), ("vace_blocks.0.",)),
     (FileKind("unknown", "a T5 text encoder (of Flux or SD 3)"), ("block.0.layer.0.SelfAttention.",)),
     (HUNYUAN, ("double_blocks.0.", "individual_token_refiner")),
     (HUNYUAN, ("x_embedder.proj.", "token_refiner.refiner_blocks.")),
@@ -75,15 +89,16 @@ SLOTS: Mapping[str, str] = {
     "umt5 encoder": "the text encoder",
     "clip vision": "the CLIP vision model",
     "siglip vision": "the CLIP vision model",
+    "wan vace module": "the VACE module",
 }
 
 
 def file_kind(names: Iterable[str]) -> FileKind:
     """What kind of model a file with these tensor names (in any layout) is."""
     names = list(names)
-    text = "\n" + "\n".join(names) + "\n"
+    text = "\n." + "\n.".join(names) + "\n"
     for kind, fragments in FINGERPRINTS:
-        if all(fragment in text for fragment in fragments):
+        if all((part.removeprefix(NOT) in text) != part.startswith(NOT) for part in fragments):
             return kind
     return FileKind("unknown", f"no known model ({some_names(names, 'tensor')})")
 

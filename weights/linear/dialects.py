@@ -2,7 +2,8 @@
 
 Afterwards a quantised layer has `<layer>.weight`, whose `TensorInfo.quant` names its format, and `<layer>.weight_scale`
 (and what else a 4-bit format needs). Static scales of activations are dropped: activations are quantised row by row as
-they come, which is more accurate. Sources: ComfyUI 0.33 (`comfy/utils.py`, `comfy/ops.py`), optimum-quanto, LightX2V.
+they come, which is more accurate. Sources: ComfyUI 0.33 (`comfy/utils.py`, `comfy/ops.py`), optimum-quanto, LightX2V,
+musubi-tuner, DeepSeek-V3.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .block_scaled import BLOCK_SCALED, is_block_scaled
 from .fp8 import FP8, FP8_FULL_PRECISION
 from .int8 import INT8
 from .kitchen import KITCHEN_QUANTS, kitchen_quant_name
@@ -28,6 +30,7 @@ OLD_MARKER = "scaled_fp8"  # one per model; its dtype is that of the weights
 # The last parts of a name -> what it becomes; None is dropped.
 PARTS: Mapping[str, str | None] = {
     "scale_weight": "weight_scale",
+    "weight_scale_inv": "weight_scale",  # what to multiply by, though its name says otherwise
     "weight._data": "weight",
     "weight._scale": "weight_scale",
     "scale_input": None,
@@ -70,6 +73,15 @@ def plain_dialect(checkpoint: Checkpoint, names: Mapping[str, str | None] | None
         if marker is not None:
             tensors[name] = _marked(checkpoint, info, marker, tensors.get(f"{layer}.weight_scale"))
     return Checkpoint(checkpoint.path, tensors, checkpoint.metadata)
+
+
+def with_plain_parts(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with every weight and scale called so: what finds layers by their names need know no dialect.
+
+    `plain_dialect` then gives the weights their formats.
+    """
+    new = {name: plain for name, plain in _new_names(checkpoint).items() if plain is not None}
+    return checkpoint.renamed(new)
 
 
 def is_beside_quantised(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -156,9 +168,13 @@ def _marked(checkpoint: Checkpoint, info: TensorInfo, marker: LayerMarker, scale
     if marker.format in ("float8_e4m3fn", "float8_e5m2"):
         if scale is None:
             return info  # a cast without a scale is a plain weight
+        if _in_blocks(info, scale):
+            return replace(info, quant=BLOCK_SCALED)
         _check_scale(checkpoint, info, scale)
         return replace(info, quant=FP8_FULL_PRECISION if marker.full_precision else FP8)
     if marker.format == "int8_tensorwise":
+        if scale is not None and not marker.rotated and _in_blocks(info, scale):
+            return replace(info, quant=BLOCK_SCALED)
         _check_scale(checkpoint, info, scale)
         if not marker.rotated:
             return replace(info, quant=INT8)
@@ -170,9 +186,18 @@ def _marked(checkpoint: Checkpoint, info: TensorInfo, marker: LayerMarker, scale
             f"{checkpoint.path}: {info.name} is stored as {marker.format!r}, which is not known; expected one of "
             f"{known}; choose the fp8 scaled or a GGUF version of the model"
         )
+    if len(info.shape) != 2:
+        raise CheckpointError(
+            f"{checkpoint.path}: {info.name} {list(info.shape)} is stored as {marker.format!r}; expected a matrix; "
+            "choose the fp8 scaled or a GGUF version of the model"
+        )
     rows, columns = info.shape
     shape = (rows, 2 * columns if quant.halved else columns)
     return replace(info, quant=kitchen_quant_name(quant, marker.group, marker.rotation), logical_shape=shape)
+
+
+def _in_blocks(info: TensorInfo, scale: TensorInfo) -> bool:
+    return math.prod(scale.shape) not in (1, info.shape[0]) and is_block_scaled(info, scale)
 
 
 def _check_scale(checkpoint: Checkpoint, info: TensorInfo, scale: TensorInfo | None) -> None:
@@ -180,7 +205,7 @@ def _check_scale(checkpoint: Checkpoint, info: TensorInfo, scale: TensorInfo | N
         given = "none" if scale is None else f"one of shape {list(scale.shape)}"
         raise CheckpointError(
             f"{checkpoint.path}: the scale of {info.name} {list(info.shape)} is {given}; expected one number, or one "
-            "for each row; choose the fp8 scaled, int8 or a GGUF version of the model"
+            "for each row or block; choose the fp8 scaled, int8 or a GGUF version of the model"
         )
 
 

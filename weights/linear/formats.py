@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..files.checkpoint import Checkpoint, TensorInfo
+from .block_scaled import recognise_block_scaled
 from .fp8 import recognise_fp8
 from .gguf import GGUF_FORMATS
 from .int8 import recognise_int8
@@ -21,6 +22,7 @@ from .weight_format import PLAIN, WeightFormat
 RECOGNISERS: tuple[Callable[[TensorInfo], WeightFormat | None], ...] = (
     recognise_fp8,
     recognise_int8,
+    recognise_block_scaled,
     recognise_kitchen,
     lambda weight: GGUF_FORMATS.get(weight.quant or ""),
 )

@@ -6,6 +6,7 @@ embeddings, modulation and the head stay as stored.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,12 @@ class StoredLayer:
         weight = self.tensors["weight"]
         return weight.logical_shape or weight.shape
 
+    @property
+    def has_rows_apart(self) -> bool:
+        """Whether some rows can be unpacked without the others: no scale is of several of them but of all."""
+        scale = self.tensors.get("weight_scale")
+        return scale is None or math.prod(scale.shape) == 1 or scale.shape[0] == self.shape[0]
+
 
 @dataclass(frozen=True)
 class QuantizedSource(Checkpoint):
@@ -109,7 +116,7 @@ class QuantizedSource(Checkpoint):
     def _pieces(self, layer: StoredLayer) -> Iterator[tuple[slice, Tensor]]:
         """Some rows at a time: their place and the weight in fp32."""
         num_rows, num_columns = layer.shape
-        step = max(1, PIECE_ELEMENTS // num_columns)
+        step = max(1, PIECE_ELEMENTS // num_columns) if layer.has_rows_apart else num_rows
         for first in range(0, num_rows, step):
             rows = slice(first, min(first + step, num_rows))
             packed = {
