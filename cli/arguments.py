@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,26 +140,17 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
 
 def positive(text: str) -> float:
     """A finite number above 0."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
+    return _number(text, lambda value: 0 < value < math.inf, "above 0")
 
 
 def not_negative(text: str) -> float:
     """A finite number from 0 up."""
-    value = _number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
-    return value
+    return _number(text, lambda value: 0 <= value < math.inf, "from 0 up")
 
 
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
-    return value
+    return _number(text, lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
 def block_count(text: str) -> int:
@@ -190,8 +182,8 @@ def numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1000,750,500,250") from None
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def _number(text: str, is_allowed: Callable[[float], bool], allowed: str) -> float:
+    with suppress(ValueError):
+        if is_allowed(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number {allowed}")

@@ -199,7 +199,3 @@ def demo(options: argparse.Namespace) -> None:
 def _fail(message: str) -> int:
     print(f"lowvram-video: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
-
-
-if __name__ == "__main__":
-    sys.exit(main())

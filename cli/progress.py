@@ -7,11 +7,13 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
+from ..runtime.progress import Progress
+
 BEGUN = "{desc} ..."
 BAR = "{desc} [{bar:24}] {n_fmt}/{total_fmt}  {rate_inv_fmt}  {remaining_s:.0f} s left"
 
 
-class TerminalProgress:
+class TerminalProgress(Progress):
     """Redraws one line on a terminal; elsewhere it writes one line per phase."""
 
     def __init__(self, stream: TextIO):
@@ -20,20 +22,17 @@ class TerminalProgress:
         self._title, self._started = "", 0.0
 
     def begin(self, title: str) -> None:
-        """A phase starts; the one before is done."""
         self.end()
         self._title, self._started = title, time.monotonic()
         # `disable` of None: where the stream is no terminal
         self._bar = tqdm(desc=title, bar_format=BEGUN, ascii=".#", file=self.stream, leave=False, disable=None)
 
     def update(self, done: int, total: int) -> None:
-        """`done` of `total` steps, frames or bytes of the phase."""
         if self._bar is not None and not self._bar.disable:
             self._bar.bar_format, self._bar.n, self._bar.total = BAR, done, total
             self._bar.refresh()
 
     def end(self) -> None:
-        """The current phase is done."""
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()

@@ -16,7 +16,7 @@ FAMILIES: tuple[Family, ...] = (WAN, FRAMEPACK)
 
 def family_of_kind(kind: str) -> Family | None:
     """The family whose transformers are files of this kind (see `file_kind`)."""
-    return next((family for family in FAMILIES if family.kind == kind), None)
+    return next((family for family in FAMILIES if family.wanted.kind == kind), None)
 
 
 def family_of(path: str | Path) -> Family:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..runtime.progress import Progress, Silent
+from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
 from ..vae.retries import at_work, once_more
 from ..vae.tiling import encode_fitting
@@ -69,7 +69,7 @@ class Encoders:
     CheckpointError for files of other models.
     """
 
-    def __init__(self, files: EncoderFiles, settings: RunSettings, progress: Progress = Silent()):  # noqa: B008
+    def __init__(self, files: EncoderFiles, settings: RunSettings, progress: Progress = Progress()):  # noqa: B008
         self.files, self.settings, self.progress = files, settings, progress
         # as FramePack's own; bf16 would keep three bits less of features that decide the whole video
         dtype = torch.float32 if settings.compute_dtype == torch.float32 else torch.float16
@@ -132,8 +132,7 @@ class Encoders:
             yield
         finally:
             self.progress.end()
-            if self.settings.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def _features(self, picture: Tensor | None) -> Tensor | None:
         if picture is None:

@@ -16,7 +16,7 @@ from ..memory.plan.footprint import Limits, WorkSize
 from ..memory.plan.plan import MemoryPlan
 from ..memory.report.report import RunReport
 from ..memory.stream.pinned import CudaRegistrar
-from ..runtime.progress import Progress, Silent
+from ..runtime.progress import Progress
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
@@ -48,7 +48,7 @@ class FramePackPipeline:
         self,
         files: FramePackFiles,
         settings: RunSettings = RunSettings(),  # noqa: B008 - immutable
-        progress: Progress = Silent(),  # noqa: B008
+        progress: Progress = Progress(),  # noqa: B008
     ):
         self.files, self.settings, self.progress = files, settings, progress
         self.model = StreamedFramePack(files.model, settings, loras=files.loras, model_type=files.model_type)
@@ -110,8 +110,7 @@ class FramePackPipeline:
             yield vae, self._decode_budget()
 
     def free_memory(self) -> None:
-        if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def lora_reports(self) -> list[LoraReport]:
         """How much of each LoRA is applied."""

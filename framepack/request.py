@@ -99,7 +99,11 @@ class EncodedInputs:
             end_image=self.end is not None,
             given_latents=self.num_given,
         )
-        return tuple(replace(section, span=section.span.later(self.given_after)) for section in sections)
+        # the seconds of a given video that none of its latents hold
+        return tuple(
+            replace(section, seconds=tuple(second + self.given_after for second in section.seconds))
+            for section in sections
+        )
 
     @property
     def num_given(self) -> int:
@@ -130,7 +134,7 @@ class EncodedInputs:
         """The given video where this section lies; its last latent stays where it is too short."""
         if self.initial is None:
             return None
-        first, end = section.span.noisy
+        first, end = section.latents
         last = self.initial.shape[2] - 1
         return self.initial[:, :, [min(index, last) for index in range(first, end)]]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -57,41 +57,14 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Span:
-    """What a section makes of the finished video, each (from, to) with `to` excluded.
-
-    `latents` and `frames` hold the start image where the section is the first of the video, except behind a given
-    video; `noisy` is `latents` without it (for video-to-video: the source's latents to begin with).
-    """
-
-    latents: tuple[int, int]
-    noisy: tuple[int, int]
-    frames: tuple[int, int]
-    seconds: tuple[float, float]
-
-    def later(self, seconds: float) -> Span:
-        """The same behind so much of the video that none of the latents hold."""
-        begin, end = self.seconds
-        return replace(self, seconds=(begin + seconds, end + seconds))
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """What is decoded after a section: so many latents of the grown history, at the end that grew.
-
-    `num_frames` is what they decode to. `overlap_frames` of it blend linearly into the film there is already: the last
-    ones where sections are prepended, else the first. 0 where there is no film yet.
-    """
-
-    latents: slice
-    num_latents: int
-    num_frames: int
-    overlap_frames: int
-
-
-@dataclass(frozen=True)
 class Section:
-    """One run of the sampling loop; see `plan_sections`."""
+    """One run of the sampling loop; see `plan_sections`.
+
+    `latents` and `seconds` are what it makes of the finished video, (from, to) with `to` excluded. The start image is
+    in the seconds of the section that is the first of the video, unless that extends a given one; of the latents it is
+    none. `to_decode` are latents of the history as it is afterwards, at the end that grew: those of the section, and
+    those whose frames it is faded into.
+    """
 
     number: int  # in order of generation, from 0
     num_sections: int
@@ -99,8 +72,9 @@ class Section:
     sources: Sources | None  # None: no history (one-frame mode)
     prepend: bool  # the new latents go before the history (base), otherwise behind it
     prepend_start: bool  # the start latent goes before the new ones first (base, last generated)
-    span: Span
-    decoding: Decoding
+    latents: tuple[int, int]
+    seconds: tuple[float, float]
+    to_decode: slice
 
     @property
     def end_is_one(self) -> bool:
@@ -112,7 +86,6 @@ def plan_sections(
     seconds: float,
     window: int = 9,
     mode: SectionMode = "base",
-    fps: float = FRAMES_PER_SECOND,
     *,
     start_image: bool = True,
     end_image: bool = False,
@@ -133,43 +106,39 @@ def plan_sections(
             f"given_latents is {given_latents} in mode {mode!r}; expected 0, or with mode 'f1' the number of latents "
             "of the video to extend. Base generates backwards from the end and cannot continue a video."
         )
-    count = count_sections(seconds, window, fps)
+    count = count_sections(seconds, window)
     if mode == "base":
-        return tuple(_base_section(number, count, window, fps, start_image, end_image) for number in range(count))
+        return tuple(_base_section(number, count, window, start_image, end_image) for number in range(count))
     num_first = given_latents or int(start_image)
     return tuple(
-        _f1_section(number, count, window, fps, end_image, num_first, bool(given_latents)) for number in range(count)
+        _f1_section(number, count, window, end_image, num_first, bool(given_latents)) for number in range(count)
     )
 
 
-def plan_one_frame(target_index: int = 1, fps: float = FRAMES_PER_SECOND) -> tuple[Section, ...]:
+def plan_one_frame(target_index: int = 1) -> tuple[Section, ...]:
     """Return the only section of one-frame mode: one noisy latent at `target_index`, the start latent as all it sees.
 
     The larger the index, the more time has passed since the start image. Raises ValueError for an index below 1.
     """
     if target_index < 1:
         raise ValueError(f"target_index is {target_index}; expected 1 or more, because the start image has index 0.")
-    span = Span(latents=(0, 1), noisy=(0, 1), frames=(0, 1), seconds=(0.0, 1 / fps))
     indices = TimeIndices(noisy=(target_index,), start=0, one=(), two=(), four=(), end=None)
-    decoding = Decoding(latents=slice(-1, None), num_latents=1, num_frames=1, overlap_frames=0)
-    return (Section(0, 1, indices, None, prepend=False, prepend_start=False, span=span, decoding=decoding),)
+    return (Section(0, 1, indices, None, False, False, (0, 1), (0.0, 1 / FRAMES_PER_SECOND), slice(-1, None)),)
 
 
-def count_sections(seconds: float, window: int = 9, fps: float = FRAMES_PER_SECOND) -> int:
+def count_sections(seconds: float, window: int = 9) -> int:
     """Return how many sections make about that many seconds: the nearest count (a half goes to even), at least 1.
 
     Raises ValueError naming what is out of range.
     """
     if not (math.isfinite(seconds) and seconds > 0.0):
         raise ValueError(f"The video length is {seconds} s; expected a number of seconds above 0, such as 5.")
-    if not (math.isfinite(fps) and fps > 0.0):
-        raise ValueError(f"fps is {fps}; expected a number of frames per second above 0 (FramePack makes 30).")
     if not 1 <= window <= MAX_WINDOW:
         raise ValueError(
             f"latent_window_size is {window}; expected 1 to {MAX_WINDOW} latents of 4 frames (9 is what FramePack was "
             "trained with)."
         )
-    return max(round(seconds * fps / (FRAMES_PER_LATENT * window)), 1)
+    return max(round(seconds * FRAMES_PER_SECOND / (FRAMES_PER_LATENT * window)), 1)
 
 
 def base_paddings(num_sections: int) -> tuple[int, ...]:
@@ -198,13 +167,14 @@ def section_noise(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
-def _base_section(number: int, count: int, window: int, fps: float, start_image: bool, end_image: bool) -> Section:
+def _base_section(number: int, count: int, window: int, start_image: bool, end_image: bool) -> Section:
     padding = base_paddings(count)[number] * window
     start, _, noisy, one, two, four = _consecutive(1, padding, window, NUM_ONE, NUM_TWO, NUM_FOUR)
     # `number` sections have been made behind this one, and the end image lies behind them.
     end = _end_index("base", noisy, number * window) if end_image else None
     with_start = start_image and number == count - 1
     num_latents = window * (1 if number == 0 else 2) + with_start
+    begin = start_image + (count - 1 - number) * window
     return Section(
         number=number,
         num_sections=count,
@@ -212,19 +182,13 @@ def _base_section(number: int, count: int, window: int, fps: float, start_image:
         sources=Sources(slice(0, 1), slice(1, 3), slice(3, NUM_HISTORY)),
         prepend=True,
         prepend_start=with_start,
-        span=_span(start_image + (count - 1 - number) * window, window, fps, with_start=with_start),
-        decoding=Decoding(
-            latents=slice(0, num_latents),
-            num_latents=num_latents,
-            num_frames=num_frames(num_latents),
-            overlap_frames=num_frames(window) if number else 0,
-        ),
+        latents=(begin, begin + window),
+        seconds=_seconds(begin, window, with_start),
+        to_decode=slice(0, num_latents),
     )
 
 
-def _f1_section(
-    number: int, count: int, window: int, fps: float, end_image: bool, num_first: int, extends: bool
-) -> Section:
+def _f1_section(number: int, count: int, window: int, end_image: bool, num_first: int, extends: bool) -> Section:
     """`num_first` latents are before the first section: the start image, or those of a video that it extends."""
     start, four, two, one, noisy = _consecutive(1, NUM_FOUR, NUM_TWO, NUM_ONE, window)
     end = _end_index("f1", noisy, (count - 1 - number) * window) if end_image else None
@@ -239,13 +203,9 @@ def _f1_section(
         sources=Sources(slice(-1, None), slice(-3, -1), slice(-NUM_HISTORY, -3)),
         prepend=False,
         prepend_start=False,
-        span=_span(num_before, window, fps, with_start=number == 0 and num_first > 0 and not extends),
-        decoding=Decoding(
-            latents=slice(-num_latents, None),
-            num_latents=num_latents,
-            num_frames=num_frames(num_latents),
-            overlap_frames=num_frames(overlap) if overlap else 0,
-        ),
+        latents=(num_before, num_before + window),
+        seconds=_seconds(num_before, window, with_start=number == 0 and num_first > 0 and not extends),
+        to_decode=slice(-num_latents, None),
     )
 
 
@@ -263,14 +223,7 @@ def _end_index(mode: SectionMode, noisy: tuple[int, ...], distance: int) -> int:
     return noisy[-1] + 1 + min(distance, END_REACH[mode])
 
 
-def _span(begin: int, window: int, fps: float, with_start: bool) -> Span:
-    """Span of the noisy latents from `begin` on, and of the start latent where it belongs to the section."""
-    end = begin + window
+def _seconds(begin: int, window: int, with_start: bool) -> tuple[float, float]:
+    """From when to when a section's latents, from `begin` on, play, and the start image where it belongs to them."""
     first_frame = 0 if with_start or begin == 0 else num_frames(begin)
-    frames = (first_frame, num_frames(end))
-    return Span(
-        latents=(begin - with_start, end),
-        noisy=(begin, end),
-        frames=frames,
-        seconds=(frames[0] / fps, frames[1] / fps),
-    )
+    return first_frame / FRAMES_PER_SECOND, num_frames(begin + window) / FRAMES_PER_SECOND

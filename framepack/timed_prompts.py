@@ -48,8 +48,7 @@ class TimedPrompt:
 
         A section has one set of prompts: those in the middle of the stretch that it covers.
         """
-        begin, end = section.span.seconds
-        return self.prompts_at_time((begin + end) / 2)
+        return self.prompts_at_time(sum(section.seconds) / 2)
 
     def prompts_at_time(self, seconds: float) -> list[tuple[str, float]]:
         """Return the (prompt, weight) at a moment of the finished video, as in `prompts_at`."""

@@ -39,10 +39,6 @@ class Family:
     with_own_names: Callable[[Checkpoint], Checkpoint]
     describe: Callable[[Checkpoint], Description]
 
-    @property
-    def kind(self) -> str:
-        return self.wanted.kind
-
 
 def num_parameters(tensors: Iterable[TensorInfo]) -> str:
     """How many numbers a model has, as people say it: "14.3B"."""

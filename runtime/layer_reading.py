@@ -38,16 +38,18 @@ class LayerReader:
                 assert pending is not None
                 weights, pending = pending.result(), read(number + 1)
                 try:  # also where the device has room for a part of it
-                    _assign(layer, f"{self.stem}.{number}.", weights, self.device)
+                    layer.load_state_dict({name: each.to(self.device) for name, each in weights.items()}, assign=True)
                     del weights
                     yield layer
                 finally:
                     layer.to("meta")
 
     def _read(self, number: int) -> dict[str, Tensor]:
+        """The layer's tensors by their names in it."""
         if self._kept is not None and number in self._kept:
             return self._kept[number]
-        weights = {name: self.checkpoint.read(name) for name in self._names[number]}
+        prefix = f"{self.stem}.{number}."
+        weights = {name.removeprefix(prefix): self.checkpoint.read(name) for name in self._names[number]}
         if self._kept is not None:
             self._kept[number] = weights
         return weights
@@ -60,12 +62,6 @@ def _names_by_layer(checkpoint: Checkpoint, stem: str) -> Mapping[int, list[str]
         if info.name.startswith(stem + "."):
             names.setdefault(int(info.name[len(stem) + 1 :].partition(".")[0]), []).append(info.name)
     return names
-
-
-def _assign(layer: nn.Module, prefix: str, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    for name, tensor in weights.items():
-        module, _, leaf = name.removeprefix(prefix).rpartition(".")
-        setattr(layer.get_submodule(module), leaf, nn.Parameter(tensor.to(device), requires_grad=False))
 
 
 @dataclass(frozen=True)

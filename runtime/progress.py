@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """Told what happens; see `progress.TerminalProgress`."""
-
-    def begin(self, title: str) -> None: ...
-    def update(self, done: int, total: int) -> None: ...
-    def end(self) -> None: ...
-
-
-class Silent:
-    """Progress for nobody."""
+class Progress:
+    """Told what happens, and tells nobody; `cli/progress.py` has one that shows it."""
 
     def begin(self, title: str) -> None:
-        return
+        """A phase starts; the one before is done."""
 
     def update(self, done: int, total: int) -> None:
-        return
+        """`done` of `total` steps, frames or bytes of the phase."""
 
     def end(self) -> None:
-        return
+        """The current phase is done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -234,8 +234,7 @@ class StreamedModel(Generic[M]):
                     raise
             # outside the handler: its traceback holds the failed pass's activations
             self.stop()
-            if self.settings.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def start(self, plan: MemoryPlan, ring: DeviceRing | None = None) -> None:
         """Put the model on its device as the plan says. `ring` is one shared with another expert of the same layout."""
@@ -362,15 +361,12 @@ class StreamedModel(Generic[M]):
 
     def _load(self, names: Sequence[str]) -> None:
         with ThreadPoolExecutor(NUM_READERS) as readers:
-            for name, tensor in zip(names, readers.map(self.weights.read_tensor, names), strict=True):
-                self._assign(name, tensor.to(self.settings.device))
+            read = zip(names, readers.map(self.weights.read_tensor, names), strict=True)
+            self._place({name: tensor.to(self.settings.device) for name, tensor in read})
 
     def _unload(self, names: Sequence[str]) -> None:
-        for name in names:
-            info = self.weights.source.tensors[name]
-            self._assign(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
+        infos = {name: self.weights.source.tensors[name] for name in names}
+        self._place({name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in infos.items()})
 
-    def _assign(self, name: str, tensor: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor, requires_grad=False))
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(tensors, strict=False, assign=True)

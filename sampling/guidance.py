@@ -38,10 +38,7 @@ class Guidance:
     batched: bool = False
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"Guidance scale is {self.scale}; expected a finite number (1 turns guidance off).")
-        if self.scale != 1.0 and self.uncond is None:
-            raise ValueError(_missing_uncond(self.scale))
+        _check_scale(self.scale, self.uncond)
         if self.batched and self.uncond is not None and self.cond.shape[1:] != self.uncond.shape[1:]:
             raise ValueError(
                 f"cond {list(self.cond.shape)} and uncond {list(self.uncond.shape)} cannot share a batch: pad them "
@@ -50,10 +47,8 @@ class Guidance:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return the guided clean latent for x at `sigma` (0-d), in the shape of x."""
-        if self.scale == 1.0:
+        if self.scale == 1.0 or self.uncond is None:
             return self._denoised(x, sigma, self.cond)
-        if self.uncond is None:
-            raise ValueError(_missing_uncond(self.scale))
         if self.batched:
             context = torch.cat([_for_batch(self.cond, x), _for_batch(self.uncond, x)])
             denoised_cond, denoised_uncond = self._denoised(torch.cat([x, x]), sigma, context).chunk(2)
@@ -83,12 +78,9 @@ class RescaledGuidance:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"Guidance scale is {self.scale}; expected a finite number (1 turns guidance off).")
+        _check_scale(self.scale, self.uncond)
         if not 0.0 <= self.rescale <= 1.0:
             raise ValueError(f"Guidance rescale is {self.rescale}; expected 0 (off) to 1 (the deviation of cond).")
-        if self.scale != 1.0 and self.uncond is None:
-            raise ValueError(_missing_uncond(self.scale))
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return the guided clean latent for x at `sigma` (0-d), in the shape of x."""
@@ -163,8 +155,13 @@ def velocity_to_denoised(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
     return x - sigma * velocity.to(x.dtype)
 
 
-def _missing_uncond(scale: float) -> str:
-    return f"Guidance scale is {scale} but there is no uncond context; pass the negative prompt's, or use scale 1."
+def _check_scale(scale: float, uncond: object) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"Guidance scale is {scale}; expected a finite number (1 turns guidance off).")
+    if scale != 1.0 and uncond is None:
+        raise ValueError(
+            f"Guidance scale is {scale} but there is no uncond context; pass the negative prompt's, or use scale 1."
+        )
 
 
 def _for_batch(context: Tensor, x: Tensor) -> Tensor:

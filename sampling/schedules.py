@@ -20,13 +20,10 @@ SPACINGS = ("uniform", "simple")
 FRAMEPACK_MAX_SHIFT = 7.0
 
 
-def flow_sigmas(num_steps: int, shift: float, spacing: str = "uniform", denoise: float = 1.0) -> Tensor:
+def flow_sigmas(num_steps: int, shift: float, spacing: str = "uniform") -> Tensor:
     """Return the noise levels of one run, float32 [num_steps + 1] on the CPU, strictly decreasing to 0.
 
-    `shift` bends the levels towards noise (see `shift_sigma`). `denoise` below 1 starts part-way: the levels
-    are the last `num_steps` of a run of `num_steps / denoise` steps, so the first unshifted level is `denoise`.
-    ComfyUI truncates that longer run to whole steps; both agree when it is whole, and this one still starts
-    part-way when it is not (ComfyUI runs 4 steps at 0.9 as a full denoise).
+    `shift` bends the levels towards noise (see `shift_sigma`).
 
     `spacing` says where the unshifted levels lie:
         "uniform"  1, 1 - 1/n, ..., 1/n, 0: Wan's `get_sampling_sigmas`. Wan's UniPC starts at 0.999 and
@@ -38,20 +35,13 @@ def flow_sigmas(num_steps: int, shift: float, spacing: str = "uniform", denoise:
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; at least 1 step is needed.")
-    if not 0.0 < denoise <= 1.0:
-        raise ValueError(f"denoise is {denoise}; expected above 0 and at most 1 (1 starts from pure noise).")
-    full_steps = num_steps / denoise
-    if full_steps > NUM_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"{num_steps} steps at denoise {denoise} are spaced as {full_steps:.0f} full steps; the model knows "
-            f"{NUM_TRAIN_TIMESTEPS} timesteps. Use fewer steps or a higher denoise."
-        )
-    positions = [full_steps - num_steps + step for step in range(num_steps)]
+    if num_steps > NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"num_steps is {num_steps}; the model knows {NUM_TRAIN_TIMESTEPS} timesteps. Use fewer steps.")
     if spacing == "uniform":
-        levels = [denoise * (num_steps - step) / num_steps for step in range(num_steps)]
+        levels = [(num_steps - step) / num_steps for step in range(num_steps)]
     elif spacing == "simple":
-        stride = NUM_TRAIN_TIMESTEPS / full_steps
-        levels = [1.0 - int(position * stride) / NUM_TRAIN_TIMESTEPS for position in positions]
+        stride = NUM_TRAIN_TIMESTEPS / num_steps
+        levels = [1.0 - int(step * stride) / NUM_TRAIN_TIMESTEPS for step in range(num_steps)]
     else:
         raise ValueError(f"spacing is {spacing!r}; expected one of {', '.join(SPACINGS)}.")
     sigmas = torch.tensor([shift_sigma(level, shift) for level in levels] + [0.0], dtype=torch.float32)
@@ -75,8 +65,8 @@ def framepack_sigmas(num_steps: int, mu: float, strength: float = 1.0) -> Tensor
 
     sigma = e^mu / (e^mu + 1/t - 1) for t from 1 to 0; a `shift` given by the user is mu = ln(shift). `strength` below 1
     (video-to-video) multiplies every level, so the run starts at sigma = strength with all its steps, as FramePack
-    does; `flow_sigmas(denoise=...)` instead starts part-way along the shifted curve. Strength 0 is no step at all:
-    the single level [0.], from which `sample_unipc_bh1` and `_bh2` return the input.
+    does. Strength 0 is no step at all: the single level [0.], from which `sample_unipc_bh1` and `_bh2` return the
+    input.
     Raises ValueError for values out of range.
     """
     if not math.isfinite(mu):
@@ -89,12 +79,11 @@ def framepack_sigmas(num_steps: int, mu: float, strength: float = 1.0) -> Tensor
     return check_sigmas(sigmas * strength)
 
 
-def sigmas_from_timesteps(timesteps: Sequence[float], shift: float = 1.0) -> Tensor:
+def sigmas_from_timesteps(timesteps: Sequence[float]) -> Tensor:
     """Return the noise levels of an explicit timestep list, float32 [len(timesteps) + 1], with the final 0 added.
 
-    Leave `shift` at 1 when the list is already shifted. Distilled 4-step models (lightx2v, Lightning) publish
-    either form of one schedule with shift 5: [1000, 750, 500, 250] unshifted is [1000, 937.5, 833.3, 625]
-    shifted, and both equal `flow_sigmas(4, shift=5)`.
+    The list is one that is shifted already: that of distilled 4-step models (lightx2v, Lightning) is [1000, 937.5,
+    833.3, 625], which equals `flow_sigmas(4, shift=5)`.
 
     Raises ValueError unless the list is strictly decreasing within (0, 1000].
     """
@@ -107,8 +96,7 @@ def sigmas_from_timesteps(timesteps: Sequence[float], shift: float = 1.0) -> Ten
         raise ValueError(
             f"Timesteps {values} leave the range above 0 and up to {NUM_TRAIN_TIMESTEPS}; the final 0 is added for you."
         )
-    levels = [shift_sigma(value / NUM_TRAIN_TIMESTEPS, shift) for value in values]
-    return check_sigmas(torch.tensor([*levels, 0.0], dtype=torch.float32))
+    return check_sigmas(torch.tensor([*values, 0.0], dtype=torch.float64).div(NUM_TRAIN_TIMESTEPS).float())
 
 
 def is_high_noise(sigma: Tensor, boundary: float) -> bool:
@@ -132,7 +120,7 @@ def shift_sigma(sigma: float, shift: float) -> float:
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """Return the latent at `sigma`, (1 - sigma) * clean + sigma * noise; `denoise` < 1 starts from this."""
+    """Return the latent at `sigma`, (1 - sigma) * clean + sigma * noise."""
     return (1.0 - sigma) * clean + sigma * noise
 
 

@@ -1,6 +1,7 @@
 """FramePack's sections against the loops of its two demos, its noise, and its buckets."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,17 +87,20 @@ def check_section(section: Section, expected: dict, history: list) -> list:
     for name in ("one", "two", "four"):
         assert list(getattr(indices, name)) == expected[name].tolist()
     assert (history[sources.one], history[sources.two], history[sources.four]) == expected["sources"]
-    new = list(range(*section.span.noisy))
+    new = list(range(*section.latents))
     if section.prepend_start:
         new = [START, *new]
     assert new == expected["new"]
     history = [*new, *history] if section.prepend else [*history, *new]
     assert history == expected["history"]
-    assert history[section.decoding.latents] == expected["decoded"]
-    assert section.decoding.num_latents == len(expected["decoded"])
-    assert section.decoding.num_frames == 4 * len(expected["decoded"]) - 3
-    assert section.decoding.overlap_frames == expected["overlap"]
+    assert history[section.to_decode] == expected["decoded"]
     return history
+
+
+def frames_of(section: Section) -> tuple[int, int]:
+    """Of the finished video, at 30 frames a second."""
+    first, end = (round(30 * second) for second in section.seconds)
+    return first, end
 
 
 @pytest.mark.parametrize("mode", ["base", "f1"])
@@ -124,31 +128,29 @@ def test_extending_a_video(window: int, given_latents: int) -> None:
     history = [*ZEROS, *range(given_latents)]
     film = 4 * given_latents - 3
     for section, expected in zip(plan, reference, strict=True):
-        assert section.decoding.overlap_frames <= film
+        assert expected["overlap"] <= film
         history = check_section(section, expected, history)
-        assert section.span.latents == section.span.noisy
-        assert section.span.frames[0] == film
-        film += section.decoding.num_frames - section.decoding.overlap_frames
-        assert section.span.frames[1] == film
-    assert plan[0].span.noisy[0] == given_latents
+        first, end = frames_of(section)
+        assert first == film
+        film += 4 * len(expected["decoded"]) - 3 - expected["overlap"]
+        assert end == film
+    assert plan[0].latents[0] == given_latents
 
 
 def test_number_of_sections() -> None:
     for seconds in ALL_LENGTHS:
         for window in WINDOWS:
             assert count_sections(seconds, window) == int(max(round(seconds * 30 / (window * 4)), 1))
-    assert count_sections(5, 9, fps=24) == 3
 
 
 def test_the_real_window_by_hand() -> None:
     """Five seconds at the usual window: four sections of 9 latents, 145 frames."""
     plan = plan_sections(5)
     assert [section.indices.noisy[0] for section in plan] == [28, 19, 10, 1]
-    assert [section.decoding.num_latents for section in plan] == [9, 18, 18, 19]
-    assert [section.decoding.overlap_frames for section in plan] == [0, 33, 33, 33]
-    assert [section.span.frames for section in plan] == [(109, 145), (73, 109), (37, 73), (0, 37)]
-    assert plan[-1].span.latents == (0, 10)
-    assert plan[-1].span.seconds == (0.0, pytest.approx(37 / 30))
+    assert [section.to_decode for section in plan] == [slice(0, 9), slice(0, 18), slice(0, 18), slice(0, 19)]
+    assert [frames_of(section) for section in plan] == [(109, 145), (73, 109), (37, 73), (0, 37)]
+    assert plan[-1].latents == (1, 10)
+    assert plan[-1].seconds == (0.0, pytest.approx(37 / 30))
     assert [section.prepend_start for section in plan] == [False, False, False, True]
     assert plan[0].indices.clean == (0, 37)
     assert plan_sections(5, mode="f1")[2].indices.noisy == tuple(range(20, 29))
@@ -177,15 +179,16 @@ plans = st.builds(
 def test_plans_cover_the_video_once(case) -> None:
     plan, window, mode, end, given_latents = case
     total = (given_latents or 1) + window * len(plan)
-    ordered = sorted(plan, key=lambda section: section.span.frames)
+    ordered = sorted(plan, key=lambda section: section.seconds)
     assert list(ordered) == (list(plan) if mode == "f1" else list(reversed(plan)))
-    for kind in ("latents", "frames", "seconds"):
-        spans = [getattr(section.span, kind) for section in ordered]
+    for kind in ("latents", "seconds"):
+        spans = [getattr(section, kind) for section in ordered]
         assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
         assert all(begin < to for begin, to in spans)
-    assert ordered[0].span.latents[0] == given_latents
-    assert ordered[-1].span.latents[1] == total
-    assert ordered[-1].span.frames[1] == 4 * (total - 1) + 1
+    assert ordered[0].latents[0] == (given_latents or 1)
+    assert ordered[-1].latents[1] == total
+    assert frames_of(ordered[0])[0] == (4 * given_latents - 3 if given_latents else 0)
+    assert frames_of(ordered[-1])[1] == 4 * (total - 1) + 1
     assert [section.number for section in plan] == list(range(len(plan)))
     assert [section.num_sections for section in plan] == [len(plan)] * len(plan)
     for section in plan:
@@ -225,7 +228,7 @@ def test_the_end_image_in_every_section(seconds: float, window: int) -> None:
         assert section.indices.clean == (0, 19, section.indices.end)
     without = plan_sections(seconds, window, "base")
     for with_end, plain in zip(base, without, strict=True):  # it changes one clean latent and nothing else
-        assert (with_end.span, with_end.decoding, with_end.sources) == (plain.span, plain.decoding, plain.sources)
+        assert replace(with_end, indices=plain.indices) == plain
         assert with_end.indices.noisy == plain.indices.noisy
 
 
@@ -236,7 +239,7 @@ def test_one_frame_mode() -> None:
     assert (section.indices.one, section.indices.two, section.indices.four) == ((), (), ())
     assert section.sources is None
     assert (section.number, section.num_sections) == (0, 1) and not section.end_is_one
-    assert (section.decoding.num_frames, section.decoding.overlap_frames) == (1, 0)
+    assert frames_of(section) == (0, 1)
     assert plan_one_frame()[0].indices.noisy == (1,)
 
 
@@ -248,7 +251,6 @@ def test_one_frame_mode() -> None:
         (lambda: plan_sections(float("inf")), "video length is inf s"),
         (lambda: plan_sections(5, 0), "latent_window_size is 0; expected 1 to 33"),
         (lambda: plan_sections(5, 34), "latent_window_size is 34; expected 1 to 33"),
-        (lambda: plan_sections(5, fps=0), "fps is 0"),
         (lambda: plan_sections(5, 9, "f2"), "mode is 'f2'; expected one of base, f1"),
         (lambda: plan_sections(5, given_latents=3), "given_latents is 3 in mode 'base'"),
         (lambda: plan_one_frame(0), "target_index is 0; expected 1 or more"),

@@ -16,13 +16,11 @@ from lowvram_video.sampling.schedules import (
 )
 
 
-def comfyui_simple(num_steps: int, shift: float, denoise: float = 1.0) -> torch.Tensor:
-    """ComfyUI 0.33: a table of 1000 shifted sigmas read at int(step * 1000 / steps), and KSampler's denoise."""
+def comfyui_simple(num_steps: int, shift: float) -> torch.Tensor:
+    """ComfyUI 0.33: a table of 1000 shifted sigmas read at int(step * 1000 / steps)."""
     t = torch.arange(1, 1001) / 1000
     table = shift * t / (1 + (shift - 1) * t)
-    full = int(num_steps / denoise)
-    picked = [float(table[-(1 + int(x * 1000 / full))]) for x in range(full)] + [0.0]
-    return torch.tensor(picked)[-(num_steps + 1) :]
+    return torch.tensor([float(table[-(1 + int(x * 1000 / num_steps))]) for x in range(num_steps)] + [0.0])
 
 
 @settings(deadline=None, max_examples=200)
@@ -30,20 +28,14 @@ def comfyui_simple(num_steps: int, shift: float, denoise: float = 1.0) -> torch.
     num_steps=st.integers(1, 200),
     shift=st.floats(0.1, 50.0),
     spacing=st.sampled_from(SPACINGS),
-    denoise=st.one_of(st.just(1.0), st.floats(0.25, 1.0)),
 )
-def test_levels_strictly_decrease_from_the_start_to_zero(
-    num_steps: int, shift: float, spacing: str, denoise: float
-) -> None:
-    sigmas = flow_sigmas(num_steps, shift, spacing, denoise)
+def test_levels_strictly_decrease_from_the_start_to_zero(num_steps: int, shift: float, spacing: str) -> None:
+    sigmas = flow_sigmas(num_steps, shift, spacing)
     assert sigmas.shape == (num_steps + 1,)
     assert sigmas.dtype == torch.float32
     assert bool((sigmas.diff() < 0).all())
     assert sigmas[-1] == 0.0
-    if denoise == 1.0:
-        assert sigmas[0] == 1.0
-    if spacing == "uniform":
-        assert float(sigmas[0]) == pytest.approx(shift * denoise / (1 + (shift - 1) * denoise), rel=1e-6)
+    assert sigmas[0] == 1.0
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
@@ -65,25 +57,20 @@ def test_uniform_is_within_a_timestep_of_diffusers_unipc(shift: float) -> None:
     assert difference < 0.001 * shift  # its unshifted levels end at 0.001; the shift is that steep near 0
 
 
-@pytest.mark.parametrize(("num_steps", "denoise"), [(20, 1.0), (7, 1.0), (30, 1.0), (10, 0.5), (4, 0.8), (3, 0.3)])
+@pytest.mark.parametrize("num_steps", [3, 4, 7, 10, 20, 30])
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
-def test_simple_is_comfyuis(num_steps: int, denoise: float, shift: float) -> None:
-    expected = comfyui_simple(num_steps, shift, denoise)
-    torch.testing.assert_close(flow_sigmas(num_steps, shift, "simple", denoise), expected, rtol=1e-6, atol=0.0)
+def test_simple_is_comfyuis(num_steps: int, shift: float) -> None:
+    expected = comfyui_simple(num_steps, shift)
+    torch.testing.assert_close(flow_sigmas(num_steps, shift, "simple"), expected, rtol=1e-6, atol=0.0)
 
 
-def test_denoise_starts_part_way_even_where_full_steps_are_not_whole() -> None:
-    assert float(comfyui_simple(4, 5.0, 0.9)[0]) == 1.0  # the case in which the input would be thrown away
-    for spacing in SPACINGS:
-        first = float(flow_sigmas(4, 5.0, spacing, 0.9)[0])
-        assert first == pytest.approx(5 * 0.9 / (1 + 4 * 0.9), abs=1e-3)
-
-
-def test_distilled_lists_in_either_form_are_one_schedule() -> None:
-    unshifted = sigmas_from_timesteps([1000, 750, 500, 250], shift=5.0)
-    assert unshifted.tolist() == pytest.approx([1.0, 0.9375, 5 / 6, 0.625, 0.0], rel=1e-7)
-    torch.testing.assert_close(unshifted, flow_sigmas(4, 5.0), rtol=1e-7, atol=0.0)
-    torch.testing.assert_close(sigmas_from_timesteps([1000, 937.5, 833.3, 625]), unshifted, rtol=0.0, atol=1e-4)
+def test_distilled_lists_are_a_schedule() -> None:
+    wanted = [1.0, 0.9375, 5 / 6, 0.625, 0.0]
+    assert sigmas_from_timesteps([1000, 937.5, 1000 * 5 / 6, 625]).tolist() == pytest.approx(wanted, rel=1e-7)
+    assert flow_sigmas(4, 5.0).tolist() == pytest.approx(wanted, rel=1e-7)
+    torch.testing.assert_close(
+        sigmas_from_timesteps([1000, 937.5, 833.3, 625]), flow_sigmas(4, 5.0), rtol=0.0, atol=1e-4
+    )
 
 
 def num_high_steps(sigmas: torch.Tensor, boundary: float) -> int:
@@ -102,7 +89,7 @@ def test_boundary_counts(num_steps: int, shift: float, boundary: float, num_high
 
 
 def test_a_run_can_lie_wholly_in_the_low_expert() -> None:
-    assert num_high_steps(flow_sigmas(10, 5.0, denoise=0.3), 0.875) == 0
+    assert num_high_steps(flow_sigmas(40, 5.0)[20:], 0.875) == 0
 
 
 def test_add_noise_runs_from_clean_to_noise() -> None:
@@ -119,9 +106,7 @@ def test_add_noise_runs_from_clean_to_noise() -> None:
         (lambda: flow_sigmas(4, 0.0), "shift is 0.0"),
         (lambda: flow_sigmas(4, float("nan")), "shift is nan"),
         (lambda: flow_sigmas(4, 5.0, "karras"), "'karras'; expected one of uniform, simple"),
-        (lambda: flow_sigmas(4, 5.0, denoise=0.0), "denoise is 0.0"),
-        (lambda: flow_sigmas(4, 5.0, denoise=1.5), "denoise is 1.5"),
-        (lambda: flow_sigmas(600, 5.0, denoise=0.5), "1200 full steps"),
+        (lambda: flow_sigmas(1200, 5.0), "num_steps is 1200"),
         (lambda: flow_sigmas(500, 1e7), "milder shift"),
         (lambda: sigmas_from_timesteps([]), "empty"),
         (lambda: sigmas_from_timesteps([1.0, 0.75, 0.5]), "look like sigmas"),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lowvram_video.weights.files.checkpoint import Checkpoint
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.kernels.gguf_reference import dequantize_reference
 from lowvram_video.weights.linear.adopt import load_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from .quantizers import quantize, write_gguf
 from .tiny import save_files, save_text_encoder
@@ -112,15 +113,17 @@ def test_streamed_is_resident_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_block_that_half_fits_is_not_left_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_text_encoder(save_text_encoder(tmp_path / "umt5.safetensors"))
-    parameter, made = nn.Parameter, []
+    weights = dict(encoder.model.encoder.block[0].named_parameters())
+    to, copied = Tensor.to, []
 
-    def full(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
-        made.append(tensor)
-        if len(made) == 3:
+    def full(tensor: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        if tuple(tensor.shape) in {tuple(weight.shape) for weight in weights.values()} and encoder.device in arguments:
+            copied.append(tensor)
+        if len(copied) == 3:
             raise RuntimeError("CUDA error: out of memory")
-        return parameter(tensor, requires_grad)
+        return to(tensor, *arguments, **named)
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of memory"):
-        patched.setattr(nn, "Parameter", full)
+        patched.setattr(Tensor, "to", full)
         encoder.encode(["a red ball"])
     assert all(tensor.is_meta for tensor in encoder.model.encoder.block.parameters())

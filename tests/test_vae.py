@@ -104,7 +104,7 @@ def test_decode_matches_diffusers(pair, num_frames):
     mean, std = statistics(vae.config)
     with torch.no_grad():
         expected = reference.decode(latent * std + mean).sample
-    video = torch.cat(list(vae.decode(latent)), dim=2)
+    video = torch.cat(list(vae.decode_pieces(latent)), dim=2)
     error = relative_error(video, expected)
     print(f"{vae.config.name} decode, {num_frames} frames: max relative error {error:.2e}")
     assert video.shape[2] == num_frames
@@ -143,8 +143,8 @@ def test_half_precision_is_close(pair, dtype):
     half = WanVAE(vae.config, dtype=dtype)
     half.load_state_dict(vae.state_dict())
     latent, video = random_latent(vae.config, 2), random_video(5)
-    decoded = torch.cat(list(half.decode(latent)), dim=2)
-    error = (decoded.float() - torch.cat(list(vae.decode(latent)), dim=2)).abs().mean().item()
+    decoded = torch.cat(list(half.decode_pieces(latent)), dim=2)
+    error = (decoded.float() - torch.cat(list(vae.decode_pieces(latent)), dim=2)).abs().mean().item()
     latent_error = (half.encode(video).float() - vae.encode(video)).abs().mean().item()
     print(f"{vae.config.name} {dtype}: mean error of frames {error:.1e}, of latents {latent_error:.1e}")
     assert decoded.dtype == dtype
@@ -169,9 +169,9 @@ def test_layout_changes_nothing(pair):
     other.load_state_dict(vae.state_dict())
     other.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
     latent, video = random_latent(vae.config, 3), random_video(9)
-    decoded = list(other.decode(latent))
+    decoded = list(other.decode_pieces(latent))
     assert [frames.shape[2] for frames in decoded] == [1, 4, 4]
-    error = relative_error(torch.cat(decoded, dim=2), torch.cat(list(vae.decode(latent)), dim=2))
+    error = relative_error(torch.cat(decoded, dim=2), torch.cat(list(vae.decode_pieces(latent)), dim=2))
     latent_error = relative_error(other.encode(video), vae.encode(video))
     print(f"{vae.config.name}: max relative errors {error:.2e}, {latent_error:.2e}")
     assert max(error, latent_error) <= BOUND
@@ -182,7 +182,7 @@ def test_layout_changes_nothing(pair):
 
 def test_frames_arrive_one_then_four(pair):
     vae, _ = pair
-    chunks = [frames.shape for frames in vae.decode(random_latent(vae.config, 3))]
+    chunks = [frames.shape for frames in vae.decode_pieces(random_latent(vae.config, 3))]
     stride = vae.config.spatial_stride
     assert [tuple(shape) for shape in chunks] == [(2, 3, t, 2 * stride, 4 * stride) for t in (1, 4, 4)]
 
@@ -190,16 +190,16 @@ def test_frames_arrive_one_then_four(pair):
 def test_the_first_frames_need_no_later_latent(pair):
     vae, _ = pair
     latent = random_latent(vae.config, 4)
-    whole = vae.decode(latent)
-    for prefix_frames in vae.decode(latent[:, :, :2]):
+    whole = vae.decode_pieces(latent)
+    for prefix_frames in vae.decode_pieces(latent[:, :, :2]):
         assert torch.equal(prefix_frames, next(whole))
 
 
 def test_two_decodes_at_once_do_not_disturb_each_other(pair):
     vae, _ = pair
     first, second = random_latent(vae.config, 3), random_latent(vae.config, 3).flip(1)
-    expected = [list(vae.decode(first)), list(vae.decode(second))]
-    woven = list(zip(vae.decode(first), vae.decode(second), strict=True))
+    expected = [list(vae.decode_pieces(first)), list(vae.decode_pieces(second))]
+    woven = list(zip(vae.decode_pieces(first), vae.decode_pieces(second), strict=True))
     for step, (a, b) in enumerate(woven):
         assert torch.equal(a, expected[0][step])
         assert torch.equal(b, expected[1][step])
@@ -215,7 +215,7 @@ def test_an_abandoned_decode_frees_its_cache(pair, monkeypatch):
         caches.append(weakref.ref(cache))
 
     monkeypatch.setattr(CausalCache, "__init__", recorded)
-    frames = vae.decode(random_latent(vae.config, 4))
+    frames = vae.decode_pieces(random_latent(vae.config, 4))
     next(frames)
     assert caches[0]() is not None
     frames.close()
@@ -236,7 +236,7 @@ def test_the_cache_keeps_two_frames_per_convolution(pair):
 
 def test_decode_leaves_the_callers_grad_mode_alone(pair):
     vae, _ = pair
-    frames = vae.decode(random_latent(vae.config, 2))
+    frames = vae.decode_pieces(random_latent(vae.config, 2))
     next(frames)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
@@ -282,14 +282,14 @@ def test_a_video_that_does_not_fit_is_refused_with_the_fix(shape, parts):
 def test_a_latent_of_another_vae_is_refused_at_the_call(config, channels, parts):
     vae = WanVAE(config, device="meta")
     with pytest.raises(ValueError, match="channels") as error:
-        vae.decode(torch.zeros(1, channels, 1, 4, 4))
+        vae.decode_pieces(torch.zeros(1, channels, 1, 4, 4))
     for part in parts:
         assert part in str(error.value)
 
 
 def test_an_image_latent_is_refused():
     with pytest.raises(ValueError, match="video of one frame"):
-        WanVAE(WAN21_VAE, device="meta").decode(torch.zeros(1, 16, 4, 4))
+        WanVAE(WAN21_VAE, device="meta").decode_pieces(torch.zeros(1, 16, 4, 4))
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_a_file_loads_as_it_was_saved(pair, prefix, tmp_path):
     loaded = open_vae(path).build(torch.float32, CPU)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     latent = random_latent(vae.config, 2)
-    for a, b in zip(loaded.decode(latent), vae.decode(latent), strict=True):
+    for a, b in zip(loaded.decode_pieces(latent), vae.decode_pieces(latent), strict=True):
         assert torch.equal(a, b)
 
 

@@ -29,7 +29,7 @@ def random_video(num_frames: int, height: int, width: int) -> torch.Tensor:
 
 
 def untiled(vae: WanVAE, latent: torch.Tensor) -> torch.Tensor:
-    return torch.cat(list(vae.decode(latent)), dim=2)
+    return torch.cat(list(vae.decode_pieces(latent)), dim=2)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------

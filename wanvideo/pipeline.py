@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..memory.plan.plan import MemoryPlan, decode_tiles
 from ..memory.report.report import RunReport
-from ..runtime.progress import Progress, Silent
+from ..runtime.progress import Progress
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
@@ -59,7 +59,7 @@ class WanPipeline:
         self,
         files: WanFiles,
         settings: RunSettings = RunSettings(),  # noqa: B008 - immutable
-        progress: Progress = Silent(),  # noqa: B008
+        progress: Progress = Progress(),  # noqa: B008
         runs: Path | None = None,
     ):
         """`runs` is the folder that keeps the steps of runs (None: nothing is kept)."""
@@ -318,8 +318,7 @@ class WanPipeline:
                 model.stop()
             else:
                 model.release()
-        if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _check_files(self) -> None:
         config, files = self.high.config, self.files

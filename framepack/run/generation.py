@@ -66,16 +66,15 @@ NOTHING = Conditions({}, None, ())
 
 @dataclass(frozen=True)
 class MadeSection:
-    """A section that is done: its own latents, and those to decode now (`section.decoding`), all on the CPU.
+    """A section that is done: its own latents, and those to decode now (`section.to_decode`), all on the CPU.
 
-    `video` are all latents made so far, in the video's order. `resumed` ones were there from an earlier run.
+    `video` are all latents made so far, in the video's order.
     """
 
     section: Section
     latents: Tensor
     to_decode: Tensor
     video: Tensor
-    resumed: bool
 
 
 def noise_levels(sampling: Sampling, latent_size: tuple[int, int]) -> Tensor:
@@ -139,36 +138,28 @@ class Generation:
         num_before = history.shape[2]
         caches = self._caches()
         for section in self.sections:
-            resumed = self.store is not None and section.number < self.store.completed
-            if resumed:
-                assert self.store is not None
+            if self.store is not None and section.number < self.store.completed:
                 stored = self.store.load(section.number)
                 latents = stored.latents
                 generator.set_state(stored.generator_state)
             else:
                 try:
-                    latents = self._make(section, history, generator, caches)
+                    latents = self._sample(section, history, generator, caches)
                 finally:
                     for cache in caches:
                         cache.begin_section()
+                if section.prepend_start:
+                    latents = torch.cat([self.inputs.start_latent(), latents], dim=2)
                 if self.store is not None:
                     self.store.save_section(section.number, latents, generator.get_state())
             history = torch.cat([latents, history] if section.prepend else [history, latents], dim=2)
             video = latents if section.sources is None else self._video(history, num_before)
-            yield MadeSection(section, latents, history[:, :, section.decoding.latents], video, resumed)
-
-    def _make(
-        self, section: Section, history: Tensor, generator: torch.Generator, caches: Sequence[TeaCache]
-    ) -> Tensor:
-        """The section's latents `[1, 16, window (+ 1 with the start's), h, w]`."""
-        latents = self._sample(section, history, generator, caches)
-        if section.prepend_start:
-            latents = torch.cat([self.inputs.start_latent(), latents], dim=2)
-        return latents
+            yield MadeSection(section, latents, history[:, :, section.to_decode], video)
 
     def _sample(
         self, section: Section, history: Tensor, generator: torch.Generator, caches: Sequence[TeaCache]
     ) -> Tensor:
+        """The section's latents `[1, 16, window, h, w]`."""
         sigmas = noise_levels(self.sampling, self.inputs.latent_size)
         shape = (1, history.shape[1], len(section.indices.noisy), *self.inputs.latent_size)
         noise = section_noise(generator, shape)

@@ -246,9 +246,11 @@ class Stage(nn.Module):
         for block in self.resnets:
             clip = block(clip)
         for sampler in self.samplers():
-            clip.settle()
+            # Frames of another size follow. PyTorch's allocator keeps freed memory in pieces of the old one, a third on
+            # top of what is in use.
+            torch.cuda.empty_cache()
             clip = sampler(clip)
-            clip.settle()
+            torch.cuda.empty_cache()
         return clip
 
 

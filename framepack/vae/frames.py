@@ -72,11 +72,6 @@ class FrameStore:
         else:
             self._free.append(kept.buffer)
 
-    def settle(self) -> None:
-        """Give back memory that fits the frames so far: from here on they have another size."""
-        # PyTorch's allocator keeps freed memory in pieces of the old size, a third on top of what is in use.
-        torch.cuda.empty_cache()
-
     def _take_buffer(self, nbytes: int) -> Tensor:
         fitting = [index for index, buffer in enumerate(self._free) if buffer.numel() >= nbytes]
         if not fitting:
@@ -126,10 +121,6 @@ class Clip:
     def fresh(self) -> Clip:
         """An empty clip in the same store."""
         return Clip(self._store)
-
-    def settle(self) -> None:
-        """Say that frames of another size follow; see `FrameStore.settle`."""
-        self._store.settle()
 
     def append(self, frame: Tensor) -> None:
         self._moments.append(channel_moments(frame))

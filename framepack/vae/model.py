@@ -82,9 +82,7 @@ class HunyuanVAE(nn.Module):
             self.decoder = Decoder(config)
             self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
             self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
-        self.requires_grad_(False)
-        self.to(dtype=dtype)
-        self.eval()
+        self.requires_grad_(False).to(dtype=dtype).eval()
 
     @property
     def device(self) -> torch.device:

@@ -119,7 +119,7 @@ WAN22_VAE = VAEConfig(
 
 
 class WanVAE(nn.Module):
-    """A Wan video autoencoder, for inference: `encode` and `decode` work in chunks and keep no state in the module."""
+    """A Wan video autoencoder, for inference: coding works in chunks and keeps no state in the module."""
 
     def __init__(
         self, config: VAEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -131,9 +131,7 @@ class WanVAE(nn.Module):
             self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
             self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
             self.decoder = Decoder(config)
-        self.requires_grad_(False)
-        self.to(dtype=dtype)
-        self.eval()
+        self.requires_grad_(False).to(dtype=dtype).eval()
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +153,7 @@ class WanVAE(nn.Module):
         chunks = [video[:, :, start:end] for start, end in pairwise(bounds)]
         return torch.cat([self._encode_chunk(chunk, cache) for chunk in chunks], dim=2)
 
-    def decode(self, latent: Tensor) -> Iterator[Tensor]:
+    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode a normalised `latent` [B, z, T, h, w], yielding frames [B, 3, 1, H, W], then [B, 3, 4, H, W] each.
 
         Frames are in [-1, 1] and come as soon as their latent frame is done. The latent may lie on another device.
@@ -165,12 +163,8 @@ class WanVAE(nn.Module):
         check_latent(self.config, latent)
         return self._decode_frames(latent)
 
-    def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
-        """`decode`, by the name that both families' VAEs have."""
-        return self.decode(latent)
-
     def num_pieces(self, num_latents: int) -> int:
-        """How many pieces `decode` yields."""
+        """How many pieces `decode_pieces` yields."""
         return num_latents
 
     def _decode_frames(self, latent: Tensor) -> Iterator[Tensor]:
