@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..system.card_profile import CardProfile, profile_of
 from ..system.kernel_choice import brief, reason_against, relative_error
 from .backend import AttentionSpec, Backend
 
@@ -46,6 +47,7 @@ class Machine:
     capability: Callable[[torch.device], tuple[int, int] | None] = nvidia_capability
     platform: str = sys.platform
     python: str = sys.executable or "python"
+    card: Callable[[torch.device], CardProfile | None] = profile_of
 
     def pip_install(self, packages: str) -> str:
         """The command that installs into the Python that runs this, e.g. ComfyUI's embedded one."""
@@ -118,6 +120,18 @@ def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
     An out-of-memory is no answer: it is raised.
     """
     return reason_against(lambda: _disagreement(backend, spec), spec.device)
+
+
+def disagreement_with_plain(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, num_queries: int
+) -> tuple[str | None, float]:
+    """Why a result on these tensors `[B, L, H, D]` cannot be trusted, or None, and its relative error.
+
+    The first `num_queries` queries are compared with attention in fp32.
+    """
+    out = backend.attend(q, k, v)[:, :num_queries]
+    expected = _reference(q[:, :num_queries], k, v)
+    return _find_difference(out, expected, q.dtype, backend.exact), relative_error(out, expected)
 
 
 def _disagreement(backend: Backend, spec: AttentionSpec) -> str | None:

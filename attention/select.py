@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..system.card_profile import CardProfile
 from ..system.device_errors import is_out_of_memory
 from ..system.kernel_choice import Trial, choose
 from .backend import AttentionSpec, Backend
@@ -43,7 +44,8 @@ ATTENTION_MODES = ("auto", *(line.name for line in _BACKENDS))
 def select_attention(mode: str, spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> Backend:
     """The backend for `mode`, proven on the device by a small run against plain attention.
 
-    "auto" takes the best exact one and logs why; any other mode of ATTENTION_MODES is taken or refused. Raises
+    "auto" takes the best exact one and logs why: the fastest by what was measured of this card (`lowvram-video bench`),
+    else the one that is fastest on most; any other mode of ATTENTION_MODES is taken or refused. Raises
     AttentionUnavailable (a ValueError). Call it once per model load: every call probes afresh. Where the device has no
     memory left to probe anything, PyTorch's own attention runs for now.
     """
@@ -57,6 +59,21 @@ def select_attention(mode: str, spec: AttentionSpec, machine: Machine = THIS_MAC
             "have left the GPU", spec.device, "a backend" if mode == "auto" else mode,
         )  # fmt: skip
         return Sdpa(torch.device("cpu"))  # in torch's own order of kernels, which needs no proof
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A backend, and the reason why it cannot run what was asked, or None."""
+
+    name: str
+    backend: Backend
+    reason: str | None
+
+
+def judge_backends(spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> list[Judged]:
+    """Every backend, in the order of the widget; each one is imported and probed."""
+    backends = [line.make(spec.device, machine) for line in _BACKENDS]
+    return [Judged(backend.name, backend, _find_reason(backend, spec)) for backend in backends]
 
 
 def _select_named(mode: str, spec: AttentionSpec, machine: Machine) -> Backend:
@@ -77,8 +94,18 @@ def _select_best(spec: AttentionSpec, machine: Machine) -> Backend:
         return _find_reason(backend, spec) if backend.exact else "quantised, so only by choice"
 
     trial = Trial("attention", spec.device, check, work=str(spec), unavailable=AttentionUnavailable)
-    ranked = sorted(_BACKENDS, key=lambda line: line.auto_rank or 0)
+    measured = _measured_tflops(machine.card(spec.device), spec)
+    ranked = sorted(_BACKENDS, key=lambda line: (-measured.get(line.name, 0.0), line.auto_rank or 0))
     return choose(trial, [line.make(spec.device, machine) for line in ranked]).best
+
+
+def _measured_tflops(card: CardProfile | None, spec: AttentionSpec) -> dict[str, float]:
+    """The rate of each backend over the longest sequence that it was measured with, where the card was; {} for none.
+
+    Profiles are of heads of 128.
+    """
+    rows = [] if card is None or spec.head_dim != 128 else [row for row in card.attention if row.queries == row.keys]
+    return {row.backend: row.tflops for row in sorted(rows, key=lambda row: row.keys) if row.tflops}
 
 
 def _find_reason(backend: Backend, spec: AttentionSpec) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line: `lowvram-video generate | plan | inspect | convert | demo`."""
+"""The command line: `lowvram-video generate | plan | bench | inspect | convert | demo`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from ..demo.show import make_demo
 from ..families.identify import describe, identify
 from ..families.table import FAMILIES, family_of, family_of_kind
 from ..framepack.family import FRAMEPACK
-from ..memory.plan.limits import limits_for
+from ..memory.plan.limits import limits_for, with_card
 from ..memory.plan.table import assumed_rates
 from ..memory.plan.table import describe as describe_plan
 from ..runtime.family import Family
 from ..runtime.settings import RunSettings, use_device
 from ..sampling.samplers import SAMPLERS
+from ..system.card_profile import load_profile
 from ..system.device_errors import is_out_of_memory
 from ..wanvideo.family import WAN
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert
 from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice, positive
+from .bench import add_bench
 from .framepack import FRAMEPACK_COMMANDS
 from .progress import TerminalProgress
 from .report import show_report
@@ -72,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_generate(commands.add_parser("generate", help="make a video from checkpoint files and a prompt"))
     _add_plan(commands.add_parser("plan", help="show what a run would use, without a GPU"))
+    add_bench(commands.add_parser("bench", help="measure this card, so that plans tell its times"))
     _add_inspect(commands.add_parser("inspect", help="say what a checkpoint file is"))
     _add_convert(commands.add_parser("convert", help="write a quantised copy of a checkpoint"))
     _add_demo(commands.add_parser("demo", help="make a video with the pack's own tiny model"))
@@ -118,6 +121,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vram-budget", type=positive, metavar="GIB", required=True)
     parser.add_argument("--ram-budget", type=positive, metavar="GIB")
     parser.add_argument("--blocks-to-swap", type=int, default=-1)
+    parser.add_argument(
+        "--card", type=Path, metavar="FILE",
+        help="what `bench` measured of another card, such as one of benchmarks/cards (left out: of this one)",
+    )  # fmt: skip
     for commands in COMMANDS.values():
         commands.add_plan(parser)
     parser.set_defaults(command=plan)
@@ -163,8 +170,10 @@ def plan(options: argparse.Namespace) -> None:
         fused=True,
         measure=False,
     )
+    if options.card is not None:
+        limits = with_card(limits, load_profile(options.card))
     made = model.make_plan(COMMANDS[family].planned_work(options, model), limits)
-    print(f"{describe_plan(made)}\n{assumed_rates(limits)}")
+    print(describe_plan(made) if made.times_are_measured else f"{describe_plan(made)}\n{assumed_rates(limits)}")
 
 
 def _family(path: Path) -> Family:

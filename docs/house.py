@@ -29,7 +29,7 @@ NO_CODE = {
 TIERS = (
     ("cli", "nodes"),
     ("nodes/bridge",),
-    ("demo",),
+    ("demo", "card"),
     ("families",),
     ("framepack/run",),  # makes a request with a model: it stands on both
     ("wanvideo", "framepack"),

@@ -31,7 +31,7 @@ CORNER = 14  # of a box, which no line meets
 
 # What stands together, by the first folders that match: its hue in light and dark.
 GROUPS = (
-    ("doors", "#b4540a", "#f0a868", ("cli", "nodes", "demo")),
+    ("doors", "#b4540a", "#f0a868", ("cli", "nodes", "demo", "card")),
     ("families", "#1f6f43", "#7fcf9f", ("families", "wanvideo", "framepack")),
     ("running", "#1d5fa8", "#86b8f0", ("runtime", "vae", "memory")),
     ("weights", "#8a3a86", "#dd9ad8", ("weights",)),

@@ -10,6 +10,7 @@ from .network.config import IMAGE_TOKENS
 
 TWICE_FRAMES, FOUR_FRAMES = 2, 16  # latents of the history that are shown at half and at a quarter of the size
 TEXT_TOKENS = 512  # at most
+DOUBLE_PASSES, SINGLE_PASSES = 16, 19  # see BLOCK_PASSES
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class FramePackFootprint(ModelFootprint):
         per_row += num_single * (3 * dim**2 + dim * mlp + (dim + mlp) * dim)
         attention = 4.0 * work.rows * work.tokens * dim
         return 2.0 * work.rows * per_row, self.num_blocks * attention
+
+    def moved_tensors(self) -> float:
+        """Double blocks have no cross-attention; single ones add attention and MLP at once, whose GELU is a step."""
+        return self.num_double * DOUBLE_PASSES + (self.num_blocks - self.num_double) * SINGLE_PASSES
 
     def text_bytes(self, work: WorkSize, choice: Choice) -> int:
         """Text and modulation of one step; the other steps' wait in host memory."""

@@ -87,6 +87,8 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             chunk_tensors=self.chunk_tensors(dtype, config.mlp_dim, config.dim),
             vae=None,
             num_double=config.num_layers,
+            form=self.product_form,
+            attention=self.model.execution.attention.name,
         )
 
     def prepared(

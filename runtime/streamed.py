@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from ..weights.files.checkpoint import Checkpoint
 from ..weights.linear.compute import select_compute
 from ..weights.linear.linear import Linear
 from ..weights.linear.quantize import quantize_checkpoint
+from ..weights.linear.weight_format import PLAIN
 from ..weights.lora.file import Lora, LoraChoice, open_loras
 from ..weights.lora.merged_source import Source
 from ..weights.lora.names import Aliases
@@ -106,10 +108,17 @@ class StreamedModel(Generic[M]):
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         raise NotImplementedError
 
+    @property
+    def product_form(self) -> str:
+        """The name of the format that most of the blocks' weights have: a card's measurements are by it."""
+        sizes: Counter[str] = Counter()
+        for layer in self._busy_layers():
+            sizes[layer.format.name] += layer.in_features * layer.out_features
+        return max(sizes, key=lambda name: sizes[name], default=PLAIN.name)
+
     def chunk_tensors(self, dtype: torch.dtype, ffn_dim: int, dim: int) -> float:
         """See `ModelFootprint`; compiled code makes products in a tensor of their own and copies them."""
-        layers = [layer for module in self._busy_modules() for layer in module.modules() if isinstance(layer, Linear)]
-        dense = all(layer.is_dense(dtype) for layer in layers)
+        dense = all(layer.is_dense(dtype) for layer in self._busy_layers())
         tensors = DENSE_CHUNK_TENSORS if dense else QUANTIZED_CHUNK_TENSORS
         return tensors + (ffn_dim / dim if self._compiled else 0.0)
 
@@ -327,6 +336,9 @@ class StreamedModel(Generic[M]):
 
     def _busy_modules(self) -> list[nn.Module]:
         return [module for block in self.blocks for module in block.busy_modules()]
+
+    def _busy_layers(self) -> list[Linear]:
+        return [layer for module in self._busy_modules() for layer in module.modules() if isinstance(layer, Linear)]
 
     def _leaner_plan(self) -> MemoryPlan | None:
         if self.plan is None:

@@ -10,18 +10,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from ...system.card_profile import CardProfile
+from .card_times import EAGER_PASSES, PLAIN, SDPA, PassParts, PassWork, gemm_share, pass_parts
+
 MIB = 2**20
 GIB = 2**30
 UNLIMITED = 1 << 60  # VRAM, where the device has no memory of its own
 
-# Rows of a matrix product, and the share of full speed it reaches with at least so many: fewer leave the last wave of
-# tiles half empty. Likewise for the heads of an attention call.
-GEMM_EFFICIENCY = ((32768, 1.0), (16384, 0.99), (8192, 0.98), (4096, 0.95), (2048, 0.88), (1024, 0.78), (0, 0.58))
+# Heads of an attention call, and the share of full speed it reaches with fewer, as with few rows (`GEMM_EFFICIENCY`).
 FULL_SPEED_HEADS = 8
 GROUPED_EFFICIENCY = 0.99
 FEW_HEADS_EFFICIENCY = 0.96
 # Likewise for the queries of one attention call; measured with cuDNN at 32,760 and 75,600 tokens.
 QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
+
+# Token-sized tensors that a block of Wan's reads and writes between its products: norms (2 each), rotated q and k,
+# attention's result over q, residuals (3 each).
+BLOCK_PASSES = 25
 
 # The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact.
 DENSE_CHUNK_TENSORS, QUANTIZED_CHUNK_TENSORS = 1.25, 3.0  # of rows of the model's width; measured
@@ -53,7 +58,9 @@ class ModelFootprint:
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `transient_bytes` of the fixed ones are needed only for a
     moment before the blocks, and can be brought for it. `chunk_tensors` are those of one chunk of rows: what is normed,
-    and for products in 8 bits their rows as well. `streams_queries`: q can be made for some rows at a time.
+    and for products in 8 bits their rows as well. `streams_queries`: q can be made for some rows at a time. `form` is
+    the name of the format that most of the blocks' weights have, `attention` that of the backend: by them a card's
+    measurements are looked up.
     """
 
     name: str
@@ -74,6 +81,8 @@ class ModelFootprint:
     streams_queries: bool = False
     chunk_tensors: float = DENSE_CHUNK_TENSORS
     vae: VaeFootprint | None = None
+    form: str = PLAIN
+    attention: str = SDPA
 
     @property
     def num_blocks(self) -> int:
@@ -136,6 +145,30 @@ class ModelFootprint:
             products += 2.0 * work.batch * self.context_tokens * 2 * dim**2
         attention = 4.0 * work.rows * (work.tokens + self.context_tokens) * dim
         return self.num_blocks * products, self.num_blocks * attention
+
+    def moved_tensors(self) -> float:
+        """Token-sized tensors that all blocks read and write between their products in a pass."""
+        return self.num_blocks * BLOCK_PASSES
+
+    def pass_work(self, work: WorkSize, cache_text_kv: bool, fused: bool) -> PassWork:
+        """What a pass computes, for a card's measurements."""
+        products, attention = self.pass_flops(work, cache_text_kv)
+        within = min(attention, 4.0 * self.num_blocks * work.rows * work.tokens * self.dim)
+        moved = self.moved_tensors() * work.rows * self.dim * self.compute_bytes
+        return PassWork(
+            dim=self.dim,
+            ffn_dim=self.ffn_dim,
+            ffn_share=self.ffn_dim / (self.ffn_dim + 3 * self.dim),
+            form=self.form,
+            attention=self.attention,
+            tokens=work.tokens,
+            context_keys=self.context_tokens,
+            product_flops=products,
+            self_flops=within,
+            cross_flops=attention - within,
+            block_weights=products / (2.0 * work.rows),
+            moved_bytes=moved * (1 if fused else EAGER_PASSES),
+        )
 
     def text_bytes(self, work: WorkSize, choice: Choice) -> int:
         """The embedded prompts and, where cached, their keys and values."""
@@ -241,7 +274,8 @@ class Limits:
     `vram_budget_bytes` is for the whole process, context included. `ram_budget_bytes` and `pinned_cap_bytes` are
     unlimited when None. `blocks_to_swap` is -1 for the planner's choice, or exactly that many streamed blocks;
     `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels run here.
-    The default rates are those of a small card in an old slot; measured ones make better plans.
+    The default rates are those of a small card in an old slot; measured ones make better plans. `card` is everything
+    that was measured of this one; where it tells of a model, its times count and are shown.
     """
 
     vram_budget_bytes: int
@@ -257,6 +291,7 @@ class Limits:
     h2d_gbps: float = 12.0
     pageable_gbps: float = 5.0
     disk_gbps: float = 1.5
+    card: CardProfile | None = None
 
     @property
     def ram_is_the_device(self) -> bool:
@@ -301,9 +336,8 @@ def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile:
 
 def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> float:
     """Predicted time of one pass when no block has to be waited for."""
-    products, attention = model.pass_flops(work, choice.cache_text_kv)
-    rows = choice.token_chunk if choice.token_chunk < work.rows else GEMM_EFFICIENCY[0][0]  # all at once is the best
-    share = next(share for least, share in GEMM_EFFICIENCY if rows >= least)
+    parts = measured_parts(model, work, choice, limits) or _assumed_parts(model, work, choice, limits)
+    share = gemm_share(choice.token_chunk) if choice.token_chunk < work.rows else 1.0  # all at once is the best
     few_heads = model.num_heads < FULL_SPEED_HEADS * choice.head_groups
     attention_share = 1.0
     if choice.head_groups > 1:
@@ -311,5 +345,16 @@ def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limit
     queries = choice.query_rows(work)
     if queries < work.rows:
         attention_share *= next(share for least, share in QUERY_EFFICIENCY if queries >= least)
-    products_seconds = products / (limits.tflops_matmul * 1e12 * share)
-    return products_seconds + attention / (limits.tflops_attention * 1e12 * attention_share)
+    return parts.products / share + parts.attention / attention_share + parts.other
+
+
+def measured_parts(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> PassParts | None:
+    """The parts of a pass by what was measured of the card; None where that does not tell."""
+    if limits.card is None:
+        return None
+    return pass_parts(limits.card, model.pass_work(work, choice.cache_text_kv, limits.fused))
+
+
+def _assumed_parts(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> PassParts:
+    products, attention = model.pass_flops(work, choice.cache_text_kv)
+    return PassParts(products / (limits.tflops_matmul * 1e12), attention / (limits.tflops_attention * 1e12), 0.0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from ...system.card_profile import H2D_PAGEABLE, H2D_PINNED, CardProfile, profile_of
 from ..stream.pinned import default_pinned_cap
 from .footprint import GIB, UNLIMITED, Limits
 from .rates import Rates, measure_rates
@@ -29,7 +30,8 @@ def limits_for(
 ) -> Limits:
     """The limits for `device`; on a CPU only RAM counts.
 
-    `measure` times this machine's rates; without it a GPU that need not be here is assumed, and a budget is needed.
+    Rates are those of the card's profile where it has one. `measure` times them where it has none; without it a GPU
+    that need not be here is assumed, and a budget is needed.
     """
     ram = None if ram_budget_gib is None else int(ram_budget_gib * GIB)
     if device.type != "cuda":
@@ -43,9 +45,11 @@ def limits_for(
         fused=fused,
         sage_attention=sage_attention,
     )
+    limits = with_card(limits, profile_of(device))
     if not measure:
         return limits
-    limits = with_rates(limits, measure_rates(device))
+    if limits.card is None:
+        limits = with_rates(limits, measure_rates(device))
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     if vram_budget_gib is not None:
@@ -59,6 +63,20 @@ def limits_for(
 def with_rates(limits: Limits, rates: Rates | None) -> Limits:
     """The same limits on a device that is as fast as was measured; None: as fast as they assume."""
     return limits if rates is None else replace(limits, **vars(rates))
+
+
+def with_card(limits: Limits, card: CardProfile | None) -> Limits:
+    """The same limits on a card that was measured; None: as they are. What a profile lacks stays as it was."""
+    if card is None:
+        return limits
+    disk = [row.gbps for row in card.disk if row.gbps]
+    return replace(
+        limits,
+        card=card,
+        h2d_gbps=card.gbps(H2D_PINNED) or limits.h2d_gbps,
+        pageable_gbps=card.gbps(H2D_PAGEABLE) or limits.pageable_gbps,
+        disk_gbps=disk[0] if disk else limits.disk_gbps,
+    )
 
 
 def hold_budget(device: torch.device, limits: Limits) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 from ..stream.layout import align
 from .candidates import MIN_STAGING, RAM_MARGIN_BYTES, Candidate, candidates, fastest_candidate
-from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize, decode_memory, in_gib
+from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize, decode_memory, in_gib, measured_parts
 from .tiles import TILES, fitting_tile, smaller_tiles
 
 BUDGET_STEP_BYTES = 64 * MIB
@@ -38,6 +38,11 @@ class MemoryPlan(Candidate):
     def peak_bytes(self) -> int:
         """Predicted."""
         return max(self.denoise.total, self.decode.total)
+
+    @property
+    def times_are_measured(self) -> bool:
+        """Whether the predicted times are of a card that was measured, so that people may be told."""
+        return measured_parts(self.model, self.work, self.choice, self.limits) is not None
 
     @property
     def seconds_per_step(self) -> float:

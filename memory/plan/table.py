@@ -30,25 +30,40 @@ def describe(plan: MemoryPlan) -> str:
     if plan.decode.total:
         lines.append(f"  {'decode, predicted peak':<38}{in_gib(plan.decode.total):>12}")
     lines.append(f"  {'left of the budget':<38}{in_gib(plan.budget_bytes - plan.peak_bytes):>12}")
-    blocks, passes = plan.blocks, plan.work.passes_per_step
-    moved = blocks.streamed_bytes * passes / 1e9
+    blocks = plan.blocks
     lines += [
         "",
         f"  blocks: {blocks.num_resident} resident, {blocks.num_streamed} streamed through {blocks.num_slots} slots",
-        f"  per step: {moved:.2f} GB over the bus, about {plan.seconds_per_step:.2f} s "
-        f"(compute {passes * plan.times.compute:.2f} s, transfers {passes * plan.times.transfer:.2f} s)",
+        f"  per step: {blocks.streamed_bytes * plan.work.passes_per_step / 1e9:.2f} GB over the bus{_times(plan)}",
         f"  host memory: {in_gib(plan.host.pinned_bytes)} pinned, {in_gib(plan.host.pageable_bytes)} pageable",
         "",
     ]
-    return "\n".join(lines + [f"- {reason}" for reason in reasons(plan)])
+    return "\n".join([*lines, *(f"- {reason}" for reason in reasons(plan)), _of_which_card(plan)])
+
+
+def _times(plan: MemoryPlan) -> str:
+    """A step's seconds where the card was measured, else nothing: a guess would be taken for a promise."""
+    if not plan.times_are_measured:
+        return ""
+    passes, times = plan.work.passes_per_step, plan.times
+    return (
+        f", about {plan.seconds_per_step:.2f} s "
+        f"(compute {passes * times.compute:.2f} s, transfers {passes * times.transfer:.2f} s)"
+    )
+
+
+def _of_which_card(plan: MemoryPlan) -> str:
+    if plan.times_are_measured:
+        return f"Times are of {plan.limits.card} by `lowvram-video bench`."
+    return "No times are shown, as this card was not measured: `lowvram-video bench` does that in five minutes."
 
 
 def assumed_rates(limits: Limits) -> str:
-    """What a plan's times are of, where no card was measured."""
+    """By which times a plan weighs computing against copying, where no card was measured."""
     return (
         f"Times are those of a card with {limits.tflops_matmul:g} TFLOP/s in products and "
-        f"{limits.tflops_attention:g} in attention behind a bus of {limits.h2d_gbps:g} GB/s: yours will differ, and so "
-        "may what sets the pace."
+        f"{limits.tflops_attention:g} in attention behind a bus of {limits.h2d_gbps:g} GB/s wherever the plan weighs "
+        "computing against copying: yours will differ, and so may what sets the pace."
     )
 
 

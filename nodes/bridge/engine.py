@@ -207,6 +207,8 @@ class Engine(Generic[S]):
         limits = run_limits(settings, self.streamed.model.execution, measure=False)
         may_pin = options.pinned_memory and host.may_pin()
         limits = replace(limits, pinned_cap_bytes=host.pinnable_bytes() + self._holder.pinned_bytes if may_pin else 0)
+        if limits.card is not None:
+            return limits
         if self._rates is None and self.device.type == "cuda":
             self._rates = measure_rates(self.device)
         return with_rates(limits, self._rates)

@@ -1,4 +1,4 @@
-"""How quantised layers multiply on a device: unpacked, in fp8, or in int8."""
+"""How quantised layers multiply on a device: unpacked, in fp8, in int8, or in 4 bits."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from ..kernels.rows import select_row_ops
 from .fp8 import Fp8Dequantized, Fp8Matmul
 from .int8 import Int8Dequantized, Int8Matmul
 from .kitchen import KitchenInt8, kitchen_int8_available
+from .kitchen_matmul import KitchenMatmul
 from .linear import Linear
+from .native import use_native
 from .projection import Projection
 from .weight_format import PLAIN, Plain, WeightFormat
 
 logger = logging.getLogger(__name__)
 
 # "fp8", "fp8_fast" and "int8" also say what 16-bit files are quantised to as they are read: see quantize.py.
-QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8")
+QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8", "4bit_fast")
 
 
 def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: str, device: torch.device) -> None:
     """Set how each linear layer of a model multiplies on `device`; called again, it chooses again.
 
     Only layers of the blocks, which see thousands of rows, multiply in 8 bits: int8 weights wherever the device can,
-    fp8 weights with "fp8_fast" unless their file asks for full precision. ValueError where an explicit choice cannot
-    run.
+    fp8 weights with "fp8_fast" unless their file asks for full precision, 4-bit ones with "4bit_fast" where that is
+    faster here. ValueError where an explicit choice cannot run.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
@@ -47,6 +49,8 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
         _use_int8(layers, quantization, device, ops)
         if quantization == "fp8_fast":
             _use_fp8(layers, device, ops)
+        if quantization == "4bit_fast":
+            use_native(layers, device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -67,6 +71,8 @@ def _unpacked(form: WeightFormat, ops: RowOps) -> WeightFormat:
         return PLAIN if form.unscaled else Fp8Dequantized(ops=ops)
     if isinstance(form, Int8Matmul | KitchenInt8):
         return Int8Dequantized(form.rotation, ops)
+    if isinstance(form, KitchenMatmul):
+        return form.stored
     if isinstance(form, Fp8Dequantized | Int8Dequantized):
         return replace(form, ops=ops)
     return form

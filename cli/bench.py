@@ -1,0 +1,58 @@
+"""`lowvram-video bench`: the user's card in five minutes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ..card.bench import Bench, BenchSettings
+from ..card.picture import draw_card
+from ..card.table import describe_card
+from ..runtime.settings import use_device
+from ..system.atomic_files import write_file
+from ..system.card_profile import CardProfile, save_profile
+from ..video.writer import check_writable
+from .progress import TerminalProgress
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bench`."""
+    parser.add_argument("--quick", action="store_true", help="a minute: the widest layers and few lengths only")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="of model files: how fast its disk is read")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="write the JSON there too, and a PNG beside it; plans find what is kept of this card without it",
+    )  # fmt: skip
+    parser.set_defaults(command=bench)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure the card, show the table and keep it for plans; after Ctrl-C what there is is shown, and not kept."""
+    output: Path | None = options.output
+    if output is not None:
+        check_writable(output)
+    if options.models is not None and not options.models.exists():
+        raise ValueError(f"{options.models}: no such folder; expected the folder with your models, such as models/")
+    progress = TerminalProgress(sys.stderr)
+    measured = Bench(BenchSettings(use_device(options.device), options.quick, options.models), progress)
+    try:
+        measured.run()
+    except KeyboardInterrupt:
+        progress.end()
+        _show(measured.profile, output)
+        raise KeyboardInterrupt("interrupted: what was measured is shown, and not kept for plans") from None
+    _show(measured.profile, output)
+    print(f"\nkept for plans on this card: {save_profile(measured.profile)}")
+
+
+def _show(profile: CardProfile, output: Path | None) -> None:
+    print(describe_card(profile))
+    if output is not None:
+        picture = output.with_suffix(".png")
+        write_file(output, profile.to_json())
+        write_file(picture, draw_card(profile))
+        print(f"\n{output}, {picture}: to share with others, add the JSON to benchmarks/cards in a pull request")
