@@ -81,7 +81,8 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
     machine.add_argument(
         "--quantization", choices=list(QUANTIZATIONS), default="none",
-        help="none: as stored; fp8, int8: quantise 16-bit files as they are read; fp8_fast: and multiply in fp8",
+        help="none: as stored; fp8, int8: quantise 16-bit files as they are read; fp8_fast: and multiply in fp8; "
+        "4bit_fast: multiply 4-bit files as stored (comfy-kitchen)",
     )  # fmt: skip
     machine.add_argument(
         "--lora-mode", choices=list(LORA_MODES), default="auto",

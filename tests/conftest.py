@@ -16,3 +16,9 @@ def house() -> ModuleType:
     sys.modules["house"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def no_card_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans find no profile that somebody measured here."""
+    monkeypatch.setenv("LOWVRAM_VIDEO_DATA", str(tmp_path_factory.getbasetemp() / "no-data"))
