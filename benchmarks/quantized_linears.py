@@ -10,14 +10,17 @@ and v, which share their rows, are timed together.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from lowvram_video.card.forms import EIGHT_BITS, Form
+from lowvram_video.card.products import layer_input
+from lowvram_video.system.kernel_choice import cuda_seconds
 from lowvram_video.system.triton_errors import triton_errors
 from lowvram_video.weights.kernels.gemms import Fp8Rescaled, Fp8Rowwise, Gemm, Int8Product
-from lowvram_video.weights.kernels.row_reference import RowOps, TorchRowOps, row_scales
+from lowvram_video.weights.kernels.row_reference import RowOps, TorchRowOps
 from lowvram_video.weights.kernels.rows import select_row_ops
 from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
@@ -25,7 +28,8 @@ from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul, rotat
 from lowvram_video.weights.linear.kitchen import KitchenInt8, kitchen_int8_available
 from lowvram_video.weights.linear.linear import Linear, project_together
 from lowvram_video.weights.linear.projection import Scratch
-from lowvram_video.weights.linear.weight_format import PLAIN, WeightFormat
+from lowvram_video.weights.linear.stored_samples import stored_rows
+from lowvram_video.weights.linear.weight_format import WeightFormat
 from measure import save_results
 from torch import Tensor, nn
 
@@ -52,38 +56,38 @@ SHAPES = (
 PER_BLOCK = {"q, k, v": 1, "o": 3, "ffn.0": 1, "ffn.2": 1}  # "o" stands for cross-attention's q and o too
 
 
-@dataclass(frozen=True)
-class Way:
-    """A stored form and how it multiplies."""
-
-    name: str
-    stored: str  # "bf16", "fp8" or "int8"
-    format: WeightFormat
-
-
-def ways(ops: RowOps) -> list[Way]:
+def ways(ops: RowOps) -> list[Form]:
     found = [
-        Way("bf16", "bf16", PLAIN),
-        Way("fp8 unpacked", "fp8", Fp8Dequantized(ops=ops)),
-        Way("fp8 unpacked by torch", "fp8", Fp8Dequantized(ops=TorchRowOps())),
-        Way("fp8_fast row-wise", "fp8", Fp8Matmul(Fp8Rowwise(), ops)),
-        Way("fp8_fast then scaled", "fp8", Fp8Matmul(Fp8Rescaled(ops), ops)),
-        Way("fp8 scale 1, clamped (as peers)", "fp8", Clamped()),
-        Way("int8 unpacked", "int8", Int8Dequantized(ops=ops)),
-        Way("int8 torch, then scaled", "int8", Int8Matmul(0, Int8Product(ops), ops)),
-        Way("int8 rotated 256, torch, then scaled", "int8", Int8Matmul(256, Int8Product(ops), ops)),
+        Form("bf16", pack=lambda weight: {"weight": weight}),
+        _fp8("fp8 unpacked", Fp8Dequantized(ops=ops)),
+        _fp8("fp8 unpacked by torch", Fp8Dequantized(ops=TorchRowOps())),
+        _fp8("fp8_fast row-wise", Fp8Matmul(Fp8Rowwise(), ops)),
+        _fp8("fp8_fast then scaled", Fp8Matmul(Fp8Rescaled(ops), ops)),
+        _fp8("fp8 scale 1, clamped (as peers)", Clamped()),
+        _int8("int8 unpacked", Int8Dequantized(ops=ops)),
+        _int8("int8 torch, then scaled", Int8Matmul(0, Int8Product(ops), ops)),
+        _int8("int8 rotated 256, torch, then scaled", Int8Matmul(256, Int8Product(ops), ops), 256),
     ]
     if ops.name == "triton":
         from lowvram_video.weights.kernels.gemms import TILES, Int8Triton
 
         gemms: list[Gemm] = [Int8Triton(tile) for tile in TILES]
-        found += [Way(gemm.name, "int8", Int8Matmul(0, gemm, ops)) for gemm in gemms]
+        found += [_int8(gemm.name, Int8Matmul(0, gemm, ops)) for gemm in gemms]
     if kitchen_int8_available():
-        found += [
-            Way("int8 comfy-kitchen", "int8", KitchenInt8()),
-            Way("int8 kitchen rotated", "int8", KitchenInt8(256)),
-        ]
+        found += [_int8("int8 comfy-kitchen", KitchenInt8()), _int8("int8 kitchen rotated", KitchenInt8(256), 256)]
     return found
+
+
+def _fp8(name: str, form: WeightFormat) -> Form:
+    return Form(name, EIGHT_BITS, form, lambda weight: stored_rows(weight, torch.float8_e4m3fn))
+
+
+def _int8(name: str, form: WeightFormat, rotation: int = 0) -> Form:
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        turned = rotate(weight.float(), rotation_matrix(rotation, weight.device)) if rotation else weight
+        return stored_rows(turned, torch.int8)
+
+    return Form(name, EIGHT_BITS, form, pack)
 
 
 class Clamped(Fp8Matmul):
@@ -98,32 +102,13 @@ class CastRows(TorchRowOps):
         return x.clamp(-448, 448).to(torch.float8_e4m3fn), torch.ones(x.shape[0], 1, device=x.device)
 
 
-def layer_of(weight: Tensor, way: Way) -> Linear:
+def layer_of(weight: Tensor, bias: Tensor, form: Form) -> Linear:
     outputs, inputs = weight.shape
     layer = Linear(inputs, outputs, device=DEVICE, dtype=BF16)
-    layer.bias.data.normal_(generator=torch.Generator(DEVICE).manual_seed(1))
-    layer.format = way.format
-    if way.stored == "bf16":
-        layer.weight.data = weight
-        return layer
-    largest, dtype = (448.0, torch.float8_e4m3fn) if way.stored == "fp8" else (127.0, torch.int8)
-    rotation = getattr(way.format, "rotation", 0)
-    turned = rotate(weight.float(), rotation_matrix(rotation, DEVICE)) if rotation else weight.float()
-    scale = row_scales(turned, largest)
-    values = turned / scale
-    values = values.round_() if way.stored == "int8" else values
-    layer.weight = nn.Parameter(values.clamp_(-largest, largest).to(dtype), requires_grad=False)
-    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    layer.format = form.format
+    for name, tensor in {**form.pack(weight), "bias": bias}.items():
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     return layer
-
-
-def activations(tokens: int, inputs: int) -> Tensor:
-    """Rows of different size with a few large features, as modulated norms make them."""
-    generator = torch.Generator(DEVICE).manual_seed(2)
-    x = torch.empty(tokens, inputs, device=DEVICE, dtype=BF16).normal_(generator=generator)
-    x *= torch.exp(0.5 * torch.randn(tokens, 1, device=DEVICE, generator=generator)).to(BF16)
-    x[:, :: inputs // 8] *= 10
-    return x
 
 
 def run(layers: Sequence[Linear], x: Tensor, outs: Sequence[Tensor], chunk: int, scratch: Scratch) -> None:
@@ -136,33 +121,17 @@ def run(layers: Sequence[Linear], x: Tensor, outs: Sequence[Tensor], chunk: int,
         project_together(projections, x[rows], [out[rows] for out in outs])
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times[2:])
-
-
-def measure(shape: Shape, tokens: int, chunk: int, found: Sequence[Way], repeats: int) -> dict[str, dict[str, object]]:
-    generator = torch.Generator(DEVICE).manual_seed(3)
-    weight = (
-        torch.randn(shape.outputs, shape.inputs, device=DEVICE, generator=generator).div_(shape.inputs**0.5).to(BF16)
-    )
-    x = activations(tokens, shape.inputs)
+def measure(shape: Shape, tokens: int, chunk: int, found: Sequence[Form], repeats: int) -> dict[str, dict[str, object]]:
+    weight, x, bias = layer_input(shape.inputs, shape.outputs, tokens, DEVICE, BF16)
     outs = [torch.empty(tokens, shape.outputs, device=DEVICE, dtype=BF16) for _ in range(shape.num_layers)]
     scratch = Scratch(DEVICE, BF16, shape.num_layers * weight.numel())
     flops = 2.0 * tokens * weight.numel() * shape.num_layers
     sample = x[:512].double()
     results: dict[str, dict[str, object]] = {}
     for way in found:
-        layers = [layer_of(weight, way)] * shape.num_layers
+        layers = [layer_of(weight, bias, way)] * shape.num_layers
         try:
-            took = seconds(lambda: run(layers, x, outs, chunk, scratch), repeats)  # noqa: B023 - called at once
+            took = cuda_seconds(partial(run, layers, x, outs, chunk, scratch), DEVICE, repeats=repeats)
         except triton_errors() as problem:
             results[way.name] = {"failed": (str(problem) or type(problem).__name__).splitlines()[0]}
             continue
@@ -184,7 +153,8 @@ def chosen() -> dict[str, str]:
     picks = {}
     for stored, quantization in (("fp8", "fp8_fast"), ("int8", "int8")):
         form: WeightFormat = Fp8Dequantized() if stored == "fp8" else Int8Dequantized()
-        layer = layer_of(torch.randn(64, 64, device=DEVICE), Way(stored, stored, form))
+        weight, _, bias = layer_input(64, 64, 1, DEVICE, BF16)
+        layer = layer_of(weight, bias, (_fp8 if stored == "fp8" else _int8)(stored, form))
         try:
             select_compute(layer, [layer], quantization, DEVICE)
         except ValueError as problem:
