@@ -26,7 +26,7 @@ from lowvram_video.memory.plan.footprint import GIB, Choice, Limits, WorkSize, c
 from lowvram_video.memory.plan.limits import limits_for, with_card
 from lowvram_video.memory.plan.plan import plan_memory
 from lowvram_video.memory.plan.table import describe
-from lowvram_video.runtime.progress import Silent
+from lowvram_video.runtime.progress import Progress
 from lowvram_video.system import card_profile
 from lowvram_video.system.card_profile import (
     FORMAT,
@@ -68,7 +68,7 @@ def measured() -> CardProfile:
     patch.setattr(clock, "MOST_REPEATS", 3)
     try:
         with torch.inference_mode():
-            return Bench(BenchSettings(CPU, quick=True), Silent()).run()
+            return Bench(BenchSettings(CPU, quick=True), Progress()).run()
     finally:
         patch.undo()
 
