@@ -22,6 +22,7 @@ PARTS = {
     "lora": ("LoadLora",),
     "framepack": ("FramePackSampler",),
     "framepack_inputs": ("FramePackEndImage", "TimedPrompts", "NearestBucket"),
+    "resumable": ("ResumableSampling",),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class StepRecord:
 
     def answer(self, question: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """The recorded answer to the next call, on the device of the question; else that of `compute`, recorded."""
+        return self.answers(question, lambda: [compute()])[0]
+
+    def answers(self, question: Mapping[str, Tensor], compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """The same for a call that is answered by several tensors."""
         index, self._asked = self._asked, self._asked + 1
         if index < self._known:
             try:
@@ -82,9 +86,10 @@ class StepRecord:
             except (OSError, SafetensorError, ValueError, KeyError) as error:
                 log.warning("%s: %s: the run goes on from call %d", self._path(index), error, index)
                 self._forget_from(index)
-        made = compute()
-        copy = HostCopy({**question, "answer": made})
-        self._writer.submit(lambda: self._store(index, copy.wait()))
+        made = list(compute())
+        asked = HostCopy(question)
+        copy = HostCopy({f"answer_{number}": tensor for number, tensor in enumerate(made)})
+        self._writer.submit(lambda: self._store(index, asked.wait(), copy.wait()))
         return made
 
     def finished(self) -> dict[str, Tensor] | None:
@@ -138,12 +143,12 @@ class StepRecord:
             self._path(later).unlink(missing_ok=True)
         self._known = index
 
-    def _recall(self, index: int, question: Mapping[str, Tensor]) -> Tensor:
+    def _recall(self, index: int, question: Mapping[str, Tensor]) -> list[Tensor]:
         tensors, metadata = self._read(self._path(index), str(index))
         if metadata.get("question") != run_key(question):
             raise ValueError("it answers another question than is asked now")
         device = next(iter(question.values())).device
-        return tensors["answer"].to(device)
+        return [tensors[f"answer_{number}"].to(device) for number in range(len(tensors))]
 
     def _read(self, path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """A file's tensors and texts; ValueError where it is another run's, or damaged."""
@@ -156,19 +161,18 @@ class StepRecord:
             raise ValueError("it is damaged")
         return tensors, metadata
 
-    def _store(self, index: int, tensors: dict[str, Tensor]) -> None:
-        made = {"answer": tensors.pop("answer")}
-        self._write(self._path(index), str(index), made, {"question": run_key(tensors)})
+    def _store(self, index: int, question: Mapping[str, Tensor], answers: Mapping[str, Tensor]) -> None:
+        self._write(self._path(index), str(index), answers, {"question": run_key(question)})
 
-    def _keep_finished(self, latents: dict[str, Tensor]) -> None:
+    def _keep_finished(self, latents: Mapping[str, Tensor]) -> None:
         self._write(self.folder / FINISHED, "finished", latents, {})
         for path in self.folder.glob("step_*.safetensors"):
             with suppress(OSError):  # the rule of `kept_runs` removes it
                 path.unlink()
 
-    def _write(self, path: Path, part: str, tensors: dict[str, Tensor], more: dict[str, str]) -> None:
+    def _write(self, path: Path, part: str, tensors: Mapping[str, Tensor], more: Mapping[str, str]) -> None:
         metadata = {"key": self.key, "part": part, "checksum": run_key(tensors), **more}
-        write_file(path, save(tensors, metadata))
+        write_file(path, save(dict(tensors), metadata))
 
 
 def header_texts(data: bytes) -> dict[str, str]:

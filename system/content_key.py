@@ -23,7 +23,10 @@ def run_key(settings: Mapping[str, Any]) -> str:
 def _canonical(value: Any, name: str) -> Any:
     """A JSON value that is another for every other value: lists are marked, so that none looks like a tensor."""
     if isinstance(value, Tensor):
-        content = plain(value).reshape(-1).view(torch.uint8).numpy()
+        flat = plain(value).reshape(-1)
+        if flat.numel() == 1:  # its stride may be anything
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        content = flat.view(torch.uint8).numpy()
         return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(content.data).hexdigest()]
     if isinstance(value, Mapping):
         if bad := [key for key in value if not isinstance(key, str)]:

@@ -114,6 +114,8 @@ def test_tensor_keys_are_their_type_shape_and_bytes(shape: list[int], dtype: tor
     assert key == run_key({"t": tensor.clone()})
     assert key != run_key({"t": tensor[None]})
     assert key != run_key({"t": tensor.to(torch.float64)})
+    for one in tensor.reshape(-1)[:1]:
+        assert run_key({"t": one.expand(1)}) == run_key({"t": one.clone()[None]})  # with no stride, as ComfyUI's sigmas
     if tensor.ndim >= 2:
         assert key == run_key({"t": tensor.transpose(0, 1).contiguous().transpose(0, 1)})
     if count:

@@ -161,6 +161,12 @@ def empty_cache() -> None:
     mm.soft_empty_cache()
 
 
+def leave_device() -> None:
+    """Have every model leave the devices, and give all VRAM back: nothing runs for a while."""
+    mm.unload_all_models()
+    empty_cache()
+
+
 def pinnable_bytes() -> int:
     """Bytes that ComfyUI would still pin, of what this machine or container may."""
     return max(0, int(min(mm.MAX_PINNED_MEMORY, default_pinned_cap()) - mm.TOTAL_PINNED_MEMORY))

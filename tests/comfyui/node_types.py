@@ -120,6 +120,7 @@ NODE_TYPES: dict[str, NodeType] = {
         optional=("latent", "image_embeds"),
     ),
     "LowVRAMLoadLora": _kind("model:MODEL", {"lora_name": "", "strength": 1.0}, "MODEL", extra_width=100),
+    "LowVRAMResumableSampling": _kind("model:MODEL", {}, "MODEL"),
     "LowVRAMLoadClipGGUF": _kind("", {"clip_name": "", "device": "default"}, "CLIP", extra_width=100),
     "LowVRAMLoadDemo": _kind("", {}, "MODEL CLIP VAE"),
     "LowVRAMBlockSwap": _kind(

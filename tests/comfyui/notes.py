@@ -110,6 +110,19 @@ NOTES: dict[str, Note] = {
         "- **Quality:** 30 steps, CFG 6, shift 8. Fewer steps are faster and coarser.",
         ENCODER_CPU,
     ),
+    "wan2.1_t2v_1.3B_resumable": Note(
+        "Sampling that can be paused and goes on after a crash",
+        "Wan 2.1 text to video, with *Resumable Sampling* behind *Block Swap*. Press **Run**; **Cancel** pauses: the "
+        "VRAM is free at once, and **Run** with the same settings goes on from the last whole step, also after a crash "
+        "or a restart, to the same video bit for bit.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        RAM_SMALL,
+        "- **Another video:** any change of prompt, seed, size or sampling begins anew. What is kept is in "
+        "`output/wan`; what was not used for a fortnight is removed.\n"
+        "- **Other models:** put the node behind the last one that changes the MODEL; of two experts each takes one.",
+        ENCODER_CPU,
+    ),
     "wan2.1_i2v_14B_480p_fp8": Note(
         "Wan 2.1 image to video, 14B, 480p, fp8",
         "Makes a picture move. Choose a picture in group 4, say in the prompt what happens, and press **Run**.",

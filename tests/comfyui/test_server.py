@@ -23,6 +23,7 @@ NODES = {
     "LowVRAMPlan": "VRAM Plan",
     "LowVRAMMemoryReport": "Memory Report",
     "LowVRAMLoadLora": "Load LoRA (Low VRAM)",
+    "LowVRAMResumableSampling": "Resumable Sampling (Low VRAM)",
     "LowVRAMLoadFramePackModel": "Load FramePack Model (Low VRAM)",
     "LowVRAMFramePackSampler": "FramePack Sampler (Low VRAM)",
 }
