@@ -81,6 +81,7 @@ def wan_footprint(
         in_channels=in_channels,
         latent_channels=latent_channels,
         streams_queries=True,
+        stage_bytes=(int(2 * dim * max(ffn_dim, 2 * dim) * bytes_per_weight) + rest,) * num_layers,
         vae=vae,
     )
 

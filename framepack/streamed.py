@@ -84,6 +84,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             in_channels=config.in_channels,
             latent_channels=config.out_channels,
             compute_bytes=dtype.itemsize,
+            stage_bytes=self.stage_bytes(),
             chunk_tensors=self.chunk_tensors(dtype, config.mlp_dim, config.dim),
             vae=None,
             num_double=config.num_layers,

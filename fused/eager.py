@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import FusedOps, Rope
+from .ops import SMALLEST_SCALE, FusedOps, Rope
 
 
 class EagerOps:
@@ -40,6 +40,14 @@ class EagerOps:
 
     def gelu_(self, x: Tensor) -> None:
         x.copy_(F.gelu(x.float(), approximate="tanh"))
+
+    def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
+        x = x.float()
+        scales.copy_((x.abs().amax(-1) / 127).clamp_(min=SMALLEST_SCALE))
+        values.copy_((x * scales.reciprocal()[..., None]).round_().clamp_(-127, 127))
+
+    def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
+        out.copy_(values * scales[..., None])
 
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
         x.copy_(torch.addcmul(x.float(), y.float(), gate[_group_of_rows(x, gate, first_row, rows_per_group)]))

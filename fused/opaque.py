@@ -37,6 +37,12 @@ class OpaqueOps:
     def gelu_(self, x: Tensor) -> None:
         gelu_(x)
 
+    def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
+        _steps_for(x).pack_heads(x, values, scales)  # no part of compiled code
+
+    def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
+        _steps_for(values).unpack_heads(values, scales, out)
+
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
         gated_add_(x, y, gate, first_row, rows_per_group)
 

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+SMALLEST_SCALE = 1e-30  # of a head of zeros
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -49,6 +51,17 @@ class FusedOps(Protocol):
 
     def gelu_(self, x: Tensor) -> None:
         """GELU, tanh approximation, in place."""
+        ...
+
+    def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
+        """`x [rows, H, D]` in 8 bits: int8 `values [rows, H, D]` and `scales [rows, H]` fp32, largest size / 127.
+
+        Values are products with the inverse of the scale, rounded halves to even.
+        """
+        ...
+
+    def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
+        """`values * scales` of some heads, strided views `[rows, H, D]` and `[rows, H]`, into `out [rows, H, D]`."""
         ...
 
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:

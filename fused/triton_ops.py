@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import FusedOps, Rope
+from .ops import SMALLEST_SCALE, FusedOps, Rope
 
 
 class TritonOps:
@@ -70,6 +70,21 @@ class TritonOps:
         rows, dim = x.shape
         block = 2048
         _gelu_kernel[(rows, triton.cdiv(dim, block))](x, dim, x.stride(0), BLOCK=block, num_warps=4)
+
+    def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
+        rows, heads, dim = x.shape
+        _pack_heads_kernel[(rows,)](
+            x, values, scales, heads, dim, x.stride(0), values.stride(0), scales.stride(0), SMALLEST_SCALE,
+            HEADS=triton.next_power_of_2(heads), DIM=triton.next_power_of_2(dim), num_warps=8,
+        )  # fmt: skip
+
+    def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
+        rows, heads, dim = out.shape
+        at_once = 8
+        _unpack_heads_kernel[(triton.cdiv(rows, at_once), heads)](
+            values, scales, out, rows, dim, values.stride(0), scales.stride(0), out.stride(0),
+            ROWS=at_once, DIM=triton.next_power_of_2(dim), num_warps=4,
+        )  # fmt: skip
 
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
         rows, dim = x.shape
@@ -152,6 +167,41 @@ def _head_norm_kernel(
         real, imag = tl.split(tl.reshape(x, (RUNS_BLOCK, HALF_BLOCK, 2)))
         x = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (RUNS_BLOCK, 2 * HALF_BLOCK))
     tl.store(address, x, mask=inside)
+
+
+@triton.jit
+def _pack_heads_kernel(
+    x_ptr, values_ptr, scales_ptr, num_heads, head_dim, x_stride, values_stride, scales_stride, smallest_scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    col = tl.arange(0, DIM)
+    place = head[:, None] * head_dim + col[None, :]
+    inside = (head < num_heads)[:, None] & (col < head_dim)[None, :]
+    x = tl.load(x_ptr + row * x_stride + place, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), smallest_scale)
+    x = x * tl.div_rn(1.0, scale)[:, None]
+    # Adding 1.5 x 2^23 leaves no room for a fraction, so the sum is rounded to an integer, halves to even.
+    x = tl.minimum(tl.maximum((x + 12582912.0) - 12582912.0, -127.0), 127.0)
+    tl.store(scales_ptr + row * scales_stride + head, scale, mask=head < num_heads)
+    tl.store(values_ptr + row * values_stride + place, x.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _unpack_heads_kernel(
+    values_ptr, scales_ptr, out_ptr, num_rows, head_dim, values_stride, scales_stride, out_stride,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    head = tl.program_id(1)
+    col = tl.arange(0, DIM)
+    inside = (row < num_rows)[:, None] & (col < head_dim)[None, :]
+    place = head * head_dim + col[None, :]
+    x = tl.load(values_ptr + row[:, None] * values_stride + place, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(scales_ptr + row * scales_stride + head, mask=row < num_rows, other=0.0)
+    x = x * scale[:, None]
+    tl.store(out_ptr + row[:, None] * out_stride + place, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

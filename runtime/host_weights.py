@@ -198,7 +198,7 @@ class HostWeights:
         for prefix, block in self._model.ordered_blocks().items():
             names = [name for name in block.state_dict() if not name.startswith(self.parts.unstreamed)]
             optional = {name for name in names if name.startswith(self.parts.optional)}
-            self.layouts.append(layout_block(self.source, prefix, names, optional))
+            self.layouts.append(layout_block(self.source, prefix, names, optional, block.stages))
 
     def _budget_of(self, plan: MemoryPlan) -> PinnedBudget | None:
         # a cap of 0 is memory that shall not be pinned: none refuses it, so none warns

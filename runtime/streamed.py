@@ -28,6 +28,7 @@ from ..memory.stream.streams import SpanSink, streams_for
 from ..memory.stream.transient_weights import TransientWeights
 from ..system.device_errors import is_out_of_memory
 from ..transformer.transformer import Block, Transformer, here_already
+from ..transformer.workspace import all_there
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.linear.compute import select_compute
 from ..weights.linear.linear import Linear
@@ -121,6 +122,20 @@ class StreamedModel(Generic[M]):
         dense = all(layer.is_dense(dtype) for layer in self._busy_layers())
         tensors = DENSE_CHUNK_TENSORS if dense else QUANTIZED_CHUNK_TENSORS
         return tensors + (ffn_dim / dim if self._compiled else 0.0)
+
+    @property
+    def computes_in_8_bits(self) -> bool:
+        """Whether the user chose products or attention of 8-bit numbers."""
+        return self.settings.quantization in ("fp8_fast", "int8") or not self.model.execution.attention.exact
+
+    def stage_bytes(self) -> tuple[int, ...]:
+        """See `ModelFootprint`; compiled code takes its block as a whole."""
+        if self._compiled:
+            return ()
+        spans = [
+            layout.spans(Part.ALL if not self.parts.per_run else Part.STREAM, True) for layout in self.weights.layouts
+        ]
+        return tuple(max(stop - start for start, stop in each) for each in spans)
 
     def forget_contexts(self) -> None:
         """Free what was made of prompts."""
@@ -262,6 +277,7 @@ class StreamedModel(Generic[M]):
                 ring=self.ring,
                 resident=plan.blocks.resident,
                 part=Part.STREAM if plan.choice.cache_text_kv or self.parts.per_run else Part.ALL,
+                in_stages=plan.choice.in_stages,
                 between_blocks=self.between_blocks,
             )
             self.streamer.load()
@@ -269,11 +285,14 @@ class StreamedModel(Generic[M]):
             self.stop()
             raise
         self.model.stream = self.streamer
+        if plan.choice.in_stages:
+            self.model.arrive = self.streamer.arrive
         self.model.execution = replace(
             self.model.execution,
             token_chunk=plan.choice.token_chunk,
             head_groups=plan.choice.head_groups,
             query_chunk=plan.choice.query_chunk,
+            packed_keys=plan.choice.packed_keys,
         )
 
     def settle(self) -> None:
@@ -285,6 +304,7 @@ class StreamedModel(Generic[M]):
         """Give the device memory back; the weights stay in host memory. Calling it again does nothing."""
         self.model.stream = iter
         self.model.bring = here_already
+        self.model.arrive = all_there
         transient, self.transient = self.transient, None
         if transient is not None:
             transient.release()

@@ -47,6 +47,38 @@ def test_a_short_weight_normalises_head_by_head(rotate: bool) -> None:
     torch.testing.assert_close(got, want.reshape(10, 24))
 
 
+def check_packing(device: str, dtype: torch.dtype) -> None:
+    """The kernels pack the same bits as the reference, and unpack heads out of wider rows."""
+    from lowvram_video.fused.triton_ops import TritonOps
+
+    heads, dim = 5, 12
+    x = rand(19, heads, dim, dtype=dtype, device=device) * torch.exp(2 * rand(19, heads, 1, seed=1)).to(device, dtype)
+    x[3, 2] = 0
+    packed = []
+    for ops in (TritonOps(), EagerOps()):
+        values = torch.full((19, heads, dim), 99, dtype=torch.int8, device=device)
+        scales = torch.empty(19, heads, device=device)
+        ops.pack_heads(x, values, scales)
+        out = torch.empty(19, 3, dim, dtype=dtype, device=device)
+        ops.unpack_heads(values[:, 1:4], scales[:, 1:4], out)
+        packed.append((values, scales, out))
+    for got, want in zip(*packed, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_packed_heads_are_near_what_they_were() -> None:
+    x = rand(50, 4, 128)
+    values, scales, out = torch.empty(50, 4, 128, dtype=torch.int8), torch.empty(50, 4), torch.empty(50, 4, 128)
+    EagerOps().pack_heads(x, values, scales)
+    EagerOps().unpack_heads(values, scales, out)
+    # the largest of a head is 127, and no number is off by more than half a step
+    assert torch.equal(values.abs().amax(-1), torch.full((50, 4), 127, dtype=torch.int8))
+    assert bool(((out - x).abs() <= 0.501 * scales[..., None]).all())
+    error = float((out - x).norm() / x.norm())
+    print(f"8 bits with a scale per token and head: relative error {error:.1e}")
+    assert error < 8e-3
+
+
 def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: float) -> None:
     from lowvram_video.fused.triton_ops import TritonOps
 
@@ -102,6 +134,7 @@ def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: 
 @pytest.mark.parametrize("dim", [256, 1536, 3072, 5120])
 def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
     check_triton("cuda", dtype, dim, 64, bound)
+    check_packing("cuda", dtype)
     assert select_fused_ops(torch.device("cuda")).name == "triton"
 
 
@@ -109,7 +142,8 @@ def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
 def test_triton_interpreted_on_the_cpu() -> None:
     # the interpreter is chosen when kernels are defined: a process of its own
     code = f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_fused as t; "
-    code += "[t.check_triton('cpu', torch.float32, *sizes, 1e-5) for sizes in ((24, 4), (64, 4), (36, 6))]"
+    code += "[t.check_triton('cpu', torch.float32, *sizes, 1e-5) for sizes in ((24, 4), (64, 4), (36, 6))]; "
+    code += "t.check_packing('cpu', torch.float32)"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -102,6 +102,28 @@ def test_chunks_change_nothing_but_rounding(
     assert float((got - want).abs().max() / want.abs().max()) < 2e-6
 
 
+@pytest.mark.parametrize("query_chunk", [None, 17])
+def test_keys_and_values_in_8_bits_are_near_the_exact_ones(query_chunk: int | None) -> None:
+    config = VARIANTS["i2v"]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    want = model(**inputs)
+    model.execution = Execution(token_chunk=16, head_groups=2, query_chunk=query_chunk, packed_keys=True)
+    sizes, workspace = [], model.workspace
+
+    def seen(*args: object) -> object:
+        work = workspace(*args)
+        sizes.append(work.pool.numel() - work.query_rows * config.dim)
+        return work
+
+    model.workspace = seen
+    got = model(**inputs)
+    error = float((got - want).norm() / want.norm())
+    print(f"8-bit keys and values, queries {query_chunk}: relative error of the velocity {error:.1e}")
+    assert 0 < error < 4e-3
+    rows = 2 * 3 * 4 * 5
+    assert sizes == [2 * rows * config.dim // 4]  # one byte instead of fp32's four
+
+
 def test_a_batch_equals_its_samples_in_turn() -> None:
     config = VARIANTS["i2v"]
     model, inputs = ours_of(config, reference_of(config)), inputs_of(config)

@@ -222,11 +222,11 @@ class TestRefusals:
 
     def test_message(self):
         with pytest.raises(PlanError) as caught:
-            plan_memory(FP8, LONG_720P, limits(4))
+            plan_memory(FP8, LONG_720P, limits(3))
         error, message = caught.value, str(caught.value)
         print(message)
         assert isinstance(error, ValueError)
-        assert "Wan 14B fp8 at 1280x720, 81 frames does not fit in 4.00 GiB" in message
+        assert "Wan 14B fp8 at 1280x720, 81 frames does not fit in 3.00 GiB" in message
         assert f"raise the VRAM budget to at least {error.smallest_budget_bytes / GIB:g} GiB" in message
         assert f"make at most {error.largest_frames} frames" in message
         assert f"at most {error.largest_size[1]}x{error.largest_size[0]}" in message

@@ -54,11 +54,23 @@ class Block(nn.Module):
         self.extra = nn.Parameter(torch.empty(10, dtype=torch.uint8, device="meta"), requires_grad=False)
 
 
+class StagedBlock(Block):
+    """A block that computes with `weight`, then with `second` and `extra`, then with `third`."""
+
+    stages = (("weight",), ("second", "extra"), ("third",))
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        for name, share in (("second", 2), ("third", 5)):
+            tensor = torch.empty(size // share + 1, dtype=torch.uint8, device="meta")
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+
 class Model:
     """Blocks of the given sizes, each filled with its own number, in RAM."""
 
-    def __init__(self, sizes: Sequence[int], first_value: int = 1) -> None:
-        self.blocks = [Block(size) for size in sizes]
+    def __init__(self, sizes: Sequence[int], first_value: int = 1, kind: type[Block] = Block) -> None:
+        self.blocks = [kind(size) for size in sizes]
         self.values = {block: first_value + index for index, block in enumerate(self.blocks)}
         tensors = {}
         for index, block in enumerate(self.blocks):
@@ -66,7 +78,10 @@ class Model:
                 tensors[f"blocks.{index}.{name}"] = torch.full(weight.shape, first_value + index, dtype=torch.uint8)
         self.source = Source(tensors)
         named = {f"blocks.{index}": block for index, block in enumerate(self.blocks)}
-        self.layouts = [layout_block(self.source, name, block.state_dict(), {"extra"}) for name, block in named.items()]
+        stages = getattr(kind, "stages", ())
+        self.layouts = [
+            layout_block(self.source, name, block.state_dict(), {"extra"}, stages) for name, block in named.items()
+        ]
         self.host = HostBlocks(self.source, self.layouts, num_threads=1)
 
 
@@ -166,8 +181,8 @@ class SimulatedStreams(Streams):
                 raise KeyboardInterrupt
 
 
-def check_bytes(model: Model, block: Block) -> Callable[[], None]:
-    weight, value = block.weight, model.values[block]
+def check_bytes(model: Model, block: Block, name: str = "weight") -> Callable[[], None]:
+    weight, value = getattr(block, name), model.values[block]
 
     def check() -> None:
         assert bool((weight == value).all()), f"block {value} computed with foreign bytes"
@@ -194,7 +209,7 @@ class Unready:
     def __getattr__(self, name: str) -> object:
         return getattr(self._host, name)
 
-    def available(self, index: int) -> bool:
+    def available(self, index: int, stage: int = 0) -> bool:
         return self._rng.random() < 0.7
 
 
@@ -288,6 +303,59 @@ def test_no_schedule_of_the_streams_breaks_a_pass(
         assert all(block.weight.is_meta for block in model.blocks)
         model.host.release()
     assert ring._flat is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    SIZES,
+    st.integers(1, 4),
+    st.integers(0, 9),
+    st.sampled_from([Part.ALL, Part.STREAM]),
+    st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=40),
+    st.integers(0, 10_000),
+)
+def test_no_order_of_stages_breaks_a_pass(
+    sizes: list[int], num_slots: int, num_resident: int, part: Part, orders: list[list[int]], seed: int
+) -> None:
+    """Blocks that compute in stages: in order, in any other, only some of them, again and again."""
+    model, streams = Model(sizes, kind=StagedBlock), SimulatedStreams(schedulers(seed))
+    spans = [layout.spans(part, in_stages=True) for layout in model.layouts]
+    nbytes = ring_bytes([stop - start for each in spans for start, stop in each], num_slots)
+    resident = spread_residents(len(model.blocks), min(num_resident, len(model.blocks)))
+    source = Unready(model.host, random.Random(seed)) if seed % 3 == 0 else model.host
+    ring = DeviceRing(nbytes, CPU, streams)
+    stream = BlockStreamer(model.blocks, source, CPU, ring=ring, resident=resident, part=part, in_stages=True)
+    stream.load()
+    rng = random.Random(seed)
+    for _ in range(3):
+        for block in stream(model.blocks):
+            streams.use(check_bytes(model, block))
+            for stage in rng.choice(orders):
+                stream.arrive(block, stage)
+                names = [name for name in StagedBlock.stages[stage] if not getattr(block, name).is_meta]
+                for name in names:
+                    streams.use(check_bytes(model, block, name))
+    streams.synchronize()
+    stream.unload()
+    assert all(block.third.is_meta for block in model.blocks)
+
+
+def test_stages_stream_in_the_order_of_a_pass_and_each_once() -> None:
+    model, streams = Model([300] * 4, kind=StagedBlock), SimulatedStreams(lambda: False)
+    ring = DeviceRing(2 * 512, CPU, streams)
+    stream = BlockStreamer(model.blocks, model.host, CPU, ring=ring, part=Part.STREAM, in_stages=True)
+    stream.load()
+    copied = []
+    for block in stream(model.blocks):
+        for stage, (name, *_) in enumerate(StagedBlock.stages):
+            stream.arrive(block, stage)
+            copied.append(streams.num_copies)
+            streams.use(check_bytes(model, block, name))
+    # while a stage computes, the next is on its way (but for the very first), at the end the next pass's first;
+    # as many are ahead as the ring has room for, and none is copied twice
+    assert copied[0] == 1 and all(place + 2 <= copies <= place + 3 for place, copies in enumerate(copied[1:], 1))
+    with pytest.raises(StreamerError, match="is not in use"):
+        stream.arrive(model.blocks[0], 1)
 
 
 def test_prefetch_runs_past_the_end_of_the_pass() -> None:
@@ -414,11 +482,14 @@ MIB = 1 << 20
 DISK_SIZES = [MIB + 1, 2 * MIB, 3 * MIB + 4097, MIB - 1, 5 * MIB]
 
 
-def disk_model(tmp_path: Path) -> tuple[list[Block], FileSource, DiskBlocks]:
-    blocks = [Block(size) for size in DISK_SIZES]
+def disk_model(tmp_path: Path, kind: type[Block] = Block) -> tuple[list[Block], FileSource, DiskBlocks]:
+    blocks = [kind(size) for size in DISK_SIZES]
     sizes = {f"blocks.{i}.{name}": w.numel() for i, block in enumerate(blocks) for name, w in block.named_parameters()}
     source = FileSource(tmp_path / "model.bin", sizes)
-    layouts = [layout_block(source, f"blocks.{i}", block.state_dict(), {"extra"}) for i, block in enumerate(blocks)]
+    stages = getattr(kind, "stages", ())
+    layouts = [
+        layout_block(source, f"blocks.{i}", block.state_dict(), {"extra"}, stages) for i, block in enumerate(blocks)
+    ]
     return blocks, source, DiskBlocks(source, layouts, num_buffers=3, num_threads=3)
 
 
@@ -455,6 +526,23 @@ def test_disk_blocks_bring_the_files_bytes_in_every_pass(tmp_path: Path, residen
     stream.unload()
     assert io_threads() == [] and disk.host_bytes < 2 * MIB
     disk.release()
+    disk.release()
+
+
+@pytest.mark.parametrize("part", [Part.ALL, Part.STREAM])
+def test_disk_blocks_come_in_stages(tmp_path: Path, part: Part) -> None:
+    blocks, source, disk = disk_model(tmp_path, StagedBlock)
+    sizes = [stop - start for layout in disk.layouts for start, stop in layout.spans(part, in_stages=True)]
+    stream = BlockStreamer(blocks, disk, CPU, ring=DeviceRing(2 * max(sizes) + 512, CPU), part=part, in_stages=True)
+    stream.load()
+    for _ in range(2):
+        for index, block in enumerate(stream(blocks)):
+            for stage, names in enumerate(StagedBlock.stages):
+                stream.arrive(block, stage)
+                for name in names:
+                    weight = getattr(block, name)
+                    assert weight.is_meta or torch.equal(weight, source.read(f"blocks.{index}.{name}"))
+    stream.unload()
     disk.release()
 
 

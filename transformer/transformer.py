@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .workspace import Execution
+from .workspace import Arrive, Execution, all_there
 
 # Brings modules to the device for a `with` block, into the bytes of a tensor that nobody needs meanwhile (or None).
 Bring = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
@@ -19,7 +19,13 @@ def here_already(modules: Sequence[nn.Module], spare: Tensor | None) -> Abstract
 
 
 class Block(nn.Module):
-    """A part of a transformer that can be streamed by itself."""
+    """A part of a transformer that can be streamed by itself.
+
+    `stages` are how the names of its tensors begin that it computes with first, then, and so on, where it says so
+    (`Workspace.arrive`) before it goes on with the next ones; none: it needs all at once.
+    """
+
+    stages: tuple[tuple[str, ...], ...] = ()
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
         """The most elements that this block has unpacked at a time when it computes in `dtype`."""
@@ -35,6 +41,7 @@ class Transformer(nn.Module):
 
     stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
     bring: Bring = staticmethod(here_already)  # or TransientWeights
+    arrive: Arrive = staticmethod(all_there)  # or that of a BlockStreamer
 
     def __init__(self) -> None:
         super().__init__()

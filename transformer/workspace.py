@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.backend import Backend
 from ..attention.sdpa import Sdpa
 from ..fused.eager import EagerOps
 from ..fused.ops import FusedOps
 from ..weights.linear.projection import Scratch
+from .packed_heads import PackedHeads
 
 TILE_ROWS = 256
 
-Pair = tuple[Tensor, Tensor]  # k and v, [B, L, H, D] each
+Pair = tuple[Tensor | PackedHeads, Tensor | PackedHeads]  # k and v, [B, L, H, D] each
+Arrive = Callable[[nn.Module, int], None]  # a block, and the stage that it goes on with
+
+
+def all_there(block: nn.Module, stage: int) -> None:
+    """All weights of a block are on its device together."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class Execution:
 
     `token_chunk` rows go through norms and matrix products at a time; attention runs over `head_groups` groups of
     heads in turn, for the queries of at most `query_chunk` rows at a time (None: of all). They come from the memory
-    plan.
+    plan, as does whether self-attention's keys and values are kept in 8 bits (`packed_keys`), which is not only
+    rounding: a plan does so where the user chose to compute in 8 bits.
     """
 
     dtype: torch.dtype = torch.float32
@@ -35,6 +42,7 @@ class Execution:
     token_chunk: int = 4096
     head_groups: int = 1
     query_chunk: int | None = None
+    packed_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Rows:
     count: int
     dim: int
     ffn_dim: int
+    num_heads: int
     joined_dim: int = 0
     batch: int = 1
 
@@ -59,6 +68,7 @@ class Workspace:
     added to the residual stream before the next ones are made (`spans`). The FFN's hidden activations live in the same
     bytes, for as many rows at a time as fit (`hidden_rows`). Where a model joins attention and FFN in rows of
     `joined_dim`, those live in the bytes of k and v while q is still read (`joined_rows`): such a model makes all of q.
+    Blocks say by `arrive` which of their stages they go on with.
     """
 
     def __init__(
@@ -68,8 +78,9 @@ class Workspace:
         device: torch.device,
         scratch_elements: int,
         all_queries: bool = False,
+        arrive: Arrive = all_there,
     ):
-        self.execution = execution
+        self.execution, self.arrive = execution, arrive
         self.dtype = execution.dtype
         self.rows = rows
         self.num_rows, self.dim = rows.count, rows.dim
@@ -79,12 +90,16 @@ class Workspace:
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
         chunk = min(self.num_rows, execution.token_chunk)
         queries = self.query_rows * self.dim
-        size = max(queries + 2 * self.num_rows * self.dim, chunk * rows.ffn_dim, queries + chunk * rows.joined_dim)
+        self.packs_keys = execution.packed_keys and not all_queries
+        # one byte for each number instead of those of the dtype
+        keys_values = -(-2 * self.num_rows * self.dim // (self.dtype.itemsize if self.packs_keys else 1))
+        size = max(queries + keys_values, chunk * rows.ffn_dim, queries + chunk * rows.joined_dim)
         self.pool = torch.empty(size, device=device, dtype=execution.dtype)
         self.hidden_rows = min(self.num_rows, size // rows.ffn_dim)
         self.joined_rows = min(self.num_rows, (size - queries) // rows.joined_dim) if rows.joined_dim else 0
         self.hidden_after_q_rows = min(self.num_rows, (size - queries) // rows.ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
+        self.scales = torch.empty(2, self.num_rows, rows.num_heads, device=device) if self.packs_keys else None
 
     @property
     def ops(self) -> FusedOps:
@@ -95,6 +110,11 @@ class Workspace:
     def streams_queries(self) -> bool:
         """Whether q exists for some rows at a time only."""
         return self.query_rows < self.num_rows
+
+    @property
+    def all_there(self) -> bool:
+        """Whether blocks have all their stages at once."""
+        return self.arrive is all_there
 
     @property
     def queries_are_free(self) -> bool:
@@ -117,6 +137,19 @@ class Workspace:
     def values(self) -> Tensor:
         """`[rows, dim]`."""
         return rows_of(self.pool, (self.query_rows + self.num_rows) * self.dim, self.num_rows, self.dim)
+
+    def packed_keys_values(self) -> tuple[PackedHeads, PackedHeads]:
+        """k and v in 8 bits, over their bytes."""
+        assert self.scales is not None
+        rows, size = self.rows, self.num_rows * self.dim
+        first = self.query_rows * self.dim * self.dtype.itemsize
+        both = self.pool.view(torch.int8)[first : first + 2 * size]
+        shape = (rows.batch, self.num_rows // rows.batch, rows.num_heads)
+        k, v = (
+            PackedHeads(values.view(*shape, -1), scales.view(shape), self.ops, self.dtype)
+            for values, scales in zip(both.split(size), self.scales, strict=True)
+        )
+        return k, v
 
     @property
     def hidden(self) -> Tensor:
@@ -147,6 +180,10 @@ class Workspace:
             for first in range(sample, sample + tokens, self.query_rows):
                 yield slice(first, min(first + self.query_rows, sample + tokens))
 
+    def in_heads(self, rows: Tensor) -> Tensor:
+        """`[B, L, H, D]` of rows of all samples."""
+        return rearrange(rows, "(b n) (h d) -> b n h d", b=self.rows.batch, h=self.rows.num_heads)
+
     def attend_rows(self, q: Tensor, span: slice, keys_values: Sequence[Pair]) -> Tensor:
         """Attention of the rows `span`, whose queries are `q [rows, dim]`, to each (k, v) of all samples, summed.
 
@@ -154,7 +191,8 @@ class Workspace:
         """
         if self.streams_queries:
             sample = span.start * self.rows.batch // self.num_rows
-            keys_values = [(k[sample : sample + 1], v[sample : sample + 1]) for k, v in keys_values]
+            part = slice(sample, sample + 1)
+            keys_values = [(samples_of(k, part), samples_of(v, part)) for k, v in keys_values]
         batch, _, num_heads, _ = keys_values[0][0].shape
         attended = self.attend(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=num_heads), keys_values)
         return rearrange(attended, "b n h d -> (b n) (h d)")
@@ -175,10 +213,20 @@ class Workspace:
 
     def _attend(self, q: Tensor, keys_values: Sequence[Pair], heads: slice) -> Tensor:
         attend = self.execution.attention.attend
-        first, *others = (attend(q[:, :, heads], k[:, :, heads], v[:, :, heads]) for k, v in keys_values)
+        first, *others = (attend(q[:, :, heads], heads_of(k, heads), heads_of(v, heads)) for k, v in keys_values)
         for other in others:
             first.add_(other)
         return first
+
+
+def samples_of(x: Tensor | PackedHeads, part: slice) -> Tensor | PackedHeads:
+    """`x [B, L, H, D]` of some samples."""
+    return x.samples(part) if isinstance(x, PackedHeads) else x[part]
+
+
+def heads_of(x: Tensor | PackedHeads, part: slice) -> Tensor:
+    """Some heads of `x [B, L, H, D]` as attention takes them."""
+    return x.heads(part) if isinstance(x, PackedHeads) else x[:, :, part]
 
 
 def even_step(count: int, most: int) -> int:

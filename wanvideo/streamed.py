@@ -90,6 +90,8 @@ class StreamedWan(StreamedModel[WanModel]):
             text_tokens=config.text_tokens,
             image_tokens=config.image_pos_tokens or (257 if config.image_dim else 0),
             compute_bytes=dtype.itemsize,
+            stage_bytes=self.stage_bytes(),
+            packs_keys=self.computes_in_8_bits and not self._compiled,
             streams_queries=True,
             chunk_tensors=self.chunk_tensors(dtype, config.ffn_dim, config.dim),
             control_streams=1 if config.vace_layers else 0,

@@ -78,6 +78,8 @@ class FramePackBlock(Block):
 class DoubleBlock(FramePackBlock):
     """Joint attention and feed-forward; image and text rows have weights of their own."""
 
+    stages = (("attn.",), ("ff.",), ("ff_context.",))
+
     def __init__(self, config: FramePackConfig):
         super().__init__()
         self.eps = config.eps
@@ -93,6 +95,7 @@ class DoubleBlock(FramePackBlock):
     def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
         """`x [rows, dim]` in place; `modulation [12, dim]` fp32, six vectors for image and six for text."""
         x = writable(x)
+        work.arrive(self, 0)
         attn, eps = self.attn, self.eps
         image, text = slice(0, num_image), slice(num_image, x.shape[0])
         norm_image, add_image = modulated(x, modulation[0:3], eps, work)
@@ -104,7 +107,9 @@ class DoubleBlock(FramePackBlock):
         project_out(cast(Linear, attn.to_out[0]), add_image, image, work)
         project_out(attn.to_add_out, add_text, text, work)
 
+        work.arrive(self, 1)
         self.ff(*modulated(x, modulation[3:6], eps, work), image, work)
+        work.arrive(self, 2)
         self.ff_context(*modulated(x, modulation[9:12], eps, work), text, work)
 
     def together(self) -> list[list[Linear]]:
@@ -121,6 +126,8 @@ class DoubleBlock(FramePackBlock):
 class SingleBlock(FramePackBlock):
     """Attention and MLP side by side over image and text rows alike, projected out together."""
 
+    stages = (("attn.",), ("proj_mlp.", "proj_out."))
+
     def __init__(self, config: FramePackConfig):
         super().__init__()
         self.eps = config.eps
@@ -135,11 +142,13 @@ class SingleBlock(FramePackBlock):
     def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
         """`x [rows, dim]` in place; `modulation [3, dim]` fp32."""
         x = writable(x)
+        work.arrive(self, 0)
         attn, eps = self.attn, self.eps
         normed, add = modulated(x, modulation, eps, work)
         everything = slice(0, x.shape[0])
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), normed, everything, rope, eps, work)
         attn.attend(work)
+        work.arrive(self, 1)
         dense = self.proj_out.is_dense(work.dtype)
         step = work.hidden_after_q_rows if dense else work.joined_rows
         for start in range(0, work.num_rows, step):

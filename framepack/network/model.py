@@ -300,6 +300,6 @@ class FramePackModel(Transformer):
 
     def workspace(self, num_rows: int, device: torch.device) -> Workspace:
         config = self.config
-        rows = Rows(num_rows, config.dim, config.mlp_dim, joined_dim=config.dim + config.mlp_dim)
+        rows = Rows(num_rows, config.dim, config.mlp_dim, config.num_heads, joined_dim=config.dim + config.mlp_dim)
         # a single block's MLP works in the bytes of k and v: no attention may be left to do by then
-        return Workspace(self.execution, rows, device, self.scratch_elements(), all_queries=True)
+        return Workspace(self.execution, rows, device, self.scratch_elements(), True, self.arrive)

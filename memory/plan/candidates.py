@@ -27,6 +27,9 @@ TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
 DEFAULT_SLOTS = 2
 MIN_STAGING, MAX_STAGING = 3, 4
+PACKED_CHUNK = 8192  # rows at a time, from which on exact keys and values are worth more than more rows
+# A stage computes for less time than its successor may need to arrive: what is copied counts for more.
+STAGED_TRANSFER = 1.6
 RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the weights
 
 
@@ -108,12 +111,19 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
     queries = QUERY_CHUNKS[0] if model.streams_queries else None
-    choice = Choice(TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, model.transient_bytes > 0, queries)
+    # who sets how many blocks arrive ahead means blocks
+    in_stages = bool(model.stage_bytes) and limits.num_slots is None
+    transient = model.transient_bytes > 0
+    choice = Choice(
+        TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, transient, queries, in_stages, model.packs_keys
+    )
     candidate = _candidate(model, work, limits, choice)
     yield candidate
     seconds = candidate.times.total
-    compute: list[Step] = [_larger_chunk, _fewer_groups, _more_queries, _kept_fixed]
-    transfers: list[Step] = [_kept_fixed, _cached_text] if by_hand else [_kept_fixed, _cached_text, _more_residents]
+    compute: list[Step] = [_larger_chunk, _exact_keys, _fewer_groups, _more_queries, _kept_fixed, _whole_blocks]
+    transfers: list[Step] = [_exact_keys, _whole_blocks, _kept_fixed, _cached_text]
+    if not by_hand:
+        transfers.append(_more_residents)
     while True:
         steps = transfers + compute if candidate.times.transfer_bound else compute + transfers
         upgrades = [_candidate(model, work, limits, better) for step in steps if (better := step(candidate))]
@@ -146,19 +156,28 @@ def fastest_candidate(model: ModelFootprint, work: WorkSize, limits: Limits, bud
 
 def _larger_chunk(candidate: Candidate) -> Choice | None:
     chunk = candidate.choice.token_chunk
+    if candidate.choice.packed_keys and chunk >= PACKED_CHUNK:
+        return None
     if chunk >= min(candidate.work.rows, TOKEN_CHUNKS[-1]):
         return None
     return replace(candidate.choice, token_chunk=TOKEN_CHUNKS[TOKEN_CHUNKS.index(chunk) + 1])
 
 
 def _fewer_groups(candidate: Candidate) -> Choice | None:
+    if candidate.choice.packed_keys:
+        return None
     fewer = [groups for groups in _head_groups(candidate.model) if groups < candidate.choice.head_groups]
     return replace(candidate.choice, head_groups=fewer[0]) if fewer else None
 
 
+def _exact_keys(candidate: Candidate) -> Choice | None:
+    """Keep keys and values as they were computed: all that 8-bit ones are given before is a chunk of fair size."""
+    return replace(candidate.choice, packed_keys=False) if candidate.choice.packed_keys else None
+
+
 def _more_queries(candidate: Candidate) -> Choice | None:
     choice, work = candidate.choice, candidate.work
-    if choice.query_rows(work) == work.rows:
+    if choice.packed_keys or choice.query_rows(work) == work.rows:
         return None
     more = next((chunk for chunk in QUERY_CHUNKS if choice.query_rows(work) < chunk < work.tokens), None)
     return replace(choice, query_chunk=more)
@@ -177,6 +196,10 @@ def _cached_text(candidate: Candidate) -> Choice | None:
 def _kept_fixed(candidate: Candidate) -> Choice | None:
     """Keep what is needed only before the blocks: its copy in every pass hides behind nothing."""
     return replace(candidate.choice, transient_fixed=False) if candidate.choice.transient_fixed else None
+
+
+def _whole_blocks(candidate: Candidate) -> Choice | None:
+    return replace(candidate.choice, in_stages=False) if candidate.choice.in_stages else None
 
 
 def _more_residents(candidate: Candidate) -> Choice | None:
@@ -208,8 +231,13 @@ def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Ch
     kept = set(resident)
     streamed = tuple(size for index, size in enumerate(sizes) if index not in kept)
     num_slots = min(_num_slots(limits), len(streamed))
-    ring, total = ring_bytes(streamed, num_slots), sum(streamed)
+    total = sum(streamed)
     host, transfer = _host_side(model, sizes, streamed, limits)
+    ring = ring_bytes(streamed, num_slots)
+    if choice.in_stages and streamed:
+        largest = max(size for index, size in enumerate(model.stage_bytes) if index not in kept)
+        ring = min(ring, ring_bytes((largest,) * DEFAULT_SLOTS, DEFAULT_SLOTS))
+        transfer *= STAGED_TRANSFER
     return Candidate(
         model,
         work,

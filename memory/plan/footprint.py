@@ -22,6 +22,7 @@ FULL_SPEED_HEADS = 8
 GROUPED_EFFICIENCY = 0.99
 FEW_HEADS_EFFICIENCY = 0.96
 # Likewise for the queries of one attention call; measured with cuDNN at 32,760 and 75,600 tokens.
+PACKED_EFFICIENCY = 0.95  # keys and values are unpacked for each of these calls
 QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
 
 # Token-sized tensors that a block of Wan's reads and writes between its products: norms (2 each), rotated q and k,
@@ -58,9 +59,10 @@ class ModelFootprint:
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `transient_bytes` of the fixed ones are needed only for a
     moment before the blocks, and can be brought for it. `chunk_tensors` are those of one chunk of rows: what is normed,
-    and for products in 8 bits their rows as well. `streams_queries`: q can be made for some rows at a time. `form` is
-    the name of the format that most of the blocks' weights have, `attention` that of the backend: by them a card's
-    measurements are looked up.
+    and for products in 8 bits their rows as well. `streams_queries`: q can be made for some rows at a time.
+    `stage_bytes` are those of each block's largest stage, where blocks can be streamed in stages. `packs_keys`: keys
+    and values may be kept in 8 bits, as the user computes in 8 bits anyway. `form` is the name of the format that most
+    of the blocks' weights have, `attention` that of the backend: by them a card's measurements are looked up.
     """
 
     name: str
@@ -79,6 +81,8 @@ class ModelFootprint:
     image_tokens: int = 0
     compute_bytes: int = 2
     streams_queries: bool = False
+    stage_bytes: tuple[int, ...] = ()
+    packs_keys: bool = False
     chunk_tensors: float = DENSE_CHUNK_TENSORS
     vae: VaeFootprint | None = None
     form: str = PLAIN
@@ -101,7 +105,8 @@ class ModelFootprint:
         """x, the pool of q, k, v and FFN hidden, rotary angles, and the largest of the temporaries."""
         dim, rows, element = self.dim, work.rows, self.compute_bytes
         chunk = min(choice.token_chunk, rows)
-        pool = max((2 * rows + choice.query_rows(work)) * dim, chunk * self.ffn_dim) * element
+        kept = rows * (dim + 4 * self.num_heads) if choice.packed_keys else rows * dim * element  # of k, and of v
+        pool = max(2 * kept + choice.query_rows(work) * dim * element, chunk * self.ffn_dim * element)
         angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
         return rows * dim * element + pool + angles + self.temporary_bytes(work, choice, limits)
 
@@ -110,7 +115,8 @@ class ModelFootprint:
         dim, rows, element = self.dim, work.rows, self.compute_bytes
         chunk = min(choice.token_chunk, rows)
         # eager steps work in fp32
-        chunk_bytes = self.chunk_tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)
+        tensors = self.chunk_tensors + (2 if choice.packed_keys else 0)  # k and v before they are packed
+        chunk_bytes = tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)
         return max(
             self._attention_bytes(work, choice, limits.sage_attention),
             int(chunk * chunk_bytes),
@@ -125,7 +131,8 @@ class ModelFootprint:
         # Sage keeps int8 copies of q and k and a 16-bit v, its version 1 another k besides; the exact backends keep one
         # fp32 sum per row and head
         workspace = (queries + 5 * rows) * self.dim if sage_attention else queries * self.num_heads * 4
-        return -(-(output + workspace) // choice.head_groups)
+        unpacked = 2 * rows * self.dim * self.compute_bytes if choice.packed_keys else 0
+        return -(-(output + workspace + unpacked) // choice.head_groups)
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
@@ -240,6 +247,8 @@ class Choice:
     num_resident: int
     transient_fixed: bool
     query_chunk: int | None = None  # rows whose queries exist at a time; None: all
+    in_stages: bool = False  # the ring holds stages of blocks
+    packed_keys: bool = False  # self-attention's keys and values are kept in 8 bits
 
     def query_rows(self, work: WorkSize) -> int:
         """At most so many rows' queries exist at a time; those of a chunk belong to one sample."""
@@ -343,6 +352,8 @@ def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limit
     if choice.head_groups > 1:
         attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
     queries = choice.query_rows(work)
+    if choice.packed_keys:
+        attention_share *= PACKED_EFFICIENCY
     if queries < work.rows:
         attention_share *= next(share for least, share in QUERY_EFFICIENCY if queries >= least)
     return parts.products / share + parts.attention / attention_share + parts.other

@@ -80,8 +80,9 @@ def _block_reasons(plan: MemoryPlan) -> list[str]:
         said.append(f"All {blocks.num_blocks} blocks fit and stay on the device.")
     else:
         more = sum(plan.model.streamable_bytes(plan.choice.cache_text_kv)) - plan.denoise.residents - blocks.ring_bytes
+        ring = f"{blocks.num_slots} slots" + (" of a stage of a block each" if plan.choice.in_stages else "")
         said.append(
-            f"{blocks.num_streamed} of {blocks.num_blocks} blocks stream through {blocks.num_slots} slots: "
+            f"{blocks.num_streamed} of {blocks.num_blocks} blocks stream through {ring}: "
             f"keeping all would take {in_gib(more)} more."
         )
     if blocks.num_streamed:
@@ -124,6 +125,8 @@ def _piece_reasons(plan: MemoryPlan) -> list[str]:
     queries = plan.choice.query_rows(plan.work)
     if queries < plan.work.rows:
         said.append(f"Attention's queries are made for {queries} tokens at a time: all at once would take more VRAM.")
+    if plan.choice.packed_keys:
+        said.append("Attention's keys and values are kept in 8 bits: more VRAM keeps them as they were computed.")
     if plan.decode.tile:
         said.append(
             f"The video is decoded in tiles of {plan.decode.tile} pixels: whole frames would exceed the budget."

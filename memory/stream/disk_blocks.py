@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from ...system.direct_reads import PAGE, RawFile
 from ...system.host_memory import allocate_extent
 from .layout import SMALL_BYTES, BlockLayout, Part, TensorPlace, TensorSource, align
 from .pinned import PinnedBudget
-from .staging import Fence, Job, Staging
+from .staging import Fence, Job, Key, Staging
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class DiskBlocks:
         self._num_threads = num_threads
         self._reader = _Reader(source, self.layouts)
         self._staging: Staging | None = None
-        self._plans: dict[int, _ReadPlan] = {}
+        self._plans: dict[Key, _ReadPlan] = {}
 
     @property
     def pinned_bytes(self) -> int:
@@ -81,29 +81,36 @@ class DiskBlocks:
         staging = self._staging.host_bytes if self._staging is not None else 0
         return staging + self._reader.host_bytes
 
-    def prepare(self, order: Sequence[int], part: Part) -> None:
-        """Blocks `order` will be copied to the device over and over, this part of each: start reading."""
+    def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
+        """Blocks `order` will be copied to the device over and over, this part of each: start reading.
+
+        They come whole or stage by stage.
+        """
         self.pause()
-        self._plans = {index: self._reader.plan(index, part) for index in order}
+        self._plans = {
+            (index, stage): self._reader.plan(index, start, stop)
+            for index in order
+            for stage, (start, stop) in enumerate(self.layouts[index].spans(part, in_stages))
+        }
         if order:
             nbytes = max(plan.nbytes for plan in self._plans.values())
             # The threads know the reader and the plans but not this object, so dropping it ends them.
             fill = partial(_fill, self._reader, self._plans)
-            self._staging = Staging(order, nbytes, fill, self._budget, self._num_buffers, self._num_threads)
+            self._staging = Staging(list(self._plans), nbytes, fill, self._budget, self._num_buffers, self._num_threads)
             if self._budget is not None and self._staging.refusal is not None:
                 log.warning(
                     "weights from disk pass through pageable memory, which is slower: %s", self._staging.refusal
                 )
             self._staging.start()
 
-    def available(self, index: int) -> bool:
+    def available(self, index: int, stage: int = 0) -> bool:
         """Whether `pieces` would return at once."""
-        return self._staging is not None and self._staging.available(index)
+        return self._staging is not None and self._staging.available((index, stage))
 
-    def pieces(self, index: int) -> list[tuple[Tensor, int]]:
-        """The block's bytes as (host bytes, offset in the part) pairs; waits for the disk."""
+    def pieces(self, index: int, stage: int = 0) -> list[tuple[Tensor, int]]:
+        """The bytes of a block's stage as (host bytes, offset in the stage) pairs; waits for the disk."""
         assert self._staging is not None, "prepare() comes first"
-        return _cut(self._staging.take(index), self._plans[index])
+        return _cut(self._staging.take((index, stage)), self._plans[index, stage])
 
     def sent(self, index: int, fence: Fence) -> None:
         """The copies of `pieces(index)` have been issued; `fence` tells when they are done."""
@@ -112,7 +119,7 @@ class DiskBlocks:
 
     def fetch(self, index: int, part: Part, out: Tensor) -> None:
         """Read a part of a block into `out` and wait for it; for what stays on the device."""
-        plan = self._reader.plan(index, part)
+        plan = self._reader.plan(index, *self.layouts[index].span(part))
         buffer = allocate_extent(plan.nbytes)
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="lowvram-read") as threads:
             for job in [threads.submit(job) for job in self._reader.jobs(plan, buffer)]:
@@ -155,20 +162,19 @@ class _Reader:
     def host_bytes(self) -> int:
         return sum(tensor.numel() for tensor in self._small.values())
 
-    def plan(self, index: int, part: Part) -> _ReadPlan:
+    def plan(self, index: int, start: int, stop: int) -> _ReadPlan:
         layout = self._layouts[index]
-        start, _ = layout.span(part)
-        places = layout.part_places(part)
+        places = layout.places_in(start, stop)
         small = [place for place in places if place.nbytes < SMALL_BYTES]
         large = [place for place in places if place.nbytes >= SMALL_BYTES]
         runs, found = _find_runs(self._source, layout.prefix, large)
         end = runs[-1].at + runs[-1].nbytes if runs else 0
         pieces = [(at, place.offset - start, place.nbytes) for place, at in found]
-        copies = []
-        if small:
+        copies: list[tuple[str, int]] = []
+        for group in _neighbours(small):
             # They lie side by side in the layout, so one copy brings them all, gaps included.
-            first, last = small[0].offset, small[-1].offset + small[-1].nbytes
-            copies = [(f"{layout.prefix}.{place.name}", end + place.offset - first) for place in small]
+            first, last = group[0].offset, group[-1].offset + group[-1].nbytes
+            copies += [(f"{layout.prefix}.{place.name}", end + place.offset - first) for place in group]
             pieces.append((end, first - start, last - first))
             end += last - first
         return _ReadPlan(tuple(runs), tuple(copies), tuple(_merge(pieces)), end)
@@ -201,8 +207,20 @@ class _Reader:
         return self._files[path]
 
 
-def _fill(reader: _Reader, plans: dict[int, _ReadPlan], index: int, buffer: Tensor) -> list[Job]:
-    return reader.jobs(plans[index], buffer)
+def _fill(reader: _Reader, plans: dict[Key, _ReadPlan], key: Key, buffer: Tensor) -> list[Job]:
+    return reader.jobs(plans[key], buffer)
+
+
+def _neighbours(places: Sequence[TensorPlace]) -> Iterator[list[TensorPlace]]:
+    """Runs of tensors between which nothing but their alignment lies."""
+    group: list[TensorPlace] = []
+    for place in places:
+        if group and place.offset != group[-1].offset + align(max(group[-1].nbytes, 1)):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
 
 
 def _find_runs(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...system.host_memory import allocate_extent
 from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
 from .pinned import PinnedBudget
-from .staging import Fence, Job, Staging, wait_for
+from .staging import Fence, Job, Key, Staging, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class HostBlocks:
         self._complaints: set[str] = set()
         self._staging: Staging | None = None
         self._staged: frozenset[int] = frozenset()
-        self._part = Part.ALL
+        self._part, self._in_stages = Part.ALL, False
         self._num_threads = num_threads
         self._lock = threading.Lock()
         try:
@@ -93,10 +93,10 @@ class HostBlocks:
 
     # What a streamer asks of its source; DiskBlocks answers the same.
 
-    def prepare(self, order: Sequence[int], part: Part) -> None:
-        """Blocks `order` will be copied to the device over and over, this part of each."""
+    def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
+        """Blocks `order` will be copied to the device over and over, this part of each, whole or stage by stage."""
         self.pause()
-        self._part = part
+        self._part, self._in_stages = part, in_stages
         if self.budget is None or not order:
             return
         missing = set(order) - self._pinned - self._refused
@@ -106,18 +106,18 @@ class HostBlocks:
         if self._staged:
             self._start_staging([index for index in order if index in self._staged])
 
-    def available(self, index: int) -> bool:
+    def available(self, index: int, stage: int = 0) -> bool:
         """Whether `pieces` would return at once."""
         if self._staging is None or index not in self._staged:
             return True
-        return self._staging.available(index)
+        return self._staging.available((index, stage))
 
-    def pieces(self, index: int) -> list[tuple[Tensor, int]]:
-        """The block's bytes as (host bytes, offset in the part) pairs; may wait for staging."""
-        start, stop = self.layouts[index].span(self._part)
+    def pieces(self, index: int, stage: int = 0) -> list[tuple[Tensor, int]]:
+        """The bytes of a block's stage as (host bytes, offset in the stage) pairs; may wait for staging."""
+        start, stop = self.layouts[index].spans(self._part, self._in_stages)[stage]
         if self._staging is None or index not in self._staged:
             return [(self.extents[index][start:stop], 0)]
-        return [(self._staging.take(index)[: stop - start], 0)]
+        return [(self._staging.take((index, stage))[: stop - start], 0)]
 
     def sent(self, index: int, fence: Fence) -> None:
         """The copies of `pieces(index)` have been issued; `fence` tells when they are done."""
@@ -224,11 +224,14 @@ class HostBlocks:
             )
 
     def _start_staging(self, order: list[int]) -> None:
-        spans = {index: self.layouts[index].span(self._part) for index in order}
-        parts = {index: self.extents[index][start:stop] for index, (start, stop) in spans.items()}
+        parts = {
+            (index, stage): self.extents[index][start:stop]
+            for index in order
+            for stage, (start, stop) in enumerate(self.layouts[index].spans(self._part, self._in_stages))
+        }
         nbytes = max(part.numel() for part in parts.values())
         fill = partial(_fill, parts)
-        staging = Staging(order, nbytes, fill, self.budget, _STAGING_BUFFERS, self._num_threads)
+        staging = Staging(list(parts), nbytes, fill, self.budget, _STAGING_BUFFERS, self._num_threads)
         if staging.refusal is not None:
             # Through unpinned staging every byte would be copied once more for nothing.
             staging.close()
@@ -237,7 +240,7 @@ class HostBlocks:
         staging.start()
 
 
-def _fill(parts: dict[int, Tensor], index: int, buffer: Tensor) -> list[Job]:
-    part = parts[index]
+def _fill(parts: dict[Key, Tensor], key: Key, buffer: Tensor) -> list[Job]:
+    part = parts[key]
     pairs = zip(buffer[: part.numel()].split(_STAGING_CHUNK), part.split(_STAGING_CHUNK), strict=True)
     return [partial(out.copy_, host) for out, host in pairs]

@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -64,12 +64,17 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """All tensors of one block; those before `stream_bytes` are needed in every pass."""
+    """All tensors of one block; those before `stream_bytes` are needed in every pass.
+
+    `stages` are the first byte and the end of what the block computes with first, then, and so on, where it can be
+    streamed in such stages: together they are all before `stream_bytes`.
+    """
 
     prefix: str  # full name of a tensor: f"{prefix}.{place.name}"
     places: tuple[TensorPlace, ...]
     nbytes: int
     stream_bytes: int
+    stages: tuple[tuple[int, int], ...] = ()
 
     def span(self, part: Part) -> tuple[int, int]:
         """First byte and end of a part; both are multiples of 256."""
@@ -84,8 +89,21 @@ class BlockLayout:
 
     def part_places(self, part: Part) -> tuple[TensorPlace, ...]:
         """The tensors of a part, offsets still counted from the block's first byte."""
-        start, stop = self.span(part)
+        return self.places_in(*self.span(part))
+
+    def places_in(self, start: int, stop: int) -> tuple[TensorPlace, ...]:
+        """The tensors that begin in these bytes."""
         return tuple(place for place in self.places if start <= place.offset < stop)
+
+    def spans(self, part: Part, in_stages: bool) -> tuple[tuple[int, int], ...]:
+        """First byte and end of what is streamed of a part at a time: all of it, or each of its stages.
+
+        What is optional comes with the stage before it.
+        """
+        if not in_stages or not self.stages or part is Part.OPTIONAL:
+            return (self.span(part),)
+        end = self.span(part)[1]
+        return tuple((start, end if stop == self.stream_bytes else stop) for start, stop in self.stages)
 
 
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
@@ -94,21 +112,32 @@ def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
 
 
 def layout_block(
-    source: TensorSource, prefix: str, names: Iterable[str], optional_last: Collection[str] = ()
+    source: TensorSource,
+    prefix: str,
+    names: Iterable[str],
+    optional_last: Collection[str] = (),
+    stages: Sequence[tuple[str, ...]] = (),
 ) -> BlockLayout:
     """Lay the tensors `<prefix>.<name>` out in one extent, 256-byte aligned.
 
     Large tensors come first, in file order, so that they can be read in long runs; small ones follow
     together. The same again, at the end, for the names in `optional_last`: they can be left at home.
+    `stages` are how the names begin that the block computes with first, then, and so on: each stage lies together, the
+    one that has optional tensors last.
     Raises LayoutError when the checkpoint lacks a tensor or its sizes contradict each other.
     """
     infos = {name: _info(source, f"{prefix}.{name}") for name in names}
+    stage = {name: _stage_of(name, stages) for name in infos if name not in optional_last}
+    last = {_stage_of(name, stages, optional=True) for name in infos if name in optional_last}
+    rank = {number: number + len(stages) * (number in last) for number in range(max(1, len(stages)))}
 
-    def order(name: str) -> tuple[bool, bool, str, int]:
+    def order(name: str) -> tuple[int, bool, str, int]:
         info = infos[name]
-        return name in optional_last, info.nbytes < SMALL_BYTES, str(info.file), info.offset
+        position = 2 * len(stages) + 1 if name in optional_last else rank[stage[name]]
+        return position, info.nbytes < SMALL_BYTES, str(info.file), info.offset
 
     places: list[TensorPlace] = []
+    spans: dict[int, tuple[int, int]] = {}
     end = stream_bytes = 0
     for name in sorted(infos, key=order):
         info = infos[name]
@@ -117,7 +146,22 @@ def layout_block(
         end += align(max(info.nbytes, 1))
         if name not in optional_last:
             stream_bytes = end
-    return BlockLayout(prefix, tuple(places), end, stream_bytes)
+            spans[stage[name]] = spans.get(stage[name], (places[-1].offset, 0))[0], end
+    separable = len(spans) == len(stages) > 1 and len(last - {-1}) <= 1
+    in_stages = tuple(spans[number] for number in range(len(stages))) if separable else ()
+    return BlockLayout(prefix, tuple(places), end, stream_bytes, in_stages)
+
+
+def _stage_of(name: str, stages: Sequence[tuple[str, ...]], optional: bool = False) -> int:
+    """The stage that a tensor belongs to; optional ones may belong to none: -1."""
+    if not stages:
+        return 0
+    found = [number for number, beginnings in enumerate(stages) if name.startswith(beginnings)]
+    if not found and optional:
+        return -1
+    if len(found) != 1:
+        raise LayoutError(f"the tensor {name!r} belongs to {len(found)} stages of its block; expected one")
+    return found[0]
 
 
 def bind(block: nn.Module, layout: BlockLayout, flat: Tensor, part: Part = Part.ALL) -> None:
@@ -126,12 +170,16 @@ def bind(block: nn.Module, layout: BlockLayout, flat: Tensor, part: Part = Part.
     Called once per load: from then on new bytes arrive under the same views. Raises LayoutError when the
     block has no such parameter, or one of the same dtype but another shape.
     """
-    start, stop = layout.span(part)
+    bind_span(block, layout, flat, *layout.span(part))
+
+
+def bind_span(block: nn.Module, layout: BlockLayout, flat: Tensor, start: int, stop: int) -> None:
+    """The same for the tensors that lie in some bytes of the block, which are `flat`."""
     if flat.dtype != torch.uint8 or flat.ndim != 1 or flat.numel() < stop - start:
         raise LayoutError(
             f"{layout.prefix} needs a flat uint8 tensor of {stop - start} bytes, got {flat.dtype} {tuple(flat.shape)}"
         )
-    for place in layout.part_places(part):
+    for place in layout.places_in(start, stop):
         at = place.offset - start
         view = flat[at : at + place.nbytes].view(place.dtype).view(place.shape)
         _assign(block, layout, place, view)

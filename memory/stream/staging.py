@@ -13,7 +13,8 @@ from ...system.host_memory import allocate_extent
 from .pinned import PinnedBudget
 
 Job = Callable[[], object]
-Fill = Callable[[int, Tensor], Sequence[Job]]  # (block, buffer) -> independent jobs that fill the buffer
+Key = tuple[int, int]  # a block and its stage
+Fill = Callable[[Key, Tensor], Sequence[Job]]  # what to read, buffer -> independent jobs that fill the buffer
 
 _POLL_SECONDS = 0.1  # waits are cut into such slices so that Ctrl-C works on every system
 
@@ -29,7 +30,7 @@ class Fence(Protocol):
 class _Buffer:
     extent: Tensor
     pinned: bool
-    block: int | None = None  # what it holds or is being filled with; None: nothing of use
+    block: Key | None = None  # what it holds or is being filled with; None: nothing of use
     serial: int = 0  # age: buffers are filled and emptied in this order
     taken: bool = False
     fence: Fence | None = None  # the last copy from it
@@ -46,7 +47,7 @@ class Staging:
 
     def __init__(
         self,
-        order: Sequence[int],
+        order: Sequence[Key],
         nbytes: int,
         fill: Fill,
         budget: PinnedBudget | None,
@@ -93,12 +94,12 @@ class Staging:
             if buffer.block is None:
                 self._assign(buffer)
 
-    def available(self, block: int) -> bool:
+    def available(self, block: Key) -> bool:
         """Whether `take(block)` would return at once, and without an error."""
         buffer = self._find(block)
         return buffer is not None and all(job.done() and job.exception() is None for job in buffer.jobs)
 
-    def take(self, block: int) -> Tensor:
+    def take(self, block: Key) -> Tensor:
         """The buffer that holds the block; waits for the threads. Raises what the reading raised."""
         self.start()
         buffer = self._find(block)
@@ -141,11 +142,11 @@ class Staging:
         if hasattr(self, "_threads") and not sys.is_finalizing():
             self.close()
 
-    def _find(self, block: int) -> _Buffer | None:
+    def _find(self, block: Key) -> _Buffer | None:
         holders = [buffer for buffer in self._buffers if buffer.block == block and not buffer.taken]
         return min(holders, key=lambda one: one.serial, default=None)
 
-    def _seek(self, block: int) -> None:
+    def _seek(self, block: Key) -> None:
         for buffer in self._buffers:
             self._drop(buffer)
         self._next = self._order.index(block)

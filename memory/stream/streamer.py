@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .layout import BlockLayout, LayoutError, Part, bind, unbind
+from .layout import BlockLayout, LayoutError, Part, bind, bind_span, unbind
 from .ring import DeviceRing, RingSchedule, plan_ring
 from .staging import Fence
 from .streams import BlockEvents, Streams, streams_for
@@ -20,12 +20,19 @@ class BlockSource(Protocol):
     def layouts(self) -> Sequence[BlockLayout]: ...
     @property
     def extents(self) -> Sequence[Tensor] | None: ...
-    def prepare(self, order: Sequence[int], part: Part) -> None: ...
-    def available(self, index: int) -> bool: ...
-    def pieces(self, index: int) -> list[tuple[Tensor, int]]: ...
+    def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None: ...
+    def available(self, index: int, stage: int = 0) -> bool: ...
+    def pieces(self, index: int, stage: int = 0) -> list[tuple[Tensor, int]]: ...
     def sent(self, index: int, fence: Fence) -> None: ...
     def fetch(self, index: int, part: Part, out: Tensor) -> None: ...
     def pause(self) -> None: ...
+
+
+class Unit(NamedTuple):
+    """What is copied at a time: a stage of a block (see `BlockLayout`), or all of it as its stage 0."""
+
+    index: int
+    stage: int
 
 
 class StreamerError(RuntimeError):
@@ -42,6 +49,8 @@ class BlockStreamer:
     that ends early, by an exception or by closing the iterator, leaves everything ready for the next one.
 
     `resident` blocks stay on the device. `part` streams only the every-pass or only the optional tensors.
+    `in_stages`: of a block that has stages the ring holds one at a time; the iteration yields it with its first, and
+    before it computes with another it must ask for that (`arrive`).
     `ring` may be shared between streamers and is not needed if nothing streams; on a CPU with the blocks in
     RAM they are bound where they are. `between_blocks` is called before each block and may raise. One
     streamer belongs to one thread.
@@ -56,13 +65,14 @@ class BlockStreamer:
         ring: DeviceRing | None = None,
         resident: Collection[int] = (),
         part: Part = Part.ALL,
+        in_stages: bool = False,
         between_blocks: Callable[[], None] | None = None,
     ) -> None:
         self.between_blocks = between_blocks
         self._blocks = list(blocks)
         self._source = source
         self._device = device
-        self._part = part
+        self._part, self._in_stages = part, in_stages
         if len(self._blocks) != len(source.layouts):
             raise LayoutError(f"the source describes {len(source.layouts)} blocks, the model has {len(self._blocks)}")
         self._index = {id(block): index for index, block in enumerate(self._blocks)}
@@ -71,16 +81,18 @@ class BlockStreamer:
         self._streamed = [index for index in range(len(self._blocks)) if index not in self._resident]
         if self._streamed and ring is None:
             raise ValueError(f"{len(self._streamed)} of {len(self._blocks)} blocks are streamed: give a ring")
+        self._units = [Unit(index, stage) for index in self._streamed for stage in range(len(self._spans(index)))]
         self._ring = ring
         self._schedule = self._plan(ring)
-        self._position = {index: position for position, index in enumerate(self._streamed)}
+        self._position = {unit: position for position, unit in enumerate(self._units)}
         self.streams: Streams = ring.streams if ring is not None else streams_for(device)
-        self._events: list[BlockEvents] = [self.streams.events(index) for index in range(len(self._blocks))]
+        units = [*self._units, *(Unit(index, 0) for index in self._resident)]
+        self._events: dict[Unit, BlockEvents] = {unit: self.streams.events(unit.index) for unit in sorted(units)}
         self._memory: list[Tensor] = []  # the residents' bytes
         self._flat: Tensor | None = None  # the ring's bytes
         self._loaded = False
         self._prepared = False  # the source knows what comes next
-        self._in_use: int | None = None  # block index
+        self._in_use: Unit | None = None
         self._pass: object | None = None  # the open pass
         self._reset()
 
@@ -139,8 +151,7 @@ class BlockStreamer:
             for block in blocks:
                 if self.between_blocks is not None:
                     self.between_blocks()
-                index = self._index_of(block)
-                self._acquire(index)
+                self._acquire(Unit(self._index_of(block), 0))
                 yield block
                 if self._pass is not token:
                     raise StreamerError("another pass has begun since; this one cannot go on")
@@ -149,29 +160,41 @@ class BlockStreamer:
             if self._pass is token:
                 self._close_pass()
 
+    def arrive(self, block: nn.Module, stage: int) -> None:
+        """The block that is in use goes on with another of its stages, usually the next: its weights are there then.
+
+        Nothing to do where the whole block is there. Raises as the iteration does.
+        """
+        unit = Unit(self._index_of(block), stage)
+        if self._in_use is None or self._in_use.index != unit.index:
+            raise StreamerError(f"block {unit.index} asks for its stage {stage}, but it is not in use")
+        if unit != self._in_use and unit in self._position:
+            self._release()
+            self._acquire(unit)
+
     # State, in an order of updates that an interrupt cannot turn into a wrong one: a copy is trusted only if
     # `_held` says so, which is set last; bytes are overwritten only if `_in_use` allows, which is set first.
 
     def _reset(self) -> None:
-        count = len(self._streamed)
+        count = len(self._units)
         self._held = [False] * count  # the ring holds this block's bytes, or they are on their way
         self._used = [False] * count  # its free event was recorded and no copy has waited for it yet
         self._window = 0, 0  # (next position of the pass, how many from there on are held for it)
         self._in_use = None
         self._pass = None
 
-    def _acquire(self, index: int) -> None:
-        position = self._position.get(index)
+    def _acquire(self, unit: Unit) -> None:
+        position = self._position.get(unit)
         if position is not None:
             start, ahead = self._window
             if start != position:  # a pass after one that ended early, or a caller that skips blocks
                 start, ahead = self._window = position, 0
             if not self._held[position]:
                 self._copy(position)
-        self._in_use = index
+        self._in_use = unit
         if position is not None:
-            self._window = (position + 1) % len(self._streamed), max(ahead - 1, 0)
-        self.streams.wait_ready(self._events[index])
+            self._window = (position + 1) % len(self._units), max(ahead - 1, 0)
+        self.streams.wait_ready(self._events[unit])
 
     def _release(self) -> None:
         self._free_in_use()
@@ -191,12 +214,12 @@ class BlockStreamer:
         self._in_use = None
 
     def _fill_ring(self) -> None:
-        count = len(self._streamed)
+        count = len(self._units)
         while self._window[1] < count:
             start, ahead = self._window
             position = (start + ahead) % count
             if not self._held[position]:
-                if self._needed(position) or not self._source.available(self._streamed[position]):
+                if self._needed(position) or not self._source.available(*self._units[position]):
                     return
                 self._copy(position)
             self._window = start, ahead + 1
@@ -204,32 +227,39 @@ class BlockStreamer:
     def _needed(self, position: int) -> bool:
         """Whether bytes of this position's place belong to a block in use or waiting to be used."""
         start, ahead = self._window
-        count = len(self._streamed)
+        count = len(self._units)
         in_use = self._position.get(self._in_use) if self._in_use is not None else None
         return any(other == in_use or (other - start) % count < ahead for other in self._schedule.overlaps[position])
 
     def _copy(self, position: int) -> None:
-        index = self._streamed[position]
-        pieces = self._source.pieces(index)
+        unit = self._units[position]
+        pieces = self._source.pieces(*unit)
         others = self._schedule.overlaps[position]
         for other in others:
             self._held[other] = False
         region = self._region(position)
         pairs = [(region[at : at + host.numel()], host) for host, at in pieces]
-        events = self._events[index]
+        events = self._events[unit]
         # The copy stream keeps its order, so an event that one copy has waited for is past for all later ones.
-        after = [self._events[self._streamed[other]] for other in others if self._used[other]]
+        after = [self._events[self._units[other]] for other in others if self._used[other]]
         self.streams.copy(pairs, after, events)
         for other in others:
             self._used[other] = False
         self._held[position] = True
-        self._source.sent(index, events.ready)
+        self._source.sent(unit.index, events.ready)
 
     # Set-up
 
     def _plan(self, ring: DeviceRing | None) -> RingSchedule:
-        sizes = [self._source.layouts[index].part_bytes(self._part) for index in self._streamed]
+        sizes = [stop - start for start, stop in map(self._span, self._units)]
         return plan_ring(sizes, ring.nbytes if ring is not None else 0)
+
+    def _spans(self, index: int) -> tuple[tuple[int, int], ...]:
+        return self._source.layouts[index].spans(self._part, self._in_stages)
+
+    def _span(self, unit: Unit) -> tuple[int, int]:
+        """First byte and end in the block's extent."""
+        return self._spans(unit.index)[unit.stage]
 
     def _region(self, position: int) -> Tensor:
         assert self._flat is not None
@@ -253,15 +283,16 @@ class BlockStreamer:
         if self._ring is None:
             return
         self._flat = self._ring.attach(self)
-        for position, index in enumerate(self._streamed):
-            bind(self._blocks[index], self._source.layouts[index], self._region(position), self._part)
+        for position, unit in enumerate(self._units):
+            layout = self._source.layouts[unit.index]
+            bind_span(self._blocks[unit.index], layout, self._region(position), *self._span(unit))
 
     def _take_ring(self) -> None:
         if self._ring is None or not self._streamed:
             return
         self._ring.take(self)
         if not self._prepared:
-            self._source.prepare(self._streamed, self._part)
+            self._source.prepare(self._streamed, self._part, self._in_stages)
             self._prepared = True
 
     def _pause_source(self) -> None:

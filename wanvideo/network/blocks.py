@@ -19,7 +19,7 @@ from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Affine, Scale, parameter
 from ...transformer.transformer import Block
-from ...transformer.workspace import Workspace, within, writable
+from ...transformer.workspace import Pair, Workspace, within, writable
 from ...weights.linear.linear import Linear, project_together
 from ...weights.linear.projection import Projection
 from .config import WanConfig
@@ -89,6 +89,8 @@ class Pass:
 class WanBlock(Block):
     """Self-attention, cross-attention to text and image, feed-forward; all added to `x` in place."""
 
+    stages = (("self_attn.", "modulation"), ("cross_attn.", "norm3."), ("ffn.",))
+
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -99,12 +101,15 @@ class WanBlock(Block):
         self.ffn = FeedForward(config, **factory)
         self.modulation = parameter(1, 6, config.dim, **factory)
 
-    def advance(self, state: Pass, keys_values: KeysValues) -> None:
-        """Take a pass through this block."""
-        self.run(state.x, state, keys_values)
+    def advance(self, state: Pass, shown: Context | KeysValues) -> None:
+        """Take a pass through this block; `shown` is what cross-attention reads, or what it is made of."""
+        self.run(state.x, state, shown)
 
-    def run(self, x: Tensor, state: Pass, keys_values: KeysValues) -> None:
+    def run(self, x: Tensor, state: Pass, shown: Context | KeysValues) -> None:
         """Take tokens `[rows, dim]` of a pass through this block."""
+        keys_values = shown
+        if isinstance(shown, Context) and state.work.all_there:  # compiled code is given no other
+            keys_values = self.cross_attn.keys_values(shown)
         self(x, state.modulation, state.rows_per_group, state.rope, keys_values, state.work, state.hooks)
 
     def forward(
@@ -113,12 +118,13 @@ class WanBlock(Block):
         modulation: Tensor,
         rows_per_group: int,
         rope: Rope,
-        keys_values: KeysValues,
+        keys_values: Context | KeysValues,
         work: Workspace,
         hooks: BlockHooks,
     ) -> None:
         """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
         x = writable(x)
+        work.arrive(self, 0)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
         ops, eps = work.ops, self.eps
 
@@ -141,9 +147,13 @@ class WanBlock(Block):
             x[rows].add_(y)
 
         self.self_attn(norm1, add1, rope, work, hooks)
+        work.arrive(self, 1)
+        if isinstance(keys_values, Context):
+            keys_values = self.cross_attn.keys_values(keys_values)
         self.cross_attn(norm3, add3, keys_values, work)
         if hooks.sees_text:
             hooks.after_text(x)
+        work.arrive(self, 2)
         self.ffn(norm2, add2, work)
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
@@ -168,24 +178,21 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
 
     def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace, hooks: BlockHooks) -> None:
-        self.fill(normed, rope, work)
+        keys_values = self.fill_packed(normed, rope, work) if work.packs_keys else self.fill(normed, rope, work)
         work.scratch.reset()
         to_q = self.q.prepare(work.dtype, work.scratch) if work.streams_queries else None
         to_out = self.o.prepare(work.dtype, work.scratch)
-        batch = work.rows.batch
-        heads = [rearrange(t, "(b n) (h d) -> b n h d", b=batch, h=self.num_heads) for t in (work.keys, work.values)]
         for span in work.spans():
             q = work.queries[: span.stop - span.start]
             if to_q is not None:
                 make_queries(to_q, self.norm_q.weight, self.eps, normed, rope, span, work)
             seen = q.clone() if hooks.sees_attention else None  # attention may write over it
-            attended = work.attend_rows(q, span, [(heads[0], heads[1])])
+            attended = work.attend_rows(q, span, [keys_values])
             if seen is not None:
-                shown = (rearrange(t, "(b n) (h d) -> b n h d", b=batch, h=self.num_heads) for t in (attended, seen))
-                hooks.attended(*shown, heads[0])
+                hooks.attended(*(work.in_heads(t) for t in (attended, seen, work.keys)))
             project_out(to_out, attended, add, span, work)
 
-    def fill(self, normed: Normed, rope: Rope, work: Workspace) -> None:
+    def fill(self, normed: Normed, rope: Rope, work: Workspace) -> Pair:
         """Make k and v of all rows; q too where it exists for all at once, of the same normed rows."""
         k, v = work.keys, work.values
         layers, outs = [self.k, self.v], [k, v]
@@ -198,6 +205,24 @@ class SelfAttention(nn.Module):
             if not work.streams_queries:
                 work.ops.rms_norm_(outs[0][rows], self.norm_q.weight, self.eps, rope, rows.start)
             work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
+        return work.in_heads(k), work.in_heads(v)
+
+    def fill_packed(self, normed: Normed, rope: Rope, work: Workspace) -> Pair:
+        """The same with k and v in 8 bits."""
+        k, v = work.packed_keys_values()
+        work.scratch.reset()
+        layers = (self.k, self.v) if work.streams_queries else (self.k, self.v, self.q)
+        projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
+        for rows in work.chunks():
+            x = normed(rows)
+            made = [torch.empty_like(x), torch.empty_like(x)]
+            outs = made if work.streams_queries else [*made, work.queries[rows]]
+            project_together(projections, x, outs)
+            for out, norm in zip([outs[0], *outs[2:]], (self.norm_k, self.norm_q), strict=False):
+                work.ops.rms_norm_(out, norm.weight, self.eps, rope, rows.start)
+            k.fill(rows, made[0])
+            v.fill(rows, made[1])
+        return k, v
 
 
 class CrossAttention(nn.Module):

@@ -120,8 +120,8 @@ class WanModel(Transformer):
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
         for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
-            keys_values = context.keys_values[index] if context.keys_values else block.cross_attn.keys_values(context)
-            visitor.visit(name, state, partial(block.advance, state, keys_values))
+            shown = context.keys_values[index] if context.keys_values else context
+            visitor.visit(name, state, partial(block.advance, state, shown))
         patches = self.head(x, time, rows_per_group, work)
         if extras.reference is not None:
             patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
@@ -187,8 +187,8 @@ class WanModel(Transformer):
 
     def workspace(self, num_rows: int, device: torch.device, batch: int = 1, all_queries: bool = False) -> Workspace:
         """`all_queries`: whoever sees attention sees all of it at once."""
-        rows = Rows(num_rows, self.config.dim, self.config.ffn_dim, batch=batch)
-        return Workspace(self.execution, rows, device, self.scratch_elements(), all_queries)
+        rows = Rows(num_rows, self.config.dim, self.config.ffn_dim, self.config.num_heads, batch=batch)
+        return Workspace(self.execution, rows, device, self.scratch_elements(), all_queries, self.arrive)
 
 
 class Head(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...transformer.workspace import Workspace
 from ...weights.linear.linear import Linear
-from .blocks import KeysValues, Pass, WanBlock
+from .blocks import Context, KeysValues, Pass, WanBlock
 from .config import WanConfig
 
 
@@ -19,6 +19,8 @@ class VaceBlock(WanBlock):
 
     The first one also has `before_proj`, through which the control tokens join the video's at the start.
     """
+
+    stages = (*WanBlock.stages[:2], (*WanBlock.stages[2], "after_proj."))
 
     def __init__(
         self,
@@ -32,10 +34,10 @@ class VaceBlock(WanBlock):
             self.before_proj = Linear(config.dim, config.dim, device=device, dtype=dtype)
         self.after_proj = Linear(config.dim, config.dim, device=device, dtype=dtype)
 
-    def advance(self, state: Pass, keys_values: KeysValues) -> None:
+    def advance(self, state: Pass, shown: Context | KeysValues) -> None:
         work = state.work
         for control in state.controls:
-            self.run(control.tokens, state, keys_values)
+            self.run(control.tokens, state, shown)
             work.scratch.reset()
             project = self.after_proj.prepare(work.dtype, work.scratch)
             for rows in work.chunks():

@@ -16,10 +16,10 @@ from .row_reference import LARGEST, SMALLEST_SCALE
 _KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 
 
-def launch_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def launch_quantize(x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `RowOps.quantize`."""
     rows, dim = x.shape
-    values = torch.empty(rows, dim, device=x.device, dtype=dtype)
+    values = torch.empty(rows, dim, device=x.device, dtype=dtype) if out is None else out
     scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
     _quantize_kernel[(rows,)](
         x, values, scales, dim, x.stride(0), LARGEST[dtype], SMALLEST_SCALE,
@@ -33,6 +33,8 @@ def launch_dequantize(values: Tensor, scales: Tensor, out: Tensor) -> None:
     assert values.is_contiguous() and out.is_contiguous()
     rows, dim = values.shape
     block = 4096
+    if scales.numel() == 1 and values.numel() % block == 0:  # one scale for all: no row ends within a block
+        rows, dim = values.numel() // block, block
     _dequantize_kernel[(rows, triton.cdiv(dim, block))](
         values.view(torch.uint8), scales, out, dim, int(scales.numel() > 1),
         KIND=_KINDS[values.dtype], BLOCK=block, num_warps=4,
@@ -59,7 +61,7 @@ def _quantize_kernel(
     inside = col < dim
     x = tl.load(x_ptr + row.to(tl.int64) * row_stride + col, mask=inside, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), largest), smallest_scale)
-    x = tl.div_rn(x, scale)
+    x = x * tl.div_rn(1.0, scale)  # a division takes as long as ten products
     x = tl.minimum(tl.maximum(x, -largest), largest)
     if INTEGER:
         # Adding 1.5 x 2^23 leaves no room for a fraction, so the sum is rounded to an integer, halves to even.

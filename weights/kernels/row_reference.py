@@ -34,10 +34,11 @@ class RowOps(Protocol):
     @property
     def name(self) -> str: ...
 
-    def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`x [rows, in]` in `dtype`, int8 or float8_e4m3fn, and scales `[rows, 1]`: largest size / `LARGEST[dtype]`.
 
-        int8 is rounded halves to even, and is never -128.
+        The values, written into `out` where it is given, are products with the inverse of the scale, which is rounded
+        to fp32. int8 is rounded halves to even, and is never -128.
         """
         ...
 
@@ -55,9 +56,10 @@ class TorchRowOps:
 
     name = "torch"
 
-    def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scales = row_scales(x, LARGEST[dtype])
-        return quantized(x.float(), scales, dtype), scales
+        values = quantized(x.float(), scales, dtype, by_products=True)
+        return values if out is None else out.copy_(values), scales
 
     def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         # 8-bit numbers are exact in every dtype that computes; the product is made in fp32 and rounded once
@@ -68,9 +70,9 @@ class TorchRowOps:
         return out.copy_(scaled if bias is None else scaled.add_(bias))
 
 
-def quantized(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x / scales` in `dtype`, one of `LARGEST`; `x` is fp32."""
-    values = x / scales
+def quantized(x: Tensor, scales: Tensor, dtype: torch.dtype, by_products: bool = False) -> Tensor:
+    """`x / scales` in `dtype`, one of `LARGEST`; `x` is fp32. `by_products`: times the inverse of each scale."""
+    values = x * scales.reciprocal() if by_products else x / scales
     if not dtype.is_floating_point:
         values.round_()
     # clamped: a cast past the largest number is NaN in older torch releases

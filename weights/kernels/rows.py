@@ -49,12 +49,13 @@ class TritonRowOps:
 
         self.kernels, self.fp8 = row_kernels, fp8
 
-    def quantize(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return quantize_rows(x, dtype)
+            values, scales = quantize_rows(x, dtype)
+            return values if out is None else out.copy_(values), scales
         if dtype.is_floating_point and not self.fp8:
-            return TorchRowOps().quantize(x, dtype)
-        return self.kernels.launch_quantize(x, dtype)
+            return TorchRowOps().quantize(x, dtype, out)
+        return self.kernels.launch_quantize(x, dtype, out)
 
     def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

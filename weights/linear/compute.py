@@ -16,13 +16,15 @@ from ..kernels.gemms import fuses_gelu, int8_refusal, select_fp8_gemm, select_in
 from ..kernels.row_reference import RowOps
 from ..kernels.rows import select_row_ops
 from .fp8 import Fp8Dequantized, Fp8Matmul
+from .gguf import GgufFormat
 from .int8 import Int8Dequantized, Int8Matmul
-from .kitchen import KitchenInt8, kitchen_int8_available
+from .kitchen import KitchenFormat, KitchenInt8, kitchen_int8_available
 from .kitchen_matmul import KitchenMatmul
 from .linear import Linear
+from .made_fp8 import Fp8Made
 from .native import use_native
 from .projection import Projection
-from .weight_format import PLAIN, Plain, WeightFormat
+from .weight_format import Plain, WeightFormat
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +35,9 @@ QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8", "4bit_fast")
 def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: str, device: torch.device) -> None:
     """Set how each linear layer of a model multiplies on `device`; called again, it chooses again.
 
-    Only layers of the blocks, which see thousands of rows, multiply in 8 bits: int8 weights wherever the device can,
-    fp8 weights with "fp8_fast" unless their file asks for full precision, 4-bit ones with "4bit_fast" where that is
-    faster here. ValueError where an explicit choice cannot run.
+    Only layers of the blocks, which see thousands of rows, multiply in 8 bits: with "fp8_fast" fp8 weights, unless
+    their file asks for full precision, and weights that are unpacked anyway; else int8 weights wherever the device can,
+    and 4-bit ones with "4bit_fast" where that is faster here. ValueError where an explicit choice cannot run.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
@@ -46,9 +48,9 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
         layer.fuses_gelu = epilogue
     layers = list(_linears(blocks))
     try:
-        _use_int8(layers, quantization, device, ops)
         if quantization == "fp8_fast":
             _use_fp8(layers, device, ops)
+        _use_int8(layers, quantization, device, ops)
         if quantization == "4bit_fast":
             use_native(layers, device)
     except RuntimeError as error:
@@ -67,8 +69,12 @@ def _linears(modules: Sequence[nn.Module]) -> Iterator[Linear]:
 
 def _unpacked(form: WeightFormat, ops: RowOps) -> WeightFormat:
     """The same stored form, multiplied in the compute dtype."""
+    if isinstance(form, Fp8Made):
+        return _unpacked(form.stored, ops)
     if isinstance(form, Fp8Matmul):
-        return PLAIN if form.unscaled else Fp8Dequantized(ops=ops)
+        return Plain(_casting(ops)) if form.unscaled else Fp8Dequantized(ops=ops)
+    if isinstance(form, Plain):
+        return Plain(_casting(ops))
     if isinstance(form, Int8Matmul | KitchenInt8):
         return Int8Dequantized(form.rotation, ops)
     if isinstance(form, KitchenMatmul):
@@ -76,6 +82,11 @@ def _unpacked(form: WeightFormat, ops: RowOps) -> WeightFormat:
     if isinstance(form, Fp8Dequantized | Int8Dequantized):
         return replace(form, ops=ops)
     return form
+
+
+def _casting(ops: RowOps) -> RowOps | None:
+    """What casts plain 8-bit weights: PyTorch by itself takes four times as long as one read and one write."""
+    return ops if ops.name == "triton" else None
 
 
 def _use_fp8(layers: Sequence[Linear], device: torch.device, ops: RowOps) -> None:
@@ -87,11 +98,17 @@ def _use_fp8(layers: Sequence[Linear], device: torch.device, ops: RowOps) -> Non
         if isinstance(form, Fp8Dequantized | Plain) and not asks_otherwise and product.suits(layer.packed()):
             layer.format = replace(product, unscaled=isinstance(form, Plain))
             chosen += 1
+        elif isinstance(form, GgufFormat | Int8Dequantized | KitchenFormat):
+            made = Fp8Made(form, product)
+            if made.suits(layer.packed()):
+                layer.format = made
+                chosen += 1
     if not chosen:
         stored = ", ".join(sorted({f"{layer.format.name} {layer.weight.dtype}" for layer in layers}))
         raise ValueError(
             f"quantization is fp8_fast, but no layer of this model can be multiplied in fp8 (stored as: {stored}); "
-            "expected float8_e4m3fn weights whose file does not ask for full precision; choose quantization none"
+            "expected float8_e4m3fn weights whose file does not ask for full precision, GGUF or int8; choose "
+            "quantization none"
         )
     logger.info("%d of %d layers are multiplied in fp8 (%s).", chosen, len(layers), product.gemm.name)
 

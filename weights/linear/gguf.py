@@ -21,6 +21,8 @@ class GgufFormat(WeightFormat):
 
     block: BlockType
 
+    splits = True
+
     @property
     def name(self) -> str:
         return self.block.name

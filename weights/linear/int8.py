@@ -31,6 +31,8 @@ class Int8Dequantized(WeightFormat):
     rotation: int = 0
     ops: RowOps = field(default_factory=TorchRowOps)
 
+    splits = True
+
     @property
     def name(self) -> str:
         return f"int8 convrot {self.rotation}" if self.rotation else INT8

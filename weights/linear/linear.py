@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..kernels.low_rank_reference import TORCH, LowRankOps
 from .low_rank import LowRank, SideBranch, hidden_of
 from .projection import DenseProjection, Projection, Scratch
-from .weight_format import PLAIN, WeightFormat
+from .weight_format import PLAIN, Plain, WeightFormat
 
 
 def project_together(projections: Sequence[Projection], x: Tensor, outs: Sequence[Tensor]) -> None:
@@ -104,9 +104,11 @@ class Linear(nn.Module):
     def is_dense(self, dtype: torch.dtype) -> bool:
         """Whether `prepare` gives a `DenseProjection`, known without unpacking anything."""
         packed = self.packed()
+        if not self.format.is_dense:
+            return False
         if self.format.scratch_elements(packed, dtype):
             return True
-        return self.format is PLAIN and LowRank.take_from(packed) is None
+        return isinstance(self.format, Plain) and LowRank.take_from(packed) is None
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""

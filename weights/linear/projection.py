@@ -66,6 +66,10 @@ class Scratch:
         """Forget what was handed out; the caller no longer uses it."""
         self.used = 0
 
+    def give_back(self, taken: Tensor) -> None:
+        """The tensor taken last is no longer used."""
+        self.used -= taken.numel()
+
     def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """An uninitialised tensor of `shape`, valid until the next `reset`."""
         num = torch.Size(shape).numel()

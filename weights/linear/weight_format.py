@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..kernels.row_reference import RowOps
 from ..kernels.rows import dequantize_rows
 from .projection import DenseProjection, Projection, Scratch
 
@@ -16,8 +18,13 @@ from .projection import DenseProjection, Projection, Scratch
 class WeightFormat(ABC):
     """How a weight is stored and multiplied. `packed` holds the layer's tensors but `bias`, by name.
 
-    As it stands here, a weight is unpacked in `prepare` and multiplied in the compute dtype.
+    As it stands here, a weight is unpacked in `prepare` and multiplied in the compute dtype. `is_dense`: whether that
+    holds. `splits`: rows of what is stored are rows of the weight, in tensors that have one entry per row or one for
+    all.
     """
+
+    is_dense = True
+    splits = False
 
     @property
     @abstractmethod
@@ -50,10 +57,15 @@ class WeightFormat(ABC):
         return weight.shape
 
 
+@dataclass(frozen=True)
 class Plain(WeightFormat):
-    """A weight stored in a floating-point dtype without scales: used as it is, or cast when it is used."""
+    """A weight stored in a floating-point dtype without scales: used as it is, or cast when it is used.
 
-    name = "plain"
+    `ops`: what casts 8-bit numbers here, where that is faster than PyTorch.
+    """
+
+    ops: RowOps | None = None
+    name: str = "plain"
 
     def prepare(
         self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
@@ -71,16 +83,21 @@ class Plain(WeightFormat):
 
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
         weight = packed["weight"]
-        if weight.element_size() > 1 or not torch.compiler.is_compiling():
+        if weight.element_size() > 1:
             return out.copy_(weight)
-        # by an operator: what inductor makes of a cast reads no fp8 before GPUs of compute capability 8.9
-        dequantize_rows(weight, torch.ones(1, device=weight.device), out)
-        return out
+        if torch.compiler.is_compiling():
+            # by an operator: what inductor makes of a cast reads no fp8 before GPUs of compute capability 8.9
+            dequantize_rows(weight, torch.ones(1, device=weight.device), out)
+            return out
+        if self.ops is None:
+            return out.copy_(weight)
+        return self.ops.dequantize(weight, torch.ones(1, device=weight.device), out)
 
 
 class MultipliedAsStored(WeightFormat):
     """What formats share that multiply a weight as it is stored, its dimensions multiples of `multiple`."""
 
+    is_dense = False
     multiple = 16
 
     def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
