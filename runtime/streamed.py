@@ -125,8 +125,10 @@ class StreamedModel(Generic[M]):
 
     @property
     def computes_in_8_bits(self) -> bool:
-        """Whether the user chose products or attention of 8-bit numbers."""
-        return self.settings.quantization in ("fp8_fast", "int8") or not self.model.execution.attention.exact
+        """Whether the user chose products or attention of 8-bit numbers, or of smaller ones."""
+        return (
+            self.settings.quantization in ("fp8_fast", "int8", "4bit_fast") or not self.model.execution.attention.exact
+        )
 
     def stage_bytes(self) -> tuple[int, ...]:
         """See `ModelFootprint`; compiled code takes its block as a whole."""
