@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import AttentionSpec
+from .backend import AttentionSpec, AttentionWorkspace
 from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_disagreement, find_function
 from .sdpa import Sdpa
 
@@ -24,6 +24,11 @@ _GPUS = "compute capability 8.0 or newer (RTX 30 series, A100 and later)"
 NEEDS_1 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=(64, 96, 128))
 NEEDS_2 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=range(1, 129))  # pads to 64 or 128 itself
 BLOCK = 64  # keys per step of the kernels
+
+# int8 q and k, and v in 16 bits: fp16, or turned about for the fp8 kernels, which have it in fp8 too. Of k our own copy
+# (version 1), or one less its mean. Hopper's kernels pad v in a copy more. Scales are one for every few rows.
+WORKSPACE = AttentionWorkspace(per_query=1.0, per_key=1.0 + 2.0 + 2.0, per_row=1.0)
+WORKSPACE_HOPPER_2 = AttentionWorkspace(per_query=1.0, per_key=1.0 + 2.0 + 2.0 + 1.0)
 
 
 class SageAttention:
@@ -42,6 +47,7 @@ class SageAttention:
         self._machine = machine
         self._function: Callable[..., Any] | None = None
         self._is_version_1 = False
+        self._is_hopper = (machine.capability(device) or (0, 0))[0] == 9
         self._counts_padding = False
         self._sdpa = Sdpa(device, machine)
 
@@ -57,6 +63,11 @@ class SageAttention:
         if reasons:
             return "; ".join(reasons)
         return self._check_lengths(spec)
+
+    @property
+    def workspace(self) -> AttentionWorkspace:
+        """Known once `refuse` found the package."""
+        return WORKSPACE_HOPPER_2 if self._is_hopper and not self._is_version_1 else WORKSPACE
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""

@@ -42,7 +42,7 @@ for line in sys.stdin:
     held = None
     torch.cuda.empty_cache()
     held = leave(float(line) * 2**30)
-    print(free, flush=True)
+    print(free - sum(map(len, held)), flush=True)
 """
 
 
@@ -65,13 +65,18 @@ class Ballast:
         self.free_bytes = int(self.process.stdout.readline())
         return self
 
-    def leave(self, gib: float) -> None:
-        """Hold all but `gib` (0: nothing) of what was free when it began, whatever others have of that by now."""
+    def leave(self, gib: float) -> int:
+        """Hold all but `gib` (0: nothing) of what was free when it began, whatever others have of that by now.
+
+        Returns the bytes that are left to all others.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{gib}\n")
         self.process.stdin.flush()
-        if not self.process.stdout.readline():
+        answer = self.process.stdout.readline()
+        if not answer:
             raise RuntimeError(f"the process that holds VRAM could not leave {gib} GiB")
+        return int(answer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -100,23 +100,20 @@ class Card:
 
     def __init__(self, ballast: Ballast | None):
         self._ballast = ballast
-        self.free_bytes = 0 if ballast is None else ballast.free_bytes
+        self.left_bytes = 0
 
     def leave(self, gib: float) -> None:
         """Leave so much to this process, its context included."""
         if self._ballast is not None:
             torch.cuda.empty_cache()
-            self._ballast.leave(gib)
-
-    @property
-    def used_bytes(self) -> int:
-        """What this process has now."""
-        return 0 if self._ballast is None else self.free_bytes - torch.cuda.mem_get_info()[0]
+            self.left_bytes = self._ballast.leave(gib)
 
     @property
     def context_bytes(self) -> int:
-        """What it has outside PyTorch's allocator."""
-        return 0 if self._ballast is None else self.used_bytes - torch.cuda.memory_reserved()
+        """What this process has now outside PyTorch's allocator."""
+        if self._ballast is None:
+            return 0
+        return self.left_bytes - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
 
 
 class Repeats(logging.Handler):
@@ -180,7 +177,7 @@ def run_refused(model: StreamedWan, work: WorkSize, limits: Limits, refusal: Pla
     if needed is None:
         return result
     wider = replace(limits, vram_budget_bytes=needed)
-    if card.free_bytes:
+    if card.left_bytes:
         card.leave(needed / GIB)
         hold_budget(model.settings.device, wider)
     figures = run_plan(model, plan_memory(model.footprint(), work, wider), card)
@@ -208,7 +205,7 @@ def run_plan(model: StreamedWan, plan: MemoryPlan, card: Card) -> dict[str, Any]
             velocity = model(latent, torch.full((1,), 700.0, device=device), text)
             finite = bool(velocity.isfinite().all())
             seconds.append(time.perf_counter() - began)
-    used = card.free_bytes - watch.min_free if on_gpu and watch is not None else 0
+    used = card.left_bytes - watch.min_free if on_gpu and watch is not None else 0
     last = model.plan or plan
     figures = {
         "planned_gib": last.denoise.total / GIB,

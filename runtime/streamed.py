@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
-from ..memory.plan.footprint import DENSE_CHUNK_TENSORS, GIB, QUANTIZED_CHUNK_TENSORS, Limits, ModelFootprint, WorkSize
+from ..memory.plan.footprint import GIB, Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from ..memory.stream.host_blocks import HostBlocks
 from ..memory.stream.layout import Part
@@ -117,11 +117,20 @@ class StreamedModel(Generic[M]):
             sizes[layer.format.name] += layer.in_features * layer.out_features
         return max(sizes, key=lambda name: sizes[name], default=PLAIN.name)
 
-    def chunk_tensors(self, dtype: torch.dtype, ffn_dim: int, dim: int) -> float:
+    def row_bytes(self, dtype: torch.dtype, ffn_dim: int) -> int:
         """See `ModelFootprint`; compiled code makes products in a tensor of their own and copies them."""
-        dense = all(layer.is_dense(dtype) for layer in self._busy_layers())
-        tensors = DENSE_CHUNK_TENSORS if dense else QUANTIZED_CHUNK_TENSORS
-        return tensors + (ffn_dim / dim if self._compiled else 0.0)
+        copied = ffn_dim * dtype.itemsize if self._compiled else 0
+        return copied + max((layer.row_bytes(dtype) for layer in self._busy_layers()), default=0)
+
+    def product_bytes(self) -> int:
+        """See `ModelFootprint`."""
+        return max((layer.format.product_bytes for layer in self._busy_layers()), default=0)
+
+    def unpacked_bytes(self, dtype: torch.dtype) -> int:
+        """See `ModelFootprint`."""
+        inside = {layer for block in self.blocks for layer in block.modules()}
+        outside = (layer for layer in self.model.modules() if isinstance(layer, Linear) and layer not in inside)
+        return max((layer.scratch_elements(dtype) * dtype.itemsize for layer in outside), default=0)
 
     @property
     def computes_in_8_bits(self) -> bool:

@@ -6,6 +6,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from lowvram_video.attention.backend import EXACT_WORKSPACE
+from lowvram_video.attention.sage import WORKSPACE, WORKSPACE_HOPPER_2
 from lowvram_video.benchmarks.preset_plans import preset_plans, wan_footprint
 from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES, spread_residents
 from lowvram_video.memory.plan.footprint import (
@@ -71,7 +73,7 @@ def machines(draw: st.DrawFn) -> Limits:
         pinned_cap_bytes=draw(st.none() | st.integers(0, 32 * GIB)),
         num_slots=draw(st.sampled_from([None, 2, 3, 4])),
         fused=draw(st.booleans()),
-        sage_attention=draw(st.booleans()),
+        attention=draw(st.sampled_from([EXACT_WORKSPACE, WORKSPACE, WORKSPACE_HOPPER_2])),
         tflops_matmul=draw(st.floats(5, 1000)),
         tflops_attention=draw(st.floats(5, 1000)),
         h2d_gbps=draw(st.floats(2, 60)),

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img"))
 # Used once, before the blocks: with them it would have to stay until their tokens are embedded.
 NOT_STREAMED = "before_proj."
+TIME = ("time_embedding.", "time_projection.")  # in the passes' beginning; other transient ones are for prompts
 MAX_CONTEXTS = 4  # prompts remembered at a time
 
 
@@ -93,7 +94,10 @@ class StreamedWan(StreamedModel[WanModel]):
             stage_bytes=self.stage_bytes(),
             packs_keys=self.computes_in_8_bits and not self._compiled,
             streams_queries=True,
-            chunk_tensors=self.chunk_tensors(dtype, config.ffn_dim, config.dim),
+            row_bytes=self.row_bytes(dtype, config.ffn_dim),
+            product_bytes=self.product_bytes(),
+            unpacked_bytes=self.unpacked_bytes(dtype),
+            brought_bytes=sum(size for name, size in fixed.items() if name.startswith(TIME)),
             control_streams=1 if config.vace_layers else 0,
             ray_channels=config.camera_channels * PIXELS**2,
             vae=WAN22_VAE if config.out_channels == 48 else WAN21_VAE,

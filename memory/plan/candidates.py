@@ -18,6 +18,7 @@ from .footprint import (
     DenoiseMemory,
     Limits,
     ModelFootprint,
+    WeightBytes,
     WorkSize,
     compute_seconds,
     denoise_memory,
@@ -245,7 +246,7 @@ def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Ch
         choice,
         BlockPlacement(model.num_blocks, resident, num_slots, ring, total),
         host,
-        denoise_memory(model, work, choice, ring, sum(sizes) - total, limits),
+        denoise_memory(model, work, choice, WeightBytes(sum(sizes) - total, ring, host.pinned_bytes), limits),
         PassTimes(compute_seconds(model, work, choice, limits), transfer),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from ...system.card_profile import CardProfile
 from .card_times import EAGER_PASSES, PLAIN, SDPA, PassParts, PassWork, gemm_share, pass_parts
@@ -29,15 +30,25 @@ QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
 # attention's result over q, residuals (3 each).
 BLOCK_PASSES = 25
 
-# The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact.
-DENSE_CHUNK_TENSORS, QUANTIZED_CHUNK_TENSORS = 1.25, 3.0  # of rows of the model's width; measured
+# The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact. cuBLAS has
+# its workspace from it too: 32 MiB on Hopper, less elsewhere.
 SLACK_FRACTION = 0.03
 SLACK_BYTES = 32 * MIB
+# Pages of pinned memory have entries in the device's tables: 8 bytes for each of 4 KiB; measured.
+PINNED_BYTES_PER_ENTRY_BYTE = 512
 
 
 def in_gib(size: int) -> str:
     """Bytes for people."""
     return f"{size / GIB:.2f} GiB"
+
+
+class AttentionBytes(Protocol):
+    """What an attention backend says of its memory; see `attention/backend.py: AttentionWorkspace`."""
+
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
+        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,10 @@ class ModelFootprint:
     `per_run_bytes` of all blocks together are needed once per run: they stay in host memory, not among the others.
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `transient_bytes` of the fixed ones are needed only for a
-    moment before the blocks, and can be brought for it. `chunk_tensors` are those of one chunk of rows: what is normed,
-    and for products in 8 bits their rows as well. `streams_queries`: q can be made for some rows at a time.
+    moment before the blocks, and can be brought for it; `brought_bytes` of them at a time, in the bytes of q, k and v
+    where these suffice. `unpacked_bytes` are the most that is made of one of the fixed ones when it is used.
+    `row_bytes` of a row of a chunk are there beside what is normed or added of it: in 8 bits what is multiplied.
+    `product_bytes` come to it for a chunk of any size. `streams_queries`: q can be made for some rows at a time.
     `stage_bytes` are those of each block's largest stage, where blocks can be streamed in stages. `packs_keys`: keys
     and values may be kept in 8 bits, as the user computes in 8 bits anyway. `form` is the name of the format that most
     of the blocks' weights have, `attention` that of the backend: by them a card's measurements are looked up.
@@ -83,7 +96,10 @@ class ModelFootprint:
     streams_queries: bool = False
     stage_bytes: tuple[int, ...] = ()
     packs_keys: bool = False
-    chunk_tensors: float = DENSE_CHUNK_TENSORS
+    brought_bytes: int = 0
+    unpacked_bytes: int = 0
+    row_bytes: int = 0
+    product_bytes: int = 0
     vae: VaeFootprint | None = None
     form: str = PLAIN
     attention: str = SDPA
@@ -108,31 +124,43 @@ class ModelFootprint:
         kept = rows * (dim + 4 * self.num_heads) if choice.packed_keys else rows * dim * element  # of k, and of v
         pool = max(2 * kept + choice.query_rows(work) * dim * element, chunk * self.ffn_dim * element)
         angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
-        return rows * dim * element + pool + angles + self.temporary_bytes(work, choice, limits)
+        blocks = rows * dim * element + angles + self.temporary_bytes(work, choice, limits)
+        return pool + max(blocks, self._embedding_bytes(pool, choice))
+
+    def _embedding_bytes(self, pool: int, choice: Choice) -> int:
+        """What embeds the timestep, before there is x: weights that were brought, one of them unpacked."""
+        brought = self.brought_bytes if choice.transient_fixed and self.brought_bytes > pool else 0
+        return brought + self.unpacked_bytes
 
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The largest of what is needed for a moment of a block."""
-        dim, rows, element = self.dim, work.rows, self.compute_bytes
-        chunk = min(choice.token_chunk, rows)
+        chunk = min(choice.token_chunk, work.rows)
         # eager steps work in fp32
-        tensors = self.chunk_tensors + (2 if choice.packed_keys else 0)  # k and v before they are packed
-        chunk_bytes = tensors * dim * element if limits.fused else max(16 * dim, 8 * self.ffn_dim)
+        normed = self.dim * self.compute_bytes * (3 if choice.packed_keys else 1)  # k and v before they are packed
+        if not limits.fused:
+            normed = max(16 * self.dim, 8 * self.ffn_dim)
+        products = chunk * self.row_bytes + self.product_bytes
         return max(
-            self._attention_bytes(work, choice, limits.sage_attention),
-            int(chunk * chunk_bytes),
+            self._attention_bytes(work, choice, limits),
+            chunk * normed + products,
+            self._attended_bytes(work, choice) + products,
             0 if choice.cache_text_kv else self._text_projection_bytes(work),
         )
 
-    def _attention_bytes(self, work: WorkSize, choice: Choice, sage_attention: bool) -> int:
-        """Output and workspace of one group of heads; text and image outputs of cross-attention are summed."""
-        rows, queries = work.rows, choice.query_rows(work)
-        outputs = 2 if self.image_tokens else 1
-        output = outputs * queries * self.dim * self.compute_bytes
-        # Sage keeps int8 copies of q and k and a 16-bit v, its version 1 another k besides; the exact backends keep one
-        # fp32 sum per row and head
-        workspace = (queries + 5 * rows) * self.dim if sage_attention else queries * self.num_heads * 4
-        unpacked = 2 * rows * self.dim * self.compute_bytes if choice.packed_keys else 0
-        return -(-(output + workspace + unpacked) // choice.head_groups)
+    def _attended_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """Attention's output while it is projected, into q's bytes; in groups it was copied there itself."""
+        return choice.query_rows(work) * self.dim * self.compute_bytes if choice.head_groups == 1 else 0
+
+    def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """Output and workspace of one group of heads: over all tokens, or over text and image, which are summed."""
+        queries, head_dim = choice.query_rows(work), self.dim // self.num_heads
+        output = queries * self.dim * self.compute_bytes
+        over_tokens, over_text = output, (2 if self.image_tokens else 1) * output
+        if limits.attention is not None:
+            over_tokens += limits.attention.nbytes(queries, work.rows, self.num_heads, head_dim)
+            over_text += limits.attention.nbytes(queries, work.batch * self.context_tokens, self.num_heads, head_dim)
+        over_tokens += 2 * work.rows * self.dim * self.compute_bytes if choice.packed_keys else 0  # k and v unpacked
+        return -(-max(over_tokens, over_text) // choice.head_groups)
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
@@ -258,10 +286,19 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class WeightBytes:
+    """Where the blocks' bytes are: those that stay on the device, the ring for the others, what of them is pinned."""
+
+    residents: int
+    ring: int
+    pinned: int
+
+
+@dataclass(frozen=True)
 class DenoiseMemory:
     """Bytes of VRAM while denoising, one field per line of the plan's table."""
 
-    context: int  # CUDA context and library workspaces
+    context: int  # CUDA context, libraries' code and memory of their own, tables of pinned memory
     fixed_weights: int
     residents: int
     ring: int
@@ -280,21 +317,23 @@ class DenoiseMemory:
 class Limits:
     """What a run may use, what the machine brings, and what the user fixed by hand.
 
-    `vram_budget_bytes` is for the whole process, context included. `ram_budget_bytes` and `pinned_cap_bytes` are
-    unlimited when None. `blocks_to_swap` is -1 for the planner's choice, or exactly that many streamed blocks;
-    `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels run here.
+    `vram_budget_bytes` is for the whole process. `context_bytes` of it is what lies outside PyTorch's allocator, as
+    measured on an H200 after models of every format ran in one process: smaller cards have less. `ram_budget_bytes` and
+    `pinned_cap_bytes` are unlimited when None. `blocks_to_swap` is -1 for the planner's choice, or exactly that many
+    streamed blocks; `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels
+    run here, `attention` what its backend takes (None: next to nothing).
     The default rates are those of a small card in an old slot; measured ones make better plans. `card` is everything
     that was measured of this one; where it tells of a model, its times count and are shown.
     """
 
     vram_budget_bytes: int
-    context_bytes: int = int(0.73 * GIB)
+    context_bytes: int = int(0.745 * GIB)
     ram_budget_bytes: int | None = None
     pinned_cap_bytes: int | None = None
     blocks_to_swap: int = -1
     num_slots: int | None = None
     fused: bool = True
-    sage_attention: bool = False
+    attention: AttentionBytes | None = None
     tflops_matmul: float = 40.0
     tflops_attention: float = 30.0
     h2d_gbps: float = 12.0
@@ -314,7 +353,7 @@ class Limits:
 
 
 def denoise_memory(
-    model: ModelFootprint, work: WorkSize, choice: Choice, ring_bytes: int, resident_bytes: int, limits: Limits
+    model: ModelFootprint, work: WorkSize, choice: Choice, weights: WeightBytes, limits: Limits
 ) -> DenoiseMemory:
     """Predicted VRAM of a denoising pass."""
     activations = model.activation_bytes(work, choice, limits)
@@ -323,10 +362,10 @@ def denoise_memory(
     channels = 10 * model.latent_channels + max(0, model.in_channels - model.latent_channels)
     latents = 4 * work.batch * work.latent_positions * channels  # fp32, of solver, guidance and preview
     return DenoiseMemory(
-        context=limits.context_bytes,
+        context=limits.context_bytes + (weights.pinned // PINNED_BYTES_PER_ENTRY_BYTE if limits.context_bytes else 0),
         fixed_weights=model.fixed_bytes - (model.transient_bytes if choice.transient_fixed else 0),
-        residents=resident_bytes,
-        ring=ring_bytes,
+        residents=weights.residents,
+        ring=weights.ring,
         activations=activations,
         scratch=scratch,
         text=text,

@@ -9,7 +9,7 @@ import torch
 
 from ...system.card_profile import H2D_PAGEABLE, H2D_PINNED, CardProfile, profile_of
 from ..stream.pinned import default_pinned_cap
-from .footprint import GIB, UNLIMITED, Limits
+from .footprint import GIB, UNLIMITED, AttentionBytes, Limits
 from .rates import Rates, measure_rates
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def limits_for(
     blocks_to_swap: int = -1,
     num_slots: int | None = None,
     fused: bool = False,
-    sage_attention: bool = False,
+    attention: AttentionBytes | None = None,
     measure: bool = True,
 ) -> Limits:
     """The limits for `device`; on a CPU only RAM counts.
@@ -43,7 +43,7 @@ def limits_for(
         blocks_to_swap=blocks_to_swap,
         num_slots=num_slots,
         fused=fused,
-        sage_attention=sage_attention,
+        attention=attention,
     )
     limits = with_card(limits, profile_of(device))
     if not measure:

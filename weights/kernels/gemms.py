@@ -5,7 +5,7 @@ All compute `out = values [m, k] @ weight [n, k].T * rows [m, 1] * columns [n] +
 
 # No `from __future__ import annotations`: torch.library reads the annotations themselves.
 from dataclasses import dataclass
-from typing import Protocol, Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[int]
+from typing import ClassVar, Protocol, Sequence  # noqa: UP035 - torch 2.4 knows no other, nor list[int]
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ PRODUCT_BYTES = 64 << 20  # of int32 at a time: more costs memory and gains noth
 
 
 class Gemm(Protocol):
+    """`scratch_bytes` are what it takes on a GPU at a time, of however many rows, beside operands and output."""
+
+    scratch_bytes: ClassVar[int]
+
     @property
     def name(self) -> str: ...
 
@@ -43,6 +47,7 @@ class Gemm(Protocol):
 class ReferenceGemm:
     """The same arithmetic in fp32, for any 8-bit dtype and device; for tests and devices that have nothing else."""
 
+    scratch_bytes: ClassVar[int] = 0  # a CPU's memory is not planned
     name: str = "reference"
 
     def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -54,6 +59,7 @@ class ReferenceGemm:
 class Fp8Rowwise:
     """`torch._scaled_mm` with the scales inside; bf16 out on a GPU."""
 
+    scratch_bytes: ClassVar[int] = 0
     name: str = "fp8 row-wise"
 
     def __call__(self, rows: QuantizedRows, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -71,6 +77,7 @@ class Fp8Rowwise:
 class Fp8Rescaled:
     """`torch._scaled_mm` without scales, then one pass that scales; where row-wise scales are not built in."""
 
+    scratch_bytes: ClassVar[int] = 0
     ops: RowOps
     name: str = "fp8, then scaled"
 
@@ -93,6 +100,7 @@ def _bf16_on_gpu(out: Tensor) -> Tensor:
 class Int8Product:
     """`torch._int_mm` to int32, so many rows at a time that the products stay small, then one pass that scales."""
 
+    scratch_bytes: ClassVar[int] = PRODUCT_BYTES
     ops: RowOps
     name: str = "int8, then scaled"
 
@@ -121,6 +129,7 @@ TILES = (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), Tile(128, 128, 64
 class Int8Triton:
     """A kernel that scales its sums before it writes them."""
 
+    scratch_bytes: ClassVar[int] = 0
     tile: Tile = TILES[2]
 
     @property

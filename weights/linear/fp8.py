@@ -52,6 +52,14 @@ class MultipliedRows(MultipliedAsStored):
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The values and scales of `rows [rows, in]`."""
 
+    def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        """Its numbers in 8 bits, with a scale."""
+        return packed["weight"].shape[1] + torch.float32.itemsize
+
+    @property
+    def product_bytes(self) -> int:
+        return self.gemm.scratch_bytes
+
     def prepare(
         self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
     ) -> Projection:
@@ -95,6 +103,11 @@ class Fp8Matmul(MultipliedRows):
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:
         weight = packed["weight"]
         return self.ops.dequantize(weight, column_scales(weight, packed.get("weight_scale")), out)
+
+    def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        """The product in bf16 too, where it is wanted in fp16: these products write no such."""
+        beside = packed["weight"].shape[0] * torch.bfloat16.itemsize if dtype == torch.float16 else 0
+        return super().row_bytes(packed, dtype) + beside
 
     def suits(self, packed: Mapping[str, Tensor]) -> bool:
         return packed["weight"].dtype == torch.float8_e4m3fn and super().suits(packed)

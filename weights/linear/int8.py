@@ -64,6 +64,11 @@ class Int8Matmul(MultipliedRows):
     def form(self) -> str:
         return f"int8 rows rotated by {self.rotation}"
 
+    def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        """The row rotated too, where it is."""
+        rotated = packed["weight"].shape[1] * dtype.itemsize if self.rotation else 0
+        return super().row_bytes(packed, dtype) + rotated
+
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         if self.rotation:
             rows = rotate(rows, rotation_matrix(self.rotation, rows.device).to(rows.dtype))

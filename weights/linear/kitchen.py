@@ -65,6 +65,11 @@ class KitchenInt8(MultipliedAsStored):
     rotation: int = 0
     name: str = "int8 comfy-kitchen"
 
+    def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        """Its int8 numbers, and its product: in int32 where cuBLAS makes it, then as a tensor of its own."""
+        num_outputs, num_inputs = packed["weight"].shape
+        return num_inputs + torch.float32.itemsize + num_outputs * (torch.int32.itemsize + dtype.itemsize)
+
     def prepare(
         self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
     ) -> Projection:

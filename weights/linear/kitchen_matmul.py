@@ -79,6 +79,11 @@ class KitchenMatmul(MultipliedAsStored):
         rows, columns = self.logical_shape(packed["weight"])
         return rows % 16 == 0 and columns % max(64, self.stored.rotation if self.is_rotated else 0) == 0
 
+    def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        """Its numbers, in 8 bits at most, and its product: in 32 bits where that is what is scaled, then by itself."""
+        num_outputs, num_inputs = self.logical_shape(packed["weight"])
+        return num_inputs + torch.float32.itemsize + num_outputs * (torch.int32.itemsize + dtype.itemsize)
+
     @property
     def is_rotated(self) -> bool:
         """Whether groups of input features were rotated before they were quantised."""

@@ -24,6 +24,8 @@ from .low_rank import LowRank, SideBranch, hidden_of
 from .projection import DenseProjection, Projection, Scratch
 from .weight_format import PLAIN, Plain, WeightFormat
 
+MOST_TOGETHER = 3  # layers of one size that read the same rows: those of q, k and v
+
 
 def project_together(projections: Sequence[Projection], x: Tensor, outs: Sequence[Tensor]) -> None:
     """Write the products of several layers with the same rows.
@@ -113,6 +115,18 @@ class Linear(nn.Module):
     def scratch_elements(self, dtype: torch.dtype) -> int:
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""
         return self.format.scratch_elements(self.packed(), dtype)
+
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that one row takes while it is multiplied, beside itself and its product in place.
+
+        Of a LoRA beside the layer what its first product makes; layers that share their rows make theirs together.
+        """
+        packed = self.packed()
+        update = LowRank.take_from(packed)
+        own = self.format.row_bytes(packed, dtype)
+        if update is None or self.format.scratch_elements(packed, dtype):
+            return own
+        return own + MOST_TOGETHER * update.down.shape[0] * dtype.itemsize
 
     def forward(self, x: Tensor) -> Tensor:
         return self.prepare(x.dtype)(x)

@@ -60,6 +60,10 @@ class Fp8Made(WeightFormat):
         scratch.give_back(piece)
         return RowsProjection(weight, columns, bias, self.product)
 
+    def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        shape = self.logical_shape(packed["weight"])
+        return self.product.row_bytes({"weight": packed["weight"].new_empty(shape, device="meta")}, dtype)
+
     def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         shape = self.logical_shape(packed["weight"])
         return math.prod(shape) // dtype.itemsize + self._rows_at_once(shape) * shape[1]

@@ -52,6 +52,15 @@ class WeightFormat(ABC):
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""
         return math.prod(self.logical_shape(packed["weight"]))
 
+    def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+        """Bytes that one row of activations takes while it is multiplied, beside itself and its product in place."""
+        return 0
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes that a product takes at a time, of however many rows, beside those."""
+        return 0
+
     def logical_shape(self, weight: Tensor) -> tuple[int, ...]:
         """The shape of what a stored weight unpacks to."""
         return weight.shape
