@@ -23,7 +23,7 @@ from ..weights.lora.file import LoraChoice
 
 @dataclass(frozen=True)
 class FamilyCommands:
-    """What the command line has of a model family: its own flags, making a video, the work of one for `plan`.
+    """What the command line has of a model family: its own flags, making a video, the work and the model of `plan`.
 
     `foreign` are the options of other families, each with what holds instead for `models`.
     """
@@ -34,6 +34,7 @@ class FamilyCommands:
     add_plan: Callable[[argparse.ArgumentParser], None]
     generate: Callable[[argparse.Namespace], RunReport]
     planned_work: Callable[[argparse.Namespace, Any], WorkSize]
+    open_model: Callable[[argparse.Namespace, RunSettings], Any]
 
     def refuse_foreign(self, options: argparse.Namespace) -> None:
         """ValueError for a flag of another family."""

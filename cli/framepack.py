@@ -33,6 +33,7 @@ from ..framepack.streamed import StreamedFramePack
 from ..framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
+from ..runtime.settings import RunSettings
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
 from ..video.writer import SUFFIXES, check_writable
@@ -78,6 +79,8 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "guidance": "FramePack takes --distilled-guidance, and --cfg for a second pass",
         "guidance_high": ONE_MODEL,
         "boundary": ONE_MODEL,
+        "vace_module": "VACE steers Wan models",
+        "vace_module_low": "VACE steers Wan models",
         "model_low": ONE_MODEL,
         "lora_low": f"{ONE_MODEL}: give --lora",
         "spacing": "FramePack's noise levels follow --steps and --shift",
@@ -127,6 +130,11 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--window", type=int, metavar="LATENTS", help=f"per section ({WINDOW})")
     own.add_argument("--cfg", type=not_negative, help="above 1: two passes per step")
     own.add_argument("--no-teacache", action="store_true", help="without the step cache and its memory")
+
+
+def open_model(options: argparse.Namespace, settings: RunSettings) -> StreamedFramePack:
+    """The model that `plan` is of."""
+    return StreamedFramePack(options.model, settings)
 
 
 def planned_work(options: argparse.Namespace, model: StreamedFramePack) -> WorkSize:
@@ -365,4 +373,6 @@ def _whole(num_video_frames: int) -> int:
     return (num_video_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
 
-FRAMEPACK_COMMANDS = FamilyCommands("FramePack models", FOREIGN, add_generate, add_plan, generate, planned_work)
+FRAMEPACK_COMMANDS = FamilyCommands(
+    "FramePack models", FOREIGN, add_generate, add_plan, generate, planned_work, open_model
+)

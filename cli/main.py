@@ -27,7 +27,7 @@ from ..system.device_errors import is_out_of_memory
 from ..wanvideo.family import WAN
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
-from ..weights.linear.convert import FILE_FORMATS, convert
+from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
 from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice, positive
 from .bench import add_bench
 from .framepack import FRAMEPACK_COMMANDS
@@ -161,7 +161,7 @@ def plan(options: argparse.Namespace) -> None:
     """Print how a run would use a card that need not be in this machine."""
     family = _family(options.model)
     COMMANDS[family].refuse_foreign(options)
-    model = family.open_model(options.model, RunSettings(dtype=torch.bfloat16))
+    model = COMMANDS[family].open_model(options, RunSettings(dtype=torch.bfloat16))
     limits = limits_for(
         torch.device("cuda"),
         vram_budget_gib=options.vram_budget,
@@ -189,6 +189,7 @@ def inspect(options: argparse.Namespace) -> None:
 def convert_file(options: argparse.Namespace) -> None:
     """Write a quantised copy of a Wan or FramePack transformer, tensor by tensor."""
     checkpoint = family_of(options.source).open_file(options.source)
+    others = parts_left_out(open_checkpoint(options.source), checkpoint)
     progress = TerminalProgress(sys.stderr)
     progress.begin("convert")
     try:
@@ -196,6 +197,8 @@ def convert_file(options: argparse.Namespace) -> None:
     finally:
         progress.end()
     print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
+    if others:
+        print(f"left out, as the copy is of the transformer only: {others}; {options.source.name} still has them")
 
 
 def demo(options: argparse.Namespace) -> None:

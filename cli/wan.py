@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
+from ..runtime.settings import RunSettings
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
 from ..video.writer import VideoWriter, check_writable
@@ -59,6 +60,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--lora-low", type=lora_choice, action="append", default=[], metavar="FILE:STRENGTH",
         help="a LoRA for the low-noise expert",
     )  # fmt: skip
+    _add_vace_module(wan)
+    wan.add_argument("--vace-module-low", type=Path, help="the same for the low-noise expert")
     wan.add_argument("--frames", type=int, help="4n + 1")
     wan.add_argument("--fps", type=positive)
     wan.add_argument("--spacing", choices=list(SPACINGS))
@@ -72,9 +75,16 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Flags of `plan` that Wan alone has."""
     wan = parser.add_argument_group("Wan only")
+    _add_vace_module(wan)
     wan.add_argument("--frames", type=int, help="4n + 1")
     wan.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch")
     wan.add_argument("--cfg-1", action="store_true", help="no guidance: one pass per step, as distilled models run")
+
+
+def _add_vace_module(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--vace-module", type=Path, help="VACE's blocks in a file of their own (Wan2_1-VACE_module_…), for a T2V model"
+    )
 
 
 def generate(options: argparse.Namespace) -> RunReport:
@@ -82,7 +92,9 @@ def generate(options: argparse.Namespace) -> RunReport:
     loras = tuple(options.lora), tuple(options.lora_low)
     text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
     pipeline = WanPipeline(
-        WanFiles(options.model, text_encoder, vae, options.model_low, *loras),
+        WanFiles(
+            options.model, text_encoder, vae, options.model_low, *loras, options.vace_module, options.vace_module_low
+        ),
         settings_of(options),
         TerminalProgress(sys.stderr),
     )
@@ -123,8 +135,14 @@ def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:
     """The work of a video of these options, for `plan`."""
     request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
     size = request.completed(plan_defaults(model.config)).size
-    check_size(WAN22_VAE if model.config.model_type == "ti2v" else WAN21_VAE, model.config.patch_size[1], *size)
+    vae = WAN22_VAE if model.config.out_channels == WAN22_VAE.z_dim else WAN21_VAE
+    check_size(vae, model.config.patch_size[1], *size)
     return wan_work(model.config, size, *batch_and_passes(not options.cfg_1, options.batch_cfg))
+
+
+def open_model(options: argparse.Namespace, settings: RunSettings) -> StreamedWan:
+    """The model that `plan` is of."""
+    return StreamedWan(options.model, settings, vace_module=options.vace_module)
 
 
 def _request(options: argparse.Namespace) -> WanRequest:
@@ -149,4 +167,4 @@ def _request(options: argparse.Namespace) -> WanRequest:
     )
 
 
-WAN_COMMANDS = FamilyCommands("Wan models", FOREIGN, add_generate, add_plan, generate, planned_work)
+WAN_COMMANDS = FamilyCommands("Wan models", FOREIGN, add_generate, add_plan, generate, planned_work, open_model)

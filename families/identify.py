@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from ..framepack.text.checkpoint import clip_of, llama_of, siglip_of
+from ..framepack.vae.checkpoint import HUNYUAN_FORMAT
 from ..runtime.family import Description
-from ..weights.files.checkpoint import Checkpoint, TensorInfo
+from ..wanvideo.text.checkpoint import text_encoder_of
+from ..wanvideo.vae.checkpoint import WAN_FORMAT
+from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.kinds import FileKind, file_kind
-from .table import family_of_kind
+from .table import FAMILIES, family_of_kind
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class PartSummary:
 @dataclass(frozen=True)
 class FileIdentity:
     """What a file is. `kind` is that of `file_kind`; `block_bytes` is (least, most) or None without
-    blocks; `companions` says which other files it works with.
+    blocks; `companions` says which other files it works with; `refusal` why its loader would not take it.
     """
 
     kind: str
@@ -37,11 +41,12 @@ class FileIdentity:
     block_bytes: tuple[int, int] | None
     total_bytes: int
     companions: tuple[str, ...]
+    refusal: str = ""
 
 
 def identify(checkpoint: Checkpoint) -> FileIdentity:
     """Say what a checkpoint is from its names and shapes alone; names may be in any known layout."""
-    kind = file_kind(checkpoint.tensors)
+    file, kind = checkpoint, file_kind(checkpoint.tensors)
     family = family_of_kind(kind.kind)
     if family is None:
         said = _describe_other(kind, checkpoint)
@@ -58,6 +63,7 @@ def identify(checkpoint: Checkpoint) -> FileIdentity:
         block_bytes=(min(block_bytes), max(block_bytes)) if block_bytes else None,
         total_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         companions=said.companions,
+        refusal=_refusal(file, kind.kind),
     )
 
 
@@ -74,7 +80,31 @@ def describe(identity: FileIdentity) -> str:
         lines.append(f"  per block   {each}, {identity.num_blocks} blocks")
     lines.append(f"  total       {_size(identity.total_bytes)}")
     lines += [f"  needs       {companion}" for companion in identity.companions]
+    if identity.refusal:
+        lines.append(f"  refused     {identity.refusal}")
     return "\n".join(lines)
+
+
+# What loads files of a kind, as far as it goes without their bytes; a family's own are in its table entry.
+LOADERS: Mapping[str, Callable[[Checkpoint], object]] = {
+    **{family.kind: family.check for family in FAMILIES},
+    "wan vae": WAN_FORMAT.opened,
+    "hunyuan vae": HUNYUAN_FORMAT.opened,
+    "umt5 encoder": text_encoder_of,
+    "llama encoder": llama_of,
+    "clip text": clip_of,
+    "siglip vision": siglip_of,
+}
+
+
+def _refusal(checkpoint: Checkpoint, kind: str) -> str:
+    """Why the loader of such files does not take this one; "" where it does, or none is ours."""
+    try:
+        if kind in LOADERS:
+            LOADERS[kind](checkpoint)
+    except CheckpointError as error:
+        return str(error).removeprefix(str(checkpoint.path)).lstrip(": ")
+    return ""
 
 
 # --- other files -----------------------------------------------------------------------------------------
@@ -101,7 +131,7 @@ def _describe_other(found: FileKind, checkpoint: Checkpoint) -> Description:
         if patch is not None:
             return Description(title, f"width {patch[0]}, patch {patch[2]}")
     if kind == "lora":
-        down = _first_shape(checkpoint, r"\.(lora_A(\.default)?|lora_down)\.weight$", 2)
+        down = _first_shape(checkpoint, r"\.(lora_A(\.[^.]+)?|lora_down|lora\.down)(\.weight)?$", 2)
         dimensions = "" if down is None else f"rank {down[0]}"
         return Description(title, dimensions, ("the transformer that it was trained on",))
     return Description(title)

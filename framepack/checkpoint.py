@@ -75,6 +75,11 @@ def framepack_of(checkpoint: Checkpoint, model_type: str = "auto") -> tuple[Fram
     return config, fit_tensors(FramePackModel(config, device="meta"), checkpoint)
 
 
+def check_file(checkpoint: Checkpoint) -> FramePackModel:
+    """All that loading asks of an opened file but its bytes; CheckpointError where it cannot be loaded."""
+    return build_framepack(*framepack_of(checkpoint))
+
+
 def with_plain_names(checkpoint: Checkpoint) -> Checkpoint:
     """Its tensors by diffusers' names, as they are stored, with the shapes that the model has."""
     return with_kernels(checkpoint.renamed(plain_names(checkpoint.tensors)), KERNELS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..runtime.family import Description, Family, num_parameters
 from ..weights.files.checkpoint import Checkpoint, CheckpointError
-from .checkpoint import WANTED, infer_config, open_framepack, with_plain_names
+from .checkpoint import WANTED, check_file, infer_config, open_framepack, with_plain_names
 from .network.config import FramePackConfig
 from .streamed import StreamedFramePack
 
@@ -43,5 +43,11 @@ def _companions(config: FramePackConfig) -> tuple[str, ...]:
 
 
 FRAMEPACK = Family(
-    "FramePack", WANTED, lambda path: open_framepack(path)[1], StreamedFramePack, with_plain_names, describe
+    "FramePack",
+    WANTED,
+    lambda path: open_framepack(path)[1],
+    StreamedFramePack,
+    with_plain_names,
+    describe,
+    check_file,
 )

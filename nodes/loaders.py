@@ -13,10 +13,12 @@ from .bridge import host, native_framepack, native_wan
 from .bridge.framepack_engine import FramePackEngine
 from .bridge.patcher import make_patcher
 from .bridge.wan_engine import WanEngine
+from .inputs import ADVANCED
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TURNS = Turns()  # of all models that these nodes load
 MODEL_TYPES = ("auto", "base", "f1")
+NO_MODULE = "none"
 
 
 class LoadWanModel(io.ComfyNode):
@@ -36,18 +38,28 @@ class LoadWanModel(io.ComfyNode):
                     "the file."
                 ),
                 *_compute_inputs(),
+                io.Combo.Input(
+                    "vace_module", options=[NO_MODULE, *host.model_files()], default=NO_MODULE, optional=True,
+                    tooltip="VACE's blocks where they are in a file of their own (Wan2_1-VACE_module_…): with a "
+                    "text-to-video model of the same size as model_name the two are a VACE model.",
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[io.Model.Output()],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: str) -> str:
-        return host.model_stamp(model_name)
+    def fingerprint_inputs(cls, model_name: str, vace_module: str = NO_MODULE, **_: str) -> str:
+        stamp = host.model_stamp(model_name)
+        return stamp if vace_module == NO_MODULE else f"{stamp} {host.model_stamp(vace_module)}"
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str, attention_mode: str, quantization: str) -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, compute_dtype: str, attention_mode: str, quantization: str, vace_module: str = NO_MODULE
+    ) -> io.NodeOutput:
         settings = _settings(compute_dtype, attention_mode, quantization)
-        engine = WanEngine(host.model_path(model_name), settings, TURNS)
+        module = None if vace_module == NO_MODULE else host.model_path(vace_module)
+        engine = WanEngine(host.model_path(model_name), settings, TURNS, module)
         return io.NodeOutput(make_patcher(native_wan.make_model(engine)))
 
 

@@ -28,8 +28,9 @@ class Family:
 
     `wanted` is the kind of file. `open_file` gives the checkpoint with the model's own names, `open_model` the model
     ready to be planned and started (LoRA names and footprint are its); both read headers only and raise CheckpointError
-    for what they cannot open. `with_own_names` only names a file's tensors as the model does; `describe` takes what
-    comes of it, and says what it lacks or why it is not supported where it cannot be opened.
+    for what they cannot open. `check` is all that they ask of an opened file. `with_own_names` only names a file's
+    tensors as the model does; `describe` takes what comes of it, and says what it lacks or why it is not supported
+    where it cannot be opened.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Family:
     open_model: Callable[..., StreamedModel[Any]]
     with_own_names: Callable[[Checkpoint], Checkpoint]
     describe: Callable[[Checkpoint], Description]
+    check: Callable[[Checkpoint], object]
 
 
 def num_parameters(tensors: Iterable[TensorInfo]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
@@ -12,9 +13,23 @@ from pathlib import Path
 REPLACE_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
 
 
+MAX_NAME_BYTES = 255  # of most file systems
+
+
+def name_beside(path: Path, ending: str) -> Path:
+    """Where something lies for a while beside `path`: its name and an ending, shortened where it may not be so long."""
+    name = path.name
+    if len(os.fsencode(name + ending)) <= MAX_NAME_BYTES:
+        return path.with_name(name + ending)
+    ending = f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{ending}"
+    while len(os.fsencode(name + ending)) > MAX_NAME_BYTES:
+        name = name[:-1]
+    return path.with_name(name + ending)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write `path` so that it holds the old bytes or the new ones, whole, at any moment. OSError as the system's."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = name_beside(path, ".partial")
     try:
         with partial.open("wb") as file:
             file.write(data)

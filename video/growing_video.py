@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..system.atomic_files import replace_file, write_file
+from ..system.atomic_files import name_beside, replace_file, write_file
 from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
 from .writer import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
@@ -252,8 +252,9 @@ class GrowingVideo:
 
     def _publish(self, parts: Sequence[VideoPart]) -> str:
         """Join the parts beside the video's place, move them there, and return their SHA-256."""
-        partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
-        newest = self.path.with_name(f"{self.path.stem}.newest{self.path.suffix}")
+        stem = self.path.with_name(self.path.stem)
+        partial = name_beside(stem, f".partial{self.path.suffix}")
+        newest = name_beside(stem, f".newest{self.path.suffix}")
         join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps)
         with _writing(self.path):
             sha256 = _flush(partial)

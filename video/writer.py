@@ -16,7 +16,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
-from ..system.atomic_files import replace_file
+from ..system.atomic_files import name_beside, replace_file
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
 INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame with its time, size, place and kind
@@ -39,7 +39,7 @@ class VideoWriter:
         self.path = check_writable(path)
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
-        self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        self.partial = name_beside(self.path.with_name(self.path.stem), f".partial{self.path.suffix}")
         self.fps, self.crf, self.b_frames = fps, crf, b_frames
         self.num_frames = 0
         self._encoder: subprocess.Popen[bytes] | None = None
@@ -189,7 +189,7 @@ def check_writable(path: str | Path) -> Path:
         raise ValueError(f"{path} is a folder: give a file name such as {path / 'video.mp4'}")
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"{path} is write-protected: choose another output path")
-    probe = path.with_name(f"{path.name}.writable")
+    probe = name_beside(path, ".writable")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()

@@ -68,6 +68,11 @@ def wan_of(checkpoint: Checkpoint, vace_module: Checkpoint | None = None) -> tup
     return config, fit_tensors(WanModel(config, device="meta"), checkpoint)
 
 
+def check_file(checkpoint: Checkpoint) -> WanModel:
+    """All that loading asks of an opened file but its bytes; CheckpointError where it cannot be loaded."""
+    return build_wan(*wan_of(checkpoint))
+
+
 def with_official_names(checkpoint: Checkpoint) -> Checkpoint:
     """The transformer's tensors by their official names, as they are stored."""
     checkpoint = with_plain_parts(checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..runtime.family import Description, Family, num_parameters
 from ..weights.files.checkpoint import Checkpoint, CheckpointError
-from .checkpoint import WANTED, infer_config, open_wan, variant_name, with_official_names
+from .checkpoint import WANTED, check_file, infer_config, open_wan, variant_name, with_official_names
 from .network.config import WanConfig
 from .streamed import StreamedWan
 
@@ -67,4 +67,4 @@ def _companions(config: WanConfig) -> tuple[str, ...]:
     return tuple(companions)
 
 
-WAN = Family("Wan", WANTED, lambda path: open_wan(path)[1], StreamedWan, with_official_names, describe)
+WAN = Family("Wan", WANTED, lambda path: open_wan(path)[1], StreamedWan, with_official_names, describe, check_file)

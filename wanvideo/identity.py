@@ -19,7 +19,8 @@ from .streamed import StreamedWan
 class WanFiles:
     """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B.
 
-    `loras` are those of the model, `loras_low` those of the low-noise expert.
+    `loras` are those of the model, `loras_low` those of the low-noise expert; likewise `vace_module` and
+    `vace_module_low`, files of VACE's blocks.
     """
 
     model: Path
@@ -28,6 +29,8 @@ class WanFiles:
     model_low: Path | None = None
     loras: tuple[LoraChoice, ...] = ()
     loras_low: tuple[LoraChoice, ...] = ()
+    vace_module: Path | None = None
+    vace_module_low: Path | None = None
 
 
 def run_settings(
@@ -48,6 +51,7 @@ def run_settings(
                 "fingerprint": fingerprint(model.checkpoint.path),
                 "loras": [[fingerprint(lora.path), lora.strength] for lora in choices],
                 "arithmetic": model.arithmetic,
+                **({"vace_module": fingerprint(model.vace_module)} if model.vace_module else {}),
             }
             for model, choices in zip(models, loras, strict=False)
         ],

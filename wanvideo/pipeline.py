@@ -69,9 +69,16 @@ class WanPipeline:
                 f"{files.loras_low[0].path}: a LoRA for the low-noise expert, but there is only {files.model.name}: "
                 "give it as the model's LoRA, or give the low-noise model too"
             )
-        self.high = StreamedWan(files.model, settings, loras=files.loras)
-        self.low = StreamedWan(files.model_low, settings, loras=files.loras_low) if files.model_low else None
-        if self.low is not None:
+        if files.vace_module_low and not files.model_low:
+            raise ValueError(
+                f"{files.vace_module_low}: a VACE module for the low-noise expert, but there is only "
+                f"{files.model.name}: give it as the model's VACE module, or give the low-noise model too"
+            )
+        self.high = StreamedWan(files.model, settings, loras=files.loras, vace_module=files.vace_module)
+        self.low: StreamedWan | None = None
+        if files.model_low:
+            low_module = files.vace_module_low
+            self.low = StreamedWan(files.model_low, settings, loras=files.loras_low, vace_module=low_module)
             turns = Turns()
             turns.add(self.high)
             turns.add(self.low)

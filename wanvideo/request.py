@@ -71,6 +71,8 @@ def plan_defaults(config: WanConfig) -> WanDefaults:
     """Those whose size and length are planned for, also of a model that only ComfyUI can feed."""
     if config.model_type in DEFAULTS or config.model_type == "t2v":
         return defaults_for(config, experts=False)
+    if config.out_channels == 48:
+        return DEFAULTS["ti2v"]  # Fun models made of it
     return DEFAULTS["t2v" if config.dim >= 5120 else "t2v small"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from .engine import Engine
 class WanEngine(Engine[StreamedWan]):
     """Planned at the first pass of a run, for the size that it has."""
 
-    def __init__(self, path: Path, settings: RunSettings, turns: Turns | None = None):
-        super().__init__(StreamedWan, path, settings, turns)
+    def __init__(self, path: Path, settings: RunSettings, turns: Turns | None = None, vace_module: Path | None = None):
+        super().__init__(partial(StreamedWan, vace_module=vace_module), path, settings, turns)
         self._new_run = True
 
     def begin_run(self, phase: str | None = "denoise") -> None:

@@ -72,8 +72,9 @@ FINGERPRINTS: tuple[tuple[FileKind, tuple[str, ...]], ...] = (
     (FileKind("unknown", "a Stable Diffusion checkpoint"), ("input_blocks.0.0.",)),
     (FileKind("unknown", "a Stable Diffusion UNet"), ("down_blocks.0.resnets.0.", "time_embedding.")),
     (FileKind("unknown", "an LTX-Video transformer"), ("adaln_single.", "scale_shift_table")),
-    (FileKind("unknown", "a CLIP text encoder"), ("text_model.encoder.layers.0.",)),
-    (FileKind("unknown", "a LLaMA text encoder"), ("layers.0.self_attn.q_proj.", "embed_tokens.")),
+    (FileKind("clip text", "a CLIP text encoder"), ("text_model.encoder.layers.0.",)),
+    (FileKind("llama encoder", "a LLaMA text encoder"), ("layers.0.self_attn.q_proj.", "embed_tokens.")),
+    (FileKind("llama encoder", "a LLaMA text encoder (GGUF layout)"), (".blk.0.ffn_gate.", ".token_embd.")),
     (FileKind("unknown", "an image VAE, not Wan's"), ("decoder.conv_in.", "decoder.conv_out.")),
 )
 

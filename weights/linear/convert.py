@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import BinaryIO
 
 import torch
 
-from ...system.atomic_files import replace_file
+from ...system.atomic_files import name_beside, replace_file
 from ...system.host_memory import allocate_bytes
 from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..files.safetensors import DTYPES
+from .adopt import is_quantisation_name
 from .dialects import HEADER_KEY, MARKER, OLD_MARKER
+from .fitting import UNPACKED
 from .quantize import CPU, FP8_ROWS, FP8_TENSORS, INT8_ROWS, Target, quantized_source
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -65,7 +69,7 @@ def convert(
     free = shutil.disk_usage(out_path.parent).free
     if free < total:
         raise ValueError(f"{out_path}: needs {total / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
-    part = out_path.with_name(out_path.name + ".part")
+    part = name_beside(out_path, ".part")
     try:
         with open(part, "wb") as file:
             _write(file, source, entries, progress, total)
@@ -75,6 +79,22 @@ def convert(
     finally:
         part.unlink(missing_ok=True)
     return out_path
+
+
+def parts_left_out(file: Checkpoint, converted: Checkpoint) -> str:
+    """What a file holds beside the model that was opened of it, in words; "" where it is all of it."""
+    taken = {_place(info) for info in converted.tensors.values()}
+    names = [
+        name
+        for name, info in file.tensors.items()
+        if math.prod(info.shape) > 1 and _place(info) not in taken and not is_quantisation_name(name)
+    ]
+    parts = Counter(name.partition(".")[0] for name in names)
+    return ", ".join(f"{count} tensor{'' if count == 1 else 's'} of {part}" for part, count in parts.items())
+
+
+def _place(info: TensorInfo) -> tuple[str, int]:
+    return str(info.file).removesuffix(UNPACKED), info.offset
 
 
 Entry = tuple[str, TensorInfo, bytes | None]  # name in the new file, tensor of the source, or the bytes of a marker

@@ -31,6 +31,7 @@ NOT_WEIGHTS = re.compile(
 )
 
 Shape = tuple[int, ...]
+UNPACKED = " (unpacked as it is read)"  # behind the file's name, so that nobody looks for the bytes there
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _with_beside(name: str, tensors: Mapping[str, TensorInfo]) -> dict[str, Tens
 
 
 def _unpacked_info(info: TensorInfo, shape: Shape) -> TensorInfo:
-    nowhere = info.file.with_name(f"{info.file.name} (unpacked as it is read)")
+    nowhere = info.file.with_name(info.file.name + UNPACKED)
     return TensorInfo(info.name, torch.float32, shape, nowhere, info.offset, 4 * math.prod(shape))
 
 
