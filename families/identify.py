@@ -87,7 +87,7 @@ def describe(identity: FileIdentity) -> str:
 
 # What loads files of a kind, as far as it goes without their bytes; a family's own are in its table entry.
 LOADERS: Mapping[str, Callable[[Checkpoint], object]] = {
-    **{family.kind: family.check for family in FAMILIES},
+    **{family.wanted.kind: family.check for family in FAMILIES},
     "wan vae": WAN_FORMAT.opened,
     "hunyuan vae": HUNYUAN_FORMAT.opened,
     "umt5 encoder": text_encoder_of,
