@@ -86,6 +86,9 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "spacing": "FramePack's noise levels follow --steps and --shift",
         "timesteps": "FramePack's noise levels follow --steps and --shift",
         "batch_cfg": "FramePack makes the two passes of --cfg in turn",
+        "control": "FramePack is steered by pictures and --video",
+        "control_strength": "FramePack takes no control video",
+        "reference": "FramePack takes --image and --end-image",
     }
 )
 # Options that one option rules out, as there is nothing for them to act on.
@@ -99,7 +102,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     """Flags that FramePack alone has; none has a default, so that Wan can refuse them."""
     own = parser.add_argument_group("FramePack only")
     own.add_argument("--clip-l", type=Path, help="CLIP-L text encoder, beside --text-encoder llava_llama3")
-    own.add_argument("--clip-vision", type=Path, help="SigLIP vision model; needed with pictures and videos")
     own.add_argument("--tokenizers", type=Path, metavar="FOLDER", help="left out: beside the text encoders")
     own.add_argument("--model-type", choices=["auto", *MODEL_TYPES], help="auto: by the file's metadata or name")
     own.add_argument("--seconds", type=positive, help=f"rounded to whole sections ({SECONDS:g}, or as long as --video)")

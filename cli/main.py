@@ -94,12 +94,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     files.add_argument("--text-encoder", type=Path, help="umt5-xxl for Wan, llava_llama3 for FramePack")
     files.add_argument("--vae", type=Path, help="Wan 2.1 VAE, Wan 2.2 VAE for TI2V 5B, HunyuanVideo VAE for FramePack")
+    files.add_argument(
+        "--clip-vision", type=Path,
+        help="reads pictures: clip_vision_h for Wan 2.1 I2V and FLF2V, sigclip_vision for FramePack",
+    )  # fmt: skip
     files.add_argument("-o", "--output", type=Path, help="(output/video.mp4)")
     what = parser.add_argument_group("what to make (left out: the model's published setting)")
     what.add_argument("--prompt", required=True)
     what.add_argument("--negative-prompt")
-    what.add_argument("--image", type=Path, help="first frame (Wan 2.2 I2V and TI2V, FramePack)")
-    what.add_argument("--end-image", type=Path, help="last frame (Wan 2.2 I2V A14B, FramePack)")
+    what.add_argument("--image", type=Path, help="first frame (Wan I2V, FLF2V, TI2V, VACE and Fun, FramePack)")
+    what.add_argument("--end-image", type=Path, help="last frame (Wan I2V, FLF2V and VACE, FramePack)")
     what.add_argument("--width", type=int)
     what.add_argument("--height", type=int)
     what.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,16 @@ from ..wanvideo.pipeline import WanPipeline
 from ..wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, plan_defaults
 from ..wanvideo.streamed import StreamedWan
 from ..wanvideo.vae.model import WAN21_VAE, WAN22_VAE
-from .arguments import FamilyCommands, WantedFile, lora_choice, numbers, positive, runs_folder, settings_of
+from .arguments import (
+    FamilyCommands,
+    WantedFile,
+    lora_choice,
+    not_negative,
+    numbers,
+    positive,
+    runs_folder,
+    settings_of,
+)
 from .progress import TerminalProgress
 
 SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
@@ -36,7 +45,6 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "cfg": "Wan takes --guidance",
         "distilled_guidance": "Wan takes --guidance",
         "clip_l": "Wan has one text encoder, --text-encoder",
-        "clip_vision": "Wan models that read CLIP vision features run in ComfyUI only",
         "tokenizers": "Wan's tokenizer is in its text encoder, or a spiece.model beside it",
         "cross_fade": "Wan has one prompt for the whole video",
         "extend": "only FramePack F1 models go on from a video",
@@ -62,6 +70,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_vace_module(wan)
     wan.add_argument("--vace-module-low", type=Path, help="the same for the low-noise expert")
+    wan.add_argument("--control", type=Path, metavar="VIDEO", help="a video that steers, such as depth (VACE, Fun)")
+    wan.add_argument("--control-strength", type=not_negative, help="how much it does (VACE; 1)")
+    wan.add_argument("--reference", type=Path, metavar="PICTURE", help="what shall be seen (VACE, Fun)")
     wan.add_argument("--frames", type=int, help="4n + 1")
     wan.add_argument("--fps", type=positive)
     wan.add_argument("--spacing", choices=list(SPACINGS))
@@ -93,8 +104,9 @@ def generate(options: argparse.Namespace) -> RunReport:
     text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
     pipeline = WanPipeline(
         WanFiles(
-            options.model, text_encoder, vae, options.model_low, *loras, options.vace_module, options.vace_module_low
-        ),
+            options.model, text_encoder, vae, options.model_low, *loras, options.vace_module, options.vace_module_low,
+            options.clip_vision,
+        ),  # fmt: skip
         settings_of(options),
         TerminalProgress(sys.stderr),
     )
@@ -164,6 +176,10 @@ def _request(options: argparse.Namespace) -> WanRequest:
         timesteps=options.timesteps,
         image=options.image,
         end_image=options.end_image,
+        control=options.control,
+        reference=options.reference,
+        control_strength=options.control_strength,
+        control_fps=options.fps,
     )
 
 

@@ -14,6 +14,7 @@ from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
 from ..vae.retries import at_work, once_more
 from ..vae.tiling import encode_fitting
+from ..video.pictures import from_uint8
 from ..weights.files.checkpoint import CheckpointError
 from .network.config import IMAGE_TOKENS, FramePackConfig
 from .network.model import Prompt
@@ -60,7 +61,7 @@ class Inputs:
         if self.start is not None:
             return self.start
         video = self.given if self.initial is None else self.initial
-        return None if video is None else _clip(video[:1])
+        return None if video is None else from_uint8(video[:1])
 
 
 class Encoders:
@@ -104,7 +105,7 @@ class Encoders:
         if start_features is None and end_features is None:
             start_features = torch.zeros(1, IMAGE_TOKENS, config.image_dim)  # the network always has some
         start = first if inputs.given is None else inputs.start  # a video to go on from has its own first latent
-        videos = [None if video is None else _clip(video) for video in (inputs.initial, inputs.given)]
+        videos = [None if video is None else from_uint8(video) for video in (inputs.initial, inputs.given)]
         with self._alone("latents"):
             start_latent, end_latent, initial, given = self._latents([start, inputs.end, *videos])
         width, height = inputs.size
@@ -147,8 +148,3 @@ class Encoders:
         opened, settings = HUNYUAN_FORMAT.open_file(self.files.vae), self.settings
         with at_work(lambda: opened.build(settings.compute_dtype, settings.device)) as vae:
             return [None if clip is None else encode_fitting(vae, clip) for clip in clips]
-
-
-def _clip(video: Tensor) -> Tensor:
-    """uint8 `[T, H, W, 3]` as `[1, 3, T, H, W]` in -1 ... 1."""
-    return video.permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1.0)

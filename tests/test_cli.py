@@ -275,13 +275,13 @@ def test_missing_and_unknown_keys(
     assert words in line
 
 
-def test_models_that_want_clip_features_are_refused(
+def test_models_that_read_clip_features_want_the_model_that_makes_them(
     files: WanFiles, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("wan_i2v_clip", "wan_flf2v"):
         model = folder / f"{name}.safetensors"
         line = refusal(capsys, arguments(replace(files, model=model), tmp_path / "a.mp4", "--image", "cat.png"))
-        assert f"{model}: this model wants CLIP image features" in line
+        assert f"{model.name} reads CLIP's features of a picture: give --clip-vision, which is clip_vision_h" in line
 
 
 # --- bad values ------------------------------------------------------------------------------------------

@@ -498,7 +498,6 @@ def test_wrong_flags(
     [
         (["--seconds", 5], "--seconds does not apply to Wan models: Wan takes --frames"),
         (["--cfg", 2], "--cfg does not apply to Wan models: Wan takes --guidance"),
-        (["--clip-vision", "a.safetensors"], "--clip-vision does not apply to Wan models"),
         (["--one-frame", 1], "for a single picture give --frames 1"),
         (["--extend", "a.mp4"], "only FramePack F1 models go on from a video"),
         ([], "wan.safetensors needs --text-encoder, a umt5-xxl encoder: download umt5_xxl"),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lowvram_video.framepack.inputs import EncoderFiles, Encoders, Inputs
 from lowvram_video.framepack.text.bpe import LLAMA_SPLIT, BytePairTokenizer
 from lowvram_video.framepack.text.checkpoint import open_clip, open_llama, open_siglip
-from lowvram_video.framepack.text.images import ImageEncoder, squeezed
+from lowvram_video.framepack.text.images import ImageEncoder
 from lowvram_video.framepack.text.llama_gguf import LAYER_NAMES, TOP_NAMES
 from lowvram_video.framepack.text.prompts import AFTER_PROMPT, BEFORE_PROMPT, MAX_TOKENS, PromptEncoder
 from lowvram_video.framepack.text.tokenizer_files import (
@@ -31,6 +31,7 @@ from lowvram_video.framepack.text.tokenizer_files import (
 )
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.video.pictures import squeezed
 from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError
 from lowvram_video.weights.linear.adopt import load_tensors
 from lowvram_video.weights.linear.gguf import GGUF_FORMATS

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def load_image(path: Path, width: int, height: int) -> Tensor:
@@ -38,6 +39,22 @@ def _in_colour(picture: Image.Image) -> Image.Image:
     shown = picture.convert("RGBA")
     white = Image.new("RGBA", shown.size, "white")
     return Image.alpha_composite(white, shown).convert("RGB")
+
+
+def from_uint8(video: Tensor) -> Tensor:
+    """uint8 `[T, H, W, 3]` as `[1, 3, T, H, W]` in -1 ... 1."""
+    return video.permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1.0)
+
+
+def squeezed(picture: Tensor, size: int) -> Tensor:
+    """A picture in -1 ... 1 as a square of `size` pixels, none cut off, in steps of 1/255 as its 8-bit file would have.
+
+    As ComfyUI does it (`CLIPVisionEncode` without crop); its aspect is lost, as the model was trained.
+    """
+    if picture.shape[-2:] != (size, size):
+        picture = F.interpolate(picture, size=(size, size), mode="bicubic", antialias=True)
+    levels = ((picture + 1.0) * 127.5).clamp(0, 255).round()
+    return levels / 127.5 - 1.0
 
 
 def to_uint8(video: Tensor) -> Tensor:

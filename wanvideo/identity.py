@@ -14,13 +14,15 @@ from ..weights.lora.file import LoraChoice
 from .request import WanRequest
 from .streamed import StreamedWan
 
+PATHS = ("image", "end_image", "control", "reference", "control_fps")  # of a request, whose pictures count instead
+
 
 @dataclass(frozen=True)
 class WanFiles:
     """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B.
 
     `loras` are those of the model, `loras_low` those of the low-noise expert; likewise `vace_module` and
-    `vace_module_low`, files of VACE's blocks.
+    `vace_module_low`, files of VACE's blocks. `clip_vision` is for models that read CLIP's features of pictures.
     """
 
     model: Path
@@ -31,6 +33,7 @@ class WanFiles:
     loras_low: tuple[LoraChoice, ...] = ()
     vace_module: Path | None = None
     vace_module_low: Path | None = None
+    clip_vision: Path | None = None
 
 
 def run_settings(
@@ -40,7 +43,7 @@ def run_settings(
 
     CheckpointError where a file cannot be read.
     """
-    asked = {name: value for name, value in asdict(request).items() if name not in ("image", "end_image")}
+    asked = {name: value for name, value in asdict(request).items() if name not in PATHS}
     loras = [files.loras, files.loras_low]
     return {
         "family": "wan",
@@ -57,4 +60,5 @@ def run_settings(
         ],
         "text_encoder": fingerprint(files.text_encoder),
         "vae": fingerprint(files.vae) if any(picture is not None for picture in pictures) else None,
+        "clip_vision": None if files.clip_vision is None else fingerprint(files.clip_vision),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,18 +25,24 @@ from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import OpenVae
 from ..vae.retries import at_work, once_more, pieces_fitting
 from ..vae.tiling import Tile, decode_in, encode_fitting
-from ..video.pictures import load_image, to_uint8
+from ..video.pictures import to_uint8
 from ..weights.files.checkpoint import CheckpointError
 from ..weights.lora.file import LoraReport
-from .conditioning import image_channels
+from .clip_vision import FILE_NAME as CLIP_FILE
+from .clip_vision import ClipVisionEncoder
+from .conditioning import Pictures, control_channels, image_channels, vace_frames
 from .footprint import wan_work
+from .given import check_pictures, load_pictures
 from .identity import WanFiles, run_settings
+from .network.model import Extras
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
 from .text.checkpoint import load_text_encoder, open_text_encoder
 from .text.encoder import TextEncoder
 from .vae.checkpoint import WAN_FORMAT
 from .vae.model import VAEConfig, WanVAE
+
+MASK_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ class Conditions:
 
     cond: Tensor  # [1, 512, text_dim]
     uncond: Tensor | None
-    channels: Tensor | None = None  # [1, 4 + z, T, h, w] of I2V models, concatenated to the latent
+    image_tokens: Tensor | None = None  # [1, 257 or 514, image_dim] of models that read CLIP's features
+    extras: Extras = field(default_factory=Extras)  # control videos of VACE, a reference picture of Fun models
+    channels: Tensor | None = None  # [1, c, T, h, w] of models that take more than noise, concatenated to the latent
     first_frame: Tensor | None = None  # [1, z, 1, h, w] of TI2V, held fixed at timestep 0
 
 
@@ -84,6 +92,9 @@ class WanPipeline:
             turns.add(self.low)
         self._opened_vae: OpenVae[VAEConfig, WanVAE] = WAN_FORMAT.open_file(files.vae)
         self.vae_config = self._opened_vae.config
+        self._clip_vision = (
+            ClipVisionEncoder(files.clip_vision, settings.device, settings.compute_dtype) if files.clip_vision else None
+        )
         self._check_files()
         self.config = self.high.config
         self.defaults: WanDefaults = defaults_for(self.config, files.model_low is not None)
@@ -106,7 +117,8 @@ class WanPipeline:
         check_size(self.vae_config, self.config.patch_size[1], *request.size)
         select_sampler(request.sampler)
         sigmas = self.sigmas(request)
-        pictures = self._load_pictures(request)
+        check_pictures(request, self.config, self.files)
+        pictures = load_pictures(request)
         self.plan = self._plan(request)
         with self._recording(request, pictures), self.record.run(self.plan.limits):
             try:
@@ -139,18 +151,18 @@ class WanPipeline:
         return self.record.report()
 
     @contextmanager
-    def _recording(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Iterator[None]:
+    def _recording(self, request: WanRequest, pictures: Pictures) -> Iterator[None]:
         """The folder of this run, held while it goes on."""
         self.steps = None
         if self.runs is None:
             yield
             return
         models = [self.high] if self.low is None else [self.high, self.low]
-        settings = run_settings(self.files, models, request, pictures)
+        settings = run_settings(self.files, models, request, pictures.all())
         with StepRecord.open(self.runs, settings) as self.steps:
             yield
 
-    def _latent(self, request: WanRequest, pictures: Sequence[Tensor | None], sigmas: Tensor) -> Tensor:
+    def _latent(self, request: WanRequest, pictures: Pictures, sigmas: Tensor) -> Tensor:
         """The video's latent, made or as it was kept."""
         kept = None if self.steps is None else self.steps.finished()
         if kept is not None:
@@ -164,28 +176,54 @@ class WanPipeline:
         return latent
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
-        work = wan_work(
-            self.config, request.size, *batch_and_passes(request.guided, self.settings.batched_guidance)
-        )  # fmt: skip
+        width, height, frames = request.size
+        if request.reference is not None:  # a latent frame before the first
+            frames += self.vae_config.temporal_stride
+        batch, passes = batch_and_passes(request.guided, self.settings.batched_guidance)
+        work = wan_work(self.config, (width, height, frames), batch, passes)
         # one plan for both experts: their blocks differ by their LoRAs alone
         models = [self.high] if self.low is None else [self.high, self.low]
         limits = hold_limits(self.settings, self.high.model.execution, sum(model.host_bytes for model in models))
         return max(models, key=lambda model: model.weights.largest_block_bytes).make_plan(work, limits)
 
-    def _encode(self, request: WanRequest, pictures: Sequence[Tensor | None]) -> Conditions:
+    def _encode(self, request: WanRequest, pictures: Pictures) -> Conditions:
         self.progress.begin("encode")
         prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
         text = self._encode_text(prompts).to(self.settings.device)
-        conditions = Conditions(text[:1], text[1:] if request.guided else None)
-        first, last = pictures
-        if first is None and last is None:
+        conditions = Conditions(text[:1], text[1:] if request.guided else None, self._image_tokens(pictures))
+        if self.config.model_type in ("t2v", "ti2v") and pictures.first is None:
             return conditions
         with self._vae_at_work() as vae:
-            if self.config.model_type == "ti2v":
-                assert first is not None
-                return replace(conditions, first_frame=encode_fitting(vae, first).to(self.settings.device))
-            channels = image_channels(vae, first, last, request.size[2])
-            return replace(conditions, channels=channels.to(self.settings.device))
+            return self._shown(conditions, vae, request, pictures)
+
+    def _shown(self, conditions: Conditions, vae: WanVAE, request: WanRequest, pictures: Pictures) -> Conditions:
+        """With the latents of what is shown, by what the model takes."""
+        device, kind, size = self.settings.device, self.config.model_type, request.size
+        if kind == "ti2v" and pictures.first is not None:
+            return replace(conditions, first_frame=encode_fitting(vae, pictures.first).to(device))
+        if kind == "vace":
+            strength = 1.0 if request.control_strength is None else request.control_strength
+            frames = vace_frames(vae, pictures, size).to(device)
+            return replace(conditions, extras=Extras(vace_frames=(frames,), vace_strengths=(strength,)))
+        if pictures.reference is not None:
+            reference = encode_fitting(vae, pictures.reference)[:, :, 0].to(device)
+            conditions = replace(conditions, extras=Extras(reference=reference))
+        num_extra = self.config.in_channels - self.config.out_channels
+        if num_extra == self.config.out_channels + MASK_CHANNELS:
+            channels = image_channels(vae, pictures.first, pictures.last, size[2])
+        else:
+            channels = control_channels(vae, pictures, size, with_mask=num_extra % self.config.out_channels > 0)
+        return replace(conditions, channels=channels.to(device))
+
+    def _image_tokens(self, pictures: Pictures) -> Tensor | None:
+        """CLIP's features of the first and the last picture, one after the other, or of a reference alone."""
+        shown = [each for each in (pictures.first, pictures.last) if each is not None]
+        shown = shown or [each for each in (pictures.reference,) if each is not None]
+        if self._clip_vision is None or not shown:
+            return None
+        encoder, frames = self._clip_vision, torch.cat(shown)[:, :, 0]
+        tokens = once_more(lambda: encoder.encode(frames), "encoding a picture")
+        return tokens.flatten(0, 1)[None].to(self.settings.device)
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
         settings = self.settings
@@ -201,7 +239,10 @@ class WanPipeline:
     def _denoise(self, request: WanRequest, conditions: Conditions, sigmas: Tensor) -> Tensor:
         assert self.plan is not None and request.num_steps is not None
         device = self.settings.device
-        shape = (1, self.config.out_channels, *self.plan.work.latent_size)
+        num_latents, height, width = self.plan.work.latent_size
+        before = int(request.reference is not None)  # latent frames that are no part of the video
+        in_noise = before if conditions.extras.vace_frames else 0  # the other's tokens are beside it
+        shape = (1, self.config.out_channels, num_latents - before + in_noise, height, width)
         generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every machine
         noise = torch.randn(shape, generator=generator).to(device)
         denoise = self._recorded(_Begun(lambda sigma: self._begin(request, conditions, sigma)))
@@ -215,7 +256,7 @@ class WanPipeline:
         self._stop()
         if conditions.first_frame is not None:
             latent[:, :, :1] = conditions.first_frame
-        return latent
+        return latent[:, :, in_noise:]
 
     def _recorded(self, denoise: Denoiser) -> Denoiser:
         """The same, with answers that are recorded where they are kept."""
@@ -259,6 +300,8 @@ class WanPipeline:
     def _guided(self, model: StreamedWan, conditions: Conditions, scale: float) -> Denoiser:
         channels, first_frame = conditions.channels, conditions.first_frame
         both = None if conditions.uncond is None else torch.cat([conditions.cond, conditions.uncond])
+        tokens = {size: _repeated(conditions.image_tokens, size) for size in (1, 2)}
+        extras = {size: _for_batch(conditions.extras, size) for size in (1, 2)}
 
         def velocity(latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
             if channels is not None:
@@ -268,7 +311,7 @@ class WanPipeline:
                 timestep[:, 0] = 0
             if both is not None and len(text) == 2:
                 text = both  # one tensor for all steps, so that it is embedded once
-            return model(latent, timestep, text)
+            return model(latent, timestep, text, tokens[len(text)], extras[len(text)])
 
         guided = Guidance(velocity, conditions.cond, conditions.uncond, scale, self.settings.batched_guidance)
         if first_frame is None:
@@ -340,10 +383,11 @@ class WanPipeline:
                 f"{files.vae}: this VAE decodes {self.vae_config.decoded_channels} channels of a pixel, which nodes of "
                 f"ComfyUI can use; expected the 3 of a video; use {self.vae_config.file_name}"
             )
-        if config.image_dim:
+        if self._clip_vision is not None and self._clip_vision.config.dim != config.image_dim:
+            wanted = f"reads features of width {config.image_dim}" if config.image_dim else "reads no CLIP features"
             raise CheckpointError(
-                f"{files.model}: this model wants CLIP image features, which are made in ComfyUI only: load it there, "
-                "or use a Wan 2.2 image-to-video model here"
+                f"{files.clip_vision}: makes features of width {self._clip_vision.config.dim} but {files.model.name} "
+                f"{wanted}: leave it out, or choose {CLIP_FILE} for Wan 2.1 image-to-video models"
             )
         text_file = open_text_encoder(files.text_encoder)
         text_file.tokenizer(config.text_tokens)  # its lack would only show after the start
@@ -359,24 +403,15 @@ class WanPipeline:
                 "give the high- and the low-noise expert of one model"
             )
 
-    def _load_pictures(self, request: WanRequest) -> list[Tensor | None]:
-        """First and last frame, where given, `[1, 3, 1, H, W]`; ValueError where they do not suit the model."""
-        self._check_images(request)
-        width, height, _ = request.size
-        paths = request.image, request.end_image
-        return [None if path is None else load_image(path, width, height) for path in paths]
 
-    def _check_images(self, request: WanRequest) -> None:
-        takes_image = self.config.in_channels > self.config.out_channels or self.config.model_type == "ti2v"
-        given = request.image or request.end_image
-        if given and not takes_image:
-            raise ValueError(
-                f"{self.files.model.name} is a text-to-video model and takes no picture: leave out {given}"
-            )
-        if not given and takes_image and self.config.model_type != "ti2v":
-            raise ValueError(f"{self.files.model.name} makes a video of a picture: give --image")
-        if self.config.model_type == "ti2v" and request.end_image:
-            raise ValueError(f"{self.files.model.name} takes a first frame only: leave out {request.end_image}")
+def _repeated(tensor: Tensor | None, size: int) -> Tensor | None:
+    """One sample's tensor for a batch of `size`."""
+    return None if tensor is None else tensor.expand(size, *tensor.shape[1:])
+
+
+def _for_batch(extras: Extras, size: int) -> Extras:
+    frames = tuple(each.expand(size, *each.shape[1:]) for each in extras.vace_frames)
+    return replace(extras, vace_frames=frames, reference=_repeated(extras.reference, size))
 
 
 class _Begun:

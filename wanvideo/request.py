@@ -45,6 +45,10 @@ DEFAULTS: Mapping[str, WanDefaults] = MappingProxyType(
         "i2v": WanDefaults(shift=3.0, guidance=5.0, num_steps=40),
         "i2v experts": WanDefaults(shift=5.0, guidance=3.5, num_steps=40, guidance_high=3.5, boundary=0.9),
         "flf2v": WanDefaults(shift=16.0, guidance=5.5),
+        "vace": WanDefaults(shift=16.0, guidance=5.0),
+        # aigc-apps/VideoX-Fun `examples/wan2.1_fun/predict_v2v_control.py`, `examples/wan2.2_fun`
+        "control": WanDefaults(shift=3.0, guidance=6.0),
+        "control large": WanDefaults(shift=5.0, guidance=6.0, fps=24, num_frames=121, size=(1280, 704)),
         "ti2v": WanDefaults(shift=5.0, guidance=5.0, fps=24, num_frames=121, size=(1280, 704)),
         # the pack's own demo model
         "demo": WanDefaults(shift=3.0, guidance=4.0, num_steps=20, fps=8, num_frames=17, size=(96, 96)),
@@ -60,6 +64,8 @@ def defaults_for(config: WanConfig, experts: bool) -> WanDefaults:
         return DEFAULTS["demo"]
     if config.model_type == "t2v" and config.dim < 5120:
         return DEFAULTS["t2v small"]
+    if config.model_type == "control" and config.out_channels == 48:
+        return DEFAULTS["control large"]
     if config.model_type not in DEFAULTS:
         raise ValueError(
             f"this is a Wan {config.model_type} model, whose inputs the command line cannot give: use it in ComfyUI"
@@ -80,7 +86,9 @@ def plan_defaults(config: WanConfig) -> WanDefaults:
 class WanRequest:
     """One video. None means the model's published setting (`completed`).
 
-    `image` and `end_image` are picture files, for models that take them. `timesteps` is a distilled model's own
+    `image` and `end_image` are picture files, for models that take them, as are `control`, a video that steers, of
+    which `control_fps` frames a second are read, and by so much as `control_strength` says (VACE), and `reference`, a
+    picture of what shall be seen. `timesteps` is a distilled model's own
     list, such as (1000, 937.5, 833.3, 625), and replaces `num_steps` and `shift`. `guidance` 1 turns
     classifier-free guidance off; `guidance_high` is for the high-noise expert.
     """
@@ -101,6 +109,10 @@ class WanRequest:
     timesteps: tuple[float, ...] | None = None
     image: Path | None = None
     end_image: Path | None = None
+    control: Path | None = None
+    reference: Path | None = None
+    control_strength: float | None = None
+    control_fps: float | None = None
 
     def completed(self, known: WanDefaults) -> WanRequest:
         """The request with the model's published settings where it has None."""
@@ -117,6 +129,7 @@ class WanRequest:
             guidance=_given(low, known.guidance),
             guidance_high=high,
             boundary=_given(self.boundary, known.boundary),
+            control_fps=_given(self.control_fps, known.fps),
         )
 
     @property

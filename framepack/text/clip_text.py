@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .clip_layers import LayerNorm, Layers, LayerSizes, Rows
+from ...transformer.clip_layers import LayerNorm, Layers, LayerSizes, Rows
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ...video.pictures import squeezed
 from ...weights.linear.adopt import load_tensors
 from .checkpoint import open_siglip
 
@@ -39,14 +39,3 @@ class ImageEncoder:
         pixels = squeezed(picture.float().cpu(), self._file.config.image_size)
         model = load_tensors(self._file.build(), self._file.checkpoint, self.device)
         return model(pixels.to(self.device), self.dtype).cpu()
-
-
-def squeezed(picture: Tensor, size: int) -> Tensor:
-    """A picture in -1 ... 1 as a square of `size` pixels, none cut off, in steps of 1/255 as its 8-bit file would have.
-
-    As ComfyUI does it (`CLIPVisionEncode` without crop); its aspect is lost, as the model was trained.
-    """
-    if picture.shape[-2:] != (size, size):
-        picture = F.interpolate(picture, size=(size, size), mode="bicubic", antialias=True)
-    levels = ((picture + 1.0) * 127.5).clamp(0, 255).round()
-    return levels / 127.5 - 1.0

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...transformer.clip_layers import LayerNorm, Layers, LayerSizes, Rows
 from ...transformer.layers import parameter
-from .clip_layers import LayerNorm, Layers, LayerSizes, Rows
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ CONFIGS = {
     "ti2v": replace(TINY, model_type="ti2v", in_channels=48, out_channels=48),
     "vace": replace(TINY, model_type="vace", vace_layers=2, vace_channels=96),
     "fun control": replace(TINY, model_type="control", in_channels=52, reference_channels=16),
+    "fun control 2.1": replace(TINY, model_type="control", in_channels=48, image_dim=1280),
     "fun camera": replace(TINY, model_type="camera", in_channels=32, image_dim=1280, camera_channels=24),
 }
 LATENT_SIZE = (3, 8, 12)  # frames, height, width

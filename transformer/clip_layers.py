@@ -1,4 +1,4 @@
-"""The transformer layer that CLIP's text model and SigLIP's vision model share."""
+"""The transformer layer that CLIP's text and vision models and SigLIP's vision model share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...transformer.layers import parameter
-from ...weights.linear.linear import Linear
+from ..weights.linear.linear import Linear
+from .layers import parameter
 
 
 @dataclass(frozen=True)
