@@ -104,9 +104,15 @@ def generate(options: argparse.Namespace) -> RunReport:
     text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
     pipeline = WanPipeline(
         WanFiles(
-            options.model, text_encoder, vae, options.model_low, *loras, options.vace_module, options.vace_module_low,
+            options.model,
+            text_encoder,
+            vae,
+            options.model_low,
+            *loras,
+            options.vace_module,
+            options.vace_module_low,
             options.clip_vision,
-        ),  # fmt: skip
+        ),
         settings_of(options),
         TerminalProgress(sys.stderr),
     )
