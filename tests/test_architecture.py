@@ -16,7 +16,7 @@ REDRAW = "run `python docs/picture.py` and commit what it writes"
 
 QUOTED = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"[\w./-]+\.(py|md|json|toml|txt|svg|js|sh)")
-STOP = re.compile(r"\d+\. `([^`]+)`(?: \(handed down by `([^`]+)`\))?: ")
+STOP = re.compile(r"\d+\. `([^`:]+): ([\w.]+)`(?: \((?:handed down by `([^`]+)`|called by (ComfyUI))\))?: ")
 MOST_STOPS = 12
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -118,17 +118,19 @@ def test_lives_and_recipes_are_short() -> None:
 
 
 @pytest.mark.parametrize("title", sections(TOP["Four ways through the house"], "###"))
-def test_ways_go_down_from_file_to_file(house: ModuleType, modules: dict[str, str], title: str) -> None:
-    found = house.imports(modules)
+def test_ways_go_down_from_function_to_function(house: ModuleType, modules: dict[str, str], title: str) -> None:
     row = {name: index for index, names in enumerate(house.TIERS) for name in names}
     lines = items(sections(TOP["Four ways through the house"], "###")[title])
     stops = [match.groups() for line in lines if (match := STOP.match(line))]
     assert len(stops) == len(lines) and 2 < len(stops) <= MOST_STOPS
-    for index, (path, giver) in enumerate(stops[1:], 1):
+    for index, (path, name, giver, host) in enumerate(stops[1:], 1):
         before = stops[index - 1][0]
-        if giver is None:
-            assert path in found[before], f"{before} does not import {path}"
-        else:
-            earlier = [stop for stop, _ in stops[:index]]
-            assert giver in earlier and path in found[giver], f"{giver} does not hand {path} down"
         assert row[house.room(path)] >= row[house.room(before)], f"{path} is above {before}"
+        if host is not None:
+            continue
+        caller = giver or before
+        assert caller in {stop[0] for stop in stops[:index]}, f"{caller} is no stop before {path}: {name}"
+        words = set(re.findall(r"\w+", re.sub(r"^(?:class|def) .*$", "", modules[caller], flags=re.MULTILINE)))
+        asked = [part for part in name.split(".") if part != "__call__"]
+        named = asked[-1] if len(asked) > 1 and asked[-1] != "forward" else asked[0]
+        assert {named, asked[0]} & words, f"{caller} does not name {name}"

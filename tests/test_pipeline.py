@@ -859,6 +859,29 @@ def test_experts_without_a_published_boundary_want_one(ti2v: WanFiles) -> None:
     assert torch.equal(latent_of(same, request), latent_of(ti2v, replace(request, boundary=None)))
 
 
+class Half(torch.nn.Module):
+    """A VAE of which only a half finds room on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = CPU
+
+    def to(self, place: Any) -> torch.nn.Module:  # type: ignore[override]
+        self.place = torch.device(place)
+        if self.place != CPU:
+            raise RuntimeError("CUDA error: out of memory")
+        return self
+
+
+def test_a_kept_vae_that_finds_no_room_goes_back_to_ram(t2v: WanFiles) -> None:
+    pipeline = WanPipeline(t2v, RunSettings(keep_loaded=True))
+    pipeline.settings = replace(pipeline.settings, device=torch.device("meta"))
+    pipeline._vae = kept = Half()
+    with pytest.raises(RuntimeError, match="out of memory"), pipeline._vae_at_work():
+        pass
+    assert kept.place == CPU
+
+
 def test_pictures_that_do_not_suit_the_model(i2v: WanFiles, ti2v: WanFiles, pictures: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"wan_i2v.safetensors makes a video of a picture: give --image"):
         run(WanPipeline(i2v))

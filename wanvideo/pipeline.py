@@ -344,7 +344,11 @@ class WanPipeline:
                 vae = self._opened_vae.build(settings.compute_dtype, settings.device)
                 self._vae = vae if settings.keep_loaded else None
                 return vae
-            return self._vae.to(settings.device)
+            try:
+                return self._vae.to(settings.device)
+            except RuntimeError:  # what has moved goes back: nothing else would free it
+                self._vae.to("cpu")
+                raise
 
         with at_work(load, keep=settings.keep_loaded) as vae:
             yield vae
