@@ -1,0 +1,97 @@
+"""The plan's figures against what a pass of the full-size model really allocates, counted without computing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from lowvram_video.benchmarks.synthetic import CONFIGS, write_lora
+from lowvram_video.memory.plan.footprint import GIB, MIB, Limits
+from lowvram_video.memory.plan.plan import plan_memory
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.wanvideo.footprint import wan_work
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.weights.linear.compute import select_compute
+from lowvram_video.weights.lora.file import LoraChoice
+
+from .dry_pass import DryAttention, DrySage, bytes_of_pass, use_gpu_kernels, write_header
+
+# An H200's rates: plans then keep as many blocks and cache the text where a short clip is bound by its copies.
+RATES = {"tflops_matmul": 800.0, "tflops_attention": 570.0, "h2d_gbps": 55.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it runs, one that an H200 ran out of memory with where its `budget_gib` has two decimals."""
+
+    name: str
+    stored: str
+    size: tuple[int, int, int]
+    budget_gib: float
+    quantization: str = "none"
+    attention: DryAttention = DryAttention()  # noqa: RUF009 - has no state
+    rank: int = 0
+
+    def __str__(self) -> str:
+        width, height, frames = self.size
+        words = [self.name, self.stored, self.quantization, self.attention.name, f"{width}x{height}x{frames}"]
+        return "-".join([*words, *(["lora"] if self.rank else []), f"{self.budget_gib:g}"])
+
+
+CASES = [
+    Case("14b", "Q4_K", (608, 464, 21), 5.53),
+    Case("14b", "Q4_K", (688, 304, 29), 5.77),
+    Case("14b", "Q4_K", (816, 592, 29), 8.34, attention=DrySage()),
+    Case("14b", "Q4_K", (768, 400, 77), 9.98, attention=DrySage()),
+    Case("14b", "Q4_K", (688, 384, 61), 3.44, attention=DrySage()),
+    Case("14b", "fp8", (832, 480, 81), 8, attention=DrySage()),
+    Case("14b", "fp8", (832, 480, 81), 3.3),
+    Case("14b", "fp8", (832, 480, 81), 3, "fp8_fast"),
+    Case("14b", "fp8", (1280, 720, 81), 6),
+    Case("1.3b", "bf16", (720, 576, 21), 1.88, "fp8_fast"),
+    Case("1.3b", "bf16", (608, 432, 81), 2.45, "fp8_fast"),
+    Case("1.3b", "bf16", (560, 288, 13), 1.94, "fp8_fast", DrySage()),
+    Case("1.3b", "bf16", (384, 304, 81), 2.01, "int8", DrySage()),
+    Case("1.3b", "bf16", (672, 560, 45), 3.67, attention=DrySage()),
+    Case("1.3b", "bf16", (832, 480, 81), 2, rank=64),
+    Case("5b", "bf16", (992, 352, 65), 6),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("headers")
+
+
+def opened(case: Case, folder: Path) -> StreamedWan:
+    config = CONFIGS[case.name]
+    assert isinstance(config, WanConfig)
+    path = folder / f"{case.name}_{case.stored}.{'gguf' if case.stored.startswith('Q') else 'safetensors'}"
+    if not path.exists():
+        write_header(path, config, case.stored)
+    loras = []
+    if case.rank:
+        loras = [LoraChoice(folder / f"{case.name}_lora.safetensors")]
+        write_lora(loras[0].path, config, case.rank)
+    read_as = case.quantization if case.stored == "bf16" else "none"
+    device = torch.device("cpu")
+    model = StreamedWan(path, RunSettings(device, torch.bfloat16, quantization=read_as), loras=loras)
+    busy = [module for block in model.blocks for module in block.busy_modules()]
+    select_compute(model.model, busy, case.quantization, device)
+    use_gpu_kernels(model, case.attention)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_pass_takes_what_was_planned(case: Case, files: Path) -> None:
+    model = opened(case, files)
+    limits = Limits(int(case.budget_gib * GIB), attention=case.attention.workspace, **RATES)
+    plan = plan_memory(model.footprint(), wan_work(model.config, case.size), limits)
+    counted = bytes_of_pass(model, plan)
+    denoise = plan.denoise
+    planned = denoise.activations + denoise.scratch + denoise.text + denoise.latents
+    assert counted <= planned, f"{(counted - planned) / MIB:.1f} MiB more than planned, by {plan.choice}"
+    assert planned <= counted + 0.05 * denoise.total, f"{(planned - counted) / MIB:.1f} MiB less, by {plan.choice}"
