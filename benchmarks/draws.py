@@ -38,9 +38,9 @@ class Way:
 
 
 WAYS = (
-    Way("14b", "fp8", ("none", "fp8_fast"), 0.27, 0.3, 33_000),
-    Way("14b", "Q4_K", ("none",), 0.3, 0.3, 33_000),
-    Way("1.3b", "bf16", ("none", "fp8", "fp8_fast", "int8"), 0.33, 0.3, 50_000, anew=True),
+    Way("14b", "fp8", ("none", "fp8_fast"), 0.27, 0.3, 20_000),
+    Way("14b", "Q4_K", ("none",), 0.3, 0.3, 20_000),
+    Way("1.3b", "bf16", ("none", "fp8", "fp8_fast", "int8"), 0.33, 0.3, 33_000, anew=True),
     Way("5b", "bf16", ("none",), 0.1, 0.3, 20_000),
 )
 

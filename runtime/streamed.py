@@ -130,7 +130,7 @@ class StreamedModel(Generic[M]):
         """See `ModelFootprint`."""
         inside = {layer for block in self.blocks for layer in block.modules()}
         outside = (layer for layer in self.model.modules() if isinstance(layer, Linear) and layer not in inside)
-        return max((layer.scratch_elements(dtype) * dtype.itemsize for layer in outside), default=0)
+        return max((layer.unpacked_bytes(dtype) for layer in outside), default=0)
 
     @property
     def computes_in_8_bits(self) -> bool:

@@ -14,7 +14,9 @@ from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.weights.linear import linear
 from lowvram_video.weights.linear.compute import select_compute
+from lowvram_video.weights.linear.linear import Linear
 from lowvram_video.weights.lora.file import LoraChoice
 
 from .dry_pass import DryAttention, DrySage, bytes_of_pass, use_gpu_kernels, write_header
@@ -95,3 +97,21 @@ def test_a_pass_takes_what_was_planned(case: Case, files: Path) -> None:
     planned = denoise.activations + denoise.scratch + denoise.text + denoise.latents
     assert counted <= planned, f"{(counted - planned) / MIB:.1f} MiB more than planned, by {plan.choice}"
     assert planned <= counted + 0.05 * denoise.total, f"{(planned - counted) / MIB:.1f} MiB less, by {plan.choice}"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float8_e4m3fn])
+def test_a_large_weight_that_is_used_once_is_never_unpacked_whole(
+    stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(48, 100, dtype=torch.bfloat16)
+    weight = torch.randn(100, 48, generator=generator) * 0.1
+    layer.weight = torch.nn.Parameter(weight.to(stored), requires_grad=False)
+    layer.bias = torch.nn.Parameter(torch.randn(100, generator=generator).bfloat16(), requires_grad=False)
+    x = torch.randn(2, 3, 48, generator=generator).bfloat16()
+    whole = layer(x)
+    monkeypatch.setattr(linear, "UNPACKED_BYTES", 2 * 48 * 32)  # 32 of 100 rows
+    assert layer.unpacked_bytes(torch.bfloat16) == 2 * 48 * 32
+    torch.testing.assert_close(layer(x), whole, rtol=1e-2, atol=1e-3)
+    want = torch.nn.functional.linear(x.float(), layer.weight.to(torch.bfloat16).float(), layer.bias.float())
+    torch.testing.assert_close(layer(x).float(), want, rtol=2e-2, atol=1e-2)

@@ -31,9 +31,9 @@ QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
 BLOCK_PASSES = 25
 
 # The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact. cuBLAS has
-# its workspace from it too: 32 MiB on Hopper, less elsewhere.
+# its workspace from it too: 32 MiB on Hopper, less elsewhere; half of this.
 SLACK_FRACTION = 0.03
-SLACK_BYTES = 32 * MIB
+SLACK_BYTES = 64 * MIB
 # Pages of pinned memory have entries in the device's tables: 8 bytes for each of 4 KiB; measured.
 PINNED_BYTES_PER_ENTRY_BYTE = 512
 
@@ -327,7 +327,7 @@ class Limits:
     """
 
     vram_budget_bytes: int
-    context_bytes: int = int(0.745 * GIB)
+    context_bytes: int = int(0.765 * GIB)
     ram_budget_bytes: int | None = None
     pinned_cap_bytes: int | None = None
     blocks_to_swap: int = -1

@@ -267,16 +267,20 @@ class BlockStreamer:
         return self._flat[offset : offset + self._schedule.sizes[position]]
 
     def _bind_residents(self) -> None:
-        for index in sorted(self._resident):
+        residents = sorted(self._resident)
+        sizes = [self._source.layouts[index].part_bytes(self._part) for index in residents]
+        if not self._in_place:  # all in one: the allocator rounds each allocation up
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+            self._memory = list(memory.split(sizes))
+        for position, index in enumerate(residents):
             layout = self._source.layouts[index]
             if self._in_place:
                 assert self._source.extents is not None
                 start, stop = layout.span(self._part)
                 flat = self._source.extents[index][start:stop]
             else:
-                flat = torch.empty(layout.part_bytes(self._part), dtype=torch.uint8, device=self._device)
+                flat = self._memory[position]
                 self._source.fetch(index, self._part, flat)
-                self._memory.append(flat)
             bind(self._blocks[index], layout, flat, self._part)
 
     def _bind_streamed(self) -> None:

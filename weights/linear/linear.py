@@ -24,6 +24,7 @@ from .low_rank import LowRank, SideBranch, hidden_of
 from .projection import DenseProjection, Projection, Scratch
 from .weight_format import PLAIN, Plain, WeightFormat
 
+UNPACKED_BYTES = 64 << 20  # of a weight that is used once: the timestep's projection of Wan 14B has 300 MiB in 16 bits
 MOST_TOGETHER = 3  # layers of one size that read the same rows: those of q, k and v
 
 
@@ -128,5 +129,23 @@ class Linear(nn.Module):
             return own
         return own + MOST_TOGETHER * update.down.shape[0] * dtype.itemsize
 
+    def unpacked_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that `forward` has unpacked at a time when it computes in `dtype`."""
+        nbytes = self.scratch_elements(dtype) * dtype.itemsize
+        return min(nbytes, UNPACKED_BYTES) if self._multiplies_in_pieces(dtype) else nbytes
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.prepare(x.dtype)(x)
+        """The product by itself; a large weight is unpacked and multiplied some of its rows at a time."""
+        if not self._multiplies_in_pieces(x.dtype):
+            return self.prepare(x.dtype)(x)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        step = max(1, UNPACKED_BYTES // (x.dtype.itemsize * self.in_features))
+        for rows, packed in self.format.pieces(self.packed(), step):
+            bias = None if self.bias is None else self.bias[rows].to(x.dtype)
+            out[..., rows] = self.format.prepare(packed, bias, x.dtype, None)(x)
+        return out
+
+    def _multiplies_in_pieces(self, dtype: torch.dtype) -> bool:
+        packed = self.packed()
+        nbytes = self.format.scratch_elements(packed, dtype) * dtype.itemsize
+        return self.format.splits and nbytes > UNPACKED_BYTES and LowRank.take_from(packed) is None

@@ -8,7 +8,7 @@ of 500 ms that fp8 products save at 832x480x81.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class Fp8Made(WeightFormat):
         made, columns = scratch.take((math.prod(shape) // dtype.itemsize,)), torch.empty(shape[0], device=device)
         weight = made.view(torch.float8_e4m3fn).view(shape)
         piece = scratch.take((self._rows_at_once(shape), shape[1]))
-        for rows, part in self._pieces(packed, shape):
+        for rows, part in self.stored.pieces(packed, self._rows_at_once(shape)):
             unpacked = self.stored.unpack(part, piece[: rows.stop - rows.start])
             _, scales = self.product.ops.quantize(unpacked, torch.float8_e4m3fn, weight[rows])
             columns[rows] = scales.view(-1)
@@ -70,15 +70,3 @@ class Fp8Made(WeightFormat):
 
     def _rows_at_once(self, shape: tuple[int, ...]) -> int:
         return min(shape[0], max(1, PIECE_ELEMENTS // shape[1])) if self.stored.splits else shape[0]
-
-    def _pieces(
-        self, packed: Mapping[str, Tensor], shape: tuple[int, ...]
-    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Some rows, and what is stored of them: whatever has as many rows as the weight."""
-        step = self._rows_at_once(shape)
-        for first in range(0, shape[0], step):
-            rows = slice(first, min(first + step, shape[0]))
-            if rows == slice(0, shape[0]):
-                yield rows, dict(packed)
-                return
-            yield rows, {name: x[rows] if x.shape[:1] == shape[:1] else x for name, x in packed.items()}

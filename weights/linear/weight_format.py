@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,16 @@ class WeightFormat(ABC):
         """The shape of what a stored weight unpacks to."""
         return weight.shape
 
+    def pieces(self, packed: Mapping[str, Tensor], step: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """At most `step` rows of a weight, and what is stored of them: whatever has as many rows; where it `splits`."""
+        num_rows = self.logical_shape(packed["weight"])[0]
+        for first in range(0, num_rows, step):
+            rows = slice(first, min(first + step, num_rows))
+            if rows == slice(0, num_rows):
+                yield rows, dict(packed)
+                return
+            yield rows, {name: x[rows] if x.shape[:1] == (num_rows,) else x for name, x in packed.items()}
+
 
 @dataclass(frozen=True)
 class Plain(WeightFormat):
@@ -75,6 +85,8 @@ class Plain(WeightFormat):
 
     ops: RowOps | None = None
     name: str = "plain"
+
+    splits = True
 
     def prepare(
         self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
