@@ -43,8 +43,8 @@ def reference_vae(config: VAEConfig) -> AutoencoderKLWan:
         temperal_downsample=list(config.temporal_downsample),
         is_residual=config.residual_shortcuts,
         patch_size=patch if patch > 1 else None,
-        in_channels=config.image_channels,
-        out_channels=config.image_channels,
+        in_channels=config.encoded_channels * patch**2,
+        out_channels=config.decoded_channels * patch**2,
         scale_factor_spatial=config.spatial_stride,
     ).eval()
     for name, parameter in vae.named_parameters():
