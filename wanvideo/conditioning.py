@@ -6,14 +6,19 @@ ali-vilab/VACE `vace/models/wan/wan_vace.py`; Fun Control as in ComfyUI's `comfy
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..vae.tiling import encode_fitting
+from .network.config import WanConfig
+from .network.model import Extras
+from .request import WanRequest
 from .vae.model import WanVAE
+
+MASK_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,40 @@ class Pictures:
     def all(self) -> list[Tensor | None]:
         """Every one, given or not."""
         return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is shown beside the noisy latent."""
+
+    cond: Tensor  # [1, 512, text_dim]
+    uncond: Tensor | None
+    image_tokens: Tensor | None = None  # [1, 257 or 514, image_dim] of models that read CLIP's features
+    extras: Extras = field(default_factory=Extras)  # control videos of VACE, a reference picture of Fun models
+    channels: Tensor | None = None  # [1, c, T, h, w] of models that take more than noise, concatenated to the latent
+    first_frame: Tensor | None = None  # [1, z, 1, h, w] of TI2V, held fixed at timestep 0
+
+
+def with_latents(
+    conditions: Conditions, vae: WanVAE, config: WanConfig, request: WanRequest, pictures: Pictures
+) -> Conditions:
+    """Conditions with the latents of what is shown, by what the model takes; on the device of the text."""
+    device, size = conditions.cond.device, request.size
+    if config.model_type == "ti2v" and pictures.first is not None:
+        return replace(conditions, first_frame=encode_fitting(vae, pictures.first).to(device))
+    if config.model_type == "vace":
+        strength = 1.0 if request.control_strength is None else request.control_strength
+        frames = vace_frames(vae, pictures, size).to(device)
+        return replace(conditions, extras=Extras(vace_frames=(frames,), vace_strengths=(strength,)))
+    if pictures.reference is not None:
+        reference = encode_fitting(vae, pictures.reference)[:, :, 0].to(device)
+        conditions = replace(conditions, extras=Extras(reference=reference))
+    num_extra = config.in_channels - config.out_channels
+    if num_extra == config.out_channels + MASK_CHANNELS:
+        channels = image_channels(vae, pictures.first, pictures.last, size[2])
+    else:
+        channels = control_channels(vae, pictures, size, with_mask=num_extra % config.out_channels > 0)
+    return replace(conditions, channels=channels.to(device))
 
 
 def image_channels(vae: WanVAE, first: Tensor | None, last: Tensor | None, num_frames: int) -> Tensor:

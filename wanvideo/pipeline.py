@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,43 +17,29 @@ from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
 from ..runtime.step_record import StepRecord
 from ..runtime.turns import Turns
-from ..sampling.guidance import Expert, ExpertSwitch, Guidance, batch_and_passes
+from ..sampling.guidance import Expert, ExpertSwitch, batch_and_passes
 from ..sampling.samplers import select_sampler
 from ..sampling.schedules import flow_sigmas, is_high_noise, sigmas_from_timesteps
 from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import OpenVae
 from ..vae.retries import at_work, once_more, pieces_fitting
-from ..vae.tiling import Tile, decode_in, encode_fitting
+from ..vae.tiling import Tile, decode_in
 from ..video.pictures import to_uint8
 from ..weights.files.checkpoint import CheckpointError
 from ..weights.lora.file import LoraReport
 from .clip_vision import FILE_NAME as CLIP_FILE
 from .clip_vision import ClipVisionEncoder
-from .conditioning import Pictures, control_channels, image_channels, vace_frames
+from .conditioning import Conditions, Pictures, with_latents
 from .footprint import wan_work
 from .given import check_pictures, load_pictures
+from .guided import guided
 from .identity import WanFiles, run_settings
-from .network.model import Extras
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
 from .text.checkpoint import load_text_encoder, open_text_encoder
 from .text.encoder import TextEncoder
 from .vae.checkpoint import WAN_FORMAT
 from .vae.model import VAEConfig, WanVAE
-
-MASK_CHANNELS = 4
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What the model is shown beside the noisy latent."""
-
-    cond: Tensor  # [1, 512, text_dim]
-    uncond: Tensor | None
-    image_tokens: Tensor | None = None  # [1, 257 or 514, image_dim] of models that read CLIP's features
-    extras: Extras = field(default_factory=Extras)  # control videos of VACE, a reference picture of Fun models
-    channels: Tensor | None = None  # [1, c, T, h, w] of models that take more than noise, concatenated to the latent
-    first_frame: Tensor | None = None  # [1, z, 1, h, w] of TI2V, held fixed at timestep 0
 
 
 class WanPipeline:
@@ -194,26 +179,7 @@ class WanPipeline:
         if self.config.model_type in ("t2v", "ti2v") and pictures.first is None:
             return conditions
         with self._vae_at_work() as vae:
-            return self._shown(conditions, vae, request, pictures)
-
-    def _shown(self, conditions: Conditions, vae: WanVAE, request: WanRequest, pictures: Pictures) -> Conditions:
-        """With the latents of what is shown, by what the model takes."""
-        device, kind, size = self.settings.device, self.config.model_type, request.size
-        if kind == "ti2v" and pictures.first is not None:
-            return replace(conditions, first_frame=encode_fitting(vae, pictures.first).to(device))
-        if kind == "vace":
-            strength = 1.0 if request.control_strength is None else request.control_strength
-            frames = vace_frames(vae, pictures, size).to(device)
-            return replace(conditions, extras=Extras(vace_frames=(frames,), vace_strengths=(strength,)))
-        if pictures.reference is not None:
-            reference = encode_fitting(vae, pictures.reference)[:, :, 0].to(device)
-            conditions = replace(conditions, extras=Extras(reference=reference))
-        num_extra = self.config.in_channels - self.config.out_channels
-        if num_extra == self.config.out_channels + MASK_CHANNELS:
-            channels = image_channels(vae, pictures.first, pictures.last, size[2])
-        else:
-            channels = control_channels(vae, pictures, size, with_mask=num_extra % self.config.out_channels > 0)
-        return replace(conditions, channels=channels.to(device))
+            return with_latents(conditions, vae, self.config, request, pictures)
 
     def _image_tokens(self, pictures: Pictures) -> Tensor | None:
         """CLIP's features of the first and the last picture, one after the other, or of a reference alone."""
@@ -282,11 +248,11 @@ class WanPipeline:
     def _denoiser(self, request: WanRequest, conditions: Conditions, expert: Expert) -> Denoiser:
         assert request.guidance is not None
         high_scale = request.guidance if request.guidance_high is None else request.guidance_high
-        high = self._guided(self.high, conditions, high_scale)
+        high = guided(self.high, conditions, high_scale, self.settings.batched_guidance)
         if self.low is None:
             return high
         assert request.boundary is not None
-        low = self._guided(self.low, conditions, request.guidance)
+        low = guided(self.low, conditions, request.guidance, self.settings.batched_guidance)
 
         def switch(expert: str) -> None:
             # one expert's RAM at a time
@@ -296,33 +262,6 @@ class WanPipeline:
             self._start(wanted, gone)
 
         return ExpertSwitch(high, low, request.boundary, on_switch=switch, loaded=expert)
-
-    def _guided(self, model: StreamedWan, conditions: Conditions, scale: float) -> Denoiser:
-        channels, first_frame = conditions.channels, conditions.first_frame
-        both = None if conditions.uncond is None else torch.cat([conditions.cond, conditions.uncond])
-        tokens = {size: _repeated(conditions.image_tokens, size) for size in (1, 2)}
-        extras = {size: _for_batch(conditions.extras, size) for size in (1, 2)}
-
-        def velocity(latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-            if channels is not None:
-                latent = torch.cat([latent, channels.expand(latent.shape[0], -1, -1, -1, -1)], dim=1)
-            if first_frame is not None:  # the given frame is clean: timestep 0
-                timestep = timestep[:, None].repeat(1, latent.shape[2])
-                timestep[:, 0] = 0
-            if both is not None and len(text) == 2:
-                text = both  # one tensor for all steps, so that it is embedded once
-            return model(latent, timestep, text, tokens[len(text)], extras[len(text)])
-
-        guided = Guidance(velocity, conditions.cond, conditions.uncond, scale, self.settings.batched_guidance)
-        if first_frame is None:
-            return guided
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            x = torch.cat([first_frame, x[:, :, 1:]], dim=2)
-            denoised = guided(x, sigma)
-            return torch.cat([first_frame, denoised[:, :, 1:]], dim=2)
-
-        return denoise
 
     def _decode(self, latent: Tensor, plan: MemoryPlan) -> Iterator[Tensor]:
         """Frames as they come; where the device runs out of memory, what is missing is decoded in smaller tiles."""
@@ -406,16 +345,6 @@ class WanPipeline:
                 f"{files.model_low}: its dimensions differ from those of {files.model.name}: "
                 "give the high- and the low-noise expert of one model"
             )
-
-
-def _repeated(tensor: Tensor | None, size: int) -> Tensor | None:
-    """One sample's tensor for a batch of `size`."""
-    return None if tensor is None else tensor.expand(size, *tensor.shape[1:])
-
-
-def _for_batch(extras: Extras, size: int) -> Extras:
-    frames = tuple(each.expand(size, *each.shape[1:]) for each in extras.vace_frames)
-    return replace(extras, vace_frames=frames, reference=_repeated(extras.reference, size))
 
 
 class _Begun:
