@@ -41,6 +41,9 @@ from synthetic import CONFIGS, DTYPES, write_checkpoint, write_gguf, write_lora
 
 LORA_RANK = 64
 PASSES = 2
+# What a run holds beside a pass, in fp32: the noise, the sample and its next one, a prediction with the prompt and one
+# without, and three of the solver's history.
+HELD_LATENTS = 8
 
 
 class Models:
@@ -198,6 +201,7 @@ def run_plan(model: StreamedWan, plan: MemoryPlan, card: Card) -> dict[str, Any]
         generator = torch.Generator(device).manual_seed(0)
         size = (1, model.config.in_channels, *plan.work.latent_size)
         latent = torch.randn(size, device=device, generator=generator)
+        held = torch.zeros(HELD_LATENTS, model.config.out_channels, *plan.work.latent_size, device=device)
         text = torch.randn(1, 512, model.config.text_dim, device=device, generator=generator)
         seconds = []
         for _ in range(PASSES):
@@ -205,6 +209,7 @@ def run_plan(model: StreamedWan, plan: MemoryPlan, card: Card) -> dict[str, Any]
             velocity = model(latent, torch.full((1,), 700.0, device=device), text)
             finite = bool(velocity.isfinite().all())
             seconds.append(time.perf_counter() - began)
+        del held
     used = card.left_bytes - watch.min_free if on_gpu and watch is not None else 0
     last = model.plan or plan
     figures = {
