@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,11 +94,11 @@ def _kitchen(device: torch.device) -> Iterator[Form]:
     for name, quant in KITCHEN_QUANTS.items():
         stored = KitchenFormat(quant)
         bound = EIGHT_BITS if name == "mxfp8" else FOUR_BITS
-        yield Form(name, bound, stored, lambda weight, stored=stored: stored_sample(stored, weight), every_shape=False)
+        yield Form(name, bound, stored, partial(stored_sample, stored), every_shape=False)
         if name in NATIVE_PRODUCTS:
             native = KitchenMatmul(stored)
             refusal = native_refusal(stored, device)
             if refusal is not None:
                 yield Form(native.name, unusable=refusal)
             else:
-                yield Form(native.name, bound, native, lambda weight, stored=stored: stored_sample(stored, weight))
+                yield Form(native.name, bound, native, partial(stored_sample, stored))

@@ -101,7 +101,7 @@ class EncodedInputs:
         )
         # the seconds of a given video that none of its latents hold
         return tuple(
-            replace(section, seconds=tuple(second + self.given_after for second in section.seconds))
+            replace(section, seconds=(section.seconds[0] + self.given_after, section.seconds[1] + self.given_after))
             for section in sections
         )
 

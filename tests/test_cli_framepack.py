@@ -713,7 +713,7 @@ def test_plan_checks_its_input(
 
 
 def test_plan_names_what_would_fit(full_size: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refusal(capsys, ["plan", str(full_size), "--vram-budget", "2"])
-    assert "640x608, sections of 33 frames does not fit in 2.00 GiB of VRAM" in line
+    line = refusal(capsys, ["plan", str(full_size), "--vram-budget", "1.5"])
+    assert "640x608, sections of 33 frames does not fit in 1.50 GiB of VRAM" in line
     line = refusal(capsys, ["plan", str(folder / "wan.safetensors"), "--vram-budget", "8", "--window", "5"])
     assert "--window does not apply to Wan models" in line

@@ -897,7 +897,7 @@ def test_running_out_of_memory_while_decoding_loses_no_frame(
     pipeline = WanPipeline(save_files(tmp_path), RunSettings())
     request = WanRequest("a red ball", width=160, height=32, num_frames=9, num_steps=1)
     want = torch.cat(list(pipeline.generate(request)))
-    decode, failures = WanVAE.decode, [1]
+    decode, failures = WanVAE.decode_pieces, [1]
 
     def failing(vae: WanVAE, latent: torch.Tensor) -> Iterator[torch.Tensor]:
         for index, frames in enumerate(decode(vae, latent)):
@@ -906,7 +906,7 @@ def test_running_out_of_memory_while_decoding_loses_no_frame(
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             yield frames
 
-    monkeypatch.setattr(WanVAE, "decode", failing)
+    monkeypatch.setattr(WanVAE, "decode_pieces", failing)
     tiled: list[torch.Tensor] = []
 
     def tile_by_tile(*given: Any) -> torch.Tensor:

@@ -105,9 +105,9 @@ class SimulatedStreams(Streams):
         self.num_events = self.num_copies = 0
         self.interrupt_in: int | None = None
 
-    def events(self, block: int) -> BlockEvents:
+    def events(self, place: int) -> BlockEvents:
         self.num_events += 1
-        return BlockEvents(block, Event(), Event())
+        return BlockEvents(place, Event(), Event())
 
     def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
         self.num_copies += 1

@@ -262,7 +262,7 @@ def test_spans_show_copies_behind_compute(model: Model) -> None:
     print(
         f"{sum(span.nbytes for span in copies) / busy / 1e6:.1f} GB/s, stalled {stall:.2f} of {busy:.2f} ms of copies"
     )
-    assert [span.block for span in compute] == 2 * list(range(len(HIDDEN)))
+    assert [span.place for span in compute] == 2 * list(range(len(HIDDEN)))
     # on the host's clock; what was prefetched in the pass before may have ended meanwhile
     assert all(began - 1 < span.begin <= span.end <= ended + 1e-3 for span in spans)
     assert all(began - 1e-3 < span.begin for span in compute)

@@ -53,7 +53,7 @@ def failing_once(real: Callable[..., Tensor], error: Exception) -> Callable[...,
 
 
 def failing_at_the_third_latent(error: Exception) -> Callable[..., Iterator[Tensor]]:
-    decode, left = WanVAE.decode, [error]
+    decode, left = WanVAE.decode_pieces, [error]
 
     def method(vae: WanVAE, latent: Tensor) -> Iterator[Tensor]:
         for index, frames in enumerate(decode(vae, latent)):
@@ -70,7 +70,7 @@ def test_frames_that_are_missing_are_decoded_again(
 ) -> None:
     pipeline = WanPipeline(save_files(tmp_path), RunSettings())
     want = torch.cat(list(pipeline.generate(REQUEST)))
-    monkeypatch.setattr(WanVAE, "decode", failing_at_the_third_latent(error))
+    monkeypatch.setattr(WanVAE, "decode_pieces", failing_at_the_third_latent(error))
     got = torch.cat(list(pipeline.generate(REQUEST)))
     assert got.shape == want.shape and torch.equal(got[:5], want[:5])
 

@@ -20,15 +20,15 @@ class TimedInlineStreams(Streams):
         begin, pairs = time.perf_counter(), list(pairs)
         super().copy(pairs, after, events)
         nbytes = sum(device_bytes.numel() for device_bytes, _ in pairs)
-        self.spans.append(Span("copy", events.block, begin, time.perf_counter(), nbytes))
+        self.spans.append(Span("copy", events.place, begin, time.perf_counter(), nbytes))
 
     def wait_ready(self, events: BlockEvents) -> None:
         now = time.perf_counter()
-        self.spans.append(Span("stall", events.block, now, now))
-        self._computing = events.block, now
+        self.spans.append(Span("stall", events.place, now, now))
+        self._computing = events.place, now
 
     def record_free(self, events: BlockEvents) -> None:
-        if self._computing is not None and self._computing[0] == events.block:  # else a ring's own event
+        if self._computing is not None and self._computing[0] == events.place:  # else a ring's own event
             self.spans.append(Span("compute", *self._computing, time.perf_counter()))
         self._computing = None
 

@@ -78,7 +78,7 @@ class FramePackBlock(Block):
 class DoubleBlock(FramePackBlock):
     """Joint attention and feed-forward; image and text rows have weights of their own."""
 
-    stages = (("attn.",), ("ff.",), ("ff_context.",))
+    stages: tuple[tuple[str, ...], ...] = (("attn.",), ("ff.",), ("ff_context.",))
 
     def __init__(self, config: FramePackConfig):
         super().__init__()
@@ -126,7 +126,7 @@ class DoubleBlock(FramePackBlock):
 class SingleBlock(FramePackBlock):
     """Attention and MLP side by side over image and text rows alike, projected out together."""
 
-    stages = (("attn.",), ("proj_mlp.", "proj_out."))
+    stages: tuple[tuple[str, ...], ...] = (("attn.",), ("proj_mlp.", "proj_out."))
 
     def __init__(self, config: FramePackConfig):
         super().__init__()

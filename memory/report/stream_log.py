@@ -64,7 +64,7 @@ class StreamLog:
         self.copies: list[Interval] = []
         self.stalls: list[Interval] = []
         self.passes: list[Interval] = []
-        self._last_block = -1
+        self._last_place = -1
         self._num_passes = self._bytes_streamed = 0
         self._before = CopyTimes()  # of what is no longer kept
 
@@ -83,9 +83,9 @@ class StreamLog:
                 continue
             if span.kind == "stall":  # the first thing noted of a block
                 self.stalls.append(interval)
-                if span.block <= self._last_block or not self.passes:
+                if span.place <= self._last_place or not self.passes:
                     self._begin_pass(interval)
-                self._last_block = span.block
+                self._last_place = span.place
             if self.passes:
                 self.passes[-1] = self.passes[-1][0], span.end
 

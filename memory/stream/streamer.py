@@ -31,7 +31,7 @@ class BlockSource(Protocol):
 class Unit(NamedTuple):
     """What is copied at a time: a stage of a block (see `BlockLayout`), or all of it as its stage 0."""
 
-    index: int
+    block: int
     stage: int
 
 
@@ -87,7 +87,9 @@ class BlockStreamer:
         self._position = {unit: position for position, unit in enumerate(self._units)}
         self.streams: Streams = ring.streams if ring is not None else streams_for(device)
         units = [*self._units, *(Unit(index, 0) for index in self._resident)]
-        self._events: dict[Unit, BlockEvents] = {unit: self.streams.events(unit.index) for unit in sorted(units)}
+        self._events: dict[Unit, BlockEvents] = {
+            unit: self.streams.events(place) for place, unit in enumerate(sorted(units))
+        }
         self._memory: list[Tensor] = []  # the residents' bytes
         self._flat: Tensor | None = None  # the ring's bytes
         self._loaded = False
@@ -166,8 +168,8 @@ class BlockStreamer:
         Nothing to do where the whole block is there. Raises as the iteration does.
         """
         unit = Unit(self._index_of(block), stage)
-        if self._in_use is None or self._in_use.index != unit.index:
-            raise StreamerError(f"block {unit.index} asks for its stage {stage}, but it is not in use")
+        if self._in_use is None or self._in_use.block != unit.block:
+            raise StreamerError(f"block {unit.block} asks for its stage {stage}, but it is not in use")
         if unit != self._in_use and unit in self._position:
             self._release()
             self._acquire(unit)
@@ -246,7 +248,7 @@ class BlockStreamer:
         for other in others:
             self._used[other] = False
         self._held[position] = True
-        self._source.sent(unit.index, events.ready)
+        self._source.sent(unit.block, events.ready)
 
     # Set-up
 
@@ -259,7 +261,7 @@ class BlockStreamer:
 
     def _span(self, unit: Unit) -> tuple[int, int]:
         """First byte and end in the block's extent."""
-        return self._spans(unit.index)[unit.stage]
+        return self._spans(unit.block)[unit.stage]
 
     def _region(self, position: int) -> Tensor:
         assert self._flat is not None
@@ -288,8 +290,8 @@ class BlockStreamer:
             return
         self._flat = self._ring.attach(self)
         for position, unit in enumerate(self._units):
-            layout = self._source.layouts[unit.index]
-            bind_span(self._blocks[unit.index], layout, self._region(position), *self._span(unit))
+            layout = self._source.layouts[unit.block]
+            bind_span(self._blocks[unit.block], layout, self._region(position), *self._span(unit))
 
     def _take_ring(self) -> None:
         if self._ring is None or not self._streamed:

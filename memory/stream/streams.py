@@ -17,7 +17,7 @@ NOTES_AT_A_TIME = 256
 class BlockEvents:
     """A block's two events, made once; opaque to all but the streams that made them."""
 
-    block: int
+    place: int  # of the block, or of its stage, in a pass
     ready: Any  # recorded on the copy stream: the bytes are there
     free: Any  # recorded on the compute stream: the bytes are no longer needed
 
@@ -35,9 +35,9 @@ class Streams:
     None of them makes the host wait, except `synchronize`.
     """
 
-    def events(self, block: int) -> BlockEvents:
-        """Make the events of a block; set-up only."""
-        return BlockEvents(block, _Done(), _Done())
+    def events(self, place: int) -> BlockEvents:
+        """Make the events of the block, or stage of one, at this place in a pass; set-up only."""
+        return BlockEvents(place, _Done(), _Done())
 
     def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
         """On the copy stream: wait until `after` are free, copy, record `ready`."""
@@ -64,9 +64,9 @@ class CudaStreams(Streams):
         self.device = device
         self._copy_stream = torch.cuda.Stream(device)
 
-    def events(self, block: int) -> BlockEvents:
+    def events(self, place: int) -> BlockEvents:
         # Blocking: an I/O thread that waits for a copy should sleep, not spin.
-        return BlockEvents(block, torch.cuda.Event(blocking=True), torch.cuda.Event(blocking=True))
+        return BlockEvents(place, torch.cuda.Event(blocking=True), torch.cuda.Event(blocking=True))
 
     def copy(self, pairs: Iterable[Pair], after: Sequence[BlockEvents], events: BlockEvents) -> None:
         for other in after:
@@ -98,7 +98,7 @@ class Span:
     """What a stream did from when to when, in seconds of `time.perf_counter`, whichever streams did it."""
 
     kind: str  # "copy", "compute", or "stall": the compute stream waiting for a copy
-    block: int
+    place: int  # in a pass, of a block or a stage of one: it grows from the first to the last
     begin: float
     end: float
     nbytes: int = 0
@@ -111,7 +111,7 @@ class _Note(NamedTuple):
     """A span to be, once the device has passed its events."""
 
     kind: str
-    block: int
+    place: int
     begin: torch.cuda.Event
     end: torch.cuda.Event
     nbytes: int = 0
@@ -141,18 +141,18 @@ class TimedStreams(CudaStreams):
         begin = self._mark(self._copy_stream)
         super().copy(pairs, (), events)
         nbytes = sum(device_bytes.numel() for device_bytes, _ in pairs)
-        self._note(_Note("copy", events.block, begin, self._mark(self._copy_stream), nbytes))
+        self._note(_Note("copy", events.place, begin, self._mark(self._copy_stream), nbytes))
 
     def wait_ready(self, events: BlockEvents) -> None:
         begin = self._mark(self._compute_stream())
         super().wait_ready(events)
         end = self._mark(self._compute_stream())
-        self._note(_Note("stall", events.block, begin, end))
-        self._computing = events.block, end
+        self._note(_Note("stall", events.place, begin, end))
+        self._computing = events.place, end
 
     def record_free(self, events: BlockEvents) -> None:
         super().record_free(events)
-        if self._computing is not None and self._computing[0] == events.block:
+        if self._computing is not None and self._computing[0] == events.place:
             block, begin = self._computing
             self._note(_Note("compute", block, begin, self._mark(self._compute_stream())))
         self._computing = None
@@ -178,7 +178,7 @@ class TimedStreams(CudaStreams):
         def when(event: torch.cuda.Event) -> float:
             return seconds + known.elapsed_time(event) / 1e3
 
-        self._on_spans([Span(note.kind, note.block, when(note.begin), when(note.end), note.nbytes) for note in passed])
+        self._on_spans([Span(note.kind, note.place, when(note.begin), when(note.end), note.nbytes) for note in passed])
         # a near one: times since an event are of single precision
         self._known, self._known_seconds = passed[-1].end, when(passed[-1].end)
 

@@ -62,7 +62,7 @@ NODE_TYPES: dict[str, NodeType] = {
     # ours
     "LowVRAMLoadWanModel": _kind(
         "",
-        {"model_name": "", **COMPUTE},
+        {"model_name": "", **COMPUTE, "vace_module": "none"},
         "MODEL",
         extra_width=100,
     ),

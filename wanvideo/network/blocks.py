@@ -89,7 +89,7 @@ class Pass:
 class WanBlock(Block):
     """Self-attention, cross-attention to text and image, feed-forward; all added to `x` in place."""
 
-    stages = (("self_attn.", "modulation"), ("cross_attn.", "norm3."), ("ffn.",))
+    stages: tuple[tuple[str, ...], ...] = (("self_attn.", "modulation"), ("cross_attn.", "norm3."), ("ffn.",))
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
