@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,6 @@ from ..framepack.sections import num_frames
 from ..framepack.streamed import StreamedFramePack
 from ..memory.plan.footprint import ModelFootprint, WorkSize
 from ..runtime.settings import RunSettings
-from ..runtime.streamed import StreamedModel
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.network.config import WanConfig
 from ..wanvideo.network.model import WanModel
@@ -36,6 +34,8 @@ FORMS: Mapping[str, tuple[str, str]] = {
     "bf16": (BF16, "none"),
     "fp8": (FP8, "none"),
     "fp8 with fp8_fast": (FP8, "fp8_fast"),
+    "int8 of fp8": (FP8, "int8"),
+    "Q8_0": ("Q8_0", "none"),
     "Q4_K": ("Q4_K", "none"),
 }
 NOWHERE = Path("no file")
@@ -100,11 +100,21 @@ def _infos(name: str, shape: tuple[int, ...], stored: str) -> list[TensorInfo]:
     return [TensorInfo(name, torch.uint8, packed, NOWHERE, 0, math.prod(packed), stored, shape)]
 
 
-def _footprint(
-    kind: Callable[[Any, str, RunSettings], StreamedModel[Any]], config: Any, stored: str, quantization: str
-) -> ModelFootprint:
-    settings = RunSettings(dtype=torch.bfloat16, quantization=quantization, attention_mode="sdpa")
-    return kind(config, stored, settings).footprint()
+def wan_footprint(config: WanConfig, form: str) -> ModelFootprint:
+    """A Wan transformer in a form of FORMS, as it computes in bf16."""
+    stored, settings = _settings(form)
+    return _Wan(config, stored, settings).footprint()
+
+
+def framepack_footprint(form: str) -> ModelFootprint:
+    """FramePack's transformer in a form of FORMS, as it computes in bf16."""
+    stored, settings = _settings(form)
+    return _FramePack(FramePackConfig(), stored, settings).footprint()
+
+
+def _settings(form: str) -> tuple[str, RunSettings]:
+    stored, quantization = FORMS[form]
+    return stored, RunSettings(dtype=torch.bfloat16, quantization=quantization, attention_mode="sdpa")
 
 
 SMALL = WanConfig("t2v", 1536, 8960, 12, 30)
@@ -118,7 +128,7 @@ def published_models() -> tuple[PublishedModel, ...]:
     video, large_video = (832, 480, 81), (1280, 720, 81)
 
     def wan(title: str, config: WanConfig, form: str, size: tuple[int, int, int]) -> PublishedModel:
-        return PublishedModel(title, form, partial(_footprint, _Wan, config, *FORMS[form]), wan_work(config, size))
+        return PublishedModel(title, form, partial(wan_footprint, config, form), wan_work(config, size))
 
     section = SectionSize(num_frames(9), 608, 640)
     return (
@@ -129,5 +139,5 @@ def published_models() -> tuple[PublishedModel, ...]:
         wan("Wan 2.1 14B", LARGE, "Q4_K", video),
         wan("Wan 2.1 14B", LARGE, "fp8", large_video),
         wan("Wan 2.2 I2V A14B, each expert", EXPERT, "fp8", video),
-        PublishedModel("FramePack", "fp8", partial(_footprint, _FramePack, FramePackConfig(), *FORMS["fp8"]), section),
+        PublishedModel("FramePack", "fp8", partial(framepack_footprint, "fp8"), section),
     )

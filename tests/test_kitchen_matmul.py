@@ -147,6 +147,21 @@ def test_a_layer_is_what_it_is_unpacked(name: str, unpacked_error: float) -> Non
 
 
 @needs_kitchen
+def test_what_nvfp4_loses() -> None:
+    """Its product runs on RTX 50 alone; here both sides are quantised and multiplied in fp32."""
+    import comfy_kitchen
+
+    form = KitchenFormat(KITCHEN_QUANTS["nvfp4"])
+    x, weight = rand(64, 512).bfloat16(), rand(256, 512, seed=1).bfloat16() / 512**0.5
+    rows = NATIVE_PRODUCTS["nvfp4"].quantize(comfy_kitchen, x)
+    multiplied = comfy_kitchen.dequantize_nvfp4(rows.values, rows.scale, rows.blocks, torch.float32)
+    unpacked = form.dequantize(stored_sample(form, weight), torch.float32)
+    error = relative(multiplied @ unpacked.t(), x.float() @ unpacked.t())
+    print(f"nvfp4: {error:.3f} to the unpacked")
+    assert error < NATIVE_PRODUCTS["nvfp4"].error
+
+
+@needs_kitchen
 def test_activations_that_a_file_smooths() -> None:
     form = KitchenFormat(KITCHEN_QUANTS["asym_w4a8_int8"])
     weight, x, smooth = rand(64, 512) / 512**0.5, rand(20, 512, seed=1).bfloat16(), rand(512, seed=3).abs() + 0.5

@@ -50,6 +50,12 @@ def inference_mode():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_card_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans find no profile that somebody measured here."""
+    monkeypatch.setenv("LOWVRAM_VIDEO_DATA", str(tmp_path_factory.getbasetemp() / "no-data"))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of ComfyUI's for tiny video models."""

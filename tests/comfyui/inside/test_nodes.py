@@ -12,11 +12,22 @@ import folder_paths
 import lowvram_pack
 import pytest
 import torch
+from lowvram_pack.memory.plan import limits as plan_limits
 from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.decode import DecodeVideo
 from lowvram_pack.nodes.plan import VramPlan
 from lowvram_pack.nodes.report import MemoryReport
+from lowvram_pack.system.card_profile import (
+    FORMAT,
+    H2D_PINNED,
+    WITHIN,
+    AttentionRow,
+    CardKey,
+    CardProfile,
+    LinkRow,
+    ProductRow,
+)
 from lowvram_pack.vae.files import OpenVae
 from lowvram_pack.wanvideo.vae.checkpoint import WAN_FORMAT
 from lowvram_pack.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, WanVAE
@@ -72,6 +83,22 @@ def test_the_plan_is_shown_before_anything_runs(models: Path) -> None:
     assert model.engine.streamed.host_bytes == 0
     assert "plan for a card of 8 GB" in VramPlan.execute(model, 832, 480, 81, True, 0.0).result[1]
     assert "does not fit" in VramPlan.execute(model, 4096, 4096, 801, True, 1.5).result[1]
+
+
+def test_the_plan_tells_times_of_a_measured_card_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours(save(models, "t2v"))
+    text = VramPlan.execute(model, 832, 480, 81, True, 8.0).result[1]
+    assert "No times are shown" in text and "`lowvram-video bench`" in text and "s (compute" not in text
+    dim = model.engine.streamed.config.dim
+    card = CardProfile(
+        FORMAT, CardKey("Some GPU", "8.9", "2.11", "13.0"), "2026-11-28", 8 << 30, False, True,
+        products=(ProductRow("plain", dim, dim, 8192, 1.0, 0.0, 50.0, 0.002),),
+        attention=(AttentionRow("sdpa", 24, 8192, 8192, 1.0, 40.0, 0.002),),
+        link=(LinkRow(WITHIN, 900.0), LinkRow(H2D_PINNED, 20.0)),
+    )  # fmt: skip
+    monkeypatch.setattr(plan_limits, "profile_of", lambda device: card)
+    text = VramPlan.execute(model, 832, 480, 81, True, 8.0).result[1]
+    assert "Times are of Some GPU, measured 2026-11-28" in text and "s (compute" in text
 
 
 def test_the_report_tells_of_the_last_run(models: Path) -> None:
