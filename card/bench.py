@@ -130,9 +130,10 @@ class Bench:
         if device.type != "cuda":
             yield
             return
-        total = memory_bytes(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, free_bytes(device) / total)), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        free = free_bytes(device) / memory_bytes(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, free)), index)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(1.0, index)

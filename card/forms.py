@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..weights.kernels.gemms import select_fp8_gemm, select_int8_gemm
-from ..weights.kernels.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
+from ..weights.kernels.gguf_op import dequantize_in_chunks
+from ..weights.kernels.gguf_reference import BLOCK_TYPES, random_blocks
 from ..weights.kernels.rows import select_row_ops
 from ..weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
 from ..weights.linear.gguf import GGUF_FORMATS
@@ -80,8 +81,9 @@ def _gguf(name: str) -> Form:
 
     def unpacked(packed: Mapping[str, Tensor]) -> Tensor:
         stored = packed["weight"]
-        shape = stored.shape[0], stored.shape[1] // block.nbytes * block.elements
-        return dequantize_reference(stored, name, shape)
+        out = torch.empty(GGUF_FORMATS[name].logical_shape(stored), device=stored.device)
+        dequantize_in_chunks(stored, out, name)
+        return out
 
     return Form(name, EXACT, GGUF_FORMATS[name], pack, unpacked, every_shape=False)
 

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..system.card_profile import CardProfile
+from .table import rate
 
 SIZE_INCHES, DPI = (12.0, 7.0), 100
 BAR_COLOR = "#3b6fb6"
@@ -51,6 +52,9 @@ def _draw_attention(axes: Axes, profile: CardProfile) -> None:
     axes.set_ylim(bottom=0)
     if own:
         axes.set_xscale("log")
+        lengths = sorted({row.keys for row in own})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
         axes.legend(fontsize=8)
 
 
@@ -84,5 +88,5 @@ def _bars(axes: Axes, names: list[str], values: list[float]) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.invert_yaxis()
     for place, value in enumerate(values):
-        axes.annotate(f" {value:.3g}", (value, place), fontsize=7, va="center")
+        axes.annotate(f" {rate(value)}", (value, place), fontsize=7, va="center")
     axes.margins(x=0.12)

@@ -44,7 +44,7 @@ def _attention(profile: CardProfile) -> list[str]:
             lines.append(f"  {row.backend:<16}{row.problem}")
             continue
         lines.append(
-            f"  {row.backend:<16}{f'{row.queries} x {row.keys}':<18}{row.milliseconds:>10.2f}{row.tflops:>10.3g}"
+            f"  {row.backend:<16}{f'{row.queries} x {row.keys}':<18}{row.milliseconds:>10.2f}{rate(row.tflops):>10}"
             f"{_percent(row.relative_error):>10}"
         )
     return lines
@@ -71,7 +71,7 @@ def _product(row: ProductRow, plain: ProductRow | None) -> str:
     layer = f"{row.inputs} -> {row.outputs}"
     return (
         f"  {row.form:<24}{layer:<16}{row.milliseconds:>10.3f}{row.prepare_milliseconds:>11.3f}"
-        f"{row.tflops:>10.3g}{of_plain:>10}{_percent(row.relative_error):>10}"
+        f"{rate(row.tflops):>10}{of_plain:>10}{_percent(row.relative_error):>10}"
     )
 
 
@@ -114,6 +114,13 @@ def _step(row: StepRow) -> str:
 
 def _or_problem(figure: float | None, form: str, problem: str | None) -> str:
     return problem or "not measured" if figure is None else form.format(figure)
+
+
+def rate(value: float | None) -> str:
+    """Three digits, and all of those before the point."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _percent(error: float | None) -> str:
