@@ -33,11 +33,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is measured: on which device, in short (`quick`), and which folder of models is read (None: no disk)."""
+    """What is measured: on which device, in short (`quick`), and which folder of models is read (None: no disk).
+
+    A GPU without a number becomes the current one: not all of torch.cuda takes one without.
+    """
 
     device: torch.device
     quick: bool = False
     models: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
 
 
 @dataclass(frozen=True)
@@ -130,10 +137,9 @@ class Bench:
         if device.type != "cuda":
             yield
             return
-        index = torch.cuda.current_device() if device.index is None else device.index
         free = free_bytes(device) / memory_bytes(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, free)), index)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, free)), device)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, index)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -151,6 +151,12 @@ class TestBench:
         assert [row.way for row in measured.link if row.gbps] == [WITHIN]
         assert len(measured.steps) == len(published_models()) and all(row.seconds for row in measured.steps)
 
+    def test_a_gpu_without_a_number_gets_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`set_per_process_memory_fraction` of torch 2.11 refuses "cuda"."""
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        assert BenchSettings(torch.device("cuda")).device == torch.device("cuda", 1)
+        assert BenchSettings(torch.device("cuda", 0)).device == torch.device("cuda", 0)
+
     def test_every_row_has_figures_or_says_why_not(self, measured: CardProfile) -> None:
         for row in (*measured.products, *measured.attention):
             assert (row.problem is None) == bool(row.milliseconds and row.tflops and row.relative_error is not None)
