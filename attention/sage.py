@@ -28,7 +28,7 @@ BLOCK = 64  # keys per step of the kernels
 # int8 q and k, and v in 16 bits: fp16, or turned about for the fp8 kernels, which have it in fp8 too. Of k our own copy
 # (version 1), or one less its mean. Hopper's kernels pad v in a copy more. Scales are one for every few rows.
 WORKSPACE = AttentionWorkspace(per_query=1.0, per_key=1.0 + 2.0 + 2.0, per_row=1.0)
-WORKSPACE_HOPPER_2 = AttentionWorkspace(per_query=1.0, per_key=1.0 + 2.0 + 2.0 + 1.0)
+WORKSPACE_HOPPER_2 = AttentionWorkspace(per_query=1.0, per_key=1.0 + 2.0 + 2.0 + 1.0, per_row=1.0)
 
 
 class SageAttention:

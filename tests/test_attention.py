@@ -207,6 +207,23 @@ def test_sage_calls_each_version_by_its_signature(package: Callable[..., SimpleN
     assert torch.equal(k, before), "1.0.6 works in place; a cached k must stay as it is"
 
 
+# measured on an H200: benchmarks/results/workspaces_h200_2026-11-28.json
+@pytest.mark.parametrize(
+    "rows, keys, heads, mib", [(32760, 32760, 40, 960.2), (32760, 32760, 10, 240.0), (8192, 32760, 40, 840.1)]
+)
+def test_sage_1_takes_what_it_says(rows: int, keys: int, heads: int, mib: float) -> None:
+    backend = select_attention("sageattn", SPEC, machine((9, 0), sageattention=sage_1()))
+    assert backend.workspace.nbytes(rows, keys, heads, 128) / 2**20 == pytest.approx(mib, rel=0.01)
+
+
+def test_sage_2_has_v_once_more_on_hopper() -> None:
+    elsewhere, hopper = (
+        select_attention("sageattn", SPEC, machine(capability, sageattention=sage_2())).workspace
+        for capability in ((8, 9), (9, 0))
+    )
+    assert hopper.nbytes(100, 100, 4, 128) - elsewhere.nbytes(100, 100, 4, 128) == 100 * 4 * 128
+
+
 @pytest.mark.parametrize("package", [sage_1, sage_2])
 def test_sage_is_spared_short_ragged_lengths_when_it_counts_padding(package: Callable[..., SimpleNamespace]) -> None:
     def counts_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

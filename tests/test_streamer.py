@@ -497,6 +497,17 @@ def io_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowvram-")]
 
 
+def test_residents_are_one_allocation(tmp_path: Path) -> None:
+    """An allocator of a GPU rounds each one up by as much as 2 MiB."""
+    blocks, _, disk = disk_model(tmp_path)
+    ring = DeviceRing(ring_bytes([layout.nbytes for layout in disk.layouts], 2), CPU)
+    stream = BlockStreamer(blocks, disk, CPU, ring=ring, resident=(0, 2, 4))
+    stream.load()
+    held = {next(blocks[index].parameters()).untyped_storage().data_ptr() for index in (0, 2, 4)}
+    stream.unload()
+    assert len(held) == 1
+
+
 @pytest.mark.parametrize("resident", [(), (1,), (0, 4)])
 @pytest.mark.parametrize("part", [Part.ALL, Part.STREAM])
 def test_disk_blocks_bring_the_files_bytes_in_every_pass(tmp_path: Path, resident: tuple[int, ...], part: Part) -> None:
