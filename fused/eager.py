@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import SMALLEST_SCALE, FusedOps, Rope
+from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
 
 
 class EagerOps:
@@ -50,7 +50,16 @@ class EagerOps:
         out.copy_(values * scales[..., None])
 
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
-        x.copy_(torch.addcmul(x.float(), y.float(), gate[_group_of_rows(x, gate, first_row, rows_per_group)]))
+        gate = gate[_group_of_rows(x, gate, first_row, rows_per_group)]
+        if x.dtype == torch.float16:
+            x.copy_(torch.addcmul(x.float(), _finite(y.float()), gate).clamp_(-FP16_MAX, FP16_MAX))
+        else:
+            x.copy_(torch.addcmul(x.float(), y.float(), gate))
+
+
+def _finite(y: Tensor) -> Tensor:
+    """fp16's infinities as its largest numbers."""
+    return y.clamp(-FP16_MAX, FP16_MAX)
 
 
 def _group_of_rows(x: Tensor, modulation: Tensor, first_row: int, rows_per_group: int) -> Tensor | slice:

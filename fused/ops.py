@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 SMALLEST_SCALE = 1e-30  # of a head of zeros
+FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -65,5 +66,5 @@ class FusedOps(Protocol):
         ...
 
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
-        """x += y * gate; `gate` is `[groups, dim]`."""
+        """x += y * gate; `gate` is `[groups, dim]`. In fp16 infinite `y` and sums are fp16's largest numbers."""
         ...

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import SMALLEST_SCALE, FusedOps, Rope
+from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
 
 
 class TritonOps:
@@ -90,8 +90,8 @@ class TritonOps:
         rows, dim = x.shape
         block = 2048
         _gated_add_kernel[(rows, triton.cdiv(dim, block))](
-            x, y, gate, first_row, rows_per_group, gate.stride(0), dim, x.stride(0), y.stride(0),
-            BLOCK=block, num_warps=4,
+            x, y, gate, first_row, rows_per_group, gate.stride(0), dim, x.stride(0), y.stride(0), FP16_MAX,
+            FP16=x.dtype == torch.float16, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -216,7 +216,8 @@ def _gelu_kernel(x_ptr, dim, row_stride, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_row"])
 def _gated_add_kernel(
-    x_ptr, y_ptr, gate_ptr, first_row, rows_per_group, group_stride, dim, x_stride, y_stride, BLOCK: tl.constexpr
+    x_ptr, y_ptr, gate_ptr, first_row, rows_per_group, group_stride, dim, x_stride, y_stride, largest,
+    FP16: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -226,4 +227,9 @@ def _gated_add_kernel(
     x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + row.to(tl.int64) * y_stride + col, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + group + col, mask=inside, other=0.0)
-    tl.store(address, x + y * gate, mask=inside)
+    if FP16:
+        y = tl.minimum(tl.maximum(y, -largest), largest)
+        x = tl.minimum(tl.maximum(x + y * gate, -largest), largest)
+    else:
+        x = x + y * gate
+    tl.store(address, x, mask=inside)

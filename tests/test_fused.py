@@ -98,6 +98,9 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
         ops.rms_norm_(head_rope, weight[: 2 * half], 1e-6, rope, 2)
         ops.gelu_(act)
         ops.gated_add_(added, y, modulation[2], 1, rows_per_group)
+        if dtype == torch.float16:  # infinities are the largest numbers
+            y[0, 0], added[1, 1] = torch.inf, 65504.0
+            ops.gated_add_(added, y, modulation[2].abs(), 1, rows_per_group)
         norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, rows_per_group, 1e-6)
         affine = ops.affine_norm(x, weight, y[0], 1e-6)
         results.append([norm, affine, rotated, plain, heads, head_rope, act, added])
@@ -143,6 +146,7 @@ def test_triton_interpreted_on_the_cpu() -> None:
     # the interpreter is chosen when kernels are defined: a process of its own
     code = f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_fused as t; "
     code += "[t.check_triton('cpu', torch.float32, *sizes, 1e-5) for sizes in ((24, 4), (64, 4), (36, 6))]; "
+    code += "t.check_triton('cpu', torch.float16, 24, 4, 2e-3); "
     code += "t.check_packing('cpu', torch.float32)"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from lowvram_video.fused.eager import EagerOps
+from lowvram_video.transformer import workspace
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.checkpoint import official_names
 from lowvram_video.wanvideo.network.config import WanConfig
@@ -122,6 +124,36 @@ def test_keys_and_values_in_8_bits_are_near_the_exact_ones(query_chunk: int | No
     assert 0 < error < 4e-3
     rows = 2 * 3 * 4 * 5
     assert sizes == [2 * rows * config.dim // 4]  # one byte instead of fp32's four
+
+
+@pytest.mark.parametrize("variant", ["t2v", "ti2v"])
+def test_fp16_carries_a_residual_stream_beyond_its_numbers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs without bf16 run it (compute capability 7.5)."""
+    config = VARIANTS[variant]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    for block in model.blocks:  # what the blocks add grows to a few hundred thousand
+        block.modulation.data[:, 5] = 2e5
+    largest = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, __: largest.append(float(args[0].float().abs().max())))
+    want = model(**inputs)
+    assert max(largest) > 2 * 65504
+    largest.clear()
+    model.execution = Execution(dtype=torch.float16, token_chunk=16)
+    got = model(**inputs)
+    error = float((got - want).norm() / want.norm())
+    print(f"fp16 with a residual stream of up to 1e5 and more: relative error {error:.1e}")
+    assert bool(got.isfinite().all()) and 1000 < max(largest) < 65504
+    assert error < 1e-2
+    monkeypatch.setattr(workspace, "FP16_RESIDUAL", 1.0)
+    assert float((model(**inputs) - want).norm() / want.norm()) > 0.1  # it needs the factor, and never makes NaN
+
+
+def test_infinities_of_fp16_do_not_spread() -> None:
+    x = torch.tensor([[1.0, -2.0, 3.0, 60000.0]], dtype=torch.float16)
+    y = torch.tensor([[torch.inf, -torch.inf, torch.inf, 60000.0]], dtype=torch.float16)
+    EagerOps().gated_add_(x, y, torch.tensor([[0.0, 1.0, 0.5, 1.0]]), 0, 1)
+    assert x.tolist() == [[1.0, -65504.0, 32752.0, 65504.0]]
 
 
 def test_a_batch_equals_its_samples_in_turn() -> None:

@@ -17,6 +17,9 @@ from ..weights.linear.projection import Scratch
 from .packed_heads import PackedHeads
 
 TILE_ROWS = 256
+# fp16 ends at 65,504, which the residual stream of a model trained in bf16 may pass (HunyuanVideo's does). It is read
+# through norms alone, which do not see a factor, and a power of two costs no bits.
+FP16_RESIDUAL = 2.0**-5
 
 Pair = tuple[Tensor | PackedHeads, Tensor | PackedHeads]  # k and v, [B, L, H, D] each
 Arrive = Callable[[nn.Module, int], None]  # a block, and the stage that it goes on with
@@ -68,7 +71,8 @@ class Workspace:
     added to the residual stream before the next ones are made (`spans`). The FFN's hidden activations live in the same
     bytes, for as many rows at a time as fit (`hidden_rows`). Where a model joins attention and FFN in rows of
     `joined_dim`, those live in the bytes of k and v while q is still read (`joined_rows`): such a model makes all of q.
-    Blocks say by `arrive` which of their stages they go on with.
+    Blocks say by `arrive` which of their stages they go on with. The residual stream holds tokens times
+    `residual_scale`, which is 1 but in fp16 (None: by the dtype).
     """
 
     def __init__(
@@ -79,9 +83,13 @@ class Workspace:
         scratch_elements: int,
         all_queries: bool = False,
         arrive: Arrive = all_there,
+        residual_scale: float | None = None,
     ):
         self.execution, self.arrive = execution, arrive
         self.dtype = execution.dtype
+        if residual_scale is None:
+            residual_scale = FP16_RESIDUAL if self.dtype == torch.float16 else 1.0
+        self.residual_scale = residual_scale
         self.rows = rows
         self.num_rows, self.dim = rows.count, rows.dim
         self.query_rows = self.num_rows
@@ -115,6 +123,14 @@ class Workspace:
     def all_there(self) -> bool:
         """Whether blocks have all their stages at once."""
         return self.arrive is all_there
+
+    def eps(self, eps: float) -> float:
+        """What a norm of the residual stream adds to the variance, for `eps` beside tokens as they are."""
+        return eps * self.residual_scale**2
+
+    def gate(self, gate: Tensor) -> Tensor:
+        """The factor of what is added to the residual stream, for `gate` beside tokens as they are."""
+        return gate if self.residual_scale == 1 else gate * self.residual_scale
 
     @property
     def queries_are_free(self) -> bool:

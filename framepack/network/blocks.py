@@ -250,6 +250,7 @@ def modulated(x: Tensor, modulation: Tensor, eps: float, work: Workspace) -> tup
     """How rows of `x` are normed and added to, by shift, scale and gate `[3, dim]`."""
     shift, scale, gate = modulation
     rows_per_group = x.shape[0]  # one vector for all rows
+    gate = work.gate(gate)
 
     def add(rows: slice, y: Tensor) -> None:
         work.ops.gated_add_(x[rows], y, gate[None], 0, rows_per_group)
@@ -259,7 +260,7 @@ def modulated(x: Tensor, modulation: Tensor, eps: float, work: Workspace) -> tup
 
 def norm_by(x: Tensor, shift: Tensor, scale: Tensor, eps: float, work: Workspace) -> Normed:
     """How rows of `x` are normed, with shift and scale `[dim]` for all of them."""
-    rows_per_group = x.shape[0]
+    rows_per_group, eps = x.shape[0], work.eps(eps)
 
     def normed(rows: slice) -> Tensor:
         return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, rows_per_group, eps)

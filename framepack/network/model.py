@@ -141,6 +141,8 @@ class FramePackModel(Transformer):
         work = self.workspace(num_image + sum(text.shape[0] for text in texts), device)
         x = torch.empty(work.num_rows, work.dim, device=device, dtype=work.dtype)
         rope = self.embed(shown, texts, x)
+        if work.residual_scale != 1:
+            x.mul_(work.residual_scale)
 
         state = Pass(x, num_image, rope, work)
         ours = slice(num_image - shown[-1].num_rows, num_image)

@@ -28,7 +28,7 @@ TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
 DEFAULT_SLOTS = 2
 MIN_STAGING, MAX_STAGING = 3, 4
-PACKED_CHUNK = 8192  # rows at a time, from which on exact keys and values are worth more than more rows
+FAIR_CHUNK, FAIR_PACKED_CHUNK = 8192, 4096  # rows at a time, from which on other things are worth more
 # A stage computes for less time than its successor may need to arrive: what is copied counts for more.
 STAGED_TRANSFER = 1.6
 RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the weights
@@ -121,7 +121,10 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
     candidate = _candidate(model, work, limits, choice)
     yield candidate
     seconds = candidate.times.total
-    compute: list[Step] = [_larger_chunk, _exact_keys, _fewer_groups, _more_queries, _kept_fixed, _whole_blocks]
+    compute: list[Step] = [
+        _fair_chunk, _fair_packed, _exact_keys, _fewer_groups, _fair_queries, _larger_chunk, _more_queries,
+        _kept_fixed, _whole_blocks,
+    ]  # fmt: skip
     transfers: list[Step] = [_exact_keys, _whole_blocks, _kept_fixed, _cached_text]
     if not by_hand:
         transfers.append(_more_residents)
@@ -157,28 +160,40 @@ def fastest_candidate(model: ModelFootprint, work: WorkSize, limits: Limits, bud
 
 def _larger_chunk(candidate: Candidate) -> Choice | None:
     chunk = candidate.choice.token_chunk
-    if candidate.choice.packed_keys and chunk >= PACKED_CHUNK:
-        return None
     if chunk >= min(candidate.work.rows, TOKEN_CHUNKS[-1]):
         return None
     return replace(candidate.choice, token_chunk=TOKEN_CHUNKS[TOKEN_CHUNKS.index(chunk) + 1])
 
 
 def _fewer_groups(candidate: Candidate) -> Choice | None:
-    if candidate.choice.packed_keys:
-        return None
     fewer = [groups for groups in _head_groups(candidate.model) if groups < candidate.choice.head_groups]
     return replace(candidate.choice, head_groups=fewer[0]) if fewer else None
 
 
+def _fair_chunk(candidate: Candidate) -> Choice | None:
+    fair = FAIR_PACKED_CHUNK if candidate.choice.packed_keys else FAIR_CHUNK
+    return _larger_chunk(candidate) if candidate.choice.token_chunk < fair else None
+
+
+def _fair_queries(candidate: Candidate) -> Choice | None:
+    """Queries of more rows, but not of all."""
+    chunk = candidate.choice.query_chunk
+    return _more_queries(candidate) if chunk is not None and chunk < QUERY_CHUNKS[-1] else None
+
+
+def _fair_packed(candidate: Candidate) -> Choice | None:
+    """The same where keys and values are unpacked for every such chunk."""
+    return _fair_queries(candidate) if candidate.choice.packed_keys else None
+
+
 def _exact_keys(candidate: Candidate) -> Choice | None:
-    """Keep keys and values as they were computed: all that 8-bit ones are given before is a chunk of fair size."""
+    """Keep keys and values as they were computed."""
     return replace(candidate.choice, packed_keys=False) if candidate.choice.packed_keys else None
 
 
 def _more_queries(candidate: Candidate) -> Choice | None:
     choice, work = candidate.choice, candidate.work
-    if choice.packed_keys or choice.query_rows(work) == work.rows:
+    if choice.query_rows(work) == work.rows:
         return None
     more = next((chunk for chunk in QUERY_CHUNKS if choice.query_rows(work) < chunk < work.tokens), None)
     return replace(choice, query_chunk=more)

@@ -23,8 +23,10 @@ FULL_SPEED_HEADS = 8
 GROUPED_EFFICIENCY = 0.99
 FEW_HEADS_EFFICIENCY = 0.96
 # Likewise for the queries of one attention call; measured with cuDNN at 32,760 and 75,600 tokens.
-PACKED_EFFICIENCY = 0.95  # keys and values are unpacked for each of these calls
 QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
+# To unpack keys and values takes as long as attention to them for so many rows (1.5 x TFLOP/s / TB/s: of an H200 214,
+# of an RTX 4090 225).
+UNPACKING_ROWS = 220
 
 # Token-sized tensors that a block of Wan's reads and writes between its products: norms (2 each), rotated q and k,
 # attention's result over q, residuals (3 each).
@@ -392,7 +394,7 @@ def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limit
         attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
     queries = choice.query_rows(work)
     if choice.packed_keys:
-        attention_share *= PACKED_EFFICIENCY
+        attention_share /= 1 + UNPACKING_ROWS / queries
     if queries < work.rows:
         attention_share *= next(share for least, share in QUERY_EFFICIENCY if queries >= least)
     return parts.products / share + parts.attention / attention_share + parts.other

@@ -52,6 +52,7 @@ class BlockPatches(Visitor):
         self.replacements = transformer_options.get("patches_replace", {}).get(REPLACED, {})
         self.block, self.self_attn, self.cross_attn = (patches.get(kind, []) for kind in SUPPORTED)
         self.sees_attention, self.sees_text = bool(self.self_attn), bool(self.cross_attn)
+        self.sees_stream = bool(self.block or self.cross_attn or self.replacements)
         grid = [size // patch for size, patch in zip(latent.shape[2:], config.patch_size, strict=True)]
         self.image_start = math.prod(grid[1:]) if reference else 0
         self.options["grid_sizes"] = torch.Size(grid)

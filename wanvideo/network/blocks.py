@@ -61,6 +61,7 @@ class BlockHooks:
 
     sees_attention = False  # whether `attended` is called
     sees_text = False  # whether `after_text` is
+    sees_stream = False  # whether anything is shown the residual stream, there or between blocks
 
     def attended(self, x: Tensor, q: Tensor, k: Tensor) -> None:
         """Self-attention's result `x` before its projection, and what it is of; `[B, L, H, D]` each."""
@@ -126,7 +127,9 @@ class WanBlock(Block):
         x = writable(x)
         work.arrive(self, 0)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
-        ops, eps = work.ops, self.eps
+        ops, eps = work.ops, work.eps(self.eps)
+        gate1, gate2 = work.gate(gate1), work.gate(gate2)
+        ungated = None if work.residual_scale == 1 else work.gate(torch.ones_like(gate1[:1]))
 
         def norm1(rows: slice) -> Tensor:
             return ops.modulated_norm(x[rows], shift1, scale1, rows.start, rows_per_group, eps)
@@ -144,7 +147,10 @@ class WanBlock(Block):
             ops.gated_add_(x[rows], y, gate2, rows.start, rows_per_group)
 
         def add3(rows: slice, y: Tensor) -> None:
-            x[rows].add_(y)
+            if ungated is None:
+                x[rows].add_(y)
+            else:
+                ops.gated_add_(x[rows], y, ungated, 0, x.shape[0])
 
         self.self_attn(norm1, add1, rope, work, hooks)
         work.arrive(self, 1)

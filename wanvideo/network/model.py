@@ -108,13 +108,13 @@ class WanModel(Transformer):
         if extras.reference is not None:
             grid = (grid[0] + 1, *grid[1:])
         num_rows = latent.shape[0] * math.prod(grid)
-        work = self.workspace(num_rows, latent.device, latent.shape[0], extras.visitor.sees_attention)
+        work = self.workspace(num_rows, latent.device, latent.shape[0], extras.visitor)
         with self.bring((self.time_embedding, self.time_projection), work.pool):
             time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
         rows_per_group = num_rows // time.shape[0]
         rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
 
-        x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
+        x = work.gate(self.embed_latent(latent, extras, work))  # [B * tokens, dim]
         controls, visitor = self.embed_controls(x, extras, work), extras.visitor
         state = Pass(x, time, modulation, rows_per_group, rope, work, controls, visitor)
         blocks = self.ordered_blocks()
@@ -185,10 +185,18 @@ class WanModel(Transformer):
         modulation = self.time_projection(time)
         return time.float(), modulation.float().unflatten(1, (6, -1))
 
-    def workspace(self, num_rows: int, device: torch.device, batch: int = 1, all_queries: bool = False) -> Workspace:
-        """`all_queries`: whoever sees attention sees all of it at once."""
+    def workspace(
+        self,
+        num_rows: int,
+        device: torch.device,
+        batch: int = 1,
+        visitor: BlockHooks = BlockHooks(),  # noqa: B008
+    ) -> Workspace:
+        """Who sees attention sees all of it at once, and who sees the residual stream sees tokens as they are."""
         rows = Rows(num_rows, self.config.dim, self.config.ffn_dim, self.config.num_heads, batch=batch)
-        return Workspace(self.execution, rows, device, self.scratch_elements(), all_queries, self.arrive)
+        scale = 1.0 if visitor.sees_stream else None
+        scratch = self.scratch_elements()
+        return Workspace(self.execution, rows, device, scratch, visitor.sees_attention, self.arrive, scale)
 
 
 class Head(nn.Module):
@@ -207,5 +215,6 @@ class Head(nn.Module):
         work.scratch.reset()
         project = self.head.prepare(work.dtype)
         for rows in work.chunks():
-            project(work.ops.modulated_norm(x[rows], shift, scale, rows.start, rows_per_group, self.eps), out=out[rows])
+            normed = work.ops.modulated_norm(x[rows], shift, scale, rows.start, rows_per_group, work.eps(self.eps))
+            project(normed, out=out[rows])
         return out

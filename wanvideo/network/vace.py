@@ -40,15 +40,19 @@ class VaceBlock(WanBlock):
             self.run(control.tokens, state, shown)
             work.scratch.reset()
             project = self.after_proj.prepare(work.dtype, work.scratch)
+            bias = None if work.residual_scale == 1 else self.after_proj.bias
             for rows in work.chunks():
-                state.x[rows].add_(project(control.tokens[rows]), alpha=control.strength)
+                added = project(control.tokens[rows])
+                if bias is not None:  # beside tokens times a factor it would be too large
+                    added.sub_(bias.to(added.dtype) * (1 - work.residual_scale))
+                state.x[rows].add_(added, alpha=control.strength)
 
     def join_(self, control: Tensor, x: Tensor, work: Workspace) -> None:
         """Control tokens `[rows, dim]`, in place, as they enter the first block beside the video's `x`."""
         work.scratch.reset()
         project = self.before_proj.prepare(work.dtype, work.scratch)
         for rows in work.chunks():
-            control[rows] = project(control[rows]).add_(x[rows])
+            control[rows] = work.gate(project(control[rows])).add_(x[rows])
 
     def scratch_elements(self, dtype: torch.dtype) -> int:
         before = self.before_proj.scratch_elements(dtype) if hasattr(self, "before_proj") else 0
