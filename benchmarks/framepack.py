@@ -244,9 +244,11 @@ def cases(fp8: str, vae: str, steps: int) -> list[Case]:
     return [
         Case("resident", fp8),
         Case("all streamed in 4", fp8, vram_gib=4, blocks_to_swap=60),
+        Case("all streamed in 3", fp8, vram_gib=3, blocks_to_swap=60),
         Case("planned in 6", fp8, vram_gib=6),
         Case("fp8_fast streamed in 4", fp8, vram_gib=4, blocks_to_swap=60, quantization="fp8_fast"),
         Case("5 s of video in 4", fp8, vram_gib=4, blocks_to_swap=60, seconds=5, steps=steps, vae=vae),
+        Case("5 s of video in 3", fp8, vram_gib=3, blocks_to_swap=60, seconds=5, steps=steps, vae=vae),
         Case("5 s, TeaCache", fp8, vram_gib=4, blocks_to_swap=60, seconds=5, steps=steps, vae=vae, cache=0.15),
     ]
 

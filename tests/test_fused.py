@@ -99,8 +99,9 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
         ops.gelu_(act)
         ops.gated_add_(added, y, modulation[2], 1, rows_per_group)
         if dtype == torch.float16:  # infinities are the largest numbers
-            y[0, 0], added[1, 1] = torch.inf, 65504.0
-            ops.gated_add_(added, y, modulation[2].abs(), 1, rows_per_group)
+            large = y.clone()
+            large[0, 0], added[1, 1] = torch.inf, 65504.0
+            ops.gated_add_(added, large, modulation[2].abs(), 1, rows_per_group)
         norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, rows_per_group, 1e-6)
         affine = ops.affine_norm(x, weight, y[0], 1e-6)
         results.append([norm, affine, rotated, plain, heads, head_rope, act, added])
