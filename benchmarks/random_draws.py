@@ -149,6 +149,11 @@ def limits_of(model: StreamedWan, draw: Draw) -> Limits:
     return Limits(int(draw.budget_gib * GIB), context_bytes=0)
 
 
+def plan_denoising(model: StreamedWan, work: WorkSize, limits: Limits) -> MemoryPlan:
+    """The plan of passes alone: nothing is decoded here."""
+    return plan_memory(replace(model.footprint(), vae=None), work, limits)
+
+
 def run_draw(models: Models, draw: Draw, card: Card) -> dict[str, Any]:
     """One draw's figures; what it fails with is one too."""
     began = time.perf_counter()
@@ -162,7 +167,7 @@ def run_draw(models: Models, draw: Draw, card: Card) -> dict[str, Any]:
             work = wan_work(model.config, (draw.width, draw.height, draw.frames))
             limits = limits_of(model, draw)
             try:
-                result |= run_plan(model, plan_memory(model.footprint(), work, limits), card)
+                result |= run_plan(model, plan_denoising(model, work, limits), card)
             except PlanError as error:
                 result |= run_refused(model, work, limits, error, card)
             result["repeats"] = repeats.count
@@ -183,7 +188,7 @@ def run_refused(model: StreamedWan, work: WorkSize, limits: Limits, refusal: Pla
     if card.left_bytes:
         card.leave(needed / GIB)
         hold_budget(model.settings.device, wider)
-    figures = run_plan(model, plan_memory(model.footprint(), work, wider), card)
+    figures = run_plan(model, plan_denoising(model, work, wider), card)
     figures["exceeds"] = figures["used_gib"] > limits.vram_budget_bytes / GIB
     return result | figures
 
