@@ -43,6 +43,8 @@ from lowvram_video.system.card_profile import (
     save_profile,
     saved_profile,
 )
+from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
+from lowvram_video.weights.linear.made_fp8 import Fp8Made
 
 from .test_cli import WAN_14B, save_sparse
 
@@ -317,6 +319,15 @@ class TestTimes:
         assert compute_seconds(FP8, WORK, CHOICE, limits(24, synthetic())) == pytest.approx(expected, rel=1e-6)
         multiplied = compute_seconds(replace(FP8, form="fp8 matmul"), WORK, CHOICE, limits(24, synthetic()))
         assert multiplied == pytest.approx(expected - products / 200e12 - weights / 1e12, rel=1e-6)
+
+    def test_weights_made_fp8_multiply_as_fp8_and_are_unpacked(self) -> None:
+        """What `weights/linear/made_fp8.py` does: unpacked, 5 bytes of an element moved, multiplied in fp8."""
+        weights = 40 * (6 * 5120**2 + 2 * 5120 * 13824)
+        fp8, made = (
+            compute_seconds(replace(FP8, form=form), WORK, CHOICE, limits(24, synthetic()))
+            for form in ("fp8 matmul", Fp8Made(Fp8Dequantized(), Fp8Matmul()).name)
+        )
+        assert made == pytest.approx(fp8 + weights / 1e12 + 5 * weights / 1000e9, rel=1e-6)
 
     def test_forms_and_backends_that_were_not_measured(self) -> None:
         plain = compute_seconds(replace(FP8, form="plain"), WORK, CHOICE, limits(24, synthetic()))

@@ -10,6 +10,8 @@ from itertools import pairwise
 from ...system.card_profile import WITHIN, AttentionRow, CardProfile, ProductRow
 
 PLAIN = "plain"  # `WeightFormat.name` of weights in the compute dtype, whose products unpacked ones are
+FP8_MATMUL, MADE_FP8 = "fp8 matmul", ", multiplied in fp8"  # a name, and the ending of names
+ROUNDED_BYTES = 5  # read and written of each weight that is rounded to fp8 from 16 bits
 SDPA = "sdpa"
 EAGER_PASSES = 4  # how often as much memory is gone through where steps between products are not one kernel each
 FEW_KEYS = 4 * 512  # attention over fewer is cross-attention, slower for its size
@@ -58,15 +60,20 @@ class PassParts:
 def pass_parts(card: CardProfile, work: PassWork) -> PassParts | None:
     """The parts of a pass on this card; None where too little of it was measured to tell.
 
-    A form that was not measured itself multiplies as the plain one does; a backend that was not, as sdpa does.
+    A form that was not measured itself multiplies as the plain one does; a backend that was not, as sdpa does. A form
+    made fp8 while it is unpacked multiplies as fp8 does, and is unpacked and rounded.
     """
-    layers = _layer_rows(card.products, work.form, work) or _layer_rows(card.products, PLAIN, work)
+    stored, made_fp8, _ = work.form.partition(MADE_FP8)
+    form = FP8_MATMUL if made_fp8 else stored
+    layers = _layer_rows(card.products, form, work) or _layer_rows(card.products, PLAIN, work)
+    unpacked = _layer_rows(card.products, stored, work)
     attention = _backend_rows(card.attention, work.attention) or _backend_rows(card.attention, SDPA)
     within = card.gbps(WITHIN)
     if not layers or not attention or within is None:
         return None
     products = sum(share * work.product_flops / (1e12 * _full_speed(row)) for row, share in layers)
-    per_weight = sum(share * _prepare_seconds(row) / (row.inputs * row.outputs) for row, share in layers)
+    per_weight = sum(share * _prepare_seconds(row) / (row.inputs * row.outputs) for row, share in unpacked)
+    per_weight += ROUNDED_BYTES / (1e9 * within) if made_fp8 else 0.0
     self_seconds = work.self_flops / (1e12 * _speed(attention, work.tokens, work.tokens))
     cross_seconds = work.cross_flops / (1e12 * _speed(attention, work.tokens, work.context_keys))
     other = per_weight * work.block_weights + work.moved_bytes / (1e9 * within)
