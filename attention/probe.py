@@ -31,6 +31,8 @@ _IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError,
 class KernelMissing(ImportError):
     """A kernel package that is absent or cannot be imported; the message holds the fix."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of an NVIDIA GPU, or None for every other device (ROCm poses as "cuda", too)."""

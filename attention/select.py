@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 class AttentionUnavailable(ValueError):
     """No backend can do what was asked; the message holds every reason and the fix."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 @dataclass(frozen=True)
 class _Line:

@@ -24,6 +24,7 @@ from ..sampling.solver import StepInfo
 from ..vae.retries import at_work
 from ..weights.files.fingerprint import fingerprint
 from ..weights.lora.file import LoraChoice, LoraReport
+from .run.section_work import FramePackGuidance, Guide
 from .sections import Section
 from .streamed import StreamedFramePack
 from .vae.checkpoint import HUNYUAN_FORMAT
@@ -61,6 +62,10 @@ class FramePackPipeline:
     def loras(self) -> tuple[Any, ...]:
         """What tells the LoRAs from others."""
         return tuple([choice.path.name, fingerprint(choice.path), choice.strength] for choice in self.files.loras)
+
+    @property
+    def guide(self) -> Guide:
+        return FramePackGuidance()
 
     @contextmanager
     def running(self, num_steps: int) -> Iterator[None]:

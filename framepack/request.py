@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,7 @@ from .timed_prompts import TimedPrompt
 Interpolation = Literal["disabled", "weighted_average", "linear"]
 
 MAX_STEPS = 1000
+NEGATIVE = "negative"  # the name of that prompt among `EncodedInputs.prompts_to_make`
 SAMPLERS = ("unipc_bh1", "unipc_bh2", "euler", "dpm++_2m")  # the first is FramePack's own
 
 
@@ -68,7 +69,9 @@ class EncodedInputs:
 
     `latent_size` is (height, width) of the latents, which are the network's `[1, 16, T, h, w]`; features are SigLIP's
     `[1, m, image_dim]`. Without a start image the video is made of the text alone. `initial` is a video to begin from
-    (`strength`), `given` one to extend (F1), or its end: `given_after` seconds of it come before.
+    (`strength`), `given` one to extend (F1), or its end: `given_after` seconds of it come before. Where
+    `initial_mask [1, 1, T, h, w]` is 0, `initial` stays. `others` are prompts that a host's own guidance asks for by
+    their names, and with `guided` it may ask for the negative one at any cfg.
     """
 
     latent_size: tuple[int, int]
@@ -84,6 +87,9 @@ class EncodedInputs:
     initial: Tensor | None = None
     given: Tensor | None = None
     given_after: float = 0.0
+    initial_mask: Tensor | None = None
+    others: Mapping[str, Prompt] = field(default_factory=dict)
+    guided: bool = False
 
     def sections(self, sampling: Sampling) -> tuple[Section, ...]:
         """The sections in order of generation. ValueError where settings and inputs contradict each other."""
@@ -132,11 +138,16 @@ class EncodedInputs:
 
     def initial_latents(self, section: Section) -> Tensor | None:
         """The given video where this section lies; its last latent stays where it is too short."""
-        if self.initial is None:
-            return None
-        first, end = section.latents
-        last = self.initial.shape[2] - 1
-        return self.initial[:, :, [min(index, last) for index in range(first, end)]]
+        return None if self.initial is None else _where(self.initial, section)
+
+    def mask(self, section: Section) -> Tensor | None:
+        """What of the given video is made anew there."""
+        return None if self.initial_mask is None else _where(self.initial_mask, section)
+
+    def prompts_to_make(self, cfg: float) -> Mapping[str, Prompt]:
+        """The prompts beside those of the schedule, the negative one by `NEGATIVE`."""
+        negative = self.negative if cfg != 1.0 or self.guided else None
+        return dict(self.others) if negative is None else {NEGATIVE: negative, **self.others}
 
     def features(self, section: Section) -> Tensor | None:
         """The image features that a section is shown, `[1, m, image_dim]`."""
@@ -155,17 +166,28 @@ class EncodedInputs:
 
     def identity(self) -> dict[str, Any]:
         """All of it as JSON values and tensors: what a run is known by."""
-        return {
-            "timed": asdict(self.timed),
-            "prompts": {name: [prompt.text, prompt.pooled] for name, prompt in self.prompts.items()},
-            "negative": None if self.negative is None else [self.negative.text, self.negative.pooled],
-            "latent_size": list(self.latent_size),
-            "given_after": self.given_after,
-            "interpolation": self.interpolation,
-            "start_strength": self.start_strength,
-        } | {
-            name: getattr(self, name) for name in ("start", "end", "start_features", "end_features", "initial", "given")
-        }
+        return (
+            {
+                "timed": asdict(self.timed),
+                "prompts": {name: _identity(prompt) for name, prompt in self.prompts.items()},
+                "negative": None if self.negative is None else _identity(self.negative),
+                "latent_size": list(self.latent_size),
+                "given_after": self.given_after,
+                "interpolation": self.interpolation,
+                "start_strength": self.start_strength,
+            }
+            | {
+                name: getattr(self, name)
+                for name in ("start", "end", "start_features", "end_features", "initial", "given")
+            }
+            | self._identity_of_guidance()
+        )
+
+    def _identity_of_guidance(self) -> dict[str, Any]:
+        """Only what there is: runs from before that could be are still known."""
+        others = {name: _identity(prompt) for name, prompt in self.others.items()}
+        parts = {"initial_mask": self.initial_mask, "others": others or None, "guided": self.guided or None}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _place(self, section: Section) -> float:
         """Where the section lies in the video, 0 (begin) to 1 (end)."""
@@ -176,7 +198,7 @@ class EncodedInputs:
 
     def check_for(self, config: FramePackConfig) -> None:
         """ValueError where prompts, pictures or latents are not those that this model reads."""
-        named = {f"the prompt {name!r}": prompt for name, prompt in self.prompts.items()}
+        named = {f"the prompt {name!r}": prompt for name, prompt in (*self.prompts.items(), *self.others.items())}
         if self.negative is not None:
             named["the negative prompt"] = self.negative
         for title, prompt in named.items():
@@ -235,3 +257,15 @@ class EncodedInputs:
                     f"the {name} latent has the shape {list(latent.shape)}; expected [1, 16, frames, {height}, "
                     f"{width}] as the start image has: bring all pictures to {8 * width}x{8 * height} first"
                 )
+
+
+def _where(video: Tensor, section: Section) -> Tensor:
+    """Of a video's latents those where a section lies; the last one stays where it is too short."""
+    first, end = section.latents
+    last = video.shape[2] - 1
+    return video[:, :, [min(index, last) for index in range(first, end)]]
+
+
+def _identity(prompt: Prompt) -> list[Any]:
+    own = [] if prompt.guidance is None else [prompt.guidance]
+    return [prompt.text, prompt.pooled, *own]

@@ -16,6 +16,7 @@ from ..memory.stream.pinned import Registrar
 from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
+from ..sampling.schedules import NUM_TRAIN_TIMESTEPS
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases
@@ -105,14 +106,16 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         """What each step sees of every prompt, and the tokens of every picture's features, in host memory.
 
         Call it before `start`: its weights and those of a pass are not on the device at the same time. `timesteps [S]`
-        and `guidance` are times 1000. Equal features in a row share their tokens.
+        and `guidance` are times 1000; a prompt with a guidance of its own has that. Equal features in a row share
+        their tokens.
         """
         device, home = self.settings.device, torch.device("cpu")
         conditions: list[list[StepCondition]] = []
         images: list[Tensor | None] = []
         with self.preparing(plan):
             for prompt in prompts:
-                made = self.model.conditions(prompt.to(device), timesteps, guidance, self.visit)
+                own = guidance if prompt.guidance is None else prompt.guidance * NUM_TRAIN_TIMESTEPS
+                made = self.model.conditions(prompt.to(device), timesteps, own, self.visit)
                 conditions.append([condition.to(home) for condition in made])
             for index, tokens in enumerate(features):
                 before = features[index - 1] if index else None

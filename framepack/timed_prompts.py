@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from .sections import Section
 
-_SECONDS = r"(\d+(?:\.\d*)?|\.\d+)\s*s"
-_PART = re.compile(rf"\s*{_SECONDS}\s*(?:-\s*{_SECONDS}\s*)?:(.*)", re.DOTALL | re.IGNORECASE)
+# Chinese and Japanese keyboards write brackets, colons, points, dashes and digits full-width (float knows such digits).
+_SAME_BRACKETS = str.maketrans("［］【】", "[][]")
+_SECONDS = r"(\d+(?:[.．]\d*)?|[.．]\d+)\s*[sｓ秒]"
+_PART = re.compile(rf"\s*{_SECONDS}\s*(?:[-－–~～〜]\s*{_SECONDS}\s*)?[:：](.*)", re.DOTALL | re.IGNORECASE)
 _HOW = "write [2s: text] (from 2 s on) or [1s-3s: text] (from 1 s to 3 s)"
 
 
@@ -95,7 +97,7 @@ class TimedPrompt:
 
 
 def parse_timed_prompt(text: str, cross_fade: float = 0.0) -> TimedPrompt:
-    """Read a prompt with or without timed parts in brackets, `[2s: text]` or `[1s-3s: text]`.
+    """Read a prompt with or without timed parts in brackets, `[2s: text]` or `[1s-3s: text]`, also full-width ones.
 
     `cross_fade` is in seconds. Raises ValueError for brackets that are not timed parts, and parts that contradict each
     other, quoting them.
@@ -111,7 +113,7 @@ def _split(text: str) -> tuple[list[str], list[str]]:
     """Return the texts outside and inside brackets."""
     outside: list[str] = []
     inside: list[str] = []
-    rest = text
+    rest = text.translate(_SAME_BRACKETS)
     while True:
         before, opening, rest = rest.partition("[")
         if "]" in before:
@@ -131,13 +133,17 @@ def _parse_part(bracket: str) -> TimedPart:
         raise ValueError(
             f"'[{bracket}]' does not begin with a time; {_HOW}. Brackets mean nothing else here: use ( ) in prompts."
         )
-    start, end = float(match[1]), None if match[2] is None else float(match[2])
+    start, end = _seconds(match[1]), None if match[2] is None else _seconds(match[2])
     prompt = " ".join(match[3].split())
     if not prompt:
         raise ValueError(f"'[{bracket}]' has a time but no text; {_HOW}.")
     if end is not None and end <= start:
         raise ValueError(f"'[{bracket}]' ends at {end:g} s but starts at {start:g} s; the end has to come later.")
     return TimedPart(start, end, prompt)
+
+
+def _seconds(number: str) -> float:
+    return float(number.replace("．", "."))
 
 
 def _check_order(earlier: TimedPart, later: TimedPart) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from comfy_api.latest import InputImpl, io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
+from torch import Tensor
 
 from ..framepack.request import SAMPLERS
 from ..framepack.run.run import FramePackRun
 from ..video.growing_video import GrowingVideo
 from .bridge import host
 from .bridge.framepack_request import LOADER, SamplerInputs
-from .bridge.framepack_run import ComfyRunHost, run_places
+from .bridge.framepack_run import comfy_run_host, run_places
 from .framepack_inputs import EndImage
 from .inputs import ADVANCED
 
@@ -133,14 +136,24 @@ class FramePackSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
-        request = SamplerInputs(model, **inputs)
-        sampling = request.sampling()
-        vae = request.vae if sampling.one_frame is None else None
-        places = run_places(vae, request.resume, request.filename_prefix)
-        with FramePackRun.open(ComfyRunHost(request.patcher, vae), sampling, request.inputs(), places) as run:
-            made, film = {"samples": request.patcher.model.process_latent_out(run.make())}, run.output
-        if not isinstance(film, GrowingVideo):
+        videos = [_make(request) for request in SamplerInputs(model, **inputs).videos()]
+        made = {"samples": torch.cat([samples for samples, _ in videos])}
+        films = [film for _, film in videos if film is not None]
+        if not films:
             return io.NodeOutput(made, ExecutionBlocker(NO_VIDEO))
         return io.NodeOutput(
-            made, InputImpl.VideoFromFile(str(film.path)), ui=ui.PreviewVideo([host.saved_result(film.path)])
+            made,
+            InputImpl.VideoFromFile(str(films[0])),
+            ui=ui.PreviewVideo([host.saved_result(film) for film in films]),
         )
+
+
+def _make(request: SamplerInputs) -> tuple[Tensor, Path | None]:
+    """One video's latents, and its file where it has one."""
+    sampling = request.sampling()
+    vae = request.vae if sampling.one_frame is None else None
+    run_host = comfy_run_host(request, vae)
+    places = run_places(vae, request.resume and run_host.can_resume, request.filename_prefix)
+    with FramePackRun.open(run_host, sampling, request.inputs(), places) as run:
+        samples = request.patcher.model.process_latent_out(run.make())
+    return samples, run.output.path if isinstance(run.output, GrowingVideo) else None

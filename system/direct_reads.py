@@ -16,6 +16,8 @@ PAGE = max(mmap.PAGESIZE, 4096)  # offset, length and address granularity of dir
 class WeightReadError(OSError):
     """A weight file could not be read where a tensor should be."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 class RawFile:
     """One file open for page-aligned reads from many threads.

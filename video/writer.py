@@ -25,6 +25,8 @@ INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame
 class VideoError(OSError):
     """The encoder could not be started, or stopped by itself."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 class VideoWriter:
     """An H.264 video at `path`; frames are uint8 `[T, H, W, 3]`.

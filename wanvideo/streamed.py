@@ -130,6 +130,18 @@ class StreamedWan(StreamedModel[WanModel]):
         self._contexts.append((text, image_tokens, context))
         return context
 
+    def embed_text(self, text: Tensor) -> Tensor:
+        """The embedded text `[B, tokens, dim]` of a prompt; what makes it is brought where the model is stopped."""
+        text = text.to(self.settings.device)
+        if self.started:
+            return self.model.embed_context(text).text
+        names = [name for name in self.weights.fixed_names() if name.startswith("text_embedding.")]
+        try:
+            self._load(names)
+            return self.model.embed_context(text).text
+        finally:
+            self._unload(names)
+
     def forget_contexts(self) -> None:
         self._contexts, self._dropped = [], []
 

@@ -47,13 +47,17 @@ class History:
 
 @dataclass(frozen=True)
 class Prompt:
-    """`text [1, n, text_dim]`, cropped to its mask, and `pooled [1, pooled_dim]`."""
+    """`text [1, n, text_dim]`, cropped to its mask, and `pooled [1, pooled_dim]`.
+
+    `guidance` is the distilled one of this prompt alone, where it has its own.
+    """
 
     text: Tensor
     pooled: Tensor
+    guidance: float | None = None
 
     def to(self, device: torch.device) -> Prompt:
-        return Prompt(self.text.to(device), self.pooled.to(device))
+        return Prompt(self.text.to(device), self.pooled.to(device), self.guidance)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ GIB = 2**30
 class RunError(OSError):
     """A run's file could not be written or read."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 @dataclass(frozen=True)
 class StoredSection:

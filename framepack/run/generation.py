@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...memory.plan.plan import MemoryPlan
-from ...sampling.guidance import RescaledGuidance
-from ...sampling.samplers import select_sampler
 from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ...sampling.solver import StepInfo
-from ...sampling.step_cache import TeaCache
 from ..footprint import SectionSize
 from ..network.model import BlockCache, Frames, History, StepCondition
 from ..request import EncodedInputs, Sampling
 from ..sections import SPATIAL_STRIDE, Section, num_frames, section_noise
 from ..streamed import StreamedFramePack
 from .folder import RunStore
+from .section_work import FramePackGuidance, Guide, SectionWork, StepCaches
 
 # (noisy, history, condition, image, cache) -> velocity; a StreamedFramePack that is started, or a model.
 Velocity = Callable[[Frames, History, StepCondition, Tensor | None, BlockCache | None], Tensor]
@@ -35,10 +32,10 @@ OnStep = Callable[[Section, StepInfo], None]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the steps see: of each prompt by step, of the negative one, and the image tokens of each section."""
+    """What the steps see: of each prompt by step (the schedule's, and `others`), and each section's image tokens."""
 
     prompts: Mapping[str, Sequence[StepCondition]]
-    negative: Sequence[StepCondition] | None
+    others: Mapping[str, Sequence[StepCondition]]
     images: Sequence[Tensor | None]
 
     def of(self, prompts: Sequence[tuple[str, float]], step: int) -> StepCondition:
@@ -61,7 +58,7 @@ class Conditions:
 
 
 # For a run whose sections are all there.
-NOTHING = Conditions({}, None, ())
+NOTHING = Conditions({}, {}, ())
 
 
 @dataclass(frozen=True)
@@ -79,22 +76,29 @@ class MadeSection:
 
 def noise_levels(sampling: Sampling, latent_size: tuple[int, int]) -> Tensor:
     """Sigmas `[steps + 1]` of every section."""
+    return framepack_sigmas(sampling.num_steps, math.log(noise_shift(sampling, latent_size)), sampling.strength)
+
+
+def noise_shift(sampling: Sampling, latent_size: tuple[int, int]) -> float:
+    """The shift of the noise levels: the given one, or by the number of tokens."""
     height, width = latent_size
     num_latents = sampling.window if sampling.one_frame is None else 1
-    tokens = num_latents * (height // 2) * (width // 2)
-    mu = math.log(sampling.shift) if sampling.shift else framepack_shift(tokens)
-    return framepack_sigmas(sampling.num_steps, mu, sampling.strength)
+    return sampling.shift or math.exp(framepack_shift(num_latents * (height // 2) * (width // 2)))
 
 
-def section_size(sampling: Sampling, latent_size: tuple[int, int], end_image: bool) -> SectionSize:
-    """The work of one pass over a section of `latent_size`, (height, width)."""
+def section_size(
+    sampling: Sampling, latent_size: tuple[int, int], end_image: bool, num_others: int | None = None
+) -> SectionSize:
+    """The work of one pass over a section of `latent_size`, (height, width); `num_others` prompts beside the first."""
+    if num_others is None:
+        num_others = int(sampling.cfg != 1.0)
     height, width = (SPATIAL_STRIDE * side for side in latent_size)
     one_frame = sampling.one_frame is not None
     return SectionSize(
         1 if one_frame else num_frames(sampling.window),
         height,
         width,
-        passes_per_step=1 if sampling.cfg == 1.0 else 2,
+        passes_per_step=1 + num_others,
         clean_frames=1 if one_frame else 2 + end_image,
         with_history=not one_frame,
         step_cache=sampling.cache_threshold is not None,
@@ -108,14 +112,12 @@ def prepare(
     sigmas = noise_levels(sampling, inputs.latent_size)
     # the model was trained with timesteps rounded to bf16
     timesteps = (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).bfloat16().float()
-    prompts = dict(inputs.prompts_of(sections))
-    wanted = list(prompts.values())
-    if sampling.cfg != 1.0 and inputs.negative is not None:
-        wanted.append(inputs.negative)
+    prompts, others = inputs.prompts_of(sections), inputs.prompts_to_make(sampling.cfg)
+    wanted = [*prompts.values(), *others.values()]
     features = [inputs.features(section) for section in sections]
     made, images = model.prepared(plan, wanted, features, timesteps, sampling.guidance * NUM_TRAIN_TIMESTEPS)
-    negative = made[-1] if len(made) > len(prompts) else None
-    return Conditions(dict(zip(prompts, made, strict=False)), negative, images)
+    of_others = dict(zip(others, made[len(prompts) :], strict=True))
+    return Conditions(dict(zip(prompts, made, strict=False)), of_others, images)
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,14 @@ class Generation:
     device: torch.device
     store: RunStore | None = None
     on_step: OnStep | None = None
+    guide: Guide = field(default_factory=FramePackGuidance)
 
     def run(self) -> Iterator[MadeSection]:
         """The sections in order of generation; those that the store has are not made again."""
         generator = torch.Generator().manual_seed(self.sampling.seed)
         history = self.inputs.new_history(self.sampling.mode)
         num_before = history.shape[2]
-        caches = self._caches()
+        caches = StepCaches.of(self.sampling)
         for section in self.sections:
             if self.store is not None and section.number < self.store.completed:
                 stored = self.store.load(section.number)
@@ -146,8 +149,7 @@ class Generation:
                 try:
                     latents = self._sample(section, history, generator, caches)
                 finally:
-                    for cache in caches:
-                        cache.begin_section()
+                    caches.begin_section()
                 if section.prepend_start:
                     latents = torch.cat([self.inputs.start_latent(), latents], dim=2)
                 if self.store is not None:
@@ -156,9 +158,7 @@ class Generation:
             video = latents if section.sources is None else self._video(history, num_before)
             yield MadeSection(section, latents, history[:, :, section.to_decode], video)
 
-    def _sample(
-        self, section: Section, history: Tensor, generator: torch.Generator, caches: Sequence[TeaCache]
-    ) -> Tensor:
+    def _sample(self, section: Section, history: Tensor, generator: torch.Generator, caches: StepCaches) -> Tensor:
         """The section's latents `[1, 16, window, h, w]`."""
         sigmas = noise_levels(self.sampling, self.inputs.latent_size)
         shape = (1, history.shape[1], len(section.indices.noisy), *self.inputs.latent_size)
@@ -166,30 +166,25 @@ class Generation:
         initial = self.inputs.initial_latents(section)
         if initial is not None and len(sigmas) == 1:  # a strength of 0 leaves no step
             return initial
-        x = noise if initial is None else torch.lerp(initial, noise, float(sigmas[0]))
         shown = self._history(section, history)
-        steps = {float(sigma): step for step, sigma in enumerate(sigmas[:-1])}
         indices = torch.tensor(section.indices.noisy)
         image = self.conditions.images[section.number]
         image = None if image is None else image.to(self.device)
-        prompts = self.inputs.timed.prompts_at(section)
-        negative = self.conditions.negative
+        prompts, others = self.inputs.timed.prompts_at(section), self.conditions.others
 
-        def predict(number: int, condition: Callable[[int], StepCondition], x: Tensor, sigma: Tensor) -> Tensor:
-            step, cache = steps[float(sigma)], caches[number] if caches else None
-            if cache is not None:
-                cache.begin_step(step)
-            return self.velocity(Frames(x, indices), shown, condition(step), image, cache)
+        def predict(prompt: str, x: Tensor, step: int, cache: BlockCache | None) -> Tensor:
+            condition = others[prompt][step] if prompt in others else self.conditions.of(prompts, step)
+            return self.velocity(Frames(x, indices), shown, condition, image, cache)
 
         def report(step: StepInfo) -> None:
             if self.on_step is not None:
                 self.on_step(section, step)
 
-        settings = self.sampling
-        cond = partial(predict, 0, partial(self.conditions.of, prompts))
-        uncond = partial(predict, 1, negative.__getitem__) if negative else None
-        denoise = RescaledGuidance(cond, uncond, settings.cfg, settings.cfg_rescale)
-        return select_sampler(settings.sampler)(denoise, x.to(self.device), sigmas, report).float().cpu()
+        mask = self.inputs.mask(section)
+        work = SectionWork(
+            section, self.sampling, sigmas, noise, initial, mask, others, predict, caches, report, self.device
+        )
+        return self.guide.sample(work).float().cpu()
 
     def _history(self, section: Section, history: Tensor) -> History:
         """What a section is shown, on the device."""
@@ -218,11 +213,3 @@ class Generation:
             first = self.inputs.num_given or int(self.inputs.has_start)
             return history[:, :, num_before - first :]
         return history[:, :, : history.shape[2] - num_before]
-
-    def _caches(self) -> list[TeaCache]:
-        """One for each prompt of a step: their signals differ."""
-        settings = self.sampling
-        if settings.cache_threshold is None or settings.strength == 0.0:
-            return []
-        num_prompts = 2 if self.conditions.negative else 1
-        return [TeaCache(settings.num_steps, settings.cache_threshold) for _ in range(num_prompts)]

@@ -18,6 +18,7 @@ from ..sections import Section
 from ..streamed import StreamedFramePack
 from ..vae.decoding import DecodeBudget
 from ..vae.model import HunyuanVAE
+from .section_work import Guide
 
 
 class Output(Protocol):
@@ -54,6 +55,10 @@ class RunHost(Protocol):
     @property
     def loras(self) -> tuple[Any, ...]:
         """What tells the LoRAs from others, as JSON values."""
+
+    @property
+    def guide(self) -> Guide:
+        """Who guides the sections: FramePack itself, or nodes that were put before it."""
 
     def running(self, num_steps: int) -> AbstractContextManager[None]:
         """The whole run goes in here; so many steps are to be made."""

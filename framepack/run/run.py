@@ -77,7 +77,8 @@ class FramePackRun:
 
     @property
     def _work(self) -> SectionSize:
-        return section_size(self.sampling, self.inputs.latent_size, self.inputs.end is not None)
+        num_others = len(self.inputs.prompts_to_make(self.sampling.cfg))
+        return section_size(self.sampling, self.inputs.latent_size, self.inputs.end is not None, num_others)
 
     @property
     def completed(self) -> int:
@@ -116,8 +117,9 @@ class FramePackRun:
                 conditions = self._prepare()
         device = host.model.settings.device
         return Generation(
-            self._velocity, self.sampling, self.inputs, self.sections, conditions, device, self.store, host.on_step
-        )
+            self._velocity, self.sampling, self.inputs, self.sections, conditions, device, self.store, host.on_step,
+            host.guide,
+        )  # fmt: skip
 
     def _prepare(self) -> Conditions:
         """What is made once per run; once more where the device ran out of memory, all that is idle gone from it.

@@ -57,6 +57,8 @@ class PlanError(ValueError):
     (height, width) keeps the frames and the shape. None where no such change helps.
     """
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
     def __init__(
         self,
         message: str,

@@ -17,6 +17,8 @@ SMALL_BYTES = 1 << 20  # below this a tensor is a bias, a norm or a modulation: 
 class LayoutError(ValueError):
     """A checkpoint's tensors and a block's parameters do not fit together."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 class TensorInfo(Protocol):
     """What is known of a stored tensor without reading it."""

@@ -38,6 +38,8 @@ class Unit(NamedTuple):
 class StreamerError(RuntimeError):
     """A streamer was used while unloaded, or a pass was continued after another one had begun."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 class BlockStreamer:
     """Streams blocks through a ring of device bytes while earlier ones compute.

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...attention.backend import Backend
 from ...wanvideo.network.blocks import Pass
 from ...wanvideo.network.config import WanConfig
 from ...wanvideo.network.model import Visitor
+from .attention_patches import attention_of
 
 AFTER_BLOCK, AFTER_SELF, AFTER_CROSS = "double_block", "attn1_patch", "attn2_patch"
 SUPPORTED = (AFTER_BLOCK, AFTER_SELF, AFTER_CROSS)
 REPLACED = "dit"  # whole blocks
-ATTENTION = "optimized_attention_override"
+IMAGE_LENGTHS = (257, 514)  # tokens of CLIP's pictures, whose attention core never quantises
 PER_CHUNK = ("cond_or_uncond", "uuids")  # lists with an entry for each of the conditions that make up a batch
 
 
-def check_patches(transformer_options: dict[str, Any]) -> None:
-    """ValueError for a patch that this model would leave out without a word."""
+def check_patches(transformer_options: dict[str, Any], supported: Sequence[str] = ()) -> None:
+    """ValueError for a patch that a pass would leave out without a word; whole blocks only where any is `supported`."""
     kinds = [kind for kind, patches in transformer_options.get("patches", {}).items() if patches]
     replaced = [kind for kind, patches in transformer_options.get("patches_replace", {}).items() if patches]
-    unknown = sorted({*kinds} - {*SUPPORTED}) + sorted({*replaced} - {REPLACED})
-    if transformer_options.get(ATTENTION) is not None:
-        raise ValueError(
-            f"a node replaces this model's attention ({ATTENTION}), which is not supported by the LowVRAM loader: take "
-            "that node out and use the loader's attention_mode, or load the file with ComfyUI's own loader"
-        )
-    if unknown:
-        raise ValueError(
-            f"a node patches this model with {unknown[0]}, which is not supported by the LowVRAM loader (what is: "
-            f"{', '.join(SUPPORTED)} and whole blocks): take that node out, or load the file with ComfyUI's own loader"
-        )
+    whole = {REPLACED} if supported else set()
+    unknown = sorted({*kinds} - {*supported}) + sorted({*replaced} - whole)
+    if not unknown:
+        return
+    known = f" (what is: {', '.join(supported)} and whole blocks)" if supported else ""
+    raise ValueError(
+        f"a node patches this model with {unknown[0]}, which is not supported by "
+        f"{'the LowVRAM loader' if supported else 'FramePack (Low VRAM)'}{known}: take that node out"
+        f"{', or load the file with ComfyUI' + chr(39) + 's own loader' if supported else ''}"
+    )
 
 
 class BlockPatches(Visitor):
@@ -57,6 +58,9 @@ class BlockPatches(Visitor):
         self.image_start = math.prod(grid[1:]) if reference else 0
         self.options["grid_sizes"] = torch.Size(grid)
         self.options["total_blocks"], self.options["block_type"] = config.num_layers, "double"
+
+    def attention(self, own: Backend) -> Backend:
+        return attention_of(self.options, own, IMAGE_LENGTHS)
 
     def cut(self, part: slice) -> BlockPatches:
         """The same for some samples of the batch, which are of some of its conditions."""

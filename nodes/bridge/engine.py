@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...attention.backend import Backend
 from ...compilation.blocks import dynamo_limits
 from ...memory.plan.candidates import RAM_MARGIN_BYTES
 from ...memory.plan.footprint import Limits, WorkSize
@@ -291,6 +292,17 @@ class Engine(Generic[S]):
             raise
         finally:
             self._running = False
+
+    @contextmanager
+    def attending(self, backend: Backend) -> Iterator[None]:
+        """Passes in here have this attention, all queries at once."""
+        model = self.streamed.model
+        own = model.execution
+        model.execution = replace(own, attention=backend)
+        try:
+            yield
+        finally:
+            model.execution = replace(model.execution, attention=own.attention)
 
     @contextmanager
     def within_budget(self) -> Iterator[None]:

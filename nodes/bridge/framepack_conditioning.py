@@ -9,9 +9,21 @@ from torch import Tensor
 
 from ...framepack.request import Interpolation
 from ...framepack.timed_prompts import TimedPrompt
+from .carried import HOOKED
 
 TIMED_KEY = "lowvram_timed_prompt"  # in the options of a CONDITIONING's entries
 NAME_KEY = "lowvram_prompt"
+
+ENCODED = {"pooled_output", "attention_mask", "guidance", TIMED_KEY, NAME_KEY}  # what a prompt is
+# How and when it is heard: done by core's samplers.
+GUIDED = {"start_percent", "end_percent", "strength", "mask", "mask_strength", "set_area_to_bounds", "default"}
+REFUSED = {
+    "hooks": HOOKED,
+    "area": "a prompt for an area is not for FramePack Sampler (Low VRAM), whose history is of the whole picture: use "
+    "a mask (Conditioning Set Mask), or take that node out",
+    "control": "a ControlNet is not for FramePack Sampler (Low VRAM), whose network has no place for it: take it out",
+    "gligen": "GLIGEN is not for FramePack Sampler (Low VRAM), whose network has no place for it: take it out",
+}
 
 
 @dataclass(frozen=True)
@@ -33,15 +45,40 @@ def timed_entries(clip: Any, timed: TimedPrompt) -> list[list[Any]]:
     return entries
 
 
-def single_prompt_of(conditioning: list[Any], name: str) -> tuple[Tensor, dict[str, Any]]:
-    """The text and options of a CONDITIONING with one entry. ValueError for one that was combined."""
-    if len(conditioning) > 1:
+def check_options(conditioning: list[Any], name: str) -> None:
+    """ValueError where a node gave the prompt what FramePack Sampler would leave out, or several at a time."""
+    if len(conditioning) > 1 and not is_guided(conditioning) and not _is_timed(conditioning):
         raise ValueError(
-            f"the {name} conditioning has {len(conditioning)} entries (of Conditioning Combine, areas or ranges), and "
-            "FramePack hears one prompt at a time: write one prompt, or connect FramePack Timed Prompt as positive"
+            f"the {name} conditioning has {len(conditioning)} entries (of Conditioning Combine), and FramePack hears "
+            "one prompt at a time: write one prompt, connect FramePack Timed Prompt as positive, or give each its range "
+            "of steps or its mask"
         )
-    text, options = conditioning[0]
-    return text, options
+    for _, options in conditioning:
+        for key, value in options.items():
+            if key == "guidance" and value is None:
+                raise ValueError(
+                    f"the {name} prompt is without guidance (FluxDisableGuidance), and FramePack was trained with one: "
+                    "take that node out, and set guidance_scale"
+                )
+            if value is None or key in ENCODED or key in GUIDED:
+                continue
+            raise ValueError(REFUSED.get(key) or _unheard(name, key))
+
+
+def _unheard(name: str, key: str) -> str:
+    return (
+        f"a node gives the {name} prompt {key!r}, which FramePack Sampler (Low VRAM) does not hear: take out the node "
+        "between the text encoder and this one that does"
+    )
+
+
+def _is_timed(conditioning: list[Any]) -> bool:
+    return any(TIMED_KEY in options for _, options in conditioning)
+
+
+def is_guided(conditioning: list[Any]) -> bool:
+    """Whether core's own way of hearing prompts is needed: for several at a time, their ranges and masks."""
+    return any(options.get(key) is not None for _, options in conditioning for key in GUIDED)
 
 
 def timed_prompt_of(conditioning: list[Any]) -> tuple[TimedPrompt, list[tuple[str, Tensor, dict[str, Any]]]]:
@@ -53,8 +90,8 @@ def timed_prompt_of(conditioning: list[Any]) -> tuple[TimedPrompt, list[tuple[st
         raise ValueError("the positive conditioning is empty: connect CLIP Text Encode or FramePack Timed Prompt")
     _, options = conditioning[0]
     timed = options.get(TIMED_KEY)
-    if timed is None and not any(TIMED_KEY in options for _, options in conditioning):
-        text, options = single_prompt_of(conditioning, "positive")
+    if timed is None and not _is_timed(conditioning):
+        text, options = conditioning[0]  # the others beside it: see `is_guided`
         return TimedPrompt("prompt"), [("prompt", text, options)]
     if any(options.get(TIMED_KEY) is not timed for _, options in conditioning):
         raise ValueError(

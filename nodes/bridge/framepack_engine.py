@@ -24,12 +24,24 @@ class FramePackEngine(Engine[StreamedFramePack]):
 
     def __init__(self, path: Path, settings: RunSettings, model_type: str, turns: Turns | None = None):
         super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings, turns)
+        self.section: object | None = None  # what core's guider samples now
+
+    def begin_run(self, phase: str | None = "denoise") -> None:
+        """A guider that samples one of a run's sections begins none of its own."""
+        if self.section is None:
+            super().begin_run(phase)
+
+    def end_run(self) -> None:
+        if self.section is None:
+            super().end_run()
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
         """A section of the usual length: that of the video does not matter."""
         return SectionSize(4 * 9 - 3, height, width, passes_per_step=passes_per_step)
 
     def check_latent(self, latent: Tensor) -> None:
+        if self.section is not None:
+            return
         raise ValueError(
             "FramePack makes a video section by section, which ComfyUI's samplers cannot do: connect this model to "
             "FramePack Sampler (Low VRAM)"

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
+import comfy.utils
 import torch
 from torch import Tensor
 
 from ...framepack.network.config import IMAGE_TOKENS
 from ...framepack.network.model import Prompt
-from ...framepack.request import EncodedInputs, Sampling
+from ...framepack.request import NEGATIVE, EncodedInputs, Sampling
+from ...framepack.run.generation import noise_shift
+from ...framepack.run.section_work import POSITIVE, FramePackGuidance, Guide
 from ...framepack.sections import SPATIAL_STRIDE
 from . import host
-from .framepack_conditioning import EndImageOptions, single_prompt_of, timed_prompt_of
+from .carried import OPTION, TRANSFORMER, Carry, carried, without_own
+from .framepack_conditioning import (
+    GUIDED,
+    TIMED_KEY,
+    EndImageOptions,
+    check_options,
+    is_guided,
+    timed_prompt_of,
+)
 from .framepack_engine import FramePackEngine
+from .framepack_guide import CoreGuide, GuidedPrompt
+from .framepack_schedule import given_shift
+from .identity import identity_of
 from .patcher import StreamedModelPatcher
+from .patches import patch_identity
 
+# What changes nothing for ComfyUI's guider: containers, and what the plan and the loading hear.
+PLAIN = {
+    Carry(OPTION, "transformer_options"), Carry(OPTION, "torch_compile_kwargs"), Carry(TRANSFORMER, "wrappers"),
+    Carry(TRANSFORMER, "callbacks"), Carry(TRANSFORMER, "patches"), Carry(TRANSFORMER, "patches_replace"),
+}  # fmt: skip
 LOADER = "Load FramePack Model (Low VRAM)"
 
 
@@ -53,6 +74,7 @@ class SamplerInputs:
     initial_samples: dict[str, Any] | None = None
     extend_samples: dict[str, Any] | None = None
     vae: Any = None
+    batch_place: int = 0
 
     @cached_property
     def patcher(self) -> StreamedModelPatcher:
@@ -64,6 +86,101 @@ class SamplerInputs:
         given = patcher.options.vram_budget_gb
         return patcher.with_options(vram_budget_gb=min(budget, given) if given else budget)
 
+    def videos(self) -> list[SamplerInputs]:
+        """One for each latent of a batch: with its own pictures, and a seed that counts up by its place there."""
+        latents = {"start_latent": self.start_latent, "initial_samples": self.initial_samples}
+        latents["extend_samples"] = self.extend_samples
+        counts = {name: len(latent["samples"]) for name, latent in latents.items() if latent is not None}
+        if self.image_embeds is not None and self.image_embeds.last_hidden_state is not None:
+            counts["image_embeds"] = len(self.image_embeds.last_hidden_state)
+        most = max(counts.values(), default=1)
+        for name, count in counts.items():
+            if count not in (1, most):
+                raise ValueError(
+                    f"{name} is a batch of {count}, and another input of FramePack Sampler one of {most}: give one for "
+                    "each video, or one for all"
+                )
+        known = [latent.get("batch_index") for latent in latents.values() if latent is not None]
+        places = next((index for index in known if index is not None and len(index) == most), range(most))
+        if most == 1 and places[0] == 0:
+            return [self]
+        return [self._video(index, place) for index, place in enumerate(places)]
+
+    def _video(self, index: int, place: int) -> SamplerInputs:
+        def one(latent: dict[str, Any] | None) -> dict[str, Any] | None:
+            return latent and {
+                name: value[index % len(value)][None] if isinstance(value, Tensor) and value.ndim == 5 else value
+                for name, value in latent.items()
+                if name != "batch_index"
+            }
+
+        seen = self.image_embeds
+        if seen is not None and seen.last_hidden_state is not None:
+            states = seen.last_hidden_state
+            seen = SimpleNamespace(last_hidden_state=states[index % len(states)][None])
+        return replace(
+            self,
+            seed=(self.seed + place) % 2**64,
+            batch_place=index,
+            start_latent=one(self.start_latent),
+            initial_samples=one(self.initial_samples),
+            extend_samples=one(self.extend_samples),
+            image_embeds=seen,
+        )
+
+    @cached_property
+    def guided(self) -> bool:
+        """Whether anything is there that ComfyUI's own guider hears. ValueError for what nobody would."""
+        self.patcher.check()
+        for name, conditioning in (("positive", self.positive), ("negative", self.negative or [])):
+            check_options(conditioning, name)
+        nodes = any(carry not in PLAIN for carry in carried(self.patcher))
+        return nodes or self._mask() is not None or is_guided(self.positive) or is_guided(self.negative or [])
+
+    def guide(self) -> Guide:
+        """Who guides the sections."""
+        if not self.guided:
+            return FramePackGuidance()
+        shift = noise_shift(self.sampling(), self.inputs().latent_size)
+        return CoreGuide(self.patcher, self._guided_prompts(POSITIVE), self._guided_prompts(NEGATIVE), shift)
+
+    def identity(self) -> list[Any]:
+        """What the result depends on of the nodes before this one, as JSON values and tensors.
+
+        UnknownIdentityError where one of them cannot be told from others.
+        """
+        patches = patch_identity(self.patcher.patches)
+        if not self.guided:
+            return patches
+        options = {key: value for key, value in self.patcher.model_options.items() if key != "transformer_options"}
+        options["transformer"] = self.patcher.model_options.get("transformer_options", {})
+        prompts = [prompt.options for kind in (POSITIVE, NEGATIVE) for prompt in self._guided_prompts(kind)]
+        heard = [{key: value for key, value in options.items() if key in GUIDED} for options in prompts]
+        scale = getattr(self.patcher.get_model_object("model_sampling"), "noise_scale", 1.0)
+        code = (options, without_own(self.patcher.wrappers), self.patcher.callbacks, heard, scale)
+        return [*patches, identity_of(code)]
+
+    def _guided_prompts(self, kind: str) -> list[GuidedPrompt]:
+        """The entries of the positive or the negative conditioning; a schedule of prompts is one of them."""
+        conditioning = self.positive if kind == POSITIVE else self.negative or []
+        if any(TIMED_KEY in options for _, options in conditioning):
+            conditioning = conditioning[:1]
+        names = [kind, *(f"{kind} {index}" for index in range(2, len(conditioning) + 1))]
+        return [GuidedPrompt(name, text, options) for name, (text, options) in zip(names, conditioning, strict=False)]
+
+    def _beside(self) -> list[GuidedPrompt]:
+        """The prompts that are neither the schedule's nor the first negative one."""
+        return [*self._guided_prompts(POSITIVE)[1:], *self._guided_prompts(NEGATIVE)[1:]]
+
+    def _mask(self) -> Tensor | None:
+        """Where `initial_samples` are made anew, `[1, 1, T, h, w]`; None: everywhere."""
+        latent = self.initial_samples
+        mask = None if latent is None else latent.get("noise_mask")
+        if latent is None or mask is None:
+            return None
+        whole = comfy.utils.reshape_mask(mask.float().cpu(), latent["samples"].shape)
+        return whole[self.batch_place % len(whole) : self.batch_place % len(whole) + 1, :1]
+
     def sampling(self) -> Sampling:
         return Sampling(
             seconds=self.total_second_length,
@@ -74,7 +191,7 @@ class SamplerInputs:
             guidance=self.guidance_scale,
             cfg=self.cfg,
             cfg_rescale=self.cfg_rescale,
-            shift=self.shift,
+            shift=given_shift(self.patcher, self.shift),
             seed=self.seed,
             cache_threshold=self.teacache_rel_l1_thresh if self.use_teacache else None,
             strength=self.denoise_strength,
@@ -83,6 +200,12 @@ class SamplerInputs:
 
     def inputs(self) -> EncodedInputs:
         config, latents = self.patcher.engine.streamed.config, partial(_network_latents, self.patcher.model)
+        for name, latent in (("start", self.start_latent), ("extend", self.extend_samples)):
+            if latent is not None and latent.get("noise_mask") is not None:
+                raise ValueError(
+                    f"the {name} latent has a noise mask, which FramePack Sampler hears of initial_samples alone: take "
+                    "Set Latent Noise Mask out, or connect that video as initial_samples"
+                )
         start = latents(self.start_latent, 1)
         initial, given = latents(self.initial_samples), latents(self.extend_samples)
         end = self.end_image or EndImageOptions(None, None, 1.0, "linear")
@@ -98,8 +221,8 @@ class SamplerInputs:
         inputs = EncodedInputs(
             latent_size=size if sized is None else (sized.shape[3], sized.shape[4]),
             timed=timed,
-            prompts={name: _prompt(text, options) for name, text, options in prompts},
-            negative=_prompt(*single_prompt_of(self.negative, "negative")) if self.negative else None,
+            prompts={name: _prompt(text, options, self.batch_place) for name, text, options in prompts},
+            negative=_prompt(*self.negative[0], self.batch_place) if self.negative else None,
             start=start,
             end=latents(end.latent, 1),
             start_features=start_features,
@@ -108,6 +231,9 @@ class SamplerInputs:
             interpolation=end.interpolation,
             initial=initial,
             given=given,
+            initial_mask=self._mask(),
+            others={each.name: _prompt(each.text, each.options, self.batch_place) for each in self._beside()},
+            guided=self.guided,
         )
         inputs.check_for(config)
         return inputs
@@ -134,15 +260,19 @@ def framepack_model(model: Any) -> StreamedModelPatcher:
     raise ValueError(f"FramePack Sampler (Low VRAM) samples models of {LOADER}: load a FramePack file with that node")
 
 
-def _prompt(text: Tensor, options: dict[str, Any]) -> Prompt:
+def _prompt(text: Tensor, options: dict[str, Any], place: int = 0) -> Prompt:
+    """The prompt of a video of a batch; a CONDITIONING has one for each, or one for all."""
     pooled = options.get("pooled_output")
     if pooled is None:
         raise ValueError(
             "a prompt has no pooled output: encode it with DualCLIPLoader (type hunyuan_video: llava_llama3 and clip_l)"
         )
-    mask = options.get("attention_mask")
-    text = text[:1] if mask is None else text[:1, mask[0].bool()]
-    return Prompt(text.float().cpu(), pooled[:1].float().cpu())
+    mask, guidance = options.get("attention_mask"), options.get("guidance")
+    text = text[place % len(text)]
+    if mask is not None:
+        text = text[mask[place % len(mask)].bool()]
+    pooled = pooled[place % len(pooled)][None]
+    return Prompt(text[None].float().cpu(), pooled.float().cpu(), None if guidance is None else float(guidance))
 
 
 def _features(seen: Any, title: str) -> Tensor:

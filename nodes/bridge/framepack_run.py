@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ...framepack.run.host import RunPlaces
+from ...framepack.run.section_work import Guide
 from ...framepack.sections import FRAMES_PER_SECOND, Section
 from ...framepack.streamed import StreamedFramePack
 from ...framepack.vae.decoding import DecodeBudget
@@ -22,16 +24,21 @@ from ...system.atomic_files import write_file
 from ...video.growing_video import GrowingVideo, Grows
 from . import host
 from .framepack_engine import FramePackEngine
+from .framepack_request import SamplerInputs
+from .identity import UnknownIdentityError
 from .native_vae import native_decoder, vae_fingerprint
 from .patcher import StreamedModelPatcher
-from .patches import patch_identity
+
+logger = logging.getLogger(__name__)
 
 
 class ComfyRunHost:
     """A `RunHost` under ComfyUI's memory management, progress bar and interrupts."""
 
-    def __init__(self, patcher: StreamedModelPatcher, vae: Any):
-        self._patcher, self._vae = patcher, vae
+    def __init__(self, patcher: StreamedModelPatcher, vae: Any, guide: Guide, identity: Sequence[Any] | None):
+        """`identity` tells what nodes gave the MODEL, as JSON values and tensors; None: that cannot be told."""
+        self._patcher, self._vae, self._identity = patcher, vae, tuple(identity or ())
+        self.guide, self.can_resume = guide, identity is not None
         self._engine = cast(FramePackEngine, patcher.engine)
         self._preview: host.SamplingPreview | None = None
 
@@ -41,7 +48,7 @@ class ComfyRunHost:
 
     @property
     def loras(self) -> tuple[Any, ...]:
-        return tuple(patch_identity(self._patcher.patches))
+        return self._identity
 
     @contextmanager
     def running(self, num_steps: int) -> Iterator[None]:
@@ -88,6 +95,17 @@ class ComfyRunHost:
 
     def check_interrupt(self, done: int, total: int) -> None:
         host.check_interrupt(done, total)
+
+
+def comfy_run_host(request: SamplerInputs, vae: Any) -> ComfyRunHost:
+    """The host of a run; one whose nodes cannot be told from others is not taken up again."""
+    guide = request.guide()
+    try:
+        identity = request.identity()
+    except UnknownIdentityError as error:
+        logger.warning("this run's sections are not kept: %s", error)
+        return ComfyRunHost(request.patcher, vae, guide, None)
+    return ComfyRunHost(request.patcher, vae, guide, identity)
 
 
 def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:

@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_base
 import comfy.model_detection
 from torch import nn
 
+from .carried import Refusals
 from .engine import Engine
+from .inside import Inside, read_inside
+
+
+class PartValueError(AttributeError, ValueError):
+    """A node asks for a part that core's network has and ours has not."""
+
+    __module__ = "lowvram_video"
 
 
 class NativeModel(nn.Module):
-    """Our network where core has its own. Its children are the engine's own modules."""
+    """Our network where core has its own. Its children are the engine's own modules.
+
+    `inside` is what runs in the place of parts that nodes replaced, of the MODEL that was loaded last.
+    """
+
+    rotates, guides = False, False  # what of `inside` it does
+    refusals: Refusals = {}  # what it leaves out beside what nobody hears
 
     def __init__(self, engine: Engine[Any]):
         super().__init__()
         self.engine = engine
+        self.inside = Inside()
         self.dtype = engine.streamed.model.execution.dtype
         for name, child in engine.streamed.model.named_children():
             self.add_module(name, child)
+
+    def read_inside(self, patches: Mapping[str, Any]) -> Inside:
+        """What these object patches ask for. ValueError for what is not done here."""
+        return read_inside(patches, self.rotates, self.guides)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise PartValueError(
+                f"a node asks this model for its part {name!r}, which a model of the LowVRAM loader does not have: "
+                "take that node out, or load the file with ComfyUI's own loader"
+            ) from None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.engine.streamed.checkpoint.path.name})"  # not every layer of it
 
 
 def core_model(network: NativeModel, entries: dict[str, Any], unknown: str) -> comfy.model_base.BaseModel:

@@ -12,12 +12,13 @@ import comfy.ldm.common_dit
 import comfy.model_base
 import comfy.patcher_extension
 import torch
-from torch import Tensor
+from comfy.ldm.flux.layers import EmbedND
+from torch import Tensor, nn
 
 from ...wanvideo.network.config import WanConfig
 from ...wanvideo.network.embeddings import AxisPositions
 from ...wanvideo.network.model import Extras
-from .block_patches import BlockPatches, check_patches
+from .block_patches import SUPPORTED, BlockPatches, check_patches
 from .native_model import NativeModel, core_model
 from .wan_engine import WanEngine
 
@@ -40,11 +41,19 @@ def make_model(engine: WanEngine) -> comfy.model_base.BaseModel:
 class NativeWan(NativeModel):
     """What core's BaseModel calls."""
 
+    rotates, guides = True, True
+
     def __init__(self, engine: WanEngine):
         super().__init__(engine)
         self.wan = engine
         config = engine.streamed.config
         self.dim, self.patch_size = config.dim, config.patch_size
+        # what nodes read, and replace, of core's network
+        self.num_heads, self.num_layers, self.ffn_dim = config.num_heads, config.num_layers, config.ffn_dim
+        self.in_dim, self.out_dim, self.text_dim = config.in_channels, config.out_channels, config.text_dim
+        self.text_embedding = TextEmbedding(engine, self.text_embedding)
+        third = 2 * (config.head_dim // 6)
+        self.rope_embedder = EmbedND(config.head_dim, 10000, [config.head_dim - 2 * third, third, third])
 
     def forward(
         self,
@@ -73,16 +82,42 @@ class NativeWan(NativeModel):
         **inputs: Any,
     ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
-        check_patches(options)
+        check_patches(options, SUPPORTED)
         frames, height, width = x.shape[2:]
         latent = self._pad(x)
         if time_dim_concat is not None:
             latent = torch.cat([latent, self._pad(time_dim_concat)], dim=2)
-        extras = self._extras(inputs, options, latent)
-        if extras.reference is not None and timestep.ndim == 2:
-            timestep = torch.cat([timestep[:, :1], timestep], dim=1)
-        velocity = self.wan.run(latent, timestep, context, clip_fea, extras)
+        velocity = self._original(latent, timestep, context, clip_fea=clip_fea, transformer_options=options, **inputs)
         return velocity[:, :, :frames, :height, :width]
+
+    def _original(self, *arguments: Any, **inputs: Any) -> Tensor:
+        """`forward_orig`, or what a node put in its place; ValueError where that needs core's own parts."""
+        try:
+            return self.forward_orig(*arguments, **inputs)
+        except (AttributeError, KeyError, NotImplementedError, TypeError) as error:
+            if "forward_orig" not in vars(self):
+                raise
+            raise ValueError(
+                "a node (such as TeaCache or MagCache) replaces diffusion_model.forward_orig by code that needs "
+                f"ComfyUI's own network ({error}), which is not supported by the LowVRAM loader: use EasyCache"
+            ) from error
+
+    def forward_orig(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        freqs: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Velocity for padded latents, where core's network has its own and nodes put theirs; `freqs` are our own."""
+        options = {} if transformer_options is None else transformer_options
+        extras = self._extras(inputs, options, x)
+        if extras.reference is not None and t.ndim == 2:
+            t = torch.cat([t[:, :1], t], dim=1)
+        return self.wan.run(x, t, context, clip_fea, extras)
 
     def _pad(self, latent: Tensor) -> Tensor:
         return comfy.ldm.common_dit.pad_to_patch_size(latent, self.patch_size)
@@ -101,8 +136,25 @@ class NativeWan(NativeModel):
             reference=reference,
             camera=inputs.get("camera_conditions") if config.camera_channels else None,
             positions=_positions(transformer_options),
+            rotate=self.inside.rotate,
             visitor=BlockPatches(transformer_options, latent, config, reference is not None),
         )
+
+
+class TextEmbedding(nn.Sequential):
+    """The network's text embedding as nodes call it between runs, when its weights are not on the device."""
+
+    def __init__(self, engine: WanEngine, layers: nn.Module):
+        super().__init__(*layers.children())
+        self.engine = engine
+
+    def to(self, *arguments: Any, **named: Any) -> TextEmbedding:
+        """Nothing: its weights come when they are wanted."""
+        return self
+
+    def forward(self, text: Tensor) -> Tensor:
+        """`[B, tokens, text_dim] -> [B, tokens, dim]`."""
+        return self.engine.embed_text(text)
 
 
 def _positions(transformer_options: dict[str, Any]) -> AxisPositions:

@@ -12,15 +12,18 @@ from typing import Any, NoReturn
 import comfy.model_base
 import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from . import host
+from .carried import BYPASS, HOOKED, OWN, check_carried
+from .compile_patches import COMPILE_KEY, compile_settings
 from .engine import Engine
+from .inside import check_dtype, is_inside
 from .native_model import NativeModel
 from .options import StreamOptions
 
-WRAPPER_KEY = "lowvram"
+WRAPPER_KEY = OWN
 
 
 class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -40,15 +43,32 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _check_latent)
 
     @property
-    def engine(self) -> Engine[Any]:
+    def network(self) -> NativeModel:
         network = self.model.diffusion_model
         assert isinstance(network, NativeModel)
-        return network.engine
+        return network
+
+    @property
+    def engine(self) -> Engine[Any]:
+        return self.network.engine
 
     def clone(self, *args: Any, **kwargs: Any) -> StreamedModelPatcher:
+        """A MODEL with the same model and engine. ValueError where one with weights of its own is asked for."""
+        if kwargs.get("force_deepcopy", False):
+            raise ValueError(
+                "a LoRA is trained (Train LoRA) on weights that stay where they are, and a model of the LowVRAM loader "
+                "streams them: load the file with ComfyUI's own loader for that"
+            )
         copy = super().clone(*args, **kwargs)
         copy.options = self.options
         return copy
+
+    def deepclone_multigpu(self, *arguments: Any, **named: Any) -> NoReturn:
+        """ValueError: the engine has one device."""
+        raise ValueError(
+            "a model of the LowVRAM loader runs on the GPU that ComfyUI was started with (--cuda-device), and on no "
+            "other: take Select Model Device or MultiGPU CFG Split out, or load the file with ComfyUI's own loader"
+        )
 
     def with_options(self, **changes: Any) -> StreamedModelPatcher:
         """A clone that runs with these options of `StreamOptions` changed."""
@@ -82,9 +102,39 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(unpatch_weights=False)
             self.patch_model(load_weights=False)
-            self.engine.configure(self.options, self.patches, self.patches_uuid)
+            self.engine.configure(self.run_options, self.patches, self.patches_uuid)
             self.model.current_weight_patches_uuid = self.patches_uuid
+        for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            callback(self, device_to, 0, force_patch_weights, True)
         return 0
+
+    def patch_model(self, *arguments: Any, **named: Any) -> comfy.model_base.BaseModel:
+        """Put object patches in their places, but for those of the network, which does what they ask for itself."""
+        self.check()
+        self.network.inside = self.network.read_inside(self.object_patches)
+        given = self.object_patches
+        self.object_patches = {path: value for path, value in given.items() if not is_inside(path)}
+        try:
+            return super().patch_model(*arguments, **named)
+        finally:
+            self.object_patches = given
+
+    def check(self) -> None:
+        """ValueError, by its name, for the first thing that a node gave this MODEL and a run would leave out."""
+        check_carried(self, self.network.refusals)
+        check_dtype(self.object_patches, self.network.dtype)
+        self.network.read_inside(self.object_patches)
+
+    @property
+    def run_options(self) -> StreamOptions:
+        """The options of a run: also those that other packs' nodes set by their own ways."""
+        compiled = compile_settings(self.model_options)
+        return self.options if compiled is None else dataclasses.replace(self.options, compile=compiled)
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+        """Core's torch.compile of the network or its blocks is done our way: see `run_options`."""
+        if key != COMPILE_KEY:
+            super().add_wrapper_with_key(wrapper_type, key, wrapper)
 
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
@@ -112,15 +162,18 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             "saved or merged: load it with ComfyUI's own loader for that, or use lowvram-video convert"
         )
 
-    state_dict_for_saving = model_state_dict_for_saving = get_key_patches
+    state_dict_for_saving = model_state_dict_for_saving = patch_weight_to_device = get_key_patches
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Tensor]:
+        """The weights' names and shapes. ValueError where those below a prefix are asked for: that is to save them."""
+        if filter_prefix is not None:
+            self.get_key_patches()
+        return super().model_state_dict()
 
     def set_injections(self, key: str, injections: Any) -> None:
         """Core's bypass LoRAs replace `forward` of layers that our blocks do not call."""
         if key == "bypass_lora":
-            raise ValueError(
-                "a LoRA in bypass mode (Load LoRA (Bypass)) is not supported by the LowVRAM loader: load it with Load "
-                "LoRA, which changes no stored weight here either"
-            )
+            raise ValueError(BYPASS)
         super().set_injections(key, injections)
 
     # Sampling
@@ -136,10 +189,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def patch_hooks(self, hooks: Any) -> None:
         """Core would swap weights between prompts: ours are not where it would write them."""
         if hooks is not None and self.get_combined_hook_patches(hooks):
-            raise ValueError(
-                "a LoRA that is hooked to a prompt (Create Hook LoRA) is not supported by the LowVRAM loader: "
-                "load it with Load LoRA, or use ComfyUI's own diffusion model loader"
-            )
+            raise ValueError(HOOKED)
         self.current_hooks = hooks
 
 
@@ -150,5 +200,7 @@ def make_patcher(model: comfy.model_base.BaseModel) -> StreamedModelPatcher:
 
 
 def _check_latent(executor: WrapperExecutor, noise: Tensor, *arguments: Any, **named: Any) -> Tensor:
-    executor.class_obj.model_patcher.engine.check_latent(noise)
+    patcher = executor.class_obj.model_patcher
+    patcher.check()
+    patcher.engine.check_latent(noise)
     return executor(noise, *arguments, **named)

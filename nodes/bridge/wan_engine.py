@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,11 @@ class WanEngine(Engine[StreamedWan]):
                 f"channels: make it with {vae}"
             )
 
+    def embed_text(self, text: Tensor) -> Tensor:
+        """A prompt `[B, tokens, text_dim]` as the network reads it, also between runs."""
+        with self.returning_memory():
+            return self.streamed.embed_text(text)
+
     def run(
         self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
     ) -> Tensor:
@@ -59,13 +65,22 @@ class WanEngine(Engine[StreamedWan]):
             batch = self.streamed.plan.work.batch
             with self.within_budget():
                 if latent.shape[0] <= batch:
-                    return self.streamed(latent, timestep, text, image_tokens, extras)
+                    return self._velocity(latent, timestep, text, image_tokens, extras)
                 velocities = []
                 for first in range(0, latent.shape[0], batch):
                     part = slice(first, first + batch)
                     image = None if image_tokens is None else image_tokens[part]
-                    velocities.append(self.streamed(latent[part], timestep[part], text[part], image, extras.cut(part)))
+                    cut = extras.cut(part)
+                    velocities.append(self._velocity(latent[part], timestep[part], text[part], image, cut))
                 return torch.cat(velocities)
+
+    def _velocity(
+        self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
+    ) -> Tensor:
+        own = self.streamed.model.execution.attention
+        attention = extras.visitor.attention(own)
+        with nullcontext() if attention is own else self.attending(attention):
+            return self.streamed(latent, timestep, text, image_tokens, extras)
 
     def _start(self, latent: Tensor, extras: Extras) -> None:
         """Have the model on the device, planned for this work."""

@@ -5,6 +5,7 @@ Source: Wan-Video/Wan2.1 (`wan/modules/model.py`); parameter names are theirs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,20 @@ class AxisPositions:
 
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+# (t, h, w) positions [1, tokens, 3] -> rotation matrices [1, 1, tokens, head_dim / 2, 2, 2]
+Rotate = Callable[[Tensor], Tensor]
+
+
+def given_angles(grid: tuple[int, int, int], rotate: Rotate, device: torch.device, positions: AxisPositions) -> Rope:
+    """The angles of a (t, h, w) grid whose positions `rotate` turns into rotations."""
+    along = [
+        positions.shift[axis] + positions.scale[axis] * torch.arange(size, dtype=torch.float32, device=device)
+        for axis, size in enumerate(grid)
+    ]
+    matrices = rotate(torch.cartesian_prod(*along)[None])[0, 0].float()
+    return Rope(matrices[..., 0, 0].contiguous(), matrices[..., 1, 0].contiguous())
 
 
 def rotary_angles(

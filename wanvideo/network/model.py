@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...attention.backend import Backend
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.transformer import Transformer
 from ...transformer.workspace import Rows, Workspace
@@ -22,7 +23,15 @@ from ...weights.linear.linear import Linear
 from .blocks import BlockHooks, Context, ControlStream, Pass, WanBlock
 from .camera import CameraAdapter
 from .config import WanConfig
-from .embeddings import AxisPositions, ImageEmbedding, PatchEmbedding, ReferenceEmbedding, rotary_angles
+from .embeddings import (
+    AxisPositions,
+    ImageEmbedding,
+    PatchEmbedding,
+    ReferenceEmbedding,
+    Rotate,
+    given_angles,
+    rotary_angles,
+)
 from .vace import VaceBlock, vace_places
 
 
@@ -32,6 +41,10 @@ class Visitor(BlockHooks):
     def visit(self, name: str, state: Pass, run: Callable[[], None]) -> None:
         """Told of every block in turn by its name ("blocks.3"), with the pass as it stands and what runs the block."""
         run()
+
+    def attention(self, own: Backend) -> Backend:
+        """The attention of the pass, where a host has another than the model's `own`."""
+        return own
 
     def cut(self, part: slice) -> Visitor:
         """The same for some samples of the batch."""
@@ -43,7 +56,8 @@ class Extras:
     """What a variant or a host adds to a pass.
 
     `vace_frames` are control videos with masks, each `[B, vace_channels, T, H, W]`, `vace_strengths` one for each;
-    `reference [B, z, H, W]` is shown as a frame before the first; `camera [B, camera_channels, T, 8H, 8W]` are rays.
+    `reference [B, z, H, W]` is shown as a frame before the first; `camera [B, camera_channels, T, 8H, 8W]` are rays;
+    `rotate` makes a host's own rotations of positions.
     """
 
     vace_frames: tuple[Tensor, ...] = ()
@@ -51,6 +65,7 @@ class Extras:
     reference: Tensor | None = None
     camera: Tensor | None = None
     positions: AxisPositions = field(default_factory=AxisPositions)
+    rotate: Rotate | None = None
     visitor: Visitor = field(default_factory=Visitor)
 
     def cut(self, part: slice) -> Extras:
@@ -112,7 +127,10 @@ class WanModel(Transformer):
         with self.bring((self.time_embedding, self.time_projection), work.pool):
             time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
         rows_per_group = num_rows // time.shape[0]
-        rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
+        if extras.rotate is None:
+            rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
+        else:
+            rope = given_angles(grid, extras.rotate, latent.device, extras.positions)
 
         x = work.gate(self.embed_latent(latent, extras, work))  # [B * tokens, dim]
         controls, visitor = self.embed_controls(x, extras, work), extras.visitor
@@ -166,14 +184,18 @@ class WanModel(Transformer):
         return tuple(streams)
 
     def embed_context(self, text: Tensor, image_tokens: Tensor | None = None) -> Context:
-        """Embed a prompt (and CLIP image tokens, where the model takes them) once, for any number of steps."""
+        """Embed a prompt (and CLIP image tokens, where the model takes them) once, for any number of steps.
+
+        Without a picture's tokens a model that takes them reads the text in their place, as ComfyUI's does.
+        """
         dtype = self.execution.dtype
         image = None
         if self.img_emb is not None and image_tokens is not None:
             with self.bring((self.img_emb,), None):
                 image = self.img_emb(image_tokens.to(dtype).reshape(text.shape[0], -1, image_tokens.shape[-1]))
         with self.bring((self.text_embedding,), None):
-            return Context(self.text_embedding(text.to(dtype)), image)
+            embedded = self.text_embedding(text.to(dtype))
+        return Context(embedded, embedded if self.img_emb is not None and image is None else image)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding `[groups, dim]` and block modulation `[groups, 6, dim]`; one group per timestep.

@@ -33,6 +33,8 @@ IMPOSTORS = (
 class CheckpointError(ValueError):
     """A file that cannot be used: names the file, what it is, what was expected and what to do."""
 
+    __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
 
 @dataclass(frozen=True)
 class TensorInfo:

@@ -11,7 +11,7 @@ import comfy.model_patcher
 import pytest
 import torch
 from test_parity import fun_control_conditions, vace_conditions
-from tiny_models import core, empty_latent, ours, prompts, relative_error, sample, save
+from tiny_models import LATENT_SIZE, core, empty_latent, ours, prompts, relative_error, sample, save
 from torch import Tensor
 
 BOUND = 1e-3
@@ -179,19 +179,35 @@ def test_a_patch_without_a_place_is_refused_in_one_line(models: Path, kind: str)
     assert not recorder.seen
 
 
-def test_replaced_attention_is_refused_in_one_line(models: Path) -> None:
+def test_attention_of_other_networks_blocks_is_refused_in_one_line(models: Path) -> None:
     model = ours(save(models, "t2v"))
     clone = model.clone()
     clone.set_model_attn1_replace(lambda *_: None, "middle", 0, 0)
     with pytest.raises(ValueError, match="patches this model with attn1,"):
         sample(clone, *prompts(), empty_latent())
-    clone = model.clone()
-    clone.model_options["transformer_options"]["optimized_attention_override"] = lambda run, *given, **named: run(
-        *given
-    )
-    with pytest.raises(ValueError, match="attention_mode"):
-        sample(clone, *prompts(), empty_latent())
     assert sample(model, *prompts(), empty_latent()).isfinite().all()
+
+
+@pytest.mark.parametrize("variant", ["t2v", "i2v"])
+def test_an_attention_override_is_called_as_in_cores_model(models: Path, variant: str) -> None:
+    path, seen = save(models, variant), {"ours": [], "core": []}
+
+    def sampled(name: str, model: Any) -> Tensor:
+        def override(run: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **named: Any) -> Tensor:
+            exact = named.get("low_precision_attention", True)
+            seen[name].append((q.shape, k.shape, heads, exact, named["transformer_options"]["block_index"]))
+            return run(q, k * 0.7, v, heads, **named)
+
+        clone = model.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = override
+        given = {"clip_vision_output": None, "concat_latent_image": torch.zeros(1, 16, *LATENT_SIZE)}
+        return sample(clone, *prompts(**(given if variant == "i2v" else {})), empty_latent(), steps=2)
+
+    got, want = sampled("ours", ours(path)), sampled("core", core(path))
+    assert relative_error(got, want) < 1e-5
+    assert relative_error(got, sample(ours(path), *prompts(), empty_latent(), steps=2)) > 1e-4
+    if variant == "t2v":
+        assert sorted(map(str, seen["ours"])) == sorted(map(str, seen["core"]))
 
 
 class StandInVAE:

@@ -1,0 +1,62 @@
+"""Core's seam for other attention: `optimized_attention_override` in the transformer options.
+
+Attention backends, sparse attention and Sage patches of other packs come in there. Such a function sees all queries of
+a group of heads at once, in core's form: `[B, tokens, heads * head_dim]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention.backend import AttentionSpec, Backend
+
+OVERRIDE = "optimized_attention_override"
+
+
+def attention_of(options: dict[str, Any], own: Backend, exact_lengths: Collection[int] = ()) -> Backend:
+    """The attention that these transformer options ask for; `own` where they ask for none.
+
+    Keys of `exact_lengths` tokens are those that core lets no override quantise.
+    """
+    override = options.get(OVERRIDE)
+    return own if override is None else OverriddenAttention(override, options, own, exact_lengths)
+
+
+class OverriddenAttention:
+    """A `Backend` by a function of another pack, which may call ours."""
+
+    name, exact = "override", False
+
+    def __init__(
+        self, override: Callable[..., Tensor], options: dict[str, Any], own: Backend, exact_lengths: Collection[int]
+    ):
+        self._override, self._options, self._own, self._exact = override, options, own, exact_lengths
+
+    def refuse(self, spec: AttentionSpec) -> str | None:
+        return None
+
+    @torch.compiler.disable
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        heads = q.shape[2]
+        arguments: dict[str, Any] = {"transformer_options": self._options, "_inside_attn_wrapper": True}
+        if k.shape[1] in self._exact:
+            arguments["low_precision_attention"] = False
+        if mask is not None:
+            arguments["mask"] = mask
+        flat = (tensor.flatten(2) for tensor in (q, k, v))
+        return self._override(self._by_ours, *flat, heads, **arguments).unflatten(2, (heads, -1))
+
+    def _by_ours(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, *more: Any, **named: Any
+    ) -> Tensor:
+        """What core hands an override as the original: `[B, L, heads * D]`, or `[B, heads, L, D]` by `skip_reshape`."""
+        if named.get("skip_reshape", False):
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        else:
+            q, k, v = (tensor.unflatten(2, (heads, -1)) for tensor in (q, k, v))
+        out = self._own.attend(q, k, v, mask)
+        return out.transpose(1, 2) if named.get("skip_output_reshape", False) else out.flatten(2)
