@@ -24,7 +24,7 @@ from ..sampling.solver import StepInfo
 from ..vae.retries import at_work
 from ..weights.files.fingerprint import fingerprint
 from ..weights.lora.file import LoraChoice, LoraReport
-from .run.section_work import FramePackGuidance, Guide
+from .section_work import FramePackGuidance, Guide
 from .sections import Section
 from .streamed import StreamedFramePack
 from .vae.checkpoint import HUNYUAN_FORMAT

@@ -20,10 +20,10 @@ from ...sampling.solver import StepInfo
 from ..footprint import SectionSize
 from ..network.model import BlockCache, Frames, History, StepCondition
 from ..request import EncodedInputs, Sampling
+from ..section_work import FramePackGuidance, Guide, SectionWork, StepCaches
 from ..sections import SPATIAL_STRIDE, Section, num_frames, section_noise
 from ..streamed import StreamedFramePack
 from .folder import RunStore
-from .section_work import FramePackGuidance, Guide, SectionWork, StepCaches
 
 # (noisy, history, condition, image, cache) -> velocity; a StreamedFramePack that is started, or a model.
 Velocity = Callable[[Frames, History, StepCondition, Tensor | None, BlockCache | None], Tensor]

@@ -14,11 +14,11 @@ from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan
 from ...sampling.solver import StepInfo
 from ...video.growing_video import Grows
+from ..section_work import Guide
 from ..sections import Section
 from ..streamed import StreamedFramePack
 from ..vae.decoding import DecodeBudget
 from ..vae.model import HunyuanVAE
-from .section_work import Guide
 
 
 class Output(Protocol):

@@ -40,23 +40,19 @@ class OverriddenAttention:
         return None
 
     @torch.compiler.disable
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[2]
         arguments: dict[str, Any] = {"transformer_options": self._options, "_inside_attn_wrapper": True}
         if k.shape[1] in self._exact:
             arguments["low_precision_attention"] = False
-        if mask is not None:
-            arguments["mask"] = mask
         flat = (tensor.flatten(2) for tensor in (q, k, v))
         return self._override(self._by_ours, *flat, heads, **arguments).unflatten(2, (heads, -1))
 
-    def _by_ours(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, *more: Any, **named: Any
-    ) -> Tensor:
+    def _by_ours(self, q: Tensor, k: Tensor, v: Tensor, heads: int, *more: Any, **named: Any) -> Tensor:
         """What core hands an override as the original: `[B, L, heads * D]`, or `[B, heads, L, D]` by `skip_reshape`."""
         if named.get("skip_reshape", False):
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         else:
             q, k, v = (tensor.unflatten(2, (heads, -1)) for tensor in (q, k, v))
-        out = self._own.attend(q, k, v, mask)
+        out = self._own.attend(q, k, v)
         return out.transpose(1, 2) if named.get("skip_output_reshape", False) else out.flatten(2)

@@ -295,14 +295,15 @@ class Engine(Generic[S]):
 
     @contextmanager
     def attending(self, backend: Backend) -> Iterator[None]:
-        """Passes in here have this attention, all queries at once."""
+        """Passes in here have this attention, which sees all queries at once."""
         model = self.streamed.model
         own = model.execution
-        model.execution = replace(own, attention=backend)
+        model.execution = mine = replace(own, attention=backend, query_chunk=None)
         try:
             yield
-        finally:
-            model.execution = replace(model.execution, attention=own.attention)
+        finally:  # a pass that ran out of memory may have begun anew, leaner
+            changed = model.execution is not mine
+            model.execution = replace(model.execution, attention=own.attention) if changed else own
 
     @contextmanager
     def within_budget(self) -> Iterator[None]:

@@ -50,7 +50,7 @@ def check_options(conditioning: list[Any], name: str) -> None:
     if len(conditioning) > 1 and not is_guided(conditioning) and not _is_timed(conditioning):
         raise ValueError(
             f"the {name} conditioning has {len(conditioning)} entries (of Conditioning Combine), and FramePack hears "
-            "one prompt at a time: write one prompt, connect FramePack Timed Prompt as positive, or give each its range "
+            "one prompt at a time: write one, connect FramePack Timed Prompt as positive, or give each its range "
             "of steps or its mask"
         )
     for _, options in conditioning:

@@ -17,7 +17,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...framepack.run.section_work import SectionWork
+from ...framepack.section_work import SectionWork
 from ...sampling.guidance import rescale_to_cond
 from .attention_patches import attention_of
 from .framepack_engine import FramePackEngine

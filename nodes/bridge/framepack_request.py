@@ -15,7 +15,7 @@ from ...framepack.network.config import IMAGE_TOKENS
 from ...framepack.network.model import Prompt
 from ...framepack.request import NEGATIVE, EncodedInputs, Sampling
 from ...framepack.run.generation import noise_shift
-from ...framepack.run.section_work import POSITIVE, FramePackGuidance, Guide
+from ...framepack.section_work import POSITIVE, FramePackGuidance, Guide
 from ...framepack.sections import SPATIAL_STRIDE
 from . import host
 from .carried import OPTION, TRANSFORMER, Carry, carried, without_own

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ...framepack.run.host import RunPlaces
-from ...framepack.run.section_work import Guide
+from ...framepack.section_work import Guide
 from ...framepack.sections import FRAMES_PER_SECOND, Section
 from ...framepack.streamed import StreamedFramePack
 from ...framepack.vae.decoding import DecodeBudget

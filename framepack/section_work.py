@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...sampling.guidance import RescaledGuidance
-from ...sampling.samplers import select_sampler
-from ...sampling.solver import Denoiser, OnStep
-from ...sampling.step_cache import TeaCache
-from ..network.model import BlockCache
-from ..request import NEGATIVE, Sampling
-from ..sections import Section
+from ..sampling.guidance import RescaledGuidance
+from ..sampling.samplers import select_sampler
+from ..sampling.solver import Denoiser, OnStep
+from ..sampling.step_cache import TeaCache
+from .network.model import BlockCache
+from .request import NEGATIVE, Sampling
+from .sections import Section
 
 POSITIVE = "positive"  # the schedule's prompt of a section, or its mix of several
 
