@@ -20,6 +20,7 @@ PARTS = {
     "demo": ("LoadDemo",),
     "text_encoder": ("LoadClipGGUF",),
     "lora": ("LoadLora",),
+    "nag": ("NegativeGuidance",),
     "framepack": ("FramePackSampler",),
     "framepack_inputs": ("FramePackEndImage", "TimedPrompts", "NearestBucket"),
     "resumable": ("ResumableSampling",),

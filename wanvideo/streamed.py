@@ -115,16 +115,34 @@ class StreamedWan(StreamedModel[WanModel]):
     ) -> Tensor:
         """The velocity (see `WanModel`); when the device runs out of memory the pass is repeated with a leaner plan."""
         self._plan_for(text, image_tokens)
-        return self.retrying(lambda: self.model(latent, timestep, self.context(text, image_tokens), extras=extras))
 
-    def context(self, text: Tensor, image_tokens: Tensor | None) -> Context:
-        """The embedded prompt, made once for equal input; its keys and values too where the plan says so."""
+        def run() -> Tensor:
+            return self.model(latent, timestep, self.context(text, image_tokens), extras=self._with_context(extras))
+
+        return self.retrying(run)
+
+    def _with_context(self, extras: Extras) -> Extras:
+        """The same, a negative prompt of attention with what is made of it once."""
+        nag = extras.nag
+        if nag is None:
+            return extras
+        return replace(extras, nag=replace(nag, context=self.context(nag.text, None, nag.embedded)))
+
+    def context(self, text: Tensor, image_tokens: Tensor | None, embedded: bool = False) -> Context:
+        """The embedded prompt, made once for equal input; its keys and values too where the plan says so.
+
+        `embedded` text is one that the network need not embed any more.
+        """
         for known_text, known_image, context in self._contexts:
             if _same(known_text, text) and _same(known_image, image_tokens):
                 return context
         self._drop_contexts(len(text))
         device = self.settings.device
-        context = self.model.embed_context(text.to(device), None if image_tokens is None else image_tokens.to(device))
+        if embedded:
+            context = Context(text.to(device, self.model.execution.dtype))
+        else:
+            image = None if image_tokens is None else image_tokens.to(device)
+            context = self.model.embed_context(text.to(device), image)
         if self.plan is not None and self.plan.choice.cache_text_kv:
             context.keys_values = self.visit(lambda block: cast(WanBlock, block).cross_attn.keys_values(context))
         self._contexts.append((text, image_tokens, context))

@@ -30,7 +30,8 @@ from .framepack_conditioning import (
 from .framepack_engine import FramePackEngine
 from .framepack_guide import CoreGuide, GuidedPrompt
 from .framepack_schedule import given_shift
-from .identity import identity_of
+from .identity import identity
+from .nag_options import NAG_KEY
 from .patcher import StreamedModelPatcher
 from .patches import patch_identity
 
@@ -39,6 +40,10 @@ PLAIN = {
     Carry(OPTION, "transformer_options"), Carry(OPTION, "torch_compile_kwargs"), Carry(TRANSFORMER, "wrappers"),
     Carry(TRANSFORMER, "callbacks"), Carry(TRANSFORMER, "patches"), Carry(TRANSFORMER, "patches_replace"),
 }  # fmt: skip
+NAG_REFUSED = (
+    "Negative Guidance (NAG, Low VRAM) guides the cross-attention of Wan models, which FramePack does not have: take "
+    "it out, and set FramePack Sampler's cfg above 1 for a negative prompt"
+)
 LOADER = "Load FramePack Model (Low VRAM)"
 
 
@@ -132,6 +137,8 @@ class SamplerInputs:
     def guided(self) -> bool:
         """Whether anything is there that ComfyUI's own guider hears. ValueError for what nobody would."""
         self.patcher.check()
+        if NAG_KEY in self.patcher.model_options["transformer_options"]:
+            raise ValueError(NAG_REFUSED)
         for name, conditioning in (("positive", self.positive), ("negative", self.negative or [])):
             check_options(conditioning, name)
         nodes = any(carry not in PLAIN for carry in carried(self.patcher))
@@ -144,10 +151,10 @@ class SamplerInputs:
         shift = noise_shift(self.sampling(), self.inputs().latent_size)
         return CoreGuide(self.patcher, self._guided_prompts(POSITIVE), self._guided_prompts(NEGATIVE), shift)
 
-    def identity(self) -> list[Any]:
+    def told(self) -> list[Any]:
         """What the result depends on of the nodes before this one, as JSON values and tensors.
 
-        UnknownIdentityError where one of them cannot be told from others.
+        ValueError where one of them cannot be told from others.
         """
         patches = patch_identity(self.patcher.patches)
         if not self.guided:
@@ -158,7 +165,7 @@ class SamplerInputs:
         heard = [{key: value for key, value in options.items() if key in GUIDED} for options in prompts]
         scale = getattr(self.patcher.get_model_object("model_sampling"), "noise_scale", 1.0)
         code = (options, without_own(self.patcher.wrappers), self.patcher.callbacks, heard, scale)
-        return [*patches, identity_of(code)]
+        return [*patches, identity(code)]
 
     def _guided_prompts(self, kind: str) -> list[GuidedPrompt]:
         """The entries of the positive or the negative conditioning; a schedule of prompts is one of them."""

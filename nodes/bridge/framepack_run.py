@@ -25,7 +25,6 @@ from ...video.growing_video import GrowingVideo, Grows
 from . import host
 from .framepack_engine import FramePackEngine
 from .framepack_request import SamplerInputs
-from .identity import UnknownIdentityError
 from .native_vae import native_decoder, vae_fingerprint
 from .patcher import StreamedModelPatcher
 
@@ -101,8 +100,8 @@ def comfy_run_host(request: SamplerInputs, vae: Any) -> ComfyRunHost:
     """The host of a run; one whose nodes cannot be told from others is not taken up again."""
     guide = request.guide()
     try:
-        identity = request.identity()
-    except UnknownIdentityError as error:
+        identity = request.told()
+    except ValueError as error:  # what is no use was refused above
         logger.warning("this run's sections are not kept: %s", error)
         return ComfyRunHost(request.patcher, vae, guide, None)
     return ComfyRunHost(request.patcher, vae, guide, identity)

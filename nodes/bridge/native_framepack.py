@@ -62,6 +62,7 @@ class NativeFramePack(NativeModel):
         super().__init__(engine)
         config = engine.streamed.config
         self.framepack = engine
+        self.in_channels = config.in_channels
         # what nodes for HunyuanVideo read
         self.params = SimpleNamespace(
             hidden_size=config.dim, num_heads=config.num_heads, axes_dim=list(config.rope_axes), theta=256

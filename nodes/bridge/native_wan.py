@@ -19,6 +19,7 @@ from ...wanvideo.network.config import WanConfig
 from ...wanvideo.network.embeddings import AxisPositions
 from ...wanvideo.network.model import Extras
 from .block_patches import SUPPORTED, BlockPatches, check_patches
+from .nag_options import wan_nag
 from .native_model import NativeModel, core_model
 from .wan_engine import WanEngine
 
@@ -137,6 +138,7 @@ class NativeWan(NativeModel):
             camera=inputs.get("camera_conditions") if config.camera_channels else None,
             positions=_positions(transformer_options),
             rotate=self.inside.rotate,
+            nag=wan_nag(transformer_options, self.inside.nag, latent.shape[0]),
             visitor=BlockPatches(transformer_options, latent, config, reference is not None),
         )
 

@@ -96,15 +96,18 @@ class WanEngine(Engine[StreamedWan]):
             if goes_on and not (new_run and self.could_be_faster(plan)):
                 return
         self.prepare()
-        self.start(self._plan_batch(size, latent.shape[0], controls))
+        self.start(self._plan_batch(size, latent.shape[0], controls, int(extras.nag is not None)))
 
-    def _plan_batch(self, size: tuple[int, int, int], batch: int, controls: int) -> MemoryPlan:
-        """A plan for the batch, or for one sample at a time where only that fits."""
+    def _plan_batch(self, size: tuple[int, int, int], batch: int, controls: int, beside: int) -> MemoryPlan:
+        """A plan for the batch, or for one sample at a time where only that fits.
+
+        `beside` prompts have keys and values, and no pass.
+        """
         # a single sample: cond and uncond probably come one after the other
-        single = self.work_size(size, 1, 2, controls)
+        single = self.work_size(size, 1, 2 + beside, controls)
         if batch == 1:
             return self.plan(single)
         try:
-            return self.plan(self.work_size(size, batch, 1, controls))
+            return self.plan(self.work_size(size, batch, 1 + beside, controls))
         except PlanError:
             return self.plan(single)

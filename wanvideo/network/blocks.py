@@ -7,6 +7,7 @@ inside the projections, the FFN's hidden activations live in the bytes of q, k a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Affine, Scale, parameter
+from ...transformer.nag import NagSettings, guide_
 from ...transformer.transformer import Block
 from ...transformer.workspace import Pair, Workspace, within, writable
 from ...weights.linear.linear import Linear, project_together
@@ -26,10 +28,32 @@ from .config import WanConfig
 
 
 @dataclass(frozen=True)
+class NagKeys:
+    """A negative prompt's `(k, v) [1, L, H, D]` and how its attention guides `samples` of the batch (None: all)."""
+
+    pair: tuple[Tensor, Tensor]
+    settings: NagSettings
+    samples: tuple[bool, ...] | None = None
+
+    def guides(self, sample: int) -> bool:
+        return self.samples is None or self.samples[sample]
+
+
+@dataclass(frozen=True)
+class NagText:
+    """The same, whose keys and values are not made yet: `text [1, L, dim]`."""
+
+    text: Tensor
+    settings: NagSettings
+    samples: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
 class KeysValues:
     """What one block's cross-attention reads: (k, v) pairs `[B, L, H, D]` of the text and, for I2V, the image."""
 
     pairs: list[tuple[Tensor, Tensor]]
+    nag: NagKeys | None = None
 
 
 @dataclass
@@ -42,6 +66,7 @@ class Context:
     text: Tensor
     image: Tensor | None = None
     keys_values: list[KeysValues] | None = None
+    nag: NagText | None = None
 
 
 @dataclass(frozen=True)
@@ -248,7 +273,10 @@ class CrossAttention(nn.Module):
         for span in work.spans():
             make_queries(to_q, self.norm_q.weight, self.eps, normed, None, span, work)
             q = work.queries[: span.stop - span.start]
-            attended = work.attend_rows(q, span, keys_values.pairs)
+            if keys_values.nag is None:
+                attended = work.attend_rows(q, span, keys_values.pairs)
+            else:
+                attended = attend_guided(q, span, keys_values.pairs, keys_values.nag, work)
             project_out(to_out, attended, add, span, work)
 
     def keys_values(self, context: Context) -> KeysValues:
@@ -256,7 +284,11 @@ class CrossAttention(nn.Module):
         pairs = [self._pair(context.text, self.k, self.v, self.norm_k)]
         if context.image is not None:
             pairs.append(self._pair(context.image, self.k_img, self.v_img, self.norm_k_img))
-        return KeysValues(pairs)
+        nag = context.nag
+        if nag is None:
+            return KeysValues(pairs)
+        guide = NagKeys(self._pair(nag.text, self.k, self.v, self.norm_k), nag.settings, nag.samples)
+        return KeysValues(pairs, guide)
 
     def _pair(self, tokens: Tensor, to_k: Linear, to_v: Linear, norm_k: Scale) -> tuple[Tensor, Tensor]:
         k = to_k(tokens)
@@ -285,6 +317,29 @@ class FeedForward(nn.Sequential):
     @property
     def narrow(self) -> Linear:
         return cast(Linear, self[2])
+
+
+def attend_guided(
+    q: Tensor, span: slice, pairs: Sequence[tuple[Tensor, Tensor]], nag: NagKeys, work: Workspace
+) -> Tensor:
+    """Attention of the queries `q [rows, dim]` of a span to text and pictures, that to the text guided.
+
+    The queries for the negative prompt wait in the bytes of self-attention's keys.
+    """
+    text, *pictures = pairs
+    for_negative = work.keys[: q.shape[0]]
+    for_negative.copy_(q)
+    for_pictures = q.clone() if pictures else q
+    attended = work.attend_rows(q, span, [text])
+    batch, tokens = work.rows.batch, work.num_rows // work.rows.batch
+    k, v = (tensor.expand(batch, -1, -1, -1) for tensor in nag.pair)
+    negative = work.attend_rows(for_negative, span, [(k, v)])
+    for sample in range(span.start // tokens, -(-span.stop // tokens)):
+        if nag.guides(sample):
+            first, end = max(span.start, sample * tokens), min(span.stop, (sample + 1) * tokens)
+            chunks = (within(rows, span.start) for rows in work.chunks(first, end))
+            guide_(attended, negative, nag.settings, chunks)
+    return attended.add_(work.attend_rows(for_pictures, span, pictures)) if pictures else attended
 
 
 def make_queries(

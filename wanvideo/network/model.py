@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ...attention.backend import Backend
 from ...transformer.layers import parameter, sinusoidal_embedding
+from ...transformer.nag import NagSettings
 from ...transformer.transformer import Transformer
 from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
-from .blocks import BlockHooks, Context, ControlStream, Pass, WanBlock
+from .blocks import BlockHooks, Context, ControlStream, KeysValues, NagKeys, NagText, Pass, WanBlock
 from .camera import CameraAdapter
 from .config import WanConfig
 from .embeddings import (
@@ -52,12 +53,39 @@ class Visitor(BlockHooks):
 
 
 @dataclass(frozen=True)
+class Nag:
+    """A negative prompt that guides cross-attention (see `transformer/nag.py`), in `samples` of a batch (None: all).
+
+    `text [1, L, text_dim]` is the encoder's, `[1, L, dim]` with `embedded`; `context` is what is made of it once.
+    """
+
+    text: Tensor
+    settings: NagSettings
+    samples: tuple[bool, ...] | None = None
+    embedded: bool = False
+    context: Context | None = None
+
+    def cut(self, part: slice) -> Nag:
+        """The same for some samples of the batch."""
+        return self if self.samples is None else replace(self, samples=self.samples[part])
+
+    def beside(self, shown: KeysValues | Context, index: int) -> KeysValues | Context:
+        """What the block of this number is shown, with the negative prompt beside it."""
+        own = self.context
+        assert own is not None
+        if isinstance(shown, Context):
+            return replace(shown, nag=NagText(own.text, self.settings, self.samples))
+        assert own.keys_values is not None
+        return replace(shown, nag=NagKeys(own.keys_values[index].pairs[0], self.settings, self.samples))
+
+
+@dataclass(frozen=True)
 class Extras:
     """What a variant or a host adds to a pass.
 
     `vace_frames` are control videos with masks, each `[B, vace_channels, T, H, W]`, `vace_strengths` one for each;
     `reference [B, z, H, W]` is shown as a frame before the first; `camera [B, camera_channels, T, 8H, 8W]` are rays;
-    `rotate` makes a host's own rotations of positions.
+    `rotate` makes a host's own rotations of positions, `nag` guides by a negative prompt.
     """
 
     vace_frames: tuple[Tensor, ...] = ()
@@ -66,6 +94,7 @@ class Extras:
     camera: Tensor | None = None
     positions: AxisPositions = field(default_factory=AxisPositions)
     rotate: Rotate | None = None
+    nag: Nag | None = None
     visitor: Visitor = field(default_factory=Visitor)
 
     def cut(self, part: slice) -> Extras:
@@ -76,6 +105,7 @@ class Extras:
             reference=None if self.reference is None else self.reference[part],
             camera=None if self.camera is None else self.camera[part],
             visitor=self.visitor.cut(part),
+            nag=None if self.nag is None else self.nag.cut(part),
         )
 
 
@@ -133,12 +163,15 @@ class WanModel(Transformer):
             rope = given_angles(grid, extras.rotate, latent.device, extras.positions)
 
         x = work.gate(self.embed_latent(latent, extras, work))  # [B * tokens, dim]
+        nag = None if extras.nag is None else self.embed_nag(extras.nag)
         controls, visitor = self.embed_controls(x, extras, work), extras.visitor
         state = Pass(x, time, modulation, rows_per_group, rope, work, controls, visitor)
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
         for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
             shown = context.keys_values[index] if context.keys_values else context
+            if nag is not None and name.startswith("blocks."):
+                shown = nag.beside(shown, index)
             visitor.visit(name, state, partial(block.advance, state, shown))
         patches = self.head(x, time, rows_per_group, work)
         if extras.reference is not None:
@@ -196,6 +229,12 @@ class WanModel(Transformer):
         with self.bring((self.text_embedding,), None):
             embedded = self.text_embedding(text.to(dtype))
         return Context(embedded, embedded if self.img_emb is not None and image is None else image)
+
+    def embed_nag(self, nag: Nag) -> Nag:
+        """The same with its context, where that is not made yet."""
+        if nag.context is not None:
+            return nag
+        return replace(nag, context=Context(nag.text) if nag.embedded else self.embed_context(nag.text))
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding `[groups, dim]` and block modulation `[groups, 6, dim]`; one group per timestep.

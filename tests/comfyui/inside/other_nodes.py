@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fuse_method": "pyramid", "closed_loop": False, "context_stride": 1, "cond_retain_index_list": "",
     },
     "EasyCache": {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0},
+    "FreSca": {"scale_low": 1.2, "scale_high": 1.5, "freq_cutoff": 1},
     "LazyCache": {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0},
     "Epsilon Scaling": {"scaling_factor": 1.05},
     "ModelAttentionBackend": {"attention": "pytorch attention"},
@@ -94,5 +95,6 @@ def patched(node: type[Any], model: Any, settings: dict[str, Any]) -> Any:
             elif "default" in given:
                 inputs[name] = given["default"]
     if hasattr(node, "define_schema"):
-        return node.execute(**inputs).result[0]
+        made = node.execute(**inputs)
+        return getattr(made, "result", made)[0]
     return getattr(node(), node.FUNCTION)(**inputs)[0]
