@@ -13,6 +13,7 @@ from ..memory.report.report import RunReport
 from ..runtime.settings import RunSettings
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
+from ..transformer.nag import NagSettings
 from ..video.writer import VideoWriter, check_writable
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.identity import WanFiles
@@ -81,6 +82,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     wan.add_argument("--guidance-high", type=float, help="the same for the high-noise expert")
     wan.add_argument("--boundary", type=float, help="sigma where the low-noise expert takes over")
     wan.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch instead of in turn")
+    wan.add_argument(
+        "--nag",
+        type=float,
+        metavar="SCALE",
+        help="the negative prompt counts at --guidance 1 too, in attention; 5 to 11 are usual",
+    )
+    wan.add_argument("--nag-tau", type=float, help="how many times as long a token's result may become; 2.5")
+    wan.add_argument("--nag-alpha", type=float, help="how much of the guided result is mixed in; 0.25")
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +172,18 @@ def open_model(options: argparse.Namespace, settings: RunSettings) -> StreamedWa
     return StreamedWan(options.model, settings, vace_module=options.vace_module)
 
 
+def nag_settings(options: argparse.Namespace) -> NagSettings | None:
+    """The settings of --nag; None where it is off. ValueError for those that are no use."""
+    given = {"scale": options.nag, "tau": options.nag_tau, "alpha": options.nag_alpha}
+    if options.nag is None:
+        if options.nag_tau is not None or options.nag_alpha is not None:
+            raise ValueError("--nag-tau and --nag-alpha are settings of --nag: give --nag SCALE too, such as --nag 5")
+        return None
+    settings = NagSettings(**{name: value for name, value in given.items() if value is not None})
+    settings.check()
+    return settings if settings.is_on else None
+
+
 def _request(options: argparse.Namespace) -> WanRequest:
     negative = options.negative_prompt
     return WanRequest(
@@ -182,6 +203,7 @@ def _request(options: argparse.Namespace) -> WanRequest:
         timesteps=options.timesteps,
         image=options.image,
         end_image=options.end_image,
+        nag=nag_settings(options),
         control=options.control,
         reference=options.reference,
         control_strength=options.control_strength,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lowvram_video.cli.wan import nag_settings
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer.nag import NagSettings, guide_
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.network.model import Extras, Nag, WanModel
+from lowvram_video.wanvideo.pipeline import WanPipeline
+from lowvram_video.wanvideo.request import WanRequest
 from torch import Tensor
 
-from .tiny import CONFIGS, randomize
+from .tiny import CONFIGS, randomize, save_files
 
 SETTINGS = NagSettings(7.0, 1.5, 0.4)
 
@@ -70,6 +77,31 @@ def test_without_any_share_it_is_the_model_itself() -> None:
     off = replace(SETTINGS, alpha=0.0)
     assert not off.is_on and not replace(SETTINGS, scale=1.0).is_on
     torch.testing.assert_close(velocity("t2v", negative(None, off), Execution()), velocity("t2v", None, Execution()))
+
+
+def test_the_flags_of_the_command_line() -> None:
+    def flags(**given: float) -> Namespace:
+        return Namespace(**({"nag": None, "nag_tau": None, "nag_alpha": None} | given))
+
+    assert nag_settings(flags()) is None and nag_settings(flags(nag=1.0)) is None
+    assert nag_settings(flags(nag=7.0, nag_tau=1.5, nag_alpha=0.4)) == SETTINGS
+    for wrong in ({"nag_tau": 2.0}, {"nag": -1.0}, {"nag": 5.0, "nag_alpha": 2.0}):
+        with pytest.raises(ValueError, match="nag"):
+            nag_settings(flags(**wrong))
+
+
+def test_a_video_of_the_pipeline(tmp_path: Path) -> None:
+    files = save_files(tmp_path)
+    request = WanRequest("a cat", width=32, height=32, num_frames=5, num_steps=2, guidance=1.0)
+
+    def video(**changes: Any) -> Tensor:
+        return torch.cat([*WanPipeline(files, RunSettings()).generate(replace(request, **changes))]).float()
+
+    plain, guided = video(), video(nag=SETTINGS)
+    assert not torch.equal(plain, guided)
+    assert torch.equal(guided, video(nag=SETTINGS)) and not torch.equal(
+        guided, video(nag=SETTINGS, negative_prompt="x")
+    )
 
 
 @pytest.mark.parametrize("values", [{"scale": -1.0}, {"tau": float("nan")}, {"alpha": 1.5}])

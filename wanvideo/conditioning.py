@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..vae.tiling import encode_fitting
 from .network.config import WanConfig
-from .network.model import Extras
+from .network.model import Extras, Nag
 from .request import WanRequest
 from .vae.model import WanVAE
 
@@ -48,6 +48,7 @@ class Conditions:
     extras: Extras = field(default_factory=Extras)  # control videos of VACE, a reference picture of Fun models
     channels: Tensor | None = None  # [1, c, T, h, w] of models that take more than noise, concatenated to the latent
     first_frame: Tensor | None = None  # [1, z, 1, h, w] of TI2V, held fixed at timestep 0
+    nag: Nag | None = None  # for the passes of the prompt
 
 
 def with_latents(

@@ -29,7 +29,10 @@ def guided(model: StreamedWan, conditions: Conditions, scale: float, batched: bo
             timestep[:, 0] = 0
         if both is not None and len(text) == 2:
             text = both  # one tensor for all steps, so that it is embedded once
-        return model(latent, timestep, text, tokens[len(text)], extras[len(text)])
+        shown = extras[len(text)]
+        if conditions.nag is not None and text is not conditions.uncond:
+            shown = replace(shown, nag=replace(conditions.nag, samples=(True, False)[: len(text)]))
+        return model(latent, timestep, text, tokens[len(text)], shown)
 
     both_passes = Guidance(velocity, conditions.cond, conditions.uncond, scale, batched)
     if first_frame is None:

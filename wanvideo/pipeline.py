@@ -34,6 +34,7 @@ from .footprint import wan_work
 from .given import check_pictures, load_pictures
 from .guided import guided
 from .identity import WanFiles, run_settings
+from .network.model import Nag
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
 from .text.checkpoint import load_text_encoder, open_text_encoder
@@ -165,6 +166,7 @@ class WanPipeline:
         if request.reference is not None:  # a latent frame before the first
             frames += self.vae_config.temporal_stride
         batch, passes = batch_and_passes(request.guided, self.settings.batched_guidance)
+        passes += request.nag is not None  # a prompt more, whose keys and values may be kept
         work = wan_work(self.config, (width, height, frames), batch, passes)
         # one plan for both experts: their blocks differ by their LoRAs alone
         models = [self.high] if self.low is None else [self.high, self.low]
@@ -173,9 +175,11 @@ class WanPipeline:
 
     def _encode(self, request: WanRequest, pictures: Pictures) -> Conditions:
         self.progress.begin("encode")
-        prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
+        prompts = [request.prompt, request.negative_prompt] if request.hears_negative else [request.prompt]
         text = self._encode_text(prompts).to(self.settings.device)
-        conditions = Conditions(text[:1], text[1:] if request.guided else None, self._image_tokens(pictures))
+        nag = None if request.nag is None else Nag(text[1:], request.nag)
+        uncond = text[1:] if request.guided else None
+        conditions = Conditions(text[:1], uncond, self._image_tokens(pictures), nag=nag)
         if self.config.model_type in ("t2v", "ti2v") and pictures.first is None:
             return conditions
         with self._vae_at_work() as vae:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
+from ..transformer.nag import NagSettings
 from .network.config import WanConfig
 from .vae.model import VAEConfig
 
@@ -90,7 +91,8 @@ class WanRequest:
     which `control_fps` frames a second are read, and by so much as `control_strength` says (VACE), and `reference`, a
     picture of what shall be seen. `timesteps` is a distilled model's own
     list, such as (1000, 937.5, 833.3, 625), and replaces `num_steps` and `shift`. `guidance` 1 turns
-    classifier-free guidance off; `guidance_high` is for the high-noise expert.
+    classifier-free guidance off, `nag` has the negative prompt count in attention; `guidance_high` is for the
+    high-noise expert.
     """
 
     prompt: str
@@ -113,6 +115,7 @@ class WanRequest:
     reference: Path | None = None
     control_strength: float | None = None
     control_fps: float | None = None
+    nag: NagSettings | None = None
 
     def completed(self, known: WanDefaults) -> WanRequest:
         """The request with the model's published settings where it has None."""
@@ -142,6 +145,11 @@ class WanRequest:
     def guided(self) -> bool:
         """Whether some step of a completed request is guided, and so takes the negative prompt."""
         return self.guidance != 1 or self.guidance_high not in (None, 1)
+
+    @property
+    def hears_negative(self) -> bool:
+        """Whether the negative prompt counts: by guidance, or in attention."""
+        return self.guided or self.nag is not None
 
 
 def check_experts(request: WanRequest, model: str, experts: bool) -> None:

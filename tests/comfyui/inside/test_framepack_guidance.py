@@ -1,0 +1,115 @@
+"""FramePack's sections guided through ComfyUI: what changes nothing changes nothing, masks keep, batches are videos."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_framepack import SIZE, folders, model, randn, run, said  # noqa: F401 - fixtures
+from tiny_models import relative_error
+from torch import Tensor
+
+SHORT = {"total_second_length": 0.3, "steps": 3}
+GUIDED = SHORT | {"cfg": 3.0, "negative": said(20)}
+EXACT = 1e-4
+
+
+def changed(model: Any, change: Any) -> Any:  # noqa: F811
+    clone = model.clone()
+    change(clone)
+    return clone
+
+
+@pytest.mark.parametrize("settings", [SHORT, GUIDED, GUIDED | {"cfg_rescale": 0.7}, GUIDED | {"use_teacache": True}])
+def test_a_node_that_changes_nothing_changes_nothing(model: Any, settings: dict[str, Any]) -> None:  # noqa: F811
+    nothing = changed(model, lambda clone: clone.set_model_sampler_post_cfg_function(lambda given: given["denoised"]))
+    assert relative_error(run(nothing, **settings), run(model, **settings)) < EXACT
+
+
+def test_a_guidance_function_is_of_what_is_denoised(model: Any) -> None:  # noqa: F811
+    def same(given: dict[str, Any]) -> Tensor:  # of x - denoised, as core has it
+        return given["uncond"] + given["cond_scale"] * (given["cond"] - given["uncond"])
+
+    def twice(given: dict[str, Any]) -> Tensor:
+        return given["uncond"] + 2 * given["cond_scale"] * (given["cond"] - given["uncond"])
+
+    plain = run(model, **GUIDED)
+    assert (
+        relative_error(run(changed(model, lambda m: m.set_model_sampler_cfg_function(same)), **GUIDED), plain) < EXACT
+    )
+    got = run(changed(model, lambda m: m.set_model_sampler_cfg_function(twice)), **GUIDED)
+    assert relative_error(got, run(model, **(GUIDED | {"cfg": 6.0}))) < EXACT
+
+
+def test_a_shift_of_a_node_is_that_of_the_widget(model: Any) -> None:  # noqa: F811
+    from other_nodes import known, patched
+
+    shifted = patched(known()["ModelSamplingSD3"], model, {"shift": 9.0})
+    assert relative_error(run(shifted, **SHORT), run(model, **SHORT, shift=9.0)) < EXACT
+    assert relative_error(run(shifted, **SHORT), run(model, **SHORT)) > EXACT
+    with pytest.raises(ValueError, match="a shift of 9"):
+        run(shifted, **SHORT, shift=3.0)
+
+
+def test_ranges_and_guidance_of_a_prompt(model: Any) -> None:  # noqa: F811
+    whole = [[text, {**options, "start_percent": 0.0, "end_percent": 1.0}] for text, options in said(10)]
+    assert relative_error(run(model, **SHORT, positive=whole), run(model, **SHORT)) < EXACT
+    first = [[text, {**options, "start_percent": 0.0, "end_percent": 0.3}] for text, options in said(10)]
+    then = [[text, {**options, "start_percent": 0.3, "end_percent": 1.0}] for text, options in said(30)]
+    both = run(model, **SHORT, positive=first + then)
+    assert all(relative_error(both, run(model, **SHORT, positive=said(seed))) > EXACT for seed in (10, 30))
+    own = [[text, {**options, "guidance": 3.0}] for text, options in said(10)]
+    assert torch.equal(run(model, **SHORT, positive=own), run(model, **SHORT, guidance_scale=3.0))
+    for options in ({"guidance": None}, {"area": (1, 2, 0, 0)}, {"control": object()}, {"unheard": 1}):
+        with pytest.raises(ValueError, match="FramePack"):
+            run(model, **SHORT, positive=[[text, {**old, **options}] for text, old in said(10)])
+
+
+def test_a_noise_mask_keeps_the_given_video(model: Any) -> None:  # noqa: F811
+    video = randn(1, 16, 4, *SIZE, seed=5)
+    settings = SHORT | {"denoise_strength": 0.7, "latent_window_size": 3}
+
+    def made(mask: Tensor | None) -> Tensor:
+        given = {"samples": video} | ({} if mask is None else {"noise_mask": mask})
+        return run(model, **settings, initial_samples=given, start_latent=None)
+
+    height, width = (8 * side for side in SIZE)
+    assert relative_error(made(torch.ones(1, height, width)), made(None)) < EXACT
+    kept = made(torch.zeros(1, height, width))
+    torch.testing.assert_close(kept[:, :, 1:4], video[:, :, 1:4], rtol=1e-4, atol=1e-4)
+    half = torch.ones(1, height, width)
+    half[:, :, : width // 2] = 0
+    got = made(half)
+    torch.testing.assert_close(
+        got[:, :, 1:4, :, : SIZE[1] // 2], video[:, :, 1:4, :, : SIZE[1] // 2], rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="noise mask"):
+        run(model, **SHORT, start_latent={"samples": video[:, :, :1], "noise_mask": half})
+
+
+def test_a_batch_of_start_latents_is_as_many_videos(model: Any) -> None:  # noqa: F811
+    starts = randn(2, 16, 1, *SIZE, seed=8)
+    both = run(model, **SHORT, start_latent={"samples": starts})
+    assert both.shape[0] == 2
+    for place in range(2):
+        one = run(model, **SHORT, start_latent={"samples": starts[place : place + 1]}, seed=3 + place)
+        assert torch.equal(both[place : place + 1], one)
+    second = {"samples": starts[1:], "batch_index": [1]}
+    assert torch.equal(run(model, **SHORT, start_latent=second), both[1:])
+    with pytest.raises(ValueError, match="batch of 3"):
+        run(
+            model,
+            **SHORT,
+            start_latent={"samples": starts},
+            initial_samples={"samples": randn(3, 16, 4, *SIZE, seed=1)},
+        )
+
+
+def test_runs_of_other_nodes_are_not_taken_for_each_other(model: Any) -> None:  # noqa: F811
+    def scaled(factor: float) -> Any:
+        return changed(model, lambda m: m.set_model_sampler_post_cfg_function(lambda given: given["denoised"] * factor))
+
+    one, other = (run(scaled(factor), **SHORT, resume=True) for factor in (1.0, 0.9))
+    assert not torch.equal(one, other)
+    assert torch.equal(run(scaled(1.0), **SHORT, resume=True), one)
