@@ -50,7 +50,7 @@ def unpatched(path: Path) -> tuple[tuple[Any, Tensor], tuple[Any, Tensor]]:
 
 
 def refusal_of(make: Callable[[], Tensor]) -> str:
-    with pytest.raises(ValueError, match=r"LowVRAM|Low VRAM|FramePack") as error:
+    with pytest.raises(ValueError, match=r"LowVRAM|Low VRAM|FramePack|only works with TeaCacheKJ") as error:
         make()
     assert "\n" not in str(error.value)
     return str(error.value)
