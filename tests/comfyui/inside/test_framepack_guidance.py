@@ -97,7 +97,7 @@ def test_a_batch_of_start_latents_is_as_many_videos(model: Any) -> None:  # noqa
         assert torch.equal(both[place : place + 1], one)
     second = {"samples": starts[1:], "batch_index": [1]}
     assert torch.equal(run(model, **SHORT, start_latent=second), both[1:])
-    with pytest.raises(ValueError, match="batch of 3"):
+    with pytest.raises(ValueError, match="a batch of 2, and another"):
         run(
             model,
             **SHORT,
