@@ -59,6 +59,7 @@ def plain_dialect(checkpoint: Checkpoint, names: Mapping[str, str | None] | None
     `names` are those that the checkpoint's tensors had in the file, `{in the file: now}`: the header's metadata speaks
     in them. Only markers are read. Raises CheckpointError for a format that is not known.
     """
+    refuse_foreign(checkpoint)
     markers = _markers(checkpoint, names or {})
     full_precision = _old_marker_asks_full_precision(checkpoint)
     renamed = checkpoint.renamed(_new_names(checkpoint))
@@ -106,6 +107,30 @@ def _new_names(checkpoint: Checkpoint) -> dict[str, str | None]:
         elif name == OLD_MARKER or name.endswith("." + OLD_MARKER):
             new[name] = None
     return new
+
+
+# Forms of others that no part of this package unpacks, by the end of a name that only they have.
+FOREIGN: Mapping[str, str] = {
+    ".absmax": "in 4 or 8 bits by bitsandbytes",
+    ".quant_map": "in 4 or 8 bits by bitsandbytes",
+    ".qweight": "in 4 bits by SVDQuant (Nunchaku), GPTQ or AWQ",
+    ".wscales": "in 4 bits by SVDQuant (Nunchaku)",
+    ".weight._shift": "in 2 or 4 bits by optimum-quanto",
+    ".weight._qdata": "by torchao",
+    ".weight_qdata": "by torchao",
+    ".weight_global_scale": "in NVFP4 by LightX2V",
+}
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a file whose weights are stored in a form that only another program unpacks."""
+    for name in checkpoint.tensors:
+        how = next((how for end, how in FOREIGN.items() if name.endswith(end)), None)
+        if how is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: its weights are stored {how} ({name}), which is not unpacked here; expected bf16, "
+                "fp16, fp8, int8 or GGUF; choose the fp8 scaled or a GGUF version of the model"
+            )
 
 
 # --- markers ---------------------------------------------------------------------------------------------
