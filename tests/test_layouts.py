@@ -15,7 +15,7 @@ from .layout_files import Made
 from .layout_models import MODELS, reference
 from .layout_rows import PAGE, ROWS, in_page
 
-MOST = 1e-3
+MOST = 1e-4
 
 
 def as_reference(model: str, made: Made) -> Tensor:
