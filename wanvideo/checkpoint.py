@@ -223,14 +223,15 @@ def official_names(names: Iterable[str]) -> dict[str, str]:
 def _from_diffusers(name: str) -> str:
     block = BLOCK.fullmatch(name)
     if block is not None:
-        return f"{block[1]}.{_replace_start(block[2], DIFFUSERS_BLOCK_NAMES)}"
-    return _replace_start(name, DIFFUSERS_NAMES)
+        return f"{block[1]}.{with_start(block[2], DIFFUSERS_BLOCK_NAMES)}"
+    return with_start(name, DIFFUSERS_NAMES)
 
 
-def _replace_start(name: str, table: Mapping[str, str]) -> str:
-    for theirs, official in table.items():
-        if name == theirs or name.startswith(theirs + "."):
-            return official + name[len(theirs) :]
+def with_start(name: str, table: Mapping[str, str]) -> str:
+    """The name with its first parts replaced, where the table has them."""
+    for start, other in table.items():
+        if name == start or name.startswith(start + "."):
+            return other + name[len(start) :]
     return name
 
 

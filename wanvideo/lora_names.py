@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from .checkpoint import DIFFUSERS_BLOCK_NAMES, DIFFUSERS_NAMES
+from .checkpoint import DIFFUSERS_BLOCK_NAMES, DIFFUSERS_NAMES, with_start
 
 BLOCK = re.compile(r"(?P<block>(?:vace_)?blocks\.\d+)\.(?P<rest>.+)")
 # official -> diffusers, by the tables that read diffusers' files
@@ -26,12 +26,5 @@ def wan_aliases(names: Iterable[str]) -> dict[str, str]:
 def _diffusers_name(name: str) -> str:
     match = BLOCK.fullmatch(name)
     if match is None:
-        return _with_start(name, TO_DIFFUSERS)
-    return f"{match['block']}.{_with_start(match['rest'], BLOCK_TO_DIFFUSERS)}"
-
-
-def _with_start(name: str, table: Mapping[str, str]) -> str:
-    for official, theirs in table.items():
-        if name == official or name.startswith(official + "."):
-            return theirs + name[len(official) :]
-    return name
+        return with_start(name, TO_DIFFUSERS)
+    return f"{match['block']}.{with_start(match['rest'], BLOCK_TO_DIFFUSERS)}"

@@ -83,7 +83,7 @@ def _gathered(pieces: Iterator[Tensor], chunk: int) -> Iterator[Tensor]:
     for frames in pieces:
         waiting.append(frames)
         if sum(part.shape[2] for part in waiting) >= chunk:
-            yield torch.cat(waiting, dim=2)
+            yield torch.cat(waiting, dim=2) if len(waiting) > 1 else frames
             waiting.clear()
     if waiting:
         yield torch.cat(waiting, dim=2)

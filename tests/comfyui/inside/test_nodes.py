@@ -176,14 +176,14 @@ def test_a_video_that_the_device_does_not_hold_is_decoded_in_smaller_tiles(
 ) -> None:
     latent = random_latent(size=(2, 24, 24))
     want = DecodeVideo.execute(latent, vae, 128, 0, False).result[0]
-    decode = WanVAE.decode
+    decode = WanVAE.decode_pieces
 
     def small_tiles_only(vae: WanVAE, latent: torch.Tensor, *rest: Any) -> Any:
         if latent.shape[-1] > 16:
             raise torch.cuda.OutOfMemoryError(said) if said.startswith("CUDA") else RuntimeError(said)
         return decode(vae, latent, *rest)
 
-    monkeypatch.setattr(WanVAE, "decode", small_tiles_only)
+    monkeypatch.setattr(WanVAE, "decode_pieces", small_tiles_only)
     assert torch.equal(DecodeVideo.execute(latent, vae, asked, 0, False).result[0], want)
     assert [line.rpartition("in tiles of ")[2] for line in caplog.messages if "while decoding" in line] == told
 
