@@ -14,6 +14,7 @@ from ..wanvideo.text.checkpoint import text_encoder_of
 from ..wanvideo.vae.checkpoint import WAN_FORMAT
 from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.kinds import FileKind, file_kind
+from ..weights.lora.describe import describe_lora
 from .table import FAMILIES, family_of_kind
 
 
@@ -131,9 +132,7 @@ def _describe_other(found: FileKind, checkpoint: Checkpoint) -> Description:
         if patch is not None:
             return Description(title, f"width {patch[0]}, patch {patch[2]}")
     if kind == "lora":
-        down = _first_shape(checkpoint, r"\.(lora_A(\.[^.]+)?|lora_down|lora\.down)(\.weight)?$", 2)
-        dimensions = "" if down is None else f"rank {down[0]}"
-        return Description(title, dimensions, ("the transformer that it was trained on",))
+        return Description(title, describe_lora(checkpoint), ("the transformer that it was trained on",))
     return Description(title)
 
 

@@ -23,7 +23,8 @@ from ..runtime.settings import RunSettings
 from ..sampling.solver import StepInfo
 from ..vae.retries import at_work
 from ..weights.files.fingerprint import fingerprint
-from ..weights.lora.file import LoraChoice, LoraReport
+from ..weights.lora.file import LoraChoice
+from ..weights.lora.report import LoraReport
 from .section_work import FramePackGuidance, Guide
 from .sections import Section
 from .streamed import StreamedFramePack

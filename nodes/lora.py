@@ -58,5 +58,7 @@ class LoadLora(io.ComfyNode):
         copy = patcher.clone()
         if strength:
             file = (str(path), host.model_stamp(lora_name, host.LORA_FOLDER))
-            copy.add_patches(LoraPatches(engine, lora, file).all(), strength)
+            patches = LoraPatches(engine, lora, file)
+            copy.add_patches(patches.updates(), strength)
+            copy.add_patches(patches.changes(), strength)
         return io.NodeOutput(copy, ui=ui.PreviewText(str(lora.report)))

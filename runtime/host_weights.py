@@ -166,10 +166,13 @@ class HostWeights:
             scratch_file.close()
 
     def set_lora_strengths(self, strengths: Sequence[float]) -> bool:
-        """Other strengths, one per LoRA; True where some are merged: their bytes are another source's, to be read."""
+        """Other strengths, one per LoRA; True where some are merged: their bytes are another source's, to be read.
+
+        The model must be stopped where some are.
+        """
         self.loras.set_strengths(strengths)
         if self.loras.are_merged:
-            self.source = self.loras.source()
+            self._adopt(self.loras.source())
         return self.loras.are_merged
 
     def attach_loras(self, loras: Sequence[Lora], strengths: Sequence[float], origin: Source | None = None) -> None:
@@ -193,7 +196,12 @@ class HostWeights:
     def _put_on(self, loras: Sequence[Lora], strengths: Sequence[float], origin: Source) -> None:
         dtype = self._model.execution.dtype
         self.loras = AttachedLoras(self._model, origin, loras, strengths, dtype, self._settings.lora_mode)
-        self.source = self.loras.source() if loras else origin
+        self._adopt(self.loras.source() if loras else origin)
+
+    def _adopt(self, source: TensorSource) -> None:
+        """Read from this source from now on."""
+        self.source = source
+        self.loras.adopt(source.tensors)
         self.layouts = []
         for prefix, block in self._model.ordered_blocks().items():
             names = [name for name in block.state_dict() if not name.startswith(self.parts.unstreamed)]

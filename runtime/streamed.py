@@ -233,6 +233,8 @@ class StreamedModel(Generic[M]):
     def set_lora_strengths(self, strengths: Sequence[float]) -> None:
         """Other strengths, one per LoRA; nothing is read again but what LoRAs are merged into."""
         self.forget_contexts()  # LoRAs change them too
+        if self.weights.loras.are_merged:
+            self.stop()
         if self.weights.set_lora_strengths(strengths):
             self.release()
 

@@ -17,7 +17,8 @@ from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, 
 from lowvram_video.weights.linear.quantize import quantize_checkpoint
 from lowvram_video.weights.lora.attach import AttachedLoras
 from lowvram_video.weights.lora.file import Lora, open_lora
-from lowvram_video.weights.lora.merge import decomposed
+from lowvram_video.weights.lora.low_rank import LowRankPair
+from lowvram_video.weights.lora.update import decomposed
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -149,10 +150,12 @@ def test_every_naming_gives_the_same_update(naming: str, model_file: Path, tmp_p
     path = save_lora(tmp_path / "lora.safetensors", naming)
     lora, want = open_on(model_file, path), make_ours()
     assert lora.report.num_applied == lora.report.num_keys and not lora.report.skipped
-    assert lora.pairs.keys() == want.keys() and not lora.differences
+    assert lora.updates.keys() == want.keys() and not lora.changes
+    read = lora.checkpoint.read
     for layer, (down, up) in want.items():
-        pair = lora.pairs[layer]
-        assert torch.equal(lora.down(pair), down) and torch.equal(lora.up(pair), up), layer
+        pair = lora.updates[layer]
+        assert isinstance(pair, LowRankPair)
+        assert torch.equal(pair.down(read), down) and torch.equal(pair.up(read), up), layer
         assert (pair.rank, pair.scale) == (RANK, ALPHA / RANK)
 
     got, plain = merged(model_file, path, 0.7), make_tensors()
@@ -230,10 +233,12 @@ def test_a_hunyuanvideo_lora_is_split_as_diffusers_splits_it(released: dict[str,
     lora = open_lora(path, released, framepack_aliases(released))
     want = _convert_hunyuan_video_lora_to_diffusers(tensors)
     layers = {name.removeprefix("transformer.").removesuffix(".lora_A.weight") for name in want if ".lora_A." in name}
-    assert lora.pairs.keys() == layers and not lora.report.skipped
-    for layer, pair in lora.pairs.items():
-        assert torch.equal(lora.down(pair), want[f"transformer.{layer}.lora_A.weight"]), layer
-        assert torch.equal(lora.up(pair), want[f"transformer.{layer}.lora_B.weight"]), layer
+    assert lora.updates.keys() == layers and not lora.report.skipped
+    read = lora.checkpoint.read
+    for layer, pair in lora.updates.items():
+        assert isinstance(pair, LowRankPair)
+        assert torch.equal(pair.down(read), want[f"transformer.{layer}.lora_A.weight"]), layer
+        assert torch.equal(pair.up(read), want[f"transformer.{layer}.lora_B.weight"]), layer
     print(
         f"{len(REAL_LAYERS)} layers of HunyuanVideo are {len(layers)} of FramePack, all factors as diffusers has them"
     )
@@ -298,7 +303,7 @@ def test_a_layer_that_is_there_twice_is_taken_once(model_file: Path, tmp_path: P
     keys |= {"double_blocks.0.img_attn_qkv.lora_B.weight": torch.ones(3 * DIM, 1)}
     lora = open_on(model_file, save(tmp_path / "lora.safetensors", keys))
     print(lora.report)
-    assert len(lora.pairs) == 3 and len(lora.report.skipped) == 2  # the first in the file
+    assert len(lora.updates) == 3 and len(lora.report.skipped) == 2  # the first in the file
     assert "double_blocks.0.img_attn_qkv.lora_A.weight is the same" in str(lora.report)
 
 

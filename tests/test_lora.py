@@ -152,16 +152,16 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Tensor]], list[str]]] = {
     ),
     "Flux": (lambda: FLUX, ["a LoRA of another model", "lora_unet_double_blocks_0_img_attn_proj", "no such layer"]),
     "a model": (lambda: {"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, ["no LoRA", "blocks.0.self_attn.q.weight"]),
-    "LoKr": (
+    "half of a LoKr": (
         lambda: {"lora_unet_blocks_0_ffn_0.lokr_w1": torch.zeros(2, 2)},
-        ["a LoKr, which is no LoRA", "ComfyUI's"],
+        ["a LoRA of another model", "half of a LoKr"],
     ),
-    "LoHa": (
+    "half of a LoHa": (
         lambda: {
             "lora_unet_blocks_0_ffn_0.hada_w1_a": torch.zeros(2, 2),
             "lora_unet_blocks_0_ffn_0.alpha": torch.tensor(1.0),
         },
-        ["a LoHa, which is no LoRA", "load it with ComfyUI's LoRA loaders"],
+        ["a LoRA of another model", "half of a LoHa"],
     ),
     "one alpha": (
         lambda: {"blocks.0.ffn.0.alpha": torch.tensor(1.0)},

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from filelock import FileLock
@@ -20,13 +21,15 @@ from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.linear.dialects import plain_dialect
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized
+from lowvram_video.weights.linear.linear import Linear
 from lowvram_video.weights.lora.attach import AttachedLoras
 from lowvram_video.weights.lora.file import LoraChoice, open_lora
-from lowvram_video.weights.lora.merge import decomposed, requantize
+from lowvram_video.weights.lora.merge import requantize
+from lowvram_video.weights.lora.update import decomposed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -169,14 +172,36 @@ def test_one_scale_stays_one_scale(tmp_path: Path) -> None:
     assert error < 0.04
 
 
-def test_packed_weights_take_no_merging(tmp_path: Path) -> None:
-    path, _ = save_gguf(tmp_path / "wan.gguf", "Q4_K")
-    down, up = torch.zeros(4, 256), torch.zeros(256, 4)
-    save_file(
-        {f"blocks.0.self_attn.q.{end}": t for end, t in zip(AB, (down, up), strict=True)}, tmp_path / "l.safetensors"
-    )
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.self_attn\.q\.weight must be merged.*into Q4_K; expected"):
-        StreamedWan(path, RunSettings(lora_mode="merge"), loras=[LoraChoice(tmp_path / "l.safetensors")])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K"])
+def test_what_is_merged_into_a_gguf_is_stored_as_q8_0(tmp_path: Path, quant: str) -> None:
+    path, dense = save_gguf(tmp_path / "wan.gguf", quant)
+    down, up = rand(1, 4, 256) * 20, rand(2, 256, 4) * 20
+    key = "blocks.0.self_attn.q"
+    save_file({f"{key}.{end}": t for end, t in zip(AB, (down, up), strict=True)}, tmp_path / "l.safetensors")
+    choice = LoraChoice(tmp_path / "l.safetensors", 0.5)
+    model = start(StreamedWan(path, RunSettings(lora_mode="merge"), loras=[choice]))
+    layer = model.model.get_submodule(key)
+    assert isinstance(layer, Linear) and layer.format.name == "Q8_0"
+    want = dense.get_submodule(key).weight + 0.5 * up @ down
+    packed = torch.from_numpy(gguf.quants.quantize(want.detach().numpy(), gguf.GGMLQuantizationType.Q8_0))
+    assert torch.equal(layer.weight, packed)
+    model.set_lora_strengths([0.0])  # then the file's own bytes are read
+    start(model)
+    layer = model.model.get_submodule(key)
+    assert layer.format.name == quant and torch.equal(layer.weight, open_checkpoint(path).read(f"{key}.weight"))
+    model.release()
+    model.attach_loras([], [])
+    assert layer.format.name == quant
+
+
+def test_weights_that_take_no_merging_are_named(tmp_path: Path) -> None:
+    info = TensorInfo("layer.weight", torch.uint8, (8, 8), tmp_path / "w.safetensors", 0, 64, "nvfp4", (8, 16))
+    save_file({"layer.diff": torch.zeros(8, 16)}, tmp_path / "l.safetensors")
+    lora = open_lora(tmp_path / "l.safetensors", {"layer.weight": info}, {"layer": "layer"})
+    source = Checkpoint(tmp_path / "w.safetensors", {"layer.weight": info}, {})
+    with pytest.raises(CheckpointError, match=r"layer\.weight must be merged, which cannot be done into .*; expected"):
+        AttachedLoras(torch.nn.Module(), source, [lora], [1.0], torch.float32)
+    path = save_wan(tmp_path / "wan.safetensors")
     with pytest.raises(ValueError, match="lora_mode is 'both'; expected one of auto, side, merge"):
         StreamedWan(path, RunSettings(lora_mode="both"))
 

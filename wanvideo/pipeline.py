@@ -26,7 +26,7 @@ from ..vae.retries import at_work, once_more, pieces_fitting
 from ..vae.tiling import Tile, decode_in
 from ..video.pictures import to_uint8
 from ..weights.files.checkpoint import CheckpointError
-from ..weights.lora.file import LoraReport
+from ..weights.lora.report import LoraReport
 from .clip_vision import FILE_NAME as CLIP_FILE
 from .clip_vision import ClipVisionEncoder
 from .conditioning import Conditions, Pictures, with_latents

@@ -31,6 +31,7 @@ from ...runtime.turns import Turns
 from ...system.device_errors import is_out_of_memory
 from . import host
 from .options import StreamOptions
+from .patch_shapes import fitting
 from .patches import SortedPatches, patched_source, sort_patches
 
 logger = logging.getLogger(__name__)
@@ -265,7 +266,8 @@ class Engine(Generic[S]):
         if wanted is self._applied:
             return
         checkpoint = self.streamed.checkpoint
-        source = patched_source(checkpoint, wanted.merged) if wanted.merged else checkpoint
+        merged = fitting(wanted, checkpoint)
+        source = patched_source(checkpoint, merged) if merged else checkpoint
         self._applied = None  # until all of it is there
         self.streamed.attach_loras(wanted.loras(), wanted.strengths, source)
         self._applied = wanted

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import comfy.weight_adapter
+import torch
 from torch import Tensor
 
-from ...weights.lora.file import Lora, LowRankPair
+from ...weights.files.lora_keys import DOWN, MAGNITUDE
+from ...weights.lora.attach import is_small
+from ...weights.lora.file import Lora
+from ...weights.lora.low_rank import LowRankPair
+from ...weights.lora.update import Additive, Difference, Replacement, Update
 from .engine import Engine
 from .patches import PREFIX
+
+
+class MergedUpdate(comfy.weight_adapter.WeightAdapterBase):  # type: ignore[misc]
+    """An update that is merged as the command line merges it; `tensors` are those that it reads, by key."""
+
+    name = "lowvram_video"
+
+    def __init__(self, update: Update, tensors: Mapping[str, Tensor]):
+        self.update, self.tensors = update, tensors
+        self.loaded_keys = set(tensors)
+        self.weights = [repr(update), *tensors.values()]  # what a result depends on
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Any,
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> Tensor:
+        self.update.merge_(weight, self.tensors.__getitem__, strength)
+        return weight
 
 
 class LoraPatches:
@@ -20,23 +51,32 @@ class LoraPatches:
         self._known, self._tensors = engine.lora_tensors, engine.streamed.checkpoint.tensors
         self._lora, self._file = lora, file
 
-    def all(self) -> dict[str, Any]:
-        """By ComfyUI's key."""
-        patches = {f"{PREFIX}{layer}.weight": self._pair(layer, pair) for layer, pair in self._lora.pairs.items()}
-        for name, difference in self._lora.differences.items():
-            values = self._lora.difference(difference).view(self._shape(name))
-            patches[f"{PREFIX}{name}"] = ("diff", (values,))
-        return patches
+    def updates(self) -> dict[str, Any]:
+        """By ComfyUI's key, what changes layers' weights."""
+        return {f"{PREFIX}{layer}.weight": self._update(layer, update) for layer, update in self._lora.updates.items()}
 
-    def _pair(self, layer: str, pair: LowRankPair) -> Any:
+    def changes(self) -> dict[str, Any]:
+        """By ComfyUI's key, what is added to tensors or takes their place."""
+        return {f"{PREFIX}{name}": self._change(name, change) for name, change in self._lora.changes.items()}
+
+    def _update(self, layer: str, update: Update) -> Any:
+        read = self._lora.checkpoint.read
+        rows, *others = self._shape(f"{layer}.weight")
+        columns = torch.Size(others).numel()
+        beside = isinstance(update, Additive) and update.factors_rank and is_small(update, rows, columns)
+        if not isinstance(update, Additive) or not (beside or isinstance(update, LowRankPair)):
+            return MergedUpdate(update, {key: self._once((key,), partial(read, key)) for key in update.keys.values()})
         # several layers may have rows of one `up`, and share one `down`
-        up = self._once((layer, "up"), lambda: self._lora.up(pair))
-        down = self._once((pair.down,), lambda: self._lora.down(pair))
-        magnitude = None if pair.magnitude is None else self._lora.magnitude(pair)
-        if magnitude is not None:  # a square weight has as many columns as rows: the stored shape tells
-            by_row = magnitude.shape[0] == self._shape(f"{layer}.weight")[0]
-            magnitude = magnitude.reshape(-1, 1) if by_row else magnitude.reshape(1, -1)
-        return comfy.weight_adapter.LoRAAdapter(set(), (up, down, pair.scale * pair.rank, None, magnitude, None))
+        up = self._once((layer, "up"), lambda: update.up(read))
+        down = self._once((update.keys.get(DOWN, layer), "down"), lambda: update.down(read))
+        magnitude = update.magnitude(read, rows, columns) if MAGNITUDE in update.keys else None
+        return comfy.weight_adapter.LoRAAdapter(set(), (up, down, update.scale * update.rank, None, magnitude, None))
+
+    def _change(self, name: str, change: Difference | Replacement) -> Any:
+        values = change.values(self._lora.checkpoint.read).view(self._shape(name))
+        if isinstance(change, Replacement):
+            return "set", (values,)
+        return "diff", (values if change.scale == 1.0 else values * change.scale,)
 
     def _once(self, name: tuple[str, ...], read: Callable[[], Tensor]) -> Tensor:
         key = (*self._file, *name)

@@ -14,9 +14,12 @@ import comfy.weight_adapter
 from torch import Tensor, nn
 
 from ...weights.files.checkpoint import Checkpoint
+from ...weights.files.lora_keys import DOWN, UP
 from ...weights.linear.linear import Linear
-from ...weights.lora.file import Lora, LoraReport, LowRankPair
+from ...weights.lora.file import Lora
+from ...weights.lora.low_rank import LowRankPair
 from ...weights.lora.merged_source import Change, MergedSource, refusal
+from ...weights.lora.report import LoraReport
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class SortedPatches:
         loras = []
         for layer, patch in self.low_rank:
             factors = PatchFactors(IN_MEMORY, {}, {}, patch.up, patch.down)
-            pair = LowRankPair("down", "up", patch.down.shape[0], patch.scale)
+            pair = LowRankPair({DOWN: DOWN, UP: UP}, patch.scale, (), patch.down.shape[0])
             loras.append(Lora(factors, {layer: pair}, {}, LoraReport(IN_MEMORY, 1, {})))
         return loras
 
@@ -77,7 +80,7 @@ class PatchFactors(Checkpoint):
     down: Tensor
 
     def read(self, name: str) -> Tensor:
-        return self.up if name == "up" else self.down
+        return self.up if name == UP else self.down
 
 
 def sort_patches(patches: Mapping[str, Sequence[Any]], model: nn.Module) -> SortedPatches:
@@ -127,7 +130,7 @@ def patched_source(checkpoint: Checkpoint, patches: Mapping[str, Sequence[Any]])
         if (stored := refusal(checkpoint, name)) is not None:
             raise ValueError(
                 f"{checkpoint.path.name} stores {name} as {stored}, into which this LoRA (LoHa, LoKr, DoRA or a "
-                "difference) cannot be merged: use a plain LoRA, or the bf16, fp16, fp8 or int8 file of this model"
+                "difference) cannot be merged: use a plain LoRA, or this model in bf16, fp16, fp8, int8 or GGUF"
             )
         changes[name] = partial(_patch, patches=list(found), key=key)
     rounded = any(checkpoint.tensors[name].dtype.itemsize == 1 for name in changes)

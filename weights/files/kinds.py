@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .checkpoint import Checkpoint, CheckpointError, some_names
+from .lora_keys import is_lora, lora_title
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,11 @@ class WantedKind:
 
 
 HUNYUAN = FileKind("hunyuan transformer", "a HunyuanVideo transformer")
-LORA, DIFFERENCES = FileKind("lora", "a LoRA"), FileKind("lora", "a LoRA (full differences)")
 NOT = "not "
 
 # All fragments must occur in the names (or must not, with NOT before them); each name has a newline and a dot before it
 # and a newline after it.
 FINGERPRINTS: tuple[tuple[FileKind, tuple[str, ...]], ...] = (
-    (LORA, (".lora_A",)),
-    (LORA, (".lora_B",)),
-    (LORA, (".lora_down.",)),
-    (LORA, (".lora_up.",)),
-    (LORA, (".lora.down.",)),
-    (LORA, (".lora.up.",)),
-    (FileKind("lora", "a LoKr, a kind of LoRA"), (".lokr_",)),
-    (FileKind("lora", "a LoHa, a kind of LoRA"), (".hada_",)),
-    (DIFFERENCES, (".diff\n",)),
-    (DIFFERENCES, (".diff_b\n",)),
-    (DIFFERENCES, (".diff_m\n",)),
     (FileKind("wan vace module", "a Wan VACE module without its transformer"), (".vace_blocks.0.", NOT + ".blocks.0.")),
     (
         FileKind("unknown", "an audio module for Wan (MultiTalk, InfiniteTalk)"),
@@ -97,6 +86,8 @@ SLOTS: Mapping[str, str] = {
 def file_kind(names: Iterable[str]) -> FileKind:
     """What kind of model a file with these tensor names (in any layout) is."""
     names = list(names)
+    if is_lora(names):
+        return FileKind("lora", lora_title(names))
     text = "\n." + "\n.".join(names) + "\n"
     for kind, fragments in FINGERPRINTS:
         if all((part.removeprefix(NOT) in text) != part.startswith(NOT) for part in fragments):

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..files.checkpoint import CheckpointError, TensorInfo
 from ..kernels.low_rank_ops import select_low_rank_ops
-from ..linear.formats import meta_parameter
+from ..linear.formats import format_for, meta_parameter
 from ..linear.linear import Linear
 from ..linear.low_rank import DOWN, SCALE, UP
-from .file import Difference, Lora, LowRankPair
-from .merge import merge_difference_, merge_pair_
+from .file import Lora
+from .low_rank import LowRankPair
 from .merged_source import MergedSource, Source, made_from, refusal
+from .update import Additive, Change
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,11 @@ logger = logging.getLogger(__name__)
 LORA_MODES = ("auto", "side", "merge")
 
 
-T = TypeVar("T", bound=LowRankPair | Difference)
+# What is no pair of factors in its file runs beside its layer while its rank is at most this share of the weight's
+# smaller side: at a larger one the two products cost more than merging is worth.
+LARGEST_RANK = 0.25
+
+T = TypeVar("T", bound=Change)
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,7 @@ class Part(Generic[T]):
     what: T
 
 
-Share = Part[LowRankPair]  # of a layer's low-rank update
-Change = Part[LowRankPair | Difference]  # merged into a tensor
+Share = Part[Additive]  # of a layer's low-rank update
 
 
 class AttachedLoras:
@@ -65,7 +69,7 @@ class AttachedLoras:
         self.loras, self.strengths = tuple(loras), tuple(strengths)
         self._model, self._origin, self._dtype = model, source, dtype
         self._shares: dict[str, tuple[Share, ...]] = {}
-        self._changes: dict[str, tuple[Change, ...]] = {}
+        self._changes: dict[str, tuple[Part[Change], ...]] = {}
         self._sort(mode)
         self._check_merged(mode)
         for layer in self._shares:
@@ -92,6 +96,16 @@ class AttachedLoras:
             if any(strengths[change.number] for change in found)
         }
         return LoraSource(self._origin, changes, self.loras, self._shares, self._dtype)
+
+    def adopt(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Have linear layers hold what a source stores for them, where merging changed that; the model is stopped."""
+        for name, module in self._model.named_modules():
+            if not isinstance(module, Linear):
+                continue
+            info = tensors.get(f"{name}.weight")
+            if info is not None and (info.shape, info.dtype) != (tuple(module.weight.shape), module.weight.dtype):
+                module.format = format_for(info)
+                module.register_parameter("weight", meta_parameter(info))
 
     def place(self, device: torch.device) -> None:
         """Have the strengths on the device where the layers run, and what is fastest there beside them."""
@@ -136,16 +150,16 @@ class AttachedLoras:
 
     def _sort(self, mode: str) -> None:
         shares: defaultdict[str, list[Share]] = defaultdict(list)
-        changes: defaultdict[str, list[Change]] = defaultdict(list)
-        linear = {name for name, module in self._model.named_modules() if isinstance(module, Linear)}
+        changes: defaultdict[str, list[Part[Change]]] = defaultdict(list)
+        linear = {name: module for name, module in self._model.named_modules() if isinstance(module, Linear)}
         for number, lora in enumerate(self.loras):
-            for layer, pair in lora.pairs.items():
-                if mode != "merge" and pair.magnitude is None and layer in linear:
-                    shares[layer].append(Share(number, pair))
+            for layer, update in lora.updates.items():
+                if layer in linear and isinstance(update, Additive) and runs_beside(update, linear[layer], mode):
+                    shares[layer].append(Share(number, update))
                 else:
-                    changes[f"{layer}.weight"].append(Change(number, pair))
-            for name, difference in lora.differences.items():
-                changes[name].append(Change(number, difference))
+                    changes[f"{layer}.weight"].append(Part(number, update))
+            for name, change in lora.changes.items():
+                changes[name].append(Part(number, change))
         self._shares = {layer: tuple(found) for layer, found in shares.items()}
         self._changes = {name: tuple(found) for name, found in changes.items()}
 
@@ -160,7 +174,7 @@ class AttachedLoras:
             if (stored := refusal(self._origin, name)) is not None:
                 raise CheckpointError(
                     f"{path}: what it has for {name} must be merged, which cannot be done into {stored}; expected "
-                    "weights in bf16, fp16, fp8 or int8; use such a file of the model, or leave this LoRA out"
+                    "weights in bf16, fp16, fp8, int8 or GGUF; use such a file of the model, or leave this LoRA out"
                 )
 
 
@@ -197,19 +211,28 @@ class LoraSource(MergedSource):
         first = 0
         for share in self._shares[layer]:
             lora, rank = self._loras[share.number], share.what.rank
-            factor = lora.down(share.what) if leaf == DOWN else lora.up(share.what)
+            read = lora.checkpoint.read
+            factor = share.what.down(read) if leaf == DOWN else share.what.up(read)
             whole.narrow(0 if leaf == DOWN else 1, first, rank).copy_(factor)
             first += rank
 
 
-def merge(weight: Tensor, loras: Sequence[Lora], strengths: Sequence[float], changes: Sequence[Change]) -> Tensor:
+def runs_beside(update: Additive, layer: Linear, mode: str) -> bool:
+    """Whether an update runs beside its layer, rather than being merged."""
+    if mode == "merge" or not update.factors_rank:
+        return False
+    return mode == "side" or is_small(update, layer.out_features, layer.in_features)
+
+
+def is_small(update: Additive, num_rows: int, num_columns: int) -> bool:
+    """Whether a layer's own product costs more than that of an update's factors; those that a file has always count."""
+    return isinstance(update, LowRankPair) or update.factors_rank <= LARGEST_RANK * min(num_rows, num_columns)
+
+
+def merge(weight: Tensor, loras: Sequence[Lora], strengths: Sequence[float], changes: Sequence[Part[Change]]) -> Tensor:
     """`weight` fp32, in place, with what LoRAs merge into it."""
     for change in changes:
-        lora, strength = loras[change.number], strengths[change.number]
-        if isinstance(change.what, Difference):
-            merge_difference_(weight, lora, change.what, strength)
-        else:
-            merge_pair_(weight, lora, change.what, strength)
+        change.what.merge_(weight, loras[change.number].checkpoint.read, strengths[change.number])
     return weight
 
 

@@ -1,38 +1,21 @@
-"""Arithmetic of merging a LoRA into a dense fp32 weight, and of quantising the result again."""
+"""Storing a weight, into which something was merged, in its form again."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..files.checkpoint import TensorInfo
+from ..kernels.gguf_reference import BLOCK_TYPES
 from ..kernels.row_reference import LARGEST, quantized, row_scales
+from ..linear.formats import format_for
 from ..linear.fp8 import Fp8Dequantized
+from ..linear.gguf import Q8_0, GgufFormat, pack_q8_0
 from ..linear.int8 import Int8Dequantized, rotate, rotation_matrix
 from ..linear.weight_format import Plain, WeightFormat
-from .file import Difference, Lora, LowRankPair
-
-
-def merge_pair_(weight: Tensor, lora: Lora, pair: LowRankPair, strength: float) -> None:
-    """`weight [out, ...]` fp32 in place."""
-    flat = weight.view(weight.shape[0], -1)
-    up, down = lora.up(pair).float(), lora.down(pair).float()
-    if pair.magnitude is None:
-        flat.addmm_(up, down, alpha=pair.scale * strength)
-        return
-    changed = decomposed(flat.addmm(up, down, alpha=pair.scale), lora.magnitude(pair).float())
-    flat.lerp_(changed, strength)
-
-
-def merge_difference_(weight: Tensor, lora: Lora, difference: Difference, strength: float) -> None:
-    """`weight` fp32 in place."""
-    weight.add_(lora.difference(difference).float().view(weight.shape), alpha=strength)
-
-
-def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """`weight [out, in]` with rows, or columns, of the lengths `magnitude`. Source: DoRA, arXiv 2402.09353."""
-    by_row = magnitude.shape[0] == weight.shape[0]
-    lengths = weight.norm(dim=1 if by_row else 0, keepdim=True)
-    return weight * (magnitude.reshape(lengths.shape) / lengths.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def can_requantize(form: WeightFormat, dtype: torch.dtype) -> bool:
@@ -42,8 +25,29 @@ def can_requantize(form: WeightFormat, dtype: torch.dtype) -> bool:
     return isinstance(form, Fp8Dequantized | Int8Dequantized)
 
 
+def stored_after(info: TensorInfo) -> TensorInfo | None:
+    """How a tensor is stored once something was merged into it; None where it can not be.
+
+    GGUF's packed types become Q8_0, the most accurate of them: the search for the best values of a smaller one takes
+    too long for a model that is being read.
+    """
+    form = format_for(info)
+    if can_requantize(form, info.dtype):
+        return info
+    if not isinstance(form, GgufFormat) or info.logical_shape is None:
+        return None
+    rows, columns = info.logical_shape
+    block = BLOCK_TYPES[Q8_0]
+    if columns % block.elements:
+        return None
+    shape = rows, columns // block.elements * block.nbytes
+    return replace(info, quant=Q8_0, shape=shape, nbytes=math.prod(shape))
+
+
 def requantize(weight: Tensor, form: WeightFormat, dtype: torch.dtype, num_scales: int) -> tuple[Tensor, Tensor | None]:
     """A dense `weight` in a stored form again: its values, and fresh scales (one, or `[out]`) where it has some."""
+    if isinstance(form, GgufFormat):
+        return pack_q8_0(weight), None
     if isinstance(form, Plain):
         largest = LARGEST.get(dtype)
         # a cast past the largest number of fp8 is NaN

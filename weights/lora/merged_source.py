@@ -16,7 +16,7 @@ from ...system.host_memory import allocate_bytes
 from ..files.checkpoint import TensorInfo
 from ..linear.formats import format_for
 from ..linear.made_pairs import MadePairs
-from .merge import can_requantize, requantize
+from .merge import requantize, stored_after
 
 SCALE = "weight_scale"
 Change = Callable[[Tensor], Tensor]  # a dense fp32 weight, which it may write over -> the changed one
@@ -41,8 +41,11 @@ class MergedSource:
         self._origin, self._changes = origin, changes
         self._pairs = MadePairs()
         self._lock = threading.Lock()  # one weight in fp32 at a time
-        made = {name: replace(info, file=made_from(info.file)) for name in changes for info in [origin.tensors[name]]}
-        self.tensors: dict[str, TensorInfo] = {**origin.tensors, **made}
+        self.tensors: dict[str, TensorInfo] = dict(origin.tensors)
+        for name in changes:
+            info = stored_after(origin.tensors[name])
+            assert info is not None, "no refusal"
+            self.tensors[name] = replace(info, file=made_from(info.file))
 
     @torch.inference_mode()
     def read_into(self, name: str, out: Tensor) -> None:
@@ -59,8 +62,10 @@ class MergedSource:
     def _change(self, name: str, out: Tensor) -> Tensor:
         """Write a changed tensor to `out [bytes]`; returns the scale beside it, empty where it has none."""
         info, scale = self._origin.tensors[name], scale_of(self._origin, name)
-        self._origin.read_into(name, out)
-        packed = {"weight": out.view(info.dtype).view(info.shape)}
+        made = self.tensors[name]
+        stored = out if info.nbytes == made.nbytes else allocate_bytes(info.nbytes)
+        self._origin.read_into(name, stored)
+        packed = {"weight": stored.view(info.dtype).view(info.shape)}
         if scale is not None:
             raw = allocate_bytes(scale.nbytes)
             self._origin.read_into(f"{name.rpartition('.')[0]}.{SCALE}", raw)
@@ -70,7 +75,7 @@ class MergedSource:
             changed = self._changes[name](form.dequantize(packed, torch.float32).clone())
             num_scales = packed[SCALE].numel() if scale is not None else 0
             values, scales = requantize(changed, form, info.dtype, num_scales)
-            packed["weight"].copy_(values)
+            out.view(made.dtype).view(made.shape).copy_(values)
         if scale is None:
             return torch.empty(0)
         return packed[SCALE] if scales is None else scales.to(scale.dtype)
@@ -79,7 +84,7 @@ class MergedSource:
 def refusal(source: Source, name: str) -> str | None:
     """How a tensor is stored, where it can not be changed and stored so again."""
     info = source.tensors[name]
-    if can_requantize(format_for(info), info.dtype):
+    if stored_after(info) is not None:
         return None
     return info.quant or str(info.dtype).removeprefix("torch.")
 

@@ -1,47 +1,13 @@
-"""The names in LoRA files: which layer of the model a key is about, and which part of its LoRA.
+"""The names in LoRA files: which layer of the model the stem of a key is about (`weights/files/lora_keys.py`).
 
-A key is a stem and an ending, `diffusion_model.blocks.0.self_attn.q` and `.lora_A.weight`. The stem is a layer's name
-in any of the model's layouts, behind a trainer's prefixes, with dots or with underscores. A layer of another layout may
-be several of the model's in one, such as the projections to q, k and v.
+A stem is a layer's name in any of the model's layouts, behind a trainer's prefixes, with dots or with underscores. A
+layer of another layout may be several of the model's in one, such as the projections to q, k and v.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-# The parts of a LoRA. The last three are added to a weight, a bias and a modulation as they are.
-DOWN, UP, ALPHA, MAGNITUDE, DIFF, DIFF_BIAS, DIFF_MODULATION = (
-    "down", "up", "alpha", "magnitude", "diff", "diff_b", "diff_m",
-)  # fmt: skip
-
-ENDINGS: Mapping[str, str] = {
-    ".lora_A.weight": DOWN,
-    ".lora_A": DOWN,
-    ".lora_down.weight": DOWN,
-    ".lora.down.weight": DOWN,
-    ".lora_B.weight": UP,
-    ".lora_B": UP,
-    ".lora_up.weight": UP,
-    ".lora.up.weight": UP,
-    ".alpha": ALPHA,
-    ".dora_scale": MAGNITUDE,
-    ".lora_magnitude_vector": MAGNITUDE,
-    ".lora_magnitude_vector.weight": MAGNITUDE,
-    ".diff": DIFF,
-    ".diff_b": DIFF_BIAS,
-    ".diff_m": DIFF_MODULATION,
-}
-
-# PEFT puts an adapter's name in between: `.lora_A.default.weight`.
-_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.weight")
-
-# Decompositions that are no low-rank pairs, by how the last part of their keys begins.
-FOREIGN_KINDS: Mapping[str, str] = {"hada_": "LoHa", "lokr_": "LoKr"}
-
-# What a difference is added to, after the stem; a stem may also be a tensor's whole name.
-DIFFERENCE_LEAVES: Mapping[str, str] = {DIFF: "weight", DIFF_BIAS: "bias", DIFF_MODULATION: "modulation"}
 
 
 @dataclass(frozen=True)
@@ -58,23 +24,33 @@ class LayerPart:
 # Every dotted name of a layer or tensor -> its official name, or the layers that it is in one.
 Aliases = Mapping[str, str | tuple[LayerPart, ...]]
 
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "model.")
-UNDERSCORED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # "lora_unet__" too
+PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "transformer_2.",  # the low-noise expert's in diffusers
+    "pipe.dit.",
+    "pipe.dit2.",
+    "pipe.vace.",
+    "dit.",
+    "unet.",
+    "model.",
+    "module.",
+)
+# "lora_unet__" too
+UNDERSCORED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "Hunyuan_video_I2V_lora_", "Hunyuan_video_lora_")
+# What PyTorch puts into names while it trains.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-def split_key(key: str) -> tuple[str, str] | None:
-    """The stem of a key and the part that it holds; None where the ending is not known."""
-    key = _ADAPTER.sub(r"\1.weight", key)
-    for ending, part in ENDINGS.items():
-        if key.endswith(ending):
-            return key.removesuffix(ending), part
-    return None
-
-
-def foreign_kind(key: str) -> str | None:
-    """LoHa or LoKr, where a key is of one."""
-    last = key.rpartition(".")[2]
-    return next((kind for start, kind in FOREIGN_KINDS.items() if last.startswith(start)), None)
+def without_prefixes(stem: str) -> str:
+    """A stem as its trainer's model calls it."""
+    for wrapper in WRAPPERS:
+        stem = stem.replace(wrapper, "")
+    while (prefix := next((prefix for prefix in PREFIXES if stem.startswith(prefix)), None)) is not None:
+        stem = stem.removeprefix(prefix)
+    return stem
 
 
 class LayerNames:
@@ -92,15 +68,11 @@ class LayerNames:
         return (LayerPart(found),) if isinstance(found, str) else found
 
     def _alias(self, stem: str) -> str | tuple[LayerPart, ...] | None:
-        found = self._dotted.get(stem)
-        while found is None:
-            prefix = next((prefix for prefix in PREFIXES if stem.startswith(prefix)), None)
-            if prefix is None:
-                break
-            stem = stem.removeprefix(prefix)
-            found = self._dotted.get(stem)
+        plain = without_prefixes(stem)
+        found = self._dotted.get(plain)
         if found is not None:
             return found
         for prefix in UNDERSCORED_PREFIXES:
-            stem = stem.removeprefix(prefix)
-        return self._underscored.get(stem.lstrip("_"))
+            plain = plain.removeprefix(prefix)
+        # some files have dots in a part of a name only: lora_unet_blocks_0.self_attn.q
+        return self._underscored.get(plain.replace(".", "_").lstrip("_"))

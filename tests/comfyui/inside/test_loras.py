@@ -16,12 +16,13 @@ import torch
 from lowvram_pack.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_pack.memory.plan.footprint import Limits, WorkSize
 from lowvram_pack.nodes.block_swap import BlockSwap
+from lowvram_pack.nodes.bridge.patches import patched_source
 from lowvram_pack.nodes.demo import LoadDemo
 from lowvram_pack.nodes.loaders import LoadWanModel
 from lowvram_pack.runtime.settings import RunSettings
 from lowvram_pack.wanvideo.network.model import Extras
 from lowvram_pack.wanvideo.streamed import StreamedWan
-from lowvram_pack.weights.files.checkpoint import Checkpoint
+from lowvram_pack.weights.files.checkpoint import Checkpoint, TensorInfo
 from lowvram_pack.weights.lora.file import LoraChoice
 from safetensors.torch import load_file, save_file
 from test_native_nodes import lora
@@ -80,7 +81,7 @@ def loaded(model: Any, strength: float, name: str = "plain.safetensors") -> Any:
     return nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, strength)[0]
 
 
-def loha(model: Any, layer: str = "blocks.0.self_attn.q") -> Any:
+def loha(model: Any, layer: str = "blocks.0.self_attn.q", strength: float = 1.0) -> Any:
     generator = torch.Generator().manual_seed(4)
     key = f"diffusion_model.{layer}"
     tensors = {
@@ -88,7 +89,7 @@ def loha(model: Any, layer: str = "blocks.0.self_attn.q") -> Any:
         for n in (1, 2)
         for side in "ab"
     }
-    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)[0]
+    return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
 
 
 def test_gguf_files_are_listed(models: Path) -> None:
@@ -97,7 +98,7 @@ def test_gguf_files_are_listed(models: Path) -> None:
     inputs = {given.id: given for given in LoadWanModel.GET_SCHEMA().inputs}
     assert path.name in inputs["model_name"].options
     assert "notes.txt" not in inputs["model_name"].options
-    assert inputs["quantization"].options == ["none", "fp8", "fp8_fast", "int8"]
+    assert inputs["quantization"].options == ["none", "fp8", "fp8_fast", "int8", "4bit_fast"]
     assert (
         relative_error(*(sample(ours(each), *prompts(), empty_latent()) for each in (path, save(models, "t2v")))) < 0.02
     )
@@ -190,12 +191,62 @@ def test_a_lora_in_bypass_mode_is_refused_in_one_line(models: Path, lora_file: P
         comfy.sd.load_bypass_lora_for_models(model, None, tensors, 1.0, 0.0)
 
 
-def test_loha_on_gguf_is_refused_in_one_line(models: Path) -> None:
-    model = ours(save_gguf(models))
-    with pytest.raises(ValueError, match=r"stores blocks\.0\.self_attn\.q\.weight as Q8_0.*use a plain LoRA") as error:
-        sample(loha(model), *prompts(), empty_latent())
+def test_loha_on_gguf_is_merged_as_q8_0(models: Path) -> None:
+    model, inputs = ours(save_gguf(models)), (*prompts(), empty_latent())
+    plain = sample(model, *inputs)
+    got, want = (sample(loha(each, strength=30.0), *inputs) for each in (model, core(save(models, "t2v"))))
+    error = relative_error(got, want)
+    print(f"LoHa merged into Q8_0: relative error {error:.1e} to core's; effect {relative_error(want, plain):.1e}")
+    assert error < 0.01 and error < 0.2 * relative_error(want, plain)
+    assert torch.equal(sample(model, *inputs), plain)
+
+
+def test_what_takes_no_merging_is_refused_in_one_line(tmp_path: Path) -> None:
+    name = "blocks.0.self_attn.q.weight"
+    info = TensorInfo(name, torch.uint8, (8, 8), tmp_path / "w.safetensors", 0, 64, "nvfp4", (8, 16))
+    checkpoint = Checkpoint(info.file, {name: info}, {})
+    with pytest.raises(ValueError, match=r"stores blocks\.0\.self_attn\.q\.weight as nvfp4.*use a plain LoRA") as error:
+        patch = (1.0, ("diff", (torch.zeros(8, 16),)), 1.0, None, None)
+        patched_source(checkpoint, {f"diffusion_model.{name}": [patch]})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes", "said"),
+    [
+        ("self_attn.q", {"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}, "64 to 64 features, the model has"),
+        ("self_attn.q", {"diff": (64, 64)}, r"\[64, 64\], the model has \[256, 256\]"),
+        ("self_attn.q", {"set_weight": (64, 64)}, r"\[64, 64\], the model has"),
+        ("self_attn.q", {"lokr_w1": (4, 4), "lokr_w2": (16, 16)}, r"\[64, 64\], the model has"),
+        ("self_attn.q", {"oft_blocks": (4, 16, 16)}, r"\[64\], the model has \[256\]"),
+    ],
+)
+def test_patches_that_do_not_fit_are_named_before_the_run(
+    models: Path, layer: str, shapes: dict[str, tuple[int, ...]], said: str
+) -> None:
+    model = ours(save(models, "t2v"))
+    key = f"diffusion_model.blocks.0.{layer}"
+    tensors = {f"{key}.{end}": torch.zeros(shape) for end, shape in shapes.items()}
+    wrong = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)[0]
+    with pytest.raises(ValueError, match=rf"a LoRA of another model: 1 of its layers differ in size.*{said}") as error:
+        sample(wrong, *prompts(), empty_latent())
     assert "\n" not in str(error.value)
     assert sample(model, *prompts(), empty_latent()).isfinite().all()
+
+
+def test_single_patches_that_do_not_fit_are_left_out_as_core_does(
+    models: Path, lora_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An I2V LoRA on a T2V model: only its patch embedding is of another size."""
+    path, key = save(models, "t2v"), "diffusion_model.patch_embedding"
+    tensors = comfy.utils.load_torch_file(str(lora_file))
+    tensors |= {f"{key}.lora_A.weight": torch.ones(4, 36, 1, 2, 2), f"{key}.lora_B.weight": torch.ones(256, 4, 1, 1, 1)}
+    results = [
+        sample(comfy.sd.load_lora_for_models(model, None, tensors, 0.8, 0)[0], *prompts(), empty_latent())
+        for model in (ours(path), core(path))
+    ]
+    assert relative_error(*results) < 1e-3
+    assert "1 weights keep no LoRA, whose sizes differ: patch_embedding.weight: 144 to 256 features" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["fp32", "Q8_0"])

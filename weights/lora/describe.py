@@ -1,0 +1,15 @@
+"""What a LoRA file is, for people."""
+
+from __future__ import annotations
+
+from ..files.checkpoint import Checkpoint
+from ..files.lora_keys import DOWN, split_key
+
+
+def describe_lora(checkpoint: Checkpoint) -> str:
+    """Its ranks, where it has low-rank pairs."""
+    parts = {key: split for key in checkpoint.tensors if (split := split_key(key)) is not None}
+    ranks = {checkpoint.tensors[key].shape[0] for key, (_, part) in parts.items() if part == DOWN}
+    if not ranks:
+        return ""
+    return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
