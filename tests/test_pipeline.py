@@ -471,6 +471,8 @@ def velocity_of(path: Path, *, swap: int, disk: bool = False, cached: bool = Fal
     assert torch.equal(first, second)
     assert len(model._contexts) == 1
     assert (model._contexts[0][2].keys_values is not None) == cached
+    pairs = [pair for made in model._contexts[0][2].keys_values or () for pair in made.pairs]
+    assert len({x.untyped_storage().data_ptr() for pair in pairs for x in pair}) == cached, "one allocation for all"
     model.release()
     assert all(parameter.is_meta for parameter in model.model.parameters())
     return first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -23,7 +23,7 @@ from ..weights.lora.names import Aliases
 from .checkpoint import build_wan, open_wan
 from .footprint import WAN21_VAE, WAN22_VAE, WanFootprint
 from .lora_names import wan_aliases
-from .network.blocks import Context, WanBlock
+from .network.blocks import Context, KeysValues, WanBlock
 from .network.camera import PIXELS
 from .network.config import WanConfig
 from .network.model import Extras, WanModel
@@ -144,7 +144,10 @@ class StreamedWan(StreamedModel[WanModel]):
             image = None if image_tokens is None else image_tokens.to(device)
             context = self.model.embed_context(text.to(device), image)
         if self.plan is not None and self.plan.choice.cache_text_kv:
-            context.keys_values = self.visit(lambda block: cast(WanBlock, block).cross_attn.keys_values(context))
+            shelf = _Shelf(len(self.blocks))
+            context.keys_values = self.visit(
+                lambda block: shelf.take_in(cast(WanBlock, block).cross_attn.keys_values(context))
+            )
         self._contexts.append((text, image_tokens, context))
         return context
 
@@ -189,6 +192,28 @@ class StreamedWan(StreamedModel[WanModel]):
 
     def _num_kept(self) -> int:
         return sum(len(text) for text, _, _ in self._contexts)
+
+
+class _Shelf:
+    """Keys and values of all blocks in one allocation.
+
+    Each by itself they would lie among what else is made of a block meanwhile, and keep the allocator from giving that
+    back: about 0.15 GiB of a Wan 14B.
+    """
+
+    def __init__(self, num_blocks: int):
+        self._num_blocks = num_blocks
+        self._places: Iterator[Tensor] | None = None  # of one block each
+
+    def take_in(self, made: KeysValues) -> KeysValues:
+        """A block's, moved here; those of all blocks have the same shapes."""
+        flat = [tensor for pair in made.pairs for tensor in pair]
+        sizes = [tensor.numel() for tensor in flat]
+        if self._places is None:
+            self._places = iter(flat[0].new_empty(self._num_blocks, sum(sizes)))
+        parts = next(self._places).split(sizes)
+        kept = [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, flat, strict=True)]
+        return KeysValues(list(zip(kept[::2], kept[1::2], strict=True)))
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
