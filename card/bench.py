@@ -106,7 +106,7 @@ class Bench:
     def _attention(self) -> None:
         self.progress.begin("attention")
         spec = AttentionSpec(self.settings.device, self.dtype, attention.HEAD_DIM)
-        backends = judge_backends(spec)
+        backends = judge_backends(spec, replace(THIS_MACHINE, python="python"))  # a profile is shared: no folders in it
         for number, judged in enumerate(backends):
             for row in measure_attention(judged, self.sizes.attention, spec):
                 self.profile = replace(self.profile, attention=(*self.profile.attention, row))

@@ -6,6 +6,7 @@ A profile is of one GPU under one torch and driver; another's is never used. Fil
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -236,10 +237,19 @@ def card_key(device: torch.device) -> CardKey:
     if device.type != "cuda":
         name = platform.processor() or platform.machine() or "unknown"
         return CardKey(f"CPU ({name})", "", torch.__version__, "")
-    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # 13000: CUDA 13.0
-    driver = f"{version // 1000}.{version % 1000 // 10}" if version else ""
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return CardKey(torch.cuda.get_device_name(device), capability, torch.__version__, driver)
+    return CardKey(torch.cuda.get_device_name(device), capability, torch.__version__, _driver())
+
+
+def _driver() -> str:
+    """The CUDA version that NVIDIA's driver brings, such as 13.0; "" where it does not say."""
+    version = ctypes.c_int(0)
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return ""
+    return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else ""
 
 
 # --- reading JSON into the classes above ---------------------------------------------------------------------------

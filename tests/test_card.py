@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Iterator
@@ -158,6 +159,26 @@ class TestBench:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
         assert BenchSettings(torch.device("cuda")).device == torch.device("cuda", 1)
         assert BenchSettings(torch.device("cuda", 0)).device == torch.device("cuda", 0)
+
+    def test_a_profile_names_no_folder_of_its_owner(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """How to install a backend is said with Python's path elsewhere: in ComfyUI's portable version a user's own."""
+        asked: list[Any] = []
+        monkeypatch.setattr(bench, "judge_backends", lambda spec, machine: asked.append(machine) or [])
+        Bench(BenchSettings(CPU), Progress())._attention()
+        assert asked[0].python == "python"
+
+    def test_the_driver_is_part_of_the_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Driver:
+            def cuDriverGetVersion(self, version: Any) -> int:
+                version._obj.value = 12040
+                return 0
+
+        monkeypatch.setattr(card_profile.ctypes, "CDLL", lambda name: Driver())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        assert card_key(torch.device("cuda")) == CardKey("Some GPU", "8.9", torch.__version__, "12.4")
+        monkeypatch.setattr(card_profile.ctypes, "CDLL", lambda name: object())
+        assert card_key(torch.device("cuda")).driver == ""
 
     def test_every_row_has_figures_or_says_why_not(self, measured: CardProfile) -> None:
         for row in (*measured.products, *measured.attention):
@@ -383,6 +404,17 @@ class TestTimes:
         (tmp_path / "card.json").write_bytes(b"{")
         assert main([*words, "--card", str(tmp_path / "card.json")]) == 2
         assert "no profile of a card" in capsys.readouterr().err
+
+
+def test_an_h200_predicts_its_measured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 10 % of steps on the same kind of card, weeks apart; clips of 17 frames, of an older engine, took longer."""
+    monkeypatch.syspath_prepend(str(CARDS.parent))
+    compared = importlib.import_module("predicted_steps").compare(load_profile(CARDS / "nvidia-h200.json"))
+    computed = [one for one in compared if one.disk_gbps is None]
+    for one in computed:
+        print(f"{one.file} {one.name}: {one.off_percent:+.1f} %")
+        assert abs(one.off_percent) < (17 if "clip" in one.name else 10)
+    assert len(computed) >= 34 and sum(abs(one.off_percent) <= 10 for one in computed) >= 29
 
 
 def test_auto_attention_is_what_was_fastest_here() -> None:

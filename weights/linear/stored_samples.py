@@ -25,9 +25,11 @@ def stored_sample(form: KitchenFormat, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _nvfp4(kitchen: Any, form: KitchenFormat, weight: Tensor) -> dict[str, Tensor]:
-    scale = weight.abs().amax().float() / (448 * 6)
-    values, blocks = kitchen.quantize_nvfp4(weight, scale)
-    return {"weight": values, "weight_scale": blocks, "weight_scale_2": scale}
+    at_home = weight.cpu()  # its kernel that makes such numbers is for RTX 50 alone; all GPUs unpack them
+    scale = at_home.abs().amax().float() / (448 * 6)
+    values, blocks = kitchen.quantize_nvfp4(at_home, scale)
+    packed = {"weight": values, "weight_scale": blocks, "weight_scale_2": scale}
+    return {name: tensor.to(weight.device) for name, tensor in packed.items()}
 
 
 def _mxfp8(kitchen: Any, form: KitchenFormat, weight: Tensor) -> dict[str, Tensor]:
