@@ -407,7 +407,7 @@ class TestTimes:
 
 
 def test_an_h200_predicts_its_measured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 10 % of steps on the same kind of card, weeks apart; clips of 17 frames, of an older engine, took longer."""
+    """Within 10 % of steps on the same kind of card; clips of 17 frames, of an older engine, took longer."""
     monkeypatch.syspath_prepend(str(CARDS.parent))
     compared = importlib.import_module("predicted_steps").compare(load_profile(CARDS / "nvidia-h200.json"))
     computed = [one for one in compared if one.disk_gbps is None]
