@@ -120,6 +120,9 @@ NODE_TYPES: dict[str, NodeType] = {
         optional=("latent", "image_embeds"),
     ),
     "LowVRAMLoadLora": _kind("model:MODEL", {"lora_name": "", "strength": 1.0}, "MODEL", extra_width=100),
+    "LowVRAMNag": _kind(
+        "model:MODEL negative:CONDITIONING", {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}, "MODEL"
+    ),
     "LowVRAMResumableSampling": _kind("model:MODEL", {}, "MODEL"),
     "LowVRAMLoadClipGGUF": _kind("", {"clip_name": "", "device": "default"}, "CLIP", extra_width=100),
     "LowVRAMLoadDemo": _kind("", {}, "MODEL CLIP VAE"),

@@ -123,6 +123,17 @@ NOTES: dict[str, Note] = {
         "- **Other models:** put the node behind the last one that changes the MODEL; of two experts each takes one.",
         ENCODER_CPU,
     ),
+    "wan2.1_t2v_1.3B_nag": Note(
+        "A negative prompt at CFG 1",
+        "Wan 2.1 text to video at CFG 1, one pass a step, with *Negative Guidance (NAG)* behind *Block Swap*: the "
+        "negative prompt counts all the same. The same node goes behind 4-step models.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        RAM_SMALL,
+        "- **More or less:** `nag_scale` 5 to 11; 1 switches it off. Leave KSampler's CFG at 1.\n"
+        "- **Two experts:** each takes a node of its own.",
+        ENCODER_CPU,
+    ),
     "wan2.1_i2v_14B_480p_fp8": Note(
         "Wan 2.1 image to video, 14B, 480p, fp8",
         "Makes a picture move. Choose a picture in group 4, say in the prompt what happens, and press **Run**.",
