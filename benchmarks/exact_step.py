@@ -18,7 +18,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -330,12 +329,14 @@ def main() -> None:
         if not path.exists():
             script = str(Path(__file__).with_name("synthetic.py"))
             subprocess.run([sys.executable, script, "14b", file, str(path)], check=True)
-        with tempfile.TemporaryDirectory() as folder:
-            part = Path(folder) / "part.json"
-            command = [sys.executable, __file__, str(options.folder), "--file", file, "--out", str(part)]
-            subprocess.run([*command, *(("--rows", options.rows) if options.rows else ())], check=False, env=env)
-            if part.exists():
-                results.append({"file": file, **json.loads(part.read_text())})
+        part = options.out.with_name(
+            f"{options.out.stem}_{file}.json"
+        )  # written after each row: what was measured is kept
+        command = [sys.executable, __file__, str(options.folder), "--file", file, "--out", str(part)]
+        part.unlink(missing_ok=True)
+        subprocess.run([*command, *(("--rows", options.rows) if options.rows else ())], check=False, env=env)
+        if part.exists():
+            results.append({"file": file, **json.loads(part.read_text())})
         write_file(options.out, json.dumps({"machine": machine(), "files": results}, indent=1).encode())
     print(table(results))
 
