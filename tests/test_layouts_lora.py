@@ -132,3 +132,24 @@ def table() -> list[str]:
         does = "merged" if layout.merged_only else "beside or merged"
         lines.append(f"| {title} | {keys} | {layout.written_by} | {does} |")
     return lines
+
+
+def test_a_lora_of_vace_in_diffusers_names(tmp_path: Path) -> None:
+    config = replace(CONFIGS["t2v"], model_type="vace", num_layers=2, vace_layers=1, vace_channels=96)
+    model = randomize(WanModel(config))
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "vace.safetensors")
+    names = {
+        "vace_blocks.0.self_attn.q": "vace_blocks.0.attn1.to_q",
+        "vace_blocks.0.before_proj": "vace_blocks.0.proj_in",
+        "vace_blocks.0.after_proj": "vace_blocks.0.proj_out",
+        "blocks.1.cross_attn.o": "blocks.1.attn2.to_out.0",
+    }
+    down, up = torch.randn(4, config.dim), torch.randn(config.dim, 4)
+    ends = (("lora_A.weight", down), ("lora_B.weight", up))
+    tensors = {f"transformer.{theirs}.{end}": tensor.clone() for theirs in names.values() for end, tensor in ends}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    opened = StreamedWan(
+        tmp_path / "vace.safetensors", RunSettings(), loras=[LoraChoice(tmp_path / "lora.safetensors")]
+    )
+    lora = opened.weights.loras.loras[0]
+    assert lora.updates.keys() == names.keys() and lora.report.num_applied == lora.report.num_keys == 8
