@@ -22,9 +22,9 @@ from lowvram_video.wanvideo.text.checkpoint import open_text_encoder
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
 from lowvram_video.weights.files.checkpoint import CheckpointError
 from lowvram_video.weights.files.kinds import file_kind
+from lowvram_video.weights.files.lora_keys import ENDINGS
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.linear.convert import convert, parts_left_out
-from lowvram_video.weights.lora.names import ENDINGS, FOREIGN_KINDS
 from safetensors.torch import load_file
 
 from .test_file_forms import T2V, VACE, Tensors, save, weights
@@ -36,17 +36,20 @@ FUN_5B = replace(T2V, model_type="control", out_channels=48)
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("stem", ["transformer.blocks.0.attn1.to_q", "lora_unet_blocks_0_self_attn_q"])
 def test_every_ending_of_loras_tells_one(ending: str, stem: str) -> None:
-    others = [] if ENDINGS[ending].startswith("diff") else [f"{stem}.lora_down.weight"]
-    if ending in (".alpha", ".dora_scale") or "magnitude" in ending:  # they never come alone
-        assert file_kind([f"{stem}{ending}", *others]).kind == "lora"
-    else:
-        assert file_kind([f"{stem}{ending}"]).kind == "lora"
+    never_alone = (
+        ending in (".alpha", ".dora_scale", ".lora_mid.weight", ".rescale", *GENERALIZED) or "magnitude" in ending
+    )
+    others = [f"{stem}.lora_down.weight"] if never_alone else []
+    assert file_kind([f"{stem}{ending}", *others]).kind == "lora"
 
 
-@pytest.mark.parametrize("kind", FOREIGN_KINDS)
-def test_other_decompositions_are_told(tmp_path: Path, kind: str) -> None:
-    path = save({f"lora_unet_blocks_0_self_attn_q.{kind}w1": torch.zeros(4, 4)}, tmp_path / "lora.safetensors")
-    assert FOREIGN_KINDS[kind] in describe(identify(open_checkpoint(path)))
+GENERALIZED = (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
+
+
+@pytest.mark.parametrize(("part", "kind"), [("lokr_w1", "LoKr"), ("hada_w1_a", "LoHa")])
+def test_other_decompositions_are_told(tmp_path: Path, part: str, kind: str) -> None:
+    path = save({f"lora_unet_blocks_0_self_attn_q.{part}": torch.zeros(4, 4)}, tmp_path / "lora.safetensors")
+    assert kind in describe(identify(open_checkpoint(path)))
 
 
 def cut(tensors: Tensors, start: str) -> Tensors:
