@@ -1,7 +1,12 @@
-"""The command line as `python -m lowvram_video.cli`, where the command `lowvram-video` is not installed."""
+"""The command line, as `lowvram-video` and as `python -m lowvram_video.cli`."""
 
 import sys
 
-from .main import main
+try:
+    from .main import main
+except KeyboardInterrupt:  # PyTorch takes seconds to load
+    print("lowvram-video: interrupted", file=sys.stderr)
+    sys.exit(130)
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

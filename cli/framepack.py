@@ -49,7 +49,9 @@ from .arguments import (
     settings_of,
 )
 from .framepack_run import Files, plan_ahead
+from .output import OutputFile, command_key
 from .progress import TerminalProgress
+from .report import check_report
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +173,7 @@ def _make(job: _Job) -> None:
         raise KeyboardInterrupt("interrupted before the first step: no section was made") from None
     files, pipeline = job.files, job.pipeline
     places = files.places(pipeline.files.vae, job.size)
-    with FramePackRun.open(pipeline, job.sampling, inputs, places) as run:
+    with files.chosen, FramePackRun.open(pipeline, job.sampling, inputs, places) as run:
         try:
             run.make()
         except KeyboardInterrupt:
@@ -358,7 +360,8 @@ def _sampling(options: argparse.Namespace, mode: SectionMode) -> Sampling:
 def _places(options: argparse.Namespace) -> Files:
     """Where output and runs go; the output's folder is made."""
     picture = options.one_frame is not None
-    output = options.output or Path("output/picture.png" if picture else "output/video.mp4")
+    chosen = OutputFile(options.output, Path(f"output/{'picture.png' if picture else 'video.mp4'}"), options.overwrite)
+    output = chosen.path
     suffixes = (".png",) if picture else SUFFIXES
     if output.suffix.lower() not in suffixes:
         kind = "picture" if picture else "video"
@@ -367,10 +370,11 @@ def _places(options: argparse.Namespace) -> Files:
         given: Path | None = getattr(options, option)
         if given is not None and output.exists() and output.samefile(given):
             raise ValueError(f"{output} is the file of {flag(option)} too, which is needed until the end: name another")
-    if options.report is not None:
-        check_writable(options.report)
+    check_report(options.report)
     check_writable(output)
-    return Files(output, runs_folder(options, output, "framepack"), options.extend)
+    files = Files(chosen, command_key(options), runs_folder(options, output, "framepack"), options.extend)
+    files.check()
+    return files
 
 
 def _whole(num_video_frames: int) -> int:

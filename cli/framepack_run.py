@@ -18,9 +18,11 @@ from ..framepack.run.run import FramePackRun
 from ..framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
 from ..runtime.run_limits import hold_limits
 from ..system.atomic_files import write_file
+from ..system.output_lock import is_noted, note_output
 from ..video.growing_video import GrowingVideo, Grows
 from ..video.reader import read_pieces
 from ..weights.files.fingerprint import fingerprint
+from .output import OutputFile
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,34 @@ class Files:
     """The video or picture to write, the folder that keeps runs (None: nothing is kept), and the video that is
     extended, all of which plays before what is made."""
 
-    output: Path
+    chosen: OutputFile
+    command: str  # see `command_key`
     runs: Path | None
     extend: Path | None = None
+
+    @property
+    def output(self) -> Path:
+        return self.chosen.path
+
+    def check(self) -> None:
+        """ValueError where the output is there and no run that is kept has made it."""
+        self.chosen.check(self._is_some_runs)
+
+    def _is_some_runs(self, path: Path) -> bool:
+        if self.runs is None:
+            return False
+        films = any(GrowingVideo.is_at(film, path) for film in self.runs.glob("*/film"))
+        return films or is_noted(self.runs, path, self.command)
 
     def places(self, vae: Path, size: tuple[int, int]) -> RunPlaces:
         """As a run takes them; `size` is (width, height)."""
 
         def output(folder: Path, grows: Grows) -> Output:
             if self.output.suffix.lower() == ".png":
-                return Picture(self.output)
-            return GrowingVideo(folder, self.output, FRAMES_PER_SECOND, grows=grows, made_by=fingerprint(vae))
+                picture = self.chosen.pick(self._is_some_runs)
+                return Picture(picture, None if self.runs is None else folder.parent, self.command)
+            path = self.chosen.pick(lambda path: GrowingVideo.is_at(folder, path))
+            return GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=fingerprint(vae))
 
         def given() -> Iterator[Tensor]:
             assert self.extend is not None
@@ -69,14 +88,16 @@ class Picture:
 
     num_sections = 0
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, run: Path | None, command: str) -> None:
+        self.path, self._run, self._command = path, run, command
 
     def add(self, frames: Tensor, overlap: int) -> None:
         """Write the first of `frames [T, H, W, 3]`, uint8. OSError as the system's."""
         data = BytesIO()
         Image.fromarray(frames[0].numpy()).save(data, "PNG")
         write_file(self.path, data.getvalue())
+        if self._run is not None:
+            note_output(self._run, self.path, self._command)
 
     def begin(self, pieces: Iterable[Tensor], still_open: int) -> None:
         raise AssertionError("a picture extends no video")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +33,7 @@ from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
 from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice, positive
 from .bench import add_bench
 from .framepack import FRAMEPACK_COMMANDS
+from .output import OutputFile, add_overwrite
 from .progress import TerminalProgress
 from .report import show_report
 from .wan import WAN_COMMANDS
@@ -38,11 +41,17 @@ from .wan import WAN_COMMANDS
 COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType({WAN: WAN_COMMANDS, FRAMEPACK: FRAMEPACK_COMMANDS})
 
 BAD_INPUT = 2
+INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, or 2 with one line on stderr that says what to do."""
+    """Run one command; the exit status is 0, or 2 with one line on stderr that says what to do, or 130 after Ctrl-C.
+
+    SIGTERM ends it as Ctrl-C does: with what was made by then.
+    """
     options = make_parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     if sys.platform == "linux":  # elsewhere PyTorch does not know it; read when the GPU is first used
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
@@ -51,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with torch.inference_mode():
             command(options)
     except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted")
+        return _fail(str(interrupt) or "interrupted", INTERRUPTED)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -98,7 +107,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--clip-vision", type=Path,
         help="reads pictures: clip_vision_h for Wan 2.1 I2V and FLF2V, sigclip_vision for FramePack",
     )  # fmt: skip
-    files.add_argument("-o", "--output", type=Path, help="(output/video.mp4)")
+    files.add_argument("-o", "--output", type=Path, help="(output/video.mp4, numbered where that is there)")
     what = parser.add_argument_group("what to make (left out: the model's published setting)")
     what.add_argument("--prompt", required=True)
     what.add_argument("--negative-prompt")
@@ -115,6 +124,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         commands.add_generate(parser)
     add_keeping(parser)
     add_machine(parser)
+    add_overwrite(files)
     parser.set_defaults(command=generate)
 
 
@@ -148,7 +158,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=Path, default=Path("output/demo.mp4"))
+    parser.add_argument("-o", "--output", type=Path, help="(output/demo.mp4, numbered where that is there)")
+    add_overwrite(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.set_defaults(command=demo)
@@ -197,7 +208,8 @@ def convert_file(options: argparse.Namespace) -> None:
     progress = TerminalProgress(sys.stderr)
     progress.begin("convert")
     try:
-        path = convert(checkpoint, options.target, options.to, progress.update, use_device(options.device))
+        with OutputFile(options.target, options.target, overwrite=True) as output:  # `convert` refuses what is there
+            path = convert(checkpoint, output.pick(), options.to, progress.update, use_device(options.device))
     finally:
         progress.end()
     print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
@@ -208,10 +220,15 @@ def convert_file(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
     torch.set_num_threads(1)  # its tensors are so small that threads cost more than they give
-    shown = make_demo(options.output, options.seed, use_device(options.device), TerminalProgress(sys.stderr))
-    print(shown)
+    with OutputFile(options.output, Path("output/demo.mp4"), options.overwrite) as output:
+        path = output.pick()
+        print(make_demo(path, options.seed, use_device(options.device), TerminalProgress(sys.stderr)))
 
 
-def _fail(message: str) -> int:
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, status: int = BAD_INPUT) -> int:
     print(f"lowvram-video: {' '.join(message.split())}", file=sys.stderr)
-    return BAD_INPUT
+    return status

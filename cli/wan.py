@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,8 +14,9 @@ from ..memory.report.report import RunReport
 from ..runtime.settings import RunSettings
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
+from ..system.output_lock import is_noted, note_output
 from ..transformer.nag import NagSettings
-from ..video.writer import VideoWriter, check_writable
+from ..video.writer import VideoWriter
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.identity import WanFiles
 from ..wanvideo.pipeline import WanPipeline
@@ -31,7 +33,9 @@ from .arguments import (
     runs_folder,
     settings_of,
 )
+from .output import OutputFile, command_key
 from .progress import TerminalProgress
+from .report import check_report
 
 SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
 TEXT_ENCODER = WantedFile("text_encoder", "a umt5-xxl encoder", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", SOURCE)
@@ -127,10 +131,15 @@ def generate(options: argparse.Namespace) -> RunReport:
     )
     for lora in pipeline.lora_reports():
         print(lora.summary)  # what was not applied is in the log
-    if options.report is not None:
-        check_writable(options.report)
-    output = options.output or Path("output/video.mp4")
-    pipeline.runs = runs_folder(options, output, "wan")
+    check_report(options.report)
+    with OutputFile(options.output, Path("output/video.mp4"), options.overwrite) as output:
+        return _make(pipeline, options, output)
+
+
+def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile) -> RunReport:
+    key = command_key(options)
+    runs = pipeline.runs = runs_folder(options, chosen.path, "wan")
+    output = chosen.pick(lambda path: runs is not None and is_noted(runs, path, key))
     writer = VideoWriter(output, options.fps or pipeline.defaults.fps)
     try:
         with writer:
@@ -138,15 +147,24 @@ def generate(options: argparse.Namespace) -> RunReport:
                 writer.write(frames)
     except KeyboardInterrupt:
         shown = f"{output} holds the {writer.num_frames} frames made so far" if writer.num_frames else ""
+        _note(pipeline, writer, key)
         said = ", ".join(filter(None, (shown, _kept(pipeline))))
         raise KeyboardInterrupt(f"interrupted: {said or 'no frame was made yet'}") from None
     except (RuntimeError, OSError):  # out of memory, or no room on the disk
+        _note(pipeline, writer, key)
         if said := _kept(pipeline):
             print(said)
         raise
     pipeline.forget()
     print(f"{output}: {writer.num_frames} frames")
     return pipeline.report()
+
+
+def _note(pipeline: WanPipeline, writer: VideoWriter, key: str) -> None:
+    """Have the run know the frames that it leaves: when it goes on they may be replaced."""
+    if pipeline.steps is not None and pipeline.steps.is_finished and writer.num_frames:
+        with suppress(OSError):  # the disk is full, or the video is gone: then its name is refused
+            note_output(pipeline.steps.folder, writer.path, key)
 
 
 def _kept(pipeline: WanPipeline) -> str:

@@ -40,6 +40,9 @@ class StepRecord:
         self._lock = lock
         self._writer = BackgroundWriter()
         self._asked = 0  # calls of this process so far
+        for leftover in folder.glob("*.partial"):  # of a process that was killed
+            with suppress(OSError):
+                leftover.unlink()
         self._known = self._count()  # answers that may still be on the disk
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import sys
 import time
 from contextlib import suppress
@@ -29,9 +30,9 @@ def name_beside(path: Path, ending: str) -> Path:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write `path` so that it holds the old bytes or the new ones, whole, at any moment. OSError as the system's."""
-    partial = name_beside(path, ".partial")
+    partial = partial_name(path)
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:  # never through a link that somebody has put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -40,6 +41,12 @@ def write_file(path: Path, data: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def partial_name(path: Path, ending: str = "") -> Path:
+    """A name that no other process has, for what becomes `path`; `ending` is one that programs look at, as ".mp4"."""
+    base = path.with_name(path.stem) if ending else path
+    return name_beside(base, f".{secrets.token_hex(4)}.partial{ending}")
 
 
 def replace_file(source: Path, target: Path) -> None:

@@ -20,7 +20,8 @@ class RunLock:
     Raises ValueError where another process, or another place in this one, holds it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, busy: str | None = None) -> None:
+        """`busy` says what is in use where another holds it."""
         self._path = path
         self._lock = FileLock(path, timeout=0, thread_local=False)
         self._holder = path.with_name(f"{path.name}_holder.txt")  # not in the lock: Windows lets nobody read that
@@ -28,8 +29,8 @@ class RunLock:
             self._lock.acquire()
         except Timeout:
             raise ValueError(
-                f"the run in {path.parent} is in use ({self._named() or 'another process'}): wait until that ends, or "
-                "change a setting such as the seed"
+                f"{busy or f'the run in {path.parent} is in use'} ({self._named() or 'another process'}): wait until "
+                f"that ends, or {'choose another name' if busy else 'change a setting such as the seed'}"
             ) from None
         except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
             log.warning(

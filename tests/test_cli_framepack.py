@@ -365,7 +365,7 @@ def test_an_interrupted_run_goes_on_to_the_same_frames(
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         stopping(patch, KeyboardInterrupt(), after=1)
-        assert main(words) == 2
+        assert main(words) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     print(last)
     shown = num_frames(output)
@@ -389,7 +389,7 @@ def test_an_interrupt_in_the_first_section_keeps_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FramePackRun, "_velocity", interrupt)
-    assert main(arguments(files, tmp_path / "a.mp4", *video())) == 2
+    assert main(arguments(files, tmp_path / "a.mp4", *video())) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "lowvram-video: interrupted: no section was made yet"
     assert not (tmp_path / "a.mp4").exists()
 
@@ -408,7 +408,7 @@ def test_no_resume_leaves_the_video_alone(files: Files, tmp_path: Path, monkeypa
     assert main(arguments(files, tmp_path / "a.mp4", *video("--no-resume"))) == 0
     assert os.listdir(tmp_path) == ["a.mp4"] and num_frames(tmp_path / "a.mp4") == NEW_FRAMES + 1
     stopping(monkeypatch, KeyboardInterrupt(), after=1)
-    assert main(arguments(files, tmp_path / "b.mp4", *video("--no-resume"))) == 2
+    assert main(arguments(files, tmp_path / "b.mp4", *video("--no-resume"))) == 130
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "b.mp4"]
 
 
@@ -436,7 +436,7 @@ def test_loras_and_machine_flags(files: Files, tmp_path: Path, capsys: pytest.Ca
     machine = "--dtype bf16 --attention sdpa --ram-budget 64 --blocks-to-swap 2 --prefetch 1 --no-pinned"
     for number, more in enumerate(([], ["--lora", f"{lora}:0.5"], machine.split())):
         runs = tmp_path / str(number)
-        assert main(arguments(files, tmp_path / "a.mp4", *video(*more, "--runs", runs))) == 0
+        assert main(arguments(files, tmp_path / f"{number}.mp4", *video(*more, "--runs", runs))) == 0
         made.append(latents(runs)[0])
     assert "style.safetensors: 2 of 2 keys applied" in capsys.readouterr().out
     assert not torch.equal(made[0], made[1])

@@ -13,8 +13,8 @@ from filelock import FileLock
 from lowvram_video.cli.main import main, make_parser
 from lowvram_video.memory.stream.disk_blocks import DiskBlocks
 from lowvram_video.memory.stream.host_blocks import HostBlocks
-from lowvram_video.memory.stream.scratch_file import remove_left_behind
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.system.scratch_folders import remove_left_behind
 from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.model import WanModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..system.atomic_files import name_beside, replace_file, write_file
+from ..system.output_lock import file_sha256
 from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
 from .writer import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Grows = Literal["front", "back"]
 
 PIXEL_BYTES = 0.25  # of H.264 at crf 12 without B-frames, for pictures with noise of 10 in 255; most take far less
+COMING = "film.json.coming"  # the SHA-256 of the video that is put in its place now
 SHOWN = 0.9  # of what is made, at least, plays: all publications but the last write 1 / (1 - SHOWN) films at most
 
 
@@ -142,7 +143,7 @@ class GrowingVideo:
         pixels = self.folder / f"open_{self._new_name()}.safetensors"
         with _writing(self.folder):
             write_file(pixels, save({"frames": edge}))
-            return VideoPart(pixels.name, len(edge), _sha256(pixels))
+            return VideoPart(pixels.name, len(edge), file_sha256(pixels))
 
     def leave(self) -> None:
         """`publish` where the run failed or was interrupted, whose error is what counts: a second one is only told."""
@@ -163,9 +164,15 @@ class GrowingVideo:
 
     @staticmethod
     def is_at(folder: Path, path: Path) -> bool:
-        """Whether the file at `path` is the video that the film in `folder` wrote last."""
+        """Whether the file at `path` is the video that the film in `folder` wrote last, or was about to note."""
+        if not path.is_file():
+            return False
+        found = file_sha256(path)
+        with suppress(OSError, ValueError):
+            if (folder / COMING).read_text(encoding="ascii") == found:
+                return True
         try:
-            return _sha256(path) == read_state(folder / "film.json").film_sha256
+            return read_state(folder / "film.json").film_sha256 == found
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -258,6 +265,7 @@ class GrowingVideo:
         join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps)
         with _writing(self.path):
             sha256 = _flush(partial)
+            write_file(self.folder / COMING, sha256.encode("ascii"))
             try:
                 replace_file(partial, self.path)
             except PermissionError:  # Windows: a player has it open, which is no reason to stop a run of hours
@@ -293,13 +301,13 @@ class GrowingVideo:
                 log.warning("%s cannot be continued (%s): the video is built anew", self.folder, error)
                 path.unlink(missing_ok=True)
         self._tidy()
-        if self._state.shown and not (self.path.is_file() and _sha256(self.path) == self._state.film_sha256):
+        if self._state.shown and not (self.path.is_file() and file_sha256(self.path) == self._state.film_sha256):
             self._commit(replace(self._state, film_sha256=self._publish(self._state.shown)))
 
     def _check_parts(self, state: VideoState) -> Tensor | None:
         """The open frames `[E, H, W, 3]` where they are there; ValueError or OSError for a file not as written."""
         for part in state.named:
-            if _sha256(self.folder / part.file) != part.sha256:
+            if file_sha256(self.folder / part.file) != part.sha256:
                 raise ValueError(f"{part.file} is damaged")
         return None if state.pixels is None else load((self.folder / state.pixels.file).read_bytes())["frames"]
 
@@ -335,15 +343,7 @@ def _flush(path: Path) -> str:
     """Have the disk hold what ffmpeg wrote, and return its SHA-256."""
     with path.open("r+b") as file:  # Windows flushes only what it may write
         os.fsync(file.fileno())
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
-from ..system.atomic_files import name_beside, replace_file
+from ..system.atomic_files import partial_name, replace_file
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
 INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame with its time, size, place and kind
@@ -41,7 +41,7 @@ class VideoWriter:
         self.path = check_writable(path)
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
-        self.partial = name_beside(self.path.with_name(self.path.stem), f".partial{self.path.suffix}")
+        self.partial = partial_name(self.path, self.path.suffix)
         self.fps, self.crf, self.b_frames = fps, crf, b_frames
         self.num_frames = 0
         self._encoder: subprocess.Popen[bytes] | None = None

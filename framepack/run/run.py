@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
 from ...memory.plan.plan import MemoryPlan
 from ...system.device_errors import is_out_of_memory
+from ...system.scratch_folders import scratch_folder
 from ...video.growing_video import Grows, disk_bytes
 from ...weights.files.fingerprint import fingerprint
 from ..footprint import SectionSize
@@ -65,8 +65,7 @@ class FramePackRun:
         with ExitStack() as stack:
             store = None
             if places.runs is None:
-                place = TemporaryDirectory(prefix="lowvram-video-", dir=places.scratch, ignore_cleanup_errors=True)
-                folder = Path(stack.enter_context(place))
+                folder = stack.enter_context(scratch_folder(places.scratch))
             else:
                 store = stack.enter_context(open_store(host, places.runs, sampling, inputs))
                 folder = store.folder

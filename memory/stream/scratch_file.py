@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import BaseFileLock, FileLock
+from filelock import BaseFileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from ...system.direct_reads import PAGE
+from ...system.scratch_folders import PREFIX, lock_of, remove_left_behind
 from .layout import SMALL_BYTES, BlockLayout, TensorInfo, TensorSource, align
 
 logger = logging.getLogger(__name__)
-
-PREFIX = ".lowvram-video-"
-NEW_SECONDS = 60  # so long nobody takes a folder for one that was left behind: its lock may be about to come
 
 
 class ScratchFile:
@@ -114,18 +111,3 @@ class ScratchFile:
                 file.write(raw.numpy().data)
                 bar.update(raw.numel())
         return infos
-
-
-def remove_left_behind(place: Path) -> None:
-    """Delete the folders of processes that were killed: they hold gigabytes, and nobody else would."""
-    for folder in place.glob(f"{PREFIX}*"):
-        with suppress(OSError, NotImplementedError):  # in use, or another user's
-            if time.time() - folder.stat().st_mtime >= NEW_SECONDS:
-                with lock_of(folder):
-                    pass
-                shutil.rmtree(folder)
-
-
-def lock_of(folder: Path) -> BaseFileLock:
-    """Held for as long as a folder's process lives."""
-    return FileLock(folder / "lock", timeout=0, thread_local=False)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from ...system.atomic_files import name_beside, replace_file
+from ...system.atomic_files import partial_name, replace_file
 from ...system.host_memory import allocate_bytes
 from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..files.safetensors import DTYPES
@@ -69,9 +69,9 @@ def convert(
     free = shutil.disk_usage(out_path.parent).free
     if free < total:
         raise ValueError(f"{out_path}: needs {total / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
-    part = name_beside(out_path, ".part")
+    part = partial_name(out_path)
     try:
-        with open(part, "wb") as file:
+        with open(part, "xb") as file:
             _write(file, source, entries, progress, total)
             file.flush()
             os.fsync(file.fileno())
