@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..attention.backend import AttentionSpec
+from ..attention.select import select_attention
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import GIB, Limits, ModelFootprint, WorkSize
@@ -27,6 +29,7 @@ from ..memory.stream.streamer import BlockStreamer
 from ..memory.stream.streams import SpanSink, streams_for
 from ..memory.stream.transient_weights import TransientWeights
 from ..system.device_errors import is_out_of_memory
+from ..system.dtypes import half_dtype
 from ..transformer.transformer import Block, Transformer, here_already
 from ..transformer.workspace import all_there
 from ..weights.files.checkpoint import Checkpoint
@@ -43,6 +46,7 @@ from .settings import RunSettings
 logger = logging.getLogger(__name__)
 
 NUM_READERS = 8  # threads
+SAFE_ATTENTION = "sdpa"
 
 M = TypeVar("M", bound=Transformer)
 T = TypeVar("T")
@@ -154,6 +158,33 @@ class StreamedModel(Generic[M]):
     @property
     def started(self) -> bool:
         return self.streamer is not None
+
+    def take_safe_path(self) -> bool:
+        """Compute with PyTorch's attention, and in bf16 or fp32 where it was fp16, from the next start on.
+
+        False where it does so already.
+        """
+        execution, device = self.model.execution, self.settings.device
+        dtype = execution.dtype
+        if dtype == torch.float16:
+            dtype = torch.bfloat16 if half_dtype(device) == torch.bfloat16 else torch.float32
+        if dtype == execution.dtype and execution.attention.name == SAFE_ATTENTION:
+            return False
+        self.stop()
+        attention = select_attention(SAFE_ATTENTION, AttentionSpec(device, dtype, self.config.head_dim))
+        self.model.execution = replace(execution, dtype=dtype, attention=attention)
+        return True
+
+    def likely_cause(self, more: str = "") -> str:
+        """Words on why its latents are no numbers, the likeliest first; `more` is one of whoever asks."""
+        execution, loras = self.model.execution, self.weights.loras.loras
+        causes = [more] if more else []
+        causes += [f"a LoRA ({lora.checkpoint.path.name}) or its strength" for lora in loras[:1]]
+        if execution.dtype == torch.float16:
+            causes.append("fp16, whose numbers end at 65504")
+        if execution.attention.name != SAFE_ATTENTION:
+            causes.append(f"the attention backend {execution.attention.name}")
+        return " or ".join([*causes, f"damaged weights in {self.checkpoint.path.name} (download it again)"])
 
     @property
     def arithmetic(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_a_report_replaces_nothing_but_a_report(
 # --- two at once -----------------------------------------------------------------------------------------
 
 
-def hold(path: Path, ready: multiprocessing.synchronize.Event, over: multiprocessing.synchronize.Event) -> None:
+def hold(path: Path, ready: Any, over: Any) -> None:
     lock = OutputLock(path)
     ready.set()
     over.wait()

@@ -16,7 +16,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
-from ..system.atomic_files import partial_name, replace_file
+from ..system.atomic_files import name_beside, partial_name, replace_file
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
 INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame with its time, size, place and kind

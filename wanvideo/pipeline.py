@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..memory.plan.plan import MemoryPlan, decode_tiles
 from ..memory.report.report import RunReport
+from ..runtime.latent_watch import BadLatents, LatentWatch
 from ..runtime.progress import Progress
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
@@ -41,6 +43,8 @@ from .text.checkpoint import load_text_encoder, open_text_encoder
 from .text.encoder import TextEncoder
 from .vae.checkpoint import WAN_FORMAT
 from .vae.model import VAEConfig, WanVAE
+
+logger = logging.getLogger(__name__)
 
 
 class WanPipeline:
@@ -129,7 +133,7 @@ class WanPipeline:
 
     def lora_reports(self) -> list[LoraReport]:
         """How much of each LoRA is applied, those of the low-noise expert last."""
-        models = [self.high] if self.low is None else [self.high, self.low]
+        models = self._models
         return [lora.report for model in models for lora in model.weights.loras.loras]
 
     def report(self) -> RunReport:
@@ -140,13 +144,36 @@ class WanPipeline:
     def _recording(self, request: WanRequest, pictures: Pictures) -> Iterator[None]:
         """The folder of this run, held while it goes on."""
         self.steps = None
-        if self.runs is None:
+        self._open_steps(request, pictures)
+        try:
             yield
-            return
-        models = [self.high] if self.low is None else [self.high, self.low]
-        settings = run_settings(self.files, models, request, pictures.all())
-        with StepRecord.open(self.runs, settings) as self.steps:
-            yield
+        finally:
+            if self.steps is not None:
+                self.steps.close()
+
+    def _open_steps(self, request: WanRequest, pictures: Pictures) -> None:
+        if self.runs is not None:
+            settings = run_settings(self.files, self._models, request, pictures.all())
+            self.steps = StepRecord.open(self.runs, settings)
+
+    @property
+    def _models(self) -> list[StreamedWan]:
+        return [self.high] if self.low is None else [self.high, self.low]
+
+    def _sound(self, request: WanRequest, pictures: Pictures, denoise: Callable[[], Tensor]) -> Tensor:
+        """The latent; made once more on the safe path where it is no use, and BadLatents where it is none even so."""
+        try:
+            return denoise()
+        except BadLatents as error:
+            if not any([model.take_safe_path() for model in self._models]):
+                raise
+            logger.warning(
+                "%s: the run begins anew with exact attention, in %s", error, self.high.model.execution.dtype
+            )
+        if self.steps is not None:
+            self.steps.close()
+        self._open_steps(request, pictures)  # what computes otherwise is another run
+        return denoise()
 
     def _latent(self, request: WanRequest, pictures: Pictures, sigmas: Tensor) -> Tensor:
         """The video's latent, made or as it was kept."""
@@ -156,7 +183,7 @@ class WanPipeline:
         with self.record.phase("encode"):
             conditions = self._encode(request, pictures)
         with self.record.phase("denoise"):
-            latent = self._denoise(request, conditions, sigmas)
+            latent = self._sound(request, pictures, lambda: self._denoise(request, conditions, sigmas))
         if self.steps is not None:
             self.steps.finish(latent=latent)
         return latent
@@ -169,7 +196,7 @@ class WanPipeline:
         passes += request.nag is not None  # a prompt more, whose keys and values may be kept
         work = wan_work(self.config, (width, height, frames), batch, passes)
         # one plan for both experts: their blocks differ by their LoRAs alone
-        models = [self.high] if self.low is None else [self.high, self.low]
+        models = self._models
         limits = hold_limits(self.settings, self.high.model.execution, sum(model.host_bytes for model in models))
         return max(models, key=lambda model: model.weights.largest_block_bytes).make_plan(work, limits)
 
@@ -219,8 +246,11 @@ class WanPipeline:
         if conditions.first_frame is not None:
             noise[:, :, :1] = conditions.first_frame
 
+        watch = LatentWatch(self.high.likely_cause(f"guidance of {request.guidance:g}" if request.guided else ""))
+
         def on_step(step: StepInfo) -> None:
             self.progress.update(step.index + 1, step.num_steps)
+            watch.step(step.index, step.num_steps, step.denoised, step.x)
 
         latent = select_sampler(request.sampler)(denoise, noise, sigmas, on_step, generator)
         self._stop()

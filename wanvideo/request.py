@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,8 @@ from .network.config import WanConfig
 from .vae.model import VAEConfig
 
 T = TypeVar("T")
+
+MOST_GUIDANCE = 1000.0
 
 # Wan's own sample_neg_prompt (wan/configs/shared_config.py)
 NEGATIVE_PROMPT = (
@@ -184,7 +185,7 @@ def check_request(request: WanRequest) -> None:
     if not 0 <= request.seed < 2**64:
         raise ValueError(f"seed is {request.seed}: use a whole number from 0 to {2**64 - 1}")
     for name, scale in (("guidance", request.guidance), ("guidance_high", request.guidance_high)):
-        if scale is not None and not math.isfinite(scale):
+        if scale is not None and not abs(scale) <= MOST_GUIDANCE:
             raise ValueError(f"{name} is {scale}: use a finite number, such as 5 (1 turns guidance off)")
     if request.boundary is not None and not 0 < request.boundary < 1:
         raise ValueError(f"boundary is {request.boundary}: use a sigma between 0 and 1, such as 0.875")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...memory.plan.plan import MemoryPlan
+from ...runtime.latent_watch import LatentWatch
 from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ...sampling.solver import StepInfo
 from ..footprint import SectionSize
@@ -133,6 +134,7 @@ class Generation:
     store: RunStore | None = None
     on_step: OnStep | None = None
     guide: Guide = field(default_factory=FramePackGuidance)
+    cause: str = "damaged weights"  # of latents that are no numbers, in words
 
     def run(self) -> Iterator[MadeSection]:
         """The sections in order of generation; those that the store has are not made again."""
@@ -176,7 +178,10 @@ class Generation:
             condition = others[prompt][step] if prompt in others else self.conditions.of(prompts, step)
             return self.velocity(Frames(x, indices), shown, condition, image, cache)
 
+        watch = LatentWatch(self.cause)
+
         def report(step: StepInfo) -> None:
+            watch.step(step.index, step.num_steps, step.denoised, step.x)
             if self.on_step is not None:
                 self.on_step(section, step)
 

@@ -117,7 +117,7 @@ class FramePackRun:
         device = host.model.settings.device
         return Generation(
             self._velocity, self.sampling, self.inputs, self.sections, conditions, device, self.store, host.on_step,
-            host.guide,
+            host.guide, host.model.likely_cause(),
         )  # fmt: skip
 
     def _prepare(self) -> Conditions:

@@ -189,6 +189,8 @@ class SamplerInputs:
         return whole[self.batch_place % len(whole) : self.batch_place % len(whole) + 1, :1]
 
     def sampling(self) -> Sampling:
+        if not 0.0 <= self.image_embed_strength <= 1.0:  # ComfyUI lets NaN by
+            raise ValueError(f"image_embed_strength is {self.image_embed_strength}: use a number from 0 to 1")
         return Sampling(
             seconds=self.total_second_length,
             mode=self.patcher.engine.streamed.mode,

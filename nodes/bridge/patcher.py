@@ -7,6 +7,8 @@ when to give memory back. All clones share one model and one engine.
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import comfy.model_base
@@ -15,6 +17,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from ...runtime.latent_watch import BadLatents, LatentWatch
 from . import host
 from .carried import BYPASS, HOOKED, OWN, check_carried
 from .compile_patches import COMPILE_KEY, compile_settings
@@ -22,6 +25,8 @@ from .engine import Engine
 from .inside import check_dtype, is_inside
 from .native_model import NativeModel
 from .options import StreamOptions
+
+logger = logging.getLogger(__name__)
 
 WRAPPER_KEY = OWN
 
@@ -40,7 +45,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.options = StreamOptions()
         if not self.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY):
-            self.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _check_latent)
+            self.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _watched)
 
     @property
     def network(self) -> NativeModel:
@@ -199,8 +204,41 @@ def make_patcher(model: comfy.model_base.BaseModel) -> StreamedModelPatcher:
     return StreamedModelPatcher(model, engine.device, host.CPU, engine.total_bytes)
 
 
-def _check_latent(executor: WrapperExecutor, noise: Tensor, *arguments: Any, **named: Any) -> Tensor:
+def _watched(
+    executor: WrapperExecutor,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    callback: Callable[..., None] | None = None,
+    *more: Any,
+    **named: Any,
+) -> Tensor:
+    """Core's `outer_sample`: a latent that the model cannot sample is refused, and what it samples is looked at.
+
+    Where that is no use it is made once more on the safe path. BadLatents where it is none even so.
+    """
     patcher = executor.class_obj.model_patcher
     patcher.check()
-    patcher.engine.check_latent(noise)
-    return executor(noise, *arguments, **named)
+    engine = patcher.engine
+    engine.check_latent(noise)
+
+    def sample() -> Tensor:
+        watch = LatentWatch(engine.streamed.likely_cause())
+
+        def told(step: int, denoised: Any, latent: Any, num_steps: int) -> None:
+            if isinstance(denoised, Tensor) and isinstance(latent, Tensor):
+                watch.step(step, num_steps, denoised, latent)
+            if callback is not None:
+                callback(step, denoised, latent, num_steps)
+
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *more, **named)
+
+    try:
+        return sample()
+    except BadLatents as error:
+        if not engine.streamed.take_safe_path():
+            raise
+        logger.warning("%s: it is sampled anew with exact attention", error)
+    return sample()

@@ -20,6 +20,7 @@ from ..linear.low_rank import DOWN, SCALE, UP
 from .file import Lora
 from .low_rank import LowRankPair
 from .merged_source import MergedSource, Source, made_from, refusal
+from .sound import read_sound
 from .update import Additive, Change
 
 logger = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ class LoraSource(MergedSource):
         first = 0
         for share in self._shares[layer]:
             lora, rank = self._loras[share.number], share.what.rank
-            read = lora.checkpoint.read
+            read = partial(read_sound, lora.checkpoint)
             factor = share.what.down(read) if leaf == DOWN else share.what.up(read)
             whole.narrow(0 if leaf == DOWN else 1, first, rank).copy_(factor)
             first += rank
@@ -232,7 +233,7 @@ def is_small(update: Additive, num_rows: int, num_columns: int) -> bool:
 def merge(weight: Tensor, loras: Sequence[Lora], strengths: Sequence[float], changes: Sequence[Part[Change]]) -> Tensor:
     """`weight` fp32, in place, with what LoRAs merge into it."""
     for change in changes:
-        change.what.merge_(weight, loras[change.number].checkpoint.read, strengths[change.number])
+        change.what.merge_(weight, partial(read_sound, loras[change.number].checkpoint), strengths[change.number])
     return weight
 
 

@@ -10,6 +10,7 @@ from ..files.checkpoint import Checkpoint, TensorInfo
 from ..files.lora_keys import ALPHA, DOWN, GENERALIZED, HADAMARD, KRONECKER, MAGNITUDE, MID, ORTHOGONAL, UP
 from .low_rank import Hadamard, Kronecker, LowRankPair
 from .scaling import Scaling
+from .sound import read_sound
 from .transform import Generalized, Orthogonal
 from .update import Update
 
@@ -90,12 +91,12 @@ class LayerParts:
             raise UnfitError("the model has no such layer")
 
     def alpha(self) -> float | None:
-        return float(self.checkpoint.read(self.found[ALPHA].key)) if ALPHA in self.found else None
+        return float(read_sound(self.checkpoint, self.found[ALPHA].key)) if ALPHA in self.found else None
 
     def scale(self, rank: int) -> float:
         """alpha / rank; without an alpha it is the rank. A rank of 0: alphas in the file's keys mean nothing."""
         if ALPHA in self.found:
-            return float(self.checkpoint.read(self.found[ALPHA].key)) / rank if rank else 1.0
+            return float(read_sound(self.checkpoint, self.found[ALPHA].key)) / rank if rank else 1.0
         module = next(iter(self.found.values())).module
         return 1.0 if self.scaling is None else self.scaling.scale(module, rank)
 
