@@ -33,6 +33,7 @@ from ..system.dtypes import half_dtype
 from ..transformer.transformer import Block, Transformer, here_already
 from ..transformer.workspace import all_there
 from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.stamps import FileStamps
 from ..weights.linear.compute import select_compute
 from ..weights.linear.linear import Linear
 from ..weights.linear.quantize import quantize_checkpoint
@@ -74,6 +75,7 @@ class StreamedModel(Generic[M]):
         self.config, stored = self.open_file(path)
         self.checkpoint = checkpoint = quantize_checkpoint(stored, settings.quantization, settings.device)
         self.model, self.aliases = self.build(checkpoint), self.lora_aliases(checkpoint)
+        self._stamps = FileStamps(info.file for info in stored.tensors.values())
         self.settings, self.between_blocks = settings, between_blocks
         self.model.execution = settings.execution(self.config.head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())
@@ -296,13 +298,22 @@ class StreamedModel(Generic[M]):
             try:
                 if leaner is not None:
                     self.start(leaner)
-                return run()
+                return self._of_one_file(run)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or (leaner := self._leaner_plan()) is None:
                     raise
             # outside the handler: its traceback holds the failed pass's activations
             self.stop()
             torch.cuda.empty_cache()
+
+    def _of_one_file(self, run: Callable[[], T]) -> T:
+        """A pass; CheckpointError where a file that it reads from was changed since it was opened."""
+        if self.transient is None and (self.plan is None or not self.plan.host.from_disk):
+            return run()
+        self._stamps.check()
+        made = run()
+        self._stamps.check()
+        return made
 
     def start(self, plan: MemoryPlan, ring: DeviceRing | None = None) -> None:
         """Put the model on its device as the plan says. `ring` is one shared with another expert of the same layout."""

@@ -116,7 +116,8 @@ def test_generate_takes_every_flag(files: WanFiles, folder: Path, tmp_path: Path
     experts = replace(files, model_low=folder / "wan_low.safetensors")
     assert main(["-v", *arguments(experts, output, *flags.split(), *machine.split(), "--negative-prompt", "cats")]) == 0
     assert next(imageio_ffmpeg.read_frames(str(output)))["fps"] == 8
-    assert main(arguments(files, output, "--sampler", "lcm", "--guidance", 1, "--timesteps", "1000,750,500")) == 0
+    lcm = ["--overwrite", "--sampler", "lcm", "--guidance", 1, "--timesteps", "1000,750,500"]
+    assert main(arguments(files, output, *lcm)) == 0
 
 
 def test_generate_a_video_of_a_picture(files: WanFiles, folder: Path, tmp_path: Path) -> None:

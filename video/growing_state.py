@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PART_NAME = re.compile(r"(final|open)_[0-9a-f-]+\.(mp4|safetensors)")
+MAX_BYTES = 2**24
+MAX_COUNT = 10**8  # frames, sections, pixels of a side
 FORMAT = 2  # of the files: a film of another is built anew
 
 
@@ -70,7 +74,36 @@ class VideoState:
 
 
 def read_state(path: Path) -> VideoState:
-    """The state that a file holds; OSError, ValueError, KeyError or TypeError for any other file."""
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+    """The state that a file holds; OSError, ValueError, KeyError or TypeError for any other file.
+
+    It may have been edited: files are of this folder alone, by names that films give, and counts are counts.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(stored, dict):
+        raise ValueError("it is no description of a film")
     single = {name: stored[name] and VideoPart(**stored[name]) for name in ("pixels", "shown_open")}
-    return VideoState(**{**stored, **single, "parts": tuple(VideoPart(**part) for part in stored["parts"])})
+    state = VideoState(**{**stored, **single, "parts": tuple(VideoPart(**part) for part in stored["parts"])})
+    _check(state)
+    return state
+
+
+def _check(state: VideoState) -> None:
+    for part in state.named:
+        if not isinstance(part.file, str) or not PART_NAME.fullmatch(part.file):
+            raise ValueError(f"{part.file!r} is no file of a film")
+        if not _is_count(part.num_frames) or not part.num_frames:
+            raise ValueError(f"{part.file} has {part.num_frames!r} frames")
+    counts = ("num_sections", "height", "width", "num_open", "num_shown_parts")
+    if bad := [name for name in counts if not _is_count(getattr(state, name))]:
+        raise ValueError(f"{bad[0]} is {getattr(state, bad[0])!r}")
+    if state.num_shown_parts > len(state.parts) or (state.num_sections and not state.num_frames):
+        raise ValueError("its counts do not agree")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT

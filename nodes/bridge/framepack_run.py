@@ -30,6 +30,8 @@ from .patcher import StreamedModelPatcher
 
 logger = logging.getLogger(__name__)
 
+MAX_NOTE_BYTES = 2**16
+
 
 class ComfyRunHost:
     """A `RunHost` under ComfyUI's memory management, progress bar and interrupts."""
@@ -124,12 +126,21 @@ def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:
 def _film_path(folder: Path, prefix: str) -> Path:
     """Where the film shall be: where it is, if nobody has put another there and the prefix is the same."""
     note = folder / "place.json"
-    if note.is_file():
-        place = json.loads(note.read_text(encoding="utf-8"))
-        path = Path(place["path"])
-        if place["prefix"] == prefix and GrowingVideo.is_at(folder, path):
-            return path
+    noted = _noted_place(note, prefix)
+    if noted is not None and GrowingVideo.is_at(folder, noted):
+        return noted
     return _new_place(folder, prefix)
+
+
+def _noted_place(note: Path, prefix: str) -> Path | None:
+    """The file that the note names for this prefix, if it is a video in ComfyUI's output folder: it may be edited."""
+    try:
+        place = json.loads(note.read_bytes()[:MAX_NOTE_BYTES])
+        path = Path(place["path"])
+        inside = path.resolve().is_relative_to(host.output_folder("").resolve())
+        return path if place["prefix"] == prefix and path.suffix == ".mp4" and inside else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _new_place(folder: Path, prefix: str) -> Path:
