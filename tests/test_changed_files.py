@@ -20,15 +20,16 @@ from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.weights.files.checkpoint import CheckpointError
 from safetensors.torch import load_file, save_file
 
-from .tiny import save_files
+from .tiny import save_files, save_wan
 
 REQUEST = WanRequest("a red ball", width=48, height=32, num_frames=5, num_steps=3, guidance=1.0)
-FROM_DISK = RunSettings(ram_budget_gib=(RAM_MARGIN_BYTES + 2**20) / GIB)
+FROM_DISK = RunSettings(ram_budget_gib=(RAM_MARGIN_BYTES + 3 * 2**20) / GIB)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
-    return save_files(tmp_path_factory.mktemp("files"))
+    folder = tmp_path_factory.mktemp("files")
+    return replace(save_files(folder), model=save_wan(folder / "wan.safetensors", num_layers=6))
 
 
 def overwrite(path: Path) -> None:
@@ -76,7 +77,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("film")
     made = GrowingVideo(folder / "parts", folder / "film.mp4")
     for value in (0, 99):
-        made.add(torch.full((9, 16, 16, 3), value, dtype=torch.uint8), 3 if value else 0)
+        made.add(torch.full((9, 16, 16, 3), value, dtype=torch.uint8), 3)
     made.publish()
     return folder
 
