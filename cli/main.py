@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -50,14 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM ends it as Ctrl-C does: with what was made by then.
     """
     options = make_parser().parse_args(arguments)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
     if sys.platform == "linux":  # elsewhere PyTorch does not know it; read when the GPU is first used
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     command: Callable[[argparse.Namespace], None] = options.command
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _terminable():
             command(options)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", INTERRUPTED)
@@ -223,6 +222,19 @@ def demo(options: argparse.Namespace) -> None:
     with OutputFile(options.output, Path("output/demo.mp4"), options.overwrite) as output:
         path = output.pick()
         print(make_demo(path, options.seed, use_device(options.device), TerminalProgress(sys.stderr)))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM interrupts what goes in here."""
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: object) -> None:
