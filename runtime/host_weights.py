@@ -198,7 +198,7 @@ class HostWeights:
         self.loras = AttachedLoras(self._model, origin, loras, strengths, dtype, self._settings.lora_mode)
         self._adopt(self.loras.source() if loras else origin)
 
-    def _adopt(self, source: TensorSource) -> None:
+    def _adopt(self, source: Source) -> None:
         """Read from this source from now on."""
         self.source = source
         self.loras.adopt(source.tensors)

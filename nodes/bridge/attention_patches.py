@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.backend import AttentionSpec, Backend
+from ...attention.backend import AttentionSpec, AttentionWorkspace, Backend
 
 OVERRIDE = "optimized_attention_override"
 
@@ -35,6 +35,10 @@ class OverriddenAttention:
         self, override: Callable[..., Tensor], options: dict[str, Any], own: Backend, exact_lengths: Collection[int]
     ):
         self._override, self._options, self._own, self._exact = override, options, own, exact_lengths
+
+    @property
+    def workspace(self) -> AttentionWorkspace:
+        return self._own.workspace
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from . import host
 from .engine import Engine
 
 
+class SectionModel(Protocol):
+    """The section that is sampled now."""
+
+    def velocity(self, x: Tensor, prompt: Tensor, options: dict[str, Any]) -> Tensor:
+        """`[B, 16, T, h, w]`, each sample by the prompt of its number."""
+        ...
+
+
 class FramePackEngine(Engine[StreamedFramePack]):
     """Planned for a section; on the device from its first pass until something else wants the room."""
 
@@ -24,7 +33,7 @@ class FramePackEngine(Engine[StreamedFramePack]):
 
     def __init__(self, path: Path, settings: RunSettings, model_type: str, turns: Turns | None = None):
         super().__init__(partial(StreamedFramePack, model_type=model_type), path, settings, turns)
-        self.section: object | None = None  # what core's guider samples now
+        self.section: SectionModel | None = None  # what core's guider samples now
 
     def begin_run(self, phase: str | None = "denoise") -> None:
         """A guider that samples one of a run's sections begins none of its own."""

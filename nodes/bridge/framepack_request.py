@@ -227,11 +227,15 @@ class SamplerInputs:
         elif end_features is None:  # the network always has some
             start_features = torch.zeros(1, IMAGE_TOKENS, config.image_dim)
         timed, prompts = timed_prompt_of(self.positive)
+        negative = None
+        if self.negative:
+            text, options = self.negative[0]
+            negative = _prompt(text, options, self.batch_place)
         inputs = EncodedInputs(
             latent_size=size if sized is None else (sized.shape[3], sized.shape[4]),
             timed=timed,
             prompts={name: _prompt(text, options, self.batch_place) for name, text, options in prompts},
-            negative=_prompt(*self.negative[0], self.batch_place) if self.negative else None,
+            negative=negative,
             start=start,
             end=latents(end.latent, 1),
             start_features=start_features,

@@ -19,7 +19,7 @@ from .engine import Engine
 from .patches import PREFIX
 
 
-class MergedUpdate(comfy.weight_adapter.WeightAdapterBase):  # type: ignore[misc]
+class MergedUpdate(comfy.weight_adapter.WeightAdapterBase):
     """An update that is merged as the command line merges it; `tensors` are those that it reads, by key."""
 
     name = "lowvram_video"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.model_base
 import comfy.patcher_extension
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .block_patches import check_patches
 from .carried import OBJECT, OPTION, PATCH, REPLACEMENT, TRANSFORMER, Carry
-from .framepack_engine import FramePackEngine
+from .framepack_engine import FramePackEngine, SectionModel
 from .native_model import NativeModel, core_model
 
 PROMPT_KEY = "lowvram_prompt"  # of the conditions that say which prompt a pass is of
@@ -43,14 +43,6 @@ def make_model(engine: FramePackEngine) -> comfy.model_base.BaseModel:
     """A model that LoRA loaders and memory management know; only FramePack Sampler samples it."""
     unknown = "this ComfyUI does not know HunyuanVideo, whose latents FramePack uses"
     return core_model(NativeFramePack(engine), {"image_model": "hunyuan_video"}, unknown)
-
-
-class SectionModel(Protocol):
-    """The section that is sampled now."""
-
-    def velocity(self, x: Tensor, prompt: Tensor, options: dict[str, Any]) -> Tensor:
-        """`[B, 16, T, h, w]`, each sample by the prompt of its number."""
-        ...
 
 
 class NativeFramePack(NativeModel):

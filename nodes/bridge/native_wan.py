@@ -43,6 +43,7 @@ class NativeWan(NativeModel):
     """What core's BaseModel calls."""
 
     rotates, guides = True, True
+    text_embedding: Any
 
     def __init__(self, engine: WanEngine):
         super().__init__(engine)

@@ -34,6 +34,8 @@ WRAPPER_KEY = OWN
 class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL whose weights the engine moves."""
 
+    object_patches: dict[str, Any]
+
     def __init__(
         self,
         model: comfy.model_base.BaseModel,
