@@ -89,6 +89,6 @@ def command_key(options: argparse.Namespace) -> str:
     return run_key({name: str(value) for name, value in vars(options).items() if name not in ABOUT_NO_RUN})
 
 
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
+def add_overwrite(parser: argparse._ActionsContainer) -> None:
     """The flag that `OutputFile` reads."""
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output if there is one")
