@@ -220,11 +220,9 @@ def test_what_cannot_be_told_apart_is_not_recorded(
     models: Path, passes: Passes, output: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save(models, "t2v")
-    model = resumable(path).clone()
-    other = core(path)
-    model.model_options["transformer_options"]["beside"] = {"control": other}
-    whole = sample(ours(path), *prompts(), empty_latent())
-    assert torch.equal(sample(model, *prompts(), empty_latent()), whole)
+    text = prompts(beside=core(path))  # as a node of others may put a model into a conditioning
+    whole = sample(ours(path), *text, empty_latent())
+    assert torch.equal(sample(resumable(path), *text, empty_latent()), whole)
     assert "this run is not recorded: it has another model beside its own" in caplog.text
     assert not (output / "wan").exists()
 
