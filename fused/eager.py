@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
 
+PIECE = 4096  # rows
+
 
 class EagerOps:
     """See `FusedOps` for what each step computes."""
@@ -47,7 +49,8 @@ class EagerOps:
         values.copy_((x * scales.reciprocal()[..., None]).round_().clamp_(-127, 127))
 
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
-        out.copy_(values * scales[..., None])
+        for rows, factors, there in zip(values.split(PIECE), scales.split(PIECE), out.split(PIECE), strict=True):
+            there.copy_(rows * factors[..., None])  # fp32 for a piece of them at a time
 
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
         gate = gate[_group_of_rows(x, gate, first_row, rows_per_group)]

@@ -228,8 +228,10 @@ def _gated_add_kernel(
     y = tl.load(y_ptr + row.to(tl.int64) * y_stride + col, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + group + col, mask=inside, other=0.0)
     if FP16:
-        y = tl.minimum(tl.maximum(y, -largest), largest)
-        x = tl.minimum(tl.maximum(x + y * gate, -largest), largest)
+        # what is no number stays none, or nobody would see it: minima and maxima take the other one
+        y = tl.where(y == y, tl.minimum(tl.maximum(y, -largest), largest), y)
+        x = x + y * gate
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -largest), largest), x)
     else:
         x = x + y * gate
     tl.store(address, x, mask=inside)

@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..weights.lora.file import open_lora
+from ..weights.lora.scaling import FILE_NAME
 from .bridge import host
 from .bridge.lora_patches import LoraPatches
 from .inputs import model_input, streamed_model
@@ -46,7 +47,7 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, strength: float, **_: Any) -> str:
-        return f"{host.model_stamp(lora_name, host.LORA_FOLDER)} {strength}"
+        return f"{_stamp(lora_name)} {strength}"
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
@@ -57,8 +58,20 @@ class LoadLora(io.ComfyNode):
         logger.log(logging.WARNING if lora.report.skipped else logging.INFO, "LoRA %s", lora.report)
         copy = patcher.clone()
         if strength:
-            file = (str(path), host.model_stamp(lora_name, host.LORA_FOLDER))
+            file = (str(path), _stamp(lora_name))
             patches = LoraPatches(engine, lora, file)
             copy.add_patches(patches.updates(), strength)
             copy.add_patches(patches.changes(), strength)
         return io.NodeOutput(copy, ui=ui.PreviewText(str(lora.report)))
+
+
+def _stamp(name: str | None) -> str:
+    """Changes when the LoRA does, or the configuration beside it that may say its scale."""
+    stamp = host.model_stamp(name, host.LORA_FOLDER)
+    beside = (
+        None if name is None or stamp == "missing" else host.model_path(name, host.LORA_FOLDER).with_name(FILE_NAME)
+    )
+    if beside is None or not beside.is_file():
+        return stamp
+    stat = beside.stat()
+    return f"{stamp} {stat.st_size} {stat.st_mtime_ns}"

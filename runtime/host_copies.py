@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class BackgroundWriter:
     """Does what it is given in order, in a thread; after a failure, which is logged once, nothing more (`fault`)."""
 
     def __init__(self) -> None:
-        self.fault: OSError | None = None
+        self.fault: Exception | None = None
         self._thread: ThreadPoolExecutor | None = None  # once there is something to do
         self._pending: deque[Future[None]] = deque()
 
@@ -85,6 +86,6 @@ class BackgroundWriter:
             return
         try:
             write()
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
             self.fault = error
             log.warning("no more steps of this run can be kept (%s): it goes on without", error)

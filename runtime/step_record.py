@@ -115,16 +115,21 @@ class StepRecord:
     def remove(self) -> None:
         """What was wanted is whole and in its place: nothing of the run need be kept."""
         self._writer.close()
+        if not self.folder.exists():  # nothing could be kept, so `close` left nothing
+            self._lock.release()
+            return
         remove_run(self.folder, self._lock)
         with suppress(OSError):  # other runs are in it
             self.folder.parent.rmdir()
 
     def close(self) -> None:
         """Write what is still to be written, and let others open the run; nothing is left of one without a step."""
-        self._writer.close()
-        if self.folder.exists() and not (self.num_kept or self.is_finished):
-            self.remove()
-        self._lock.release()
+        try:
+            self._writer.close()
+            if self.folder.exists() and not (self.num_kept or self.is_finished):
+                self.remove()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> StepRecord:
         return self
@@ -143,7 +148,8 @@ class StepRecord:
 
     def _forget_from(self, index: int) -> None:
         for later in range(index, self._known):
-            self._path(later).unlink(missing_ok=True)
+            with suppress(OSError):  # in use, on Windows: it is written over, or answers another question again
+                self._path(later).unlink(missing_ok=True)
         self._known = index
 
     def _recall(self, index: int, question: Mapping[str, Tensor]) -> list[Tensor]:

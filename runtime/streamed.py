@@ -141,9 +141,9 @@ class StreamedModel(Generic[M]):
     @property
     def computes_in_8_bits(self) -> bool:
         """Whether the user chose products or attention of 8-bit numbers, or of smaller ones."""
-        return (
-            self.settings.quantization in ("fp8_fast", "int8", "4bit_fast") or not self.model.execution.attention.exact
-        )
+        execution = self.model.execution
+        by_attention = not execution.attention.exact and not execution.all_queries  # another pack's is nobody's choice
+        return self.settings.quantization in ("fp8_fast", "int8", "4bit_fast") or by_attention
 
     def stage_bytes(self) -> tuple[int, ...]:
         """See `ModelFootprint`; compiled code takes its block as a whole."""

@@ -102,6 +102,10 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
             large = y.clone()
             large[0, 0], added[1, 1] = torch.inf, 65504.0
             ops.gated_add_(added, large, modulation[2].abs(), 1, rows_per_group)
+            lost = added.clone()
+            large[0, 1], lost[2, 0] = torch.nan, torch.nan
+            ops.gated_add_(lost, large, modulation[2], 1, rows_per_group)
+            assert lost[0, 1].isnan() and lost[2, 0].isnan(), "what is no number stays none"
         norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, rows_per_group, 1e-6)
         affine = ops.affine_norm(x, weight, y[0], 1e-6)
         results.append([norm, affine, rotated, plain, heads, head_rope, act, added])

@@ -116,6 +116,13 @@ def test_a_run_is_made_once_more_on_the_safe_path(
     assert "begins anew with exact attention" in caplog.text
     assert len(list(tmp_path.glob("*/run.json"))) == 2, "what computes otherwise is another run"
 
+    again = WanPipeline(files, runs=tmp_path)  # its video was not placed: the latent of the safe path is there
+    again.high.model.execution = replace(again.high.model.execution, attention=Sick(torch.device("cpu")))
+    passes: list[int] = []
+    again.high.model.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(torch.cat(list(again.generate(REQUEST))), whole)
+    assert passes == [], "both paths' steps were kept"
+
 
 def test_a_damaged_model_is_named_and_no_video_is_made(
     files: WanFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -317,7 +317,7 @@ def test_the_command_line_applies_loras_to_both_experts(
     style = save_lora(tmp_path / "style.safetensors", make_factors(2, 4, LAYERS[:3]))
 
     def made(*more: object) -> tuple[bytes, str]:
-        status = main(command(files, tmp_path / "v.mp4", *more, "--model-low", files.model_low))
+        status = main(command(files, tmp_path / "v.mp4", *more, "--model-low", files.model_low, "--overwrite"))
         shown = capsys.readouterr()
         assert status == 0, shown.err
         return (tmp_path / "v.mp4").read_bytes(), shown.out

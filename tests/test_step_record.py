@@ -183,6 +183,13 @@ def test_a_full_disk_stops_recording_and_not_the_run(
     assert model.calls == 4
 
 
+def test_a_record_that_kept_nothing_is_removed_without_a_word(tmp_path: Path) -> None:
+    with StepRecord.open(tmp_path, SETTINGS) as record:
+        pass
+    record.remove()
+    assert not list(tmp_path.glob("*"))
+
+
 def test_latents_that_are_finished_take_the_place_of_steps(tmp_path: Path) -> None:
     run(tmp_path, Model())
     latent = torch.randn(2, 3)

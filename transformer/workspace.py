@@ -36,7 +36,8 @@ class Execution:
     `token_chunk` rows go through norms and matrix products at a time; attention runs over `head_groups` groups of
     heads in turn, for the queries of at most `query_chunk` rows at a time (None: of all). They come from the memory
     plan, as does whether self-attention's keys and values are kept in 8 bits (`packed_keys`), which is not only
-    rounding: a plan does so where the user chose to compute in 8 bits.
+    rounding: a plan does so where the user chose to compute in 8 bits. `all_queries` overrules both, for attention that
+    must see all at once, whatever a leaner plan says in between.
     """
 
     dtype: torch.dtype = torch.float32
@@ -46,6 +47,7 @@ class Execution:
     head_groups: int = 1
     query_chunk: int | None = None
     packed_keys: bool = False
+    all_queries: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Workspace:
         self.rows = rows
         self.num_rows, self.dim = rows.count, rows.dim
         self.query_rows = self.num_rows
+        all_queries = all_queries or execution.all_queries
         if not all_queries and execution.query_chunk is not None and self.num_rows > execution.query_chunk:
             self.query_rows = even_step(self.num_rows // rows.batch, execution.query_chunk)
         # short clips of models with a wide FFN: never less than one chunk of hidden rows

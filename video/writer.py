@@ -75,6 +75,10 @@ class VideoWriter:
         try:
             replace_file(self.partial, self.path)
         except OSError as error:
+            # under a name that is not a partial file's, which the next run would remove
+            whole = self.partial.with_name(self.partial.name.replace(".partial", ""))
+            with suppress(OSError):
+                self.partial = self.partial.rename(whole)
             raise VideoError(
                 f"{self.path} cannot be written ({error.strerror}): the video is {self.partial}; close what has the "
                 "file open, or choose another output path"

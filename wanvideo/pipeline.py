@@ -173,13 +173,19 @@ class WanPipeline:
         if self.steps is not None:
             self.steps.close()
         self._open_steps(request, pictures)  # what computes otherwise is another run
-        return denoise()
+        kept = self._kept_latent()
+        return denoise() if kept is None else kept
+
+    def _kept_latent(self) -> Tensor | None:
+        """That of a run whose steps are all made."""
+        kept = None if self.steps is None else self.steps.finished()
+        return None if kept is None else kept["latent"].to(self.settings.device)
 
     def _latent(self, request: WanRequest, pictures: Pictures, sigmas: Tensor) -> Tensor:
         """The video's latent, made or as it was kept."""
-        kept = None if self.steps is None else self.steps.finished()
+        kept = self._kept_latent()
         if kept is not None:
-            return kept["latent"].to(self.settings.device)
+            return kept
         with self.record.phase("encode"):
             conditions = self._encode(request, pictures)
         with self.record.phase("denoise"):

@@ -300,12 +300,13 @@ class Engine(Generic[S]):
         """Passes in here have this attention, which sees all queries at once."""
         model = self.streamed.model
         own = model.execution
-        model.execution = mine = replace(own, attention=backend, query_chunk=None)
+        model.execution = mine = replace(own, attention=backend, all_queries=True)
         try:
             yield
         finally:  # a pass that ran out of memory may have begun anew, leaner
             changed = model.execution is not mine
-            model.execution = replace(model.execution, attention=own.attention) if changed else own
+            own_again = replace(model.execution, attention=own.attention, all_queries=False)
+            model.execution = own_again if changed else own
 
     @contextmanager
     def within_budget(self) -> Iterator[None]:

@@ -7,12 +7,14 @@ noise masks are core's code, applied to what FramePack denoises. The solver and 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
+import comfy.model_sampling
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -69,7 +71,8 @@ class CoreGuide:
         patcher = self.patcher.clone()
         sampling = patcher.get_model_object("model_sampling")
         own = copy.deepcopy(sampling)
-        own.set_parameters(shift=self.shift)
+        by_logarithm = isinstance(own, comfy.model_sampling.ModelSamplingFlux)
+        own.set_parameters(shift=math.log(self.shift) if by_logarithm else self.shift)
         patcher.add_object_patch("model_sampling", own)
         rescale, options = work.sampling.cfg_rescale, patcher.model_options
         if rescale and work.sampling.cfg != 1.0:

@@ -15,7 +15,9 @@ def given_shift(patcher: StreamedModelPatcher, widget: float) -> float:
     A `ModelSamplingFlux` counts by its logarithm. ValueError for a schedule that is no flow's, and for two shifts.
     """
     given = patcher.object_patches.get("model_sampling")
-    if given is None or type(given) is type(patcher.model.model_sampling):  # the same with another noise scale
+    # the model's own: once it has run with a patch, that is in its place
+    own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
+    if given is None or type(given) is type(own):  # the same with another noise scale
         return widget
     shift = getattr(given, "shift", None)
     if shift is None or not isinstance(given, comfy.model_sampling.CONST):

@@ -73,6 +73,8 @@ def sample_recorded(
                 host.leave_device()
                 logger.info("paused: %d steps are kept in %s; queue again to go on", record.num_kept, record.folder)
             raise
+        finally:  # on the safe path these options are sampled with once more, into a record of its own
+            options["transformer_options"]["wrappers"][WrappersMP.CALC_COND_BATCH].pop(KEY)
         record.finish(samples=samples, **shown.last)
         return samples
 
@@ -81,10 +83,12 @@ def run_settings(guider: Any, asked: Any) -> dict[str, Any]:
     """All that the model's answers depend on, as JSON values and tensors. ValueError for what has no such form."""
     patcher: StreamedModelPatcher = guider.model_patcher
     own = {name: value for name, value in vars(guider).items() if name not in OF_THE_RUN}
+    module = getattr(patcher.engine.streamed, "vace_module", None)
     return {
         "family": "comfyui",
         "model": {
             "fingerprint": fingerprint(patcher.engine.streamed.checkpoint.path),
+            **({} if module is None else {"vace_module": fingerprint(module)}),
             "arithmetic": patcher.engine.streamed.arithmetic,
             "patches": patch_identity(patcher.patches),
             "objects": identity(patcher.object_patches),

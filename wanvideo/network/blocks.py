@@ -324,11 +324,10 @@ def attend_guided(
 ) -> Tensor:
     """Attention of the queries `q [rows, dim]` of a span to text and pictures, that to the text guided.
 
-    The queries for the negative prompt wait in the bytes of self-attention's keys.
+    The queries for the negative prompt wait in the bytes of self-attention's keys, where those are wide enough.
     """
     text, *pictures = pairs
-    for_negative = work.keys[: q.shape[0]]
-    for_negative.copy_(q)
+    for_negative = q.clone() if work.packs_keys else work.keys[: q.shape[0]].copy_(q)
     for_pictures = q.clone() if pictures else q
     attended = work.attend_rows(q, span, [text])
     batch, tokens = work.rows.batch, work.num_rows // work.rows.batch

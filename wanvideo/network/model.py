@@ -162,7 +162,9 @@ class WanModel(Transformer):
         else:
             rope = given_angles(grid, extras.rotate, latent.device, extras.positions)
 
-        x = work.gate(self.embed_latent(latent, extras, work))  # [B * tokens, dim]
+        x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
+        if work.residual_scale != 1:
+            x.mul_(work.residual_scale)  # in place: no plan has room for a second one
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
         controls, visitor = self.embed_controls(x, extras, work), extras.visitor
         state = Pass(x, time, modulation, rows_per_group, rope, work, controls, visitor)

@@ -9,6 +9,7 @@ huggingface/peft (`peft/tuners/lora/config.py`, `get_pattern_key` of `peft/utils
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def read_scaling(checkpoint: Checkpoint) -> Scaling | None:
     beside = path.with_name(FILE_NAME)
     if not beside.is_file() or not _belongs(path):
         return None
-    return _scaling(path, FILE_NAME, beside.read_text(encoding="utf-8"))
+    return _scaling(path, FILE_NAME, beside.read_bytes())
 
 
 def _belongs(path: Path) -> bool:
@@ -84,7 +85,7 @@ def _belongs(path: Path) -> bool:
     return path.name.startswith(ADAPTER_NAME) or not any(path.parent.glob(f"{ADAPTER_NAME}*.safetensors"))
 
 
-def _scaling(path: Path, source: str, text: str) -> Scaling:
+def _scaling(path: Path, source: str, text: str | bytes) -> Scaling:
     try:
         stated = _of_component(json.loads(text))
         init = str(stated.get("init_lora_weights", ""))
@@ -92,13 +93,13 @@ def _scaling(path: Path, source: str, text: str) -> Scaling:
         scaling = Scaling(
             path,
             source,
-            None if alpha is None else float(alpha),
+            None if alpha is None else _finite(alpha),
             None if rank is None else int(rank),
             _patterns(stated.get("alpha_pattern")),
             _patterns(stated.get("rank_pattern")),
             str(stated.get("use_rslora")).lower() == "true",
         )
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise CheckpointError(
             f"{path}: {source} cannot be read ({error}); expected PEFT's configuration as JSON, by which it is scaled; "
             "download it again, or remove it if the file's own keys have alphas"
@@ -126,7 +127,15 @@ def _first(config: Mapping[str, Any], *keys: str) -> Any:
 
 def _patterns(config: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], float]]:
     """PEFT's rule: a key is a regular expression of the last parts of a name."""
-    return [(re.compile(rf"(.*\.)?({key})"), float(value)) for key, value in (config or {}).items()]
+    return [(re.compile(rf"(.*\.)?({key})"), _finite(value)) for key, value in (config or {}).items()]
+
+
+def _finite(value: Any) -> float:
+    """A number that something can be scaled by; ValueError for infinity and what is no number."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is no finite number")
+    return number
 
 
 def _by_pattern(patterns: Sequence[tuple[re.Pattern[str], float]], module: str, default: float | None) -> float | None:
