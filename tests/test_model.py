@@ -126,6 +126,16 @@ def test_keys_and_values_in_8_bits_are_near_the_exact_ones(query_chunk: int | No
     assert sizes == [2 * rows * config.dim // 4]  # one byte instead of fp32's four
 
 
+def test_attention_that_must_see_all_queries_does_under_the_leanest_plan() -> None:
+    config = VARIANTS["t2v"]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    want = model(**inputs)
+    model.execution = Execution(query_chunk=17, packed_keys=True, all_queries=True)
+    work = model.workspace(60, torch.device("cpu"))
+    assert work.query_rows == 60 and not work.packs_keys
+    assert torch.equal(model(**inputs), want)
+
+
 @pytest.mark.parametrize("variant", ["t2v", "ti2v"])
 def test_fp16_carries_a_residual_stream_beyond_its_numbers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPUs without bf16 run it (compute capability 7.5)."""

@@ -73,6 +73,12 @@ def test_rows_and_heads_in_parts_change_nothing(variant: str, execution: dict[st
     assert float((want[0] - plain[0]).norm() / plain[0].norm()) > 1e-3
 
 
+def test_keys_in_8_bits_leave_no_bytes_for_the_negative_prompts_queries() -> None:
+    nag = negative((True, False))
+    got, want = velocity("i2v", nag, Execution(query_chunk=16, packed_keys=True)), velocity("i2v", nag, Execution())
+    assert float((got - want).norm() / want.norm()) < 1e-2
+
+
 def test_without_any_share_it_is_the_model_itself() -> None:
     off = replace(SETTINGS, alpha=0.0)
     assert not off.is_on and not replace(SETTINGS, scale=1.0).is_on

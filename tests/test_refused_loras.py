@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -101,6 +102,8 @@ HEADERS: dict[str, tuple[dict[str, str], str, dict[str, str]]] = {
     "another rank": (config(r=8, lora_alpha=16), "says rank 8 of blocks.0.attn1.to_q, its", config(r=4, lora_alpha=16)),
     "no JSON": ({"lora_adapter_metadata": "{"}, "lora_adapter_metadata cannot be read", {}),
     "no number": (config(r=4, lora_alpha="much"), "could not convert string to float", config(r=4)),
+    "no finite alpha": (config(r=4, lora_alpha=math.nan), "nan is no finite number", config(r=4)),
+    "no finite rank": (config(r=math.inf, lora_alpha=4), "cannot be read", config(r=4)),
     "no pattern": (config(r=4, alpha_pattern={"(": 1}), "cannot be read", config(r=4, alpha_pattern={"to_q": 1})),
     "PiSSA": (
         config(r=4, lora_alpha=4, init_lora_weights="pissa_niter_4"),
