@@ -91,6 +91,7 @@ NAMINGS: dict[str, tuple[bool, Callable[[str], str], tuple[str, str]]] = {
     "HunyuanVideo": (False, lambda layer: f"diffusion_model.{layer}", AB),
     "HunyuanVideo, transformer.": (False, lambda layer: f"transformer.{layer}", AB),
     "HunyuanVideo, musubi": (False, lambda layer: f"lora_unet_{layer.replace('.', '_')}", DOWN_UP),
+    "Tencent's I2V": (False, lambda layer: f"Hunyuan_video_I2V_lora_{layer.replace('.', '_')}", DOWN_UP),
     "HunyuanVideo in ComfyUI": (False, lambda layer: f"diffusion_model.{layer}", DOWN_UP),
 }
 

@@ -193,3 +193,45 @@ def test_wrong_files_and_models_are_refused(framepack: Any, models: Path, loras:
         LoadLora.execute(framepack, "absent.safetensors", 1.0)
     with pytest.raises(ValueError, match="Load FramePack Model"):
         LoadLora.execute(core(save(models, "t2v")), "wan.safetensors", 1.0)
+
+
+def test_lokr_of_simpletuner_is_its_product_added_to_the_weights(models: Path, loras: Path) -> None:
+    """LyCORIS's names, in diffusers' order: `lycoris_blocks_0_attn1_to_q`, with both factors whole."""
+    base = save(models, "t2v")
+    plain = load_file(base)
+    names = {"self_attn.q": "attn1_to_q", "self_attn.o": "attn1_to_out_0", "cross_attn.v": "attn2_to_v"}
+    kronecker, merged = {}, dict(plain)
+    for ours_name, theirs in names.items():
+        weight = f"blocks.0.{ours_name}.weight"
+        rows, columns = plain[weight].shape
+        first, second = randn(4, 4, seed=1) * 0.2, randn(rows // 4, columns // 4, seed=2) * 0.2
+        stem = f"lycoris_blocks_0_{theirs}"
+        kronecker |= {f"{stem}.lokr_w1": first, f"{stem}.lokr_w2": second, f"{stem}.alpha": torch.tensor(1.0)}
+        merged[weight] = plain[weight] + torch.kron(first, second)
+    save_file(kronecker, loras / "simpletuner.safetensors")
+    whole = base.with_name("t2v_merged_lokr.safetensors")
+    save_file(merged, whole)
+
+    def made(model: Any) -> Tensor:
+        return sample(model, *prompts(), empty_latent())
+
+    want = made(ours(whole))
+    assert relative_error(made(loaded(ours(base), "simpletuner.safetensors")), want) < 1e-4
+    assert relative_error(made(ours(base)), want) > 1e-3
+
+
+def test_a_lora_that_widens_the_first_layer_is_named_before_the_run(models: Path, loras: Path) -> None:
+    """Control LoRAs: 32 channels for `patch_embedding`, by core's `reshape_weight`."""
+    base = save(models, "t2v")
+    dim = load_file(base)["patch_embedding.weight"].shape[0]
+    stem = "diffusion_model.patch_embedding"
+    save_file(
+        {
+            f"{stem}.lora_A.weight": randn(4, 32, 1, 2, 2, seed=1) * 0.1,
+            f"{stem}.lora_B.weight": randn(dim, 4, 1, 1, 1, seed=2) * 0.1,
+            f"{stem}.reshape_weight": torch.tensor([dim, 32, 1, 2, 2]),
+        },
+        loras / "control.safetensors",
+    )
+    with pytest.raises(ValueError, match="patch_embedding"):
+        sample(native(ours(base), "control.safetensors"), *prompts(), empty_latent())
