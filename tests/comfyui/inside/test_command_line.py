@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +56,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A tiny CLIP vision model as core has it, and its file."""
-    model = comfy.clip_vision.ClipVisionModel(CLIP)
+    folder = tmp_path_factory.mktemp("clip")
+    described = folder / "config.json"  # 0.8 takes no dict
+    described.write_text(json.dumps(CLIP))
+    model = comfy.clip_vision.ClipVisionModel(str(described))
     generator = torch.Generator().manual_seed(12)
     weights = {}
     for name, tensor in model.model.state_dict().items():
@@ -63,7 +67,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
         scale = 0.7 / tensor[0].numel() ** 0.5 if tensor.ndim > 1 else 0.1
         weights[name] = (values * scale + float("norm" in name and name.endswith("weight"))).half()
     model.load_sd(weights)
-    path = tmp_path_factory.mktemp("clip") / "clip_vision_h.safetensors"
+    path = folder / "clip_vision_h.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
     return model, path
 

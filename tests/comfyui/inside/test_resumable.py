@@ -111,7 +111,8 @@ def test_pausing_gives_all_memory_back_and_goes_on_with_the_same_model(models: P
     for at in (1, 2):
         passes.stopped(at, lambda: sample(model, *prompts(), empty_latent(), steps=STEPS))
         assert not model.engine.streamed.started and model.engine.device_bytes == 0
-        assert not mm.current_loaded_models
+        # core never unloads what only a test before still holds
+        assert not [loaded for loaded in mm.current_loaded_models if not loaded.is_dead()]
     assert torch.equal(sample(model, *prompts(), empty_latent(), steps=STEPS), whole)
 
 
