@@ -13,6 +13,7 @@ from torch import Tensor
 from ...runtime.step_record import StepRecord
 from ...weights.files.fingerprint import fingerprint
 from . import host
+from .carried import without_own
 from .identity import identity
 from .patcher import StreamedModelPatcher
 from .patches import patch_identity
@@ -146,7 +147,6 @@ def _tell(record: StepRecord, guider: Any) -> None:
 def _without_ours(options: dict[str, Any]) -> dict[str, Any]:
     """A run's options without this wrapper and what core keeps of its own in them."""
     transformer = dict(options.get("transformer_options", {}))
-    wrappers = {kind: {key: value for key, value in found.items() if key not in (KEY, "lowvram")}
-                for kind, found in transformer.get("wrappers", {}).items()}  # fmt: skip
+    wrappers = without_own(transformer.get("wrappers", {}))
     transformer["wrappers"] = {kind: found for kind, found in wrappers.items() if any(found.values())}
     return {**options, "transformer_options": transformer}
