@@ -49,6 +49,7 @@ from .arguments import (
     settings_of,
 )
 from .framepack_run import Files, plan_ahead
+from .nag import nag_settings
 from .output import OutputFile, command_key
 from .progress import TerminalProgress
 from .report import check_report
@@ -87,9 +88,6 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "lora_low": f"{ONE_MODEL}: give --lora",
         "spacing": "FramePack's noise levels follow --steps and --shift",
         "timesteps": "FramePack's noise levels follow --steps and --shift",
-        "nag": "FramePack has no cross-attention: --cfg above 1 takes the negative prompt",
-        "nag_tau": "it is of --nag, for Wan",
-        "nag_alpha": "it is of --nag, for Wan",
         "batch_cfg": "FramePack makes the two passes of --cfg in turn",
         "control": "FramePack is steered by pictures and --video",
         "control_strength": "FramePack takes no control video",
@@ -238,7 +236,8 @@ class _Job:
             video, num_before = read_end(options.extend, width, height, FRAMES_PER_SECOND, last)
             given = video[-_whole(len(video)) :]
             given_after = (num_before + len(video) - len(given)) / FRAMES_PER_SECOND
-        negative = (options.negative_prompt or "") if self.sampling.cfg != 1.0 else None
+        wants_negative = self.sampling.cfg != 1.0 or self.sampling.nag is not None
+        negative = (options.negative_prompt or "") if wants_negative else None
         return Inputs(
             self.timed,
             self.size,
@@ -280,8 +279,8 @@ def _check_combination(options: argparse.Namespace) -> None:
         is_given(options, option) for option in ("image", "extend", "video")
     ):
         raise ValueError("--image-strength has no picture to act on: give --image, or leave it out")
-    if options.negative_prompt and options.cfg in (None, 1.0):
-        logger.warning("the negative prompt is not read: it takes --cfg above 1")
+    if options.negative_prompt and options.cfg in (None, 1.0) and nag_settings(options) is None:
+        logger.warning("the negative prompt is not read: it takes --cfg above 1, or --nag")
 
 
 def _files(options: argparse.Namespace) -> tuple[EncoderFiles, FramePackFiles]:
@@ -349,6 +348,7 @@ def _sampling(options: argparse.Namespace, mode: SectionMode) -> Sampling:
         cache_threshold=None if options.no_teacache else TEACACHE if options.teacache is None else options.teacache,
         strength=1.0 if options.strength is None else options.strength,
         one_frame=options.one_frame,
+        nag=nag_settings(options),
     )
     sampling.check()
     count_sections(sampling.seconds, sampling.window)

@@ -34,6 +34,7 @@ from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
 from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice, positive
 from .bench import add_bench
 from .framepack import FRAMEPACK_COMMANDS
+from .nag import add_nag
 from .output import OutputFile, add_overwrite
 from .progress import TerminalProgress
 from .report import show_report
@@ -119,6 +120,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", type=int)
     how.add_argument("--sampler", choices=list(SAMPLERS))
     how.add_argument("--shift", type=float)
+    add_nag(how)
     for commands in COMMANDS.values():
         commands.add_generate(parser)
     add_keeping(parser)

@@ -15,7 +15,6 @@ from ..runtime.settings import RunSettings
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
 from ..system.output_lock import is_noted, note_output
-from ..transformer.nag import NagSettings
 from ..video.writer import VideoWriter
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.identity import WanFiles
@@ -33,6 +32,7 @@ from .arguments import (
     runs_folder,
     settings_of,
 )
+from .nag import nag_settings
 from .output import OutputFile, command_key
 from .progress import TerminalProgress
 from .report import check_report
@@ -86,14 +86,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     wan.add_argument("--guidance-high", type=float, help="the same for the high-noise expert")
     wan.add_argument("--boundary", type=float, help="sigma where the low-noise expert takes over")
     wan.add_argument("--batch-cfg", action="store_true", help="cond and uncond in one batch instead of in turn")
-    wan.add_argument(
-        "--nag",
-        type=float,
-        metavar="SCALE",
-        help="the negative prompt counts at --guidance 1 too, in attention; 5 to 11 are usual",
-    )
-    wan.add_argument("--nag-tau", type=float, help="how many times as long a token's result may become; 2.5")
-    wan.add_argument("--nag-alpha", type=float, help="how much of the guided result is mixed in; 0.25")
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -188,18 +180,6 @@ def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:
 def open_model(options: argparse.Namespace, settings: RunSettings) -> StreamedWan:
     """The model that `plan` is of."""
     return StreamedWan(options.model, settings, vace_module=options.vace_module)
-
-
-def nag_settings(options: argparse.Namespace) -> NagSettings | None:
-    """The settings of --nag; None where it is off. ValueError for those that are no use."""
-    given = {"scale": options.nag, "tau": options.nag_tau, "alpha": options.nag_alpha}
-    if options.nag is None:
-        if options.nag_tau is not None or options.nag_alpha is not None:
-            raise ValueError("--nag-tau and --nag-alpha are settings of --nag: give --nag SCALE too, such as --nag 5")
-        return None
-    settings = NagSettings(**{name: value for name, value in given.items() if value is not None})
-    settings.check()
-    return settings if settings.is_on else None
 
 
 def _request(options: argparse.Namespace) -> WanRequest:

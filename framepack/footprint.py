@@ -18,13 +18,14 @@ class SectionSize(WorkSize):
     """One section: `frames` that are made at once (4 w - 3), beside `clean_frames` and the shrunken history.
 
     `step_cache` keeps two more token-sized tensors for each pass of a step: what the last step's signal was, and what
-    its blocks added.
+    its blocks added. `nag` shows every pass a negative prompt too.
     """
 
     clean_frames: int = 3  # start, the nearest neighbour, the end
     with_history: bool = True
     context_tokens: int = TEXT_TOKENS + IMAGE_TOKENS
     step_cache: bool = True
+    nag: bool = False
 
     @property
     def noisy_tokens(self) -> int:
@@ -35,7 +36,7 @@ class SectionSize(WorkSize):
     def tokens(self) -> int:
         history = self._grid(TWICE_FRAMES, (2, 4, 4)) + self._grid(FOUR_FRAMES, (4, 8, 8))
         shown = self._grid(self.clean_frames, (1, 2, 2)) + (history if self.with_history else 0)
-        return self.noisy_tokens + shown + self.context_tokens
+        return self.noisy_tokens + shown + (1 + self.nag) * self.context_tokens
 
     def _grid(self, frames: int, kernel: tuple[int, int, int]) -> int:
         size = (frames, *self.latent_size[1:])
@@ -61,7 +62,8 @@ class FramePackFootprint(ModelFootprint):
         hidden = chunk * (self.dim + self.ffn_dim)
         beyond = max(0, hidden - 2 * rows * self.dim) * self.compute_bytes
         cached = 2 * work.passes_per_step * rows * self.dim * self.compute_bytes if cached_steps else 0
-        return super().activation_bytes(work, choice, limits) + beyond + cached
+        opposed = guides(work) * rows * self.dim * self.compute_bytes  # attention with the negative prompt
+        return super().activation_bytes(work, choice, limits) + beyond + cached + opposed
 
     def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
         """Double and single blocks; modulation is made once per run."""
@@ -69,7 +71,7 @@ class FramePackFootprint(ModelFootprint):
         num_single = self.num_blocks - self.num_double
         per_row = self.num_double * (4 * dim**2 + 2 * dim * mlp)
         per_row += num_single * (3 * dim**2 + dim * mlp + (dim + mlp) * dim)
-        attention = 4.0 * work.rows * work.tokens * dim
+        attention = 4.0 * work.rows * work.tokens * dim * (1 + guides(work))
         return 2.0 * work.rows * per_row, self.num_blocks * attention
 
     def moved_tensors(self) -> float:
@@ -79,7 +81,13 @@ class FramePackFootprint(ModelFootprint):
     def text_bytes(self, work: WorkSize, choice: Choice) -> int:
         """Text and modulation of one step; the other steps' wait in host memory."""
         modulation = 12 * self.num_double + 3 * (self.num_blocks - self.num_double) + 2
-        return (2 * (TEXT_TOKENS + IMAGE_TOKENS) + 2 * modulation) * self.dim * self.compute_bytes
+        of_a_prompt = (2 * (TEXT_TOKENS + IMAGE_TOKENS) + 2 * modulation) * self.dim * self.compute_bytes
+        return (1 + guides(work)) * of_a_prompt
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         return 0
+
+
+def guides(work: WorkSize) -> bool:
+    """Whether attention is guided by a negative prompt."""
+    return isinstance(work, SectionSize) and work.nag

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..transformer.nag import NagSettings
 from .network.config import FramePackConfig
 from .network.model import Prompt
 from .sections import NUM_HISTORY, Section, SectionMode, plan_one_frame, plan_sections
@@ -29,7 +30,8 @@ class Sampling:
     """How the sections are made. `shift` 0 is chosen for the size; `cache_threshold` None computes every step.
 
     `guidance` is the distilled one, `cfg` runs a second pass (1: none). `strength` below 1 begins from a given video.
-    `one_frame` makes a single picture, so many latents after the start image. `mode` is the kind of the model.
+    `one_frame` makes a single picture, so many latents after the start image. `mode` is the kind of the model. `nag`
+    has a negative prompt count in attention.
     """
 
     seconds: float = 5.0
@@ -45,6 +47,11 @@ class Sampling:
     cache_threshold: float | None = 0.15
     strength: float = 1.0
     one_frame: int | None = None
+    nag: NagSettings | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """All of it as JSON values, `nag` only where it is: runs from before it could be are still known."""
+        return {name: value for name, value in asdict(self).items() if name != "nag" or value is not None}
 
     def check(self) -> None:
         """ValueError where a value is no use; the video's length is `plan_sections`'s to check."""
@@ -59,6 +66,8 @@ class Sampling:
         for name, value in (("cfg_rescale", self.cfg_rescale), ("denoise_strength", self.strength)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {value}: use a number from 0 to 1")
+        if self.nag is not None:
+            self.nag.check()
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} does not apply to FramePack: use {', '.join(SAMPLERS)}")
 
@@ -71,7 +80,8 @@ class EncodedInputs:
     `[1, m, image_dim]`. Without a start image the video is made of the text alone. `initial` is a video to begin from
     (`strength`), `given` one to extend (F1), or its end: `given_after` seconds of it come before. Where
     `initial_mask [1, 1, T, h, w]` is 0, `initial` stays. `others` are prompts that a host's own guidance asks for by
-    their names, and with `guided` it may ask for the negative one at any cfg.
+    their names, and with `guided` it may ask for the negative one at any cfg. `nag` is the negative prompt of attention
+    alone, where that has its own.
     """
 
     latent_size: tuple[int, int]
@@ -90,6 +100,7 @@ class EncodedInputs:
     initial_mask: Tensor | None = None
     others: Mapping[str, Prompt] = field(default_factory=dict)
     guided: bool = False
+    nag: Prompt | None = None
 
     def sections(self, sampling: Sampling) -> tuple[Section, ...]:
         """The sections in order of generation. ValueError where settings and inputs contradict each other."""
@@ -149,6 +160,11 @@ class EncodedInputs:
         negative = self.negative if cfg != 1.0 or self.guided else None
         return dict(self.others) if negative is None else {NEGATIVE: negative, **self.others}
 
+    @property
+    def nag_prompt(self) -> Prompt | None:
+        """The negative prompt of attention."""
+        return self.negative if self.nag is None else self.nag
+
     def features(self, section: Section) -> Tensor | None:
         """The image features that a section is shown, `[1, m, image_dim]`."""
         start, end = self.start_features, self.end_features
@@ -186,7 +202,8 @@ class EncodedInputs:
     def _identity_of_guidance(self) -> dict[str, Any]:
         """Only what there is: runs from before that could be are still known."""
         others = {name: _identity(prompt) for name, prompt in self.others.items()}
-        parts = {"initial_mask": self.initial_mask, "others": others or None, "guided": self.guided or None}
+        parts: dict[str, Any] = {"initial_mask": self.initial_mask, "others": others or None}
+        parts |= {"guided": self.guided or None, "nag": None if self.nag is None else _identity(self.nag)}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _place(self, section: Section) -> float:
@@ -199,8 +216,9 @@ class EncodedInputs:
     def check_for(self, config: FramePackConfig) -> None:
         """ValueError where prompts, pictures or latents are not those that this model reads."""
         named = {f"the prompt {name!r}": prompt for name, prompt in (*self.prompts.items(), *self.others.items())}
-        if self.negative is not None:
-            named["the negative prompt"] = self.negative
+        for title, prompt in (("the negative prompt", self.negative), ("the negative prompt of NAG", self.nag)):
+            if prompt is not None:
+                named[title] = prompt
         for title, prompt in named.items():
             if not prompt.text.shape[1]:
                 raise ValueError(f"{title} has no tokens: write a word, or encode it again")
@@ -236,6 +254,8 @@ class EncodedInputs:
             raise ValueError(f"embed_interpolation is {self.interpolation!r}: use {', '.join(get_args(Interpolation))}")
         if sampling.cfg != 1.0 and self.negative is None:
             raise ValueError(f"cfg is {sampling.cfg}, which needs a negative prompt: connect one, or set cfg to 1")
+        if sampling.nag is not None and self.nag_prompt is None:
+            raise ValueError("NAG needs a negative prompt: give one, or leave NAG out")
         if sampling.strength < 1.0 and self.initial is None:
             raise ValueError(
                 f"denoise_strength is {sampling.strength}, but there is no video to begin from: connect "

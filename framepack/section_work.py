@@ -18,7 +18,7 @@ from .network.model import BlockCache
 from .request import NEGATIVE, Sampling
 from .sections import Section
 
-POSITIVE = "positive"  # the schedule's prompt of a section, or its mix of several
+POSITIVE = "positive"  # the schedule's prompt of a section, or its mix of several; others begin with it
 
 # (prompt, noisy latents [1, 16, T, h, w], step, its cache) -> velocity
 PromptVelocity = Callable[[str, Tensor, int, BlockCache | None], Tensor]

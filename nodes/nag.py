@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..transformer.nag import NagSettings
 from .bridge import host
-from .bridge.nag_options import NAG_KEY, NagOptions
+from .bridge.nag_options import NAG_KEY, NagOptions, check_negative
 from .inputs import model_input, streamed_model
 
 TITLE = "Negative Guidance (NAG, Low VRAM)"
@@ -57,6 +57,7 @@ class NegativeGuidance(io.ComfyNode):
                 "Text Encode directly"
             )
         text, options = negative[0]
+        check_negative(options, TITLE)
         transformer = patcher.model_options["transformer_options"]
         transformer.pop(NAG_KEY, None)
         if settings.is_on:

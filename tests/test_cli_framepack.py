@@ -569,7 +569,24 @@ def test_a_negative_prompt_without_cfg_is_told_to_be_unread(
 ) -> None:
     refused = ["--window", 0]  # before it does anything
     assert main(arguments(files, tmp_path / "a.mp4", "--negative-prompt", "blurry", *refused)) == 2
-    assert "the negative prompt is not read: it takes --cfg above 1" in caplog.text
+    assert "the negative prompt is not read: it takes --cfg above 1, or --nag" in caplog.text
+
+
+def test_nag_has_the_negative_prompt_count(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {}
+    for name, flags in {
+        "plain": (),
+        "off": ("--nag", 1),
+        "guided": ("--nag", 9, "--nag-tau", 5, "--nag-alpha", 0.9),
+        "blurry": ("--nag", 9, "--nag-tau", 5, "--nag-alpha", 0.9, "--negative-prompt", "blurry"),
+    }.items():
+        runs = tmp_path / name
+        assert main(arguments(files, tmp_path / f"{name}.mp4", *video(*flags, "--runs", runs))) == 0
+        made[name] = torch.cat(latents(runs), dim=2)
+    assert torch.equal(made["plain"], made["off"])
+    assert not torch.equal(made["guided"], made["plain"]) and not torch.equal(made["guided"], made["blurry"])
+    words = arguments(files, tmp_path / "a.mp4", *video("--nag", 200))
+    assert "nag_scale is 200" in refusal(capsys, words)
 
 
 # --- size, and video files -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_video.cli.wan import nag_settings
+from lowvram_video.cli.nag import nag_settings
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer.nag import NagSettings, guide_
 from lowvram_video.transformer.workspace import Execution

@@ -46,5 +46,4 @@ def guide_(positive: Tensor, negative: Tensor, settings: NagSettings, chunks: It
         length = torch.linalg.vector_norm(guided, ord=1, dim=-1, keepdim=True, dtype=torch.float32)
         ratio = (length / norm).nan_to_num(nan=10.0)
         factor = torch.where(ratio > settings.tau, norm * settings.tau / (length + 1e-7), 1.0)
-        guided.mul_(settings.alpha * factor)
-        kept.mul_(1.0 - settings.alpha).add_(guided)
+        kept.mul_(1.0 - settings.alpha).addcmul_(guided, settings.alpha * factor)

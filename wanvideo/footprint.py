@@ -17,9 +17,11 @@ WAN22_VAE = VaeFootprint(1410 * 10**6, 2 * 1784, 5400)
 
 @dataclass(frozen=True)
 class WanWork(WorkSize):
-    """`controls` is how many control videos steer a model that takes such (VACE)."""
+    """`controls` is how many control videos steer a model that takes such (VACE); `nag`: so does a negative prompt, by
+    attention to it."""
 
     controls: int = 1
+    nag: bool = False
 
 
 def wan_work(
@@ -44,6 +46,12 @@ class WanFootprint(ModelFootprint):
         streams = controls * self.control_streams * work.rows * self.dim
         rays = work.batch * work.latent_positions * self.ray_channels
         return super().activation_bytes(work, choice, limits) + (streams + rays) * self.compute_bytes
+
+    def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """Attention to the negative prompt is beside that to the prompt; in groups of heads it lies in k's bytes."""
+        opposed = isinstance(work, WanWork) and work.nag and choice.head_groups == 1
+        beside = choice.query_rows(work) * self.dim * self.compute_bytes if opposed else 0
+        return super()._attention_bytes(work, choice, limits) + beside
 
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The adapter's convolution is over 3 x 3 positions: its weight cast, and as cuDNN lays it out."""

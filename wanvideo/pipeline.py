@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -200,7 +201,7 @@ class WanPipeline:
             frames += self.vae_config.temporal_stride
         batch, passes = batch_and_passes(request.guided, self.settings.batched_guidance)
         passes += request.nag is not None  # a prompt more, whose keys and values may be kept
-        work = wan_work(self.config, (width, height, frames), batch, passes)
+        work = replace(wan_work(self.config, (width, height, frames), batch, passes), nag=request.nag is not None)
         # one plan for both experts: their blocks differ by their LoRAs alone
         models = self._models
         limits = hold_limits(self.settings, self.high.model.execution, sum(model.host_bytes for model in models))

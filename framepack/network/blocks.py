@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Scale
+from ...transformer.nag import NagSettings, guide_
 from ...transformer.transformer import Block
 from ...transformer.workspace import Workspace, rows_of, writable
 from ...weights.linear.linear import Linear, project_gelu, project_together
@@ -31,13 +32,26 @@ from .config import FramePackConfig
 class Pass:
     """What the blocks of one forward pass share: `x [rows, dim]`, changed in place; the first `num_image` are image.
 
-    `rope` covers all rows; it turns those of the text by nothing.
+    `rope` covers all rows; it turns those of the text by nothing. The last `num_negative` are a negative prompt's text.
     """
 
     x: Tensor
     num_image: int
     rope: Rope
     work: Workspace
+    num_negative: int = 0
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A negative prompt in a block: its text has the rows from `first` on, and guides what the image rows attend to.
+
+    `modulation [k, dim]` fp32 is the block's, made of that prompt: for the rows of its text alone.
+    """
+
+    first: int
+    modulation: Tensor
+    settings: NagSettings
 
 
 class Modulation(nn.Module):
@@ -59,9 +73,9 @@ class FramePackBlock(Block):
         """`[S, dim] -> [S, k, dim]`: the modulation of S steps."""
         raise NotImplementedError
 
-    def advance(self, state: Pass, modulation: Tensor) -> None:
+    def advance(self, state: Pass, modulation: Tensor, negative: Negative | None = None) -> None:
         """Take a pass through this block; `modulation [k, dim]` is that of its step."""
-        self(state.x, modulation.float(), state.num_image, state.rope, state.work)
+        self(state.x, modulation.float(), state.num_image, state.rope, state.work, negative)
 
     def together(self) -> list[list[Linear]]:
         """The layers of a pass, those in one list unpacked at the same time."""
@@ -92,25 +106,33 @@ class DoubleBlock(FramePackBlock):
     def modulate(self, time: Tensor) -> Tensor:
         return torch.cat([self.norm1(time), self.norm1_context(time)], dim=1)
 
-    def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        num_image: int,
+        rope: Rope,
+        work: Workspace,
+        negative: Negative | None = None,
+    ) -> None:
         """`x [rows, dim]` in place; `modulation [12, dim]` fp32, six vectors for image and six for text."""
         x = writable(x)
         work.arrive(self, 0)
         attn, eps = self.attn, self.eps
         image, text = slice(0, num_image), slice(num_image, x.shape[0])
         norm_image, add_image = modulated(x, modulation[0:3], eps, work)
-        norm_text, add_text = modulated(x, modulation[6:9], eps, work)
+        norm_text, add_text = modulated_text(x, modulation, slice(6, 9), negative, eps, work)
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), norm_image, image, rope, eps, work)
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         project_qkv(added, attn.added_norms(), norm_text, text, rope, eps, work)
-        attn.attend(work)
+        attn.attend(num_image, negative, work)
         project_out(cast(Linear, attn.to_out[0]), add_image, image, work)
         project_out(attn.to_add_out, add_text, text, work)
 
         work.arrive(self, 1)
         self.ff(*modulated(x, modulation[3:6], eps, work), image, work)
         work.arrive(self, 2)
-        self.ff_context(*modulated(x, modulation[9:12], eps, work), text, work)
+        self.ff_context(*modulated_text(x, modulation, slice(9, 12), negative, eps, work), text, work)
 
     def together(self) -> list[list[Linear]]:
         attn = self.attn
@@ -139,15 +161,23 @@ class SingleBlock(FramePackBlock):
     def modulate(self, time: Tensor) -> Tensor:
         return self.norm(time)
 
-    def forward(self, x: Tensor, modulation: Tensor, num_image: int, rope: Rope, work: Workspace) -> None:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        num_image: int,
+        rope: Rope,
+        work: Workspace,
+        negative: Negative | None = None,
+    ) -> None:
         """`x [rows, dim]` in place; `modulation [3, dim]` fp32."""
         x = writable(x)
         work.arrive(self, 0)
         attn, eps = self.attn, self.eps
-        normed, add = modulated(x, modulation, eps, work)
+        normed, add = modulated_text(x, modulation, slice(0, 3), negative, eps, work)
         everything = slice(0, x.shape[0])
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), normed, everything, rope, eps, work)
-        attn.attend(work)
+        attn.attend(num_image, negative, work)
         work.arrive(self, 1)
         dense = self.proj_out.is_dense(work.dtype)
         step = work.hidden_after_q_rows if dense else work.joined_rows
@@ -202,13 +232,41 @@ class Attention(nn.Module):
     def norms(self) -> tuple[Scale, Scale]:
         return self.norm_q, self.norm_k
 
-    def attend(self, work: Workspace) -> None:
+    def attend(self, num_image: int, negative: Negative | None, work: Workspace) -> None:
         """Replace the workspace's q by its attention to k and v."""
-        buffers = (work.queries, work.keys, work.values)
-        q, k, v = (rearrange(rows, "n (h d) -> 1 n h d", h=self.num_heads) for rows in buffers)
+        if negative is not None:
+            self.attend_guided(num_image, negative, work)
+            return
+        q, k, v = (self.in_heads(rows) for rows in (work.queries, work.keys, work.values))
         attended = work.attend(q, [(k, v)])
         if attended is not q:
             q.copy_(attended)
+
+    def attend_guided(self, num_image: int, negative: Negative, work: Workspace) -> None:
+        """The same of either prompt beside the image rows, whose attention with the one guides that with the other.
+
+        The negative prompt's rows of q, k and v take the place of the prompt's once those are read.
+        """
+        q, k, v = work.queries, work.keys, work.values
+        first = negative.first
+        end = num_image + q.shape[0] - first
+        again = q if work.queries_are_free else q.clone()  # in groups of heads attention replaces q
+        attended = self.attended(q[:first], k[:first], v[:first], work)
+        for rows in (again, k, v):
+            rows[num_image:end] = rows[first:].clone()
+        opposed = self.attended(again[:end], k[:end], v[:end], work)
+        guide_(attended[:num_image], opposed[:num_image], negative.settings, work.chunks(0, num_image))
+        if work.queries_are_free:
+            q[:first].copy_(attended)
+        q[first:].copy_(opposed[num_image:])
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, work: Workspace) -> Tensor:
+        """`[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own."""
+        attended = work.attend(self.in_heads(q), [(self.in_heads(k), self.in_heads(v))])
+        return rearrange(attended, "1 n h d -> n (h d)")
+
+    def in_heads(self, rows: Tensor) -> Tensor:
+        return rearrange(rows, "n (h d) -> 1 n h d", h=self.num_heads)
 
 
 class JointAttention(Attention):
@@ -256,6 +314,32 @@ def modulated(x: Tensor, modulation: Tensor, eps: float, work: Workspace) -> tup
         work.ops.gated_add_(x[rows], y, gate[None], 0, rows_per_group)
 
     return norm_by(x, shift, scale, eps, work), add
+
+
+def modulated_text(
+    x: Tensor, modulation: Tensor, vectors: slice, negative: Negative | None, eps: float, work: Workspace
+) -> tuple[Normed, Add]:
+    """The same by three vectors of a block's `modulation`, rows of a negative prompt by those of its own."""
+    normed, add = modulated(x, modulation[vectors], eps, work)
+    if negative is None:
+        return normed, add
+    first, (own_normed, own_add) = negative.first, modulated(x, negative.modulation[vectors], eps, work)
+
+    def both_normed(rows: slice) -> Tensor:
+        if rows.stop <= first:
+            return normed(rows)
+        if rows.start >= first:
+            return own_normed(rows)
+        return torch.cat([normed(slice(rows.start, first)), own_normed(slice(first, rows.stop))])
+
+    def both_add(rows: slice, y: Tensor) -> None:
+        split = min(max(first, rows.start), rows.stop)
+        if rows.start < split:
+            add(slice(rows.start, split), y[: split - rows.start])
+        if split < rows.stop:
+            own_add(slice(split, rows.stop), y[split - rows.start :])
+
+    return both_normed, both_add
 
 
 def norm_by(x: Tensor, shift: Tensor, scale: Tensor, eps: float, work: Workspace) -> Normed:

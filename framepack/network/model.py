@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -16,10 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...fused.ops import Rope
+from ...transformer.nag import NagSettings
 from ...transformer.transformer import Block, Transformer
 from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
-from .blocks import DoubleBlock, FramePackBlock, Modulation, Pass, SingleBlock, norm_by
+from .blocks import DoubleBlock, FramePackBlock, Modulation, Negative, Pass, SingleBlock, norm_by
 from .config import FramePackConfig
 from .embeddings import HistoryEmbedding, ImageProjection, PatchEmbedding, Patches, TimeTextEmbedding, rotary_angles
 from .refiner import TokenRefiner
@@ -65,18 +66,30 @@ class StepCondition:
     """What one step sees of prompt and timestep, in the dtype that computes.
 
     `text [n, dim]` is refined, `blocks` hold each block's modulation `[k, dim]` in order, `head [2, dim]` scale and
-    shift of the output's norm.
+    shift of the output's norm. `nag` guides by a negative prompt.
     """
 
     text: Tensor
     blocks: tuple[Tensor, ...]
     head: Tensor
+    nag: StepNag | None = None
 
     def to(self, device: torch.device) -> StepCondition:
         """The same on a device."""
         return StepCondition(
-            self.text.to(device), tuple(block.to(device) for block in self.blocks), self.head.to(device)
+            self.text.to(device),
+            tuple(block.to(device) for block in self.blocks),
+            self.head.to(device),
+            None if self.nag is None else replace(self.nag, negative=self.nag.negative.to(device)),
         )
+
+
+@dataclass(frozen=True)
+class StepNag:
+    """What the step sees of a negative prompt that guides attention (see `transformer/nag.py`), and how it does."""
+
+    negative: StepCondition
+    settings: NagSettings
 
 
 class BlockCache(Protocol):
@@ -139,7 +152,11 @@ class FramePackModel(Transformer):
         ValueError for latents that do not suit the model or each other.
         """
         shown = self.shown(noisy, history)
-        texts = [condition.text] if image is None else [image, condition.text]
+        pictures = [] if image is None else [image]
+        texts = [*pictures, condition.text]
+        negative_texts = [] if condition.nag is None else [*pictures, condition.nag.negative.text]
+        num_negative = sum(text.shape[0] for text in negative_texts)
+        texts += negative_texts
         num_image = sum(part.num_rows for part in shown)
         device = noisy.latents.device
         work = self.workspace(num_image + sum(text.shape[0] for text in texts), device)
@@ -148,7 +165,7 @@ class FramePackModel(Transformer):
         if work.residual_scale != 1:
             x.mul_(work.residual_scale)
 
-        state = Pass(x, num_image, rope, work)
+        state = Pass(x, num_image, rope, work, num_negative)
         ours = slice(num_image - shown[-1].num_rows, num_image)
         if cache is None:
             self.run_blocks(state, condition)
@@ -167,8 +184,17 @@ class FramePackModel(Transformer):
 
     def run_blocks(self, state: Pass, condition: StepCondition) -> None:
         blocks = tuple(self.ordered_blocks().values())
-        for block, modulation, _ in zip(blocks, condition.blocks, self.stream(blocks), strict=True):
-            block.advance(state, modulation)
+        steps = zip(blocks, condition.blocks, self.stream(blocks), strict=True)
+        for index, (block, modulation, _) in enumerate(steps):
+            block.advance(state, modulation, self.negative(state, condition, index))
+
+    def negative(self, state: Pass, condition: StepCondition, index: int) -> Negative | None:
+        """What the block of this number is shown of a negative prompt."""
+        nag = condition.nag
+        if nag is None:
+            return None
+        first = state.x.shape[0] - state.num_negative
+        return Negative(first, nag.negative.blocks[index].float(), nag.settings)
 
     def run_cached(self, state: Pass, condition: StepCondition, noisy: slice, cache: BlockCache) -> None:
         """The blocks, or what they added to the `noisy` rows when they last ran."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from ...runtime.latent_watch import LatentWatch
 from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ...sampling.solver import StepInfo
 from ..footprint import SectionSize
-from ..network.model import BlockCache, Frames, History, StepCondition
+from ..network.model import BlockCache, Frames, History, StepCondition, StepNag
 from ..request import EncodedInputs, Sampling
-from ..section_work import FramePackGuidance, Guide, SectionWork, StepCaches
+from ..section_work import POSITIVE, FramePackGuidance, Guide, SectionWork, StepCaches
 from ..sections import SPATIAL_STRIDE, Section, num_frames, section_noise
 from ..streamed import StreamedFramePack
 from .folder import RunStore
@@ -33,11 +33,20 @@ OnStep = Callable[[Section, StepInfo], None]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the steps see: of each prompt by step (the schedule's, and `others`), and each section's image tokens."""
+    """What the steps see: of each prompt by step (the schedule's, and `others`), and each section's image tokens.
+
+    `nag` is what guides attention to the positive ones.
+    """
 
     prompts: Mapping[str, Sequence[StepCondition]]
     others: Mapping[str, Sequence[StepCondition]]
     images: Sequence[Tensor | None]
+    nag: Sequence[StepNag] = ()
+
+    def seen(self, prompt: str, schedule: Sequence[tuple[str, float]], step: int) -> StepCondition:
+        """One step of a prompt by its name among `others`, else of the `schedule`'s."""
+        seen = self.others[prompt][step] if prompt in self.others else self.of(schedule, step)
+        return replace(seen, nag=self.nag[step]) if self.nag and prompt.startswith(POSITIVE) else seen
 
     def of(self, prompts: Sequence[tuple[str, float]], step: int) -> StepCondition:
         """One step of a prompt, or of several mixed by their weights."""
@@ -103,6 +112,7 @@ def section_size(
         clean_frames=1 if one_frame else 2 + end_image,
         with_history=not one_frame,
         step_cache=sampling.cache_threshold is not None,
+        nag=sampling.nag is not None,
     )
 
 
@@ -114,11 +124,15 @@ def prepare(
     # the model was trained with timesteps rounded to bf16
     timesteps = (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).bfloat16().float()
     prompts, others = inputs.prompts_of(sections), inputs.prompts_to_make(sampling.cfg)
-    wanted = [*prompts.values(), *others.values()]
+    wanted, nag = [*prompts.values(), *others.values()], sampling.nag
+    if nag is not None:
+        assert inputs.nag_prompt is not None, "checked with the sections"
+        wanted.append(inputs.nag_prompt)
     features = [inputs.features(section) for section in sections]
     made, images = model.prepared(plan, wanted, features, timesteps, sampling.guidance * NUM_TRAIN_TIMESTEPS)
+    negative = [] if nag is None else [StepNag(condition, nag) for condition in made.pop()]
     of_others = dict(zip(others, made[len(prompts) :], strict=True))
-    return Conditions(dict(zip(prompts, made, strict=False)), of_others, images)
+    return Conditions(dict(zip(prompts, made, strict=False)), of_others, images, negative)
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,7 @@ class Generation:
         prompts, others = self.inputs.timed.prompts_at(section), self.conditions.others
 
         def predict(prompt: str, x: Tensor, step: int, cache: BlockCache | None) -> Tensor:
-            condition = others[prompt][step] if prompt in others else self.conditions.of(prompts, step)
+            condition = self.conditions.seen(prompt, prompts, step)
             return self.velocity(Frames(x, indices), shown, condition, image, cache)
 
         watch = LatentWatch(self.cause)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -194,7 +193,7 @@ def open_store(host: RunHost, runs: Path, sampling: Sampling, inputs: EncodedInp
         "loras": list(host.loras),
         "settings": host.model.arithmetic,
     }
-    settings = {"sampling": asdict(sampling), "material": inputs.identity(), "model": model}
+    settings = {"sampling": sampling.identity(), "material": inputs.identity(), "model": model}
     return RunStore.open(runs, settings, len(inputs.sections(sampling)))
 
 

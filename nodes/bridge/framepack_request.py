@@ -31,7 +31,7 @@ from .framepack_engine import FramePackEngine
 from .framepack_guide import CoreGuide, GuidedPrompt
 from .framepack_schedule import given_shift
 from .identity import identity
-from .nag_options import NAG_KEY
+from .nag_options import NAG_KEY, NagOptions
 from .patcher import StreamedModelPatcher
 from .patches import patch_identity
 
@@ -40,10 +40,6 @@ PLAIN = {
     Carry(OPTION, "transformer_options"), Carry(OPTION, "torch_compile_kwargs"), Carry(TRANSFORMER, "wrappers"),
     Carry(TRANSFORMER, "callbacks"), Carry(TRANSFORMER, "patches"), Carry(TRANSFORMER, "patches_replace"),
 }  # fmt: skip
-NAG_REFUSED = (
-    "Negative Guidance (NAG, Low VRAM) guides the cross-attention of Wan models, which FramePack does not have: take "
-    "it out, and set FramePack Sampler's cfg above 1 for a negative prompt"
-)
 LOADER = "Load FramePack Model (Low VRAM)"
 
 
@@ -137,12 +133,16 @@ class SamplerInputs:
     def guided(self) -> bool:
         """Whether anything is there that ComfyUI's own guider hears. ValueError for what nobody would."""
         self.patcher.check()
-        if NAG_KEY in self.patcher.model_options["transformer_options"]:
-            raise ValueError(NAG_REFUSED)
         for name, conditioning in (("positive", self.positive), ("negative", self.negative or [])):
             check_options(conditioning, name)
         nodes = any(carry not in PLAIN for carry in carried(self.patcher))
         return nodes or self._mask() is not None or is_guided(self.positive) or is_guided(self.negative or [])
+
+    @property
+    def nag(self) -> NagOptions | None:
+        """The negative prompt of attention, where a node gave the MODEL one."""
+        given: NagOptions | None = self.patcher.model_options["transformer_options"].get(NAG_KEY)
+        return given
 
     def guide(self) -> Guide:
         """Who guides the sections."""
@@ -205,6 +205,7 @@ class SamplerInputs:
             cache_threshold=self.teacache_rel_l1_thresh if self.use_teacache else None,
             strength=self.denoise_strength,
             one_frame=self.one_frame_index or None,
+            nag=None if self.nag is None else self.nag.settings,
         )
 
     def inputs(self) -> EncodedInputs:
@@ -247,6 +248,7 @@ class SamplerInputs:
             initial_mask=self._mask(),
             others={each.name: _prompt(each.text, each.options, self.batch_place) for each in self._beside()},
             guided=self.guided,
+            nag=None if self.nag is None else _prompt(self.nag.text, self.nag.options),
         )
         inputs.check_for(config)
         return inputs

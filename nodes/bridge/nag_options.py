@@ -13,6 +13,8 @@ from ...wanvideo.network.model import Nag
 from .inside import GivenNag
 
 NAG_KEY = "lowvram_nag"  # in the transformer options
+# What nodes say of how and when a prompt is heard, which attention to it is not asked.
+UNHEARD = ("start_percent", "end_percent", "area", "mask", "hooks", "control", "gligen")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,18 @@ class NagOptions:
     text: Tensor
     options: Mapping[str, Any]
     settings: NagSettings
+
+
+def check_negative(options: Mapping[str, Any], title: str) -> None:
+    """ValueError where a node gave the negative prompt what `title`, the node that is given it, would leave out."""
+    key = next((key for key in UNHEARD if options.get(key) is not None), None)
+    if key is None and options.get("strength", 1.0) != 1.0:
+        key = "strength"
+    if key is not None:
+        raise ValueError(
+            f"a node gives the negative prompt of {title} {key!r}, which attention to it does not hear: connect CLIP "
+            "Text Encode directly"
+        )
 
 
 def wan_nag(options: Mapping[str, Any], given: GivenNag | None, batch: int) -> Nag | None:

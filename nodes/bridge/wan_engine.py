@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -93,21 +94,22 @@ class WanEngine(Engine[StreamedWan]):
             assert isinstance(planned, WanWork)
             same = planned.latent_size == size and planned.batch == latent.shape[0]
             goes_on = (same or (not new_run and rows <= planned.tokens)) and controls <= planned.controls
+            goes_on = goes_on and (planned.nag or extras.nag is None)
             if goes_on and not (new_run and self.could_be_faster(plan)):
                 return
         self.prepare()
-        self.start(self._plan_batch(size, latent.shape[0], controls, int(extras.nag is not None)))
+        self.start(self._plan_batch(size, latent.shape[0], controls, extras.nag is not None))
 
-    def _plan_batch(self, size: tuple[int, int, int], batch: int, controls: int, beside: int) -> MemoryPlan:
+    def _plan_batch(self, size: tuple[int, int, int], batch: int, controls: int, nag: bool) -> MemoryPlan:
         """A plan for the batch, or for one sample at a time where only that fits.
 
-        `beside` prompts have keys and values, and no pass.
+        The prompt of `nag` has keys and values, and no pass.
         """
         # a single sample: cond and uncond probably come one after the other
-        single = self.work_size(size, 1, 2 + beside, controls)
+        single = replace(self.work_size(size, 1, 2 + nag, controls), nag=nag)
         if batch == 1:
             return self.plan(single)
         try:
-            return self.plan(self.work_size(size, batch, 1 + beside, controls))
+            return self.plan(replace(self.work_size(size, batch, 1 + nag, controls), nag=nag))
         except PlanError:
             return self.plan(single)

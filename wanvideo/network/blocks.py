@@ -324,11 +324,14 @@ def attend_guided(
 ) -> Tensor:
     """Attention of the queries `q [rows, dim]` of a span to text and pictures, that to the text guided.
 
-    The queries for the negative prompt wait in the bytes of self-attention's keys, where those are wide enough.
+    Where attention replaces the queries, those for the negative prompt wait in the bytes of self-attention's keys, if
+    these are wide enough.
     """
     text, *pictures = pairs
-    for_negative = q.clone() if work.packs_keys else work.keys[: q.shape[0]].copy_(q)
-    for_pictures = q.clone() if pictures else q
+    for_negative = for_pictures = q
+    if not work.queries_are_free:
+        for_negative = q.clone() if work.packs_keys else work.keys[: q.shape[0]].copy_(q)
+        for_pictures = q.clone() if pictures else q
     attended = work.attend_rows(q, span, [text])
     batch, tokens = work.rows.batch, work.num_rows // work.rows.batch
     k, v = (tensor.expand(batch, -1, -1, -1) for tensor in nag.pair)
@@ -338,6 +341,7 @@ def attend_guided(
             first, end = max(span.start, sample * tokens), min(span.stop, (sample + 1) * tokens)
             chunks = (within(rows, span.start) for rows in work.chunks(first, end))
             guide_(attended, negative, nag.settings, chunks)
+    del negative
     return attended.add_(work.attend_rows(for_pictures, span, pictures)) if pictures else attended
 
 

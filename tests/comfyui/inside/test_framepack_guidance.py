@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lowvram_pack.nodes.nag import NegativeGuidance
 from test_framepack import SIZE, folders, model, randn, run, said  # noqa: F401 - fixtures
 from tiny_models import relative_error
 from torch import Tensor
@@ -115,3 +116,33 @@ def test_runs_of_other_nodes_are_not_taken_for_each_other(model: Any) -> None:  
     one, other = (run(scaled(factor), **SHORT, resume=True) for factor in (1.0, 0.9))
     assert not torch.equal(one, other)
     assert torch.equal(run(scaled(1.0), **SHORT, resume=True), one)
+
+
+def negated(model: Any, scale: float = 7.0, alpha: float = 0.4) -> Any:  # noqa: F811
+    return NegativeGuidance.execute(model, said(40, 12), scale, 1.5, alpha).result[0]
+
+
+def test_negative_guidance_off_is_the_same_to_the_last_bit(model: Any) -> None:  # noqa: F811
+    plain = run(model, **SHORT)
+    for off in (negated(model, scale=1.0), negated(model, alpha=0.0)):
+        assert torch.equal(run(off, **SHORT), plain)
+
+
+def test_negative_guidance_is_the_same_through_comfyuis_guider(model: Any) -> None:  # noqa: F811
+    guided = negated(model)
+    nothing = changed(guided, lambda clone: clone.set_model_sampler_post_cfg_function(lambda given: given["denoised"]))
+    for settings in (SHORT, GUIDED, SHORT | {"use_teacache": True}):
+        own = run(guided, **settings)
+        assert relative_error(own, run(model, **settings)) > 1e-3
+        assert relative_error(run(nothing, **settings), own) < EXACT
+
+
+def test_negative_guidance_leaves_the_negative_prompts_passes_alone(model: Any) -> None:  # noqa: F811
+    unconditional = GUIDED | {"cfg": 0.0}  # only those passes count
+    assert torch.equal(run(negated(model), **unconditional), run(model, **unconditional))
+
+
+def test_negative_guidance_wants_a_prompt_of_framepacks(model: Any) -> None:  # noqa: F811
+    text = NegativeGuidance.execute(model, [[said(40)[0][0], {}]], 7.0, 1.5, 0.4).result[0]
+    with pytest.raises(ValueError, match="a prompt has no pooled output"):
+        run(text, **SHORT)

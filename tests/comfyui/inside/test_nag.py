@@ -76,3 +76,10 @@ def test_with_cfg_the_unconditional_prompt_is_left_alone(models: Path) -> None:
     settings = {"cfg": 0.0, "steps": 2}
     plain = sample(model, positive, negative, empty_latent(), **settings)
     assert relative_error(sample(guided(model), positive, negative, empty_latent(), **settings), plain) < 1e-6
+
+
+@pytest.mark.parametrize("key", ["start_percent", "mask", "hooks"])
+def test_what_attention_would_leave_out_is_refused(models: Path, key: str) -> None:
+    given = [[NEGATIVE[0][0], {key: 0.5}]]
+    with pytest.raises(ValueError, match=f"{key!r}, which attention to it does not hear"):
+        NegativeGuidance.execute(ours(save(models, "t2v")), given, SCALE, TAU, ALPHA)
