@@ -33,6 +33,7 @@ from ..framepack.streamed import StreamedFramePack
 from ..framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
+from ..runtime.latent_watch import BadLatents
 from ..runtime.settings import RunSettings
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
@@ -176,7 +177,7 @@ def _make(job: _Job) -> None:
             run.make()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {files.kept(run)}") from None
-        except (RuntimeError, OSError):  # out of memory, whichever library says so, or no room on the disk
+        except (RuntimeError, OSError, BadLatents):  # out of memory, no room on the disk, a section that is no use
             print(files.kept(run))
             raise
         print(files.result(run))
@@ -201,7 +202,7 @@ class _Job:
         _check_combination(options)
         encoder_files, files = _files(options)
         settings, progress = settings_of(options), TerminalProgress(sys.stderr)
-        pipeline = FramePackPipeline(files, settings, progress)
+        pipeline = FramePackPipeline(files, settings, progress, progress.block)
         encoders = Encoders(encoder_files, settings, progress)
         encoders.check(pipeline.model.config, options.model)
         mode = pipeline.model.mode

@@ -70,13 +70,13 @@ class Files:
         if not isinstance(run.output, GrowingVideo):
             return f"{self.output}: a picture, {run.sampling.one_frame} latents after the start"
         kept = "" if run.store is None else f"; its sections are kept in {run.store.folder}"
-        return f"{self.output}: {run.output.num_frames} frames{kept}"
+        return f"{run.output.video}: {run.output.num_frames} frames{kept}"
 
     def kept(self, run: FramePackRun) -> str:
         """One line on what there is of an unfinished run, and how it goes on."""
         shown = ""
         if isinstance(run.output, GrowingVideo) and run.output.num_shown:
-            shown = f"{self.output} holds the {run.output.num_shown} frames made so far"
+            shown = f"{run.output.video} holds the {run.output.num_shown} frames made so far"
         if run.store is None or not run.completed:
             return shown or "no section was made yet"
         done = f"{run.completed} of {len(run.sections)} sections are kept in {run.store.folder}"

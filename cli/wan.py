@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
+from ..runtime.latent_watch import BadLatents
 from ..runtime.settings import RunSettings
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
@@ -107,6 +108,7 @@ def generate(options: argparse.Namespace) -> RunReport:
     """Make one video, its frames written as they are decoded."""
     loras = tuple(options.lora), tuple(options.lora_low)
     text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
+    progress = TerminalProgress(sys.stderr)
     pipeline = WanPipeline(
         WanFiles(
             options.model,
@@ -119,7 +121,8 @@ def generate(options: argparse.Namespace) -> RunReport:
             options.clip_vision,
         ),
         settings_of(options),
-        TerminalProgress(sys.stderr),
+        progress,
+        between_blocks=progress.block,
     )
     for lora in pipeline.lora_reports():
         print(lora.summary)  # what was not applied is in the log
@@ -142,7 +145,7 @@ def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile
         _note(pipeline, writer, key)
         said = ", ".join(filter(None, (shown, _kept(pipeline))))
         raise KeyboardInterrupt(f"interrupted: {said or 'no frame was made yet'}") from None
-    except (RuntimeError, OSError):  # out of memory, or no room on the disk
+    except (RuntimeError, OSError, BadLatents):  # out of memory, no room on the disk, steps that are no use
         _note(pipeline, writer, key)
         if said := _kept(pipeline):
             print(said)

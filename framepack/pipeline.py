@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +51,11 @@ class FramePackPipeline:
         files: FramePackFiles,
         settings: RunSettings = RunSettings(),  # noqa: B008 - immutable
         progress: Progress = Progress(),  # noqa: B008
+        between_blocks: Callable[[], None] | None = None,
     ):
+        """`between_blocks` is called before each block of the transformer, and may raise to stop."""
         self.files, self.settings, self.progress = files, settings, progress
-        self.model = StreamedFramePack(files.model, settings, loras=files.loras, model_type=files.model_type)
+        self.model = StreamedFramePack(files.model, settings, None, between_blocks, files.loras, files.model_type)
         self._vae = HUNYUAN_FORMAT.open_file(files.vae)
         self.plan: MemoryPlan | None = None
         self.record = RunRecord(settings.device)

@@ -21,6 +21,7 @@ from .timed_prompts import TimedPrompt
 Interpolation = Literal["disabled", "weighted_average", "linear"]
 
 MAX_STEPS = 1000
+MOST = 1000.0  # of a number by which something is multiplied: what is more makes no picture
 NEGATIVE = "negative"  # the name of that prompt among `EncodedInputs.prompts_to_make`
 SAMPLERS = ("unipc_bh1", "unipc_bh2", "euler", "dpm++_2m")  # the first is FramePack's own
 
@@ -63,6 +64,8 @@ class Sampling:
         for name, value in (numbers | {"the TeaCache threshold": self.cache_threshold or 0.0}).items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}: use a number from 0 up")
+            if value > MOST:
+                raise ValueError(f"{name} is {value:g}: use a number from 0 to {MOST:g}")
         for name, value in (("cfg_rescale", self.cfg_rescale), ("denoise_strength", self.strength)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {value}: use a number from 0 to 1")
@@ -252,6 +255,8 @@ class EncodedInputs:
             )
         if self.interpolation not in get_args(Interpolation):
             raise ValueError(f"embed_interpolation is {self.interpolation!r}: use {', '.join(get_args(Interpolation))}")
+        if not 0.0 <= self.start_strength <= 1.0:
+            raise ValueError(f"the start image's strength is {self.start_strength}: use a number from 0 to 1")
         if sampling.cfg != 1.0 and self.negative is None:
             raise ValueError(f"cfg is {sampling.cfg}, which needs a negative prompt: connect one, or set cfg to 1")
         if sampling.nag is not None and self.nag_prompt is None:

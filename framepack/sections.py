@@ -8,7 +8,6 @@ Source: lllyasviel/FramePack `demo_gradio.py` and `demo_gradio_f1.py`; the end i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,6 +21,7 @@ FRAMES_PER_LATENT = 4
 SPATIAL_STRIDE = 8  # pixels per latent
 FRAMES_PER_SECOND = 30
 MAX_WINDOW = 33
+MAX_SECONDS = 86_400
 NUM_ONE, NUM_TWO, NUM_FOUR = 1, 2, 16  # latents of the history at 1x, 2x and 4x
 # A history begins with so many zero latents; for f1 the start latent, or those of a given video, follow.
 NUM_HISTORY = NUM_ONE + NUM_TWO + NUM_FOUR
@@ -131,8 +131,11 @@ def count_sections(seconds: float, window: int = 9) -> int:
 
     Raises ValueError naming what is out of range.
     """
-    if not (math.isfinite(seconds) and seconds > 0.0):
-        raise ValueError(f"The video length is {seconds} s; expected a number of seconds above 0, such as 5.")
+    if not 0.0 < seconds <= MAX_SECONDS:
+        raise ValueError(
+            f"The video length is {seconds:g} s; expected a number of seconds above 0, such as 5, and at most a day's "
+            f"{MAX_SECONDS}."
+        )
     if not 1 <= window <= MAX_WINDOW:
         raise ValueError(
             f"latent_window_size is {window}; expected 1 to {MAX_WINDOW} latents of 4 frames (9 is what FramePack was "

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .bridge import host
 from .bridge.patcher import StreamedModelPatcher
-from .inputs import ADVANCED, model_input, streamed_model
+from .inputs import ADVANCED, check_numbers, model_input, streamed_model
 
 
 class BlockSwap(io.ComfyNode):
@@ -64,6 +64,7 @@ class BlockSwap(io.ComfyNode):
         if pass_other_models and not isinstance(model, StreamedModelPatcher):
             return io.NodeOutput(model)
         patcher = streamed_model(model, "Block Swap (Low VRAM)")
+        check_numbers(vram_budget_gb=options["vram_budget_gb"], ram_budget_gb=options["ram_budget_gb"])
         num_blocks = len(patcher.engine.streamed.blocks)
         if options["blocks_to_swap"] > num_blocks:
             raise ValueError(

@@ -15,7 +15,7 @@ from ..framepack.run.run import FramePackRun
 from ..video.growing_video import GrowingVideo
 from .bridge import host
 from .bridge.framepack_request import LOADER, SamplerInputs
-from .bridge.framepack_run import comfy_run_host, run_places
+from .bridge.framepack_run import comfy_run_host, pausing, run_places
 from .framepack_inputs import EndImage
 from .inputs import ADVANCED
 
@@ -154,6 +154,6 @@ def _make(request: SamplerInputs) -> tuple[Tensor, Path | None]:
     vae = request.vae if sampling.one_frame is None else None
     run_host = comfy_run_host(request, vae)
     places = run_places(vae, request.resume and run_host.can_resume, request.filename_prefix)
-    with FramePackRun.open(run_host, sampling, request.inputs(), places) as run:
+    with FramePackRun.open(run_host, sampling, request.inputs(), places) as run, pausing(run):
         samples = request.patcher.model.process_latent_out(run.make())
-    return samples, run.output.path if isinstance(run.output, GrowingVideo) else None
+    return samples, run.output.video if isinstance(run.output, GrowingVideo) else None

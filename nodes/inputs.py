@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -25,3 +26,10 @@ def streamed_model(model: Any, node: str) -> StreamedModelPatcher:
         f"{node} works on models of {LOADERS}; this one comes from another loader, whose weights ComfyUI streams by "
         "itself: load the file with one of those, or take this one out"
     )
+
+
+def check_numbers(**values: float) -> None:
+    """ValueError, by the widget's name, for NaN and infinity, which ComfyUI's own check of a range lets by."""
+    for name, value in values.items():
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} is {value}: use a number from 0 up")

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..weights.lora.file import open_lora
 from ..weights.lora.scaling import FILE_NAME
+from ..weights.lora.sound import check_strengths
 from .bridge import host
 from .bridge.lora_patches import LoraPatches
 from .inputs import model_input, streamed_model
@@ -52,6 +53,7 @@ class LoadLora(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
         patcher = streamed_model(model, NAME)
+        check_strengths([strength], [lora_name])  # ComfyUI lets NaN by
         engine = patcher.engine
         path = host.model_path(lora_name, host.LORA_FOLDER)
         lora = open_lora(path, engine.streamed.checkpoint.tensors, engine.streamed.aliases)

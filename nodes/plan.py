@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..memory.plan.table import describe
 from .bridge import host
 from .bridge.patcher import StreamedModelPatcher
-from .inputs import ADVANCED, model_input, streamed_model
+from .inputs import ADVANCED, check_numbers, model_input, streamed_model
 
 CARD_GB = 8.0  # whose plan is shown where there is no GPU and none was named
 
@@ -51,6 +51,7 @@ class VramPlan(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, width: int, height: int, length: int, guidance: bool, card_gb: float) -> io.NodeOutput:
         patcher = streamed_model(model, "VRAM Plan")
+        check_numbers(card_gb=card_gb)
         text = plan_text(patcher, (width, height, length), 2 if guidance else 1, card_gb)
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 

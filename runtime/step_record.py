@@ -22,6 +22,7 @@ from .kept_runs import clean_runs, mark_used, remove_run
 log = logging.getLogger(__name__)
 
 FINISHED = "finished.safetensors"
+UNSOUND = "unsound.json"  # why a run's latents were no use: it goes on on the safe path, in a record of its own
 FORMAT = 1  # of the files: another number is another run
 
 
@@ -31,7 +32,8 @@ class StepRecord:
     A solver asks for the same answers in the same order whenever it starts anew, so it gets those that are recorded
     (`answer`) and rebuilds its history and its noise by itself: every solver goes on bit for bit, without the model.
     Each answer is one file that is there whole or not at all, with what was asked: one that is damaged, or was given
-    to another question, ends them there. A thread writes them; where it cannot, the run goes on without.
+    to another question, ends them there, and so does one that is no finite numbers. A thread writes them; where it
+    cannot, the run goes on without.
     """
 
     def __init__(self, folder: Path, key: str, lock: RunLock) -> None:
@@ -40,6 +42,8 @@ class StepRecord:
         self._lock = lock
         self._writer = BackgroundWriter()
         self._asked = 0  # calls of this process so far
+        self._step_ends: list[int] = []  # calls when a step was done
+        self._sound = True  # what was answered so far; the writer's alone, but while nothing is pending
         for leftover in folder.glob("*.partial"):  # of a process that was killed
             with suppress(OSError):
                 leftover.unlink()
@@ -76,6 +80,11 @@ class StepRecord:
     def is_finished(self) -> bool:
         return (self.folder / FINISHED).exists()
 
+    @property
+    def is_unsound(self) -> bool:
+        """Whether the run was given up for one on the safe path."""
+        return (self.folder / UNSOUND).exists()
+
     def answer(self, question: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """The recorded answer to the next call, on the device of the question; else that of `compute`, recorded."""
         return self.answers(question, lambda: [compute()])[0]
@@ -94,6 +103,25 @@ class StepRecord:
         copy = HostCopy({f"answer_{number}": tensor for number, tensor in enumerate(made)})
         self._writer.submit(lambda: self._store(index, asked.wait(), copy.wait()))
         return made
+
+    def end_step(self) -> None:
+        """The solver has done another step, with the answers so far."""
+        self._step_ends.append(self._asked)
+
+    def forget_step(self, step: int) -> None:
+        """The answers to this step, counted from 0, and to later ones are no use: those before it are kept."""
+        kept = self.num_kept
+        first = self._step_ends[step - 1] if 0 < step <= len(self._step_ends) else 0
+        self._known = kept
+        self._forget_from(min(first, kept))
+        self._sound = True
+        self._asked, self._step_ends = 0, []
+
+    def give_up(self, reason: str) -> None:
+        """Another run takes this one's place, now and whenever it is begun again: none of its answers is kept."""
+        self.forget_step(0)
+        with suppress(OSError):  # a full disk: begun again it finds out by itself
+            write_file(self.folder / UNSOUND, json.dumps({"reason": reason}).encode("ascii"))
 
     def finished(self) -> dict[str, Tensor] | None:
         """What `finish` kept, in host memory; None where the run is not finished."""
@@ -126,7 +154,7 @@ class StepRecord:
         """Write what is still to be written, and let others open the run; nothing is left of one without a step."""
         try:
             self._writer.close()
-            if self.folder.exists() and not (self.num_kept or self.is_finished):
+            if self.folder.exists() and not (self.num_kept or self.is_finished or self.is_unsound):
                 self.remove()
         finally:
             self._lock.release()
@@ -168,12 +196,19 @@ class StepRecord:
             raise ValueError("it is of another run")
         if metadata.get("checksum") != run_key(tensors):
             raise ValueError("it is damaged")
+        if not are_numbers(tensors):
+            raise ValueError("it holds NaN or infinite numbers")
         return tensors, metadata
 
     def _store(self, index: int, question: Mapping[str, Tensor], answers: Mapping[str, Tensor]) -> None:
+        self._sound = self._sound and are_numbers(answers)
+        if not self._sound:  # nor is what follows from it
+            return
         self._write(self._path(index), str(index), answers, {"question": run_key(question)})
 
     def _keep_finished(self, latents: Mapping[str, Tensor]) -> None:
+        if not are_numbers(latents):
+            return
         self._write(self.folder / FINISHED, "finished", latents, {})
         for path in self.folder.glob("step_*.safetensors"):
             with suppress(OSError):  # the rule of `kept_runs` removes it
@@ -182,6 +217,11 @@ class StepRecord:
     def _write(self, path: Path, part: str, tensors: Mapping[str, Tensor], more: Mapping[str, str]) -> None:
         metadata = {"key": self.key, "part": part, "checksum": run_key(tensors), **more}
         write_file(path, save(dict(tensors), metadata))
+
+
+def are_numbers(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all of them are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def header_texts(data: bytes) -> dict[str, str]:

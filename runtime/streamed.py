@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..attention.backend import AttentionSpec
+from ..attention.backend import AttentionSpec, Backend
 from ..attention.select import select_attention
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
@@ -95,6 +95,7 @@ class StreamedModel(Generic[M]):
         self.ring: DeviceRing | None = None
         self.forget_contexts()
         self._compiled = False
+        self._before_safe_path: tuple[torch.dtype, Backend] | None = None
         self._on_spans: SpanSink | None = None
 
     # What a model says of itself
@@ -161,21 +162,39 @@ class StreamedModel(Generic[M]):
     def started(self) -> bool:
         return self.streamer is not None
 
+    @property
+    def _safe_dtype(self) -> torch.dtype:
+        dtype = self.model.execution.dtype
+        if dtype != torch.float16:
+            return dtype
+        return torch.bfloat16 if half_dtype(self.settings.device) == torch.bfloat16 else torch.float32
+
+    @property
+    def on_safe_path(self) -> bool:
+        """Whether it computes with PyTorch's attention, and not in fp16."""
+        execution = self.model.execution
+        return self._safe_dtype == execution.dtype and execution.attention.name == SAFE_ATTENTION
+
     def take_safe_path(self) -> bool:
         """Compute with PyTorch's attention, and in bf16 or fp32 where it was fp16, from the next start on.
 
         False where it does so already.
         """
-        execution, device = self.model.execution, self.settings.device
-        dtype = execution.dtype
-        if dtype == torch.float16:
-            dtype = torch.bfloat16 if half_dtype(device) == torch.bfloat16 else torch.float32
-        if dtype == execution.dtype and execution.attention.name == SAFE_ATTENTION:
+        if self.on_safe_path:
             return False
+        execution, device, dtype = self.model.execution, self.settings.device, self._safe_dtype
         self.stop()
         attention = select_attention(SAFE_ATTENTION, AttentionSpec(device, dtype, self.config.head_dim))
+        self._before_safe_path = execution.dtype, execution.attention
         self.model.execution = replace(execution, dtype=dtype, attention=attention)
         return True
+
+    def leave_safe_path(self) -> None:
+        """Compute as before `take_safe_path`, from the next start on; nothing where it was not taken."""
+        before, self._before_safe_path = self._before_safe_path, None
+        if before is not None:
+            self.stop()
+            self.model.execution = replace(self.model.execution, dtype=before[0], attention=before[1])
 
     def likely_cause(self, more: str = "") -> str:
         """Words on why its latents are no numbers, the likeliest first; `more` is one of whoever asks."""

@@ -25,7 +25,9 @@ class OutputLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        name = hashlib.sha256(os.path.normcase(path.resolve()).encode(errors="replace")).hexdigest()[:24]
+        # of the name that is written over, also where it is a link: what that leads to stays as it is
+        place = os.path.normcase(path.parent.resolve() / path.name)
+        name = hashlib.sha256(place.encode(errors="replace")).hexdigest()[:24]
         folder = Path(tempfile.gettempdir()) / f"lowvram-video-{_user()}"
         with suppress(OSError):  # the lock then says that it cannot be had
             folder.mkdir(mode=0o700, exist_ok=True)

@@ -383,6 +383,56 @@ def test_a_longer_video_open_in_a_player_stops_nothing_either(
     assert len(decode(film.path)) == 17 and sorted(os.listdir(tmp_path)) == ["film.mp4", "parts"]
 
 
+@pytest.mark.parametrize("closed_again", [False, True])
+@pytest.mark.parametrize("left", ["finish", "leave"])
+def test_a_video_open_in_a_player_at_the_end_has_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, left: str, closed_again: bool
+) -> None:
+    """Windows' refusals are played here: the last publication finds its place taken, and so does the end."""
+    folder, path = tmp_path / "parts", tmp_path / "film.mp4"
+    film = GrowingVideo(folder, path)
+    film.add(section(0, 9), OVERLAP)
+    real, refusal = film_module.replace_file, PermissionError(13, "The process cannot access the file")
+    in_player = [True]
+
+    def refused(source: Path, target: Path) -> None:
+        if in_player[0] and target == path:
+            raise refusal
+        real(source, target)
+
+    monkeypatch.setattr(film_module, "replace_file", refused)
+    film.add(section(1, 9), OVERLAP)
+    in_player[0] = not closed_again
+    getattr(film, left)()
+    assert len(decode(film.video)) == 13
+    assert (film.video == path) == closed_again
+    if closed_again:
+        assert sorted(os.listdir(tmp_path)) == ["film.mp4", "parts"]
+        return
+    assert re.fullmatch(r"film\.[0-9a-f]{8}\.mp4", film.video.name)
+    assert f"the whole video is {film.video}" in caplog.text and len(decode(path)) == 9
+    assert GrowingVideo.is_at(folder, path), "what the player has is this film's: the same run may replace it"
+
+    monkeypatch.setattr(film_module, "replace_file", real)
+    other = GrowingVideo(tmp_path / "other parts", path)  # of another run, which was asked to replace it
+    other.add(section(5, 9), 0)
+    other.finish()
+    assert len(decode(film.video)) == 13, "another run of that name leaves it alone"
+    again = GrowingVideo(folder, path)
+    assert len(decode(path)) == 13 and again.video == path
+
+
+def test_a_link_in_the_place_of_a_part_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    try:
+        (tmp_path / "film.partial.mp4").symlink_to(tmp_path / "victim")
+    except OSError:
+        pytest.skip("no links here")
+    film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
+    film.add(section(0, 9), 0)
+    assert (tmp_path / "victim").read_bytes() == b"precious" and len(decode(film.path)) == 9
+
+
 def test_an_interrupted_joining_leaves_nothing_beside_the_video(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

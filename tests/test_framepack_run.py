@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.run.host import RunPlaces
 from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
 from lowvram_video.memory.plan.plan import MemoryPlan
+from lowvram_video.runtime.latent_watch import BadLatents
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.video.growing_video import Grows
 from torch import Tensor
@@ -138,3 +141,104 @@ def test_other_errors_end_the_run_and_leave_its_output(
     with pytest.raises(RuntimeError, match="a bug"), FramePackRun.open(pipeline, SAMPLING, material(), places) as run:
         run.make()
     assert shapes.ended == "left" and not pipeline.model.started and not list(tmp_path.iterdir())
+
+
+# --- latents that are no use ------------------------------------------------------------------------------
+
+
+class Sick(Sdpa):
+    """An attention kernel that overflows from its n-th call on."""
+
+    name = "sick"
+    calls, sound = 0, 0
+
+    def attend(self, *arguments, **named):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        return super().attend(*arguments, **named) * (1.0 if self.calls <= self.sound else math.inf)
+
+
+def sick(files: FramePackFiles, sound: int) -> FramePackPipeline:
+    pipeline, attention = FramePackPipeline(files, RunSettings()), Sick(torch.device("cpu"))
+    attention.sound = sound
+    pipeline.model.model.execution = replace(pipeline.model.model.execution, attention=attention)
+    return pipeline
+
+
+def made(pipeline: FramePackPipeline, folder: Path, stop_at: int | None = None) -> Tensor:
+    """The latents of a run that is kept; it is interrupted when so many sections are there."""
+
+    class Output(Shapes):
+        def add(self, frames: Tensor, overlap: int) -> None:
+            super().add(frames, overlap)
+            if self.num_sections == stop_at:
+                raise KeyboardInterrupt
+
+    places = RunPlaces(folder / "runs", folder, lambda _, __: Output())
+    with FramePackRun.open(pipeline, SAMPLING, material(), places) as run:
+        return run.make()
+
+
+def attention_calls(files: FramePackFiles, folder: Path) -> int:
+    """Of a run whose attention is right."""
+    pipeline = sick(files, sound=10**9)
+    made(pipeline, folder)
+    attention = pipeline.model.model.execution.attention
+    assert isinstance(attention, Sick)
+    return attention.calls
+
+
+def test_a_section_is_made_once_more_on_the_safe_path(
+    files: FramePackFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those before it are kept, and the rest of the run stays on that path; the next run does not."""
+    whole, _ = make(FramePackPipeline(files, RunSettings()), tmp_path)
+    calls = attention_calls(files, tmp_path / "count")
+    pipeline = sick(files, sound=calls // 2)  # in the second of three sections
+    assert torch.equal(made(pipeline, tmp_path), whole)
+    assert caplog.text.count("is made once more") == 1 and "section 2 is made once more" in caplog.text
+    assert pipeline.model.model.execution.attention.name == "sick"
+
+
+def test_a_run_that_took_the_safe_path_goes_on_there(files: FramePackFiles, tmp_path: Path) -> None:
+    """Bit for bit, though the kernel is right again: it is exact in other bits."""
+    calls = attention_calls(files, tmp_path / "count")
+
+    class Halved(Sick):
+        """Right to the eye, and in other bits."""
+
+        def attend(self, query, *arguments, **named):  # type: ignore[no-untyped-def]
+            return super().attend(query * 1.01, *arguments, **named)
+
+    def halved(sound: int) -> FramePackPipeline:
+        pipeline, attention = sick(files, 0), Halved(torch.device("cpu"))
+        attention.sound = sound
+        pipeline.model.model.execution = replace(pipeline.model.model.execution, attention=attention)
+        return pipeline
+
+    whole = made(halved(calls // 2), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        made(halved(calls // 2), tmp_path, stop_at=2)
+    assert torch.equal(made(halved(10**9), tmp_path), whole)
+    assert not torch.equal(made(halved(10**9), tmp_path / "right"), whole)
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, False), (2, True)])
+def test_a_fault_that_passes_costs_a_section(
+    files: FramePackFiles, tmp_path: Path, at: int, kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PyTorch's attention in fp32 is the safest path: only what began right is worth another try."""
+    whole, _ = make(FramePackPipeline(files, RunSettings()), tmp_path)
+    pipeline = FramePackPipeline(files, RunSettings())
+    passes: list[int] = []
+
+    def fault(module: object, given: object, made: Tensor) -> Tensor:
+        passes.append(1)
+        return torch.full_like(made, math.nan) if len(passes) == at + 1 else made
+
+    pipeline.model.model.register_forward_hook(fault)
+    if not kept:
+        with pytest.raises(BadLatents, match="NaN or infinite numbers after its first step"):
+            made(pipeline, tmp_path)
+        return
+    assert torch.equal(made(pipeline, tmp_path), whole)
+    assert "section 1 is made once more" in caplog.text

@@ -52,6 +52,39 @@ def test_bad_latents_are_told_after_the_first_step_and_at_the_end(value: float, 
         LatentWatch("").step(0, 1, GOOD, bad(value))
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e9])
+def test_bad_latents_are_told_at_the_step_that_made_them(value: float) -> None:
+    watch = LatentWatch("the weather")
+    for index in range(3):
+        watch.step(index, 9, GOOD, GOOD)
+    watch.step(3, 9, bad(value), GOOD)
+    with pytest.raises(BadLatents, match=r"after step 4 of 9: likely the weather") as told:
+        watch.step(4, 9, GOOD, GOOD)
+    assert told.value.step == 3
+
+
+@pytest.mark.parametrize("latents", [torch.zeros(2, 4, 3, 2, 2), torch.full((1, 16, 2, 4, 4), -3.5)])
+@pytest.mark.parametrize("index", [0, 4, 8])
+def test_latents_that_are_all_alike_are_told(latents: Tensor, index: int) -> None:
+    watch = LatentWatch("")
+    with pytest.raises(BadLatents, match=r"are all alike \(a standard deviation of 0, where about 1 is usual\)"):
+        for number in range(index, min(index + 2, 9)):
+            watch.step(number, 9, latents, GOOD)
+
+
+def test_one_video_of_a_batch_that_collapsed_is_told() -> None:
+    batch = torch.randn(3, 16, 2, 4, 4)
+    batch[1] = 0.5
+    with pytest.raises(BadLatents, match="all alike"):
+        LatentWatch("").step(8, 9, torch.randn(3, 16, 2, 4, 4), batch)
+
+
+def test_a_black_video_is_none_that_collapsed() -> None:
+    """Its channels are constant, and differ."""
+    channels = torch.linspace(-1, 1, 16).view(1, 16, 1, 1, 1)
+    LatentWatch("").step(8, 9, channels.expand(1, 16, 3, 4, 4), GOOD)
+
+
 def test_what_is_in_bounds_is_nobodys_business() -> None:
     watch = LatentWatch("")
     for index in range(4):
@@ -171,3 +204,75 @@ def test_values_are_checked_when_they_are_given() -> None:
     for name in ("guidance", "cfg", "shift", "strength", "cfg_rescale", "cache_threshold"):
         with pytest.raises(ValueError, match="use a number from 0"):
             Sampling(**{name: math.nan}).check()  # type: ignore[arg-type]
+
+
+# --- a fault that passes, and records ---------------------------------------------------------------------
+
+
+class Transient:
+    """A network whose answer is no numbers in one pass of all, as after a bit that flipped."""
+
+    def __init__(self, pipeline: WanPipeline, at: int, value: float = math.nan, times: int = 1) -> None:
+        self.passes, self.at, self.times, self.value = 0, at, times, value
+        pipeline.high.model.register_forward_hook(self._after)
+
+    def _after(self, module: object, given: object, made: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes <= self.at or not self.times:
+            return made
+        self.times -= 1
+        return torch.full_like(made, self.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e9])
+def test_a_fault_that_passes_costs_the_step_and_is_not_kept(
+    files: WanFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    """One bad pass at the last step of three; PyTorch's attention in fp32 is the safest path already."""
+    whole = torch.cat(list(WanPipeline(files).generate(REQUEST)))
+    pipeline = WanPipeline(files, runs=tmp_path)
+    fault = Transient(pipeline, at=4, value=value)
+    assert torch.equal(torch.cat(list(pipeline.generate(REQUEST))), whole)
+    assert "the run goes on from the 2 calls of the model before" in caplog.text
+    assert fault.passes == 8, "only the last step was made again"
+
+
+def test_a_fault_that_stays_is_told_and_what_was_right_is_kept(
+    files: WanFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = torch.cat(list(WanPipeline(files).generate(REQUEST)))
+    pipeline = WanPipeline(files, runs=tmp_path)
+    Transient(pipeline, at=4, times=99)
+    with pytest.raises(BadLatents, match="after its last step") as told:
+        list(pipeline.generate(REQUEST))
+    assert told.value.num_kept == 2
+    assert len(list(tmp_path.glob("*/step_*"))) == 2
+    again = WanPipeline(files, runs=tmp_path)
+    passes: list[int] = []
+    again.high.model.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(torch.cat(list(again.generate(REQUEST))), whole)
+    assert len(passes) == 2, "nothing wrong was kept"
+
+
+def test_a_killed_run_on_the_safe_path_goes_on_there(files: WanFiles, tmp_path: Path) -> None:
+    """Also where the fault has passed: the video is that of the run that was not killed."""
+    pipeline = WanPipeline(files, runs=tmp_path)
+    pipeline.high.model.execution = replace(pipeline.high.model.execution, attention=Sick(torch.device("cpu")))
+    passes: list[int] = []
+
+    def count(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == 7:  # the second step on the safe path is done
+            raise KeyboardInterrupt
+
+    pipeline.high.model.register_forward_pre_hook(count)
+    with pytest.raises(KeyboardInterrupt):
+        list(pipeline.generate(REQUEST))
+    again = WanPipeline(files, runs=tmp_path)
+    again.high.model.execution = replace(again.high.model.execution, attention=Sick(torch.device("cpu")))
+    made: list[str] = []
+    again.high.model.register_forward_pre_hook(lambda *_: made.append(again.high.model.execution.attention.name))
+    list(again.generate(REQUEST))
+    assert set(made) == {"sdpa"} and len(made) < 6
+    again.forget()
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())

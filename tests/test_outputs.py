@@ -158,6 +158,28 @@ def test_two_processes_never_write_one_file(tmp_path: Path, given: bool) -> None
     assert os.listdir(tmp_path) == []
 
 
+def test_a_name_that_is_a_link_is_one_output_whatever_it_leads_to(tmp_path: Path) -> None:
+    """A growing video replaces the link: a second run of that name would find another file, and remove the parts."""
+    (tmp_path / "elsewhere").mkdir()
+    path, target, folder = tmp_path / "a.mp4", tmp_path / "elsewhere" / "b.mp4", tmp_path / "link"
+    target.write_bytes(b"precious")
+    try:
+        path.symlink_to(target)
+        folder.symlink_to(tmp_path, target_is_directory=True)
+    except OSError:
+        pytest.skip("no links here")
+    mine = OutputLock(path)
+    partial = atomic_files.partial_name(path, ".mp4")
+    partial.write_bytes(b"a run of hours")
+    atomic_files.replace_file(partial, path)  # its first publication
+    partial.write_bytes(b"its next one")
+    for name in (path, folder / "a.mp4"):
+        with pytest.raises(ValueError, match="is being written"):
+            OutputLock(name)
+    assert partial.read_bytes() == b"its next one" and target.read_bytes() == b"precious"
+    mine.release()
+
+
 def test_writers_of_one_name_do_not_share_a_file(tmp_path: Path) -> None:
     partials = {VideoWriter(tmp_path / "a.mp4", 8).partial for _ in range(3)}
     assert len(partials) == 3 and all(partial.suffix == ".mp4" for partial in partials)

@@ -153,6 +153,51 @@ def test_what_is_written_later_is_not_recorded(tmp_path: Path) -> None:
         assert record.answer({"x": torch.zeros(3)}, lambda: torch.full((3,), 9.0)).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_numbers_is_never_kept(tmp_path: Path, value: float) -> None:
+    def answer(record: StepRecord, index: int, made: float) -> Tensor:
+        return record.answer({"x": torch.full((2,), float(index))}, lambda: torch.full((2,), made))
+
+    with StepRecord.open(tmp_path, SETTINGS) as record:
+        for index, made in enumerate([1.0, value, 2.0]):
+            answer(record, index, made)
+        record.finish(latent=torch.tensor([value]))
+        assert record.num_kept == 1 and not record.is_finished
+    with StepRecord.open(tmp_path, SETTINGS) as record:
+        assert [float(answer(record, index, 5.0)[0]) for index in range(3)] == [1, 5, 5]
+
+
+def test_steps_that_are_no_use_are_forgotten(tmp_path: Path) -> None:
+    """Two calls a step, as of a solver of second order; the third step is no use."""
+
+    def step(record: StepRecord, made: float) -> list[float]:
+        answers = [record.answer({"x": torch.zeros(1)}, lambda: torch.full((1,), made)) for _ in range(2)]
+        record.end_step()
+        return [float(answer) for answer in answers]
+
+    with StepRecord.open(tmp_path, SETTINGS) as record:
+        for number in range(4):
+            step(record, float(number))
+        record.forget_step(2)
+        assert record.num_kept == 4
+        assert [step(record, 9.0) for _ in range(3)] == [[0, 0], [1, 1], [9, 9]]
+    with StepRecord.open(tmp_path, SETTINGS) as record:
+        assert [step(record, 7.0) for _ in range(4)] == [[0, 0], [1, 1], [9, 9], [7, 7]]
+        record.forget_step(0)
+        assert record.num_kept == 0
+
+
+def test_a_run_that_was_given_up_says_so_until_it_is_removed(tmp_path: Path) -> None:
+    run(tmp_path, Model())
+    with StepRecord.open(tmp_path, SETTINGS) as record:
+        assert not record.is_unsound
+        record.give_up("black")
+    with StepRecord.open(tmp_path, SETTINGS) as record:
+        assert record.is_unsound and record.num_kept == 0
+    record.remove()
+    assert not tmp_path.exists()
+
+
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     with (
         StepRecord.open(tmp_path, SETTINGS),
@@ -226,6 +271,17 @@ def test_runs_are_kept_for_a_fortnight_and_32_of_them(tmp_path: Path) -> None:
     kept = [run for run in runs if run.exists()]
     assert kept == runs[: len(kept)] and len(list(tmp_path.glob("*/run.json"))) <= kept_runs.MOST_RUNS + 1
     assert (tmp_path / "0123456789abcdef").is_dir() and (tmp_path / "my notes").is_dir()
+
+
+def test_a_run_that_was_killed_while_it_was_removed_goes_at_the_next_start(tmp_path: Path) -> None:
+    left = tmp_path / "fedcba9876543210"
+    left.mkdir()
+    (left / "lock").touch()
+    StepRecord.open(tmp_path, {"seed": 1}).close()
+    assert left.exists(), "perhaps one that begins"
+    os.utime(left, (time.time() - 100,) * 2)
+    StepRecord.open(tmp_path, {"seed": 1}).close()
+    assert not left.exists()
 
 
 def test_a_slow_disk_holds_the_run_rather_than_its_memory() -> None:

@@ -46,6 +46,7 @@ class VideoState:
     num_shown_parts: int = 0
     shown_open: VideoPart | None = None
     film_sha256: str = ""  # of the whole video
+    placed_sha256: str = ""  # of an earlier one that is in its place, where a player kept that from being replaced
 
     @property
     def settings(self) -> tuple[int, float, int, str, str]:

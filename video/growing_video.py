@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..system.atomic_files import name_beside, replace_file, write_file
+from ..system.atomic_files import name_beside, partial_name, replace_file, write_file
 from ..system.output_lock import file_sha256
 from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
@@ -63,7 +63,13 @@ class GrowingVideo:
         check_writable(folder / "film.json")
         self._state = VideoState(FORMAT, float(fps), crf, grows, made_by)
         self._edge: Tensor | None = None  # uint8 [E, H, W, 3]
+        self._elsewhere: Path | None = None  # the video, where a player keeps its place
         self._resume()
+
+    @property
+    def video(self) -> Path:
+        """Where all that is shown plays: `path`, or another name where that is open in a player on Windows."""
+        return self._elsewhere or self.path
 
     @property
     def num_sections(self) -> int:
@@ -132,11 +138,13 @@ class GrowingVideo:
     def publish(self) -> None:
         """Have the video show all that was made: the film is left for a while. VideoError as `add`."""
         if self._lost_edge or (self.num_shown == self.num_frames and (self._edge is None or self._state.pixels)):
-            return  # as it was found, or nothing new
+            self._settle()  # as it was found, or nothing new
+            return
         state = self._shown(self._state, self._edge)
         if self._edge is not None:
             state = replace(state, pixels=self._keep(self._edge))
         self._commit(state)
+        self._settle()
 
     def _keep(self, edge: Tensor) -> VideoPart:
         """The open frames as they are, on the disk."""
@@ -155,12 +163,29 @@ class GrowingVideo:
     def finish(self) -> None:
         """No section follows: the video shows all of them. VideoError as `add`."""
         if self._lost_edge or (self._edge is None and self.num_shown == self.num_frames):
+            self._settle()
             return
         shown = self._shown(self._state, self._edge)
         parts = shown.ordered(shown.parts, shown.shown_open)
         closed = replace(shown, parts=parts, num_shown_parts=len(parts), num_open=0, shown_open=None, pixels=None)
         self._commit(closed)
         self._edge = None
+        self._settle()
+
+    def _settle(self) -> None:
+        """Nothing more is shown for now: a video that found its place taken has it at last, or a name of its own."""
+        if self._elsewhere is None:
+            return
+        try:
+            replace_file(self._elsewhere, self.path)
+        except OSError:
+            own = partial_name(self.path, self.path.suffix)
+            with suppress(OSError):
+                self._elsewhere = self._elsewhere.rename(own.with_name(own.name.replace(".partial", "")))
+            log.warning("%s is open in another program: the whole video is %s", self.path, self._elsewhere)
+            return
+        self._elsewhere = None
+        self._commit(replace(self._state, placed_sha256=""))
 
     @staticmethod
     def is_at(folder: Path, path: Path) -> bool:
@@ -172,7 +197,8 @@ class GrowingVideo:
             if (folder / COMING).read_text(encoding="ascii") == found:
                 return True
         try:
-            return read_state(folder / "film.json").film_sha256 == found
+            state = read_state(folder / "film.json")
+            return found in (state.film_sha256, state.placed_sha256)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -255,13 +281,21 @@ class GrowingVideo:
             return state
         shown_open = None if edge is None else self._encode([edge], f"open_{self._new_name()}")
         shown = replace(state, num_shown_parts=len(state.parts), shown_open=shown_open)
-        return replace(shown, film_sha256=self._publish(shown.shown))
+        return self._published(shown)
+
+    def _published(self, state: VideoState) -> VideoState:
+        """The state with the video that it says in its place, or beside it."""
+        sha256 = self._publish(state.shown)
+        placed = "" if self._elsewhere is None else state.placed_sha256 or state.film_sha256
+        return replace(state, film_sha256=sha256, placed_sha256=placed)
 
     def _publish(self, parts: Sequence[VideoPart]) -> str:
         """Join the parts beside the video's place, move them there, and return their SHA-256."""
         stem = self.path.with_name(self.path.stem)
         partial = name_beside(stem, f".partial{self.path.suffix}")
         newest = name_beside(stem, f".newest{self.path.suffix}")
+        with suppress(OSError):  # ffmpeg would write through a link that somebody has put there
+            partial.unlink()
         join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps)
         with _writing(self.path):
             sha256 = _flush(partial)
@@ -275,7 +309,9 @@ class GrowingVideo:
                 except PermissionError:  # that too, as a warning named it
                     longer = partial
                 log.warning("%s is open in another program: the longer video is %s", self.path, longer)
+                self._elsewhere = longer
             else:
+                self._elsewhere = None
                 with suppress(PermissionError):  # next time
                     newest.unlink(missing_ok=True)
         return sha256
@@ -302,7 +338,7 @@ class GrowingVideo:
                 path.unlink(missing_ok=True)
         self._tidy()
         if self._state.shown and not (self.path.is_file() and file_sha256(self.path) == self._state.film_sha256):
-            self._commit(replace(self._state, film_sha256=self._publish(self._state.shown)))
+            self._commit(self._published(self._state))
 
     def _check_parts(self, state: VideoState) -> Tensor | None:
         """The open frames `[E, H, W, 3]` where they are there; ValueError or OSError for a file not as written."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..memory.plan.plan import MemoryPlan, decode_tiles
 from ..memory.report.report import RunReport
-from ..runtime.latent_watch import BadLatents, LatentWatch
+from ..runtime.latent_watch import LatentWatch
 from ..runtime.progress import Progress
+from ..runtime.recorded_run import RecordedRun
 from ..runtime.run_limits import hold_limits
 from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
@@ -60,8 +61,12 @@ class WanPipeline:
         settings: RunSettings = RunSettings(),  # noqa: B008 - immutable
         progress: Progress = Progress(),  # noqa: B008
         runs: Path | None = None,
+        between_blocks: Callable[[], None] | None = None,
     ):
-        """`runs` is the folder that keeps the steps of runs (None: nothing is kept)."""
+        """`runs` is the folder that keeps the steps of runs (None: nothing is kept).
+
+        `between_blocks` is called before each block of the transformer, and may raise to stop.
+        """
         self.files, self.settings, self.progress, self.runs = files, settings, progress, runs
         if files.loras_low and not files.model_low:
             raise ValueError(
@@ -73,11 +78,12 @@ class WanPipeline:
                 f"{files.vace_module_low}: a VACE module for the low-noise expert, but there is only "
                 f"{files.model.name}: give it as the model's VACE module, or give the low-noise model too"
             )
-        self.high = StreamedWan(files.model, settings, loras=files.loras, vace_module=files.vace_module)
+        hook = between_blocks
+        self.high = StreamedWan(files.model, settings, None, hook, files.loras, vace_module=files.vace_module)
         self.low: StreamedWan | None = None
         if files.model_low:
             low_module = files.vace_module_low
-            self.low = StreamedWan(files.model_low, settings, loras=files.loras_low, vace_module=low_module)
+            self.low = StreamedWan(files.model_low, settings, None, hook, files.loras_low, vace_module=low_module)
             turns = Turns()
             turns.add(self.high)
             turns.add(self.low)
@@ -93,7 +99,7 @@ class WanPipeline:
         self._text_encoder: TextEncoder | None = None
         self._vae: WanVAE | None = None
         self.record = RunRecord(settings.device)
-        self.steps: StepRecord | None = None  # of the last request, where they are kept
+        self._run = RecordedRun(None, (), dict)  # of the last request
 
     @torch.inference_mode()
     def generate(self, request: WanRequest) -> Iterator[Tensor]:
@@ -111,7 +117,9 @@ class WanPipeline:
         check_pictures(request, self.config, self.files)
         pictures = load_pictures(request)
         self.plan = self._plan(request)
-        with self._recording(request, pictures), self.record.run(self.plan.limits):
+        models, shown = self._models, pictures.all()
+        self._run = RecordedRun(self.runs, models, lambda: run_settings(self.files, models, request, shown))
+        with self._run, self.record.run(self.plan.limits):
             try:
                 latent = self._latent(request, pictures, sigmas)
                 with self.record.phase("decode"):
@@ -122,8 +130,12 @@ class WanPipeline:
 
     def forget(self) -> None:
         """The last request's video is whole and in its place: nothing of its run need be kept."""
-        if self.steps is not None:
-            self.steps.remove()
+        self._run.forget()
+
+    @property
+    def steps(self) -> StepRecord | None:
+        """What is kept of the last request."""
+        return self._run.record
 
     def sigmas(self, request: WanRequest) -> Tensor:
         """Noise levels `[steps + 1]` of a completed request."""
@@ -141,58 +153,20 @@ class WanPipeline:
         """What the last video used."""
         return self.record.report()
 
-    @contextmanager
-    def _recording(self, request: WanRequest, pictures: Pictures) -> Iterator[None]:
-        """The folder of this run, held while it goes on."""
-        self.steps = None
-        self._open_steps(request, pictures)
-        try:
-            yield
-        finally:
-            if self.steps is not None:
-                self.steps.close()
-
-    def _open_steps(self, request: WanRequest, pictures: Pictures) -> None:
-        if self.runs is not None:
-            settings = run_settings(self.files, self._models, request, pictures.all())
-            self.steps = StepRecord.open(self.runs, settings)
-
     @property
     def _models(self) -> list[StreamedWan]:
         return [self.high] if self.low is None else [self.high, self.low]
 
-    def _sound(self, request: WanRequest, pictures: Pictures, denoise: Callable[[], Tensor]) -> Tensor:
-        """The latent; made once more on the safe path where it is no use, and BadLatents where it is none even so."""
-        try:
-            return denoise()
-        except BadLatents as error:
-            if not any([model.take_safe_path() for model in self._models]):
-                raise
-            logger.warning(
-                "%s: the run begins anew with exact attention, in %s", error, self.high.model.execution.dtype
-            )
-        if self.steps is not None:
-            self.steps.close()
-        self._open_steps(request, pictures)  # what computes otherwise is another run
-        kept = self._kept_latent()
-        return denoise() if kept is None else kept
-
-    def _kept_latent(self) -> Tensor | None:
-        """That of a run whose steps are all made."""
-        kept = None if self.steps is None else self.steps.finished()
-        return None if kept is None else kept["latent"].to(self.settings.device)
-
     def _latent(self, request: WanRequest, pictures: Pictures, sigmas: Tensor) -> Tensor:
         """The video's latent, made or as it was kept."""
-        kept = self._kept_latent()
+        kept = self._run.latent()
         if kept is not None:
-            return kept
+            return kept.to(self.settings.device)
         with self.record.phase("encode"):
             conditions = self._encode(request, pictures)
         with self.record.phase("denoise"):
-            latent = self._sound(request, pictures, lambda: self._denoise(request, conditions, sigmas))
-        if self.steps is not None:
-            self.steps.finish(latent=latent)
+            latent = self._run.sound(lambda: self._denoise(request, conditions, sigmas))
+        self._run.finish(latent)
         return latent
 
     def _plan(self, request: WanRequest) -> MemoryPlan:
@@ -249,7 +223,7 @@ class WanPipeline:
         shape = (1, self.config.out_channels, num_latents - before + in_noise, height, width)
         generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every machine
         noise = torch.randn(shape, generator=generator).to(device)
-        denoise = self._recorded(_Begun(lambda sigma: self._begin(request, conditions, sigma)))
+        denoise = self._run.recorded(_Begun(lambda sigma: self._begin(request, conditions, sigma)))
         if conditions.first_frame is not None:
             noise[:, :, :1] = conditions.first_frame
 
@@ -257,6 +231,7 @@ class WanPipeline:
 
         def on_step(step: StepInfo) -> None:
             self.progress.update(step.index + 1, step.num_steps)
+            self._run.end_step()
             watch.step(step.index, step.num_steps, step.denoised, step.x)
 
         latent = select_sampler(request.sampler)(denoise, noise, sigmas, on_step, generator)
@@ -264,17 +239,6 @@ class WanPipeline:
         if conditions.first_frame is not None:
             latent[:, :, :1] = conditions.first_frame
         return latent[:, :, in_noise:]
-
-    def _recorded(self, denoise: Denoiser) -> Denoiser:
-        """The same, with answers that are recorded where they are kept."""
-        steps = self.steps
-        if steps is None:
-            return denoise
-
-        def answer(x: Tensor, sigma: Tensor) -> Tensor:
-            return steps.answer({"x": x, "sigma": sigma.to(x.device)}, lambda: denoise(x, sigma))
-
-        return answer
 
     def _begin(self, request: WanRequest, conditions: Conditions, sigma: Tensor) -> Denoiser:
         """The models at work, from this noise level on."""

@@ -15,6 +15,7 @@ from .vae.model import VAEConfig
 T = TypeVar("T")
 
 MOST_GUIDANCE = 1000.0
+MOST_STRENGTH = 100.0  # of a control video
 
 # Wan's own sample_neg_prompt (wan/configs/shared_config.py)
 NEGATIVE_PROMPT = (
@@ -187,6 +188,8 @@ def check_request(request: WanRequest) -> None:
     for name, scale in (("guidance", request.guidance), ("guidance_high", request.guidance_high)):
         if scale is not None and not abs(scale) <= MOST_GUIDANCE:
             raise ValueError(f"{name} is {scale}: use a finite number, such as 5 (1 turns guidance off)")
+    if request.control_strength is not None and not 0 <= request.control_strength <= MOST_STRENGTH:
+        raise ValueError(f"control_strength is {request.control_strength}: use a number from 0 to {MOST_STRENGTH:g}")
     if request.boundary is not None and not 0 < request.boundary < 1:
         raise ValueError(f"boundary is {request.boundary}: use a sigma between 0 and 1, such as 0.875")
 

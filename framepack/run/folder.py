@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files: another number is another run
 GIB = 2**30
+SAFE_PATH = "safe_path"
 
 
 class RunError(OSError):
@@ -35,10 +36,14 @@ class RunError(OSError):
 
 @dataclass(frozen=True)
 class StoredSection:
-    """What a section left: its latents, and the state of the noise generator after it."""
+    """What a section left: its latents, and the state of the noise generator after it.
+
+    `safe_path`: the run had taken the safe path by then, as what came before it was no use.
+    """
 
     latents: Tensor
     generator_state: Tensor
+    safe_path: bool = False
 
 
 class RunStore:
@@ -86,7 +91,7 @@ class RunStore:
         """How many sections, counted from the first, are there and sound."""
         return len(self._checksums)
 
-    def save_section(self, index: int, latents: Tensor, generator_state: Tensor) -> None:
+    def save_section(self, index: int, latents: Tensor, generator_state: Tensor, safe_path: bool = False) -> None:
         """Store section `index`, exactly as its tensors are; later ones are no longer counted.
 
         Returns when the file is on the disk. Raises ValueError for a section out of order and RunError, with the
@@ -99,8 +104,9 @@ class RunStore:
             )
         # clones, because the format refuses tensors that share memory
         tensors = {"latents": plain(latents).clone(), "generator_state": plain(generator_state).clone()}
-        checksum = self._checksum(index, tensors)
+        checksum = self._checksum(index, tensors, safe_path)
         metadata = {"key": self.key, "index": str(index), "checksum": checksum}
+        metadata |= {SAFE_PATH: "1"} if safe_path else {}
         path = self._path(index)
         try:
             write_file(path, save(tensors, metadata))
@@ -182,14 +188,16 @@ class RunStore:
             raise RunError(f"{path} cannot be read ({error})") from error
         if metadata.get("key") != self.key:
             raise RunError(f"{path} is of a run with other settings")
-        checksum = self._checksum(index, tensors)
+        safe_path = SAFE_PATH in metadata
+        checksum = self._checksum(index, tensors, safe_path)
         if metadata.get("checksum") != checksum:
             raise RunError(f"{path} is damaged, or does not follow the section before it")
-        return StoredSection(tensors["latents"], tensors["generator_state"]), checksum
+        return StoredSection(tensors["latents"], tensors["generator_state"], safe_path), checksum
 
-    def _checksum(self, index: int, tensors: Mapping[str, Tensor]) -> str:
+    def _checksum(self, index: int, tensors: Mapping[str, Tensor], safe_path: bool) -> str:
         before = self._checksums[index - 1] if index else ""
-        return run_key({"run": self.key, "index": index, "before": before, "tensors": tensors})
+        path = {SAFE_PATH: True} if safe_path else {}
+        return run_key({"run": self.key, "index": index, "before": before, "tensors": tensors, **path})
 
     def _describe(self, settings: Mapping[str, Any]) -> None:
         """Write settings.json, for people: nothing is read from it but what `finish` wrote."""

@@ -6,6 +6,7 @@ the CPU in fp32, so that a run is the same on every machine but for the network'
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...memory.plan.plan import MemoryPlan
-from ...runtime.latent_watch import LatentWatch
+from ...runtime.latent_watch import BadLatents, LatentWatch
 from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ...sampling.solver import StepInfo
 from ..footprint import SectionSize
@@ -25,6 +26,8 @@ from ..section_work import POSITIVE, FramePackGuidance, Guide, SectionWork, Step
 from ..sections import SPATIAL_STRIDE, Section, num_frames, section_noise
 from ..streamed import StreamedFramePack
 from .folder import RunStore
+
+logger = logging.getLogger(__name__)
 
 # (noisy, history, condition, image, cache) -> velocity; a StreamedFramePack that is started, or a model.
 Velocity = Callable[[Frames, History, StepCondition, Tensor | None, BlockCache | None], Tensor]
@@ -149,63 +152,32 @@ class Generation:
     on_step: OnStep | None = None
     guide: Guide = field(default_factory=FramePackGuidance)
     cause: str = "damaged weights"  # of latents that are no numbers, in words
+    take_safe_path: Callable[[], Conditions | None] = lambda: None  # what is seen on it; None where none is safer
 
     def run(self) -> Iterator[MadeSection]:
         """The sections in order of generation; those that the store has are not made again."""
         generator = torch.Generator().manual_seed(self.sampling.seed)
         history = self.inputs.new_history(self.sampling.mode)
         num_before = history.shape[2]
-        caches = StepCaches.of(self.sampling)
+        maker = _SectionMaker(self, generator)
         for section in self.sections:
             if self.store is not None and section.number < self.store.completed:
                 stored = self.store.load(section.number)
                 latents = stored.latents
                 generator.set_state(stored.generator_state)
+                if stored.safe_path:
+                    maker.take_safe_path()
             else:
-                try:
-                    latents = self._sample(section, history, generator, caches)
-                finally:
-                    caches.begin_section()
+                latents = maker.make(section, history)
                 if section.prepend_start:
                     latents = torch.cat([self.inputs.start_latent(), latents], dim=2)
                 if self.store is not None:
-                    self.store.save_section(section.number, latents, generator.get_state())
+                    self.store.save_section(section.number, latents, generator.get_state(), maker.on_safe_path)
             history = torch.cat([latents, history] if section.prepend else [history, latents], dim=2)
             video = latents if section.sources is None else self._video(history, num_before)
             yield MadeSection(section, latents, history[:, :, section.to_decode], video)
 
-    def _sample(self, section: Section, history: Tensor, generator: torch.Generator, caches: StepCaches) -> Tensor:
-        """The section's latents `[1, 16, window, h, w]`."""
-        sigmas = noise_levels(self.sampling, self.inputs.latent_size)
-        shape = (1, history.shape[1], len(section.indices.noisy), *self.inputs.latent_size)
-        noise = section_noise(generator, shape)
-        initial = self.inputs.initial_latents(section)
-        if initial is not None and len(sigmas) == 1:  # a strength of 0 leaves no step
-            return initial
-        shown = self._history(section, history)
-        indices = torch.tensor(section.indices.noisy)
-        image = self.conditions.images[section.number]
-        image = None if image is None else image.to(self.device)
-        prompts, others = self.inputs.timed.prompts_at(section), self.conditions.others
-
-        def predict(prompt: str, x: Tensor, step: int, cache: BlockCache | None) -> Tensor:
-            condition = self.conditions.seen(prompt, prompts, step)
-            return self.velocity(Frames(x, indices), shown, condition, image, cache)
-
-        watch = LatentWatch(self.cause)
-
-        def report(step: StepInfo) -> None:
-            watch.step(step.index, step.num_steps, step.denoised, step.x)
-            if self.on_step is not None:
-                self.on_step(section, step)
-
-        mask = self.inputs.mask(section)
-        work = SectionWork(
-            section, self.sampling, sigmas, noise, initial, mask, others, predict, caches, report, self.device
-        )
-        return self.guide.sample(work).float().cpu()
-
-    def _history(self, section: Section, history: Tensor) -> History:
+    def shown(self, section: Section, history: Tensor) -> History:
         """What a section is shown, on the device."""
         places, sources = section.indices, section.sources
         near = [self.inputs.start_latent()]
@@ -232,3 +204,76 @@ class Generation:
             first = self.inputs.num_given or int(self.inputs.has_start)
             return history[:, :, num_before - first :]
         return history[:, :, : history.shape[2] - num_before]
+
+
+class _SectionMaker:
+    """Samples a run's sections; from one whose latents are no use on, on the safe path.
+
+    A run that goes on later takes that path from the same section on, so that it makes the same video.
+    """
+
+    def __init__(self, run: Generation, generator: torch.Generator) -> None:
+        self._run, self._generator = run, generator
+        self._conditions = run.conditions
+        self._caches = StepCaches.of(run.sampling)
+        self.on_safe_path = False
+
+    def take_safe_path(self) -> bool:
+        """False where no path is safer."""
+        safe = None if self.on_safe_path else self._run.take_safe_path()
+        if safe is None:
+            return False
+        self._conditions, self.on_safe_path = safe, True
+        return True
+
+    def make(self, section: Section, history: Tensor) -> Tensor:
+        """The section's latents `[1, 16, window, h, w]`; BadLatents where they are no use on the safe path either.
+
+        Where no path is safer the section is made once more if its first steps were right.
+        """
+        before = self._generator.get_state()
+        try:
+            return self._sample(section, history)
+        except BadLatents as error:
+            if not self.take_safe_path() and not error.step:
+                raise
+            logger.warning("%s: section %d is made once more", error, section.number + 1)
+        self._generator.set_state(before)
+        return self._sample(section, history)
+
+    def _sample(self, section: Section, history: Tensor) -> Tensor:
+        try:
+            return self._solve(section, history)
+        finally:
+            self._caches.begin_section()
+
+    def _solve(self, section: Section, history: Tensor) -> Tensor:
+        run, conditions = self._run, self._conditions
+        sigmas = noise_levels(run.sampling, run.inputs.latent_size)
+        shape = (1, history.shape[1], len(section.indices.noisy), *run.inputs.latent_size)
+        noise = section_noise(self._generator, shape)
+        initial = run.inputs.initial_latents(section)
+        if initial is not None and len(sigmas) == 1:  # a strength of 0 leaves no step
+            return initial
+        shown = run.shown(section, history)
+        indices = torch.tensor(section.indices.noisy)
+        image = conditions.images[section.number]
+        image = None if image is None else image.to(run.device)
+        prompts, others = run.inputs.timed.prompts_at(section), conditions.others
+
+        def predict(prompt: str, x: Tensor, step: int, cache: BlockCache | None) -> Tensor:
+            condition = conditions.seen(prompt, prompts, step)
+            return run.velocity(Frames(x, indices), shown, condition, image, cache)
+
+        watch = LatentWatch(run.cause)
+
+        def report(step: StepInfo) -> None:
+            watch.step(step.index, step.num_steps, step.denoised, step.x)
+            if run.on_step is not None:
+                run.on_step(section, step)
+
+        mask = run.inputs.mask(section)
+        work = SectionWork(
+            section, run.sampling, sigmas, noise, initial, mask, others, predict, self._caches, report, run.device
+        )
+        return run.guide.sample(work).float().cpu()

@@ -87,7 +87,10 @@ class FramePackRun:
         """All latents of the video, in its order; what is shown then shows all of it, after an error too."""
         try:
             with self.host.running((len(self.sections) - self.completed) * self.sampling.num_steps):
-                latents = self._make()
+                try:
+                    latents = self._make()
+                finally:  # the next run is known by how the model computes
+                    self.host.model.leave_safe_path()
         except BaseException:  # an interrupt is no Exception
             if self.output is not None:
                 self.output.leave()
@@ -116,8 +119,17 @@ class FramePackRun:
         device = host.model.settings.device
         return Generation(
             self._velocity, self.sampling, self.inputs, self.sections, conditions, device, self.store, host.on_step,
-            host.guide, host.model.likely_cause(),
+            host.guide, host.model.likely_cause(), self._take_safe_path,
         )  # fmt: skip
+
+    def _take_safe_path(self) -> Conditions | None:
+        """What the steps see on the safe path, which the model takes; None where it is on that already."""
+        if not self.host.model.take_safe_path():
+            return None
+        if self.completed == len(self.sections):
+            return NOTHING
+        logger.warning("exact attention from here on, in %s", self.host.model.model.execution.dtype)
+        return self._prepare()
 
     def _prepare(self) -> Conditions:
         """What is made once per run; once more where the device ran out of memory, all that is idle gone from it.

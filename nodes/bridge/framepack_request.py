@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...framepack.network.config import IMAGE_TOKENS
 from ...framepack.network.model import Prompt
-from ...framepack.request import NEGATIVE, EncodedInputs, Sampling
+from ...framepack.request import MOST, NEGATIVE, EncodedInputs, Sampling
 from ...framepack.run.generation import noise_shift
 from ...framepack.section_work import POSITIVE, FramePackGuidance, Guide
 from ...framepack.sections import SPATIAL_STRIDE
@@ -83,6 +83,8 @@ class SamplerInputs:
         patcher = framepack_model(self.model)
         if not self.gpu_memory_preservation:
             return patcher
+        if not self.gpu_memory_preservation > 0:  # NaN too
+            raise ValueError(f"gpu_memory_preservation is {self.gpu_memory_preservation}: use a number from 0 up")
         budget = host.vram_without(self.gpu_memory_preservation, patcher.load_device)
         given = patcher.options.vram_budget_gb
         return patcher.with_options(vram_budget_gb=min(budget, given) if given else budget)
@@ -283,6 +285,8 @@ def _prompt(text: Tensor, options: dict[str, Any], place: int = 0) -> Prompt:
             "a prompt has no pooled output: encode it with DualCLIPLoader (type hunyuan_video: llava_llama3 and clip_l)"
         )
     mask, guidance = options.get("attention_mask"), options.get("guidance")
+    if guidance is not None and not 0 <= guidance <= MOST:
+        raise ValueError(f"a prompt's guidance (FluxGuidance) is {guidance}: use a number from 0 to {MOST:g}")
     text = text[place % len(text)]
     if mask is not None:
         text = text[mask[place % len(mask)].bool()]

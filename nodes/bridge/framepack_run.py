@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ...framepack.run.host import RunPlaces
+from ...framepack.run.run import FramePackRun
 from ...framepack.section_work import Guide
 from ...framepack.sections import FRAMES_PER_SECOND, Section
 from ...framepack.streamed import StreamedFramePack
@@ -107,6 +108,18 @@ def comfy_run_host(request: SamplerInputs, vae: Any) -> ComfyRunHost:
         logger.warning("this run's sections are not kept: %s", error)
         return ComfyRunHost(request.patcher, vae, guide, None)
     return ComfyRunHost(request.patcher, vae, guide, identity)
+
+
+@contextmanager
+def pausing(run: FramePackRun) -> Iterator[None]:
+    """An interrupt of a run that is kept pauses it: all models leave the devices until it is queued again."""
+    try:
+        yield
+    except BaseException as error:  # an interrupt is no Exception
+        if host.is_interrupt(error) and run.store is not None:
+            host.leave_device()
+            logger.info("paused: %d sections are kept in %s; queue again to go on", run.completed, run.store.folder)
+        raise
 
 
 def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:

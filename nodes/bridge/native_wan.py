@@ -6,6 +6,7 @@ have the official names, so LoRA keys fit, and lie on the meta device but while 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import comfy.ldm.common_dit
@@ -130,11 +131,14 @@ class NativeWan(NativeModel):
                 "latents as in-context references are not supported by the LowVRAM loader: leave that node out"
             )
         config = self.wan.streamed.config
+        strengths = inputs.get("vace_strength") or ()
+        if bad := [strength for strength in strengths if not math.isfinite(strength)]:
+            raise ValueError(f"WanVaceToVideo's strength is {bad[0]}: use a finite number, such as 1")
         vace = inputs.get("vace_context") if config.vace_layers else None  # [B, N, C, T, H, W]
         reference = inputs.get("reference_latent") if config.reference_channels else None
         return Extras(
             vace_frames=() if vace is None else tuple(self._pad(frames) for frames in vace.unbind(1)),
-            vace_strengths=() if vace is None else tuple(inputs["vace_strength"]),
+            vace_strengths=() if vace is None else tuple(strengths),
             reference=reference,
             camera=inputs.get("camera_conditions") if config.camera_channels else None,
             positions=_positions(transformer_options),

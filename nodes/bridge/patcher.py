@@ -219,7 +219,8 @@ def _watched(
 ) -> Tensor:
     """Core's `outer_sample`: a latent that the model cannot sample is refused, and what it samples is looked at.
 
-    Where that is no use it is made once more on the safe path. BadLatents where it is none even so.
+    Where that is no use it is made once more: on the safe path, or else from the steps that are kept of it
+    (`resumable`). BadLatents where it is none even so.
     """
     patcher = executor.class_obj.model_patcher
     patcher.check()
@@ -240,7 +241,10 @@ def _watched(
     try:
         return sample()
     except BadLatents as error:
-        if not engine.streamed.take_safe_path():
+        if engine.streamed.take_safe_path():
+            logger.warning("%s: it is sampled anew with exact attention", error)
+        elif error.num_kept:
+            logger.warning("%s: it is sampled anew from the %d calls of the model before", error, error.num_kept)
+        else:
             raise
-        logger.warning("%s: it is sampled anew with exact attention", error)
     return sample()

@@ -20,6 +20,7 @@ from ...weights.lora.file import Lora
 from ...weights.lora.low_rank import LowRankPair
 from ...weights.lora.merged_source import Change, MergedSource, refusal
 from ...weights.lora.report import LoraReport
+from ...weights.lora.sound import check_strengths
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ def sort_patches(patches: Mapping[str, Sequence[Any]], model: nn.Module) -> Sort
     plain: list[tuple[str, LowRankPatch]] = []
     merged: dict[str, Sequence[Any]] = {}
     for key, found in patches.items():
+        check_strengths([number for patch in found for number in _strengths(patch)], [key] * 2 * len(found))
         layer, module = linear.get(key, ("", None))
         low_rank = [patch for each in found if (patch := low_rank_patch(each)) is not None]
         if module is not None and len(low_rank) == len(found) and all(_fits(patch, module) for patch in low_rank):
@@ -98,6 +100,12 @@ def sort_patches(patches: Mapping[str, Sequence[Any]], model: nn.Module) -> Sort
         else:
             merged[key] = list(found)
     return SortedPatches(plain, merged)
+
+
+def _strengths(patch: Any) -> tuple[float, float]:
+    """Of the patch, and of the weight that it changes."""
+    strength, _, strength_model, *_ = patch
+    return strength, strength_model
 
 
 def low_rank_patch(patch: Any) -> LowRankPatch | None:

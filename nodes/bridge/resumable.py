@@ -10,6 +10,7 @@ from typing import Any
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ...runtime.latent_watch import BadLatents
 from ...runtime.step_record import StepRecord
 from ...weights.files.fingerprint import fingerprint
 from . import host
@@ -52,14 +53,13 @@ def sample_recorded(
     """
     guider = executor.class_obj
     asked = [noise, latent_image, sampler, sigmas, denoise_mask, seed]
-    shown = _Shown(callback)
-    given = (noise, latent_image, sampler, sigmas, denoise_mask, shown, disable_pbar, seed)
     try:
-        settings = run_settings(guider, asked)
-    except ValueError as error:
+        record = _open_record(guider, asked)
+    except _NotRecorded as error:
         logger.warning("Resumable Sampling: this run is not recorded: %s", error)
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **more)
-    with StepRecord.open(host.output_folder(FOLDER), settings) as record:
+    shown = _Shown(record, callback)
+    with record:
         kept = record.finished()
         if kept is not None:
             shown.again(kept, len(sigmas) - 1)
@@ -68,7 +68,10 @@ def sample_recorded(
         options = guider.model_options  # this run's alone
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _answering(record), options, is_model_options=True)
         try:
-            samples = executor(*given, **more)
+            samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, shown, disable_pbar, seed, **more)
+        except BadLatents as error:
+            _keep_sound(record, error, has_safer_path=not guider.model_patcher.engine.streamed.on_safe_path)
+            raise
         except BaseException as error:  # an interrupt is no Exception
             if host.is_interrupt(error):
                 host.leave_device()
@@ -78,6 +81,33 @@ def sample_recorded(
             options["transformer_options"]["wrappers"][WrappersMP.CALC_COND_BATCH].pop(KEY)
         record.finish(samples=samples, **shown.last)
         return samples
+
+
+class _NotRecorded(ValueError):
+    """A run has no stable form to be told by."""
+
+
+def _open_record(guider: Any, asked: Any) -> StepRecord:
+    """The run's; where its latents were no use before, that of the safe path, on which the model is from now on."""
+    root, streamed = host.output_folder(FOLDER), guider.model_patcher.engine.streamed
+    while True:
+        try:
+            settings = run_settings(guider, asked)
+        except ValueError as error:
+            raise _NotRecorded(str(error)) from error
+        record = StepRecord.open(root, settings)
+        if not record.is_unsound or not streamed.take_safe_path():
+            return record
+        record.close()
+
+
+def _keep_sound(record: StepRecord, error: BadLatents, has_safer_path: bool) -> None:
+    """Of a run whose latents are no use keep the steps before; nothing where it is sampled on a safer path."""
+    if has_safer_path:
+        record.give_up(str(error))
+        return
+    record.forget_step(error.step)
+    error.num_kept = record.num_kept
 
 
 def run_settings(guider: Any, asked: Any) -> dict[str, Any]:
@@ -106,10 +136,12 @@ def run_settings(guider: Any, asked: Any) -> dict[str, Any]:
 class _Shown:
     """Core's callback of a step, and what it was last told: nodes have their preview latents from it."""
 
+    record: StepRecord
     callback: Callable[..., None] | None
     last: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, step: int, denoised: Tensor, latent: Tensor, num_steps: int) -> None:
+        self.record.end_step()
         if isinstance(denoised, Tensor) and isinstance(latent, Tensor):
             self.last = {"denoised": denoised, "latent": latent}
         if self.callback is not None:

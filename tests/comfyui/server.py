@@ -63,6 +63,14 @@ class Server:
             self._process.kill()
             self._process.wait(20)
 
+    def process_ended(self, seconds: float) -> int | None:
+        """Its exit code, if it ends within so many seconds."""
+        assert self._process is not None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
     @property
     def pid(self) -> int:
         assert self._process is not None

@@ -20,7 +20,7 @@ from ..linear.low_rank import DOWN, SCALE, UP
 from .file import Lora
 from .low_rank import LowRankPair
 from .merged_source import MergedSource, Source, made_from, refusal
-from .sound import read_sound
+from .sound import check_strengths, read_sound
 from .update import Additive, Change
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class AttachedLoras:
     ):
         if mode not in LORA_MODES:
             raise ValueError(f"lora_mode is {mode!r}; expected one of {', '.join(LORA_MODES)}")
+        check_strengths(strengths, [lora.checkpoint.path for lora in loras])
         self.loras, self.strengths = tuple(loras), tuple(strengths)
         self._model, self._origin, self._dtype = model, source, dtype
         self._shares: dict[str, tuple[Share, ...]] = {}
@@ -129,6 +130,7 @@ class AttachedLoras:
         """
         if len(strengths) != len(self.loras):
             raise ValueError(f"{len(strengths)} strengths for {len(self.loras)} LoRAs; expected one for each")
+        check_strengths(strengths, [lora.checkpoint.path for lora in self.loras])
         self.strengths = tuple(strengths)
         self._scale.copy_(self._scales())
 

@@ -10,7 +10,7 @@ from ..files.checkpoint import Checkpoint, TensorInfo
 from ..files.lora_keys import ALPHA, DOWN, GENERALIZED, HADAMARD, KRONECKER, MAGNITUDE, MID, ORTHOGONAL, UP
 from .low_rank import Hadamard, Kronecker, LowRankPair
 from .scaling import Scaling
-from .sound import read_sound
+from .sound import check_scale, read_sound
 from .transform import Generalized, Orthogonal
 from .update import Update
 
@@ -96,9 +96,14 @@ class LayerParts:
     def scale(self, rank: int) -> float:
         """alpha / rank; without an alpha it is the rank. A rank of 0: alphas in the file's keys mean nothing."""
         if ALPHA in self.found:
-            return float(read_sound(self.checkpoint, self.found[ALPHA].key)) / rank if rank else 1.0
+            if not rank:
+                return 1.0
+            key = self.found[ALPHA].key
+            return check_scale(float(read_sound(self.checkpoint, key)) / rank, self.checkpoint, key)
+        if self.scaling is None:
+            return 1.0
         module = next(iter(self.found.values())).module
-        return 1.0 if self.scaling is None else self.scaling.scale(module, rank)
+        return check_scale(self.scaling.scale(module, rank), self.checkpoint, f"{self.scaling.source} of {module}")
 
     def check_size(self, num_rows: int, num_columns: int) -> None:
         rows, columns = self.wanted[0], math.prod(self.wanted[1:])

@@ -166,6 +166,7 @@ def test_an_interrupted_run_goes_on(model: Any, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(host.SamplingPreview, "step", third_section)
         with pytest.raises(mm.InterruptProcessingException):
             run(model, resume=True)
+    assert not [loaded for loaded in mm.current_loaded_models if not loaded.is_dead()], "a pause gives all VRAM back"
     assert len(list(Path(folder_paths.output_directory).rglob("section_*.safetensors"))) == 2
     steps = []
     monkeypatch.setattr(host.SamplingPreview, "step", lambda self, denoised: steps.append(1))
@@ -489,3 +490,17 @@ def test_a_leaner_plan_holds_for_the_run_and_no_longer(
     assert [plan.limits.vram_budget_bytes == 1 for plan in plans] == [False, True, True]
     FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE"}))
     assert [plan.limits.vram_budget_bytes == 1 for plan in plans[3:]] == [False, False, False]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e30])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "total_second_length", "cfg", "guidance_scale", "shift", "teacache_rel_l1_thresh", "gpu_memory_preservation",
+        "denoise_strength", "cfg_rescale", "image_embed_strength",
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_video_are_refused(model: Any, name: str, value: float) -> None:
+    """ComfyUI's own check of a range lets NaN by, and all that other nodes give."""
+    with pytest.raises(ValueError, match=r"use a number|expected a number|but the device has"):
+        run(model, **{name: value, "use_teacache": True})

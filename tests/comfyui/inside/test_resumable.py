@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,62 @@ def test_a_step_cache_is_said_to_begin_anew(models: Path, passes: Passes, caplog
     assert "EasyCache" not in caplog.text
     make()
     assert "EasyCache begins anew where the run goes on" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e9])
+def test_a_fault_that_passes_costs_the_step_and_is_not_kept(
+    models: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bad pass at the last step; the steps before are replayed, and no video is black."""
+    path = save(models, "t2v")
+    whole = sample(ours(path), *prompts(), empty_latent(), steps=STEPS)
+    total, passes.count = passes.count, 0
+    run, bad = WanEngine.run, [total - 1]
+
+    def faulty(engine: Any, *arguments: Any) -> torch.Tensor:
+        velocity = run(engine, *arguments)
+        if passes.count - 1 in bad:
+            bad.clear()
+            return torch.full_like(velocity, value)
+        return velocity
+
+    monkeypatch.setattr(WanEngine, "run", faulty)
+    assert torch.equal(sample(resumable(path), *prompts(), empty_latent(), steps=STEPS), whole)
+    assert "it is sampled anew from the" in caplog.text
+    assert passes.count == total + total // STEPS
+
+
+def test_a_run_that_took_the_safe_path_goes_on_there(
+    models: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart too, where the kernel that failed before is right again."""
+    from lowvram_pack.attention.sdpa import Sdpa
+
+    class Sick(Sdpa):
+        name = "sick"
+        factor = float("nan")
+
+        def attend(self, *arguments: Any, **named: Any) -> Any:
+            return super().attend(*arguments, **named) * self.factor
+
+    def sick(factor: float) -> Any:
+        model = resumable(save(models, "t2v"))
+        network, attention = model.engine.streamed.model, Sick(torch.device("cpu"))
+        attention.factor = factor
+        network.execution = replace(network.execution, attention=attention)
+        return model
+
+    def make(model: Any) -> torch.Tensor:
+        return sample(model, *prompts(), empty_latent(), steps=STEPS)
+
+    whole = make(ours(save(models, "t2v")))
+    passes.count = 0
+    passes.stop_at, passes.stop = 4, crash
+    with pytest.raises(Crash):
+        make(sick(float("nan")))  # two passes tell, then two steps on the safe path
+    passes.count, passes.stop_at = 0, -1
+    assert torch.equal(make(sick(0.5)), whole)
+    assert passes.count < STEPS, "the safe path's steps were kept"
 
 
 def test_two_of_the_node_are_one(models: Path) -> None:

@@ -11,6 +11,7 @@ import comfy.model_management as mm
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
 
+from .kills import KillAt
 from .vae import LoadTinyVAE
 
 
@@ -108,7 +109,7 @@ class Loaded(io.ComfyNode):
 
 class StandIns(ComfyExtension):
     async def get_node_list(self) -> list[Any]:
-        return [Conditioning, LoadTextEncoder, LoadImageEncoder, LoadTinyVAE, Loaded]
+        return [Conditioning, LoadTextEncoder, LoadImageEncoder, LoadTinyVAE, Loaded, KillAt]
 
 
 async def comfy_entrypoint() -> StandIns:

@@ -1,0 +1,61 @@
+"""A few points of what `make faults` does at hundreds, and some of the files of its fuzzing."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from .faults.at_once import interrupts
+from .faults.disks import broken_folders, full_disks
+from .faults.files import Files, make_files
+from .faults.fuzz import FINE, all_cases, fuzz
+from .faults.kills import cases, kill_everywhere
+from .faults.out_of_memory import out_of_memory
+from .faults.readers import readers
+from .faults.table import Row, as_json, as_markdown
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return make_files(tmp_path_factory.mktemp("faults"))
+
+
+def wrong(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if not row.right]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_killed_command_goes_on_to_the_same(files: Files, tmp_path: Path, number: int) -> None:
+    rows = list(kill_everywhere(cases(files)[number], tmp_path, 6))
+    assert rows and wrong(rows) == []
+
+
+def test_interrupts_end_with_130_and_go_on(files: Files, tmp_path: Path) -> None:
+    assert wrong(list(interrupts(files, tmp_path, 2))) == []
+
+
+def test_disks_that_fill_and_go(files: Files, tmp_path: Path) -> None:
+    rows = list(full_disks(files, tmp_path, 2)) + list(broken_folders(files, tmp_path))
+    assert wrong(rows) == []
+
+
+def test_out_of_memory_is_survived(files: Files) -> None:
+    assert wrong(list(out_of_memory(files, 8))) == []
+
+
+def test_damaged_files_are_refused_in_one_line(files: Files, tmp_path: Path) -> None:
+    names = list(readers(files, tmp_path / "names"))
+    shutil.rmtree(tmp_path / "names")
+    found = list(fuzz(files, tmp_path, all_cases(names, 12 * len(names), first=500_000)))
+    assert {finding.reader for finding in found} == set(names)
+    assert [finding for finding in found if finding.kind not in FINE] == []
+    assert Counter(finding.kind for finding in found)["refused"] > len(found) / 4
+
+
+def test_a_table_counts_what_was_right() -> None:
+    rows = [Row("kill", "1", True, "same"), Row("kill", "2", False, "lost"), Row("full", "1", True, "same")]
+    assert as_markdown(rows).splitlines()[2:] == ["| kill | 2 | 1 | 1× same; 1× lost |", "| full | 1 | 1 | 1× same |"]
+    assert as_json(rows)["kinds"]["kill"] == {"faults": 2, "right": 1, "seen": {"same": 1, "lost": 1}}
