@@ -92,6 +92,11 @@ class NativeFramePack(NativeModel):
             self.framepack.check_latent(x)
             raise AssertionError("check_latent refuses every latent")
         check_patches(transformer_options)
+        if PROMPT_KEY not in inputs:
+            raise ValueError(
+                "a node (Perp-Neg) asks FramePack Sampler (Low VRAM) for a prompt of its own, and a run has prepared "
+                "those of its positive and negative inputs alone: take that node out"
+            )
         if inputs.get("control") is not None:
             raise ValueError(
                 "a ControlNet is not for FramePack Sampler (Low VRAM), whose network has no place for it: take it out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_base
 import comfy.model_detection
@@ -19,6 +19,25 @@ class PartValueError(AttributeError, ValueError):
     """A node asks for a part that core's network has and ours has not."""
 
     __module__ = "lowvram_video"
+
+
+class EntryValueError(KeyError, ValueError):
+    """The same of an entry that core has for checkpoints of another architecture."""
+
+    __module__ = "lowvram_video"
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError shows it in quotes
+
+
+class CoreEntries(dict[str, Any]):
+    """By which core tells a checkpoint's variant, and which nodes read."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise EntryValueError(
+            f"a node asks this model for its {name!r}, which models of this architecture do not have: take that node "
+            "out, it is for others than those of the LowVRAM loader"
+        )
 
 
 class NativeModel(nn.Module):
@@ -67,6 +86,7 @@ def core_model(network: NativeModel, entries: dict[str, Any], unknown: str) -> c
     model_config.set_inference_dtype(network.dtype, None)
     model = model_config.get_model({}, "")
     model.diffusion_model = network
+    model_config.unet_config = CoreEntries(model_config.unet_config)
     model.eval().requires_grad_(False)
     network.engine.owner = weakref.ref(model)
     return model

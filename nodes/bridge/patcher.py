@@ -29,6 +29,10 @@ from .options import StreamOptions
 logger = logging.getLogger(__name__)
 
 WRAPPER_KEY = OWN
+OTHER_DEVICE = (
+    "a model of the LowVRAM loader runs on the GPU that ComfyUI was started with (--cuda-device), and on no other "
+    "device: take Select Model Device or MultiGPU CFG Split out, or load the file with ComfyUI's own loader"
+)
 
 
 class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -70,12 +74,16 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         copy.options = self.options
         return copy
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """ValueError: the copy would have no weights to change."""
+        raise ValueError(
+            "a node copies this model with all its weights to change them, and a model of the LowVRAM loader streams "
+            "them from its file: load the file with ComfyUI's own loader for that"
+        )
+
     def deepclone_multigpu(self, *arguments: Any, **named: Any) -> NoReturn:
         """ValueError: the engine has one device."""
-        raise ValueError(
-            "a model of the LowVRAM loader runs on the GPU that ComfyUI was started with (--cuda-device), and on no "
-            "other: take Select Model Device or MultiGPU CFG Split out, or load the file with ComfyUI's own loader"
-        )
+        raise ValueError(OTHER_DEVICE)
 
     def with_options(self, **changes: Any) -> StreamedModelPatcher:
         """A clone that runs with these options of `StreamOptions` changed."""
@@ -128,6 +136,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def check(self) -> None:
         """ValueError, by its name, for the first thing that a node gave this MODEL and a run would leave out."""
+        if self.load_device != self.engine.device:
+            raise ValueError(OTHER_DEVICE)
         check_carried(self, self.network.refusals)
         check_dtype(self.object_patches, self.network.dtype)
         self.network.read_inside(self.object_patches)
