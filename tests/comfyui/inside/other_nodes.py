@@ -96,11 +96,11 @@ def known() -> dict[str, type]:
 
 def known_of_kjnodes() -> dict[str, type]:
     """All nodes, KJNodes', unmodified, among them."""
+    place = place_of("ComfyUI-KJNodes", "KJNODES_DIR")
     import server
 
     import nodes
 
-    place = place_of("ComfyUI-KJNodes", "KJNODES_DIR")
     if "WanVideoNAG" not in nodes.NODE_CLASS_MAPPINGS:
         page = mock.patch.object(server.PromptServer, "instance", mock.MagicMock(), create=True)
         with torch.inference_mode(False), page:
