@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..sampling.solver import Denoiser
+from ..system.device_errors import is_out_of_memory
 from .latent_watch import BadLatents
 from .step_record import StepRecord
 from .streamed import StreamedModel
@@ -30,6 +32,7 @@ class RecordedRun:
         self._root, self._models, self._settings = root, models, settings
         self.record: StepRecord | None = None
         self._unsound: StepRecord | None = None  # the run before it took the safe path
+        self._num_steps = 0  # done in this process
 
     def __enter__(self) -> RecordedRun:
         self._open()
@@ -62,6 +65,7 @@ class RecordedRun:
 
     def end_step(self) -> None:
         """The solver has done a step."""
+        self._num_steps += 1
         if self.record is not None:
             self.record.end_step()
 
@@ -82,7 +86,7 @@ class RecordedRun:
         Where there is no safer path only what is no use is made once more, by what is kept of the steps before.
         """
         try:
-            return denoise()
+            return self._fitting(denoise)
         except BadLatents as error:
             if self._take_safe_path(error):
                 execution = self._models[0].model.execution
@@ -95,10 +99,29 @@ class RecordedRun:
         if kept is not None:
             return kept.to(self._models[0].settings.device)
         try:
-            return denoise()
+            return self._fitting(denoise)
         except BadLatents as error:
             self._forget_bad(error)
             raise
+
+    def _fitting(self, denoise: Callable[[], Tensor]) -> Tensor:
+        """The latent; once more where the device ran out of memory between two passes, which no leaner plan is for.
+
+        The steps that are kept are not made again; where none are, a run that has begun ends.
+        """
+        try:
+            return denoise()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or (self.record is None and self._num_steps):
+                raise
+            logger.warning("out of VRAM between two passes: all of it is given back, and the run goes on")
+        # outside the handler: its traceback holds tensors
+        for model in self._models:
+            model.stop()
+        torch.cuda.empty_cache()
+        if self.record is not None:
+            self.record.rewind()
+        return denoise()
 
     def _open(self) -> None:
         if self._root is not None:

@@ -108,14 +108,17 @@ class StepRecord:
         """The solver has done another step, with the answers so far."""
         self._step_ends.append(self._asked)
 
-    def forget_step(self, step: int) -> None:
-        """The answers to this step, counted from 0, and to later ones are no use: those before it are kept."""
-        kept = self.num_kept
-        first = self._step_ends[step - 1] if 0 < step <= len(self._step_ends) else 0
-        self._known = kept
-        self._forget_from(min(first, kept))
+    def rewind(self) -> None:
+        """The solver begins anew: what was answered so far answers it again."""
+        self._known = self.num_kept
         self._sound = True
         self._asked, self._step_ends = 0, []
+
+    def forget_step(self, step: int) -> None:
+        """As `rewind`, but the answers to this step, counted from 0, and to later ones are no use and go."""
+        first = self._step_ends[step - 1] if 0 < step <= len(self._step_ends) else 0
+        self.rewind()
+        self._forget_from(min(first, self._known))
 
     def give_up(self, reason: str) -> None:
         """Another run takes this one's place, now and whenever it is begun again: none of its answers is kept."""

@@ -17,6 +17,7 @@ from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.runtime.latent_watch import BadLatents
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.sampling import guidance
 from lowvram_video.video.growing_video import Grows
 from torch import Tensor
 
@@ -242,3 +243,20 @@ def test_a_fault_that_passes_costs_a_section(
         return
     assert torch.equal(made(pipeline, tmp_path), whole)
     assert "section 1 is made once more" in caplog.text
+
+
+def test_out_of_memory_between_passes_costs_a_section(
+    files: FramePackFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _ = make(FramePackPipeline(files, RunSettings()), tmp_path)
+    calls, plain = [], guidance.velocity_to_denoised
+
+    def full(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+        calls.append(1)
+        if len(calls) == 6:  # the second step of the second section
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return plain(x, velocity, sigma)
+
+    monkeypatch.setattr(guidance, "velocity_to_denoised", full)
+    assert torch.equal(made(FramePackPipeline(files, RunSettings()), tmp_path), whole)
+    assert "out of VRAM between two passes: section 2 is made once more" in caplog.text

@@ -13,6 +13,7 @@ import torch
 from lowvram_video.runtime import host_copies, kept_runs
 from lowvram_video.runtime.host_copies import BackgroundWriter
 from lowvram_video.runtime.step_record import StepRecord
+from lowvram_video.sampling import guidance
 from lowvram_video.sampling.samplers import SAMPLERS, select_sampler
 from lowvram_video.sampling.schedules import flow_sigmas
 from lowvram_video.wanvideo.identity import WanFiles
@@ -374,6 +375,32 @@ def test_finished_latents_are_kept_until_the_video_is_whole(experts: WanFiles, t
     assert passes == [] and again.encoded == 0
     again.forget()
     assert not runs.exists()
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("kept", [False, True])
+def test_out_of_memory_between_passes_costs_a_step(
+    experts: WanFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, kept: bool
+) -> None:
+    """Where guidance mixes two passes: no leaner plan helps there."""
+    files, calls, mix = replace(experts, model_low=None), [], guidance.classifier_free
+    whole = make(Watched(files), REQUEST)
+
+    def full(*given: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return mix(*given)
+
+    monkeypatch.setattr(guidance, "classifier_free", full)
+    pipeline = Watched(files, runs=tmp_path if kept else None)
+    passes = pipeline.watch()
+    if at and not kept:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            make(pipeline, REQUEST)
+        return
+    assert torch.equal(make(pipeline, REQUEST), whole)
+    assert len(passes) == 8 + 2, "only that step was made again"
 
 
 @pytest.mark.parametrize("what", ["seed", "prompt", "model", "batched", "dtype"])

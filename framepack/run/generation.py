@@ -19,6 +19,7 @@ from ...memory.plan.plan import MemoryPlan
 from ...runtime.latent_watch import BadLatents, LatentWatch
 from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ...sampling.solver import StepInfo
+from ...system.device_errors import is_out_of_memory
 from ..footprint import SectionSize
 from ..network.model import BlockCache, Frames, History, StepCondition, StepNag
 from ..request import EncodedInputs, Sampling
@@ -153,6 +154,7 @@ class Generation:
     guide: Guide = field(default_factory=FramePackGuidance)
     cause: str = "damaged weights"  # of latents that are no numbers, in words
     take_safe_path: Callable[[], Conditions | None] = lambda: None  # what is seen on it; None where none is safer
+    free: Callable[[], None] = lambda: None  # gives back all that the device has of the model
 
     def run(self) -> Iterator[MadeSection]:
         """The sections in order of generation; those that the store has are not made again."""
@@ -229,15 +231,23 @@ class _SectionMaker:
     def make(self, section: Section, history: Tensor) -> Tensor:
         """The section's latents `[1, 16, window, h, w]`; BadLatents where they are no use on the safe path either.
 
-        Where no path is safer the section is made once more if its first steps were right.
+        Where no path is safer the section is made once more if its first steps were right; so it is where the device
+        ran out of memory between two passes, which no leaner plan is for.
         """
-        before = self._generator.get_state()
+        before, ran_out = self._generator.get_state(), False
         try:
             return self._sample(section, history)
         except BadLatents as error:
             if not self.take_safe_path() and not error.step:
                 raise
             logger.warning("%s: section %d is made once more", error, section.number + 1)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("out of VRAM between two passes: section %d is made once more", section.number + 1)
+            ran_out = True
+        if ran_out:  # outside the handler: its traceback holds tensors
+            self._run.free()
         self._generator.set_state(before)
         return self._sample(section, history)
 

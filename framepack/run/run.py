@@ -119,8 +119,12 @@ class FramePackRun:
         device = host.model.settings.device
         return Generation(
             self._velocity, self.sampling, self.inputs, self.sections, conditions, device, self.store, host.on_step,
-            host.guide, host.model.likely_cause(), self._take_safe_path,
+            host.guide, host.model.likely_cause(), self._take_safe_path, self._free,
         )  # fmt: skip
+
+    def _free(self) -> None:
+        self.host.model.stop()
+        self.host.free_memory()
 
     def _take_safe_path(self) -> Conditions | None:
         """What the steps see on the safe path, which the model takes; None where it is on that already."""

@@ -33,6 +33,8 @@ def _stopped(case: Case, where: str, first: Ended, ended: Ended, kept: int, agai
     spared = kept * case.passes_each
     if ended.status == 0:
         seen = "it had ended"
+    elif where == "calls 1" and again.status == 0 and same:
+        seen = "ended before anything began"
     elif ended.status != INTERRUPTED or not ended.one_line:
         seen = f"exit code {ended.status}: {ended.last_line[:80]}"
     elif same and "exists already" in again.last_line:
@@ -43,7 +45,7 @@ def _stopped(case: Case, where: str, first: Ended, ended: Ended, kept: int, agai
         seen = "work lost"
     else:
         seen = "130, one line, same bits afterwards"
-    right = seen.startswith("130") or (ended.status == 0 and same)
+    right = seen.startswith(("130", "ended before")) or (ended.status == 0 and same)
     name = case.name.replace("kill", "Ctrl-C, SIGTERM")
     return Row(name, where, right, seen, {"kept": kept, "said": ended.last_line[-200:]})
 

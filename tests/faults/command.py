@@ -24,7 +24,7 @@ from lowvram_video.cli.main import main
 from lowvram_video.framepack.network.model import FramePackModel
 from lowvram_video.wanvideo.network.model import WanModel
 
-PACK = str(Path(sys.modules[main.__module__].__file__ or "").resolve().parents[1])
+PACK = str(Path(sys.modules[main.__module__].__file__ or "").absolute().parents[1])  # as code objects name it
 OUR_OWN = ("/tests/", "/benchmarks/", "/.venv/")
 KINDS = ("files", "calls", "passes")
 SECONDS = 120

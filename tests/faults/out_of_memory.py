@@ -25,6 +25,7 @@ from lowvram_video.framepack.run.run import FramePackRun
 from lowvram_video.framepack.sections import num_frames
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
+from lowvram_video.framepack.vae.decoding import DecodeBudget
 from lowvram_video.memory.plan.footprint import Limits, WorkSize
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from lowvram_video.memory.stream.ring import DeviceRing
@@ -45,13 +46,15 @@ from .table import Row
 
 CPU = torch.device("cpu")
 WIDTH = 160
-MOST_PIXELS = 2  # of 255, that tiles may differ by from a whole decoding
+MOST_PIXELS = 24  # of 255, that tiles of a VAE with random weights may differ by from a whole decoding
 # functions below which files are read, or weights held: host memory on a card
 HOST = {
     "read", "read_into", "_read", "read_tensor", "load_image", "load_tensors", "open_tokenizer", "state_dict",
     "_unload", "build", "_sections", "noise_levels", "section_noise", "flow_sigmas", "framepack_sigmas",
     "check_sigmas", "_place", "save_section", "_look", "HostCopy", "randn", "to_uint8", "_meta", "bind",
 }  # fmt: skip
+
+HOST_PLACES = {("framepack/run/generation.py", "run")}  # latents of sections are in host memory
 
 
 class Phase(Progress):
@@ -63,37 +66,34 @@ class Phase(Progress):
         self.title = "denoise" if title.startswith("section") else title.split()[0]
 
 
-class Believing:
-    """Plans as for a large video on an unlimited card, and streams through a ring."""
+def believing(kind: type[Any], large: WorkSize, vae_tile: int | None = None) -> type[Any]:
+    """A kind of model that plans as for a large video on an unlimited card, and streams through a ring.
 
-    large: WorkSize
+    `vae_tile` is that of its plans, where not their own.
+    """
 
-    def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
-        return self._small(plan_memory(self.footprint(), self.large, Limits(1 << 60)), work)  # type: ignore[attr-defined]
+    def small(plan: MemoryPlan, work: WorkSize) -> MemoryPlan:
+        decode = plan.decode if vae_tile is None else replace(plan.decode, tile=vae_tile)
+        return replace(plan, work=work, decode=decode)
 
-    def _leaner_plan(self) -> MemoryPlan | None:
-        plan: MemoryPlan = self.plan  # type: ignore[attr-defined]
-        try:
-            return self._small(plan_leaner(replace(plan, work=self.large)), plan.work)
-        except PlanError:
-            return None
+    class Large(kind):  # type: ignore[misc]
+        def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
+            return small(plan_memory(self.footprint(), large, Limits(1 << 60)), work)
 
-    def _small(self, plan: MemoryPlan, work: WorkSize) -> MemoryPlan:
-        return replace(plan, work=work)
+        def _leaner_plan(self) -> MemoryPlan | None:
+            try:
+                return small(plan_leaner(replace(self.plan, work=large)), self.plan.work)
+            except PlanError:
+                return None
 
-    def _make_ring(self, plan: MemoryPlan) -> DeviceRing:
-        return DeviceRing(plan.blocks.ring_bytes, CPU)
+        def _make_ring(self, plan: MemoryPlan) -> DeviceRing:
+            return DeviceRing(plan.blocks.ring_bytes, CPU)
 
-
-class LargeWan(Believing, StreamedWan):
-    large = WorkSize(401, 720, 1280)
-
-    def _small(self, plan: MemoryPlan, work: WorkSize) -> MemoryPlan:
-        return replace(plan, work=work, vae_tile=0)
+    return Large
 
 
-class LargeFramePack(Believing, StreamedFramePack):
-    large = SectionSize(num_frames(33), 1280, 1280)
+LargeWan = believing(StreamedWan, WorkSize(401, 720, 1280), vae_tile=0)
+LargeFramePack = believing(StreamedFramePack, SectionSize(num_frames(33), 1280, 1280))
 
 
 class Strike(TorchDispatchMode):
@@ -103,10 +103,12 @@ class Strike(TorchDispatchMode):
         super().__init__()
         self._phase, self._at, self._count = phase, at, 0
         self.places: dict[tuple[str, str], list[int]] = {}
+        self.struck = ""  # where it was
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         self._count += 1
         if self._at == self._count:
+            self.struck = f"{self._phase.title}: {_place(sys._getframe(1))}"
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (injected)")
         made = func(*args, **(kwargs or {}))
         if not self._at and _takes_memory(made, args):
@@ -132,7 +134,7 @@ def _place(frame: FrameType | None) -> str | None:
     while frame is not None:
         name, function = frame.f_code.co_filename, frame.f_code.co_name
         ours = name.startswith(PACK) and not any(part in name for part in OUR_OWN)
-        if ours and function in HOST:
+        if ours and (function in HOST or (name[len(PACK) + 1 :], function) in HOST_PLACES):
             return None
         if ours and found is None:
             found = f"{name[len(PACK) + 1 :]}:{frame.f_lineno}"
@@ -160,11 +162,16 @@ def wan_case(files: Files) -> Case:
 
     def make() -> WanPipeline:
         wan = WanFiles(files.model, folder / "umt5.safetensors", folder / "vae.safetensors")
-        pipeline = WanPipeline(wan, RunSettings(device=CPU), phase)
+        pipeline = WanPipeline(wan, RunSettings(device=CPU), phase, folder / "runs")
         pipeline.high.__class__ = LargeWan
         return pipeline
 
-    return Case("Wan", phase, make, lambda made: torch.cat(list(made.generate(request))), lambda made: [made.high])
+    def run(pipeline: WanPipeline) -> Tensor:
+        made = torch.cat(list(pipeline.generate(request)))
+        pipeline.forget()
+        return made
+
+    return Case("Wan", phase, make, run, lambda made: [made.high])
 
 
 class Frames:
@@ -195,6 +202,7 @@ def framepack_case(files: Files) -> Case:
     def make() -> FramePackPipeline:
         pipeline = FramePackPipeline(FramePackFiles(files.framepack, folder / "hyvae.safetensors"), settings, phase)
         pipeline.model.__class__ = LargeFramePack
+        pipeline._decode_budget = lambda: DecodeBudget(1 << 50, 1 << 50)  # type: ignore[method-assign]
         return pipeline
 
     def run(pipeline: FramePackPipeline) -> Tensor:
@@ -214,10 +222,10 @@ def out_of_memory(files: Files, most_places: int | None = None) -> Iterator[Row]
     for case in (wan_case(files), framepack_case(files)):
         with torch.inference_mode():
             whole = case.run(case.make())
-        counter = Strike(case.phase)
+        counter, pipeline = Strike(case.phase), case.make()
         case.phase.title = "start"
         with torch.inference_mode(), counter:
-            assert torch.equal(case.run(case.make()), whole)
+            assert torch.equal(case.run(pipeline), whole)
         draw, places = random.Random(5), list(counter.places.items())
         step = 1 if most_places is None else max(1, len(places) // most_places)
         for (phase, place), counts in places[::step]:
@@ -228,8 +236,9 @@ def out_of_memory(files: Files, most_places: int | None = None) -> Iterator[Row]
 def _struck(case: Case, whole: Tensor, where: str, at: int) -> Row:
     case.phase.title = "start"
     pipeline = case.make()
+    strike = Strike(case.phase, at)
     try:
-        with torch.inference_mode(), Strike(case.phase, at):
+        with torch.inference_mode(), strike:
             made = case.run(pipeline)
         worst = int((made.int() - whole.int()).abs().max()) if made.shape == whole.shape else 999
         seen = "same bits" if worst == 0 else "same but for tiles" if worst <= MOST_PIXELS else f"other by {worst}"
@@ -243,5 +252,5 @@ def _struck(case: Case, whole: Tensor, where: str, at: int) -> Row:
         again = torch.equal(case.run(pipeline), whole)
     if left or not again:
         seen += "; memory not given back" if left else "; the next run is another"
-    right = seen in ("same bits", "same but for tiles")
-    return Row(f"out of VRAM: {case.name}", where, right, seen, {"operation": at})
+    right = seen in ("same bits", "same but for tiles") and strike.struck == where
+    return Row(f"out of VRAM: {case.name}", where, right, seen, {"operation": at, "struck": strike.struck})
