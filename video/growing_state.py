@@ -87,7 +87,7 @@ def read_state(path: Path) -> VideoState:
         raise ValueError("it is nested too deep") from error
     if not isinstance(stored, dict):
         raise ValueError("it is no description of a film")
-    single = {name: stored[name] and VideoPart(**stored[name]) for name in ("pixels", "shown_open")}
+    single = {name: None if stored[name] is None else VideoPart(**stored[name]) for name in ("pixels", "shown_open")}
     state = VideoState(**{**stored, **single, "parts": tuple(VideoPart(**part) for part in stored["parts"])})
     _check(state)
     return state
