@@ -54,6 +54,7 @@ from .nag import nag_settings
 from .output import OutputFile, command_key
 from .progress import TerminalProgress
 from .report import check_report
+from .settings_tag import settings_tags
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "control": "FramePack is steered by pictures and --video",
         "control_strength": "FramePack takes no control video",
         "reference": "FramePack takes --image and --end-image",
+        "decoder": "tiny decoders make drafts of Wan videos; FramePack's sections are decoded by --vae",
     }
 )
 # Options that one option rules out, as there is nothing for them to act on.
@@ -373,7 +375,8 @@ def _places(options: argparse.Namespace) -> Files:
             raise ValueError(f"{output} is the file of {flag(option)} too, which is needed until the end: name another")
     check_report(options.report)
     check_writable(output)
-    files = Files(chosen, command_key(options), runs_folder(options, output, "framepack"), options.extend)
+    runs, tags = runs_folder(options, output, "framepack"), settings_tags(options)
+    files = Files(chosen, command_key(options), runs, tags, options.extend)
     files.check()
     return files
 

@@ -21,18 +21,20 @@ from ..system.atomic_files import write_file
 from ..system.output_lock import is_noted, note_output
 from ..video.growing_video import GrowingVideo, Grows
 from ..video.reader import read_pieces
+from ..video.tags import Tags
 from ..weights.files.fingerprint import fingerprint
 from .output import OutputFile
 
 
 @dataclass(frozen=True)
 class Files:
-    """The video or picture to write, the folder that keeps runs (None: nothing is kept), and the video that is
-    extended, all of which plays before what is made."""
+    """The video or picture to write, the folder that keeps runs (None: nothing is kept), the video's tags, and the
+    video that is extended, all of which plays before what is made."""
 
     chosen: OutputFile
     command: str  # see `command_key`
     runs: Path | None
+    tags: Tags
     extend: Path | None = None
 
     @property
@@ -57,7 +59,8 @@ class Files:
                 picture = self.chosen.pick(self._is_some_runs)
                 return Picture(picture, None if self.runs is None else folder.parent, self.command)
             path = self.chosen.pick(lambda path: GrowingVideo.is_at(folder, path))
-            return GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=fingerprint(vae))
+            made_by = fingerprint(vae)
+            return GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by, tags=self.tags)
 
         def given() -> Iterator[Tensor]:
             assert self.extend is not None

@@ -38,6 +38,7 @@ from .nag import add_nag
 from .output import OutputFile, add_overwrite
 from .progress import TerminalProgress
 from .report import show_report
+from .settings_tag import add_metadata
 from .wan import WAN_COMMANDS
 
 COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType({WAN: WAN_COMMANDS, FRAMEPACK: FRAMEPACK_COMMANDS})
@@ -126,6 +127,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add_keeping(parser)
     add_machine(parser)
     add_overwrite(files)
+    add_metadata(files)
     parser.set_defaults(command=generate)
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from ..system.content_key import run_key
 from ..system.output_lock import OutputLock
 
-ABOUT_NO_RUN = ("command", "overwrite", "report", "verbose")  # options that may differ when a run goes on
+ABOUT_NO_RUN = ("command", "metadata", "overwrite", "report", "verbose")  # options that may differ when a run goes on
 
 
 @dataclass

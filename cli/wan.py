@@ -37,6 +37,7 @@ from .nag import nag_settings
 from .output import OutputFile, command_key
 from .progress import TerminalProgress
 from .report import check_report
+from .settings_tag import settings_tags
 
 SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
 TEXT_ENCODER = WantedFile("text_encoder", "a umt5-xxl encoder", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", SOURCE)
@@ -79,6 +80,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     wan.add_argument("--control", type=Path, metavar="VIDEO", help="a video that steers, such as depth (VACE, Fun)")
     wan.add_argument("--control-strength", type=not_negative, help="how much it does (VACE; 1)")
     wan.add_argument("--reference", type=Path, metavar="PICTURE", help="what shall be seen (VACE, Fun)")
+    wan.add_argument(
+        "--decoder", type=Path, help="a tiny decoder for a draft, in place of the VAE's: taew2_1, lighttaew2_1, taew2_2"
+    )
     wan.add_argument("--frames", type=int, help="4n + 1")
     wan.add_argument("--fps", type=positive)
     wan.add_argument("--spacing", choices=list(SPACINGS))
@@ -119,6 +123,7 @@ def generate(options: argparse.Namespace) -> RunReport:
             options.vace_module,
             options.vace_module_low,
             options.clip_vision,
+            options.decoder,
         ),
         settings_of(options),
         progress,
@@ -135,7 +140,7 @@ def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile
     key = command_key(options)
     runs = pipeline.runs = runs_folder(options, chosen.path, "wan")
     output = chosen.pick(lambda path: runs is not None and is_noted(runs, path, key))
-    writer = VideoWriter(output, options.fps or pipeline.defaults.fps)
+    writer = VideoWriter(output, options.fps or pipeline.defaults.fps, tags=settings_tags(options))
     try:
         with writer:
             for frames in pipeline.generate(_request(options)):

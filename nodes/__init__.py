@@ -17,6 +17,8 @@ PARTS = {
     "report": ("MemoryReport",),
     "compile": ("TorchCompileSettings",),
     "decode": ("DecodeVideo",),
+    "save_video": ("SaveVideo",),
+    "encode": ("EncodeVideo",),
     "demo": ("LoadDemo",),
     "text_encoder": ("LoadClipGGUF",),
     "lora": ("LoadLora",),

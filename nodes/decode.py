@@ -11,11 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from ..framepack.vae.checkpoint import HUNYUAN_FORMAT
 from ..system.atomic_files import write_file
 from .bridge import host
-from .bridge.decoding import decode_hunyuan, decode_wan
-from .bridge.native_vae import open_native
+from .bridge.decoding import decode_video
 from .inputs import ADVANCED
 
 logger = logging.getLogger(__name__)
@@ -64,13 +62,11 @@ class DecodeVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         latent: Tensor = samples["samples"]
         if keep_latent:
-            _keep(latent)
-        if open_native(HUNYUAN_FORMAT, vae) is not None:
-            return io.NodeOutput(decode_hunyuan(vae, latent, tile_size))
-        return io.NodeOutput(decode_wan(vae, latent, tile_size, temporal_chunk))
+            save_latent(latent)
+        return io.NodeOutput(decode_video(vae, latent, tile_size, temporal_chunk))
 
 
-def _keep(latent: Tensor) -> None:
+def save_latent(latent: Tensor) -> None:
     """Write the latent as ComfyUI's Save Latent does; where that fails, decoding is all the more wanted."""
     tensors = {"latent_tensor": latent.contiguous().cpu(), "latent_format_version_0": torch.tensor([])}
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..framepack.request import SAMPLERS
 from ..framepack.run.run import FramePackRun
 from ..video.growing_video import GrowingVideo
+from ..video.tags import Tags
 from .bridge import host
 from .bridge.framepack_request import LOADER, SamplerInputs
 from .bridge.framepack_run import comfy_run_host, pausing, run_places
@@ -132,11 +133,13 @@ class FramePackSampler(io.ComfyNode):
                 io.Latent.Output("samples", tooltip="The whole video's latents."),
                 io.Video.Output("video", tooltip="The saved video; only with a VAE, and not of a single picture."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
-        videos = [_make(request) for request in SamplerInputs(model, **inputs).videos()]
+        tags = host.workflow_tags(cls.hidden)
+        videos = [_make(request, tags) for request in SamplerInputs(model, **inputs).videos()]
         made = {"samples": torch.cat([samples for samples, _ in videos])}
         films = [film for _, film in videos if film is not None]
         if not films:
@@ -148,12 +151,12 @@ class FramePackSampler(io.ComfyNode):
         )
 
 
-def _make(request: SamplerInputs) -> tuple[Tensor, Path | None]:
+def _make(request: SamplerInputs, tags: Tags) -> tuple[Tensor, Path | None]:
     """One video's latents, and its file where it has one."""
     sampling = request.sampling()
     vae = request.vae if sampling.one_frame is None else None
     run_host = comfy_run_host(request, vae)
-    places = run_places(vae, request.resume and run_host.can_resume, request.filename_prefix)
+    places = run_places(vae, request.resume and run_host.can_resume, request.filename_prefix, tags)
     with FramePackRun.open(run_host, sampling, request.inputs(), places) as run, pausing(run):
         samples = request.patcher.model.process_latent_out(run.make())
     return samples, run.output.video if isinstance(run.output, GrowingVideo) else None

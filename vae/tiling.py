@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..memory.plan.tiles import smaller_tiles
 from .checks import VaeConfig, check_latent, check_video
-from .retries import first_fitting
+from .retries import MakeRoom, empty_cache, first_fitting
 from .tiles import Cut, Grid, cut, plan_grid
 
 OnChunk = Callable[[int, int], None]  # (parts done, parts in all); may raise to stop
@@ -129,14 +129,21 @@ def decode_tiled(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | 
     return video
 
 
-def encode_fitting(vae: VideoVae, video: Tensor) -> Tensor:
+def encode_fitting(
+    vae: VideoVae,
+    video: Tensor,
+    first: Tile = WHOLE,
+    on_chunk: OnChunk | None = None,
+    make_room: MakeRoom = empty_cache,
+) -> Tensor:
     """The latent of `video`, float32 on the CPU; in smaller and smaller tiles where the device runs out of memory."""
 
     def encode(tile: Tile) -> Tensor:
-        return encode_tiled(vae, video, tile) if tile.pixels else vae.encode(video).float().cpu()
+        return encode_tiled(vae, video, tile, on_chunk) if tile.pixels else vae.encode(video).float().cpu()
 
     what = f"encoding {video.shape[2]} frame{'s' if video.shape[2] > 1 else ''}"
-    return first_fitting((WHOLE, *retry_tiles(vae.config, max(video.shape[3:]))), encode, what)
+    side = max(video.shape[3:])
+    return first_fitting((first, *retry_tiles(vae.config, min(first.pixels or side, side))), encode, what, make_room)
 
 
 def encode_tiled(vae: VideoVae, video: Tensor, tile: Tile, on_chunk: OnChunk | None = None) -> Tensor:

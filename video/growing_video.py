@@ -22,6 +22,7 @@ from ..system.atomic_files import name_beside, partial_name, replace_file, write
 from ..system.output_lock import file_sha256
 from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
+from .tags import Tags
 from .writer import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ Grows = Literal["front", "back"]
 
 PIXEL_BYTES = 0.25  # of H.264 at crf 12 without B-frames, for pictures with noise of 10 in 255; most take far less
 COMING = "film.json.coming"  # the SHA-256 of the video that is put in its place now
+LEFTOVERS = ("final_", "open_", "film.json.", "tags.txt", "parts.txt")
 SHOWN = 0.9  # of what is made, at least, plays: all publications but the last write 1 / (1 - SHOWN) films at most
 
 
@@ -42,8 +44,8 @@ class GrowingVideo:
     published, whole, when a tenth of it is new, at `publish` and at `finish`, and plays at any moment. What the
     process leaves in `folder`, however it ends, is taken up again: `num_sections` are there already, but for the last
     one where the process was killed, whose open frames are wanted once more. The folder is the film's alone.
-    `crf` is x264's quality; `made_by` names what decodes the frames: a film of another is built anew. Raises
-    ValueError where `path` cannot be written.
+    `crf` is x264's quality; `made_by` names what decodes the frames: a film of another is built anew. The video has
+    `tags`, which the folder does not keep. Raises ValueError where `path` cannot be written.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class GrowingVideo:
         crf: int = 12,
         grows: Grows = "back",
         made_by: str = "",
+        tags: Tags | None = None,
     ) -> None:
         if grows not in ("front", "back"):
             raise ValueError(f'grows is {grows!r}; a film grows at its "front" or at its "back"')
-        self.folder, self.path = folder, check_writable(path)
+        self.folder, self.path, self.tags = folder, check_writable(path), tags or {}
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
         check_writable(folder / "film.json")
@@ -266,7 +269,7 @@ class GrowingVideo:
     def _encode(self, pieces: Iterable[Tensor], name: str) -> VideoPart | None:
         """Frames as a part; None where there are none."""
         video = self.folder / f"{name}.mp4"
-        with VideoWriter(video, self._state.fps, self._state.crf, b_frames=False) as writer:
+        with VideoWriter(video, self._state.fps, self._state.crf, is_part=True) as writer:
             for frames in pieces:
                 if len(frames):
                     writer.write(frames)
@@ -296,7 +299,7 @@ class GrowingVideo:
         newest = name_beside(stem, f".newest{self.path.suffix}")
         with suppress(OSError):  # ffmpeg would write through a link that somebody has put there
             partial.unlink()
-        join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps)
+        join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps, self.tags)
         with _writing(self.path):
             sha256 = _flush(partial)
             write_file(self.folder / COMING, sha256.encode("ascii"))
@@ -351,7 +354,7 @@ class GrowingVideo:
         """Remove what film.json does not name: frames that are no longer open, and what a crash left."""
         named = {part.file for part in self._state.named}
         for path in self.folder.iterdir():
-            if path.name.startswith(("final_", "open_", "film.json.")) and path.name not in named:
+            if path.name.startswith(LEFTOVERS) and path.name not in named:
                 with suppress(OSError):  # next time
                     path.unlink()
 

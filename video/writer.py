@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from ..system.atomic_files import name_beside, partial_name, replace_file
+from .codecs import H264, Codec
+from .sound import Sound
+from .tags import Tags, index_bytes, tag_options, write_tags
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
 INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame with its time, size, place and kind
@@ -29,22 +32,34 @@ class VideoError(OSError):
 
 
 class VideoWriter:
-    """An H.264 video at `path`; frames are uint8 `[T, H, W, 3]`.
+    """A video at `path`, H.264 unless another `codec` is given; frames are uint8 `[T, H, W, 3]`.
 
     The file grows beside its place and moves there when closed, after an error or Ctrl-C too: what was written by
-    then plays. Nothing is left behind when no frame came. `crf` is x264's quality, 0 (lossless) to 51.
-    `b_frames=False` makes a file that `join_videos` can join with others.
+    then plays. Nothing is left behind when no frame came. `crf` is the encoder's quality, 0 (best) to 51 or 63.
+    An MP4 has `tags`, and its index, at its beginning, where ComfyUI's page looks for a workflow. `is_part` makes a
+    file that `join_videos` can join with others: H.264 without tags and `sound`.
     Raises ValueError where `path` cannot be written and VideoError where ffmpeg cannot go on.
     """
 
-    def __init__(self, path: str | Path, fps: float, crf: int = 12, b_frames: bool = True):
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float,
+        crf: int = 12,
+        is_part: bool = False,
+        codec: Codec = H264,
+        tags: Tags | None = None,
+        sound: Sound | None = None,
+    ):
         self.path = check_writable(path)
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
         self.partial = partial_name(self.path, self.path.suffix)
-        self.fps, self.crf, self.b_frames = fps, crf, b_frames
+        self.fps, self.crf, self.is_part = fps, crf, is_part
+        self.codec, self.tags, self.sound = codec, tags or {}, sound
         self.num_frames = 0
         self._encoder: subprocess.Popen[bytes] | None = None
+        self._inputs: tempfile.TemporaryDirectory[str] | None = None  # what else ffmpeg reads
         self._complaints: IO[bytes] | None = None
 
     def write(self, frames: Tensor) -> None:
@@ -69,7 +84,9 @@ class VideoWriter:
         assert encoder.stdin is not None
         with suppress(OSError):  # where ffmpeg is gone already
             encoder.stdin.close()
-        if encoder.wait() != 0:
+        failed = encoder.wait() != 0
+        self._drop_inputs()
+        if failed:
             self.partial.unlink(missing_ok=True)  # without its index nothing plays it
             raise VideoError(self._why_stopped())
         try:
@@ -84,6 +101,18 @@ class VideoWriter:
                 "file open, or choose another output path"
             ) from error
 
+    def discard(self) -> None:
+        """Leave nothing behind: nobody wants the beginning of this video."""
+        encoder, self._encoder = self._encoder, None
+        if encoder is not None:
+            assert encoder.stdin is not None
+            encoder.kill()
+            with suppress(OSError):
+                encoder.stdin.close()
+            encoder.wait()
+            self.partial.unlink(missing_ok=True)
+        self._drop_inputs()
+
     def __enter__(self) -> VideoWriter:
         return self
 
@@ -95,10 +124,40 @@ class VideoWriter:
     def _start(self, width: int, height: int) -> subprocess.Popen[bytes]:
         # imageio_ffmpeg.write_frames would kill ffmpeg when Ctrl-C strikes in a write, and the file with it
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "-"]
-        options = ["-c:v", "libx264", "-crf", str(self.crf), *([] if self.b_frames else ["-bf", "0"])]
-        target = ["-an", *options, "-pix_fmt", "yuv420p", str(self.partial)]
+        try:
+            heard, told = self._other_inputs()
+        except OSError as error:
+            self._drop_inputs()
+            raise VideoError(
+                f"{self.path}: its sound or workflow cannot be handed to ffmpeg ({error.strerror}): check the free "
+                f"space of {tempfile.gettempdir()}"
+            ) from error
+        pictures = [*self.codec.options(self.crf, self.path.suffix), *(["-bf", "0"] if self.is_part else [])]
+        sound = ["-map", "1:a:0", "-c:a", "aac", "-b:a", "192k"] if heard else ["-an"]
+        index_first = () if self.is_part else ("faststart",)
+        tags = tag_options(self.tags, 2 if heard else 1, self.path.suffix, index_first)
+        target = ["-map", "0:v:0", *sound, *pictures, "-pix_fmt", "yuv420p", *tags, str(self.partial)]
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - read when ffmpeg stops
-        return _launch([*source, *target], self.path, subprocess.PIPE, self._complaints)
+        try:
+            return _launch([*source, *heard, *told, *target], self.path, subprocess.PIPE, self._complaints)
+        except VideoError:
+            self._drop_inputs()
+            raise
+
+    def _other_inputs(self) -> tuple[list[str], list[str]]:
+        """ffmpeg's options that read sound and tags, which lie in files for as long as it runs."""
+        if not self.tags and self.sound is None:
+            return [], []
+        self._inputs = tempfile.TemporaryDirectory(prefix="lowvram-video-", ignore_cleanup_errors=True)
+        folder = Path(self._inputs.name)
+        heard = [] if self.sound is None else self.sound.write(folder / "sound")
+        told = ["-f", "ffmetadata", "-i", str(write_tags(self.tags, folder / "tags"))] if self.tags else []
+        return heard, told
+
+    def _drop_inputs(self) -> None:
+        inputs, self._inputs = self._inputs, None
+        if inputs is not None:
+            inputs.cleanup()
 
     def _why_stopped(self) -> str:
         return (
@@ -107,13 +166,13 @@ class VideoWriter:
         )
 
 
-def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float) -> None:
+def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float, tags: Tags | None = None) -> None:
     """Write `parts`, (file, number of frames) in play order, to `path` as one video, with their pictures as encoded.
 
     The parts lie in one folder, have names of letters, digits, `_`, `-` and `.`, and come from VideoWriters of one
-    size, rate and quality with `b_frames=False`: then decoding and showing order are the same, and times fit at
-    every joint. Raises VideoError where ffmpeg cannot go on; what it has written of `path` is removed then, as it is
-    after Ctrl-C.
+    size, rate and quality with `is_part`: then decoding and showing order are the same, and times fit at every joint.
+    The video has `tags`, and an MP4 them and its index at its beginning. Raises VideoError where ffmpeg cannot go on;
+    what it has written of `path` is removed then, as it is after Ctrl-C.
     """
     folder = parts[0][0].parent
     lines, frames_before = [], 0
@@ -123,16 +182,16 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float) -> No
         start, end = (round(frames * 1e6 / fps) for frames in (frames_before, frames_before + num_frames))
         lines += [f"file {part.name}", f"duration {(end - start) / 1e6:.6f}"]
         frames_before += num_frames
-    listing = folder / "parts.txt"
-    # the index comes first, in room left for it: +faststart would write everything twice
-    room = str(INDEX_BYTES + INDEX_BYTES_PER_FRAME * frames_before)
-    index_first = ["-moov_size", room] if path.suffix.lower() in (".mp4", ".mov") else []
+    listing, told = folder / "parts.txt", folder / "tags.txt"
     try:
         listing.write_text("\n".join(["ffconcat version 1.0", *lines, ""]), encoding="ascii")
+        # from within the folder no path has to be quoted
+        sources = ["-f", "concat", "-i", listing.name]
+        if tags:
+            sources += ["-f", "ffmetadata", "-i", write_tags(tags, told).name]
+        options = _joined(path, frames_before, tags or {})
         with tempfile.TemporaryFile() as complaints:
-            arguments = ["-f", "concat", "-i", listing.name, "-c", "copy", *index_first, str(path.absolute())]
-            # from within the folder no path has to be quoted
-            process = _launch(arguments, path, subprocess.DEVNULL, complaints, folder)
+            process = _launch([*sources, *options, str(path.absolute())], path, subprocess.DEVNULL, complaints, folder)
             try:
                 failed = process.wait() != 0
             finally:
@@ -148,6 +207,15 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float) -> No
         raise
     finally:
         listing.unlink(missing_ok=True)
+        told.unlink(missing_ok=True)
+
+
+def _joined(path: Path, num_frames: int, tags: Tags) -> list[str]:
+    """ffmpeg's options for a video of so many frames that were encoded before."""
+    # the index comes first, in room left for it: +faststart would write everything twice
+    room = str(INDEX_BYTES + INDEX_BYTES_PER_FRAME * num_frames + index_bytes(tags))
+    index_first = ["-moov_size", room] if path.suffix.lower() in (".mp4", ".mov") else []
+    return ["-map", "0:v:0", "-c", "copy", *tag_options(tags, 1, path.suffix), *index_first]
 
 
 def _launch(
@@ -164,6 +232,7 @@ def _launch(
             stdout=subprocess.DEVNULL,
             stderr=complaints,
             cwd=folder,
+            env={**os.environ, "SVT_LOG": "1"},  # errors alone: its greeting would pass for one
             # out of the terminal's process group, so that Ctrl-C does not stop it
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows

@@ -22,7 +22,8 @@ class WanFiles:
     """The checkpoint files of one model; `model_low` is the low-noise expert of Wan 2.2 A14B.
 
     `loras` are those of the model, `loras_low` those of the low-noise expert; likewise `vace_module` and
-    `vace_module_low`, files of VACE's blocks. `clip_vision` is for models that read CLIP's features of pictures.
+    `vace_module_low`, files of VACE's blocks. `clip_vision` is for models that read CLIP's features of pictures;
+    `decoder` is a tiny one that makes a draft in place of the VAE's.
     """
 
     model: Path
@@ -34,6 +35,7 @@ class WanFiles:
     vace_module: Path | None = None
     vace_module_low: Path | None = None
     clip_vision: Path | None = None
+    decoder: Path | None = None
 
 
 def run_settings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from ..weights.lora.report import LoraReport
 from .clip_vision import FILE_NAME as CLIP_FILE
 from .clip_vision import ClipVisionEncoder
 from .conditioning import Conditions, Pictures, with_latents
+from .draft import DraftDecoder
 from .footprint import wan_work
 from .given import check_pictures, load_pictures
 from .guided import guided
@@ -89,6 +90,7 @@ class WanPipeline:
             turns.add(self.low)
         self._opened_vae: OpenVae[VAEConfig, WanVAE] = WAN_FORMAT.open_file(files.vae)
         self.vae_config = self._opened_vae.config
+        self._draft = DraftDecoder(files.decoder, self.vae_config) if files.decoder else None
         self._clip_vision = (
             ClipVisionEncoder(files.clip_vision, settings.device, settings.compute_dtype) if files.clip_vision else None
         )
@@ -271,6 +273,9 @@ class WanPipeline:
     def _decode(self, latent: Tensor, plan: MemoryPlan) -> Iterator[Tensor]:
         """Frames as they come; where the device runs out of memory, what is missing is decoded in smaller tiles."""
         self.progress.begin("decode")
+        if self._draft is not None:
+            yield from self._draft.frames(latent, self.settings, self.progress.update)
+            return
         with self._vae_at_work() as vae:
 
             def frames(tile: Tile) -> Iterator[Tensor]:
@@ -278,8 +283,7 @@ class WanPipeline:
 
             yield from pieces_fitting([Tile(pixels) for pixels in decode_tiles(plan)], frames, "decoding")
 
-    @contextmanager
-    def _vae_at_work(self) -> Iterator[WanVAE]:
+    def _vae_at_work(self) -> AbstractContextManager[WanVAE]:
         """The VAE on the device; in RAM afterwards if it is kept."""
         settings = self.settings
 
@@ -294,8 +298,7 @@ class WanPipeline:
                 self._vae.to("cpu")
                 raise
 
-        with at_work(load, keep=settings.keep_loaded) as vae:
-            yield vae
+        return at_work(load, keep=settings.keep_loaded)
 
     def _start(self, model: StreamedWan, other: StreamedWan | None) -> None:
         """Start an expert in place of the other, whose host memory it takes where their layouts are the same."""

@@ -15,7 +15,7 @@ from ...memory.plan.tiles import fitting_tile
 from ...memory.stream.pinned import PinnedBudget, Registrar
 from ...system.host_memory import allocate_extent
 from ...vae.retries import first_fitting
-from ...vae.tiling import WHOLE, OnChunk, Tile, decode_tiled, retry_tiles
+from ...vae.tiling import WHOLE, OnChunk, Tile, decode_tiled, encode_tiled, retry_tiles
 from ...video.pictures import to_uint8
 from .frames import FrameStore
 from .model import DecodeFootprint, HunyuanVAE, decode_footprint
@@ -93,6 +93,34 @@ def decode_section(
         return to_uint8(_decode(vae, latents, way, budget, on_chunk))
 
     return first_fitting(decode_ways(vae, latents, budget, tile), decode, "decoding")
+
+
+def encode_clip(
+    vae: HunyuanVAE,
+    video: Tensor,
+    budget: DecodeBudget | None = None,
+    on_chunk: OnChunk | None = None,
+    tile: int = 0,
+) -> Tensor:
+    """The latent `[1, 16, t, h, w]`, float32 on the CPU, of `video [1, 3, T, H, W]`, in the most exact way that fits.
+
+    The ways are those of decoding, which takes more. `tile` and `on_chunk` as in `decode_section`.
+    """
+    stride, frames = vae.config.spatial_stride, (video.shape[2] - 1) // vae.config.temporal_stride + 1
+    size = frames, video.shape[3] // stride, video.shape[4] // stride
+    latents = torch.empty(1, vae.config.latent_channels, *size, device="meta")
+
+    def encode(way: DecodeWay) -> Tensor:
+        logger.info("encoding %s", way)
+        if way.tile.pixels:
+            return encode_tiled(vae, video, way.tile, on_chunk)
+        check = None if on_chunk is None else partial(on_chunk, 0, 1)
+        if not way.spill or budget is None:
+            return vae.encode(video, FrameStore(check=check)).float().cpu()
+        with _host_memory(budget) as allocate:
+            return vae.encode(video, FrameStore(0, allocate, check)).float().cpu()
+
+    return first_fitting(decode_ways(vae, latents, budget, tile), encode, "encoding")
 
 
 def _decode(

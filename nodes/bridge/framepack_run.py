@@ -23,6 +23,7 @@ from ...memory.plan.plan import MemoryPlan
 from ...sampling.solver import StepInfo
 from ...system.atomic_files import write_file
 from ...video.growing_video import GrowingVideo, Grows
+from ...video.tags import Tags
 from . import host
 from .framepack_engine import FramePackEngine
 from .framepack_request import SamplerInputs
@@ -122,14 +123,15 @@ def pausing(run: FramePackRun) -> Iterator[None]:
         raise
 
 
-def run_places(vae: Any, resume: bool, prefix: str) -> RunPlaces:
-    """Where ComfyUI has sections and the video; without a VAE there is none."""
+def run_places(vae: Any, resume: bool, prefix: str, tags: Tags) -> RunPlaces:
+    """Where ComfyUI has sections and the video, which has `tags`; without a VAE there is none."""
 
     def film(folder: Path, grows: Grows) -> GrowingVideo:
         made_by, path = vae_fingerprint(vae), _film_path(folder, prefix)
-        film = GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+        film = GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by, tags=tags)
         if not film.num_sections and path.exists() and not GrowingVideo.is_at(folder, path):  # what is there stays
-            film = GrowingVideo(folder, _new_place(folder, prefix), FRAMES_PER_SECOND, grows=grows, made_by=made_by)
+            path = _new_place(folder, prefix)
+            film = GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by, tags=tags)
         return film
 
     runs = host.output_folder("framepack") if resume else None

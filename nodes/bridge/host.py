@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -81,6 +85,13 @@ def output_path(prefix: str, suffix: str) -> Path:
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 
+def output_names(prefix: str, suffix: str) -> Iterator[Path]:
+    """Names in ComfyUI's output folder, by their numbers: the last that a file has, and then those that none has."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    for number in itertools.count(max(1, counter - 1)):
+        yield Path(folder) / f"{name}_{number:05}_{suffix}"
+
+
 def output_folder(name: str) -> Path:
     """A folder in ComfyUI's output folder."""
     return Path(folder_paths.get_output_directory()) / name
@@ -90,6 +101,19 @@ def saved_result(path: Path) -> ui.SavedResult:
     """A file in the output folder as the frontend shows it."""
     place = path.parent.relative_to(folder_paths.get_output_directory())
     return ui.SavedResult(path.name, "" if place == Path() else place.as_posix(), io.FolderType.output)
+
+
+def workflow_tags(hidden: io.HiddenHolder | None) -> dict[str, str]:
+    """What ComfyUI's Save Video writes into a file, by which the page finds the workflow again: JSON by its name.
+
+    `hidden` is what the node was given of it. Nothing under `--disable-metadata`.
+    """
+    if hidden is None or args.disable_metadata:
+        return {}
+    told = dict(hidden.extra_pnginfo or {})
+    if hidden.prompt is not None:
+        told["prompt"] = hidden.prompt
+    return {str(name): json.dumps(value) for name, value in told.items()}
 
 
 def temporary_folder() -> Path:

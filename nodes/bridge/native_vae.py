@@ -30,12 +30,12 @@ def open_native(format: VaeFormat[C, V], vae: Any) -> OpenVae[C, V] | None:
 
 
 @contextmanager
-def decoder_at_work(opened: OpenVae[C, V], dtype: torch.dtype, room_bytes: int) -> Iterator[V]:
-    """Our decoder on ComfyUI's device while it works; idle models leave as far as it needs `room_bytes` besides."""
+def vae_at_work(opened: OpenVae[C, V], dtype: torch.dtype, room_bytes: int, decode_only: bool = False) -> Iterator[V]:
+    """Our VAE on ComfyUI's device while it works; idle models leave as far as it needs `room_bytes` besides."""
     device = host.decode_device()
-    host.make_room(opened.weight_bytes(dtype, decode_only=True) + room_bytes, device)
-    with at_work(lambda: opened.build(dtype, device, decode_only=True), evict_idle) as decoder:
-        yield decoder
+    host.make_room(opened.weight_bytes(dtype, decode_only) + room_bytes, device)
+    with at_work(lambda: opened.build(dtype, device, decode_only), evict_idle) as network:
+        yield network
     host.empty_cache()
 
 
@@ -47,9 +47,9 @@ def evict_idle() -> None:
 
 @contextmanager
 def native_decoder(
-    vae: Any, latents: Tensor, vram_left: Callable[[], int | None] = lambda: None
+    vae: Any, latents: Tensor, vram_left: Callable[[], int | None] = lambda: None, decode_only: bool = True
 ) -> Iterator[tuple[HunyuanVAE, DecodeBudget | None]]:
-    """HunyuanVideo's decoder on the device, and the memory that it may use beside its weights (None: any).
+    """HunyuanVideo's VAE on the device, and the memory that it may use beside its weights (None: any).
 
     Idle models leave the device as far as whole `latents [1, 16, t, h, w]` need their room. `vram_left` tells what a
     budget leaves then, if there is one. ValueError for the VAE of another model.
@@ -61,7 +61,7 @@ def native_decoder(
         )
     height, width = (opened.config.spatial_stride * side for side in latents.shape[3:])
     whole = decode_footprint(opened.config, latents.shape[2], height, width, vae.vae_dtype.itemsize)
-    with decoder_at_work(opened, vae.vae_dtype, whole.total_bytes + HEADROOM_BYTES) as decoder:
+    with vae_at_work(opened, vae.vae_dtype, whole.total_bytes + HEADROOM_BYTES, decode_only) as decoder:
         yield decoder, _decode_budget(decoder.device, vram_left())
 
 

@@ -81,7 +81,14 @@ def add_plan(graph: Workflow, model: Output, size: Size, guidance: bool) -> Node
     return graph.add("LowVRAMPlan", model=model, guidance=guidance, **size.wires)
 
 
-def add_output(graph: Workflow, samples: Output, vae: Output, name: str, fps: float) -> list[Node]:
+def add_output(graph: Workflow, samples: Output, vae: Output, **more: Any) -> list[Node]:
+    """The video is written as it is decoded."""
+    prefix = f"video/{graph.name}"
+    return [graph.add("LowVRAMSaveVideo", samples=samples, vae=vae, filename_prefix=prefix, **more)]
+
+
+def add_output_in_parts(graph: Workflow, samples: Output, vae: Output, name: str, fps: float) -> list[Node]:
+    """By ComfyUI's own nodes, which hold all frames."""
     decode = graph.add("LowVRAMDecodeVideo", samples=samples, vae=vae)
     video = graph.add("CreateVideo", images=decode[0], fps=fps)
     return [decode, video, graph.add("SaveVideo", video=video[0], filename_prefix=f"video/{name}")]
@@ -93,13 +100,14 @@ class Sampling:
     cfg: float
     steps: int
     fps: float = 16.0
+    denoise: float = 1.0
 
 
 def add_sampler(graph: Workflow, model: Output, prompts: Sequence[Output], latent: Output, how: Sampling) -> list[Node]:
     shifted = graph.add("ModelSamplingSD3", model=model, shift=how.shift)
     sampler = graph.add(
         "KSampler", model=shifted[0], positive=prompts[0], negative=prompts[1], latent_image=latent,
-        steps=how.steps, cfg=how.cfg,
+        steps=how.steps, cfg=how.cfg, denoise=how.denoise,
     )  # fmt: skip
     return [shifted, sampler]
 
@@ -157,12 +165,18 @@ def start(
     return Scene(graph, model, loaders, add_prompts(graph, loaders.clip, prompt), add_size(graph, *size))
 
 
-def finish(scene: Scene, latent: Node, how: Sampling, pictures: Sequence[Node] = ()) -> dict[str, Any]:
-    """From the latent's node on: plan, sampler, video, report."""
+def finish(
+    scene: Scene,
+    latent: Node,
+    how: Sampling,
+    pictures: Sequence[Node] = (),
+    source: dict[str, Output] | None = None,
+) -> dict[str, Any]:
+    """From the latent's node on: plan, sampler, video with what it has of a `source`, report."""
     graph, names = scene.graph, [name for name, _ in latent.kind.outputs]
     prompts = [latent["positive"], latent["negative"]] if "positive" in names else [n[0] for n in scene.prompting]
     plan = add_plan(graph, scene.model[-1][0], scene.sizes, how.cfg != 1)
-    sampling = add_sampler(graph, plan["MODEL"], prompts, latent["latent" if "latent" in names else "LATENT"], how)
+    sampling = add_sampler(graph, plan["MODEL"], prompts, latent[_latent_of(names)], how)
     samples = sampling[-1][0]
     if "trim_latent" in names:
         sampling.append(graph.add("TrimVideoLatent", samples=samples, trim_amount=latent["trim_latent"]))
@@ -175,11 +189,15 @@ def finish(scene: Scene, latent: Node, how: Sampling, pictures: Sequence[Node] =
             sizing=scene.sizes.nodes if pictures else [*scene.sizes.nodes, latent],
             pictures=[*pictures, latent] if pictures else [],
             sampling=sampling,
-            saving=add_output(graph, sampling[-1][0], scene.loaders.vae, graph.name, how.fps),
+            saving=add_output(graph, sampling[-1][0], scene.loaders.vae, **{"fps": how.fps, **(source or {})}),
             plan=plan,
             report=graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=samples),
         ),
     )
+
+
+def _latent_of(outputs: Sequence[str]) -> str:
+    return next(name for name in ("latent", "samples", "LATENT") if name in outputs)
 
 
 def add_vision(scene: Scene) -> Node:
@@ -255,6 +273,20 @@ def vace_small() -> dict[str, Any]:
     return finish(scene, latent, Sampling(8.0, 6.0, 30), [image])
 
 
+def video_to_video() -> dict[str, Any]:
+    prompt = "A watercolour painting of the scene, soft paper texture, gentle brush strokes"
+    scene = start("wan2.1_v2v_1.3B", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    graph, size = scene.graph, scene.sizes
+    video = graph.add("LoadVideo", title="Video to change")
+    parts = graph.add("GetVideoComponents", video=video[0])
+    wires = {"width": size.width[0], "height": size.height[0]}
+    scaled = graph.add("ImageScale", image=parts["images"], **wires)
+    first = graph.add("ImageFromBatch", title="Its first frames", image=scaled[0], length=size.length[0])
+    latent = graph.add("LowVRAMEncodeVideo", pixels=first[0], vae=scene.loaders.vae)
+    how, source = Sampling(8.0, 6.0, 30, denoise=0.7), {"audio": parts["audio"], "fps": parts["fps"]}
+    return finish(scene, latent, how, [video, parts, scaled, first], source)
+
+
 def add_expert(graph: Workflow, name: str, file: ModelFile, lora: ModelFile) -> list[Node]:
     """Loader, Block Swap and the 4-step LoRA of one expert."""
     loader, swap = add_model(graph, file, f"Load the {name} expert")
@@ -290,7 +322,7 @@ def two_experts(
         sizing=scene.sizes.nodes if picture else [*scene.sizes.nodes, latent],
         pictures=pictures,
         sampling=sampling,
-        saving=add_output(graph, sampling[-1][0], loaders.vae, name, 16.0),
+        saving=add_output(graph, sampling[-1][0], loaders.vae, fps=16.0),
         plan=plan,
         report=graph.add("LowVRAMMemoryReport", model=low[-1][0], after=sampling[-1][0]),
     )
@@ -334,7 +366,7 @@ def demo() -> dict[str, Any]:
     latent = graph.add("EmptyHunyuanLatentVideo", **sizes.wires)
     plan = add_plan(graph, swap[0], sizes, guidance=True)
     sampling = add_sampler(graph, plan["MODEL"], [prompts[0][0], prompts[1][0]], latent[0], Sampling(3.0, 4.0, 20))
-    saving = add_output(graph, sampling[-1][0], loader["VAE"], "demo", 8.0)
+    saving = add_output_in_parts(graph, sampling[-1][0], loader["VAE"], "demo", 8.0)
     report = graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=sampling[-1][0])
     sizing = [*sizes.nodes, latent]
     return place(graph, Parts(DEMO_NOTE, [loader, swap], prompts, sizing, [], sampling, saving, plan, report))
@@ -345,6 +377,7 @@ WORKFLOWS = {
     "wan2.1_t2v_1.3B": t2v_small,
     "wan2.1_t2v_1.3B_resumable": resumable,
     "wan2.1_t2v_1.3B_nag": negative_guidance,
+    "wan2.1_v2v_1.3B": video_to_video,
     "wan2.1_i2v_14B_480p_fp8": i2v_480p,
     "wan2.1_flf2v_14B_fp8": flf2v,
     "wan2.1_vace_1.3B": vace_small,

@@ -156,6 +156,22 @@ NODE_TYPES: dict[str, NodeType] = {
     "LowVRAMDecodeVideo": _kind(
         "samples:LATENT vae:VAE", {"tile_size": 0, "temporal_chunk": 0, "keep_latent": True}, "IMAGE"
     ),
+    "LowVRAMSaveVideo": _kind(
+        "samples:LATENT vae:VAE audio:AUDIO",
+        {
+            "filename_prefix": Widget("filename_prefix", "video/LowVRAM", "STRING"),
+            "fps": 16.0,
+            "codec": "H.264",
+            "crf": 16,
+            "tile_size": 0,
+            "keep_latent": True,
+        },
+        "video:VIDEO",
+        optional=("audio",),
+        extra_width=160,
+        extra_height=480,
+    ),
+    "LowVRAMEncodeVideo": _kind("pixels:IMAGE vae:VAE", {"tile_size": 0}, "samples:LATENT"),
     # ComfyUI's
     "CLIPLoader": _kind("", {"clip_name": "", "type": "wan", "device": "default"}, "CLIP", extra_width=100),
     "DualCLIPLoader": _kind(

@@ -16,7 +16,7 @@ HELP = f"""## If something fails
 - **A node is red or missing:** update ComfyUI (0.8.0 or newer) and this pack, then restart.
 {PLANNED_BUDGET}
 - **The machine stutters or pinning fails:** turn `pinned_memory` off in *Block Swap*.
-- **Decoding fails:** set `tile_size` to 256 (6 GB) or 128 (4 GB). Nothing is lost: the latent is in `output/latents`.
+- **Saving fails:** set its `tile_size` to 256 (6 GB) or 128 (4 GB). Nothing is lost: the latent is in `output/latents`.
 - Right-click a node and choose *Node Info* for its help page."""
 
 ENCODER_CPU = (
@@ -132,6 +132,17 @@ NOTES: dict[str, Note] = {
         RAM_SMALL,
         "- **More or less:** `nag_scale` 5 to 11; 1 switches it off. Leave KSampler's CFG at 1.\n"
         "- **Two experts:** each takes a node of its own.",
+        ENCODER_CPU,
+    ),
+    "wan2.1_v2v_1.3B": Note(
+        "Wan 2.1 video to video, 1.3B",
+        "Makes a video anew by a prompt: *Encode Video* turns its frames into a latent, *KSampler* changes it at "
+        "`denoise` 0.7, *Save Video* writes the result as it is decoded, with the sound and the rate of the old one. "
+        "Choose a video in group 4.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        RAM_SMALL,
+        "- **More or less of the old video:** `denoise` 0.5 keeps more, 0.9 little.",
         ENCODER_CPU,
     ),
     "wan2.1_i2v_14B_480p_fp8": Note(

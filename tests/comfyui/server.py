@@ -82,9 +82,12 @@ class Server:
     def post(self, path: str, values: dict[str, Any]) -> Any:
         return self._request(path, json.dumps(values).encode())
 
-    def queue(self, graph: Graph, client: str = "test") -> str:
-        """Submit an API-format graph for a client, such as a page; PromptError where it is refused."""
-        return str(self.post("/prompt", {"prompt": graph, "client_id": client})["prompt_id"])
+    def queue(self, graph: Graph, client: str = "test", extra: dict[str, Any] | None = None) -> str:
+        """Submit an API-format graph for a client, such as a page; PromptError where it is refused.
+
+        `extra` is what the page gives besides, such as its workflow.
+        """
+        return str(self.post("/prompt", {"prompt": graph, "client_id": client, "extra_data": extra or {}})["prompt_id"])
 
     def wait(self, prompt_id: str, seconds: float = PROMPT_SECONDS) -> dict[str, Any]:
         """The history entry of a prompt once it is done, however it ended."""
@@ -96,9 +99,9 @@ class Server:
             time.sleep(0.1)
         raise TimeoutError(f"prompt {prompt_id} is not done after {seconds} s:\n{self.tail()}")
 
-    def run(self, graph: Graph, client: str = "test") -> dict[str, Any]:
+    def run(self, graph: Graph, client: str = "test", extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """The outputs of a graph by node; PromptError, with the messages, where it fails."""
-        entry = self.wait(self.queue(graph, client))
+        entry = self.wait(self.queue(graph, client, extra))
         if entry["status"]["status_str"] != "success":
             raise PromptError(entry["status"]["messages"])
         return dict(entry["outputs"])

@@ -6,6 +6,7 @@ another comfyui-frontend-package than the installed one.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -36,6 +37,14 @@ APP_IS_UP = """window.app && window.app.graph && window.app.rootGraph !== null
 DROP = """((name, text) => {
     const data = new DataTransfer();
     data.items.add(new File([text], name, {type: 'application/json'}));
+    const canvas = document.querySelector('#graph-canvas');
+    const where = {dataTransfer: data, bubbles: true, cancelable: true, clientX: 900, clientY: 600};
+    for (const kind of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(kind, where));
+})"""
+DROP_VIDEO = """((name, content) => {
+    const data = new DataTransfer();
+    const bytes = Uint8Array.from(atob(content), character => character.charCodeAt(0));
+    data.items.add(new File([bytes], name, {type: 'video/mp4'}));
     const canvas = document.querySelector('#graph-canvas');
     const where = {dataTransfer: data, bubbles: true, cancelable: true, clientX: 900, clientY: 600};
     for (const kind of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(kind, where));
@@ -141,6 +150,28 @@ def test_framepacks_sampler_shows_its_video(page: QuietPage, server: Server, obj
     assert page.evaluate(COMPLAINTS) == []
     (shown,) = page.evaluate("[...document.querySelectorAll('video')].map(element => element.src)")
     assert "filename=framepack_i2v_" in shown and ".mp4" in shown and "type=output" in shown
+
+
+@pytest.mark.parametrize("name", ["wan2.1_t2v_1.3B", "framepack_i2v"])
+def test_a_dropped_video_restores_its_workflow(
+    page: QuietPage, server: Server, object_info: dict[str, Any], name: str
+) -> None:
+    """Save Video's file, and FramePack Sampler's, which is joined of parts."""
+    graph = for_test(to_prompt(load(name), object_info))
+    for node in graph.values():
+        if "seed" in node["inputs"]:
+            node["inputs"]["seed"] += 2  # a run of its own
+    outputs = server.run(graph, extra={"extra_pnginfo": {"workflow": load(name)}})
+    files = [file for output in outputs.values() for file in output.get("images", ())]
+    (saved,) = [file for file in files if file["filename"].endswith(".mp4")]
+    path = server.base / "output" / saved["subfolder"] / saved["filename"]
+    page.evaluate("window.app.graph.clear()")
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    page.evaluate(f"{DROP_VIDEO}('film.mp4', {json.dumps(content)})")
+    page.wait_for(f"window.app.graph.nodes.length === {len(load(name)['nodes'])}")
+    page.settle()
+    assert page.evaluate(COMPLAINTS) == []
+    assert without_titles(page.evaluate(PROMPT)) == to_prompt(load(name), object_info)
 
 
 def test_what_is_absent_is_complained_of(page: QuietPage) -> None:

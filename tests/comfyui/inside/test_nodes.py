@@ -116,13 +116,13 @@ def test_the_report_tells_of_the_last_run(models: Path) -> None:
 # --- decoding --------------------------------------------------------------------------------------------
 
 
-def tiny_vae(version: str) -> Any:
+def tiny_vae(version: str, width: int = 16) -> Any:
     """Core's VAE with random weights; its 2.2 has one size only, so both have a narrow decoder where they can."""
     config = {"2.1": WAN21_VAE, "2.2": WAN22_VAE}[version]
     if version == "2.1":
         from dataclasses import replace
 
-        config = replace(config, encoder_dim=16, decoder_dim=16)
+        config = replace(config, encoder_dim=width, decoder_dim=width)
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in WanVAE(config, device="meta").state_dict().items():
