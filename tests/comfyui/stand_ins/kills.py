@@ -22,12 +22,12 @@ class KillAt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TestKillAt",
-            inputs=[io.Model.Input("model"), io.Int.Input("at", default=0), io.Int.Input("nonce", default=0)],
+            inputs=[io.Model.Input("model"), io.Int.Input("at", default=0)],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, at: int, nonce: int) -> io.NodeOutput:
+    def execute(cls, model: Any, at: int) -> io.NodeOutput:
         if at:
             _arm(at, str(Path(folder_paths.get_output_directory()).resolve()))
         return io.NodeOutput(model)
