@@ -29,7 +29,7 @@ def wrong(rows: list[Row]) -> list[Row]:
 
 @pytest.mark.parametrize("number", range(3))
 def test_a_killed_command_goes_on_to_the_same(files: Files, tmp_path: Path, number: int) -> None:
-    rows = list(kill_everywhere(cases(files)[number], tmp_path, 6))
+    rows = list(kill_everywhere(cases(files)[number], tmp_path, 2))
     assert rows and wrong(rows) == []
 
 
@@ -38,12 +38,12 @@ def test_interrupts_end_with_130_and_go_on(files: Files, tmp_path: Path) -> None
 
 
 def test_disks_that_fill_and_go(files: Files, tmp_path: Path) -> None:
-    rows = list(full_disks(files, tmp_path, 2)) + list(broken_folders(files, tmp_path))
+    rows = list(full_disks(files, tmp_path, 1)) + list(broken_folders(files, tmp_path))
     assert wrong(rows) == []
 
 
 def test_out_of_memory_is_survived(files: Files) -> None:
-    assert wrong(list(out_of_memory(files, 8))) == []
+    assert wrong(list(out_of_memory(files, 3))) == []
 
 
 def test_damaged_files_are_refused_in_one_line(files: Files, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .command import Ended, Fault, interrupt, run, start, terminate, wait
 from .files import Files, frames_of, tensors_of
-from .kills import Case, _points, cases
+from .kills import Case, cases, points_of
 from .table import Row
 
 INTERRUPTED = 130
@@ -21,7 +21,7 @@ def interrupts(files: Files, place: Path, points: int) -> Iterator[Row]:
         reference = _fresh(place / "reference")
         first = run(case.words(reference), Fault(reference, "calls"))
         wanted = case.made(reference)
-        for number, (kind, at) in enumerate(_points(first.counts, points)):
+        for number, (kind, at) in enumerate(points_of(first.counts, points)):
             folder = _fresh(place / "stopped")
             ended = run(case.words(folder), Fault(folder, kind, at, (interrupt, terminate)[number % 2]))
             kept = case.kept(folder)

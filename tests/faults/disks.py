@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .command import Action, Ended, Fault, delete, exchange, fill, on, overwrite, run, truncate, unlink
 from .files import Files, frames_of
-from .kills import Case, cases
+from .kills import Case, cases, spread
 from .table import Row
 
 Words = Callable[[Path], list[str]]
@@ -53,7 +53,7 @@ def full_disks(files: Files, place: Path, points: int) -> Iterator[Row]:
         first = run(case.words(reference), Fault(reference))
         wanted = case.made(reference)
         name = case.name.replace("kill", "disk full")
-        for at in _spread(first.counts["files"], points):
+        for at in spread(first.counts["files"], points):
             with small_disk(place / "disk", "6m") as real:
                 folder = place / "disk"
                 fault = Fault(folder, "files", at, fill) if real else Fault(folder, "files", at, refuse=errno.ENOSPC)
@@ -106,7 +106,7 @@ def changed_models(files: Files, place: Path) -> Iterator[Row]:
     model = place / "model.safetensors"
 
     def words(output: Path) -> list[str]:
-        return files.wan(output, "--ram-budget", "1.52", "--no-resume", model=model, frames=5, steps=4)
+        return files.wan(output, "--ram-budget", "1.58", "--no-resume", model=model, frames=5, steps=4)
 
     place.mkdir(parents=True, exist_ok=True)
     shutil.copy(files.large, model)
@@ -114,7 +114,7 @@ def changed_models(files: Files, place: Path) -> Iterator[Row]:
     assert first.status == 0, first.err
     wanted = frames_of(place / "reference.mp4")
     for change in CHANGES:
-        for at in _spread(first.counts["passes"], 3):
+        for at in spread(first.counts["passes"], 3):
             (place / "a.mp4").unlink(missing_ok=True)
             shutil.copy(files.large, model)
             fault = Fault(place, "passes", at, change.action(model, files.other_large))
@@ -157,7 +157,3 @@ def _gone_on(
         seen = "work lost"
     right = seen in ("went on to the same bits", "made all the same")
     return Row(fault, where, right, seen, {"kept": kept, "passes": made, "last": ended.last_line[-200:]})
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return sorted({1 + round(index * (total - 1) / max(1, count - 1)) for index in range(min(count, total))})

@@ -87,7 +87,7 @@ def make_files(folder: Path) -> Files:
     Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(folder / "girl.png")
     save_files(folder, experts=True)
     files = Files(folder)
-    large = randomize(WanModel(replace(CONFIGS["t2v"], dim=512, ffn_dim=2048, num_heads=4, num_layers=4)))
+    large = randomize(WanModel(replace(CONFIGS["t2v"], dim=512, ffn_dim=2048, num_heads=4, num_layers=16)))
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in large.state_dict().items()}
     save_file(tensors, files.large)
     save_file({name: -tensor for name, tensor in tensors.items()}, files.other_large)

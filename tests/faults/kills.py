@@ -70,7 +70,7 @@ def kill_everywhere(case: Case, place: Path, points: int) -> Iterator[Row]:
     first = run(case.words(reference), Fault(reference, "calls"))
     assert first.status == 0, first.err
     wanted = case.made(reference)
-    for kind, at in _points(first.counts, points):
+    for kind, at in points_of(first.counts, points):
         folder = _fresh(place / "killed")
         killed = run(case.words(folder), Fault(folder, kind, at, kill))
         kept = case.kept(folder)
@@ -103,18 +103,20 @@ def _row(case: Case, folder: Path, where: str, first: Ended, killed: Ended, kept
     return Row(case.name, where, right, seen, more)
 
 
-def _points(counts: dict[str, int], points: int) -> list[tuple[str, int]]:
+def points_of(counts: dict[str, int], points: int) -> list[tuple[str, int]]:
     """Half of them changes of files, all passes that there are, and calls of functions for the rest."""
-    files = _spread(counts["files"], points // 2)
-    passes = _spread(counts["passes"], points // 6)
-    calls = _spread(counts["calls"], points - len(files) - len(passes))
+    files = spread(counts["files"], points // 2)
+    passes = spread(counts["passes"], points // 6)
+    calls = spread(counts["calls"], points - len(files) - len(passes))
     return [*(("files", at) for at in files), *(("passes", at) for at in passes), *(("calls", at) for at in calls)]
 
 
-def _spread(total: int, count: int) -> list[int]:
+def spread(total: int, count: int) -> list[int]:
     """So many of 1 ... total, from the first to the last."""
     if count >= total:
         return list(range(1, total + 1))
+    if count == 1:
+        return [(total + 1) // 2]
     return sorted({1 + round(index * (total - 1) / max(1, count - 1)) for index in range(count)})
 
 
