@@ -422,6 +422,27 @@ def test_a_video_open_in_a_player_at_the_end_has_a_name_of_its_own(
     assert len(decode(path)) == 13 and again.video == path
 
 
+def test_an_interrupt_after_the_video_is_in_its_place_leaves_one_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before film.json says so; then the film is left."""
+    folder, path = tmp_path / "parts", tmp_path / "film.mp4"
+    film = GrowingVideo(folder, path)
+    film.add(section(0, 9), OVERLAP)
+    commit = GrowingVideo._commit
+
+    def interrupted(self: GrowingVideo, state: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GrowingVideo, "_commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        film.add(section(1, 9), OVERLAP)
+    monkeypatch.setattr(GrowingVideo, "_commit", commit)
+    assert len(decode(path)) == 13
+    film.leave()
+    assert GrowingVideo.is_at(folder, path) and len(decode(path)) == film.num_frames == 9
+
+
 def test_a_link_in_the_place_of_a_part_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"precious")
     try:

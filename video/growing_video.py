@@ -280,7 +280,8 @@ class GrowingVideo:
 
     def _shown(self, state: VideoState, edge: Tensor | None) -> VideoState:
         """The state with all of it published."""
-        if self.num_shown == state.num_frames and state.num_shown_parts == len(state.parts):
+        cut_off = (self.folder / COMING).exists()  # a video was put in its place that no state has come to say
+        if self.num_shown == state.num_frames and state.num_shown_parts == len(state.parts) and not cut_off:
             return state
         shown_open = None if edge is None else self._encode([edge], f"open_{self._new_name()}")
         shown = replace(state, num_shown_parts=len(state.parts), shown_open=shown_open)

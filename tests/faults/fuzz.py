@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +38,7 @@ from .files import Files, make_files
 from .readers import NonFinite, Reader, readers
 
 HANG_SECONDS, MOST_BYTES = 5.0, 100 * 2**20
+WAITING = 6.0  # times as long a busy machine may take as it computes
 BATCH = 400  # cases in a process
 FINE = ("refused", "accepted")
 MODELS = ("Wan", "FramePack", "GGUF")
@@ -76,7 +78,7 @@ def _watched(worker: Any, findings: Connection, cases: Sequence[Case]) -> Iterat
     done, begun = 0, 0
     while done < len(cases):
         try:
-            if not findings.poll(HANG_SECONDS if begun > done else 60):
+            if not (_answers(worker, findings) if begun > done else findings.poll(60)):
                 kind = "hang"
                 break
             said = findings.recv()
@@ -97,6 +99,20 @@ def _watched(worker: Any, findings: Connection, cases: Sequence[Case]) -> Iterat
     name, number = cases[done]
     yield Finding(name, number, kind, f"exit code {worker.exitcode}")
     return done + 1
+
+
+def _answers(worker: Any, findings: Connection) -> bool:
+    """Whether a process says something before it has computed for too long, or waited for much longer."""
+    process, waited = psutil.Process(worker.pid), 0.0
+    before = sum(process.cpu_times()[:2])
+    while waited < WAITING * HANG_SECONDS:
+        if findings.poll(1.0):
+            return True
+        waited += 1.0
+        with suppress(psutil.Error):
+            if sum(process.cpu_times()[:2]) - before > HANG_SECONDS:
+                return False
+    return False
 
 
 def _work(known: Any, files: Files, place: Path, cases: Sequence[Case], findings: Connection) -> None:
@@ -121,9 +137,10 @@ def run_case(name: str, number: int, reader: Reader, place: Path) -> Iterator[Fi
         path = reader.make(Path(folder), draw)
         for index, read in enumerate(reader.reads):
             _forget_peak()
-            before, began = _peak_bytes(), time.monotonic()
+            before, began = _peak_bytes(), (time.process_time(), time.monotonic())
             kind, detail = _outcome(read, path, Path(folder))
-            seconds, grown = time.monotonic() - began, _peak_bytes() - before
+            seconds = max(time.process_time() - began[0], (time.monotonic() - began[1]) / WAITING)
+            grown = _peak_bytes() - before
             if kind == "accepted" and index == 0 and path.suffix == ".safetensors" and path.is_file():
                 kind, detail = _official(path)
             if kind in FINE and seconds > HANG_SECONDS:
