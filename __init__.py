@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .system.log_text import log_plainly
+
+log_plainly(__name__)
+
 WEB_DIRECTORY = "./web"  # ComfyUI serves the nodes' help pages, web/docs/<node id>.md, from here
 
 

@@ -1,4 +1,4 @@
-"""The command line: `lowvram-video generate | plan | bench | inspect | convert | demo`."""
+"""The command line: `lowvram-video generate | plan | bench | doctor | inspect | convert | demo`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from ..runtime.settings import RunSettings, use_device
 from ..sampling.samplers import SAMPLERS
 from ..system.card_profile import load_profile
 from ..system.device_errors import is_out_of_memory
+from ..system.plain_text import printable
 from ..wanvideo.family import WAN
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
 from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice, positive
 from .bench import add_bench
+from .console import plain_console
+from .doctor import add_doctor
 from .framepack import FRAMEPACK_COMMANDS
 from .nag import add_nag
 from .output import OutputFile, add_overwrite
@@ -52,14 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     SIGTERM ends it as Ctrl-C does: with what was made by then.
     """
-    options = make_parser().parse_args(arguments)
+    with plain_console():
+        return _run(make_parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     if sys.platform == "linux":  # elsewhere PyTorch does not know it; read when the GPU is first used
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
-    command: Callable[[argparse.Namespace], None] = options.command
+    command: Callable[[argparse.Namespace], int | None] = options.command
     try:
         with torch.inference_mode(), _terminable():
-            command(options)
+            return command(options) or 0
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", INTERRUPTED)
     except RuntimeError as error:
@@ -72,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error) or "out of RAM: close other programs, or give a smaller --ram-budget")
     except (ValueError, OSError) as error:
         return _fail(str(error))
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="make a video from checkpoint files and a prompt"))
     _add_plan(commands.add_parser("plan", help="show what a run would use, without a GPU"))
     add_bench(commands.add_parser("bench", help="measure this card, so that plans tell its times"))
+    add_doctor(commands.add_parser("doctor", help="try what this machine has, and say what to install"))
     _add_inspect(commands.add_parser("inspect", help="say what a checkpoint file is"))
     _add_convert(commands.add_parser("convert", help="write a quantised copy of a checkpoint"))
     _add_demo(commands.add_parser("demo", help="make a video with the pack's own tiny model"))
@@ -246,5 +253,5 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, status: int = BAD_INPUT) -> int:
-    print(f"lowvram-video: {' '.join(message.split())}", file=sys.stderr)
+    print(f"lowvram-video: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status

@@ -29,11 +29,11 @@ def check_report(path: Path | None) -> None:
 
 
 def show_report(report: RunReport, options: argparse.Namespace) -> None:
-    """Print the table; with `--report` write the JSON too, and a timeline beside it."""
-    print(report.table())
+    """Write the JSON of `--report` and a timeline beside it, and print the table: a terminal may be gone by now."""
     if options.report is not None:
         report.save(options.report)
         write_file(options.report.with_suffix(".png"), draw_timeline(report))
+    print(report.table())
 
 
 def _is_report(path: Path) -> bool:

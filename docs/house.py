@@ -29,6 +29,7 @@ NO_CODE = {
 TIERS = (
     ("cli", "nodes"),
     ("nodes/bridge",),
+    ("doctor",),
     ("demo", "card"),
     ("families",),
     ("framepack/run",),  # makes a request with a model: it stands on both

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from ..system.plain_text import shown
 from ..weights.files.checkpoint import Checkpoint, CheckpointError
-from ..weights.files.dimensions import Dimensions, model_prefix, with_kernels
+from ..weights.files.dimensions import Dimensions, model_prefix, stated_number, with_kernels
 from ..weights.files.kinds import WantedKind, check_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.adopt import adopt_tensors
@@ -118,8 +119,8 @@ def told_model_type(checkpoint: Checkpoint) -> str:
     stated = checkpoint.metadata.get(MODEL_TYPE_KEY)
     if stated is not None and stated not in MODEL_TYPES:
         raise CheckpointError(
-            f"{checkpoint.path}: header metadata {MODEL_TYPE_KEY} = {stated!r}; expected {' or '.join(MODEL_TYPES)}; "
-            "correct that key in the file's metadata, or choose the model type yourself"
+            f"{checkpoint.path}: header metadata {MODEL_TYPE_KEY} = {shown(stated)}; expected "
+            f"{' or '.join(MODEL_TYPES)}; correct that key in the file's metadata, or choose the model type yourself"
         )
     if stated is not None:
         return stated
@@ -166,10 +167,12 @@ def _rope_axes(checkpoint: Checkpoint, head_dim: int) -> tuple[int, int, int]:
     stated = checkpoint.metadata.get(ROPE_AXES_KEY)
     if stated is None and head_dim in ROPE_AXES:
         return ROPE_AXES[head_dim]
-    axes = [int(part) for part in (stated or "").split(",") if part.strip().isdecimal()]
+    axes = [stated_number(part) or 0 for part in (stated or "").split(",")]
     if len(axes) == 3 and sum(axes) == head_dim and all(axis > 0 and axis % 2 == 0 for axis in axes):
         return axes[0], axes[1], axes[2]
-    given = "no axes of its rotary embedding" if stated is None else f"header metadata {ROPE_AXES_KEY} = {stated!r}"
+    given = "no axes of its rotary embedding"
+    if stated is not None:
+        given = f"header metadata {ROPE_AXES_KEY} = {shown(stated)}"
     raise CheckpointError(
         f"{checkpoint.path}: a FramePack transformer with heads of {head_dim} and {given}; expected heads of 128, or "
         f'three even numbers such as "4,6,6" that add up to {head_dim}; write {ROPE_AXES_KEY} into the file\'s metadata'

@@ -22,8 +22,8 @@ from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
 from ..sampling.solver import StepInfo
 from ..vae.retries import at_work
-from ..weights.files.fingerprint import fingerprint
 from ..weights.lora.file import LoraChoice
+from ..weights.lora.fingerprint import lora_fingerprint
 from ..weights.lora.report import LoraReport
 from .section_work import FramePackGuidance, Guide
 from .sections import Section
@@ -64,7 +64,7 @@ class FramePackPipeline:
     @property
     def loras(self) -> tuple[Any, ...]:
         """What tells the LoRAs from others."""
-        return tuple([choice.path.name, fingerprint(choice.path), choice.strength] for choice in self.files.loras)
+        return tuple([choice.path.name, lora_fingerprint(choice.path), choice.strength] for choice in self.files.loras)
 
     @property
     def guide(self) -> Guide:

@@ -26,6 +26,7 @@ PARTS = {
     "framepack": ("FramePackSampler",),
     "framepack_inputs": ("FramePackEndImage", "TimedPrompts", "NearestBucket"),
     "resumable": ("ResumableSampling",),
+    "doctor": ("Doctor",),
 }
 
 

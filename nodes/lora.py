@@ -7,8 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..weights.files.checkpoint import CheckpointError
 from ..weights.lora.file import open_lora
-from ..weights.lora.scaling import FILE_NAME
+from ..weights.lora.fingerprint import lora_fingerprint
 from ..weights.lora.sound import check_strengths
 from .bridge import host
 from .bridge.lora_patches import LoraPatches
@@ -70,10 +71,9 @@ class LoadLora(io.ComfyNode):
 def _stamp(name: str | None) -> str:
     """Changes when the LoRA does, or the configuration beside it that may say its scale."""
     stamp = host.model_stamp(name, host.LORA_FOLDER)
-    beside = (
-        None if name is None or stamp == "missing" else host.model_path(name, host.LORA_FOLDER).with_name(FILE_NAME)
-    )
-    if beside is None or not beside.is_file():
+    if name is None or stamp == "missing":
         return stamp
-    stat = beside.stat()
-    return f"{stamp} {stat.st_size} {stat.st_mtime_ns}"
+    try:
+        return lora_fingerprint(host.model_path(name, host.LORA_FOLDER))
+    except CheckpointError:  # what is wrong with it is said when the node runs
+        return stamp

@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..system.atomic_files import write_file
 from ..system.content_key import run_key
 from ..system.run_lock import RunLock, now
+from ..weights.files.records import read_record
 from .host_copies import BackgroundWriter, HostCopy
 from .kept_runs import clean_runs, mark_used, remove_run
 
@@ -95,7 +95,7 @@ class StepRecord:
         if index < self._known:
             try:
                 return self._recall(index, question)
-            except (OSError, SafetensorError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 log.warning("%s: %s: the run goes on from call %d", self._path(index), error, index)
                 self._forget_from(index)
         made = list(compute())
@@ -133,7 +133,7 @@ class StepRecord:
             return None
         try:
             return self._read(path, "finished")[0]
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             log.warning("%s: %s: it is made again", path, error)
             return None
 
@@ -190,11 +190,9 @@ class StepRecord:
         device = next(iter(question.values())).device
         return [tensors[f"answer_{number}"].to(device) for number in range(len(tensors))]
 
-    def _read(self, path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _read(self, path: Path, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         """A file's tensors and texts; ValueError where it is another run's, or damaged."""
-        data = path.read_bytes()  # not mapped: Windows would not let the file be replaced
-        tensors = load(data)
-        metadata = header_texts(data)
+        tensors, metadata = read_record(path)
         if metadata.get("key") != self.key or metadata.get("part") != part:
             raise ValueError("it is of another run")
         if metadata.get("checksum") != run_key(tensors):
@@ -225,9 +223,3 @@ class StepRecord:
 def are_numbers(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all of them are finite."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-
-
-def header_texts(data: bytes) -> dict[str, str]:
-    """The texts in a safetensors file's header; the file has been parsed before."""
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}

@@ -23,9 +23,12 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import torch
 
 from .atomic_files import write_file
+from .bounded_json import JsonError, read_json
+from .plain_text import short, shown
 
 logger = logging.getLogger(__name__)
 
+MOST_BYTES = 1 << 24  # of a file
 FORMAT = 1  # of the file; another one is made anew
 DATA_VARIABLE = "LOWVRAM_VIDEO_DATA"
 REMEDY = "measure the card again: lowvram-video bench"
@@ -217,14 +220,16 @@ def profile_of(device: torch.device) -> CardProfile | None:
 def load_profile(path: Path) -> CardProfile:
     """A profile from any file of the format. ProfileError says what is wrong with it, OSError as the system's."""
     try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ProfileError(f"{path} is no profile of a card, as it is no JSON ({error}); {REMEDY}") from error
+        data = read_json(path, MOST_BYTES, finite=False)
+    except JsonError as error:
+        raise ProfileError(
+            f"{path} is no profile of a card, as there is no JSON to read in it: {error}; {REMEDY}"
+        ) from error
     found = data.get("format") if isinstance(data, dict) else None
     if found != FORMAT:
         raise ProfileError(
-            f"{path} is no profile of a card that this version reads (its format is {found!r}, expected {FORMAT}); "
-            f"{REMEDY}"
+            f"{path} is no profile of a card that this version reads (its format is {shown(found)}, expected "
+            f"{FORMAT}); {REMEDY}"
         )
     try:
         return _parse(CardProfile, data, "")
@@ -238,10 +243,10 @@ def card_key(device: torch.device) -> CardKey:
         name = platform.processor() or platform.machine() or "unknown"
         return CardKey(f"CPU ({name})", "", torch.__version__, "")
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return CardKey(torch.cuda.get_device_name(device), capability, torch.__version__, _driver())
+    return CardKey(torch.cuda.get_device_name(device), capability, torch.__version__, driver_version())
 
 
-def _driver() -> str:
+def driver_version() -> str:
     """The CUDA version that NVIDIA's driver brings, such as 13.0; "" where it does not say."""
     version = ctypes.c_int(0)
     try:
@@ -264,7 +269,7 @@ def _parse(kind: type[D], data: object, where: str) -> D:
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(data) - known)
     if unknown:
-        raise ProfileError(f"{where or 'the file'} holds {unknown[0]!r}, which is not known")
+        raise ProfileError(f"{where or 'the file'} holds {shown(unknown[0])}, which is not known")
     values = {name: _value(hints[name], data[name], f"{where}.{name}".lstrip(".")) for name in known & set(data)}
     try:
         return kind(**values)
@@ -299,5 +304,4 @@ def _named(kind: Any) -> str:
 
 
 def _shown(data: object) -> str:
-    text = json.dumps(data)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return short(json.dumps(data), 40)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,14 +44,50 @@ def _canonical(value: Any, name: str) -> Any:
     )
 
 
-def readable(value: Any) -> Any:
-    """Settings for people: tensors as their type and size."""
+def readable(value: Any, key: str) -> Any:
+    """Settings for people who may look into a shared folder: tensors as their type and size, texts as their length.
+
+    `key` makes a text's hash another in every run. Single words that settings are made of stay, but for those under
+    the names that prompts go by.
+    """
     if isinstance(value, Tensor):
         _, dtype, shape, digest = _canonical(value, "")
         return f"{dtype.removeprefix('torch.')} {shape} {digest[:16]}"
     if isinstance(value, Mapping):
-        return {key: readable(item) for key, item in value.items()}
-    return [readable(item) for item in value] if isinstance(value, list | tuple) else value
+        return {_unread(name, key, WORD): _readable_under(name, item, key) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [readable(item, key) for item in value]
+    return _unread(value, key, WORD) if isinstance(value, str) else value
+
+
+WORD = re.compile(r"[\w.+-]{1,80}")  # a sampler, a file, a checksum
+NOTHING = re.compile(r"(?!)")
+OF_PROMPTS = ("prompt", "prompts", "negative", "negative_prompt", "text", "texts", "timed", "others")
+
+
+def _readable_under(name: str, value: Any, key: str) -> Any:
+    return _without_texts(value, key) if name in OF_PROMPTS else readable(value, key)
+
+
+def _without_texts(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name if name in FIELDS else _unread(name, key, NOTHING): _without_texts(item, key)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_without_texts(item, key) for item in value]
+    return _unread(value, key, NOTHING) if isinstance(value, str) else readable(value, key)
+
+
+FIELDS = ("base", "parts", "start", "end", "prompt", "cross_fade")  # of a timed prompt: no texts of the user's
+
+
+def _unread(text: str, key: str, shown: re.Pattern[str]) -> str:
+    if shown.fullmatch(text):
+        return text
+    digest = hmac.new(key.encode(), text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    return f"text of {len(text)} characters, {digest[:16]}"
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from .atomic_files import write_file
+from .bounded_json import JsonError, read_json
 from .run_lock import RunLock
 
 NOTE = "output.json"
+MOST_NOTE_BYTES = 1000
 
 
 class OutputLock:
@@ -74,8 +76,8 @@ def file_sha256(path: Path) -> str:
 
 def _read_note(note: Path) -> object:
     try:
-        return json.loads(note.read_bytes()[:1000])
-    except (OSError, ValueError, RecursionError):
+        return read_json(note, MOST_NOTE_BYTES)
+    except (OSError, JsonError):
         return None
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .plain_text import printable
+from .regular_files import read_regular
+
 log = logging.getLogger(__name__)
 
 
@@ -23,8 +26,11 @@ class RunLock:
     def __init__(self, path: Path, busy: str | None = None) -> None:
         """`busy` says what is in use where another holds it."""
         self._path = path
-        self._lock = FileLock(path, timeout=0, thread_local=False)
         self._holder = path.with_name(f"{path.name}_holder.txt")  # not in the lock: Windows lets nobody read that
+        for place in (path, self._holder):
+            if place.is_symlink():  # it would be written through
+                place.unlink()
+        self._lock = FileLock(path, timeout=0, thread_local=False)
         try:
             self._lock.acquire()
         except Timeout:
@@ -61,7 +67,7 @@ class RunLock:
 
     def _named(self) -> str:
         try:
-            return self._holder.read_text()[:200]
+            return printable(read_regular(self._holder, 1000).decode("ascii", "replace"))[:200]
         except OSError:
             return ""
 

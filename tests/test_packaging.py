@@ -21,6 +21,7 @@ RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ff
 RUNTIME |= {"filelock", "psutil", "tokenizers", "tqdm"}
 OPTIONAL = {"triton", "sageattention", "flash_attn", "flash_attn_interface", "comfy_kitchen", "ftfy", "torch_tensorrt"}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}
+COMFYUI |= {"comfyui_version"}
 
 
 def sources() -> list[Path]:

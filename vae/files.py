@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from ..weights.files.dimensions import check_sizes
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.dialects import plain_dialect, with_plain_parts
@@ -83,6 +84,7 @@ class VaeFormat(Generic[C, V]):
 
     def _fitted(self, renamed: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> OpenVae[C, V]:
         """CheckpointError where a tensor is missing or of another shape than the network's."""
+        check_sizes(renamed)
         config = self.infer_config(renamed)
         network = self.network(config, device="meta")
         checkpoint = fit_tensors(network, renamed)

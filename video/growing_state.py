@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from ..system.bounded_json import read_json_object
 
 PART_NAME = re.compile(r"(final|open)_[0-9a-f-]+\.(mp4|safetensors)")
-MAX_BYTES = 2**24
+MAX_BYTES = 1 << 24
 MAX_COUNT = 10**8  # frames, sections, pixels of a side
 FORMAT = 2  # of the files: a film of another is built anew
 
@@ -79,14 +79,7 @@ def read_state(path: Path) -> VideoState:
 
     It may have been edited: files are of this folder alone, by names that films give, and counts are counts.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes")
-    try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    if not isinstance(stored, dict):
-        raise ValueError("it is no description of a film")
+    stored = read_json_object(path, MAX_BYTES)
     single = {name: None if stored[name] is None else VideoPart(**stored[name]) for name in ("pixels", "shown_open")}
     state = VideoState(**{**stored, **single, "parts": tuple(VideoPart(**part) for part in stored["parts"])})
     _check(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 from collections import deque
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..system.atomic_files import name_beside, partial_name, replace_file, write_file
 from ..system.output_lock import file_sha256
+from ..system.regular_files import read_regular
 from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
 from .tags import Tags
@@ -32,6 +34,7 @@ Grows = Literal["front", "back"]
 PIXEL_BYTES = 0.25  # of H.264 at crf 12 without B-frames, for pictures with noise of 10 in 255; most take far less
 COMING = "film.json.coming"  # the SHA-256 of the video that is put in its place now
 LEFTOVERS = ("final_", "open_", "film.json.", "tags.txt", "parts.txt")
+MOST_HEADER_BYTES = 1 << 16  # of a file of open frames
 SHOWN = 0.9  # of what is made, at least, plays: all publications but the last write 1 / (1 - SHOWN) films at most
 
 
@@ -197,7 +200,7 @@ class GrowingVideo:
             return False
         found = file_sha256(path)
         with suppress(OSError, ValueError):
-            if (folder / COMING).read_text(encoding="ascii") == found:
+            if read_regular(folder / COMING, len(found)) == found.encode("ascii"):
                 return True
         try:
             state = read_state(folder / "film.json")
@@ -349,7 +352,7 @@ class GrowingVideo:
         for part in state.named:
             if file_sha256(self.folder / part.file) != part.sha256:
                 raise ValueError(f"{part.file} is damaged")
-        return None if state.pixels is None else load((self.folder / state.pixels.file).read_bytes())["frames"]
+        return None if state.pixels is None else _open_frames(self.folder / state.pixels.file, state)
 
     def _tidy(self) -> None:
         """Remove what film.json does not name: frames that are no longer open, and what a crash left."""
@@ -358,6 +361,15 @@ class GrowingVideo:
             if path.name.startswith(LEFTOVERS) and path.name not in named:
                 with suppress(OSError):  # next time
                     path.unlink()
+
+
+def _open_frames(path: Path, state: VideoState) -> Tensor:
+    """The frames that wait for the next section, as `GrowingVideo._keep` left them. ValueError, OSError for others."""
+    shape = (state.num_open, state.height, state.width, 3)
+    frames = load(read_regular(path, math.prod(shape) + MOST_HEADER_BYTES)).get("frames")
+    if frames is None or frames.dtype != torch.uint8 or tuple(frames.shape) != shape:
+        raise ValueError(f"{path.name} does not hold the {state.num_open} open frames")
+    return frames
 
 
 def cross_fade(earlier: Tensor, later: Tensor, overlap: int) -> Tensor:

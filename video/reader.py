@@ -15,6 +15,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
+from .stuck import Watched
 from .writer import last_line
 
 HOW = "give an MP4, MOV, MKV or WebM file"
@@ -75,17 +76,24 @@ def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen([program, *source, *target], stdout=subprocess.PIPE, stderr=complaints)
         assert process.stdout is not None
+        watched = Watched(process)
         try:
-            while len(frame := bytearray(process.stdout.read(frame_bytes))) == frame_bytes:
+            while len(frame := _read(watched, frame_bytes)) == frame_bytes:
                 yield torch.frombuffer(frame, dtype=torch.uint8).view(height, width, 3)
-            if process.wait() != 0:
+            if watched.wait() != 0:
                 complaints.seek(0)
-                reason = last_line(complaints.read().decode(errors="replace"))
+                reason = watched.stuck or last_line(complaints.read().decode(errors="replace"))
                 raise ValueError(f"{path}: cannot be read as a video ({reason}); {HOW}")
         finally:
             process.kill()
             process.stdout.close()
             process.wait()
+
+
+def _read(watched: Watched, nbytes: int) -> bytearray:
+    assert watched.process.stdout is not None
+    with watched.working():
+        return bytearray(watched.process.stdout.read(nbytes))
 
 
 def _told(path: Path) -> dict[str, Any]:

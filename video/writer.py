@@ -19,9 +19,11 @@ from torch import Tensor
 from ..system.atomic_files import name_beside, partial_name, replace_file
 from .codecs import H264, Codec
 from .sound import Sound
+from .stuck import Watched
 from .tags import Tags, index_bytes, tag_options, write_tags
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
+JOIN_SECONDS = 3600.0  # for a whole film, which is only copied
 INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame with its time, size, place and kind
 
 
@@ -60,6 +62,7 @@ class VideoWriter:
         self.num_frames = 0
         self._encoder: subprocess.Popen[bytes] | None = None
         self._inputs: tempfile.TemporaryDirectory[str] | None = None  # what else ffmpeg reads
+        self._watched: Watched | None = None  # the same, once there is one
         self._complaints: IO[bytes] | None = None
 
     def write(self, frames: Tensor) -> None:
@@ -67,10 +70,12 @@ class VideoWriter:
         frames = _even(frames.cpu()).contiguous()
         if self._encoder is None:
             self._encoder = self._start(width=frames.shape[2], height=frames.shape[1])
-        assert self._encoder.stdin is not None
+            self._watched = Watched(self._encoder)
+        assert self._encoder.stdin is not None and self._watched is not None
         try:
             for frame in frames:
-                self._encoder.stdin.write(frame.numpy().data)
+                with self._watched.working():
+                    self._encoder.stdin.write(frame.numpy().data)
                 self.num_frames += 1
         except OSError:  # a broken pipe: ffmpeg stopped, and closing says why
             self.close()
@@ -81,14 +86,14 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         if encoder is None:
             return
-        assert encoder.stdin is not None
-        with suppress(OSError):  # where ffmpeg is gone already
+        assert encoder.stdin is not None and self._watched is not None
+        with suppress(OSError), self._watched.working():  # where ffmpeg is gone already
             encoder.stdin.close()
-        failed = encoder.wait() != 0
+        failed = self._watched.wait() != 0
         self._drop_inputs()
         if failed:
             self.partial.unlink(missing_ok=True)  # without its index nothing plays it
-            raise VideoError(self._why_stopped())
+            raise VideoError(self._why_stopped(self._watched.stuck))
         try:
             replace_file(self.partial, self.path)
         except OSError as error:
@@ -159,9 +164,9 @@ class VideoWriter:
         if inputs is not None:
             inputs.cleanup()
 
-    def _why_stopped(self) -> str:
+    def _why_stopped(self, stuck: str) -> str:
         return (
-            f"{self.path}: ffmpeg stopped after {self.num_frames} frames ({_reason(self._complaints)}): "
+            f"{self.path}: ffmpeg stopped after {self.num_frames} frames ({stuck or _reason(self._complaints)}): "
             "check the free space and the rights of that folder"
         )
 
@@ -184,7 +189,10 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float, tags:
         frames_before += num_frames
     listing, told = folder / "parts.txt", folder / "tags.txt"
     try:
-        listing.write_text("\n".join(["ffconcat version 1.0", *lines, ""]), encoding="ascii")
+        for place in (listing, told, path):  # what lies there may be a link, and neither ffmpeg nor Python minds
+            place.unlink(missing_ok=True)
+        with listing.open("x", encoding="ascii") as file:
+            file.write("\n".join(["ffconcat version 1.0", *lines, ""]))
         # from within the folder no path has to be quoted
         sources = ["-f", "concat", "-i", listing.name]
         if tags:
@@ -192,14 +200,15 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float, tags:
         options = _joined(path, frames_before, tags or {})
         with tempfile.TemporaryFile() as complaints:
             process = _launch([*sources, *options, str(path.absolute())], path, subprocess.DEVNULL, complaints, folder)
+            joining = Watched(process, JOIN_SECONDS)
             try:
-                failed = process.wait() != 0
+                failed = joining.wait() != 0
             finally:
-                process.kill()  # after Ctrl-C; else it has ended
-                process.wait()
+                joining.process.kill()  # after Ctrl-C; else it has ended
+                joining.process.wait()
             if failed:
                 raise VideoError(
-                    f"{path}: ffmpeg could not join {len(parts)} parts ({_reason(complaints)}): "
+                    f"{path}: ffmpeg could not join {len(parts)} parts ({joining.stuck or _reason(complaints)}): "
                     "check the free space and the rights of that folder"
                 )
     except BaseException:  # Ctrl-C too: half a video plays nowhere
@@ -264,10 +273,10 @@ def check_writable(path: str | Path) -> Path:
         raise ValueError(f"{path} is a folder: give a file name such as {path / 'video.mp4'}")
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"{path} is write-protected: choose another output path")
-    probe = name_beside(path, ".writable")
+    probe = partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.touch()  # of a name that nobody can have put a link to
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another output path") from error

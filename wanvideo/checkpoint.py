@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..system.plain_text import shown
 from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from ..weights.files.dimensions import Dimensions, model_prefix, with_kernels
+from ..weights.files.dimensions import Dimensions, model_prefix, stated_number, with_kernels
 from ..weights.files.kinds import WantedKind, check_kind, file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.adopt import adopt_tensors, load_tensors
@@ -341,9 +342,10 @@ def _num_heads(checkpoint: Checkpoint, dim: int) -> int:
     stated = checkpoint.metadata.get(NUM_HEADS_KEY)
     if stated is None and dim % HEAD_DIM == 0:
         return dim // HEAD_DIM
-    if stated is not None and stated.isdecimal() and int(stated) and dim % int(stated) == 0:
-        return int(stated)
-    given = f"header metadata {NUM_HEADS_KEY} = {stated!r}" if stated is not None else "no number of heads"
+    num_heads = stated_number(stated or "")
+    if num_heads and dim % num_heads == 0:
+        return num_heads
+    given = f"header metadata {NUM_HEADS_KEY} = {shown(stated)}" if stated is not None else "no number of heads"
     raise CheckpointError(
         f"{checkpoint.path}: a Wan transformer of dim {dim} with {given}; expected dim to be a multiple of "
         f"{HEAD_DIM}, or {NUM_HEADS_KEY} to divide it; write that key into the file's metadata"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..weights.files.fingerprint import fingerprint
 from ..weights.lora.file import LoraChoice
+from ..weights.lora.fingerprint import lora_fingerprint
 from .request import WanRequest
 from .streamed import StreamedWan
 
@@ -54,7 +55,7 @@ def run_settings(
         "models": [
             {
                 "fingerprint": fingerprint(model.checkpoint.path),
-                "loras": [[fingerprint(lora.path), lora.strength] for lora in choices],
+                "loras": [[lora_fingerprint(lora.path), lora.strength] for lora in choices],
                 "arithmetic": model.arithmetic,
                 **({"vace_module": fingerprint(model.vace_module)} if model.vace_module else {}),
             }

@@ -12,20 +12,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from ...runtime.step_record import header_texts
 from ...system.atomic_files import write_file
+from ...system.bounded_json import JsonError, read_json_object
 from ...system.content_key import plain, readable, run_key
+from ...system.plain_text import printable
 from ...system.run_lock import RunLock, now
+from ...weights.files.records import read_record
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files: another number is another run
 GIB = 2**30
 SAFE_PATH = "safe_path"
+MOST_BYTES = 1 << 22  # of settings.json
 
 
 class RunError(OSError):
@@ -181,18 +183,17 @@ class RunStore:
         """The section and its checksum; RunError says what is wrong with its file."""
         path = self._path(index)
         try:
-            data = path.read_bytes()  # not mapped: Windows would not let the file be replaced
-            tensors = load(data)
-            metadata = header_texts(data)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise RunError(f"{path} cannot be read ({error})") from error
+            tensors, metadata = read_record(path)
+            latents, generator_state = tensors["latents"], tensors["generator_state"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(printable(f"{path} cannot be read ({error})")) from error
         if metadata.get("key") != self.key:
             raise RunError(f"{path} is of a run with other settings")
         safe_path = SAFE_PATH in metadata
         checksum = self._checksum(index, tensors, safe_path)
         if metadata.get("checksum") != checksum:
             raise RunError(f"{path} is damaged, or does not follow the section before it")
-        return StoredSection(tensors["latents"], tensors["generator_state"], safe_path), checksum
+        return StoredSection(latents, generator_state, safe_path), checksum
 
     def _checksum(self, index: int, tensors: Mapping[str, Tensor], safe_path: bool) -> str:
         before = self._checksums[index - 1] if index else ""
@@ -200,7 +201,7 @@ class RunStore:
         return run_key({"run": self.key, "index": index, "before": before, "tensors": tensors, **path})
 
     def _describe(self, settings: Mapping[str, Any]) -> None:
-        """Write settings.json, for people: nothing is read from it but what `finish` wrote."""
+        """Write settings.json, for people, without prompts: nothing is read from it but what `finish` wrote."""
         there = self._read_description()
         if there.get("key") != self.key:
             there = {}
@@ -209,16 +210,15 @@ class RunStore:
             "started": there.get("started", now()),
             "finished": there.get("finished"),
             "total_sections": self.total_sections,
-            "settings": readable(settings),
+            "settings": readable(settings, self.key),
         }
         self._write_description(description)
 
     def _read_description(self) -> dict[str, Any]:
         try:
-            description = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json_object(self.folder / "settings.json", MOST_BYTES, finite=False)
+        except (OSError, JsonError):
             return {}
-        return description if isinstance(description, dict) else {}
 
     def _write_description(self, description: Mapping[str, Any]) -> None:
         path = self.folder / "settings.json"

@@ -205,7 +205,7 @@ def _prefix(checkpoint: Checkpoint, kind: EncoderKind) -> str:
 
 
 def _layer_number(name: str) -> int:
-    match = re.match(r"layers\.(\d+)\.", name)
+    match = re.match(r"layers\.([0-9]{1,6})\.", name)
     return -1 if match is None else int(match[1])
 
 

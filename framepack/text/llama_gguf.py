@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...system.plain_text import shown
 from ...weights.files.checkpoint import CheckpointError
 from ...weights.files.gguf_header import read_gguf_header
 from .bpe import LLAMA_SPLIT, BytePairTokenizer, Part
@@ -67,14 +68,15 @@ def gguf_tokenizer(path: Path) -> BytePairTokenizer | None:
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "llama-bpe")
     tokens, types, merges = ([] if fields.get(key) is None else fields[key] for key in (TOKENS, TYPES, MERGES))
     are_lists = all(isinstance(field, list) for field in (tokens, types, merges))
+    are_lists = are_lists and all(type(token) is str for token in (*tokens, *merges))
     if (kind, split) != ("gpt2", "llama-bpe") or not are_lists or len(tokens) != len(types) or not merges:
         raise CheckpointError(
-            f"{path}: its tokenizer is of kind {kind!r}, {split!r}; expected 'gpt2', 'llama-bpe' with tokens, types "
-            "and merges; choose a GGUF file of llava-llama-3-8b"
+            f"{path}: its tokenizer is of kind {shown(kind)}, {shown(split)}; expected 'gpt2', 'llama-bpe' with "
+            "tokens, types and merges; choose a GGUF file of llava-llama-3-8b"
         )
     try:
         return _tokenizer(tokens, types, merges, fields.get(FIRST))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: its tokenizer cannot be read: {error}; choose a GGUF file of llava-llama-3-8b"
         ) from error
@@ -88,4 +90,4 @@ def _tokenizer(tokens: list[str], types: list[int], merges: list[str], first: An
         if kind in (CONTROL, USER_DEFINED)
     ]
     model = {"vocab": vocab, "merges": merges, "ignore_merges": True}
-    return BytePairTokenizer(model, added, PIECES, first=(first,) if isinstance(first, int) else ())
+    return BytePairTokenizer(model, added, PIECES, first=(first,) if type(first) is int else ())

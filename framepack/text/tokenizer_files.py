@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ...system.bounded_json import MOST_BYTES, read_json_object
+from ...system.plain_text import short
+from ...system.regular_files import is_there, read_regular
 from ...weights.files.checkpoint import CheckpointError
 from .bpe import CLIP_SPLIT, WHITE_SPACE, BytePairTokenizer, Part, refused
 
@@ -48,7 +49,7 @@ def find_tokenizer(wanted: WantedTokenizer, near: Path, encoder: Path) -> BytePa
 
     CheckpointError, which says what to put where, if there is none or it belongs to another model.
     """
-    if not near.exists():
+    if not is_there(near):
         raise CheckpointError(
             f"{near}: there is no such folder; expected one with {wanted.title}; "
             f"{_advice(wanted, near / wanted.folders[0])}"
@@ -60,7 +61,7 @@ def find_tokenizer(wanted: WantedTokenizer, near: Path, encoder: Path) -> BytePa
     for path in found:
         try:
             tokenizer = read_clip_vocab(path) if path.name == VOCAB else read_tokenizer_json(path)
-        except (ValueError, OSError, RecursionError) as error:  # nested too deeply
+        except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read as a tokenizer: {error}; {_advice(wanted, path.parent)}"
             ) from error
@@ -99,7 +100,7 @@ def _advice(wanted: WantedTokenizer, place: Path) -> str:
 
 def read_tokenizer_json(path: Path) -> BytePairTokenizer:
     """A byte-level BPE tokenizer of Hugging Face. ValueError, which names the part, for one with other parts."""
-    content = _read_json(path)
+    content = read_json_object(path)
     try:
         first, last = _frame(content.get("post_processor"))
         added = content.get("added_tokens") or ()
@@ -107,14 +108,7 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
             content["model"], added, content.get("pre_tokenizer"), content.get("normalizer"), first, last
         )
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"it is incomplete ({error!r})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"it is a {type(content).__name__}; expected an object")
-    return content
+        raise ValueError(f"it is incomplete ({short(repr(error))})") from error
 
 
 def _frame(part: Part | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -164,11 +158,11 @@ def read_clip_vocab(vocab_path: Path) -> BytePairTokenizer:
     Text is put in Unicode's composed form, in lower case and with single spaces, as `tokenizers` does it: without
     ftfy, and without the spaces between Chinese characters that older releases of transformers put in.
     """
-    vocab = _read_json(vocab_path)
+    vocab = read_json_object(vocab_path)
     begin, end = (vocab.get(mark) for mark in CLIP_TOKENIZER.marks)
     if begin is None or end is None:
         raise ValueError(f"it has no {' or no '.join(CLIP_TOKENIZER.marks)}; expected the vocabulary of CLIP")
-    lines = vocab_path.with_name(MERGES).read_text(encoding="utf-8").split("\n")
+    lines = read_regular(vocab_path.with_name(MERGES), MOST_BYTES).decode("utf-8").replace("\r\n", "\n").split("\n")
     merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     model = {"vocab": vocab, "merges": merges, "end_of_word_suffix": "</w>", "unk_token": CLIP_TOKENIZER.end}
     added = [

@@ -13,7 +13,9 @@ from .model import HUNYUAN_VAE, HunyuanVAE, VAEConfig
 
 # --- dimensions ------------------------------------------------------------------------------------------
 
-ENCODER_CONV = re.compile(r"encoder\.down_blocks\.(?P<stage>\d+)\.resnets\.(?P<block>\d+)\.conv1\.conv\.weight$")
+ENCODER_CONV = re.compile(
+    r"encoder\.down_blocks\.(?P<stage>[0-9]{1,4})\.resnets\.(?P<block>[0-9]{1,4})\.conv1\.conv\.weight$"
+)
 
 
 def infer_config(checkpoint: Checkpoint) -> VAEConfig:
@@ -49,8 +51,8 @@ def infer_config(checkpoint: Checkpoint) -> VAEConfig:
 # --- layouts ---------------------------------------------------------------------------------------------
 
 COMFY_LAYER = re.compile(
-    r"(?P<side>encoder\.down|decoder\.up)\.(?P<stage>\d+)\."
-    r"(?:block\.(?P<block>\d+)|(?P<sampler>down|up)sample)\.(?P<leaf>.+)$"
+    r"(?P<side>encoder\.down|decoder\.up)\.(?P<stage>[0-9]{1,4})\."
+    r"(?:block\.(?P<block>[0-9]{1,4})|(?P<sampler>down|up)sample)\.(?P<leaf>.+)$"
 )
 COMFY_PART = re.compile(r"(?P<side>encoder|decoder)\.(?P<part>mid\.block_[12]|mid\.attn_1|norm_out)\.(?P<leaf>.+)$")
 DIFFUSERS_PARTS = {

@@ -22,6 +22,7 @@ from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan
 from ...sampling.solver import StepInfo
 from ...system.atomic_files import write_file
+from ...system.bounded_json import read_json_object
 from ...video.growing_video import GrowingVideo, Grows
 from ...video.tags import Tags
 from . import host
@@ -150,11 +151,11 @@ def _film_path(folder: Path, prefix: str) -> Path:
 def _noted_place(note: Path, prefix: str) -> Path | None:
     """The file that the note names for this prefix, if it is a video in ComfyUI's output folder: it may be edited."""
     try:
-        place = json.loads(note.read_bytes()[:MAX_NOTE_BYTES])
+        place = read_json_object(note, MAX_NOTE_BYTES)
         path = Path(place["path"])
         inside = path.resolve().is_relative_to(host.output_folder("").resolve())
         return path if place["prefix"] == prefix and path.suffix == ".mp4" and inside else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

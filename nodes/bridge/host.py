@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
+import comfyui_version
 import folder_paths
 import latent_preview
 import torch
@@ -121,6 +122,16 @@ def temporary_folder() -> Path:
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def models_folder() -> Path:
+    """The folder of ComfyUI's models."""
+    return Path(folder_paths.models_dir)
+
+
+def about_comfyui() -> tuple[str, dict[str, Any]]:
+    """Its version ("" where it does not say) and the values of its command line by name."""
+    return str(getattr(comfyui_version, "__version__", "")), dict(vars(args))
 
 
 # --- devices and memory ----------------------------------------------------------------------------------

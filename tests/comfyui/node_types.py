@@ -153,6 +153,7 @@ NODE_TYPES: dict[str, NodeType] = {
         extra_width=160,
         extra_height=480,
     ),
+    "LowVRAMDoctor": _kind("", {"read_disk": False, "save_report": False}, "report:STRING", extra_height=440),
     "LowVRAMDecodeVideo": _kind(
         "samples:LATENT vae:VAE", {"tile_size": 0, "temporal_chunk": 0, "keep_latent": True}, "IMAGE"
     ),

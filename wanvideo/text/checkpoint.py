@@ -12,6 +12,7 @@ from torch import nn
 
 from ...runtime.layer_reading import LayerReader, TokenTable, without_table
 from ...weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from ...weights.files.dimensions import Dimensions, check_sizes
 from ...weights.files.kinds import file_kind
 from ...weights.files.open import open_checkpoint
 from ...weights.linear.adopt import adopt_tensors
@@ -19,7 +20,7 @@ from ...weights.linear.dialects import plain_dialect, with_plain_parts
 from ...weights.linear.fitting import fit_tensors
 from .encoder import TextEncoder, UMT5Config, UMT5Encoder
 from .gguf import gguf_names, gguf_spiece
-from .tokenizer import Tokenizer
+from .tokenizer import MOST_BYTES, Tokenizer
 
 TOKENIZER = "spiece_model"  # the tensor that holds a spiece.model
 WANTED = "expected a umt5-xxl encoder for Wan"
@@ -196,9 +197,8 @@ def _from_official(name: str) -> str:
 def infer_config(checkpoint: Checkpoint) -> UMT5Config:
     """Every dimension from names and shapes. Raises CheckpointError for another kind of T5."""
     block = "encoder.block.0."
-    num_layers = 1 + max(
-        int(match[1]) for name in checkpoint.tensors if (match := re.match(r"encoder\.block\.(\d+)\.", name))
-    )
+    check_sizes(checkpoint)
+    num_layers = Dimensions(checkpoint, TITLE).num_blocks("encoder.block")
     if block + "layer.1.DenseReluDense.wi.weight" in checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.path}: this is a T5 v1.0 encoder (ungated); {WANTED}; {ADVICE}")
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -269,7 +269,9 @@ def open_tokenizer(
 
 
 def _bytes(checkpoint: Checkpoint, info: TensorInfo) -> bytes:
-    return checkpoint.read(info.name).view(torch.uint8).numpy().tobytes()
+    if info.nbytes > MOST_BYTES:
+        raise ValueError(f"it has {info.nbytes:,} bytes; expected at most {MOST_BYTES:,}")
+    return checkpoint.read(info.name).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _tokenizer_places(path: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...system.plain_text import shown
 from ...weights.files.gguf_header import read_gguf_header
 
 # llama.cpp's name -> ours, both without the suffix. Source: `gguf.constants`, architecture T5ENCODER.
@@ -59,10 +60,23 @@ def gguf_spiece(path: Path) -> bytes | None:
     if TOKENS not in fields:
         return None
     kind = fields.get("tokenizer.ggml.model")
-    lists = [fields.get(key) for key in (TOKENS, SCORES, TYPES)]
-    if kind != "t5" or any(not isinstance(each, list) or len(each) != len(fields[TOKENS]) for each in lists):
-        raise ValueError(f"its tokenizer is of kind {kind!r}; expected 't5' with tokens, scores and types")
+    if kind != "t5" or not _are_lists(fields):
+        raise ValueError(f"its tokenizer is of kind {shown(kind)}; expected 't5' with tokens, scores and types")
     return _model_proto(fields)
+
+
+def _are_lists(fields: Mapping[str, Any]) -> bool:
+    """Whether texts, numbers and kinds of the tokens are lists of such, as long as each other, and the map is one."""
+    allowed = ((TOKENS, str), (SCORES, float), (TYPES, int))
+    lists = [fields.get(key) for key, _ in allowed]
+    if not all(isinstance(each, list) and len(each) == len(lists[0] or ()) for each in lists):
+        return False
+    if not all(type(item) is kind for (key, kind) in allowed for item in fields[key]):
+        return False
+    charsmap = fields.get(CHARSMAP, [])
+    if not isinstance(charsmap, list) or not all(type(item) is int for item in charsmap):
+        return False
+    return all(abs(item) < 1e30 for item in fields[SCORES]) and all(0 <= item < 2**31 for item in fields[TYPES])
 
 
 def _model_proto(fields: Mapping[str, Any]) -> bytes:
@@ -79,12 +93,12 @@ def _model_proto(fields: Mapping[str, Any]) -> bytes:
     trainer = _number(3, 1) + _number(4, num) + _number(35, BYTE in types[:num])  # a unigram model
     for key, number in (("unknown", 40), ("bos", 41), ("eos", 42), ("padding", 43)):
         token_id = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(token_id, int) and token_id < num:
+        if type(token_id) is int and 0 <= token_id < num:
             trainer += _number(number, token_id) + _text(number + 5, tokens[token_id])
     charsmap = bytes(byte & 0xFF for byte in fields.get(CHARSMAP, []))
     normalizer = _message(2, charsmap)
-    normalizer += _number(3, fields.get("tokenizer.ggml.add_space_prefix", True))
-    normalizer += _number(4, fields.get("tokenizer.ggml.remove_extra_whitespaces", True))
+    for key, number in (("add_space_prefix", 3), ("remove_extra_whitespaces", 4)):
+        normalizer += _number(number, fields.get(f"tokenizer.ggml.{key}", True) not in (False, 0))
     return b"".join(parts) + _message(2, trainer) + _message(3, normalizer)
 
 

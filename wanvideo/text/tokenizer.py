@@ -11,6 +11,10 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from ...system.regular_files import read_regular
+
+MOST_BYTES = 1 << 26  # of a spiece.model; umt5's has 4.5 MB
+
 
 class Tokenizer:
     """Turns prompts into token ids `[B, num_tokens]`.
@@ -48,7 +52,7 @@ class Tokenizer:
         """Read a `spiece.model`. ValueError if it is another kind of file."""
         # Read here, because sentencepiece itself cannot open non-ASCII paths on Windows.
         try:
-            return cls.from_bytes(Path(path).read_bytes(), num_tokens)
+            return cls.from_bytes(read_regular(Path(path), MOST_BYTES), num_tokens)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -15,7 +15,7 @@ from .model import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
 # --- dimensions ------------------------------------------------------------------------------------------
 
 ENCODER_LAYER = re.compile(
-    r"encoder\.downsamples\.(?P<outer>\d+)\.(?:downsamples\.(?P<inner>\d+)\.)?"
+    r"encoder\.downsamples\.(?P<outer>[0-9]{1,4})\.(?:downsamples\.(?P<inner>[0-9]{1,4})\.)?"
     r"(?P<part>residual\.2|resample\.1|time_conv)\.weight$"
 )
 
@@ -89,8 +89,8 @@ def read_encoder_stages(shapes: Shapes) -> tuple[list[int], tuple[bool, ...], in
 # --- layouts ---------------------------------------------------------------------------------------------
 
 DIFFUSERS_LAYER = re.compile(
-    r"(?P<side>encoder\.down|decoder\.up)_blocks\.(?P<stage>\d+)\."
-    r"(?:resnets\.(?P<block>\d+)\.|(?P<resampler>(?:down|up)samplers?)\.(?:0\.)?)?(?P<leaf>.+)$"
+    r"(?P<side>encoder\.down|decoder\.up)_blocks\.(?P<stage>[0-9]{1,4})\."
+    r"(?:resnets\.(?P<block>[0-9]{1,4})\.|(?P<resampler>(?:down|up)samplers?)\.(?:0\.)?)?(?P<leaf>.+)$"
 )
 DIFFUSERS_PART = re.compile(
     r"(?P<side>(?:encoder|decoder)\.)?(?P<part>\w+conv|conv_in|conv_out|norm_out|mid_block\.\w+\.\d)\.(?P<leaf>.+)$"

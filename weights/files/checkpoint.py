@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...system.direct_reads import PAGE, RawFile
 from ...system.host_memory import allocate_bytes
+from ...system.plain_text import LONGEST, printable
 
 DIRECT_BYTES = 2 << 20  # smaller tensors go through the page cache
 PIECE_BYTES = 4 << 20
@@ -34,6 +35,9 @@ class CheckpointError(ValueError):
     """A file that cannot be used: names the file, what it is, what was expected and what to do."""
 
     __module__ = "lowvram_video"  # what ComfyUI shows of it, instead of the folder that the pack is in
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -170,5 +174,5 @@ def unreadable(path: Path, error: OSError) -> str:
 
 def some_names(names: Sequence[str], noun: str) -> str:
     """Count and first few: "12 tensors (a, b, c, …)"."""
-    first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    first = ", ".join(printable(name)[:LONGEST] for name in names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({first})"

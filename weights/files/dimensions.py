@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from ...system.plain_text import short
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 
 # Of ComfyUI, of diffusers' pipelines, of DiffSynth's training; what data-parallel and compiled models are saved with.
@@ -14,6 +15,13 @@ PREFIXES = (
     "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "pipe.dit.", "dit.", "module.",
     "_orig_mod.", "",
 )  # fmt: skip
+
+MOST_DIGITS = 6  # of a number that a file states
+
+
+def stated_number(text: str) -> int | None:
+    """A whole number of few digits that a file states in a text; None for any other text."""
+    return int(text) if re.fullmatch(rf"[0-9]{{1,{MOST_DIGITS}}}", text.strip()) else None
 
 
 def model_prefix(names: Iterable[str], roots: tuple[str, ...]) -> str | None:
@@ -53,6 +61,21 @@ def _with_kernel(info: TensorInfo, dim: int, kernel: tuple[int, ...]) -> TensorI
     return replace(info, logical_shape=whole) if info.quant else replace(info, shape=whole)
 
 
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """CheckpointError where a tensor has a dimension of nothing: what follows from it would be none either."""
+    for info in checkpoint.tensors.values():
+        _check_size(checkpoint, info)
+
+
+def _check_size(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    shape = info.logical_shape or info.shape
+    if 0 in shape:
+        raise CheckpointError(
+            f"{checkpoint.path}: {short(info.name)} has shape {list(shape)}, which holds nothing; expected a size in "
+            "each dimension; the file is damaged: download it again"
+        )
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """The shapes of a checkpoint under a model's own names; `title` is the model with its article, for messages."""
@@ -64,7 +87,7 @@ class Dimensions:
         return name in self.checkpoint.tensors
 
     def shape(self, name: str, num_dims: int) -> tuple[int, ...]:
-        """A tensor's shape, unpacked; CheckpointError where it lacks or has another number of dimensions."""
+        """A tensor's shape, unpacked, of nothing that is 0; CheckpointError where it lacks or is another."""
         info = self.checkpoint.tensors.get(name)
         if info is None:
             raise CheckpointError(
@@ -77,16 +100,23 @@ class Dimensions:
                 f"{self.checkpoint.path}: {name} has shape {list(shape)}; expected {num_dims} dimensions; "
                 f"it is not {self.title}'s: choose another file"
             )
+        _check_size(self.checkpoint, info)
         return shape
 
     def num_blocks(self, stem: str) -> int:
         """How many numbers follow `stem` at the start of names; CheckpointError for none, or a gap between them."""
-        pattern = re.compile(rf"{re.escape(stem)}\.(\d+)\.")
-        blocks = {int(match[1]) for name in self.checkpoint.tensors if (match := pattern.match(name))}
+        pattern = re.compile(rf"{re.escape(stem)}\.([0-9]+)\.")
+        found = {match[1] for name in self.checkpoint.tensors if (match := pattern.match(name))}
+        blocks = {int(number) for number in found if len(number) <= MOST_DIGITS}
         if not blocks:
             raise CheckpointError(
                 f"{self.checkpoint.path}: {self.title} without {stem}.0; expected at least that block; "
                 "the file is incomplete: download it again"
+            )
+        if odd := sorted(found - set(map(str, blocks))):  # 007, or of thousands of digits
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {self.title} with the block {stem}.{short(odd[0])}; expected them numbered "
+                "from 0; the file is damaged: download it again"
             )
         absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
         if absent < len(blocks):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from .checkpoint import Checkpoint, CheckpointError, TensorInfo, truncated
+from ...system.plain_text import short, shown
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo, damaged, truncated, unreadable
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 
 
@@ -46,34 +47,44 @@ def open_gguf(path: Path) -> Checkpoint:
     Packed tensors are uint8 `[*rows, bytes per row]` with their type as `quant`; metadata is that of the file, as text.
     """
     header = read_gguf_header(path)
-    if header.fields.get("split.count", 1) not in (0, 1):
+    num_parts = header.fields.get("split.count", 1)
+    if num_parts not in (0, 1):
         raise CheckpointError(
-            f"{path}: one of {header.fields['split.count']} parts of a split GGUF file; expected the model in one "
+            f"{path}: one of {shown(num_parts)} parts of a split GGUF file; expected the model in one "
             "file; join the parts with llama.cpp's `gguf-split --merge`, or download a single-file release"
         )
     tensors: dict[str, TensorInfo] = {}
     for tensor in header.tensors:
         if tensor.name in tensors:
-            raise CheckpointError(
-                f"{path}: a damaged file: it holds {tensor.name} twice; expected once; download it again"
-            )
+            raise CheckpointError(damaged(path, f"it holds {short(tensor.name)} twice"))
         tensors[tensor.name] = _tensor_info(path, header, tensor)
-    end = max((info.offset + info.nbytes for info in tensors.values()), default=0)
-    size = path.stat().st_size
-    if end > size:
-        raise CheckpointError(truncated(path, "GGUF", f"{end:,}", size))
+    _check_places(path, tensors.values())
     metadata = {key: str(value) for key, value in header.fields.items() if not key.startswith(ORIGINAL_SHAPE)}
     return Checkpoint(path, tensors, metadata)
+
+
+def _check_places(path: Path, tensors: Iterable[TensorInfo]) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(unreadable(path, error)) from error
+    position, before = 0, ""
+    for info in sorted(tensors, key=lambda info: (info.offset, info.nbytes)):
+        if info.offset < position:
+            raise CheckpointError(damaged(path, f"the bytes of {before} and {short(info.name)} overlap"))
+        position, before = info.offset + info.nbytes, short(info.name)
+    if position > size:
+        raise CheckpointError(truncated(path, "GGUF", f"{position:,}", size))
 
 
 def _tensor_info(path: Path, header: GgufHeader, tensor: GgufTensor) -> TensorInfo:
     quant = _type_name(tensor.type_number)
     stated = header.fields.get(ORIGINAL_SHAPE + tensor.name, tensor.shape)
     shape = tuple(stated) if isinstance(stated, list | tuple) else ()
-    if not all(isinstance(size, int) and size > 0 for size in shape) or math.prod(shape) != math.prod(tensor.shape):
+    if not all(type(size) is int and 0 < size < 2**63 for size in shape) or math.prod(shape) != math.prod(tensor.shape):
         raise CheckpointError(
-            f"{path}: a damaged file: {tensor.name} is stored as {list(tensor.shape)}; expected a shape of as many "
-            f"elements as {stated}, which is given as its original one; download it again"
+            f"{path}: a damaged file: {short(tensor.name)} is stored as {list(tensor.shape)}; expected a shape of as "
+            f"many elements as {shown(stated)}, which is given as its original one; download it again"
         )
     if quant in PLAIN_TYPES:
         dtype = PLAIN_TYPES[quant]
@@ -81,16 +92,16 @@ def _tensor_info(path: Path, header: GgufHeader, tensor: GgufTensor) -> TensorIn
     block = PACKED_TYPES.get(quant)
     if block is None:
         raise CheckpointError(
-            f"{path}: {tensor.name} is stored as {quant}; expected one of {', '.join([*PLAIN_TYPES, *PACKED_TYPES])}; "
-            "choose another release of the model, such as Q4_K_M or Q8_0"
+            f"{path}: {short(tensor.name)} is stored as {quant}; expected one of "
+            f"{', '.join([*PLAIN_TYPES, *PACKED_TYPES])}; choose another release of the model, such as Q4_K_M or Q8_0"
         )
     rows = shape
     if shape and shape[-1] % block.elements:  # packed in rows of other lengths, such as 256 columns
         rows = tensor.shape
     if not rows or rows[-1] % block.elements:
         raise CheckpointError(
-            f"{path}: {tensor.name} is {list(shape)} in {quant}; expected rows of a multiple of {block.elements} "
-            "elements; choose another release of the model, such as Q8_0"
+            f"{path}: {short(tensor.name)} is {list(shape)} in {quant}; expected rows of a multiple of "
+            f"{block.elements} elements; choose another release of the model, such as Q8_0"
         )
     stored = (*rows[:-1], rows[-1] // block.elements * block.nbytes)
     return TensorInfo(tensor.name, torch.uint8, stored, path, tensor.offset, math.prod(stored), quant, shape)

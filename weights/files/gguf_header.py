@@ -1,23 +1,35 @@
 """The header of a GGUF file: metadata fields and where each tensor lies.
 
 Source of the format: ggml-org/ggml `docs/gguf.md`. The `gguf` package's GGUFReader does the same, but takes 8 s for a
-UMT5 file, whose metadata lists 256,384 tokens; this walks over such lists in a fraction of a second.
+UMT5 file, whose metadata lists 256,384 tokens; this walks over such lists in a fraction of a second. Counts and lengths
+are held against the file's size and against bounds that no model comes near, before anything is read by them.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...system.plain_text import short, shown
+from ...system.regular_files import open_regular
 from .checkpoint import IMPOSTORS, CheckpointError, unreadable
 
 MAGIC = b"GGUF"
 ALIGNMENT_KEY = "general.alignment"
 SHORT_LIST = 16  # elements; longer lists are kept only where asked for by name
 MAX_DIMS = 8
+
+MOST_HEADER_BYTES = 100_000_000
+MOST_ENTRIES = 1 << 16  # of fields, and of tensors
+MOST_NAME_BYTES = 1 << 16
+MOST_TEXT_BYTES = 1 << 24
+MOST_TEXTS = 1 << 20  # in all lists together: vocabularies and merges are half a million at most
+MOST_KEPT = 1 << 19  # elements of a list that is wanted
+FIELD_BYTES, TENSOR_BYTES, TEXT_BYTES = 13, 13, 8  # the least that each takes
 
 # Value types of metadata by number; 8 is a string and 9 a list.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -43,7 +55,7 @@ class GgufHeader:
 def read_gguf_header(path: Path, long_lists: Collection[str] = ()) -> GgufHeader:
     """Read a header. `long_lists` names the fields whose long lists are wanted too. Raises CheckpointError."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return _read(_Cursor(path, file), long_lists)
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from error
@@ -52,19 +64,30 @@ def read_gguf_header(path: Path, long_lists: Collection[str] = ()) -> GgufHeader
 def _read(cursor: _Cursor, long_lists: Collection[str]) -> GgufHeader:
     _check_start(cursor)
     num_tensors, num_fields = cursor.number("Q"), cursor.number("Q")
-    fields: dict[str, Any] = {}
-    for _ in range(num_fields):
-        key = cursor.string()
-        value = cursor.value(cursor.number("I"), key in long_lists)
-        if value is not None:
-            fields[key] = value
+    cursor.check_count(num_tensors, TENSOR_BYTES, MOST_ENTRIES, "tensors")
+    cursor.check_count(num_fields, FIELD_BYTES, MOST_ENTRIES, "metadata fields")
+    fields = _fields(cursor, num_fields, long_lists)
     entries = [_tensor_entry(cursor) for _ in range(num_tensors)]
     alignment = fields.get(ALIGNMENT_KEY, 32)
-    if not isinstance(alignment, int) or alignment <= 0:
-        raise cursor.damaged(f"its alignment is {alignment!r}")
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise cursor.damaged(f"its alignment is {shown(alignment)}, which is no power of 2")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = tuple(GgufTensor(name, shape, number, data_start + at) for name, shape, number, at in entries)
     return GgufHeader(fields, tensors)
+
+
+def _fields(cursor: _Cursor, count: int, long_lists: Collection[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    seen: set[str] = set()
+    for _ in range(count):
+        key = cursor.string(MOST_NAME_BYTES)
+        if key in seen:
+            raise cursor.damaged(f"its metadata has {short(key)} twice")
+        seen.add(key)
+        value = cursor.value(cursor.number("I"), key in long_lists)
+        if value is not None:
+            fields[key] = value
+    return fields
 
 
 def _check_start(cursor: _Cursor) -> None:
@@ -89,10 +112,10 @@ def _check_start(cursor: _Cursor) -> None:
 
 
 def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.string()
+    name = cursor.string(MOST_NAME_BYTES)
     num_dims = cursor.number("I")
     if num_dims > MAX_DIMS:
-        raise cursor.damaged(f"{name} has {num_dims} dimensions")
+        raise cursor.damaged(f"{short(name)} has {num_dims} dimensions")
     dims = [cursor.number("Q") for _ in range(num_dims)]
     return name, tuple(reversed(dims)), cursor.number("I"), cursor.number("Q")
 
@@ -102,7 +125,8 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file, self.position = path, file, 0
-        self.size = path.stat().st_size
+        self.size = os.fstat(file.fileno()).st_size
+        self._num_texts = 0  # in lists
 
     def read(self, num: int) -> bytes:
         self._check(num)
@@ -117,9 +141,12 @@ class _Cursor:
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))[0]
 
-    def string(self) -> str:
-        raw = self.read(self.number("Q"))
-        return raw.decode("utf-8", errors="replace")
+    def string(self, most_bytes: int = MOST_TEXT_BYTES) -> str:
+        num = self.number("Q")
+        self._check(num)
+        if num > most_bytes:
+            raise self.damaged(f"a text of {num:,} bytes in its header, the most is {most_bytes:,}")
+        return self.read(num).decode("utf-8", errors="replace")
 
     def value(self, kind: int, whole: bool) -> Any:
         """A metadata value; None for a long list that is not wanted."""
@@ -131,18 +158,27 @@ class _Cursor:
             raise self.damaged(f"a metadata value is of the unknown type {kind}")
         element, count = self.number("I"), self.number("Q")
         keep = whole or count <= SHORT_LIST
+        most = MOST_KEPT if keep else MOST_HEADER_BYTES
         if element in SCALARS:
-            num_bytes = count * struct.calcsize("<" + SCALARS[element])
-            if not keep:
-                return self.skip(num_bytes)
-            return list(struct.unpack(f"<{count}{SCALARS[element]}", self.read(num_bytes)))
+            code = SCALARS[element]
+            self.check_count(count, struct.calcsize("<" + code), most, "elements of a list")
+            num_bytes = count * struct.calcsize("<" + code)
+            return list(struct.unpack(f"<{count}{code}", self.read(num_bytes))) if keep else self.skip(num_bytes)
         if element != STRING:
             raise self.damaged(f"a metadata list is of the unknown type {element}")
-        if not keep:
-            for _ in range(count):
-                self.skip(self.number("Q"))
-            return None
-        return [self.string() for _ in range(count)]
+        self.check_count(count, TEXT_BYTES, min(most, MOST_TEXTS - self._num_texts), "texts of a list")
+        self._num_texts += count
+        if keep:
+            return [self.string() for _ in range(count)]
+        for _ in range(count):
+            self.skip(self.number("Q"))
+        return None
+
+    def check_count(self, count: int, least_bytes: int, most: int, what: str) -> None:
+        """CheckpointError where so many cannot be in the rest of the file, or are more than any model has."""
+        self._check(count * least_bytes)
+        if count > most:
+            raise self.damaged(f"it states {count:,} {what}, the most is {most:,}")
 
     def damaged(self, detail: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: a damaged file: {detail}; expected a GGUF model; download it again")
@@ -153,3 +189,5 @@ class _Cursor:
                 f"{self.path}: a truncated GGUF file, {self.size:,} bytes, ends within its header; expected more than "
                 f"{self.position + num:,}; the download or copy was cut short: download it again"
             )
+        if self.position + num > MOST_HEADER_BYTES:
+            raise self.damaged(f"its header has more than {MOST_HEADER_BYTES:,} bytes")

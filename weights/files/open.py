@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ...system.regular_files import is_there
 from .checkpoint import Checkpoint, CheckpointError
 from .gguf import open_gguf
 from .safetensors import model_in_folder, open_index, open_safetensors
@@ -17,9 +19,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     `x.safetensors.index.json`, or a folder that holds one of these. Raises CheckpointError.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = model_in_folder(path)
-    if not path.exists():
+    if not is_there(path):
         raise CheckpointError(f"{path}: no such file; expected a .safetensors model; check the name and folder")
     opener = OPENERS.get(path.suffix.lower())
     if opener is None:

@@ -8,7 +8,6 @@ musubi-tuner, DeepSeek-V3.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ...system.bounded_json import JsonError, parse_json
+from ...system.plain_text import shown
 from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .block_scaled import BLOCK_SCALED, is_block_scaled
 from .fp8 import FP8, FP8_FULL_PRECISION
@@ -25,6 +26,7 @@ from .kitchen import KITCHEN_QUANTS, kitchen_quant_name
 
 HEADER_KEY = "_quantization_metadata"  # in a file's metadata: {"layers": {layer: what comfy_quant holds}}
 MARKER = "comfy_quant"  # beside a weight: uint8, the text of a JSON object with a "format"
+MOST_MARKER_BYTES = 1 << 16
 OLD_MARKER = "scaled_fp8"  # one per model; its dtype is that of the weights
 
 # The last parts of a name -> what it becomes; None is dropped.
@@ -150,7 +152,11 @@ def _markers(checkpoint: Checkpoint, names: Mapping[str, str | None]) -> dict[st
     for name in checkpoint.tensors:
         layer, _, leaf = name.rpartition(".")
         if leaf == MARKER:
-            text = bytes(checkpoint.read(name).tolist()).decode("utf-8", "replace")
+            info = checkpoint.tensors[name]
+            if info.dtype != torch.uint8 or info.nbytes > MOST_MARKER_BYTES:
+                given = f"it is {info.dtype} of {info.nbytes:,} bytes"
+                raise CheckpointError(_unreadable(checkpoint, name, f"{given}, a text of bytes is short"))
+            text = checkpoint.read(name).reshape(-1).numpy().tobytes().decode("utf-8", "replace")
             markers[layer] = _marker(checkpoint, layer, _json(checkpoint, name, text))
     return markers
 
@@ -167,7 +173,8 @@ def _marker(checkpoint: Checkpoint, layer: str, fields: Any) -> LayerMarker:
             group=int(fields.get("group_size", 16)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(_unreadable(checkpoint, layer, f"{fields!r} lacks a format or has odd sizes")) from error
+        why = f"{shown(fields)} lacks a format or has odd sizes"
+        raise CheckpointError(_unreadable(checkpoint, layer, why)) from error
 
 
 def _old_marker_asks_full_precision(checkpoint: Checkpoint) -> bool:
@@ -208,13 +215,13 @@ def _marked(checkpoint: Checkpoint, info: TensorInfo, marker: LayerMarker, scale
     if quant is None:
         known = ", ".join(("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", *KITCHEN_QUANTS))
         raise CheckpointError(
-            f"{checkpoint.path}: {info.name} is stored as {marker.format!r}, which is not known; expected one of "
+            f"{checkpoint.path}: {info.name} is stored as {shown(marker.format)}, which is not known; expected one of "
             f"{known}; choose the fp8 scaled or a GGUF version of the model"
         )
     if len(info.shape) != 2:
         raise CheckpointError(
-            f"{checkpoint.path}: {info.name} {list(info.shape)} is stored as {marker.format!r}; expected a matrix; "
-            "choose the fp8 scaled or a GGUF version of the model"
+            f"{checkpoint.path}: {info.name} {list(info.shape)} is stored as {shown(marker.format)}; expected a "
+            "matrix; choose the fp8 scaled or a GGUF version of the model"
         )
     rows, columns = info.shape
     shape = (rows, 2 * columns if quant.halved else columns)
@@ -247,9 +254,9 @@ def _rotation(checkpoint: Checkpoint, info: TensorInfo, marker: LayerMarker, col
 
 def _json(checkpoint: Checkpoint, name: str, text: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(_unreadable(checkpoint, name, f"it is no JSON ({error})")) from error
+        fields = parse_json(text)
+    except JsonError as error:
+        raise CheckpointError(_unreadable(checkpoint, name, f"it is {error}")) from error
     if not isinstance(fields, dict):
         raise CheckpointError(_unreadable(checkpoint, name, "it is no JSON object"))
     return fields

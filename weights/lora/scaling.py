@@ -8,7 +8,6 @@ huggingface/peft (`peft/tuners/lora/config.py`, `get_pattern_key` of `peft/utils
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...system.bounded_json import JsonError, parse_json, read_json_object
+from ...system.plain_text import short
 from ..files.checkpoint import Checkpoint, CheckpointError
 
 HEADER_KEYS = ("lora_adapter_metadata", "lora_config")
@@ -24,6 +25,12 @@ FILE_NAME, ADAPTER_NAME = "adapter_config.json", "adapter_model"
 COMPONENTS = ("transformer.", "transformer_2.", "unet.")
 # Initial weights that PEFT takes out of the model, which the file alone does not tell.
 CHANGES_MODEL = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+MOST_BYTES = 1 << 24
+MOST_PATTERN = 256  # characters of a pattern, and of a name that one is tried on
+REPEATS = re.compile(r"(?:\.|\\[dw]|\[[\w-]+\])[*+]")
+PLAIN_PATTERN = re.compile(
+    r"\^?(?:(?:\.|\\[dw]|\[[\w-]+\])[*+]|[\w-]|\.|\\[.dw-]|\[[\w-]+\]|\((?:\?:)?(?:[\w.|-]|\\[.dw-])+\))+\$?"
+)
 CONVERTING = "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 
 
@@ -50,7 +57,7 @@ class Scaling:
             )
         if alpha is None:
             return 1.0
-        rank = rank or int(stated or 1)
+        rank = rank or max(1, int(stated or 1))
         return alpha / (rank**0.5 if self.by_root else rank)
 
     @property
@@ -71,23 +78,38 @@ def read_scaling(checkpoint: Checkpoint) -> Scaling | None:
     path = checkpoint.path
     for key in HEADER_KEYS:
         if key in checkpoint.metadata:
-            return _scaling(path, f"its header's {key}", checkpoint.metadata[key])
+            return _scaling(path, f"its header's {key}", _parsed(path, key, checkpoint.metadata[key]))
     if "lora_alpha" in checkpoint.metadata:
-        return _scaling(path, "its header", json.dumps(dict(checkpoint.metadata)))
-    beside = path.with_name(FILE_NAME)
-    if not beside.is_file() or not _belongs(path):
+        return _scaling(path, "its header", checkpoint.metadata)
+    beside = configuration_of(path)
+    if beside is None:
         return None
-    return _scaling(path, FILE_NAME, beside.read_bytes())
-
-
-def _belongs(path: Path) -> bool:
-    """Whether the configuration in its folder is a LoRA's: where PEFT's own file is there too, it is that one's."""
-    return path.name.startswith(ADAPTER_NAME) or not any(path.parent.glob(f"{ADAPTER_NAME}*.safetensors"))
-
-
-def _scaling(path: Path, source: str, text: str | bytes) -> Scaling:
     try:
-        stated = _of_component(json.loads(text))
+        return _scaling(path, FILE_NAME, read_json_object(beside, MOST_BYTES, finite=False))
+    except (OSError, JsonError) as error:
+        raise _unreadable(path, FILE_NAME, error) from error
+
+
+def configuration_of(path: Path) -> Path | None:
+    """PEFT's configuration beside a LoRA, if it is its own: where PEFT's own file is there too, it is that one's."""
+    beside = path.with_name(FILE_NAME)
+    own = path.name.startswith(ADAPTER_NAME) or not any(path.parent.glob(f"{ADAPTER_NAME}*.safetensors"))
+    return beside if own and beside.is_file() else None
+
+
+def _parsed(path: Path, key: str, text: str) -> Mapping[str, Any]:
+    try:
+        stated = parse_json(text, MOST_BYTES, finite=False)
+        if not isinstance(stated, dict):
+            raise JsonError("no JSON object")
+    except JsonError as error:
+        raise _unreadable(path, f"its header's {key}", error) from error
+    return stated
+
+
+def _scaling(path: Path, source: str, config: Mapping[str, Any]) -> Scaling:
+    try:
+        stated = _of_component(config)
         init = str(stated.get("init_lora_weights", ""))
         alpha, rank = _first(stated, "lora_alpha", "alpha"), _first(stated, "r", "rank")
         scaling = Scaling(
@@ -100,16 +122,21 @@ def _scaling(path: Path, source: str, text: str | bytes) -> Scaling:
             str(stated.get("use_rslora")).lower() == "true",
         )
     except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
-        raise CheckpointError(
-            f"{path}: {source} cannot be read ({error}); expected PEFT's configuration as JSON, by which it is scaled; "
-            "download it again, or remove it if the file's own keys have alphas"
-        ) from error
+        raise _unreadable(path, source, error) from error
     if CHANGES_MODEL.search(init):
         raise CheckpointError(
             f"{path}: a LoRA that began as {init}, which takes its first weights out of the model; expected one for "
             f"the model as it is published; convert it with PEFT: {CONVERTING}"
         )
     return scaling
+
+
+def _unreadable(path: Path, source: str, error: Exception) -> CheckpointError:
+    why = getattr(error, "strerror", None) or error
+    return CheckpointError(
+        f"{path}: {source} cannot be read ({why}); expected PEFT's configuration as JSON, by which it is scaled; "
+        "download it again, or remove it if the file's own keys have alphas"
+    )
 
 
 def _of_component(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -127,7 +154,21 @@ def _first(config: Mapping[str, Any], *keys: str) -> Any:
 
 def _patterns(config: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], float]]:
     """PEFT's rule: a key is a regular expression of the last parts of a name."""
-    return [(re.compile(rf"(.*\.)?({key})"), _finite(value)) for key, value in (config or {}).items()]
+    return [(re.compile(rf"(.*\.)?({plain_pattern(key)})"), _finite(value)) for key, value in (config or {}).items()]
+
+
+def plain_pattern(key: str) -> str:
+    """A key that is a plain regular expression: names, groups of names, and two repeats of any characters at most.
+
+    Others may take longer than anybody waits, however short the name they are tried on; ValueError for them.
+    """
+    repeats, groups = len(REPEATS.findall(key)), key.count("(")
+    if len(key) > MOST_PATTERN or not PLAIN_PATTERN.fullmatch(key) or repeats > 2 or groups > 2:
+        raise ValueError(
+            f"{short(key, 80)} is no pattern of layers that is read here: names with dots, and at most two of .* and "
+            "of (a|b)"
+        )
+    return key
 
 
 def _finite(value: Any) -> float:
@@ -139,4 +180,6 @@ def _finite(value: Any) -> float:
 
 
 def _by_pattern(patterns: Sequence[tuple[re.Pattern[str], float]], module: str, default: float | None) -> float | None:
+    if len(module) > MOST_PATTERN:
+        return default
     return next((value for pattern, value in patterns if pattern.fullmatch(module)), default)

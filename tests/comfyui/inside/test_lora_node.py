@@ -13,6 +13,7 @@ import torch
 from lowvram_pack.nodes.loaders import LoadFramePackModel
 from lowvram_pack.nodes.lora import LoadLora
 from lowvram_pack.weights.files.checkpoint import Checkpoint
+from lowvram_pack.weights.lora.fingerprint import lora_fingerprint
 from safetensors.torch import load_file, save_file
 from test_framepack import CONFIG, randn, run
 from test_framepack import save as save_framepack
@@ -235,3 +236,15 @@ def test_a_lora_that_widens_the_first_layer_is_named_before_the_run(models: Path
     )
     with pytest.raises(ValueError, match="patch_embedding"):
         sample(native(ours(base), "control.safetensors"), *prompts(), empty_latent())
+
+
+def test_a_configuration_beside_it_is_a_change(loras: Path) -> None:
+    folder = loras / "peft"
+    folder.mkdir()
+    save_file({"a.lora_A.weight": torch.ones(2, 2), "a.lora_B.weight": torch.ones(2, 2)}, folder / "l.safetensors")
+    name = str(Path("peft") / "l.safetensors")
+    stamps = [LoadLora.fingerprint_inputs(name, 1.0)]
+    for alpha in (8, 16):
+        (folder / "adapter_config.json").write_text(f'{{"r": 2, "lora_alpha": {alpha}}}')
+        stamps.append(LoadLora.fingerprint_inputs(name, 1.0))
+    assert len(set(stamps)) == 3 and lora_fingerprint(folder / "l.safetensors") in stamps[-1]

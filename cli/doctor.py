@@ -1,0 +1,62 @@
+"""`lowvram-video doctor`: what of this machine works, and the command that mends what does not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ..doctor.bug_report import bug_report
+from ..doctor.examine import Examination
+from ..system.atomic_files import write_file
+from ..video.writer import check_writable
+from .progress import TerminalProgress
+
+CANNOT_GENERATE = 1
+REPORT_START = b'{\n "can_generate"'
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """The flags of `doctor`."""
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="write it there too for a bug report, without user names, home folders and prompts",
+    )  # fmt: skip
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="of model files: how fast its disk is read")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(command=doctor)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Try everything and print it; the exit status is 1 where nothing can be generated before something is mended."""
+    report: Path | None = options.report
+    if report is not None:
+        check_writable(report)
+        if report.exists() and not _is_report(report):
+            raise ValueError(f"{report} is no report of doctor's, and is not replaced by one: choose another name")
+    if options.models is not None and not options.models.exists():
+        raise ValueError(f"{options.models}: no such folder; expected the folder with your models, such as models/")
+    findings = Examination(_device(options.device), options.models).run(TerminalProgress(sys.stderr))
+    if report is not None:
+        write_file(report, bug_report(findings).encode() + b"\n")
+    print(findings.to_json() if options.json else findings.text(sys.stdout.encoding or "ascii"))
+    return 0 if findings.can_generate else CANNOT_GENERATE
+
+
+def _device(name: str) -> torch.device:
+    """The device by name, whatever is wrong with it: that is what is asked."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device; expected cuda, cuda:1 or cpu") from error
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(REPORT_START)) == REPORT_START
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""What of this machine works, tried rather than asked, and the command that mends what does not."""
