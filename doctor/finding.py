@@ -56,7 +56,7 @@ class Findings:
             return f"Nothing can be generated here before this works: {', '.join(stopping)}."
         others = [line.name for line in self.lines if line.state == "bad"]
         if others:
-            return f"Videos can be generated. It would be faster or leaner with: {', '.join(others)}."
+            return f"Videos can be generated; what could be better: {', '.join(others)}."
         return "Videos can be generated, and everything that was tried works."
 
     def to_json(self, more: dict[str, Any] | None = None) -> str:

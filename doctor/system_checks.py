@@ -9,7 +9,7 @@ import torch
 from ..system.card_profile import driver_version
 from ..system.kernel_choice import brief
 from .finding import Finding
-from .fixes import PAGES, fix_headers, fix_torch, see
+from .fixes import PAGES, fix_headers, fix_torch
 from .installed import Installed, version_of
 
 PART = "System"
@@ -63,10 +63,10 @@ def _gpu(here: Installed, device: torch.device) -> Iterator[Finding]:
         yield Finding(PART, "GPU", "bad", text, fix_torch(here, "install torch for CUDA"))
     elif driver:
         text = f"the driver is for CUDA {driver}, and this torch for CUDA {here.cuda} sees no GPU with it"
-        yield Finding(PART, "driver", "bad", text, f"a newer driver, {see(PAGES['driver'])}")
+        yield Finding(PART, "driver", "bad", text, f"install a newer driver: {PAGES['driver']}")
     else:
         text = "no NVIDIA GPU is found: everything runs on the CPU, which takes hours for a few seconds of video"
-        fix = f"where there is one, its driver is missing, {see(PAGES['driver'])}"
+        fix = f"where there is one, install its driver: {PAGES['driver']}"
         yield Finding(PART, "GPU", "bad", text, fix)
 
 

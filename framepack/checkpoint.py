@@ -151,7 +151,7 @@ def infer_config(checkpoint: Checkpoint) -> FramePackConfig:
         num_single_layers=sizes.num_blocks("single_transformer_blocks"),
         num_refiner_layers=sizes.num_blocks("context_embedder.token_refiner.refiner_blocks"),
         in_channels=in_channels,
-        out_channels=sizes.shape("proj_out.weight", 2)[0] // math.prod(patch),
+        out_channels=sizes.parts("proj_out.weight", 2, math.prod(patch)),
         text_dim=sizes.shape("context_embedder.proj_in.weight", 2)[1],
         pooled_dim=sizes.shape("time_text_embed.text_embedder.linear_1.weight", 2)[1],
         image_dim=sizes.shape("image_projection.up.weight", 2)[1],

@@ -35,6 +35,7 @@ def with_tensor(path: Path, name: str, tensor: torch.Tensor) -> Path:
     ("name", "shape"),
     [
         ("head.head.weight", (0, 128)),
+        ("head.head.weight", (1, 128)),
         ("patch_embedding.weight", (128, 16, 0, 2, 2)),
         ("patch_embedding.weight", (0, 16, 1, 2, 2)),
         ("blocks.0.ffn.0.weight", (0, 128)),

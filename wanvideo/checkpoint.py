@@ -289,7 +289,7 @@ def infer_config(checkpoint: Checkpoint) -> WanConfig:
     dim, in_channels, *patch = sizes.shape("patch_embedding.weight", 5)
     image_dim = sizes.shape("img_emb.proj.0.weight", 1)[0] if sizes.has("img_emb.proj.0.weight") else 0
     positions = sizes.shape("img_emb.emb_pos", 3)[1] if sizes.has("img_emb.emb_pos") else 0
-    out_channels = sizes.shape("head.head.weight", 2)[0] // math.prod(patch)
+    out_channels = sizes.parts("head.head.weight", 2, math.prod(patch))
     return WanConfig(
         model_type=_model_type(sizes, in_channels, out_channels, image_dim, positions),
         dim=dim,

@@ -103,6 +103,16 @@ class Dimensions:
         _check_size(self.checkpoint, info)
         return shape
 
+    def parts(self, name: str, num_dims: int, size: int) -> int:
+        """How many parts of `size` a tensor's first dimension has; CheckpointError where it has not a whole one."""
+        shape = self.shape(name, num_dims)
+        if shape[0] < size:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name} has shape {list(shape)}; expected {size} rows or more; "
+                "the file mixes two models: download it again"
+            )
+        return shape[0] // size
+
     def num_blocks(self, stem: str) -> int:
         """How many numbers follow `stem` at the start of names; CheckpointError for none, or a gap between them."""
         pattern = re.compile(rf"{re.escape(stem)}\.([0-9]+)\.")
