@@ -1,4 +1,4 @@
-"""What a model asks of its attention, and what every way to compute it offers."""
+"""What a model asks of its attention, and what every way to compute it offers, dense or sparse."""
 
 from __future__ import annotations
 
@@ -27,30 +27,39 @@ class AttentionWorkspace:
     """What one call has on the device beside q, k, v and its output, in bytes.
 
     `per_query` for each element of q, `per_key` for each of k (and its twin of v), `per_row` for each row and head of
-    q.
+    q, `per_pair` for each row of q with each of k and head.
     """
 
     per_query: float = 0.0
     per_key: float = 0.0
     per_row: float = 4.0  # the sum of its exponentials, or its logarithm, in fp32
+    per_pair: float = 0.0
 
     def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
         """Of `heads` heads, `rows` rows of q and `keys` of k; of all samples together."""
         elements = head_dim * (self.per_query * rows + self.per_key * keys)
-        return int(heads * (elements + self.per_row * rows))
+        return int(heads * (elements + self.per_row * rows + self.per_pair * rows * keys))
 
 
 EXACT_WORKSPACE = AttentionWorkspace()
+
+# Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is
+# 2.2e-3; int8 QK is 1.4e-2 and int8 QK with fp8 PV 3.8e-2 (modelled in float32). Black, shifted or unscaled
+# results are at 1e-1 and beyond.
+EXACT_ERROR = 1e-2
+QUANTISED_ERROR = 5e-2
 
 
 class Backend(Protocol):
     """One way to compute softmax(q kᵀ / √D) v; `exact` means nothing is quantised.
 
+    `error` is the largest relative error on normal random numbers that it may have and still count as right.
     `workspace` is known once `refuse` returned None.
     """
 
     name: str
     exact: bool
+    error: float
 
     @property
     def workspace(self) -> AttentionWorkspace: ...
@@ -64,4 +73,46 @@ class Backend(Protocol):
 
         Call it only after `refuse` returned None.
         """
+        ...
+
+
+BLOCK = 64  # tokens in a row that a sparse backend attends together, or takes as one
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """Which blocks of keys a block of queries attends exactly: the others count as one mean key each.
+
+    Those whose score for the queries' mean lies more than `tau` deviations over the mean, or, where `top_k` is above 0,
+    that share of them with the largest scores; always neighbours, and `sinks`, blocks `[start, end)`. The queries of
+    the blocks `exact_queries` attend everything exactly.
+    """
+
+    tau: float = 1.0
+    top_k: float = 0.0
+    sinks: tuple[int, int] = (0, 0)
+    exact_queries: tuple[int, int] = (0, 0)
+
+
+class SparseBackend(Protocol):
+    """One way to compute attention of which most is left out.
+
+    Keys, values and queries are of one length. `workspace` is known once `refuse` returned None.
+    """
+
+    name: str
+
+    @property
+    def workspace(self) -> AttentionWorkspace: ...
+
+    def refuse(self, spec: AttentionSpec) -> str | None:
+        """The reason, with its fix, why this backend cannot run `spec`; None when it can."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockChoice) -> Tensor:
+        """Attention among `[B, L, H, D]`, any of them strided views; returns `[B, L, H, D]`."""
+        ...
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockChoice) -> Tensor:
+        """The same by the backend's own plain PyTorch, in fp32: what `attend` is compared with, on few tokens."""
         ...

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import EXACT_WORKSPACE, AttentionSpec
+from .backend import EXACT_ERROR, EXACT_WORKSPACE, AttentionSpec
 from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_function
 
 
 class _FlashAttention(ABC):
     name: str
     exact = True
+    error = EXACT_ERROR
     workspace = EXACT_WORKSPACE
     module: str
     needs: KernelNeeds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..system.card_profile import CardProfile, profile_of
 from ..system.kernel_choice import brief, reason_against, relative_error
-from .backend import AttentionSpec, Backend
+from .backend import BLOCK, QUANTISED_ERROR, AttentionSpec, Backend, BlockChoice, SparseBackend
 
-# Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is
-# 2.2e-3; int8 QK is 1.4e-2 and int8 QK with fp8 PV 3.8e-2 (modelled in float32). Black, shifted or unscaled
-# results are at 1e-1 and beyond.
-EXACT_ERROR = 1e-2
-QUANTISED_ERROR = 5e-2
-QUANTISED_COSINE = 0.99
+SPARSE_BLOCKS = 13  # of a probe
+QUANTISED_COSINE = 0.99  # at least; less where a backend's own error is larger
 
 # What packages built for another torch, CUDA or Triton are seen to raise when imported.
 _IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
@@ -65,13 +61,19 @@ THIS_MACHINE = Machine()
 
 @dataclass(frozen=True)
 class KernelNeeds:
-    """What a CUDA kernel needs; capabilities are inclusive bounds."""
+    """What a CUDA kernel needs; capabilities are inclusive bounds, less those in `but_not`."""
 
     lowest: tuple[int, int]
     head_dims: Collection[int]
     gpus: str
     highest: tuple[int, int] | None = None
+    but_not: tuple[tuple[int, int], ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+
+    def includes(self, capability: tuple[int, int]) -> bool:
+        """Whether the kernel is made for cards of this compute capability."""
+        within = self.lowest <= capability and (self.highest is None or capability <= self.highest)
+        return within and capability not in self.but_not
 
     def refusals(self, spec: AttentionSpec, machine: Machine) -> list[str]:
         """Every reason why `spec` cannot run on `machine`, each with its fix; empty when it can."""
@@ -79,7 +81,7 @@ class KernelNeeds:
         capability = machine.capability(spec.device)
         if capability is None:
             reasons.append(f"needs an NVIDIA GPU ({self.gpus}), and the device is {spec.device}")
-        elif capability < self.lowest or (self.highest is not None and capability > self.highest):
+        elif not self.includes(capability):
             have = ".".join(map(str, capability))
             reasons.append(f"needs an NVIDIA GPU of {self.gpus}, and {spec.device} has {have}")
         if spec.dtype not in self.dtypes:
@@ -114,6 +116,11 @@ def find_function(machine: Machine, module: str, name: str, install: str) -> Cal
     return function
 
 
+def with_last_dim_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, copied where the numbers of a head do not lie side by side."""
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+
+
 def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
     """Runs `backend` on small random tensors on the device and returns why it cannot be trusted, or None.
 
@@ -122,6 +129,15 @@ def find_disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
     An out-of-memory is no answer: it is raised.
     """
     return reason_against(lambda: _disagreement(backend, spec), spec.device)
+
+
+def find_sparse_disagreement(backend: SparseBackend, spec: AttentionSpec) -> str | None:
+    """Why a sparse backend cannot be trusted, or None: it is compared with its own reference for the same blocks.
+
+    Never with dense attention, from which it is to differ. The tensors are of a length that fills no block, and have
+    a structure to select by; sinks are at the end, and queries that attend everything.
+    """
+    return reason_against(lambda: _sparse_disagreement(backend, spec), spec.device)
 
 
 def disagreement_with_plain(
@@ -133,7 +149,7 @@ def disagreement_with_plain(
     """
     out = backend.attend(q, k, v)[:, :num_queries]
     expected = _reference(q[:, :num_queries], k, v)
-    return _find_difference(out, expected, q.dtype, backend.exact), relative_error(out, expected)
+    return _find_difference(out, expected, q.dtype, backend.error), relative_error(out, expected)
 
 
 def _disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
@@ -142,7 +158,7 @@ def _disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
             q, k, v = _random_heads(spec, (q_length, k_length, k_length))
             expected = _reference(q, k, v)
             before = [tensor.clone() for tensor in (q, k, v)]
-            reason = _find_difference(backend.attend(q, k, v), expected, spec.dtype, backend.exact)
+            reason = _find_difference(backend.attend(q, k, v), expected, spec.dtype, backend.error)
             if not all(map(torch.equal, (q, k, v), before)):
                 return f"overwrites its inputs on {spec.device}"
             if reason is not None:
@@ -150,7 +166,43 @@ def _disagreement(backend: Backend, spec: AttentionSpec) -> str | None:
     return None
 
 
-def _find_difference(out: Tensor, expected: Tensor, dtype: torch.dtype, exact: bool) -> str | None:
+def _sparse_disagreement(backend: SparseBackend, spec: AttentionSpec) -> str | None:
+    last = (SPARSE_BLOCKS - 3, SPARSE_BLOCKS)
+    choices = (
+        BlockChoice(tau=0.67, sinks=last),
+        BlockChoice(tau=1.2),
+        BlockChoice(top_k=0.25, sinks=last),
+        BlockChoice(top_k=0.1, exact_queries=last),
+    )
+    with torch.inference_mode():
+        q, k, v = _block_structured_heads(spec)
+        before = [tensor.clone() for tensor in (q, k, v)]
+        for blocks in choices:
+            out, expected = backend.attend(q, k, v, blocks), backend.reference(q, k, v, blocks).float()
+            reason = _find_difference(out, expected, spec.dtype, QUANTISED_ERROR)
+            if not all(map(torch.equal, (q, k, v), before)):
+                return f"overwrites its inputs on {spec.device}"
+            if reason is not None:
+                return reason.replace("plain attention", f"its own reference for {blocks}") + f" on {spec.device}"
+    return None
+
+
+def _block_structured_heads(spec: AttentionSpec) -> list[Tensor]:
+    """q, k, v whose blocks' scores lie evenly apart: rounding moves none over a threshold halfway between two."""
+    length = (SPARSE_BLOCKS - 1) * BLOCK + 23
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(spec.head_dim, generator=generator)
+    levels = torch.linspace(-1, 1, SPARSE_BLOCKS)[torch.randperm(SPARSE_BLOCKS, generator=generator)]
+    signs = torch.where(torch.arange(SPARSE_BLOCKS) % 2 == 0, 1.0, -1.0)
+    block = torch.arange(length) // BLOCK
+    q, k, v = _random_heads(replace(spec, device=torch.device("cpu"), dtype=torch.float32), (length, length, length))
+    q = 1.5 * q + 0.5 * signs[block][:, None, None] * direction
+    k = k + 0.5 * levels[block][:, None, None] * direction
+    wide = torch.stack([q, k, v], 3).to(spec.device, spec.dtype)  # strided, as models pass them
+    return list(wide.unbind(3))
+
+
+def _find_difference(out: Tensor, expected: Tensor, dtype: torch.dtype, bound: float) -> str | None:
     if out.shape != expected.shape or out.dtype != dtype:
         return f"returns {_name(out.dtype)} {list(out.shape)} instead of {_name(dtype)} {list(expected.shape)}"
     out = out.float()
@@ -158,8 +210,7 @@ def _find_difference(out: Tensor, expected: Tensor, dtype: torch.dtype, exact: b
         return "returns NaN or infinity"
     error = relative_error(out, expected)
     cosine = float(F.cosine_similarity(out.flatten(), expected.flatten(), dim=0))
-    bound = EXACT_ERROR if exact else QUANTISED_ERROR
-    if error > bound or cosine < QUANTISED_COSINE:
+    if error > bound or cosine < min(QUANTISED_COSINE, (1 - bound**2) ** 0.5):
         return f"differs from plain attention by {error:.1e} (allowed {bound:.0e}, cosine {cosine:.3f})"
     return None
 

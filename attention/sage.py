@@ -14,8 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import AttentionSpec, AttentionWorkspace
-from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_disagreement, find_function
+from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace
+from .probe import (
+    THIS_MACHINE,
+    KernelMissing,
+    KernelNeeds,
+    Machine,
+    find_disagreement,
+    find_function,
+    with_last_dim_contiguous,
+)
 from .sdpa import Sdpa
 
 logger = logging.getLogger(__name__)
@@ -42,6 +50,7 @@ class SageAttention:
 
     name = "sageattn"
     exact = False
+    error = QUANTISED_ERROR
 
     def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
         self._machine = machine
@@ -75,7 +84,7 @@ class SageAttention:
         num_padding = -k.shape[1] % BLOCK
         if self._counts_padding and num_padding * 256 > k.shape[1]:
             return self._sdpa.attend(q, k, v)
-        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        q, k, v = with_last_dim_contiguous(q, k, v)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
             if self._is_version_1:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .backend import EXACT_WORKSPACE, AttentionSpec
+from .backend import EXACT_ERROR, EXACT_WORKSPACE, AttentionSpec
 from .probe import THIS_MACHINE, Machine, find_disagreement
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class Sdpa:
 
     name = "sdpa"
     exact = True
+    error = EXACT_ERROR
     workspace = EXACT_WORKSPACE
 
     def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:

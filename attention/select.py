@@ -11,11 +11,15 @@ import torch
 from ..system.card_profile import CardProfile
 from ..system.device_errors import is_out_of_memory
 from ..system.kernel_choice import Trial, choose
-from .backend import AttentionSpec, Backend
+from .backend import AttentionSpec, Backend, SparseBackend
 from .flash import FlashAttention2, FlashAttention3
-from .probe import THIS_MACHINE, Machine, find_disagreement
+from .int8 import Int8Attention
+from .probe import THIS_MACHINE, Machine, find_disagreement, find_sparse_disagreement
 from .sage import SageAttention
+from .sage_2pp import SageAttention2pp
+from .sage_3 import SageAttention3
 from .sdpa import Sdpa
+from .sol import SolAttention
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,9 @@ _BACKENDS = (
     _Line("sageattn", SageAttention, None),
     _Line("flash_attn_2", FlashAttention2, 2),
     _Line("flash_attn_3", FlashAttention3, 1),
+    _Line("int8_attention", Int8Attention, None),
+    _Line("sageattn_2pp", SageAttention2pp, None),
+    _Line("sageattn_3", SageAttention3, None),
 )
 ATTENTION_MODES = ("auto", *(line.name for line in _BACKENDS))
 
@@ -61,6 +68,20 @@ def select_attention(mode: str, spec: AttentionSpec, machine: Machine = THIS_MAC
             "have left the GPU", spec.device, "a backend" if mode == "auto" else mode,
         )  # fmt: skip
         return Sdpa(torch.device("cpu"))  # in torch's own order of kernels, which needs no proof
+
+
+def select_sparse(spec: AttentionSpec, machine: Machine = THIS_MACHINE) -> SparseBackend:
+    """The sparse backend, proven on the device against its own reference.
+
+    AttentionUnavailable, with every reason and the fix, where it cannot run here; an out-of-memory is raised as it is.
+    """
+    backend = SolAttention(spec.device, machine)
+    reason = backend.refuse(spec) or find_sparse_disagreement(backend, spec)
+    if reason is not None:
+        raise AttentionUnavailable(
+            f"sparse attention ({backend.name}) cannot run {spec}: {reason}; or take Sparse Attention (--sparse) out"
+        )
+    return backend
 
 
 @dataclass(frozen=True)

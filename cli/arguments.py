@@ -19,6 +19,7 @@ from ..runtime.settings import RunSettings, use_device
 from ..weights.linear.compute import QUANTIZATIONS
 from ..weights.lora.attach import LORA_MODES
 from ..weights.lora.file import LoraChoice
+from .sparse import add_sparse, sparse_of
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--prefetch", type=block_count, help="blocks fetched ahead (left out: planned)")
     machine.add_argument("--no-pinned", action="store_true", help="stream from pageable memory")
     machine.add_argument("--report", type=Path, help="write what the run used as JSON, and a timeline PNG beside it")
+    add_sparse(parser)
 
 
 def add_keeping(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +136,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         prefetch=options.prefetch,
         pinned_memory=not options.no_pinned,
         batched_guidance=getattr(options, "batch_cfg", False),
+        sparse=sparse_of(options),
     )
 
 

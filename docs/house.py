@@ -47,6 +47,7 @@ TIERS = (
     ("weights/linear",),
     ("weights/kernels",),
     ("weights/files",),
+    ("attention/sparse",),
     ("attention", "fused"),
     ("system",),
 )

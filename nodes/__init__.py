@@ -27,6 +27,7 @@ PARTS = {
     "framepack_inputs": ("FramePackEndImage", "TimedPrompts", "NearestBucket"),
     "resumable": ("ResumableSampling",),
     "doctor": ("Doctor",),
+    "sparse": ("SparseAttention",),
 }
 
 

@@ -76,7 +76,13 @@ class RecordedRun:
             return denoise
 
         def answer(x: Tensor, sigma: Tensor) -> Tensor:
-            return record.answer({"x": x, "sigma": sigma.to(x.device)}, lambda: denoise(x, sigma))
+            def compute() -> list[Tensor]:
+                return [denoise(x, sigma), *(state for model in self._models for state in model.learnt())]
+
+            made, *learnt = record.answers({"x": x, "sigma": sigma.to(x.device)}, compute)
+            for model, state in zip(self._models, learnt, strict=False):  # as if the step had been made just now
+                model.learn(state)
+            return made
 
         return answer
 

@@ -32,7 +32,7 @@ def run_limits(settings: RunSettings, execution: Execution, measure: bool = True
         blocks_to_swap=settings.blocks_to_swap,
         num_slots=None if settings.prefetch is None else settings.prefetch + 1,
         fused=execution.ops.name != "eager",
-        attention=execution.attention.workspace,
+        attention=execution.attention.workspace if execution.watch is None else execution.watch.workspace,
         measure=measure,
     )
     return limits if settings.pinned_memory else replace(limits, pinned_cap_bytes=0)

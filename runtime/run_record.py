@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..attention.sparse.readings import LayerReading
 from ..memory.plan.footprint import Limits
 from ..memory.report.intervals import Interval
 from ..memory.report.report import MemoryMonitor, RunReport, outside_bytes
@@ -76,6 +77,8 @@ class RunRecord:
         """A model is on its device: others have made room for it."""
         if model not in self._models:
             self._models.append(model)
+            if (watch := model.model.execution.watch) is not None:
+                watch.forget_readings()
         self._outside_bytes = min(self._outside_bytes, outside_bytes(self._device))
         self._count_pinned()
 
@@ -98,7 +101,13 @@ class RunRecord:
             pinned_bytes=self._pinned_bytes,
             other_bytes=others,
             budget_bytes=budget,
+            attention=self._attention(),
         )
+
+    def _attention(self) -> tuple[LayerReading, ...]:
+        """What was measured of self-attention: of the models that ran one after the other, such as two experts."""
+        watches = [watch for model in self._models if (watch := model.model.execution.watch) is not None]
+        return tuple(reading for watch in watches for reading in watch.readings())
 
     def _count_pinned(self) -> None:
         self._pinned_bytes = max(self._pinned_bytes, sum(model.pinned_bytes for model in self._models))

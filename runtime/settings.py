@@ -8,6 +8,7 @@ import torch
 
 from ..attention.backend import AttentionSpec
 from ..attention.select import select_attention
+from ..attention.sparse.settings import SparseSettings
 from ..fused.select import select_fused_ops
 from ..system.dtypes import half_dtype
 from ..transformer.workspace import Execution
@@ -55,6 +56,7 @@ class RunSettings:
     prefetch: int | None = None
     pinned_memory: bool = True
     batched_guidance: bool = False
+    sparse: SparseSettings | None = None  # what self-attention may leave out; None: nothing
     keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
 
     @property

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.backend import AttentionSpec, Backend
-from ..attention.select import select_attention
+from ..attention.select import select_attention, select_sparse
+from ..attention.sparse.run import AttentionRun
+from ..attention.sparse.settings import SparseSettings
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import GIB, Limits, ModelFootprint, WorkSize
@@ -95,8 +97,9 @@ class StreamedModel(Generic[M]):
         self.ring: DeviceRing | None = None
         self.forget_contexts()
         self._compiled = False
-        self._before_safe_path: tuple[torch.dtype, Backend] | None = None
+        self._before_safe_path: tuple[torch.dtype, Backend, AttentionRun | None] | None = None
         self._on_spans: SpanSink | None = None
+        self.use_sparse(settings.sparse)
 
     # What a model says of itself
 
@@ -173,7 +176,8 @@ class StreamedModel(Generic[M]):
     def on_safe_path(self) -> bool:
         """Whether it computes with PyTorch's attention, and not in fp16."""
         execution = self.model.execution
-        return self._safe_dtype == execution.dtype and execution.attention.name == SAFE_ATTENTION
+        exact = execution.attention.name == SAFE_ATTENTION and not execution.is_sparse
+        return exact and self._safe_dtype == execution.dtype
 
     def take_safe_path(self) -> bool:
         """Compute with PyTorch's attention, and in bf16 or fp32 where it was fp16, from the next start on.
@@ -185,8 +189,8 @@ class StreamedModel(Generic[M]):
         execution, device, dtype = self.model.execution, self.settings.device, self._safe_dtype
         self.stop()
         attention = select_attention(SAFE_ATTENTION, AttentionSpec(device, dtype, self.config.head_dim))
-        self._before_safe_path = execution.dtype, execution.attention
-        self.model.execution = replace(execution, dtype=dtype, attention=attention)
+        self._before_safe_path = execution.dtype, execution.attention, execution.watch
+        self.model.execution = replace(execution, dtype=dtype, attention=attention, watch=None)
         return True
 
     def leave_safe_path(self) -> None:
@@ -194,7 +198,7 @@ class StreamedModel(Generic[M]):
         before, self._before_safe_path = self._before_safe_path, None
         if before is not None:
             self.stop()
-            self.model.execution = replace(self.model.execution, dtype=before[0], attention=before[1])
+            self.model.execution = replace(self.model.execution, dtype=before[0], attention=before[1], watch=before[2])
 
     def likely_cause(self, more: str = "") -> str:
         """Words on why its latents are no numbers, the likeliest first; `more` is one of whoever asks."""
@@ -205,6 +209,8 @@ class StreamedModel(Generic[M]):
             causes.append("fp16, whose numbers end at 65504")
         if execution.attention.name != SAFE_ATTENTION:
             causes.append(f"the attention backend {execution.attention.name}")
+        if execution.is_sparse:
+            causes.append("sparse attention")
         return " or ".join([*causes, f"damaged weights in {self.checkpoint.path.name} (download it again)"])
 
     @property
@@ -221,7 +227,15 @@ class StreamedModel(Generic[M]):
             "batched_guidance": str(self.settings.batched_guidance),
             "compiled": str(self._compiled),
             "torch": str(torch.__version__),
+            **self._sparse_arithmetic,
         }
+
+    @property
+    def _sparse_arithmetic(self) -> dict[str, str]:
+        watch = self.model.execution.watch
+        if watch is None or watch.sparse is None:
+            return {}
+        return {"sparse": f"{watch.sparse.name}, {watch.settings}"}
 
     @property
     def device_bytes(self) -> int:
@@ -274,11 +288,41 @@ class StreamedModel(Generic[M]):
 
     # Changes, between runs
 
+    def check_sparse(self, settings: SparseSettings) -> None:
+        """AttentionUnavailable (a ValueError), with what is missing, where sparse attention cannot run here."""
+        if settings.bound != 0:
+            select_sparse(AttentionSpec(self.settings.device, self.model.execution.dtype, self.config.head_dim))
+
+    def use_sparse(self, settings: SparseSettings | None) -> None:
+        """Leave out of self-attention what these settings say; None, or a bound of 0: nothing.
+
+        AttentionUnavailable (a ValueError) where sparse attention cannot run here, with what is missing. What is
+        inexact is compared with dense attention in every run, but for code that is compiled in one piece.
+        """
+        execution, device = self.model.execution, self.settings.device
+        if settings is not None and settings.bound == 0:
+            settings = None
+        self.stop()
+        watch = None
+        if settings is not None or (not execution.attention.exact and not self._compiled):
+            spec = AttentionSpec(device, execution.dtype, self.config.head_dim)
+            kernel = None if settings is None else select_sparse(spec)
+            watch = AttentionRun(execution.attention, len(self.blocks), self.config.num_heads, kernel, settings)
+        self.model.execution = replace(execution, watch=watch)
+
+    def at_step(self, step: int, num_steps: int) -> None:
+        """The passes that follow are of this step of a run's; what attention leaves out depends on it."""
+        watch = self.model.execution.watch
+        if watch is not None:
+            watch.begin_step(step, num_steps)
+
     def compile(self, settings: CompileSettings | None) -> None:
         """Let the blocks, and perhaps what is worth it beside them, run as compiled code; None: as plain PyTorch."""
         others = self.model.outer_modules()
         uncompile_modules([*self.blocks, *others])
         self._compiled = settings is not None
+        watch = self.model.execution.watch
+        self.use_sparse(None if watch is None else watch.settings)
         if settings is not None:
             compile_modules([*self.blocks, *(() if settings.transformer_blocks_only else others)], settings)
 
@@ -294,6 +338,18 @@ class StreamedModel(Generic[M]):
         """Have these LoRAs on the model, which is stopped for it; see `HostWeights.attach_loras`."""
         self.stop()
         self.weights.attach_loras(loras, strengths, origin)
+
+    def learnt(self) -> list[Tensor]:
+        """What sparse attention learnt in this run so far, for one that goes on from here; [] where there is none."""
+        watch = self.model.execution.watch
+        state = None if watch is None else watch.state()
+        return [] if state is None else [state]
+
+    def learn(self, state: Tensor) -> None:
+        """Go on with what `learnt` gave."""
+        watch = self.model.execution.watch
+        if watch is not None:
+            watch.restore(state)
 
     # Runs
 

@@ -15,11 +15,16 @@ import torch
 from lowvram_video.attention import sdpa as sdpa_module
 from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.flash import FlashAttention2, FlashAttention3
+from lowvram_video.attention.int8 import Int8Attention
 from lowvram_video.attention.probe import THIS_MACHINE, Machine, nvidia_capability
 from lowvram_video.attention.sage import SageAttention
+from lowvram_video.attention.sage_2pp import SageAttention2pp
+from lowvram_video.attention.sage_3 import SageAttention3
 from lowvram_video.attention.sdpa import CUDNN_FIRST, Sdpa
 from lowvram_video.attention.select import ATTENTION_MODES, AttentionUnavailable, select_attention
 from torch import Tensor
+
+from .inexact_packages import int8, sage_2pp, sage_3
 
 CPU = torch.device("cpu")
 # The fakes compute on the CPU, so their spec names it; a fake capability makes it pass for a GPU.
@@ -279,19 +284,21 @@ def test_packages_are_found_in_sys_modules(monkeypatch: pytest.MonkeyPatch) -> N
 
 # --- rules: GPU, dtype, head dim, package
 
-ALL = {"sageattention": sage_2(), "flash_attn": flash(), "flash_attn_interface": flash()}
+WHOLE_SAGE = SimpleNamespace(**vars(sage_2()), **vars(sage_2pp(right, granularity=None)["sageattention"]))
+ALL = {"sageattention": WHOLE_SAGE, "flash_attn": flash(), "flash_attn_interface": flash()}
+ALL |= {**int8(right), **sage_3(right)}
 
 
 @pytest.mark.parametrize(
     "capability, ready",
     [
         (None, {"sdpa"}),
-        ((7, 5), {"sdpa"}),
-        ((8, 0), {"sdpa", "sageattn", "flash_attn_2"}),
-        ((8, 9), {"sdpa", "sageattn", "flash_attn_2"}),
-        ((9, 0), {"sdpa", "sageattn", "flash_attn_2", "flash_attn_3"}),
-        ((10, 0), {"sdpa", "sageattn", "flash_attn_2"}),
-        ((12, 0), {"sdpa", "sageattn", "flash_attn_2"}),
+        ((7, 5), {"sdpa", "int8_attention"}),
+        ((8, 0), {"sdpa", "sageattn", "flash_attn_2", "int8_attention"}),
+        ((8, 9), {"sdpa", "sageattn", "flash_attn_2", "int8_attention", "sageattn_2pp"}),
+        ((9, 0), {"sdpa", "sageattn", "flash_attn_2", "flash_attn_3", "int8_attention"}),
+        ((10, 0), {"sdpa", "sageattn", "flash_attn_2", "int8_attention", "sageattn_3"}),
+        ((12, 0), {"sdpa", "sageattn", "flash_attn_2", "int8_attention", "sageattn_2pp", "sageattn_3"}),
     ],
 )
 def test_compute_capability(capability: tuple[int, int] | None, ready: set[str]) -> None:
@@ -568,19 +575,24 @@ def test_an_unknown_mode_lists_the_allowed_ones() -> None:
 
 
 def test_modes_keep_the_order_saved_workflows_know() -> None:
-    assert ATTENTION_MODES == ("auto", "sdpa", "sageattn", "flash_attn_2", "flash_attn_3")
+    old = ("auto", "sdpa", "sageattn", "flash_attn_2", "flash_attn_3")
+    assert (*old, "int8_attention", "sageattn_2pp", "sageattn_3") == ATTENTION_MODES
 
 
 def test_names_and_exactness_agree_with_the_table() -> None:
-    for mode, backend in zip(ATTENTION_MODES[1:], (Sdpa, SageAttention, FlashAttention2, FlashAttention3), strict=True):
+    exact = (Sdpa, FlashAttention2, FlashAttention3)
+    inexact = (Int8Attention, SageAttention2pp, SageAttention3)
+    in_order = (Sdpa, SageAttention, FlashAttention2, FlashAttention3, *inexact)
+    for mode, backend in zip(ATTENTION_MODES[1:], in_order, strict=True):
         assert backend.name == mode
-        assert backend.exact == (mode != "sageattn")
+        assert backend.exact == (backend in exact)
 
 
 def test_importing_loads_no_kernels_and_touches_no_cuda() -> None:
     code = (
         "import sys, torch, lowvram_video.attention.select; "
-        "print({'flash_attn', 'flash_attn_interface', 'sageattention', 'triton'} & set(sys.modules), "
+        "kernels = {'flash_attn', 'flash_attn_interface', 'sageattention', 'sageattn3', 'comfy_kitchen', 'triton'}; "
+        "print(kernels & set(sys.modules), "
         "torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

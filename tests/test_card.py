@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lowvram_video.attention import select
-from lowvram_video.attention.backend import AttentionSpec
+from lowvram_video.attention.backend import EXACT_ERROR, AttentionSpec
 from lowvram_video.attention.probe import THIS_MACHINE
 from lowvram_video.attention.select import judge_backends, select_attention
 from lowvram_video.benchmarks.preset_plans import wan_footprint
@@ -211,7 +211,7 @@ class TestBench:
         judged = judge_backends(spec)[0]
 
         class Halved:
-            name, exact = "sdpa", True
+            name, exact, error = "sdpa", True, EXACT_ERROR
 
             def attend(self, *tensors: Any) -> torch.Tensor:
                 return judged.backend.attend(*tensors) / 2

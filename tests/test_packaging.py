@@ -19,7 +19,16 @@ NOT_PACKAGED = {"tests", "benchmarks", "docs", "locales", "example_workflows", "
 RUNTIME = {"torch", "safetensors", "einops", "gguf", "numpy", "PIL", "imageio_ffmpeg", "sentencepiece", "matplotlib"}
 # what ComfyUI or torch brings along
 RUNTIME |= {"filelock", "psutil", "tokenizers", "tqdm"}
-OPTIONAL = {"triton", "sageattention", "flash_attn", "flash_attn_interface", "comfy_kitchen", "ftfy", "torch_tensorrt"}
+OPTIONAL = {
+    "triton",
+    "sageattention",
+    "sageattn3",
+    "flash_attn",
+    "flash_attn_interface",
+    "comfy_kitchen",
+    "ftfy",
+    "torch_tensorrt",
+}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}
 COMFYUI |= {"comfyui_version"}
 

@@ -17,6 +17,7 @@ from lowvram_video.memory.stream.ring import DeviceRing
 from lowvram_video.runtime import run_record
 from lowvram_video.runtime.run_record import RunRecord
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.streamed import StreamedWan
 
 from .test_pipeline import UNLIMITED, Scarce, inputs
@@ -124,7 +125,7 @@ def test_a_run_within_a_run_is_a_part_of_it() -> None:
 def fake_model(pinned_bytes: int, denoise: int = 0, decode: int = 0) -> Any:
     limits = Limits(8 * GIB, context_bytes=GIB // 2)
     plan = SimpleNamespace(denoise=SimpleNamespace(total=denoise), decode=SimpleNamespace(total=decode), limits=limits)
-    return SimpleNamespace(pinned_bytes=pinned_bytes, plan=plan)
+    return SimpleNamespace(pinned_bytes=pinned_bytes, plan=plan, model=SimpleNamespace(execution=Execution()))
 
 
 def test_all_models_that_ran_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention.backend import Backend
 from ..attention.sdpa import Sdpa
+from ..attention.sparse.run import AttentionPass, AttentionRun
 from ..fused.eager import EagerOps
 from ..fused.ops import FusedOps
 from ..weights.linear.projection import Scratch
@@ -23,6 +24,7 @@ FP16_RESIDUAL = 2.0**-5
 
 Pair = tuple[Tensor | PackedHeads, Tensor | PackedHeads]  # k and v, [B, L, H, D] each
 Arrive = Callable[[nn.Module, int], None]  # a block, and the stage that it goes on with
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `Backend.attend`
 
 
 def all_there(block: nn.Module, stage: int) -> None:
@@ -48,6 +50,12 @@ class Execution:
     query_chunk: int | None = None
     packed_keys: bool = False
     all_queries: bool = False
+    watch: AttentionRun | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether self-attention may leave out what matters little: then it sees all queries at once."""
+        return self.watch is not None and self.watch.sparse is not None
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Workspace:
         self.rows = rows
         self.num_rows, self.dim = rows.count, rows.dim
         self.query_rows = self.num_rows
-        all_queries = all_queries or execution.all_queries
+        all_queries = all_queries or execution.all_queries or execution.is_sparse
         if not all_queries and execution.query_chunk is not None and self.num_rows > execution.query_chunk:
             self.query_rows = even_step(self.num_rows // rows.batch, execution.query_chunk)
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
@@ -111,6 +119,7 @@ class Workspace:
         self.hidden_after_q_rows = min(self.num_rows, (size - queries) // rows.ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
         self.scales = torch.empty(2, self.num_rows, rows.num_heads, device=device) if self.packs_keys else None
+        self.watched: AttentionPass | None = None  # self-attention of this pass, where it is not the backend's alone
 
     @property
     def ops(self) -> FusedOps:
@@ -203,35 +212,41 @@ class Workspace:
         """`[B, L, H, D]` of rows of all samples."""
         return rearrange(rows, "(b n) (h d) -> b n h d", b=self.rows.batch, h=self.rows.num_heads)
 
-    def attend_rows(self, q: Tensor, span: slice, keys_values: Sequence[Pair]) -> Tensor:
+    @property
+    def self_attend(self) -> Attend:
+        """Attention of tokens to each other: the backend's, or that of a pass that is sparse or watched."""
+        return self.execution.attention.attend if self.watched is None else self.watched.attend
+
+    def attend_rows(self, q: Tensor, span: slice, keys_values: Sequence[Pair], attend: Attend | None = None) -> Tensor:
         """Attention of the rows `span`, whose queries are `q [rows, dim]`, to each (k, v) of all samples, summed.
 
-        `[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own.
+        `[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own. `attend` is the backend's where
+        there is none.
         """
         if self.streams_queries:
             sample = span.start * self.rows.batch // self.num_rows
             part = slice(sample, sample + 1)
             keys_values = [(samples_of(k, part), samples_of(v, part)) for k, v in keys_values]
         batch, _, num_heads, _ = keys_values[0][0].shape
-        attended = self.attend(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=num_heads), keys_values)
+        attended = self.attend(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=num_heads), keys_values, attend)
         return rearrange(attended, "b n h d -> (b n) (h d)")
 
-    def attend(self, q: Tensor, keys_values: Sequence[Pair]) -> Tensor:
+    def attend(self, q: Tensor, keys_values: Sequence[Pair], attend: Attend | None = None) -> Tensor:
         """The sum of the attention of `q [B, L, H, D]` to each (k, v).
 
         Where heads go in groups it replaces q, else it is a tensor of its own.
         """
         num_heads, groups = q.shape[2], self.execution.head_groups
         if self.queries_are_free:
-            return self._attend(q, keys_values, slice(0, num_heads))
+            return self._attend(q, keys_values, slice(0, num_heads), attend)
         step = -(-num_heads // groups)
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
-            q[:, :, heads].copy_(self._attend(q, keys_values, heads))
+            q[:, :, heads].copy_(self._attend(q, keys_values, heads, attend))
         return q
 
-    def _attend(self, q: Tensor, keys_values: Sequence[Pair], heads: slice) -> Tensor:
-        attend = self.execution.attention.attend
+    def _attend(self, q: Tensor, keys_values: Sequence[Pair], heads: slice, attend: Attend | None) -> Tensor:
+        attend = attend or self.execution.attention.attend
         first, *others = (attend(q[:, :, heads], heads_of(k, heads), heads_of(v, heads)) for k, v in keys_values)
         for other in others:
             first.add_(other)

@@ -231,7 +231,10 @@ class WanPipeline:
 
         watch = LatentWatch(self.high.likely_cause(f"guidance of {request.guidance:g}" if request.guided else ""))
 
+        self._at_step(0, request.num_steps)
+
         def on_step(step: StepInfo) -> None:
+            self._at_step(step.index + 1, step.num_steps)
             self.progress.update(step.index + 1, step.num_steps)
             self._run.end_step()
             watch.step(step.index, step.num_steps, step.denoised, step.x)
@@ -241,6 +244,10 @@ class WanPipeline:
         if conditions.first_frame is not None:
             latent[:, :, :1] = conditions.first_frame
         return latent[:, :, in_noise:]
+
+    def _at_step(self, step: int, num_steps: int) -> None:
+        for model in self._models:
+            model.at_step(step, num_steps)
 
     def _begin(self, request: WanRequest, conditions: Conditions, sigma: Tensor) -> Denoiser:
         """The models at work, from this noise level on."""

@@ -238,7 +238,7 @@ class Attention(nn.Module):
             self.attend_guided(num_image, negative, work)
             return
         q, k, v = (self.in_heads(rows) for rows in (work.queries, work.keys, work.values))
-        attended = work.attend(q, [(k, v)])
+        attended = work.attend(q, [(k, v)], work.self_attend)
         if attended is not q:
             q.copy_(attended)
 
@@ -262,7 +262,7 @@ class Attention(nn.Module):
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, work: Workspace) -> Tensor:
         """`[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own."""
-        attended = work.attend(self.in_heads(q), [(self.in_heads(k), self.in_heads(v))])
+        attended = work.attend(self.in_heads(q), [(self.in_heads(k), self.in_heads(v))], work.self_attend)
         return rearrange(attended, "1 n h d -> n (h d)")
 
     def in_heads(self, rows: Tensor) -> Tensor:

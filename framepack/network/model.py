@@ -15,6 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ...attention.sparse.order import shown_order
+from ...attention.sparse.run import AttentionPass
 from ...fused.ops import Rope
 from ...transformer.nag import NagSettings
 from ...transformer.transformer import Block, Transformer
@@ -166,6 +168,7 @@ class FramePackModel(Transformer):
             x.mul_(work.residual_scale)
 
         state = Pass(x, num_image, rope, work, num_negative)
+        work.watched = self.begin_attention(shown, work)
         ours = slice(num_image - shown[-1].num_rows, num_image)
         if cache is None:
             self.run_blocks(state, condition)
@@ -184,9 +187,14 @@ class FramePackModel(Transformer):
 
     def run_blocks(self, state: Pass, condition: StepCondition) -> None:
         blocks = tuple(self.ordered_blocks().values())
+        watched, pool = state.work.watched, state.work.pool
         steps = zip(blocks, condition.blocks, self.stream(blocks), strict=True)
         for index, (block, modulation, _) in enumerate(steps):
+            if watched is not None:
+                watched.begin_layer(index, [state.x, state.rope.cos, state.rope.sin], pool)
             block.advance(state, modulation, self.negative(state, condition, index))
+        if watched is not None:
+            watched.end(state.x, pool)
 
     def negative(self, state: Pass, condition: StepCondition, index: int) -> Negative | None:
         """What the block of this number is shown of a negative prompt."""
@@ -195,6 +203,20 @@ class FramePackModel(Transformer):
             return None
         first = state.x.shape[0] - state.num_negative
         return Negative(first, nag.negative.blocks[index].float(), nag.settings)
+
+    def begin_attention(self, shown: Sequence[Shown], work: Workspace) -> AttentionPass | None:
+        """Self-attention of this pass where it is sparse or watched; history and text are always attended."""
+        watch, device = self.execution.watch, work.pool.device
+        if watch is None or watch.dense is not self.execution.attention:
+            return None
+        begun = watch.begin_pass(work.num_rows, device)
+        if begun is not None and begun.sparse:
+            *history, noisy = shown
+            parts, grid = tuple(part.num_rows for part in history), noisy.patches.grid(noisy.frames.latents)
+            num_text = work.num_rows - sum(part.num_rows for part in shown)
+            key = (parts, grid, num_text)
+            begun.order = watch.order_of(key, device, lambda: shown_order(parts, grid, num_text))
+        return begun
 
     def run_cached(self, state: Pass, condition: StepCondition, noisy: slice, cache: BlockCache) -> None:
         """The blocks, or what they added to the `noisy` rows when they last ran."""

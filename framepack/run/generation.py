@@ -155,6 +155,7 @@ class Generation:
     cause: str = "damaged weights"  # of latents that are no numbers, in words
     take_safe_path: Callable[[], Conditions | None] = lambda: None  # what is seen on it; None where none is safer
     free: Callable[[], None] = lambda: None  # gives back all that the device has of the model
+    at_step: Callable[[int, int], None] = lambda step, num_steps: None  # told before each pass
 
     def run(self) -> Iterator[MadeSection]:
         """The sections in order of generation; those that the store has are not made again."""
@@ -272,6 +273,7 @@ class _SectionMaker:
         prompts, others = run.inputs.timed.prompts_at(section), conditions.others
 
         def predict(prompt: str, x: Tensor, step: int, cache: BlockCache | None) -> Tensor:
+            run.at_step(step, len(sigmas) - 1)
             condition = conditions.seen(prompt, prompts, step)
             return run.velocity(Frames(x, indices), shown, condition, image, cache)
 

@@ -119,7 +119,7 @@ class FramePackRun:
         device = host.model.settings.device
         return Generation(
             self._velocity, self.sampling, self.inputs, self.sections, conditions, device, self.store, host.on_step,
-            host.guide, host.model.likely_cause(), self._take_safe_path, self._free,
+            host.guide, host.model.likely_cause(), self._take_safe_path, self._free, host.model.at_step,
         )  # fmt: skip
 
     def _free(self) -> None:

@@ -15,6 +15,8 @@ import torch
 
 from ...system.atomic_files import write_file
 from ..plan.footprint import in_gib
+from .attention import LayerReading
+from .attention import table as readings_table
 from .intervals import Interval
 from .stream_log import StreamReport
 
@@ -49,7 +51,7 @@ class RunReport:
     """Everything shown after a run.
 
     `other_bytes` of the device belonged to other processes all along; `copies`, `computes` and `passes` are of its last
-    passes, `stream` is of all.
+    passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did.
     """
 
     phases: tuple[PhaseReport, ...]
@@ -61,6 +63,7 @@ class RunReport:
     pinned_bytes: int = 0
     other_bytes: int = 0
     budget_bytes: int | None = None
+    attention: tuple[LayerReading, ...] = ()
 
     @property
     def rss_peak_bytes(self) -> int:
@@ -101,6 +104,7 @@ class RunReport:
                 f"at {stream.gbps:.1f} GB/s, "
                 f"{stream.overlap_percent:.1f} % behind compute, stalled {stream.stall_ms_per_pass:.1f} ms per pass"
             )
+        lines += readings_table(self.attention)
         lines.append(f"pinned {_gib(self.pinned_bytes)}, RAM peak {_gib(self.rss_peak_bytes)}")
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.backend import AttentionSpec, AttentionWorkspace, Backend
+from ...attention.backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, Backend
 
 OVERRIDE = "optimized_attention_override"
 
@@ -29,7 +29,7 @@ def attention_of(options: dict[str, Any], own: Backend, exact_lengths: Collectio
 class OverriddenAttention:
     """A `Backend` by a function of another pack, which may call ours."""
 
-    name, exact = "override", False
+    name, exact, error = "override", False, QUANTISED_ERROR
 
     def __init__(
         self, override: Callable[..., Tensor], options: dict[str, Any], own: Backend, exact_lengths: Collection[int]

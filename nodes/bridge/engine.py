@@ -91,6 +91,8 @@ class Engine(Generic[S]):
             self.streamed.stop() if options.same_host_memory(self.options) else self.streamed.release()
             if options.compile != self.options.compile:
                 self.streamed.compile(options.compile)
+            if options.sparse != self.options.sparse:
+                self.streamed.use_sparse(options.sparse)
             self.options = options
         if patches_id != self._patches_id or not patches:
             self._patches_id = patches_id
@@ -257,6 +259,15 @@ class Engine(Generic[S]):
         self._tell_owner()
         logger.info("%s\n%s", plan.model.name, "\n".join(reasons(plan)))
 
+    def at_step(self, transformer_options: Mapping[str, Any]) -> None:
+        """Where in a sampler's run the next pass is, by what core tells of noise levels; nothing is asked in a pass."""
+        levels, level = transformer_options.get("sample_sigmas"), transformer_options.get("sigmas")
+        if self.streamed.model.execution.watch is None or levels is None or level is None:
+            return
+        steps, now = levels.flatten().tolist()[:-1], float(level.flatten()[0])
+        begun = sum(each >= now * (1 - 1e-4) for each in steps)
+        self.streamed.at_step(max(0, begun - 1), max(1, len(steps)))
+
     def check_latent(self, latent: Tensor) -> None:
         """Before one of ComfyUI's samplers runs: ValueError, with the fix, for what this model cannot sample."""
 
@@ -297,9 +308,17 @@ class Engine(Generic[S]):
 
     @contextmanager
     def attending(self, backend: Backend) -> Iterator[None]:
-        """Passes in here have this attention, which sees all queries at once."""
+        """Passes in here have this attention, which sees all queries at once.
+
+        ValueError where self-attention is to be sparse: it cannot be both.
+        """
         model = self.streamed.model
         own = model.execution
+        if own.is_sparse:
+            raise ValueError(
+                "another node gives this MODEL an attention of its own (optimized_attention_override), and Sparse "
+                "Attention (Low VRAM) another: take one of the two nodes out"
+            )
         model.execution = mine = replace(own, attention=backend, all_queries=True)
         try:
             yield

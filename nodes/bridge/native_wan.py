@@ -118,6 +118,7 @@ class NativeWan(NativeModel):
         """Velocity for padded latents, where core's network has its own and nodes put theirs; `freqs` are our own."""
         options = {} if transformer_options is None else transformer_options
         extras = self._extras(inputs, options, x)
+        self.wan.at_step(options)
         if extras.reference is not None and t.ndim == 2:
             t = torch.cat([t[:, :1], t], dim=1)
         return self.wan.run(x, t, context, clip_fea, extras)

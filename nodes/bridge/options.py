@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...attention.sparse.settings import SparseSettings
 from ...compilation.settings import CompileSettings
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The settings of Block Swap and Torch Compile, as their widgets have them.
+    """The settings of Block Swap, Torch Compile and Sparse Attention, as their widgets have them.
 
     `blocks_to_swap` -1 is planned; `vram_budget_gb` 0 is what is free less ComfyUI's reserve; `prefetch` 0 is planned;
     `ram_budget_gb` 0 is what is free.
@@ -21,6 +22,7 @@ class StreamOptions:
     ram_budget_gb: float = 0.0
     pinned_memory: bool = True
     compile: CompileSettings | None = None
+    sparse: SparseSettings | None = None
 
     def same_host_memory(self, other: StreamOptions) -> bool:
         """Whether weights in host memory may stay as they are."""

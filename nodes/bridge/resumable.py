@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...runtime.latent_watch import BadLatents
 from ...runtime.step_record import StepRecord
+from ...runtime.streamed import StreamedModel
 from ...weights.files.fingerprint import fingerprint
 from . import host
 from .carried import without_own
@@ -52,6 +53,7 @@ def sample_recorded(
     They run as ever and are only handed the answers, so that their history, noise and functions are as they were.
     """
     guider = executor.class_obj
+    patcher: StreamedModelPatcher = guider.model_patcher
     asked = [noise, latent_image, sampler, sigmas, denoise_mask, seed]
     try:
         record = _open_record(guider, asked)
@@ -66,7 +68,9 @@ def sample_recorded(
             return kept["samples"]
         _tell(record, guider)
         options = guider.model_options  # this run's alone
-        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _answering(record), options, is_model_options=True)
+        add_wrapper_with_key(
+            WrappersMP.CALC_COND_BATCH, KEY, _answering(record, patcher.engine.streamed), options, is_model_options=True
+        )
         try:
             samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, shown, disable_pbar, seed, **more)
         except BadLatents as error:
@@ -124,6 +128,7 @@ def run_settings(guider: Any, asked: Any) -> dict[str, Any]:
             "patches": patch_identity(patcher.patches),
             "objects": identity(patcher.object_patches),
             "compile": identity(patcher.options.compile),
+            **({} if patcher.options.sparse is None else {"sparse": identity(patcher.options.sparse)}),
         },
         "guider": [type(guider).__qualname__, identity(own)],
         "conditions": identity(guider.original_conds),
@@ -153,14 +158,21 @@ class _Shown:
             self.callback(num_steps - 1, kept["denoised"], kept["latent"], num_steps)
 
 
-def _answering(record: StepRecord) -> Callable[..., list[Tensor]]:
+def _answering(record: StepRecord, streamed: StreamedModel[Any]) -> Callable[..., list[Tensor]]:
     """Core's `calc_cond_batch` with recorded answers: one for each conditioning, before guidance mixes them."""
 
     def answer(
         executor: WrapperExecutor, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: Any
     ) -> list[Tensor]:
         question = {"x": x, "sigma": timestep}
-        return record.answers(question, lambda: executor(model, conds, x, timestep, model_options))
+
+        def compute() -> list[Tensor]:
+            return [*executor(model, conds, x, timestep, model_options), *streamed.learnt()]
+
+        made = record.answers(question, compute)
+        for state in made[len(conds) :]:
+            streamed.learn(state)
+        return made[: len(conds)]
 
     return answer
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.backend import Backend
+from ...attention.sparse.order import video_order
+from ...attention.sparse.run import AttentionPass
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.nag import NagSettings
 from ...transformer.transformer import Transformer
@@ -168,18 +170,42 @@ class WanModel(Transformer):
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
         controls, visitor = self.embed_controls(x, extras, work), extras.visitor
         state = Pass(x, time, modulation, rows_per_group, rope, work, controls, visitor)
+        work.watched = watched = self.begin_attention(grid, rows_per_group, extras, work)
+        per_token = [x, rope.cos, rope.sin, *(control.tokens for control in controls)]
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
         for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
             shown = context.keys_values[index] if context.keys_values else context
             if nag is not None and name.startswith("blocks."):
                 shown = nag.beside(shown, index)
+            if watched is not None:
+                watched.begin_layer(index, per_token, work.pool)
             visitor.visit(name, state, partial(block.advance, state, shown))
+        if watched is not None:
+            watched.end(x, work.pool)
         patches = self.head(x, time, rows_per_group, work)
         if extras.reference is not None:
             patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
             grid = (grid[0] - 1, *grid[1:])
         return self.patch_embedding.unpatchify(patches, grid).to(latent.dtype)
+
+    def begin_attention(
+        self, grid: tuple[int, int, int], rows_per_group: int, extras: Extras, work: Workspace
+    ) -> AttentionPass | None:
+        """Self-attention of this pass where it is sparse or watched; a reference picture's tokens are always attended.
+
+        Tokens stay in their places where a host is shown them, and those of a frame together where timesteps differ.
+        """
+        watch, tokens = self.execution.watch, math.prod(grid)
+        if watch is None or watch.dense is not self.execution.attention:
+            return None
+        begun = watch.begin_pass(tokens, work.pool.device)
+        if begun is not None and begun.sparse:
+            num_sinks, apart = int(extras.reference is not None), rows_per_group < tokens
+            begun.orders = not (extras.visitor.sees_stream or extras.visitor.sees_attention)
+            key = (grid, num_sinks, apart, begun.orders)
+            begun.order = watch.order_of(key, work.pool.device, lambda: video_order(grid, num_sinks, apart))
+        return begun
 
     def ordered_blocks(self) -> dict[str, WanBlock]:
         """All blocks by name, in the order of a pass; those of VACE stand after the block that they add to."""

@@ -1,0 +1,205 @@
+"""Self-attention of one model's runs: which layers are sparse, and how far each is from the dense answer.
+
+A pass asks for nothing that is on the device: what a step measured is read when the next one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backend import AttentionWorkspace, Backend, SparseBackend
+from .bound import Bound
+from .order import TokenOrder, reorder_
+from .readings import LayerReading, PassReadings, Sums, readings
+from .samples import Samples, compare
+from .settings import SparseSettings
+
+# What a dense layer of an ordered pass has: keys and values as they were before.
+IN_PLACE = AttentionWorkspace(per_key=2.0 + 2.0)
+
+
+@dataclass(frozen=True)
+class LargerOf:
+    """The workspace of calls that come one after the other."""
+
+    parts: tuple[AttentionWorkspace, ...]
+
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
+        return max(part.nbytes(rows, keys, heads, head_dim) for part in self.parts)
+
+
+class AttentionRun:
+    """The runs of a model, one after the other, by its own `dense` attention and a sparse one."""
+
+    def __init__(
+        self,
+        dense: Backend,
+        num_layers: int,
+        num_heads: int,
+        sparse: SparseBackend | None = None,
+        settings: SparseSettings | None = None,
+    ) -> None:
+        assert (sparse is None) == (settings is None)
+        self.dense, self.sparse, self.settings = dense, sparse, settings
+        self.num_layers, self.num_heads = num_layers, num_heads
+        self._step, self._num_steps, self._passes = 0, 0, 0
+        self._bound = None if settings is None else Bound(settings, num_layers)
+        self._pending: list[PassReadings] = []
+        self._sums: dict[tuple[int, int, bool], Sums] = {}
+        self._orders: dict[Hashable, TokenOrder] = {}
+
+    @property
+    def workspace(self) -> AttentionWorkspace | LargerOf:
+        """Of any of its calls."""
+        own = self.dense.workspace
+        if self.sparse is None:
+            return own
+        in_place = AttentionWorkspace(own.per_query, own.per_key + IN_PLACE.per_key, own.per_row, own.per_pair)
+        return LargerOf((in_place, self.sparse.workspace))
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything is compared with dense attention."""
+        return not self.dense.exact or (self.settings is not None and bool(self.settings.bound))
+
+    # The run around it
+
+    def begin_step(self, step: int, num_steps: int) -> None:
+        """What follows is of this step of so many; an earlier one than before begins a run."""
+        if step < self._step or num_steps != self._num_steps:
+            self.collect()
+            self._bound = None if self.settings is None else Bound(self.settings, self.num_layers)
+        if step != self._step or num_steps != self._num_steps:
+            self._passes = 0
+        self._step, self._num_steps = step, num_steps
+
+    def begin_pass(self, tokens: int, device: torch.device) -> AttentionPass | None:
+        """The attention of a pass over so many tokens of each sample; None where it is the model's own alone."""
+        self.collect(all_steps=not self._num_steps)
+        sparse = self._is_sparse(tokens)
+        if not sparse and not self.watches and self.settings is None:
+            return None
+        self._passes += 1
+        return AttentionPass(self, device, sparse, seed=(self._step * 64 + self._passes) * 8191)
+
+    def order_of(self, key: Hashable, device: torch.device, make: Callable[[], TokenOrder]) -> TokenOrder:
+        """The order of this key on a device, made once."""
+        found = self._orders.get((key, device))
+        if found is None:
+            self._orders = {(key, device): (found := make().to(device))}
+        return found
+
+    def collect(self, all_steps: bool = True) -> None:
+        """Read what earlier steps measured, and learn from it; with `all_steps` this one too."""
+        later = []
+        for each in self._pending:
+            if not all_steps and each.step == self._step:
+                later.append(each)
+                continue
+            for layer, sums in enumerate(each.read()):
+                sparse = each.sparse[layer]
+                self._sums.setdefault((each.step, layer, sparse), Sums()).add(sums)
+                if sparse and self._bound is not None:
+                    self._bound.learn(layer, sums)
+        self._pending = later
+
+    def readings(self) -> tuple[LayerReading, ...]:
+        """What was measured since it was last forgotten, by step and layer."""
+        self.collect()
+        return readings({key: sums for key, sums in self._sums.items() if sums.passes})
+
+    def forget_readings(self) -> None:
+        """Another run is reported from here on."""
+        self._pending, self._sums = [], {}
+
+    def state(self) -> Tensor | None:
+        """What was learnt so far, for a run that goes on later; None where there is nothing to learn."""
+        self.collect()
+        return None if self._bound is None else self._bound.state()
+
+    def restore(self, state: Tensor) -> None:
+        """Go on with what a run had learnt."""
+        if self._bound is not None:
+            self._bound.restore(state)
+
+    # What a pass asks
+
+    def chosen(self, layer: int) -> tuple[float, float] | None:
+        """(tau, top-k) of a layer in a sparse pass, None where it is dense."""
+        if self.settings is None or self._bound is None or layer < self.settings.dense_layers:
+            return None
+        return self._bound.chosen(layer)
+
+    def add(self, done: PassReadings) -> None:
+        """A pass is over."""
+        done.send()
+        self._pending.append(done)
+
+    def new_readings(self, device: torch.device) -> PassReadings:
+        return PassReadings(self._step, self.num_layers, device)
+
+    def _is_sparse(self, tokens: int) -> bool:
+        settings = self.settings
+        if settings is None or tokens < settings.min_tokens:
+            return False
+        if self._num_steps and 100 * self._step < settings.dense_percent * self._num_steps:
+            return False
+        return any(self.chosen(layer) is not None for layer in range(self.num_layers))
+
+
+class AttentionPass:
+    """Self-attention of one pass, whose layers say that they begin."""
+
+    def __init__(self, run: AttentionRun, device: torch.device, sparse: bool, seed: int) -> None:
+        self.run, self.sparse = run, sparse
+        self.order: TokenOrder | None = None
+        self.orders = True  # whether tokens are brought in their order: not where somebody is shown them
+        self.ordered = False  # whether they are in it
+        self.layer = 0
+        self._readings = run.new_readings(device)
+        self._samples = Samples(device, seed) if run.watches else None
+        self._heads_left = 0  # of the layer, to be looked at
+
+    def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
+        """The next layer has its turn. Before the first that may be sparse, all `tokens [B * L, ...]` come in order.
+
+        They do so in place, through the bytes of `spare`, which nobody needs meanwhile.
+        """
+        self.layer, self._heads_left = layer, self.run.num_heads
+        waits = self.sparse and self.orders and not self.ordered
+        if waits and self.order is not None and self.run.chosen(layer) is not None:
+            for each in tokens:
+                reorder_(each, self.order.index, spare)
+            self.ordered = True
+
+    def end(self, tokens: Tensor, spare: Tensor) -> None:
+        """All layers are done: the tokens come back to their places."""
+        if self.ordered and self.order is not None:
+            reorder_(tokens, self.order.inverse, spare)
+        self.run.add(self._readings)
+
+    @torch.compiler.disable
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `Backend.attend`, of some heads of the layer."""
+        run, order = self.run, self.order
+        chosen = run.chosen(self.layer) if self.sparse and q.shape[1] == k.shape[1] else None
+        blocks = None
+        with self._readings.time(self.layer, chosen is not None):
+            if chosen is not None and run.sparse is not None and order is not None:
+                blocks = order.choice(*chosen, k.shape[1])
+                out = run.sparse.attend(q, k, v, blocks)
+            elif self.ordered and order is not None:  # bit for bit as if tokens were never ordered
+                places = order.inverse[: k.shape[1]]  # rows that are left out are text, which is in its place
+                out = run.dense.attend(q, k.index_select(1, places), v.index_select(1, places))
+            else:
+                out = run.dense.attend(q, k, v)
+        inexact = blocks is not None or not run.dense.exact
+        if self._samples is not None and inexact and self._heads_left > 0:
+            self._heads_left -= q.shape[2]  # every head once, not for all rows that are attended by themselves
+            one = self.layer % q.shape[0]
+            self._readings.add(self.layer, compare(q[one], k[one], v[one], out[one], self._samples, blocks))
+        return out

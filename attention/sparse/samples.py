@@ -1,0 +1,100 @@
+"""The dense answer for a few queries: how far attention is from it, and how much of it was computed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..backend import BLOCK, BlockChoice
+
+ROWS = 32  # queries, each of another stretch of the tokens
+HEADS_APART = 5  # one head in so many
+PARTS = 16  # of the keys, whose weighted values are summed side by side
+
+LOG2E = 1.4426950408889634
+
+
+class Samples:
+    """Which queries and heads of a pass are looked at; drawn anew for each call, the same for the same `seed`."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._device, self._calls = device, seed
+
+    def rows(self, tokens: int) -> Tensor:
+        """`[ROWS]` places among so many tokens, one in each stretch; nothing is read from the device."""
+        count = min(ROWS, tokens)
+        stretch = torch.arange(count, device=self._device) + torch.rand(
+            count, generator=self._generator, device=self._device
+        )
+        return (stretch * (tokens / count)).long().clamp_(max=tokens - 1)
+
+    def heads(self, num_heads: int) -> slice:
+        """One head in `HEADS_APART`, beginning with another one in every call."""
+        self._calls += 1
+        return slice(self._calls % min(HEADS_APART, num_heads), num_heads, HEADS_APART)
+
+
+def compare(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, samples: Samples, blocks: BlockChoice | None = None
+) -> Tensor:
+    """`[3]`: the squared difference of `out` to the dense answer over the sampled rows, the square of that, density.
+
+    All are `[L, H, D]` of one sample, `out` and `q` of the same rows. `blocks` are those that were chosen (None: all).
+    Density is the share of keys' blocks that the sampled queries attended exactly. fp32.
+    """
+    heads, rows = samples.heads(q.shape[1]), samples.rows(q.shape[0])
+    keys, values = _padded(k[:, heads]), _padded(v[:, heads])  # [h, P, L, D]
+    dense = _attend(q[:, heads].index_select(0, rows).float().transpose(0, 1), keys, values, k.shape[0])
+    given = out[:, heads].index_select(0, rows).float().transpose(0, 1)
+    sums = [(given - dense).square().sum(), dense.square().sum()]
+    if blocks is None:
+        sums.append(torch.ones_like(sums[0]))
+    else:
+        sums.append(_density(q[:, heads], keys, rows // BLOCK, k.shape[0], blocks))
+    return torch.stack(sums)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """`[L, h, D]` as `[h, parts, length, D]` in fp32, zeros at the end; parts hold whole blocks."""
+    tokens, heads, dim = x.shape
+    length = -(-tokens // (PARTS * BLOCK)) * BLOCK
+    out = torch.zeros(heads, PARTS * length, dim, device=x.device, dtype=torch.float32)
+    out[:, :tokens] = x.transpose(0, 1)
+    return out.view(heads, PARTS, length, dim)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, tokens: int) -> Tensor:
+    """Attention of `q [h, R, D]`; to the first so many of the keys."""
+    scores = q @ keys.flatten(1, 2).transpose(1, 2) / math.sqrt(q.shape[-1])
+    scores[..., tokens:] = -torch.inf
+    weights = scores.softmax(-1).unflatten(2, keys.shape[1:3])  # [h, R, P, L]
+    return (weights.transpose(1, 2) @ values).sum(1)
+
+
+def _density(q: Tensor, keys: Tensor, queries: Tensor, tokens: int, blocks: BlockChoice) -> Tensor:
+    """The share of blocks that the blocks `queries [R]` of `q [L, h, D]` attend exactly, as the choice is defined."""
+    count = -(-tokens // BLOCK)
+    sizes = torch.full((count,), float(BLOCK), device=q.device)
+    sizes[-1:] = tokens - (count - 1) * BLOCK
+    means = keys.flatten(1, 2).unflatten(1, (-1, BLOCK))[:, :count].sum(2) / sizes[:, None]  # [h, N, D]
+    means = means - means.mean(1, keepdim=True)
+    places = (queries[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).clamp_(max=q.shape[0] - 1)
+    centres = q.index_select(0, places.flatten()).float().unflatten(0, places.shape).mean(1).transpose(0, 1)
+    scale = LOG2E / math.sqrt(q.shape[-1])
+    scores = centres @ means.transpose(1, 2) * scale  # [h, R, N]
+    index = torch.arange(count, device=q.device)
+    sinks = (index >= blocks.sinks[0]) & (index < blocks.sinks[1])
+    if blocks.top_k:
+        free = count - (blocks.sinks[1] - blocks.sinks[0])
+        kept = max(1, min(free - 1, round(blocks.top_k * free)))
+        scores = scores.masked_fill(sinks, -torch.inf)
+        exact = scores >= scores.topk(min(kept, count), dim=-1).values[..., -1:]
+    else:
+        spread = (centres.square() * means.square().mean(1, keepdim=True)).sum(-1, keepdim=True)
+        exact = scores > blocks.tau * (spread * scale**2 + 1e-6).sqrt()
+    near = (queries[:, None] - index).abs() <= 1
+    whole = (queries >= blocks.exact_queries[0]) & (queries < blocks.exact_queries[1])
+    return (exact | near | sinks | whole[:, None]).float().mean()

@@ -1,0 +1,48 @@
+"""The flags of sparse attention."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..attention.sparse.settings import MIN_TOKENS, MODES, SparseSettings, settings_of
+
+DETAILS = ("sparse_value", "sparse_bound", "sparse_dense_percent", "sparse_dense_layers", "sparse_min_tokens")
+
+
+def add_sparse(parser: argparse.ArgumentParser) -> None:
+    """The flags that `sparse_of` reads."""
+    group = parser.add_argument_group("sparse attention: long videos faster, within an error that the run measures")
+    group.add_argument(
+        "--sparse",
+        choices=list(MODES),
+        help="error up to 5, 10, 20 %% (quality, balanced, fast), or by tau or top_k and --sparse-value; left out: off",
+    )
+    group.add_argument("--sparse-value", type=float, help="tau such as 1.0 (higher is faster), or a share such as 0.15")
+    group.add_argument(
+        "--sparse-bound", type=float, metavar="ERROR", help="the error that a layer may have; 0: everything is exact"
+    )
+    group.add_argument("--sparse-dense-percent", type=float, help="the first steps are exact (25)", metavar="PERCENT")
+    group.add_argument("--sparse-dense-layers", type=int, help="the first layers are exact (1)", metavar="LAYERS")
+    group.add_argument(
+        "--sparse-min-tokens", type=int, help=f"shorter videos are exact ({MIN_TOKENS})", metavar="TOKENS"
+    )  # fmt: skip
+
+
+def sparse_of(options: argparse.Namespace) -> SparseSettings | None:
+    """The flags as settings, None where it is off. ValueError for a flag that says nothing without another."""
+    given = [name for name in DETAILS if getattr(options, name, None) is not None]
+    if getattr(options, "sparse", None) is None:
+        if given:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{flag} says nothing without --sparse: give that too, such as --sparse balanced")
+        return None
+    defaults = SparseSettings()
+    value, bound, percent, layers, tokens = (getattr(options, name) for name in DETAILS)
+    return settings_of(
+        options.sparse,
+        value,
+        bound,
+        defaults.dense_percent if percent is None else percent,
+        defaults.dense_layers if layers is None else layers,
+        defaults.min_tokens if tokens is None else tokens,
+    )
