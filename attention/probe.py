@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..system.card_profile import CardProfile, profile_of
 from ..system.kernel_choice import brief, reason_against, relative_error
 from .backend import BLOCK, QUANTISED_ERROR, AttentionSpec, Backend, BlockChoice, SparseBackend
+from .timing import installed_versions
 
 SPARSE_BLOCKS = 13  # of a probe
 QUANTISED_COSINE = 0.99  # at least; less where a backend's own error is larger
@@ -46,6 +47,7 @@ class Machine:
     platform: str = sys.platform
     python: str = sys.executable or "python"
     card: Callable[[torch.device], CardProfile | None] = profile_of
+    versions: Callable[[], Mapping[str, str]] = installed_versions
 
     def pip_install(self, packages: str) -> str:
         """The command that installs into the Python that runs this, e.g. ComfyUI's embedded one."""

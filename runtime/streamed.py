@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.backend import AttentionSpec, Backend
-from ..attention.select import select_attention, select_sparse
+from ..attention.select import AUTO, AUTO_FAST, select_attention, select_fastest, select_sparse
 from ..attention.sparse.run import AttentionRun
 from ..attention.sparse.settings import SparseSettings
+from ..attention.timing import AttentionSize
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import GIB, Limits, ModelFootprint, WorkSize
@@ -99,6 +100,7 @@ class StreamedModel(Generic[M]):
         self._compiled = False
         self._before_safe_path: tuple[torch.dtype, Backend, AttentionRun | None] | None = None
         self._on_spans: SpanSink | None = None
+        self._attention_tokens = 0  # of the size that attention was chosen for
         self.use_sparse(settings.sparse)
 
     # What a model says of itself
@@ -287,6 +289,29 @@ class StreamedModel(Generic[M]):
         self.weights.read(plan)
 
     # Changes, between runs
+
+    def choose_attention(self, tokens: int) -> None:
+        """Have the fastest attention for a pass of so many tokens, where the choice is ours; not between passes.
+
+        It is timed on a GPU, once for a size; before a run's settings are told, as it is one of them.
+        """
+        execution, device, mode = self.model.execution, self.settings.device, self.settings.attention_mode
+        known = tokens == self._attention_tokens or self._before_safe_path is not None
+        if known or mode not in (AUTO, AUTO_FAST) or not self._may_time:
+            return
+        spec = AttentionSpec(device, execution.dtype, self.config.head_dim)
+        size, self._attention_tokens = AttentionSize(tokens, self.config.num_heads), tokens
+        chosen = select_fastest(mode, spec, size)
+        if chosen.name == execution.attention.name:
+            return
+        watch = execution.watch
+        self.stop()
+        self.model.execution = replace(execution, attention=chosen)
+        self.use_sparse(None if watch is None else watch.settings)
+
+    @property
+    def _may_time(self) -> bool:
+        return self.settings.device.type == "cuda"
 
     def check_sparse(self, settings: SparseSettings) -> None:
         """AttentionUnavailable (a ValueError), with what is missing, where sparse attention cannot run here."""

@@ -19,11 +19,12 @@ from lowvram_video.attention.sparse.readings import Sums
 from lowvram_video.attention.sparse.run import AttentionPass, AttentionRun
 from lowvram_video.attention.sparse.samples import Samples, compare
 from lowvram_video.attention.sparse.settings import PRESETS, SparseSettings
-from lowvram_video.framepack.network.model import FramePackModel, Frames, History, StepCondition
+from lowvram_video.framepack.network.model import FramePackModel, Frames, History, StepCondition, StepNag
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.report.attention import table
 from lowvram_video.runtime import streamed
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.network.model import Extras, Visitor, WanModel
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
@@ -257,8 +258,10 @@ def framepack(settings: SparseSettings | None, kernel: Sol) -> FramePackModel:
     return model.eval()
 
 
+@pytest.mark.parametrize("guided", [False, True])
 @torch.inference_mode()
-def test_framepack_orders_the_noise_and_attends_history_and_text_always() -> None:
+def test_framepack_orders_the_noise_and_attends_history_and_text_always(guided: bool) -> None:
+    """With a negative prompt of attention too, whose rows stand behind the text and are attended without it."""
     config, kernel = tiny_framepack.CONFIG, Everything()
     generator = torch.Generator().manual_seed(0)
 
@@ -267,29 +270,30 @@ def test_framepack_orders_the_noise_and_attends_history_and_text_always() -> Non
         return Frames(latents, torch.arange(first, first + count))
 
     noisy, history = frames(5, 1), History(frames(2, 0), frames(2, 6), frames(4, 8))
+    layers = config.num_layers + config.num_single_layers
+    vectors = [12] * config.num_layers + [3] * config.num_single_layers
+
+    def condition(num_text: int) -> StepCondition:
+        blocks = tuple(0.3 * torch.randn(count, config.dim, generator=generator) for count in vectors)
+        return StepCondition(torch.randn(num_text, config.dim, generator=generator), blocks, torch.zeros(2, config.dim))
+
+    shown = condition(9)
+    if guided:
+        shown = replace(shown, nag=StepNag(condition(70), NagSettings(3.0)))
     made = []
-    for settings in (None, replace(ALWAYS, dense_layers=1)):
+    for settings in (None, replace(ALWAYS, dense_layers=1, bound=0.5)):
         model = framepack(settings, kernel)
-        blocks = tuple(
-            torch.randn(
-                len(block.modulate(torch.zeros(1, config.dim))[0]),
-                config.dim,
-                generator=torch.Generator().manual_seed(index),
-            )
-            * 0.3
-            for index, block in enumerate(model.ordered_blocks().values())
-        )
-        text = torch.randn(9, config.dim, generator=torch.Generator().manual_seed(99))
-        condition = StepCondition(text, blocks, torch.zeros(2, config.dim))
-        made.append(model(noisy, history, condition))
+        watch = model.execution.watch
+        if watch is not None and watch._bound is not None:
+            watch._bound.layers[-1].dense = True
+        made.append(model(noisy, history, shown))
     error = relative_error(made[1], made[0])
     print(f"framepack: {error:.1e}, {kernel.calls[0]}")
     assert error < 1e-5
-    own = 5 * 4 * 6
-    tokens = model_rows = own + 2 * 24 + 1 * 2 * 3 + 1 * 1 * 2 + 9
-    assert {blocks.sinks for blocks in kernel.calls} == {(own // 64, -(-tokens // 64))}
-    assert len(kernel.calls) == config.num_layers + config.num_single_layers - 1
-    assert model_rows
+    own, others = 5 * 4 * 6, 2 * 24 + 1 * 2 * 3 + 1 * 1 * 2
+    lengths = [own + others + 9] + ([own + others + 70] if guided else [])
+    assert {blocks.sinks for blocks in kernel.calls} == {(own // 64, -(-tokens // 64)) for tokens in lengths}
+    assert len(kernel.calls) == len(lengths) * (layers - 2)
 
 
 # --- when it is sparse

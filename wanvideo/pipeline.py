@@ -180,6 +180,8 @@ class WanPipeline:
         work = replace(wan_work(self.config, (width, height, frames), batch, passes), nag=request.nag is not None)
         # one plan for both experts: their blocks differ by their LoRAs alone
         models = self._models
+        for model in models:
+            model.choose_attention(work.tokens)
         limits = hold_limits(self.settings, self.high.model.execution, sum(model.host_bytes for model in models))
         return max(models, key=lambda model: model.weights.largest_block_bytes).make_plan(work, limits)
 

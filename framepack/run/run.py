@@ -57,6 +57,7 @@ class FramePackRun:
         """
         sections = inputs.sections(sampling)
         inputs.check_for(host.model.config)
+        host.model.choose_attention(section_size(sampling, inputs.latent_size, inputs.end is not None).tokens)
         for prompt in inputs.timed.unused(sections):
             logger.warning(
                 "the prompt %r is not heard: others hold all the time, or it holds for less than a section", prompt

@@ -259,6 +259,9 @@ class Engine(Generic[S]):
         self._tell_owner()
         logger.info("%s\n%s", plan.model.name, "\n".join(reasons(plan)))
 
+    def choose_attention(self, shape: Sequence[int]) -> None:
+        """Before a run over latents of this shape, whose settings depend on it: have the fastest attention for it."""
+
     def at_step(self, transformer_options: Mapping[str, Any]) -> None:
         """Where in a sampler's run the next pass is, by what core tells of noise levels; nothing is asked in a pass."""
         levels, level = transformer_options.get("sample_sigmas"), transformer_options.get("sigmas")

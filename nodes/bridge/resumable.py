@@ -54,6 +54,7 @@ def sample_recorded(
     """
     guider = executor.class_obj
     patcher: StreamedModelPatcher = guider.model_patcher
+    patcher.engine.choose_attention(noise.shape)  # it is one of the run's settings
     asked = [noise, latent_image, sampler, sigmas, denoise_mask, seed]
     try:
         record = _open_record(guider, asked)

@@ -42,6 +42,10 @@ class WanEngine(Engine[StreamedWan]):
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
         return wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
 
+    def choose_attention(self, shape: Sequence[int]) -> None:
+        """Have the fastest attention for latents of a shape `[B, C, T, H, W]`, where the choice is ours."""
+        self.streamed.choose_attention(self.work_size(shape[2:], 1).tokens)
+
     def check_latent(self, latent: Tensor) -> None:
         wanted = self.streamed.config.out_channels
         if latent.ndim != 5 or latent.shape[1] != wanted:
@@ -97,6 +101,7 @@ class WanEngine(Engine[StreamedWan]):
             goes_on = goes_on and (planned.nag or extras.nag is None)
             if goes_on and not (new_run and self.could_be_faster(plan)):
                 return
+        self.choose_attention(latent.shape)
         self.prepare()
         self.start(self._plan_batch(size, latent.shape[0], controls, extras.nag is not None))
 
