@@ -123,6 +123,18 @@ NODE_TYPES: dict[str, NodeType] = {
     "LowVRAMNag": _kind(
         "model:MODEL negative:CONDITIONING", {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}, "MODEL"
     ),
+    "LowVRAMSparseAttention": _kind(
+        "model:MODEL",
+        {
+            "mode": "balanced",
+            "value": 1.0,
+            "error_bound": -1.0,
+            "dense_percent": 25.0,
+            "dense_layers": 1,
+            "min_tokens": 12000,
+        },
+        "MODEL",
+    ),
     "LowVRAMResumableSampling": _kind("model:MODEL", {}, "MODEL"),
     "LowVRAMLoadClipGGUF": _kind("", {"clip_name": "", "device": "default"}, "CLIP", extra_width=100),
     "LowVRAMLoadDemo": _kind("", {}, "MODEL CLIP VAE"),

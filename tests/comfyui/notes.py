@@ -145,6 +145,17 @@ NOTES: dict[str, Note] = {
         "- **More or less of the old video:** `denoise` 0.5 keeps more, 0.9 little.",
         ENCODER_CPU,
     ),
+    "wan2.1_t2v_1.3B_sparse": Note(
+        "Sparse attention within a bound",
+        "Wan 2.1 text to video with *Sparse Attention* behind *Block Swap*: after a quarter of the steps most of "
+        "attention is left out, and *Memory Report* shows how far each step was from exact attention.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        RAM_SMALL,
+        "- **Closer or faster:** `mode` quality, balanced, fast; `error_bound` 0 makes everything exact.\n"
+        "- **Needs** an RTX 30 card or newer, and comfy-kitchen 0.2.40 or newer.",
+        ENCODER_CPU,
+    ),
     "wan2.1_i2v_14B_480p_fp8": Note(
         "Wan 2.1 image to video, 14B, 480p, fp8",
         "Makes a picture move. Choose a picture in group 4, say in the prompt what happens, and press **Run**.",

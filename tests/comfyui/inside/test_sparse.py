@@ -1,0 +1,93 @@
+"""Sparse Attention in a real ComfyUI: where in a sampler's run it begins, by what core tells, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lowvram_pack.attention.backend import AttentionWorkspace
+from lowvram_pack.attention.sdpa import Sdpa
+from lowvram_pack.nodes.sparse import SparseAttention
+from lowvram_pack.runtime import streamed
+from tiny_models import empty_latent, ours, prompts, relative_error, sample, save
+
+
+class Kernel:
+    """Leaves nothing out, and counts."""
+
+    name, workspace = "stand-in", AttentionWorkspace()
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def attend(self, q: Any, k: Any, v: Any, blocks: Any) -> torch.Tensor:
+        self.calls += 1
+        return Sdpa(torch.device("cpu")).attend(q, k, v)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    made = Kernel()
+    monkeypatch.setattr(streamed, "select_sparse", lambda spec: made)
+    yield made
+
+
+def sparse(model: Any, bound: float = 0.5, percent: float = 0.0) -> Any:
+    return SparseAttention.execute(model, "tau", 0.5, bound, percent, 0, 0).result[0]
+
+
+def calls_of(kernel: Kernel, path: Path, percent: float) -> int:
+    kernel.calls = 0
+    sample(sparse(ours(path), percent=percent), *prompts(), empty_latent(), cfg=1.0, steps=4)
+    return kernel.calls
+
+
+def test_it_begins_after_its_share_of_the_steps(models: Path, kernel: Kernel) -> None:
+    path = save(models, "t2v")
+    whole = calls_of(kernel, path, 0)
+    assert whole > 0 and whole % 4 == 0
+    assert calls_of(kernel, path, 50) == whole // 2
+    assert calls_of(kernel, path, 25) == 3 * whole // 4
+    assert calls_of(kernel, path, 100) == 0
+
+
+def test_the_result_is_that_of_dense_attention_where_nothing_is_left_out(models: Path, kernel: Kernel) -> None:
+    path = save(models, "t2v")
+    model = sparse(ours(path))
+    got = sample(model, *prompts(), empty_latent(), cfg=1.0)
+    want = sample(ours(path), *prompts(), empty_latent(), cfg=1.0)
+    assert kernel.calls and relative_error(got, want) < 1e-5
+    report = model.engine.report
+    assert report is not None and "density" in report.table()
+
+
+def test_a_bound_of_0_has_the_bits_of_exact_attention(models: Path) -> None:
+    path = save(models, "t2v")
+    got = sample(sparse(ours(path), bound=0.0), *prompts(), empty_latent(), cfg=1.0)
+    assert got.equal(sample(ours(path), *prompts(), empty_latent(), cfg=1.0))
+
+
+def test_another_model_of_the_loader_stays_dense(models: Path, kernel: Kernel) -> None:
+    model = ours(save(models, "t2v"))
+    sparse(model)
+    sample(model, *prompts(), empty_latent(), cfg=1.0)
+    assert not kernel.calls
+
+
+def test_another_nodes_attention_is_refused_beside_it(models: Path, kernel: Kernel) -> None:
+    model = sparse(ours(save(models, "t2v")))
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda original, *a, **n: original(
+        *a, **n
+    )
+    with pytest.raises(ValueError, match="take one of the two nodes out"):
+        sample(model, *prompts(), empty_latent(), cfg=1.0)
+
+
+def test_where_it_cannot_run_the_node_says_so(models: Path) -> None:
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        sparse(ours(save(models, "t2v")))
+    with pytest.raises(ValueError, match="a share between 0 and 1"):
+        SparseAttention.execute(ours(save(models, "t2v")), "top_k", 1.0, -1.0, 25.0, 1, 0)
