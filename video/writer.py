@@ -16,7 +16,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
-from ..system.atomic_files import name_beside, partial_name, replace_file
+from ..system.atomic_files import partial_name, replace_file
 from .codecs import H264, Codec
 from .sound import Sound
 from .stuck import Watched
