@@ -43,7 +43,11 @@ def parse_json(text: bytes | str, most_bytes: int = MOST_BYTES, once: Collection
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        numbers = {"parse_int": _integer, "parse_float": _number, "parse_constant": _refused if finite else float}
+        numbers: dict[str, Any] = {
+            "parse_int": _integer,
+            "parse_float": _number,
+            "parse_constant": _refused if finite else float,
+        }
         value = json.loads(text, object_pairs_hook=_Objects(once) if once else None, **numbers)
         if "\\u" in text:  # only an escape can make half a character
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -52,7 +56,7 @@ def parse_json(text: bytes | str, most_bytes: int = MOST_BYTES, once: Collection
     except RecursionError:
         raise JsonError(f"nested deeper than {MOST_DEPTH}") from None
     except UnicodeError as error:
-        raise JsonError(f"no valid JSON (no whole characters: {error.reason})") from error
+        raise JsonError(f"no valid JSON (no whole characters: {getattr(error, 'reason', error)})") from error
     except ValueError as error:
         raise JsonError(f"no valid JSON ({error})") from error
     if _is_deep(value):

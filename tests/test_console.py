@@ -144,7 +144,7 @@ def test_whether_a_place_can_be_written_is_asked_of_no_link(tmp_path: Path) -> N
 @needs_links
 def test_joining_writes_through_no_link(tmp_path: Path) -> None:
     part, victim, other = tmp_path / "part.mp4", tmp_path / "victim", tmp_path / "other"
-    with VideoWriter(part, 30, b_frames=False) as writer:
+    with VideoWriter(part, 30, is_part=True) as writer:
         writer.write(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
     victim.write_text("mine")
     other.write_text("mine")

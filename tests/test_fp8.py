@@ -194,7 +194,7 @@ def test_markers_that_make_no_sense_are_refused(plain: Path, tmp_path: Path) -> 
     name = "blocks.0.ffn.0.comfy_quant"
     cases = {
         b'{"format": "float3"}': "float3.*not known.*float8_e4m3fn",
-        b"{nonsense": "no JSON",
+        b"{nonsense": "no valid JSON",
         b"[1]": "no JSON object",
         b'{"bits": 8}': "lacks a format",
         b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 200}': "power of 4",

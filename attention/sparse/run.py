@@ -163,6 +163,8 @@ class AttentionPass:
         self._readings = run.new_readings(device)
         self._samples = Samples(device, seed) if run.watches else None
         self._heads_left = 0  # of the layer, to be looked at
+        # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(self.attend_now)
 
     def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
         """The next layer has its turn. Before the first that may be sparse, all `tokens [B * L, ...]` come in order.
@@ -182,8 +184,7 @@ class AttentionPass:
             reorder_(tokens, self.order.inverse, spare)
         self.run.add(self._readings)
 
-    @torch.compiler.disable
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_now(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `Backend.attend`, of some heads of the layer."""
         run, order = self.run, self.order
         chosen = run.chosen(self.layer) if self.sparse and q.shape[1] == k.shape[1] else None

@@ -174,8 +174,8 @@ def choose_tile(decoder: WanVAE | TinyVAE, latent: Tensor) -> int:
 def coding_bytes(config: VAEConfig | TinyConfig, dtype: torch.dtype, latent: Tensor, tile: int) -> int:
     """What coding takes besides the weights: decoding, and encoding no more."""
     if isinstance(config, TinyConfig):
-        sides = (min(tile or config.spatial_stride * side, config.spatial_stride * side) for side in latent.shape[3:])
-        return len(latent) * config.decode_bytes(*sides, dtype.itemsize)
+        height, width = (config.spatial_stride * side for side in latent.shape[3:])
+        return len(latent) * config.decode_bytes(min(tile or height, height), min(tile or width, width), dtype.itemsize)
     footprint = WAN22_VAE if config.residual_shortcuts else WAN21_VAE
     frames, height, width = latent.shape[2:]
     stride = (config.temporal_stride, config.spatial_stride, config.spatial_stride)

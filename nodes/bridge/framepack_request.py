@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -277,7 +278,7 @@ def framepack_model(model: Any) -> StreamedModelPatcher:
     raise ValueError(f"FramePack Sampler (Low VRAM) samples models of {LOADER}: load a FramePack file with that node")
 
 
-def _prompt(text: Tensor, options: dict[str, Any], place: int = 0) -> Prompt:
+def _prompt(text: Tensor, options: Mapping[str, Any], place: int = 0) -> Prompt:
     """The prompt of a video of a batch; a CONDITIONING has one for each, or one for all."""
     pooled = options.get("pooled_output")
     if pooled is None:
