@@ -1,124 +1,291 @@
-"""A whole decode by the command line's path and by the decode node's, of the same random weights, in one process.
+"""Whole decodes and encodes by the Wan 2.1 VAE in VRAM that is really limited, by every path, with random weights.
 
-Each is measured with all of the card, where PyTorch's allocator keeps what it need not, and held to what the plan says.
+    python benchmarks/decode.py --comfyui ~/ComfyUI --out results.json
 
-    python benchmarks/decode.py --comfyui ~/ComfyUI
-
-Run it with ComfyUI's own Python. Without --comfyui only the command line's path is measured.
+Run it with ComfyUI's own Python. A second process holds the rest of the card, so that context and fragmentation count.
+The command line's path and the decode node's make the same frames, whose largest difference from whole frames is in
+`levels` of 255; ComfyUI's own VAE Decode stands beside them. Without --comfyui only the command line's is measured.
+`rss_mib` is RAM above the process before, in which frames of this benchmark wait too: `frames_mib`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from lowvram_video.memory.plan.footprint import WorkSize, decode_memory
-from lowvram_video.vae.retries import at_work
-from lowvram_video.vae.tiling import WHOLE, decode_in
-from lowvram_video.video.pictures import to_uint8
-from lowvram_video.wanvideo.footprint import WAN21_VAE
+from lowvram_video.fused.frame_ops import EagerFrameOps
+from lowvram_video.fused.frame_select import difference, select_frame_ops
+from lowvram_video.memory.plan.decode import DecodeMemory, choose_decode
+from lowvram_video.memory.plan.footprint import Limits, WorkSize
+from lowvram_video.memory.plan.limits import hold_budget
+from lowvram_video.memory.stream.pinned import CudaRegistrar
+from lowvram_video.system.device_errors import is_out_of_memory
+from lowvram_video.vae.retries import at_work, pieces_fitting
+from lowvram_video.vae.strips import Strips
+from lowvram_video.vae.tiling import Tile, Way, decode_in, encode_fitting, retry_ways
+from lowvram_video.video.pictures import to_levels, to_uint8
+from lowvram_video.wanvideo.footprint import WAN21_ENCODER, WAN21_VAE
+from lowvram_video.wanvideo.vae import coding
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
-from measure import GIB, Watch, run_cases
+from measure import GIB, Ballast, Watch, machine
+from torch import Tensor
 
-DEVICE = torch.device("cuda", 0)
-SIZES = ((81, 720, 1280), (81, 480, 832))
+RESERVE = 256 << 20  # as `memory/plan/limits.py` keeps
+P720, P480, LONG = (81, 720, 1280), (81, 480, 832), (161, 720, 1280)
 
 
 @dataclass(frozen=True)
 class Case:
-    path: str  # "command line" or "decode node"
+    path: str  # "command line", "decode node", "ComfyUI", "encode" or "ComfyUI encodes"
     size: tuple[int, int, int]
-    held: bool  # to the plan's bytes
+    gib: float  # that this process may use, 0: all
 
 
-def command_line(file: Path, latent: torch.Tensor) -> int:
-    """As `WanPipeline._decode`: frames as uint8 on the CPU; how many there are."""
-    opened = WAN_FORMAT.open_file(file)
-    with at_work(lambda: opened.build(torch.bfloat16, DEVICE)) as vae:
-        return sum(len(to_uint8(frames)) for frames in decode_in(vae, latent, WHOLE))
+CASES = (
+    Case("command line", P720, 0),
+    Case("command line", P720, 3),
+    Case("command line", P720, 2),
+    Case("command line", P480, 0),
+    Case("command line", P480, 2),
+    Case("command line", LONG, 3),
+    Case("encode", P720, 0),
+    Case("encode", P720, 3),
+    Case("decode node", P720, 0),
+    Case("decode node", P720, 3),
+    Case("ComfyUI", P720, 0),
+    Case("ComfyUI", P720, 3),
+    Case("ComfyUI", P480, 0),
+    Case("ComfyUI", P480, 2),
+    Case("ComfyUI encodes", P720, 0),
+    Case("ComfyUI encodes", P720, 3),
+)
 
 
-def decode_node(vae: Any, latent: torch.Tensor) -> int:
-    """As ComfyUI runs it; the whole frame does not depend on what is free."""
-    from lowvram_pack.nodes.decode import DecodeVideo
+class Bench:
+    """The paths, on one file of random weights; results of whole frames are what others are compared with."""
 
-    return len(DecodeVideo.execute({"samples": latent}, vae, 0, 0, False).result[0])
+    def __init__(self, file: Path, device: torch.device, repeats: int, scale: int) -> None:
+        self.opened, self.device = WAN_FORMAT.open_file(file), device
+        self.repeats, self.scale = repeats, scale
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.whole: dict[tuple[bool, tuple[int, int, int]], Tensor] = {}
+        self.way = ""
+        self.native: Any = None
 
+    def size(self, case: Case) -> tuple[int, int, int]:
+        frames, height, width = case.size
+        return frames if self.scale == 1 else 5, height // self.scale // 8 * 8, width // self.scale // 8 * 8
 
-def measured(decode: Callable[[torch.Tensor], int], case: Case, repeats: int) -> dict[str, Any]:
-    """The best of a few decodes, after one that warms up: seconds, and what the device held at most."""
-    frames, height, width = case.size
-    latent = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
-    predicted = decode_memory(WAN21_VAE, WorkSize(frames, height, width), 16, 0, 0)
-    decode(latent[:, :, :2])
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info()[0]
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
-    context = total - before
-    if case.held:
-        torch.cuda.set_per_process_memory_fraction((predicted + torch.cuda.memory_reserved()) / total, DEVICE)
-    seconds, peak, allocated = float("inf"), 0, 0
-    try:
-        for _ in range(repeats):
-            torch.cuda.reset_peak_memory_stats()
-            with Watch() as watch:
+    def latent(self, case: Case) -> Tensor:
+        frames, height, width = self.size(case)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+
+    def video(self, case: Case) -> Tensor:
+        frames, height, width = self.size(case)
+        values = torch.rand(1, 3, frames, height // 8, width // 8, generator=torch.Generator().manual_seed(1))
+        return torch.nn.functional.interpolate(values[0], scale_factor=8)[None].mul_(2).sub_(1).half()
+
+    def limits(self) -> Limits:
+        if self.device.type != "cuda":
+            return Limits(1 << 60, context_bytes=0)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        limits = Limits(0)
+        return Limits(min(total, free + limits.context_bytes) - RESERVE)
+
+    def ways(self, vae: Any, planned: DecodeMemory, size: tuple[int, int, int]) -> list[Way]:
+        registrar = CudaRegistrar(self.device) if self.device.type == "cuda" else None
+        way: Way = Strips(planned.rows, planned.in_ram, registrar) if planned.rows else Tile(planned.tile)
+        self.way = f"{way} ({planned.total / GIB:.2f} GiB planned)"
+        return [way, *retry_ways(vae, way, size[1:], registrar)]
+
+    def command_line(self, case: Case) -> Tensor:
+        """As `WanPipeline._decode`."""
+        size = self.size(case)
+        limits = self.limits()
+        hold_budget(self.device, limits)
+        planned = choose_decode(WAN21_VAE, WorkSize(*size), 16, limits)
+        assert planned is not None
+        latent = self.latent(case)
+        with at_work(lambda: self.opened.build(self.dtype, self.device)) as vae:
+
+            def frames(way: Way) -> Iterator[Tensor]:
+                return map(to_uint8, decode_in(vae, latent, way, None, to_levels))
+
+            return torch.cat(list(pieces_fitting(self.ways(vae, planned, size), frames, "decoding")))
+
+    def encode(self, case: Case) -> Tensor:
+        size, limits = self.size(case), self.limits()
+        hold_budget(self.device, limits)
+        planned = choose_decode(WAN21_ENCODER, WorkSize(*size), 16, limits)
+        assert planned is not None
+        with at_work(lambda: self.opened.build(self.dtype, self.device)) as vae:
+            first, *_ = self.ways(vae, planned, size)
+            registrar = first.registrar if isinstance(first, Strips) else None
+            return encode_fitting(vae, self.video(case), first, registrar=registrar)
+
+    def decode_node(self, case: Case) -> Tensor:
+        from lowvram_pack.nodes.decode import DecodeVideo
+
+        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        images = DecodeVideo.execute({"samples": self.native_latent(case)}, self.native, 0, 0, False).result[0]
+        return images.mul(255).round_().to(torch.uint8)
+
+    def comfyui(self, case: Case) -> Tensor:
+        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        return self.native.decode(self.native_latent(case))[0].mul(255).round_().to(torch.uint8)
+
+    def comfyui_encodes(self, case: Case) -> Tensor:
+        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        return self.native.encode(self.video(case)[0].movedim(0, -1).float().add_(1).div_(2))
+
+    def native_latent(self, case: Case) -> Tensor:
+        config = self.opened.config
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (config.latent_mean, config.latent_std))
+        return self.latent(case) * std + mean
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """The best of a few, after one that warms up where all VRAM is there."""
+        work: dict[str, Callable[[Case], Tensor]] = {
+            "command line": self.command_line, "encode": self.encode, "decode node": self.decode_node,
+            "ComfyUI": self.comfyui, "ComfyUI encodes": self.comfyui_encodes,
+        }  # fmt: skip
+        row: dict[str, Any] = {**asdict(case), "seconds": []}
+        self.way = ""
+        for _ in range(self.repeats):
+            gc.collect()
+            before = psutil.Process().memory_info().rss
+            with Watch() if self.device.type == "cuda" else NoWatch() as watch:
                 began = time.perf_counter()
-                assert decode(latent) == frames
-                torch.cuda.synchronize()
-                seconds = min(seconds, time.perf_counter() - began)
-            peak, allocated = max(peak, before - watch.min_free), max(allocated, torch.cuda.max_memory_allocated())
-            torch.cuda.empty_cache()
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-    return {
-        "path": case.path,
-        "size": case.size,
-        "held_to_the_plan": case.held,
-        "seconds": round(seconds, 3),
-        "peak_gib": round((peak + context) / GIB, 3),
-        "allocated_gib": round(allocated / GIB, 3),
-        "predicted_gib": round((predicted + context) / GIB, 3),
-        "context_gib": round(context / GIB, 3),
-        "error_percent": round(100 * (peak - predicted) / (predicted + context), 2),
-    }
+                try:
+                    result = work[case.path](case)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    return {**row, "error": "out of memory"}
+                row["seconds"].append(round(time.perf_counter() - began, 3))
+            row |= {"rss_mib": (watch.rss_peak - before) >> 20, "least_free_mib": watch.min_free >> 20}
+            if self.device.type == "cuda":
+                row |= {"allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+                        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3)}  # fmt: skip
+                torch.cuda.reset_peak_memory_stats()
+        row |= {"best": min(row["seconds"]), "way": self.way, "frames_mib": result.nbytes >> 20}
+        return row | self.compared(case, result)
+
+    def compared(self, case: Case, result: Tensor) -> dict[str, Any]:
+        """How far a result is from that of whole frames, which the first of its kind gives."""
+        key = "encode" in case.path, case.size
+        if "ComfyUI" in case.path or (case.gib and key not in self.whole):
+            return {}
+        whole = self.whole.setdefault(key, result)
+        difference = (result.float() - whole.float()).abs() if key[0] else None
+        if difference is not None:
+            return {"latent_error": round(float(difference.max()), 5), "latent_std": round(float(whole.std()), 3)}
+        levels = [int((a.int() - b.int()).abs().max()) for a, b in zip(result, whole, strict=True)]
+        others = sum(int((a != b).sum()) for a, b in zip(result, whole, strict=True))
+        return {"levels": max(levels), "others_percent": round(100 * others / whole.numel(), 4)}
+
+
+class NoWatch:
+    """On a CPU."""
+
+    min_free = rss_peak = 0
+
+    def __enter__(self) -> NoWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Say which steps run between convolutions; where no kernel gives PyTorch's bits, measure one all the same."""
+    print("steps between convolutions:", select_frame_ops(device, dtype).name, flush=True)
+    if device.type == "cuda" and select_frame_ops(device, dtype).name == "eager":
+        from lowvram_video.fused.frame_kernels import ORDERS, TritonFrameOps
+
+        for order in ORDERS:
+            print(order, difference(TritonFrameOps(order), EagerFrameOps(), device, dtype), flush=True)
+        coding.select_frame_ops = lambda device, dtype: TritonFrameOps()
+        print("MEASURED WITH KERNELS THAT WERE REFUSED", flush=True)
+
+
+def profile(bench: Bench) -> None:
+    """Where a decode's time goes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    case = Case("command line", (25, *P720[1:]), 0)
+    bench.command_line(case)
+    with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        bench.command_line(case)
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--comfyui", type=Path, help="a ComfyUI, for the decode node")
+    parser.add_argument("--comfyui", type=Path, help="a ComfyUI, for the decode node and ComfyUI's own decoder")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="paths to measure")
+    parser.add_argument("--profile", action="store_true", help="say where the time of 25 frames goes, first")
+    parser.add_argument("--tiny", action="store_true", help="on the CPU, with small pictures")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     from end_to_end import save_vae
 
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         file = save_vae(Path(folder) / "vae.safetensors")
-        paths: dict[str, Callable[[torch.Tensor], int]] = {"command line": lambda latent: command_line(file, latent)}
-        if options.comfyui is not None:
-            os.environ["COMFYUI_DIR"] = str(options.comfyui)
-            from comfyui_nodes import start_comfyui
+        with Ballast(0) if not options.tiny else NoWatch() as ballast:
+            device = torch.device("cpu") if options.tiny else torch.device("cuda", 0)
+            bench = Bench(file, device, options.repeats, 16 if options.tiny else 1)
+            check_kernels(device, bench.dtype)
+            if options.profile:
+                profile(bench)
+            if options.comfyui is not None:
+                bench.native = start(options.comfyui, file)
+            for case in CASES:
+                if options.only and case.path not in options.only:
+                    continue
+                if options.comfyui is None and case.path not in ("command line", "encode"):
+                    continue
+                if isinstance(ballast, Ballast):
+                    torch.cuda.empty_cache()
+                    ballast.leave(case.gib)
+                rows.append(bench.run(case))
+                print(json.dumps(rows[-1]), flush=True)
+                if options.out is not None:
+                    options.out.write_text(json.dumps({"machine": machine(), "cases": rows}, indent=1))
+    for row in rows:
+        frames, height, width = row["size"]
+        best, room = row.get("best", row.get("error")), row["gib"] or "all"
+        print(f"{row['path']}, {width}x{height}x{frames} in {room}: {best} s, {row.get('reserved_gib')} GiB reserved,"
+              f" RAM +{row.get('rss_mib')} MiB, levels {row.get('levels')}, {row.get('way')}")  # fmt: skip
 
-            start_comfyui(["--bf16-vae"])
-            import comfy.sd
-            import comfy.utils
 
-            vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
-            paths["decode node"] = lambda latent: decode_node(vae, latent)
-        cases = [Case(path, size, held) for size in SIZES for held in (True, False) for path in paths]
-        results, written = run_cases("decode", cases, lambda case: measured(paths[case.path], case, options.repeats))
-    print(written)
-    for result in results:
-        print(
-            f"{result['size']} by the {result['path']}{', held to the plan' * result['held_to_the_plan']}: "
-            f"{result['seconds']:.2f} s, {result['peak_gib']:.2f} GiB, "
-            f"predicted {result['predicted_gib']:.2f} ({result['error_percent']:+.1f} %)"
-        )
+def start(comfyui: Path, file: Path) -> Any:
+    """ComfyUI's VAE of the file."""
+    os.environ["COMFYUI_DIR"] = str(comfyui)
+    from comfyui_nodes import start_comfyui
+
+    start_comfyui(["--bf16-vae"])
+    import comfy.sd
+    import comfy.utils
+
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
 
 
 if __name__ == "__main__":

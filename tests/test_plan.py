@@ -10,18 +10,21 @@ from lowvram_video.attention.backend import EXACT_WORKSPACE
 from lowvram_video.attention.sage import WORKSPACE, WORKSPACE_HOPPER_2
 from lowvram_video.benchmarks.preset_plans import preset_plans, wan_footprint
 from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES, spread_residents
+from lowvram_video.memory.plan.decode import choose_decode, strip_memory
 from lowvram_video.memory.plan.footprint import (
     GIB,
     MIB,
     Choice,
     Limits,
     ModelFootprint,
+    VaeFootprint,
     WorkSize,
     compute_seconds,
     decode_memory,
 )
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from lowvram_video.memory.plan.table import describe, reasons
+from lowvram_video.memory.plan.tiles import strip_rows
 from lowvram_video.wanvideo.footprint import WAN21_VAE, WAN22_VAE, WanWork
 
 WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
@@ -165,19 +168,19 @@ class TestKnownFigures:
         print(f"{work}: {predicted:.2f} s predicted, limit {seconds} s")
         assert predicted == pytest.approx(seconds, rel=0.04)
 
-    @pytest.mark.parametrize(("height", "width", "gib"), [(480, 832, 1.76), (720, 1280, 4.06)])
+    @pytest.mark.parametrize(("height", "width", "gib"), [(480, 832, 2.64), (720, 1280, 6.09)])
     def test_vae_feature_cache(self, height, width, gib):
         assert WAN21_VAE.cache_bytes_per_pixel * height * width == pytest.approx(gib * GIB, rel=0.01)
 
     def test_wan22_vae_cache_from_its_channels(self):
-        # (inputs of the causal convolutions, positions per pixel): two frames of each are cached
+        # (inputs of the causal convolutions, positions per pixel): three frames of each are held
         stages = [
             (48 + 4 * 1024 + 6 * 1024 + 1024, 1 / 256),
             (6 * 1024 + 1024, 1 / 64),
             (1024 + 5 * 512, 1 / 16),
             (512 + 5 * 256 + 256, 1 / 4),
         ]
-        expected = sum(2 * channels * share for channels, share in stages)
+        expected = sum(3 * channels * share for channels, share in stages)
         assert WAN22_VAE.cache_bytes_per_pixel == pytest.approx(2 * expected, rel=0.001)
 
     def test_short_bf16_clip_is_transfer_bound_on_a_fast_card(self):
@@ -345,12 +348,49 @@ class TestHostMemory:
 
 
 class TestDecode:
-    def test_tile_is_the_largest_that_fits(self):
+    def test_strips_are_the_fewest_that_fit(self):
         plan = plan_memory(FP8, LONG_720P, limits(6.5))
+        context, rows = limits(6.5).context_bytes, plan.decode.rows
+        assert rows and not plan.decode.tile and plan.decode.total <= 6.5 * GIB
+        assert plan.decode == strip_memory(WAN21_VAE, LONG_720P, 16, (rows, plan.decode.in_ram), context)
+        fewer = strip_rows(LONG_720P.height)[: strip_rows(LONG_720P.height).index(rows)]
+        for in_ram in (False, True):
+            for thicker in fewer:
+                assert strip_memory(WAN21_VAE, LONG_720P, 16, (thicker, in_ram), context).total > 6.5 * GIB
+        assert any(f"in strips of {rows} rows, exactly as in whole frames" in reason for reason in reasons(plan))
+
+    def test_less_vram_means_thinner_strips_and_ram(self):
+        budgets = (12, 8, 6, 4, 3, 2.5, 2)
+        ways = [choose_decode(WAN21_VAE, LONG_720P, 16, limits(gib)) for gib in budgets]
+        rows = [way.rows or LONG_720P.height for way in ways]
+        assert ways[0].rows == 0 and all(way.rows for way in ways[1:]) and not any(way.tile for way in ways)
+        assert rows == sorted(rows, reverse=True)
+        assert ways[4].in_ram and 0 < ways[4].host < 2.7 * GIB
+        assert all(way.total <= gib * GIB for way, gib in zip(ways, budgets, strict=True))
+
+    def test_twice_as_long_takes_as_much_vram(self):
+        longer = replace(LONG_720P, frames=161)
+        for size in (LONG_720P, longer):
+            assert choose_decode(WAN21_VAE, size, 16, limits(3)).rows
+        short, long = (strip_memory(WAN21_VAE, size, 16, (120, True), 0) for size in (LONG_720P, longer))
+        assert long.total - short.total < 64 * MIB and long.host < 2.7 * GIB
+
+    def test_without_ram_nothing_waits_there(self):
+        scarce = limits(3, ram_budget_bytes=GIB // 4)
+        way = choose_decode(WAN21_VAE, LONG_720P, 16, scarce)
+        assert not way.in_ram and way.rows < choose_decode(WAN21_VAE, LONG_720P, 16, limits(3)).rows
+
+    def test_tiles_are_the_largest_that_fit_where_there_are_no_strips(self):
+        vae = VaeFootprint(254 * 10**6, 4728, 5500)
+        plan = plan_memory(replace(FP8, vae=vae), LONG_720P, limits(6.5))
         assert plan.decode.tile and plan.decode.total <= 6.5 * GIB
         context = limits(6.5).context_bytes
-        assert plan.decode.total == decode_memory(WAN21_VAE, LONG_720P, 16, plan.decode.tile, context)
-        assert decode_memory(WAN21_VAE, LONG_720P, 16, plan.decode.tile + 64, context) > 6.5 * GIB
+        assert plan.decode.total == decode_memory(vae, LONG_720P, 16, plan.decode.tile, context)
+        assert decode_memory(vae, LONG_720P, 16, plan.decode.tile + 64, context) > 6.5 * GIB
+
+    def test_where_not_even_strips_fit_there_are_tiles(self):
+        assert choose_decode(WAN21_VAE, LONG_720P, 16, limits(1.3)).tile
+        assert choose_decode(WAN21_VAE, LONG_720P, 16, limits(1.0)) is None
 
     def test_whole_frames_where_they_fit(self):
         assert plan_memory(FP8, LONG_480P, limits(8)).decode.tile == 0

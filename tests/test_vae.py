@@ -6,14 +6,17 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from lowvram_video.vae.files import to_channels_last
-from lowvram_video.wanvideo.vae.blocks import CausalCache, RMSNorm, Upsample
+from lowvram_video.wanvideo.vae import coding
+from lowvram_video.wanvideo.vae.blocks import RMSNorm
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT, to_official_names
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
+from lowvram_video.wanvideo.vae.strip import Strip
 from lowvram_video.weights.files.checkpoint import CheckpointError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -205,33 +208,45 @@ def test_two_decodes_at_once_do_not_disturb_each_other(pair):
         assert torch.equal(b, expected[1][step])
 
 
-def test_an_abandoned_decode_frees_its_cache(pair, monkeypatch):
+def watch_strips(monkeypatch: pytest.MonkeyPatch) -> list[Strip]:
+    """The strips that passes begin, as they begin them."""
+    begun: list[Strip] = []
+
+    class Watched(Strip):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            begun.append(self)
+
+    monkeypatch.setattr(coding, "Strip", Watched)
+    return begun
+
+
+def test_an_abandoned_decode_frees_its_memory(pair, monkeypatch):
     vae, _ = pair
-    caches = []
-    original = CausalCache.__init__
-
-    def recorded(cache: CausalCache) -> None:
-        original(cache)
-        caches.append(weakref.ref(cache))
-
-    monkeypatch.setattr(CausalCache, "__init__", recorded)
+    begun = watch_strips(monkeypatch)
     frames = vae.decode_pieces(random_latent(vae.config, 4))
     next(frames)
-    assert caches[0]() is not None
+    strips = [weakref.ref(strip) for strip in begun]
+    begun.clear()
+    assert len(strips) == 2 and all(strip() is not None for strip in strips)
     frames.close()
     gc.collect()
-    assert caches[0]() is None
+    assert all(strip() is None for strip in strips)
 
 
-def test_the_cache_keeps_two_frames_per_convolution(pair):
+def test_three_frames_are_held_per_convolution(pair, monkeypatch):
+    """The one that is convolved and two before it; no more, however long the video."""
     vae, _ = pair
-    cache = CausalCache()
-    latent = random_latent(vae.config, 2)
-    for index in range(2):
-        vae._decode_frame(latent[:, :, index : index + 1], cache)
-    for tail in cache._tails.values():
-        assert tail.shape[2] == 2
-        assert tail.untyped_storage().nbytes() == tail.numel() * tail.element_size()
+    begun = watch_strips(monkeypatch)
+    pieces = vae.decode_pieces(random_latent(vae.config, 3))
+    next(pieces)
+    next(pieces)
+    for strip in begun:
+        assert strip._running
+        for conv, ring in strip._running.items():
+            frames = ring._frames
+            assert frames.shape[1] == 3 * conv.in_channels
+            assert frames.untyped_storage().nbytes() == frames.numel() * frames.element_size()
 
 
 def test_decode_leaves_the_callers_grad_mode_alone(pair):
@@ -242,12 +257,21 @@ def test_decode_leaves_the_callers_grad_mode_alone(pair):
     assert torch.is_grad_enabled()
 
 
-def test_upsampling_holds_one_enlarged_frame_at_a_time():
-    layer = Upsample(4, 2, temporal=False).requires_grad_(False)
+def test_upsampling_holds_one_enlarged_frame_at_a_time(pair, monkeypatch):
+    """Frames go all the way through one by one: none is enlarged beside another."""
+    vae, _ = pair
     seen: list[tuple[int, ...]] = []
-    layer.resample[1].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    layer(torch.randn(1, 4, 3, 5, 6), CausalCache())
-    assert seen == [(1, 4, 10, 12)] * 3
+    real = Strip.new_frame
+
+    def new_frame(strip: Strip, *given: Any) -> Tensor:
+        frame = real(strip, *given)
+        seen.append(tuple(frame.shape))
+        return frame
+
+    monkeypatch.setattr(Strip, "new_frame", new_frame)
+    list(vae.decode_pieces(random_latent(vae.config, 2)))
+    # three resolutions, of 1, then 2, 4 and 4 frames
+    assert len(seen) == 3 + 10 and all(len(shape) == 4 for shape in seen)
 
 
 # --- errors ----------------------------------------------------------------------------------------------

@@ -123,25 +123,49 @@ def test_encoded_tiles_are_those_of_their_pixels(vae):
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
-def test_a_video_that_the_device_does_not_hold_is_encoded_in_tiles(vae, failures, monkeypatch, caplog):
+def test_a_video_that_the_device_does_not_hold_is_encoded_in_strips(vae, failures, monkeypatch, caplog):
     video = random_video(5, 64, 256)
-    want = encode_tiled(vae, video, (Tile(256), Tile(192), Tile(128))[failures])
+    want = vae.encode(video)
     tries = []
 
+    def trying(real):
+        def encode(*given):
+            tries.append(str(given[-1]) if len(given) > 1 else "whole")
+            if len(tries) <= failures:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return real(*given)
+
+        return encode
+
+    monkeypatch.setattr(vae, "encode", trying(vae.encode))
+    monkeypatch.setattr(vae, "encode_strips", lambda *given: trying(WanVAE.encode_strips)(vae, *given[:2]))
+    got = encode_fitting(vae, video)
+    assert got.device.type == "cpu" and got.dtype == torch.float32
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    ways = ["whole", *(f"in strips of {rows} rows, with their borders in RAM" for rows in (32, 16))]
+    assert tries == ways[: failures + 1]
+    assert caplog.text.count("out of VRAM while encoding 5 frames") == failures
+    assert all(f"next {way}" in caplog.text for way in ways[1 : failures + 1])
+
+
+def test_tiles_are_the_last_resort(vae, monkeypatch, caplog):
+    """Where neither whole frames nor strips fit."""
+    video = random_video(5, 64, 256)
+    want = encode_tiled(vae, video, Tile(128))
+    real = vae.encode
+
     def encode(pixels):
-        tries.append(pixels.shape[-1])
-        if len(tries) <= failures:
+        if pixels.shape[-1] > 128:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return WanVAE.encode(vae, pixels)
+        return real(pixels)
+
+    def no_strips(*given):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(vae, "encode", encode)
-    got = encode_fitting(vae, video)
-    assert torch.equal(got, want) and got.device.type == "cpu" and got.dtype == torch.float32
-    assert tries[: failures + 1] == [256, 192, 128][: failures + 1] and min(tries) == tries[failures]
-    assert caplog.text.count("out of VRAM while encoding 5 frames") == failures
-    assert ("next in tiles of 192 pixels" in caplog.text, "next in tiles of 128 pixels" in caplog.text) == (
-        failures > 0, failures > 1,
-    )  # fmt: skip
+    monkeypatch.setattr(vae, "encode_strips", no_strips)
+    assert torch.equal(encode_fitting(vae, video), want)
+    assert "next in tiles of 128 pixels" in caplog.text
 
 
 def test_a_video_that_no_tile_fits_ends_in_the_devices_error(vae, monkeypatch):
@@ -149,6 +173,7 @@ def test_a_video_that_no_tile_fits_ends_in_the_devices_error(vae, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(vae, "encode", encode)
+    monkeypatch.setattr(vae, "encode_strips", lambda *given: encode(given))
     stride = vae.config.spatial_stride
     with pytest.raises(torch.cuda.OutOfMemoryError):
         encode_fitting(vae, random_video(5, 2 * stride, 2 * stride))

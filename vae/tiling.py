@@ -1,6 +1,7 @@
-"""Encoding and decoding in tiles of space and time, with the memory of one tile.
+"""The ways to encode and decode: whole frames, exact strips of them, and tiles of space and time.
 
-The Wan autoencoders are exact over time and take little memory for it, so their tiles are of space alone.
+The Wan autoencoders are exact in strips of rows. Their tiles are of space alone, as time costs them little memory, and
+are the last resort: neighbours are blended, where a strip knows its neighbours.
 
 HunyuanVideo's is not exact in tiles: its group norms and its attention see the tile instead of the clip, and a
 temporal tile lacks the frames before it. Mean difference from the untiled video over its standard deviation, with the
@@ -16,14 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..memory.plan.tiles import smaller_tiles
+from ..memory.plan.tiles import smaller_tiles, thinner_strips
+from ..memory.stream.pinned import Registrar
 from .checks import VaeConfig, check_latent, check_video
+from .outbox import Finish, in_ram
 from .retries import MakeRoom, empty_cache, first_fitting
+from .strips import Strips
 from .tiles import Cut, Grid, cut, plan_grid
 
 OnChunk = Callable[[int, int], None]  # (parts done, parts in all); may raise to stop
@@ -51,6 +55,19 @@ class VideoVae(Protocol):
         """How many pieces of video come of so many latent frames."""
 
 
+@runtime_checkable
+class StripVae(VideoVae, Protocol):
+    """An autoencoder that is exact in strips of rows."""
+
+    def encode_strips(self, video: Tensor, way: Strips, on_chunk: OnChunk | None = None) -> Tensor:
+        """As `encode`."""
+
+    def decode_strips(
+        self, latent: Tensor, way: Strips, finish: Finish, into: Tensor | None = None, on_chunk: OnChunk | None = None
+    ) -> Iterator[Tensor]:
+        """As `decode_pieces`, each piece `finish`ed, on the CPU, and part of `into` where given."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """A part of a video that is coded at a time: `pixels` a side (0: whole frames), `latents` of time (None: all).
@@ -75,6 +92,28 @@ class Tile:
 
 
 WHOLE = Tile()
+LAST_TILES = (256, 128)  # of a VAE that has strips: what is left to try
+
+Way = Tile | Strips
+
+
+def retry_ways(vae: VideoVae, failed: Way, size: tuple[int, int], registrar: Registrar | None = None) -> list[Way]:
+    """What to try in turn after a way that did not fit, for pictures of `size` (height, width).
+
+    Of a VAE that is exact in strips those, thinner and thinner, whose borders wait in RAM, pinned by `registrar`, and
+    only then tiles; of another one smaller tiles.
+    """
+    height, width = size
+    if not isinstance(vae, StripVae):
+        side = failed.pixels if isinstance(failed, Tile) and failed.pixels else max(size)
+        return list(retry_tiles(vae.config, min(side, max(size))))
+    if isinstance(failed, Strips):
+        rows, smallest = failed.rows, max(size)
+    else:  # strips with the pixels of the tile
+        smallest = min(failed.pixels or max(size), max(size))
+        rows = height if smallest == max(size) else min(height, smallest**2 // width)
+    strips = [Strips(thinner, True, registrar) for thinner in thinner_strips(rows)]
+    return [*strips, *(Tile(pixels) for pixels in LAST_TILES if pixels < smallest)]
 
 
 def retry_tiles(config: VaeConfig, side: int) -> tuple[Tile, ...]:
@@ -85,15 +124,55 @@ def retry_tiles(config: VaeConfig, side: int) -> tuple[Tile, ...]:
     return *over_all_time, Tile(256, config.latents_at_once), Tile(128, config.latents_at_once)
 
 
-def decode_in(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | None = None) -> Iterator[Tensor]:
-    """Decode `latent` to pieces [B, 3, t, H, W]: whole frames as they are made, or one piece of tiles, on the CPU."""
-    if tile.latents is not None or 0 < tile.pixels < vae.config.spatial_stride * max(latent.shape[3:]):
-        yield decode_tiled(vae, latent, tile, on_chunk)
-        return
+def decode_in(
+    vae: VideoVae,
+    latent: Tensor,
+    way: Way,
+    on_chunk: OnChunk | None = None,
+    finish: Finish | None = None,
+    into: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Decode `latent` to pieces [B, 3, t, H, W]: whole frames as they are made, or once all strips or tiles are done.
+
+    `finish` makes of pieces, or rows or frames of them, what is wanted, on the device; they are in RAM then, each
+    copied while the next is made, and where `into` [B, 3, T, H, W] is given, parts of that. Without it whole frames
+    are on the device. Raises ValueError where the VAE has no strips.
+    """
+    if isinstance(way, Strips):
+        if not isinstance(vae, StripVae):
+            raise ValueError(f"the {vae.config.name} VAE cannot be decoded in strips: its norms see whole frames")
+        yield from vae.decode_strips(latent, way, finish or to_half(vae), into, on_chunk)
+    elif way.latents is not None or 0 < way.pixels < vae.config.spatial_stride * max(latent.shape[3:]):
+        video = decode_tiled(vae, latent, way, on_chunk)
+        yield video if finish is None else finished(video, finish, into)
+    elif finish is None:
+        yield from _reported(vae, latent, on_chunk)
+    else:
+        yield from in_ram(_reported(vae, latent, on_chunk), finish, into)
+
+
+def _reported(vae: VideoVae, latent: Tensor, on_chunk: OnChunk | None) -> Iterator[Tensor]:
     for index, frames in enumerate(vae.decode_pieces(latent)):
         yield frames
         if on_chunk is not None:
             on_chunk(index + 1, vae.num_pieces(latent.shape[2]))
+
+
+def to_half(vae: VideoVae) -> Finish:
+    """Numbers in which decoded video waits in RAM: their rounding is far below one step of eight-bit colour."""
+    dtype = torch.float32 if vae.dtype == torch.float32 else torch.float16
+    return lambda piece: piece.to(dtype)
+
+
+def finished(video: Tensor, finish: Finish, into: Tensor | None = None) -> Tensor:
+    """`finish` of every frame of a video [B, 3, T, H, W] on the CPU, in `into` where given."""
+    for index in range(video.shape[2]):
+        frame = finish(video[:, :, index : index + 1])
+        if into is None:
+            into = torch.empty(*frame.shape[:2], *video.shape[2:], dtype=frame.dtype)
+        into[:, :, index : index + 1] = frame
+    assert into is not None
+    return into
 
 
 def decode_tiled(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | None = None) -> Tensor:
@@ -132,18 +211,29 @@ def decode_tiled(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | 
 def encode_fitting(
     vae: VideoVae,
     video: Tensor,
-    first: Tile = WHOLE,
+    first: Way = WHOLE,
     on_chunk: OnChunk | None = None,
     make_room: MakeRoom = empty_cache,
+    registrar: Registrar | None = None,
 ) -> Tensor:
-    """The latent of `video`, float32 on the CPU; in smaller and smaller tiles where the device runs out of memory."""
+    """The latent of `video`, float32 on the CPU; in leaner and leaner ways where the device runs out of memory.
 
-    def encode(tile: Tile) -> Tensor:
-        return encode_tiled(vae, video, tile, on_chunk) if tile.pixels else vae.encode(video).float().cpu()
-
+    `registrar` pins the RAM in which borders of strips wait.
+    """
     what = f"encoding {video.shape[2]} frame{'s' if video.shape[2] > 1 else ''}"
-    side = max(video.shape[3:])
-    return first_fitting((first, *retry_tiles(vae.config, min(first.pixels or side, side))), encode, what, make_room)
+    ways = [first, *retry_ways(vae, first, (video.shape[3], video.shape[4]), registrar)]
+    return first_fitting(ways, lambda way: encode_in(vae, video, way, on_chunk), what, make_room)
+
+
+def encode_in(vae: VideoVae, video: Tensor, way: Way, on_chunk: OnChunk | None = None) -> Tensor:
+    """The latent of `video`, float32 on the CPU. Raises ValueError where the VAE has no strips."""
+    if isinstance(way, Strips):
+        if not isinstance(vae, StripVae):
+            raise ValueError(f"the {vae.config.name} VAE cannot be encoded in strips: its norms see whole frames")
+        return vae.encode_strips(video, way, on_chunk).float().cpu()
+    if way.pixels:
+        return encode_tiled(vae, video, way, on_chunk)
+    return vae.encode(video).float().cpu()
 
 
 def encode_tiled(vae: VideoVae, video: Tensor, tile: Tile, on_chunk: OnChunk | None = None) -> Tensor:

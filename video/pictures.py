@@ -57,11 +57,20 @@ def squeezed(picture: Tensor, size: int) -> Tensor:
     return levels / 127.5 - 1.0
 
 
+def to_levels(video: Tensor) -> Tensor:
+    """Numbers in -1 ... 1 as the levels of 8-bit colour, uint8, of the same shape and where they are."""
+    return (video.float() + 1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def to_uint8(video: Tensor) -> Tensor:
-    """`[1, 3, T, H, W]` in -1 ... 1 to `[T, H, W, 3]` uint8 on the CPU; frame by frame, as fp32 copies are large."""
+    """`[1, 3, T, H, W]` in -1 ... 1, or its levels, to `[T, H, W, 3]` uint8 on the CPU.
+
+    Frame by frame, as fp32 copies are large.
+    """
+    if video.dtype == torch.uint8:
+        return video[0].permute(1, 2, 3, 0).contiguous().cpu()
     _, _, num_frames, height, width = video.shape
     frames = torch.empty(num_frames, height, width, 3, dtype=torch.uint8)
     for index in range(num_frames):
-        pixels = (video[0, :, index].float() + 1.0).mul_(127.5).round_().clamp_(0, 255)
-        frames[index] = pixels.to(torch.uint8).permute(1, 2, 0)
+        frames[index] = to_levels(video[0, :, index]).permute(1, 2, 0)
     return frames

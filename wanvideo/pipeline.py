@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..memory.plan.plan import MemoryPlan, decode_tiles
+from ..memory.plan.plan import MemoryPlan
 from ..memory.report.report import RunReport
+from ..memory.stream.pinned import CudaRegistrar
 from ..runtime.latent_watch import LatentWatch
 from ..runtime.progress import Progress
 from ..runtime.recorded_run import RecordedRun
@@ -27,8 +28,9 @@ from ..sampling.schedules import flow_sigmas, is_high_noise, sigmas_from_timeste
 from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import OpenVae
 from ..vae.retries import at_work, once_more, pieces_fitting
-from ..vae.tiling import Tile, decode_in
-from ..video.pictures import to_uint8
+from ..vae.strips import Strips
+from ..vae.tiling import Tile, Way, decode_in, retry_ways
+from ..video.pictures import to_levels, to_uint8
 from ..weights.files.checkpoint import CheckpointError
 from ..weights.lora.report import LoraReport
 from .clip_vision import FILE_NAME as CLIP_FILE
@@ -280,17 +282,26 @@ class WanPipeline:
         return ExpertSwitch(high, low, request.boundary, on_switch=switch, loaded=expert)
 
     def _decode(self, latent: Tensor, plan: MemoryPlan) -> Iterator[Tensor]:
-        """Frames as they come; where the device runs out of memory, what is missing is decoded in smaller tiles."""
+        """Frames as they come; where the device runs out of memory, what is missing is decoded in strips."""
         self.progress.begin("decode")
         if self._draft is not None:
             yield from self._draft.frames(latent, self.settings, self.progress.update)
             return
         with self._vae_at_work() as vae:
 
-            def frames(tile: Tile) -> Iterator[Tensor]:
-                return map(to_uint8, decode_in(vae, latent, tile, self.progress.update))
+            def frames(way: Way) -> Iterator[Tensor]:
+                return map(to_uint8, decode_in(vae, latent, way, self.progress.update, to_levels))
 
-            yield from pieces_fitting([Tile(pixels) for pixels in decode_tiles(plan)], frames, "decoding")
+            yield from pieces_fitting(self._decode_ways(vae, plan), frames, "decoding")
+
+    def _decode_ways(self, vae: WanVAE, plan: MemoryPlan) -> list[Way]:
+        """The plan's way, then leaner ones for retries after the device ran out."""
+        settings = self.settings
+        pinned = settings.device.type == "cuda" and settings.pinned_memory
+        registrar = CudaRegistrar(settings.device) if pinned else None
+        decode = plan.decode
+        way: Way = Strips(decode.rows, decode.in_ram, registrar) if decode.rows else Tile(decode.tile)
+        return [way, *retry_ways(vae, way, (plan.work.height, plan.work.width), registrar)]
 
     def _vae_at_work(self) -> AbstractContextManager[WanVAE]:
         """The VAE on the device; in RAM afterwards if it is kept."""

@@ -5,23 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from ..stream.layout import align
 from .candidates import MIN_STAGING, RAM_MARGIN_BYTES, Candidate, candidates, fastest_candidate
-from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize, decode_memory, in_gib, measured_parts
-from .tiles import TILES, fitting_tile, smaller_tiles
+from .decode import DecodeMemory, choose_decode, least_decode_bytes
+from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize, in_gib, measured_parts
 
 BUDGET_STEP_BYTES = 64 * MIB
 RETRY_BYTES = 256 * MIB
-
-
-@dataclass(frozen=True)
-class DecodeMemory:
-    """Bytes of VRAM while decoding in tiles of a side in pixels, 0 for whole frames. No bytes: the plan has no VAE."""
-
-    tile: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def plan_memory(model: ModelFootprint, work: WorkSize, limits: Limits) -> Memory
     """The fastest plan within the limits; PlanError says what would fit where none does."""
     _check_by_hand(model, limits)
     candidate = fastest_candidate(model, work, limits, limits.vram_budget_bytes)
-    decode = _choose_tile(model, work, limits)
+    decode = choose_decode(model.vae, work, model.latent_channels, limits)
     if candidate is None or decode is None:
         raise _refusal(model, work, limits)
     if candidate.host.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
@@ -100,28 +91,10 @@ def plan_leaner(plan: MemoryPlan) -> MemoryPlan:
     raise PlanError(f"{plan.model.name} at {plan.work} cannot denoise in less than {in_gib(needed)} of VRAM")
 
 
-def _choose_tile(model: ModelFootprint, work: WorkSize, limits: Limits) -> DecodeMemory | None:
-    """The largest VAE tile whose decode fits the budget (0: whole frames)."""
-    needed = partial(_decode_bytes, model, work, limits)
-    tile = fitting_tile(max(work.height, work.width), needed, limits.vram_budget_bytes)
-    return None if tile is None else DecodeMemory(tile, needed(tile))
-
-
-def decode_tiles(plan: MemoryPlan) -> tuple[int, ...]:
-    """The plan's VAE tile (0: whole frames), then smaller ones, for retries after the device ran out."""
-    return plan.decode.tile, *smaller_tiles(plan.decode.tile or max(plan.work.height, plan.work.width))
-
-
-def _decode_bytes(model: ModelFootprint, work: WorkSize, limits: Limits, tile: int) -> int:
-    if model.vae is None:
-        return 0
-    return decode_memory(model.vae, work, model.latent_channels, tile, limits.context_bytes)
-
-
 def _leanest_bytes(model: ModelFootprint, work: WorkSize, limits: Limits) -> int:
     """The smallest peak of any plan for this work."""
     denoise = min(candidate.denoise.total for candidate in candidates(model, work, limits))
-    return max(denoise, _decode_bytes(model, work, limits, TILES[-1]))
+    return max(denoise, least_decode_bytes(model.vae, work, model.latent_channels, limits))
 
 
 def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:

@@ -127,6 +127,12 @@ def _piece_reasons(plan: MemoryPlan) -> list[str]:
         said.append(f"Attention's queries are made for {queries} tokens at a time: all at once would take more VRAM.")
     if plan.choice.packed_keys:
         said.append("Attention's keys and values are kept in 8 bits: more VRAM keeps them as they were computed.")
+    if plan.decode.rows:
+        waiting = f"; what waits between strips takes {in_gib(plan.decode.host)} of RAM" if plan.decode.in_ram else ""
+        said.append(
+            f"The video is decoded in strips of {plan.decode.rows} rows, exactly as in whole frames, which would "
+            f"exceed the budget{waiting}."
+        )
     if plan.decode.tile:
         said.append(
             f"The video is decoded in tiles of {plan.decode.tile} pixels: whole frames would exceed the budget."

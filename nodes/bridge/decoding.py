@@ -11,19 +11,18 @@ from torch import Tensor
 
 from ...framepack.vae.checkpoint import HUNYUAN_FORMAT
 from ...framepack.vae.decoding import decode_section
-from ...memory.plan.footprint import WorkSize, decode_memory
-from ...memory.plan.tiles import TILES, fitting_tile
+from ...memory.plan.tiles import TILES
 from ...vae.checks import VaeConfig, check_latent
 from ...vae.files import OpenVae
 from ...vae.retries import first_fitting, pieces_fitting
-from ...vae.tiling import Tile, decode_in, retry_tiles
+from ...vae.tiling import WHOLE, Way, decode_in
 from ...vae.tiny import TinyConfig, TinyVAE
 from ...vae.tiny_files import TINY_FORMAT
-from ...video.pictures import to_uint8
-from ...wanvideo.footprint import WAN21_VAE, WAN22_VAE
+from ...video.pictures import to_levels, to_uint8
 from ...wanvideo.vae.checkpoint import WAN_FORMAT
 from ...wanvideo.vae.model import VAEConfig, WanVAE
 from . import host
+from .coding_ways import coding_bytes, ways
 from .native_vae import evict_idle, native_decoder, open_native, vae_at_work
 
 Frames = Generator[Tensor, None, None]
@@ -34,7 +33,8 @@ HEADROOM_BYTES = 256 << 20  # cuDNN's workspaces, and what the allocator cannot 
 def decode_video(vae: Any, latent: Tensor, tile: int, chunk: int = 0) -> Tensor:
     """IMAGE `[B * T, H, W, 3]` in 0 ... 1 of a latent `[B, z, t, h, w]`.
 
-    In `tile` pixels a side (0: as large as fits), at least `chunk` frames moving to RAM at a time. ValueError for the
+    In `tile` pixels a side (0: whole frames, or strips where they do not fit), at least `chunk` whole frames moving to
+    RAM at a time. ValueError for the
     VAE of another model.
     """
     if open_native(HUNYUAN_FORMAT, vae) is not None:
@@ -70,14 +70,21 @@ def _hunyuan_clips(vae: Any, latent: Tensor, tile: int) -> Frames:
 
 def _images_of(vae: Any, latent: Tensor, tile: int, chunk: int) -> Tensor:
     opened = _opened(vae)
-    config = opened.config
     with _decoder(opened, vae.vae_dtype, latent) as decoder:
-        scaled, progress = _scaled(latent, vae, config), host.Progress(1)
+        images, progress = _new_images(latent, opened.config), host.Progress(1)
+        scaled = _scaled(latent, vae, opened.config)
+        for clip, clip_images in zip(scaled.split(1), images.split(1), strict=True):
+            into = clip_images.permute(0, 4, 1, 2, 3)
 
-        def decode(way: Tile) -> Tensor:
-            return _images(_gathered(decode_in(decoder, scaled, way, progress.update), chunk), latent, config)
+            def decode(way: Way, clip: Tensor = clip, into: Tensor = into) -> None:
+                if chunk and way == WHOLE:
+                    _gather(decode_in(decoder, clip, way, progress.update), chunk, into)
+                    return
+                for _ in decode_in(decoder, clip, way, progress.update, _to_unit, into):
+                    pass
 
-        return first_fitting(_ways(decoder, latent, tile), decode, "decoding", evict_idle)
+            first_fitting(ways(decoder, clip, tile), decode, "decoding", evict_idle)
+    return images.flatten(0, 1)
 
 
 def _frames_of(vae: Any, latent: Tensor, tile: int) -> Frames:
@@ -91,11 +98,10 @@ def _frames_of(vae: Any, latent: Tensor, tile: int) -> Frames:
     with _decoder(opened, vae.vae_dtype, latent) as decoder:
         scaled, progress = _scaled(latent, vae, opened.config), host.Progress(1)
 
-        def frames(way: Tile) -> Iterator[Tensor]:
-            for piece in decode_in(decoder, scaled, way, progress.update):
-                yield to_uint8(piece[:, :3])  # a video has no transparency
+        def frames(way: Way) -> Iterator[Tensor]:
+            return map(to_uint8, decode_in(decoder, scaled, way, progress.update, _to_colours))
 
-        yield from pieces_fitting(_ways(decoder, latent, tile), frames, "decoding", evict_idle)
+        yield from pieces_fitting(ways(decoder, latent, tile), frames, "decoding", evict_idle)
 
 
 def _opened(vae: Any) -> OpenVae[Any, Any]:
@@ -119,69 +125,37 @@ def _decoder(opened: OpenVae[Any, Any], dtype: torch.dtype, latent: Tensor) -> I
         yield decoder
 
 
-def _ways(decoder: WanVAE | TinyVAE, latent: Tensor, tile: int) -> tuple[Tile, ...]:
-    """What to try in turn: `tile` pixels, or the largest tile that fits, and then smaller ones."""
-    tile = tile or choose_tile(decoder, latent)
-    side = decoder.config.spatial_stride * max(latent.shape[3:])
-    return Tile(tile), *retry_tiles(decoder.config, min(tile or side, side))
-
-
-def _images(pieces: Iterator[Tensor], latent: Tensor, config: VaeConfig) -> Tensor:
-    """IMAGE `[B * T, H, W, 3]` in 0 ... 1 of video `[B, 3, t, H, W]` in -1 ... 1 that comes in pieces.
+def _new_images(latent: Tensor, config: VaeConfig) -> Tensor:
+    """IMAGE `[B, T, H, W, 3]` of a latent, to be filled.
 
     Instead of 3 there are as many channels as the VAE decodes, as in ComfyUI.
     """
     batch, _, num_latents, height, width = latent.shape
     stride, num_frames = config.spatial_stride, (num_latents - 1) * config.temporal_stride + 1
-    images = torch.empty(batch, num_frames, height * stride, width * stride, config.decoded_channels)
-    num_done = 0
-    for piece in pieces:
-        done = images[:, num_done : num_done + piece.shape[2]]
-        done.zero_()  # pages are made while the device still works on the piece: within a copy they hold it up
-        for index, frame in enumerate(piece.unbind(2)):
-            done[:, index] = ((frame.float() + 1.0) / 2.0).clamp_(0.0, 1.0).permute(0, 2, 3, 1)
-        num_done += piece.shape[2]
-    return images.flatten(0, 1)
+    return torch.empty(batch, num_frames, height * stride, width * stride, config.decoded_channels)
 
 
-def _gathered(pieces: Iterator[Tensor], chunk: int) -> Iterator[Tensor]:
-    """Pieces of at least `chunk` frames, but for the last."""
+def _to_unit(video: Tensor) -> Tensor:
+    """-1 ... 1 as IMAGE has it."""
+    return ((video.float() + 1.0) / 2.0).clamp_(0.0, 1.0)
+
+
+def _to_colours(video: Tensor) -> Tensor:
+    """Levels of the colours: a video file has no transparency."""
+    return to_levels(video[:, :3])
+
+
+def _gather(pieces: Iterator[Tensor], chunk: int, into: Tensor) -> None:
+    """Fill `into` with pieces that wait on the device until they have `chunk` frames."""
     waiting: list[Tensor] = []
+    num_done = 0
     for frames in pieces:
         waiting.append(frames)
-        if sum(part.shape[2] for part in waiting) >= chunk:
-            yield torch.cat(waiting, dim=2) if len(waiting) > 1 else frames
+        gathered = sum(part.shape[2] for part in waiting)
+        if gathered >= chunk or num_done + gathered == into.shape[2]:
+            into[:, :, num_done : num_done + gathered] = _to_unit(torch.cat(waiting, dim=2))
+            num_done += gathered
             waiting.clear()
-    if waiting:
-        yield torch.cat(waiting, dim=2)
-
-
-def choose_tile(decoder: WanVAE | TinyVAE, latent: Tensor) -> int:
-    """Pixels of a side to code a latent of this shape in: the largest tile that fits in what is free; 0: whole."""
-    device, config = decoder.device, decoder.config
-    if device.type != "cuda":
-        return 0
-
-    def needed(tile: int) -> int:
-        return coding_bytes(config, decoder.dtype, latent, tile)
-
-    host.make_room(needed(0), device)
-    free = host.free_vram(device) - host.reserved_vram()
-    tile = fitting_tile(config.spatial_stride * max(latent.shape[3:]), needed, free)
-    return TILES[-1] if tile is None else tile
-
-
-def coding_bytes(config: VAEConfig | TinyConfig, dtype: torch.dtype, latent: Tensor, tile: int) -> int:
-    """What coding takes besides the weights: decoding, and encoding no more."""
-    if isinstance(config, TinyConfig):
-        height, width = (config.spatial_stride * side for side in latent.shape[3:])
-        return len(latent) * config.decode_bytes(min(tile or height, height), min(tile or width, width), dtype.itemsize)
-    footprint = WAN22_VAE if config.residual_shortcuts else WAN21_VAE
-    frames, height, width = latent.shape[2:]
-    stride = (config.temporal_stride, config.spatial_stride, config.spatial_stride)
-    work = WorkSize((frames - 1) * stride[0] + 1, height * stride[1], width * stride[2], latent.shape[0], stride=stride)
-    size = decode_memory(footprint, work, latent.shape[1], tile, 0) - footprint.weight_bytes
-    return size * dtype.itemsize // 2  # the footprint is of bf16
 
 
 def _scaled(latent: Tensor, vae: Any, config: VAEConfig | TinyConfig) -> Tensor:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ...framepack.vae.checkpoint import HUNYUAN_FORMAT
 from ...framepack.vae.decoding import encode_clip
+from ...memory.plan.tiles import TILES
 from ...vae.checks import VaeConfig
-from ...vae.tiling import Tile, encode_fitting
+from ...vae.tiling import encode_fitting
 from ...wanvideo.vae.checkpoint import WAN_FORMAT
 from . import host
-from .decoding import HEADROOM_BYTES, choose_tile, coding_bytes, latent_statistics
+from .coding_ways import coding_bytes, first_way, registrar
+from .decoding import HEADROOM_BYTES, latent_statistics
 from .native_vae import evict_idle, native_decoder, open_native, vae_at_work
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,10 @@ def _encode_wan(vae: Any, images: Tensor, tile: int) -> Tensor:
         )
     video, progress = _video(images, config, dtype), host.Progress(1)
     latent = torch.empty(1, config.z_dim, *_latent_size(video, config), device="meta")
-    # an encoder takes no more than the decoder of the same pictures
-    least = coding_bytes(config, dtype, latent, 128)
+    least = coding_bytes(config, dtype, latent, TILES[-1], encodes=True)
     with vae_at_work(opened, dtype, least + HEADROOM_BYTES) as encoder:
-        chosen = Tile(tile or choose_tile(encoder, latent))
-        encoded = encode_fitting(encoder, video, chosen, progress.update, evict_idle)
+        first, pins = first_way(encoder, latent, tile, encodes=True), registrar(encoder.device)
+        encoded = encode_fitting(encoder, video, first, progress.update, evict_idle, pins)
     mean, std = latent_statistics(config)
     return encoded * std + mean
 

@@ -1,83 +1,107 @@
-"""Layers of the Wan video autoencoders: causal convolutions that remember, norms, resampling, shortcuts.
+"""Layers of the Wan video autoencoders: causal convolutions, norms, resampling, shortcuts.
 
-Every tensor is channels first, [B, C, T, H, W]. A video goes through in chunks of a few frames; what a later chunk
-needs from an earlier one is held in a `CausalCache`, never in a module.
+A layer sees one frame [B, C, rows, W] at a time, in order of time, and of that frame the rows of one strip, which may
+be all of it. What it needs of earlier frames and of the strip above is in a `Strip`, never in a module. Layers that
+change the number of frames yield them. `plan_rows` says which rows a layer needs for those wanted of it.
 Parameter names are those of Wan-Video `wan/modules/vae2_1.py` and `vae2_2.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ...fused.frame_ops import rms_norm
+from .rows import Level, StripPlan, seen_by_3x3
+from .strip import Seam, Strip, Write
 
-class CausalCache:
-    """What one encode or decode pass remembers between chunks: the last input frames of each causal convolution.
 
-    `first_chunk` is true until `advance` is called: the first frame of a video is coded alone, so the layers that
-    change the frame rate leave it as it is. Dropping the cache frees everything the pass held.
-    """
+class FrameChanger(nn.Module):
+    """A layer that changes the number of frames."""
 
-    def __init__(self) -> None:
-        self.first_chunk = True
-        self._tails: dict[nn.Module, Tensor] = {}
+    def frames(self, x: Tensor, strip: Strip) -> Iterator[Tensor]:
+        """What one frame [B, C, rows, W] leads to."""
+        raise NotImplementedError
 
-    def advance(self) -> None:
-        """Say that a chunk has gone all the way through."""
-        self.first_chunk = False
 
-    def fill_history(self, conv: CausalConv3d, padded: Tensor) -> None:
-        """Complete `padded` [B, C, conv.history + T, H, W], whose last T frames are this chunk's.
+def plan_layers(layers: Sequence[nn.Module], plan: StripPlan, out: Level) -> Level:
+    """What the first of `layers` needs for the last to make `out`."""
+    for layer in reversed(layers):
+        out = layer.plan_rows(plan, out)  # type: ignore[operator]
+    return out
 
-        Its leading frames become the ones that `conv` saw before (zeros at the start of the video), and its trailing
-        ones are kept for the next chunk.
-        """
-        tail = self._tails.get(conv)
-        if tail is None:
-            padded[:, :, : conv.history].zero_()
-        else:
-            padded[:, :, : conv.history].copy_(tail)
-        self.remember(conv, padded)
 
-    def remember(self, conv: CausalConv3d, frames: Tensor) -> None:
-        """Keep the last `conv.history` of `frames`, as a copy: a view would keep the whole activation alive."""
-        tail = self._tails.get(conv)
-        if tail is None:
-            self._tails[conv] = frames[:, :, -conv.history :].clone()
-        else:
-            tail.copy_(frames[:, :, -conv.history :])
+def frames_through(layers: Sequence[nn.Module], x: Tensor, strip: Strip) -> Iterator[Tensor]:
+    """What comes of a frame behind all the layers, each frame all the way through before the next."""
+    for index, layer in enumerate(layers):
+        if isinstance(layer, FrameChanger):
+            for frame in layer.frames(x, strip):
+                yield from frames_through(layers[index + 1 :], frame, strip)
+            return
+        x = layer(x, strip)
+    yield x
+
+
+def copy(rows: Tensor, out: Tensor) -> None:
+    out.copy_(rows)
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3-D convolution that sees no later frame; `history` is how many earlier frames it sees through the cache."""
+    """A convolution over a frame and the two before it; zeros stand for what is before the first, and at the edges."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
-        spatial_padding = (0, kernel[1] // 2, kernel[2] // 2)
-        super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), spatial_padding)
-        self.history = kernel[0] - time_stride
+        super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
 
-    # Every layer takes the cache, a convolution too.
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
-        if self.history == 0:
-            return super().forward(x)
-        padded = self.new_padded(x)
-        padded[:, :, self.history :].copy_(x)
-        return self.convolve(padded, cache)
+    def plan_rows(self, plan: StripPlan, out: Level) -> Level:
+        if self.kernel_size[1] == 1:
+            return plan.add(self, out, out)
+        return plan.add(self, seen_by_3x3(out), out, lambda row: row - 1)
 
-    def new_padded(self, x: Tensor) -> Tensor:
-        """An uninitialised tensor like `x`, in the weights' memory format, with room for the history in front."""
-        b, c, t, h, w = x.shape
-        channels_last = self.weight.is_contiguous(memory_format=torch.channels_last_3d)
-        return new_video(x, (b, c, self.history + t, h, w), channels_last)
+    # Every layer takes the strip, a convolution too.
+    def forward(self, x: Tensor, strip: Strip) -> Tensor:  # type: ignore[override]
+        """The frame's convolution with its bias, of rows as they are."""
+        out = self.see([x], strip, copy, strip.seam(self, x) if strip.has_seam(self) else None)
+        return self.add_bias(out)
 
-    def convolve(self, padded: Tensor, cache: CausalCache) -> Tensor:
-        """Convolve a tensor made by `new_padded`, once its own frames have been written."""
-        cache.fill_history(self, padded)
-        return super().forward(padded)
+    def add_bias(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return x.add_(self.bias.view(-1, 1, 1))
+
+    def see(self, blocks: Sequence[Tensor], strip: Strip, write: Write, seam: Seam | None = None) -> Tensor:
+        """The convolution, without its bias, of a frame that comes in blocks of rows, top down; see `place`."""
+        self.place(blocks, strip, write, seam)
+        return self.convolve(blocks[0], strip)
+
+    def place(self, blocks: Sequence[Tensor], strip: Strip, write: Write, seam: Seam | None = None) -> None:
+        """Show the next frame, in blocks of rows that `write` brings to their place.
+
+        With a seam, rows as the convolution sees them are kept from strip to strip, and `blocks` are the new ones.
+        """
+        rows = strip.rows(self)
+        if not rows.out:
+            return
+        slot = strip.ring(self, blocks[0]).next()
+        first = row = rows.start - rows.out_start + self.kernel_size[1] // 2
+        if seam is not None:
+            for above in seam.with_above(blocks[0][:, :, :0]):
+                slot[:, :, row : row + above.shape[2]].copy_(above)
+                row += above.shape[2]
+        for block in blocks:
+            if block.shape[2]:
+                write(block, slot[:, :, row : row + block.shape[2]])
+                row += block.shape[2]
+        if seam is not None:
+            seam.keep([slot[:, :, first:row]])
+
+    def convolve(self, like: Tensor, strip: Strip) -> Tensor:
+        """The convolution of the frame that was placed last, and those before it."""
+        if not strip.rows(self).out:
+            return strip.new_frame(like, self.out_channels, 0, like.shape[3])
+        return strip.ring(self, like).convolve(self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -87,28 +111,21 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_spatial_dims))
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normalise `x` into `out`, a tensor of the same shape (a new one if not given)."""
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        scale = x.shape[1] ** 0.5 / length.clamp_min_(1e-12)
-        return torch.mul(x, scale, out=torch.empty_like(x) if out is None else out).mul_(self.gamma)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.gamma)
 
+    def activation(self, strip: Strip, bias: Tensor | None = None) -> Write:
+        """The norm of rows (+ `bias`) and SiLU, for a convolution to see."""
+        gamma = self.gamma.flatten()
 
-def norm_silu_conv(x: Tensor, layers: Sequence[nn.Module], cache: CausalCache) -> Tensor:
-    """Apply layers that begin with a norm, then SiLU, and end with a causal convolution.
+        def write(rows: Tensor, out: Tensor) -> None:
+            strip.ops.norm_silu(rows, bias, gamma, out)
 
-    There is one scratch tensor: the norm writes straight behind the convolution's history.
-    """
-    norm, conv = layers[0], layers[-1]
-    assert isinstance(norm, RMSNorm) and isinstance(conv, CausalConv3d)
-    padded = conv.new_padded(x)
-    fresh = padded[:, :, conv.history :]
-    F.silu(norm(x, out=fresh), inplace=True)
-    return conv.convolve(padded, cache)
+        return write
 
 
 class ResidualBlock(nn.Module):
-    """Two norm-SiLU-convolution steps beside a shortcut."""
+    """Two norm-SiLU-convolution steps beside a shortcut, for which rows of the input are kept."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -123,15 +140,68 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        layers = list(self.residual)
-        hidden = norm_silu_conv(x, layers[:3], cache)
-        hidden = norm_silu_conv(hidden, layers[3:], cache)
-        return hidden.add_(self.shortcut(x))  # last, so that a projected shortcut is not held through the block
+    @property
+    def _steps(self) -> tuple[RMSNorm, CausalConv3d, RMSNorm, CausalConv3d]:
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        return norm1, conv1, norm2, conv2  # type: ignore[return-value]
+
+    def plan_rows(self, plan: StripPlan, out: Level) -> Level:
+        _, conv1, _, conv2 = self._steps
+        middle = conv2.plan_rows(plan, out)
+        plan.add_seam(conv2, conv2.in_channels)
+        plan.add(self, conv1.plan_rows(plan, middle), out)
+        plan.add_seam(self, conv1.in_channels)
+        return plan.layers[self].inputs
+
+    def forward(self, x: Tensor, strip: Strip) -> Tensor:
+        norm1, conv1, norm2, conv2 = self._steps
+        seam = strip.seam(self, x)
+        blocks = seam.with_above(x) or [x]
+        # The rows above are kept as they came: they are normed again, which is no convolution, and not kept twice.
+        hidden = conv1.see(blocks, strip, norm1.activation(strip))
+        inner = strip.seam(conv2, hidden)
+        hidden = conv2.see([hidden], strip, norm2.activation(strip, conv1.bias), inner)
+        row, bias = 0, conv2.bias
+        for block in blocks:
+            shortcut = block[:, :, : hidden.shape[2] - row]
+            if shortcut.shape[2]:
+                rows = hidden[:, :, row : row + shortcut.shape[2]]
+                strip.ops.add_(rows, bias, *self._shortcut(shortcut))
+                row += shortcut.shape[2]
+        seam.keep(blocks)
+        return hidden
+
+    def _shortcut(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The shortcut and the bias that it lacks."""
+        if isinstance(self.shortcut, nn.Identity):
+            return x, None
+        return F.conv2d(x, self.shortcut.weight[:, :, 0]), self.shortcut.bias
+
+
+class Head(nn.Sequential):
+    """Norm, SiLU and the last convolution."""
+
+    def __init__(self, dim: int, out_channels: int) -> None:
+        super().__init__(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_channels, (3, 3, 3)))
+
+    @property
+    def _steps(self) -> tuple[RMSNorm, CausalConv3d]:
+        norm, _, conv = self
+        return norm, conv  # type: ignore[return-value]
+
+    def plan_rows(self, plan: StripPlan, out: Level) -> Level:
+        _, conv = self._steps
+        inputs = conv.plan_rows(plan, out)
+        plan.add_seam(conv, conv.in_channels)
+        return inputs
+
+    def forward(self, x: Tensor, strip: Strip) -> Tensor:  # type: ignore[override]
+        norm, conv = self._steps
+        return conv.add_bias(conv.see([x], strip, norm.activation(strip), strip.seam(conv, x)))
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention over the positions of each frame."""
+    """Single-head attention over the positions of each frame, which is whole."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -139,141 +209,12 @@ class SpatialAttention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        num_frames, height = x.shape[2], x.shape[3]
-        frames = rearrange(x, "b c t h w -> (b t) c h w")
-        qkv = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
-        q, k, v = qkv.contiguous()
-        attended = F.scaled_dot_product_attention(q, k, v)
-        out = self.proj(rearrange(attended, "n 1 (h w) c -> n c h w", h=height))
-        return rearrange(out, "(b t) c h w -> b c t h w", t=num_frames).add_(x)
-
-
-class Downsample(nn.Module):
-    """Halves height and width and, if `temporal`, the number of frames (not that of the first chunk)."""
-
-    def __init__(self, dim: int, temporal: bool) -> None:
-        super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), time_stride=2) if temporal else None
-
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        x = map_frames(self.resample, x.unbind(2))
-        if self.time_conv is None:
-            return x
-        if cache.first_chunk:
-            cache.remember(self.time_conv, x)
-            return x
-        return self.time_conv(x, cache)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width and, if `temporal`, the number of frames (not that of the first chunk)."""
-
-    def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
-        super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1)
-        )
-        self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
-
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        if self.time_conv is None or cache.first_chunk:
-            return map_frames(self.resample, x.unbind(2))
-        # One half of the channels is the earlier frame of each new pair, the other half the later one.
-        pairs = rearrange(self.time_conv(x, cache), "b (pair c) t h w -> b c t pair h w", pair=2)
-        return map_frames(self.resample, [frame for pair in pairs.unbind(2) for frame in pair.unbind(2)])
-
-
-def map_frames(layers: nn.Module, frames: Sequence[Tensor]) -> Tensor:
-    """Apply a 2-D stack to each frame [B, C, H, W] and join the results over time, [B, C', T, H', W'].
-
-    One frame at a time: the enlarged input of an upsampling convolution is the largest tensor of a decoder otherwise.
-    """
-    first = layers(frames[0])
-    b, c, h, w = first.shape
-    channels_last = first.is_contiguous(memory_format=torch.channels_last)
-    out = new_video(first, (b, c, len(frames), h, w), channels_last)
-    out[:, :, 0] = first
-    del first
-    for index in range(1, len(frames)):
-        out[:, :, index] = layers(frames[index])
-    return out
-
-
-def new_video(like: Tensor, shape: tuple[int, int, int, int, int], channels_last: bool) -> Tensor:
-    """An uninitialised [B, C, T, H, W] with the device and dtype of `like`."""
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-    return torch.empty(shape, device=like.device, dtype=like.dtype, memory_format=layout)
-
-
-class DownStage(nn.Module):
-    """One resolution of the Wan 2.2 encoder: its layers beside a shortcut that folds pixels into averaged channels."""
-
-    def __init__(
-        self, layers: Sequence[nn.Module], in_dim: int, out_dim: int, time_factor: int, space_factor: int
-    ) -> None:
-        super().__init__()
-        self.downsamples = nn.Sequential(*layers)
-        self.out_dim, self.time_factor, self.space_factor = out_dim, time_factor, space_factor
-        num_values = in_dim * time_factor * space_factor**2
-        if num_values % out_dim:
-            raise ValueError(
-                f"a Wan 2.2 encoder stage cannot fold {in_dim} channels into {out_dim}: {num_values} values per "
-                f"position do not divide by {out_dim}; choose dim_mult so that they do"
-            )
-
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        out = x
-        for layer in self.downsamples:
-            out = layer(out, cache)
-        return out.add_(self._averaged(x))
-
-    def _averaged(self, x: Tensor) -> Tensor:
-        missing = -x.shape[2] % self.time_factor  # the lone first frame is averaged with black, as in training
-        folded = rearrange(
-            F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x,
-            "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w",
-            ft=self.time_factor,
-            fh=self.space_factor,
-            fw=self.space_factor,
-        )
-        return folded.unflatten(1, (self.out_dim, -1)).mean(dim=2)
-
-
-class UpStage(nn.Module):
-    """One resolution of the Wan 2.2 decoder: its layers beside a shortcut that spreads channels over new pixels."""
-
-    def __init__(
-        self, layers: Sequence[nn.Module], in_dim: int, out_dim: int, time_factor: int, space_factor: int
-    ) -> None:
-        super().__init__()
-        self.upsamples = nn.Sequential(*layers)
-        self.time_factor, self.space_factor = time_factor, space_factor
-        self.num_sources = in_dim // out_dim  # input channels that one output channel is spread from
-        num_pixels = time_factor * space_factor**2
-        if space_factor > 1 and (in_dim % out_dim or num_pixels % self.num_sources):
-            raise ValueError(
-                f"a Wan 2.2 decoder stage cannot spread {in_dim} channels over {out_dim} of {num_pixels} pixels each; "
-                f"choose dim_mult so that {out_dim} divides {in_dim} and the quotient divides {num_pixels}"
-            )
-
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        out = x
-        for layer in self.upsamples:
-            out = layer(out, cache)
-        if self.space_factor > 1:  # the last stage keeps its resolution and has no shortcut
-            self._add_spread(out, x, cache.first_chunk)
+    def plan_rows(self, plan: StripPlan, out: Level) -> Level:
+        assert len(out.ends) == 1, "attention sees whole frames"
         return out
 
-    def _add_spread(self, out: Tensor, x: Tensor, first_chunk: bool) -> None:
-        # Written as one strided addition per new pixel: the enlarged shortcut never exists.
-        ft, fs = self.time_factor, self.space_factor
-        first = ft - 1 if first_chunk else 0  # the first chunk keeps only the last frame of what it would spread to
-        repeats = ft * fs * fs // self.num_sources
-        for dt in range(first, ft):
-            for dh in range(fs):
-                for dw in range(fs):
-                    source = ((dt * fs + dh) * fs + dw) // repeats
-                    target = out[:, :, dt - first :: ft - first, dh::fs, dw::fs]
-                    target += x[:, source :: self.num_sources]
+    def forward(self, x: Tensor, strip: Strip) -> Tensor:
+        height = x.shape[2]
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (three c) h w -> three n 1 (h w) c", three=3).contiguous()
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(attended, "n 1 (h w) c -> n c h w", h=height)).add_(x)

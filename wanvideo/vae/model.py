@@ -5,27 +5,23 @@ Source of the architecture and of the parameter names: Wan-Video `wan/modules/va
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ...vae.checks import check_latent, check_video
-from .blocks import (
-    CausalCache,
-    CausalConv3d,
-    Downsample,
-    DownStage,
-    ResidualBlock,
-    RMSNorm,
-    SpatialAttention,
-    Upsample,
-    UpStage,
-    norm_silu_conv,
-)
+from ...vae.outbox import Finish
+from ...vae.strips import Strips
+from .blocks import CausalConv3d, Head, ResidualBlock, SpatialAttention
+from .coding import Decoding, Encoding, OnChunk, Side
+from .resampling import Downsample, Upsample
+from .stages import DownStage, UpStage
+
+OnFrame = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ WAN22_VAE = VAEConfig(
 
 
 class WanVAE(nn.Module):
-    """A Wan video autoencoder, for inference: coding works in chunks and keeps no state in the module."""
+    """A Wan video autoencoder, for inference: coding works frame by frame and keeps no state in the module."""
 
     def __init__(
         self, config: VAEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -144,14 +140,16 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """Encode `video` [B, 3, T, H, W] in [-1, 1] to the normalised latent mode [B, z, (T-1)//4+1, h, w].
 
-        The video may lie on another device and have another dtype: one chunk of 1, 4, 4, … frames at a time is moved.
+        The video may lie on another device and have another dtype: 1, 4, 4, ... frames at a time are moved.
         Raises ValueError when T is not 4n+1 or H, W do not divide by the spatial stride.
         """
         check_video(self.config, video)
-        cache = CausalCache()
-        bounds = [0, *range(1, video.shape[2] + 1, self.config.temporal_stride)]
-        chunks = [video[:, :, start:end] for start, end in pairwise(bounds)]
-        return torch.cat([self._encode_chunk(chunk, cache) for chunk in chunks], dim=2)
+        return self.encoding(video.shape).whole(video)
+
+    def encode_strips(self, video: Tensor, way: Strips, on_chunk: OnChunk | None = None) -> Tensor:
+        """`encode` in strips: the same latent, in the memory of one strip. A chunk is a latent frame of a strip."""
+        check_video(self.config, video)
+        return self.encoding(video.shape).in_strips(video, way, on_chunk)
 
     def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode a normalised `latent` [B, z, T, h, w], yielding frames [B, 3, 1, H, W], then [B, 3, 4, H, W] each.
@@ -161,41 +159,74 @@ class WanVAE(nn.Module):
         Raises ValueError at the call, before any work, when the latent does not belong to this autoencoder.
         """
         check_latent(self.config, latent)
-        return self._decode_frames(latent)
+        return self.decoding(latent.shape).whole(latent)
+
+    def decode_strips(
+        self,
+        latent: Tensor,
+        way: Strips,
+        finish: Finish,
+        into: Tensor | None = None,
+        on_chunk: OnChunk | None = None,
+    ) -> Iterator[Tensor]:
+        """The pieces of `decode_pieces`, `finish`ed, on the CPU, in the memory of one strip.
+
+        They are parts of `into` [B, 3, T, H, W], where given; none is whole before the last strip. A chunk is one piece
+        of one strip. `finish` sees rows of frames.
+        """
+        check_latent(self.config, latent)
+        return self.decoding(latent.shape).in_strips(latent, way, finish, into, on_chunk)
+
+    def decoding(self, latent_shape: Sequence[int]) -> Decoding:
+        """A pass of the decoder over latents [B, z, T, h, w]."""
+        patch = self.config.patch_size
+
+        def enter(frame: Tensor) -> Tensor:
+            mean, std = self._latent_statistics()
+            return pointwise(self.conv2, (frame.to(self.device).float() * std + mean).to(self.dtype))
+
+        def leave(pixels: Tensor) -> Tensor:
+            return unfold_pixels(pixels, patch).clamp_(-1.0, 1.0)
+
+        side = self._side(self.decoder, enter, leave)
+        return Decoding(side, latent_shape, self.decoder.conv1.weight)
+
+    def encoding(self, video_shape: Sequence[int]) -> Encoding:
+        """A pass of the encoder over video [B, 3, T, H, W]."""
+        config = self.config
+
+        def enter(frame: Tensor) -> Tensor:
+            return fold_pixels(frame.to(self.device, self.dtype), config.patch_size)
+
+        def leave(moments: Tensor) -> Tensor:
+            mean, std = self._latent_statistics()
+            mode = pointwise(self.conv1, moments).chunk(2, dim=1)[0]
+            return ((mode.float() - mean) / std).to(self.dtype)
+
+        batch, _, frames, height, width = video_shape
+        step, stride = config.temporal_stride, config.spatial_stride
+        shape = batch, config.z_dim, (frames - 1) // step + 1, height // stride, width // stride
+        side = self._side(self.encoder, enter, leave)
+        return Encoding(side, shape, self.encoder.conv1.weight)
 
     def num_pieces(self, num_latents: int) -> int:
         """How many pieces `decode_pieces` yields."""
         return num_latents
 
-    def _decode_frames(self, latent: Tensor) -> Iterator[Tensor]:
-        cache = CausalCache()
-        for index in range(latent.shape[2]):
-            yield self._decode_frame(latent[:, :, index : index + 1], cache)
-
-    @torch.inference_mode()
-    def _encode_chunk(self, frames: Tensor, cache: CausalCache) -> Tensor:
-        pixels = fold_pixels(frames.to(self.device, self.dtype), self.config.patch_size)
-        mode = self.conv1(self.encoder(pixels, cache)).chunk(2, dim=1)[0]
-        cache.advance()
-        mean, std = self._latent_statistics()
-        return ((mode.float() - mean) / std).to(self.dtype)
-
-    @torch.inference_mode()
-    def _decode_frame(self, frame: Tensor, cache: CausalCache) -> Tensor:
-        mean, std = self._latent_statistics()
-        z = (frame.to(self.device).float() * std + mean).to(self.dtype)
-        pixels = self.decoder(self.conv2(z), cache)
-        cache.advance()
-        return unfold_pixels(pixels, self.config.patch_size).clamp_(-1.0, 1.0)
+    def _side(self, network: Encoder | Decoder, enter: OnFrame, leave: OnFrame) -> Side:
+        config = self.config
+        stride = config.spatial_stride // config.patch_size
+        return Side(network.whole, network.local, enter, leave, stride, config.patch_size, config.temporal_stride)
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each latent channel, [1, z, 1, 1]."""
         values = torch.tensor([self.config.latent_mean, self.config.latent_std], device=self.device)
-        mean, std = values.view(2, 1, -1, 1, 1, 1)
+        mean, std = values.view(2, 1, -1, 1, 1)
         return mean, std
 
 
 class Encoder(nn.Module):
-    """Folded pixels [B, 3p², T, H, W] to latent moments [B, 2z, T', h, w], one chunk at a time."""
+    """Frames of folded pixels [B, 3p², H, W] to latent moments [B, 2z, h, w]: one of the first, then one of four."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -218,17 +249,21 @@ class Encoder(nn.Module):
             in_dim = out_dim
         self.downsamples = nn.Sequential(*stages)
         self.middle = middle_block(dims[-1])
-        self.head = output_head(dims[-1], 2 * config.z_dim)
+        self.head = Head(dims[-1], 2 * config.z_dim)
 
-    def forward(self, pixels: Tensor, cache: CausalCache) -> Tensor:
-        x = self.conv1(pixels, cache)
-        for layer in (*self.downsamples, *self.middle):
-            x = layer(x, cache)
-        return norm_silu_conv(x, list(self.head), cache)
+    @property
+    def local(self) -> list[nn.Module]:
+        """The layers that see pixels nearby, which may run in strips."""
+        return [self.conv1, *self.downsamples]
+
+    @property
+    def whole(self) -> list[nn.Module]:
+        """The layers that follow, on whole frames of the latent's size."""
+        return [*self.middle, self.head]
 
 
 class Decoder(nn.Module):
-    """One latent frame [B, z, 1, h, w] to folded pixels [B, 3p², T, H, W]: one frame at first, then four."""
+    """Latent frames [B, z, h, w] to frames of folded pixels [B, 3p², H, W]: one of the first, then four of each."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -253,32 +288,37 @@ class Decoder(nn.Module):
                 stages.extend(layers)
             in_dim = enlarged_dim
         self.upsamples = nn.Sequential(*stages)
-        self.head = output_head(dims[-1], config.decoded_channels * config.patch_size**2)
+        self.head = Head(dims[-1], config.decoded_channels * config.patch_size**2)
 
-    def forward(self, z: Tensor, cache: CausalCache) -> Tensor:
-        x = self.conv1(z, cache)
-        for layer in (*self.middle, *self.upsamples):
-            x = layer(x, cache)
-        return norm_silu_conv(x, list(self.head), cache)
+    @property
+    def whole(self) -> list[nn.Module]:
+        """The first layers, on whole frames of the latent's size."""
+        return [self.conv1, *self.middle]
+
+    @property
+    def local(self) -> list[nn.Module]:
+        """The layers that follow and see what is nearby, which may run in strips."""
+        return [*self.upsamples, self.head]
+
+
+def pointwise(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """A 1x1x1 convolution of one frame [B, C, h, w]."""
+    return F.conv2d(x, conv.weight[:, :, 0], conv.bias)
 
 
 def middle_block(dim: int) -> nn.Sequential:
     return nn.Sequential(ResidualBlock(dim, dim), SpatialAttention(dim), ResidualBlock(dim, dim))
 
 
-def output_head(dim: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_channels, (3, 3, 3)))
-
-
 def fold_pixels(x: Tensor, patch_size: int) -> Tensor:
     """Pixels to channels: every `patch_size` square becomes one position, width before height."""
     if patch_size == 1:
         return x
-    return rearrange(x, "b c t (h q) (w r) -> b (c r q) t h w", q=patch_size, r=patch_size)
+    return rearrange(x, "b c (h q) (w r) -> b (c r q) h w", q=patch_size, r=patch_size)
 
 
 def unfold_pixels(x: Tensor, patch_size: int) -> Tensor:
     """The inverse of `fold_pixels`."""
     if patch_size == 1:
         return x
-    return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=patch_size, r=patch_size)
+    return rearrange(x, "b (c r q) h w -> b c (h q) (w r)", q=patch_size, r=patch_size)

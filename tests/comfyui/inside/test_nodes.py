@@ -170,9 +170,26 @@ def test_tiles_are_seamless_within_their_overlap(vae: Any) -> None:
 
 
 @pytest.mark.parametrize("said", ["CUDA out of memory.", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
-@pytest.mark.parametrize(("asked", "told"), [(0, ["128 pixels"]), (160, ["128 pixels"])])
-def test_a_video_that_the_device_does_not_hold_is_decoded_in_smaller_tiles(
-    vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: int, told: list[str], said: str
+@pytest.mark.parametrize("asked", [0, 160])
+def test_a_video_that_the_device_does_not_hold_is_decoded_in_strips(
+    vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: int, said: str
+) -> None:
+    latent = random_latent(size=(2, 24, 24))
+    want = DecodeVideo.execute(latent, vae, 0, 0, False).result[0]
+
+    def scarce(vae: WanVAE, latent: torch.Tensor) -> Any:
+        raise torch.cuda.OutOfMemoryError(said) if said.startswith("CUDA") else RuntimeError(said)
+
+    monkeypatch.setattr(WanVAE, "decode_pieces", scarce)
+    got = DecodeVideo.execute(latent, vae, asked, 0, False).result[0]
+    assert (got - want).abs().max() <= 1e-5
+    told = [line.rpartition("next ")[2] for line in caplog.messages if "while decoding" in line]
+    assert len(told) == 1 and told[0].startswith("in strips of")
+
+
+@pytest.mark.parametrize("asked", [0, 160])
+def test_tiles_are_decoded_where_no_strip_fits(
+    vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: int
 ) -> None:
     latent = random_latent(size=(2, 24, 24))
     want = DecodeVideo.execute(latent, vae, 128, 0, False).result[0]
@@ -180,12 +197,17 @@ def test_a_video_that_the_device_does_not_hold_is_decoded_in_smaller_tiles(
 
     def small_tiles_only(vae: WanVAE, latent: torch.Tensor, *rest: Any) -> Any:
         if latent.shape[-1] > 16:
-            raise torch.cuda.OutOfMemoryError(said) if said.startswith("CUDA") else RuntimeError(said)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return decode(vae, latent, *rest)
 
+    def no_strips(*given: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
     monkeypatch.setattr(WanVAE, "decode_pieces", small_tiles_only)
+    monkeypatch.setattr(WanVAE, "decode_strips", no_strips)
     assert torch.equal(DecodeVideo.execute(latent, vae, asked, 0, False).result[0], want)
-    assert [line.rpartition("in tiles of ")[2] for line in caplog.messages if "while decoding" in line] == told
+    told = [line.rpartition("next ")[2] for line in caplog.messages if "while decoding" in line]
+    assert told[-1] == "in tiles of 128 pixels" and all("strips" in way for way in told[:-1])
 
 
 def test_a_decoder_that_finds_no_room_is_loaded_again_once_idle_models_left(

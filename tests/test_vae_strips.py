@@ -1,0 +1,351 @@
+"""Wan's VAE in strips of rows: the same as in whole frames, no row convolved twice, and what the plan says of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowvram_video.fused.frame_ops import EagerFrameOps
+from lowvram_video.fused.frame_select import difference, select_frame_ops
+from lowvram_video.memory.plan.footprint import VaeFootprint
+from lowvram_video.memory.plan.tiles import LEAST_ROWS, strip_rows, thinner_strips
+from lowvram_video.memory.stream.pinned import PinnedBudget
+from lowvram_video.vae.files import to_channels_last
+from lowvram_video.vae.outbox import in_ram
+from lowvram_video.vae.retries import pieces_fitting
+from lowvram_video.vae.strips import Strips
+from lowvram_video.vae.tiling import WHOLE, Tile, decode_in, encode_fitting, retry_ways
+from lowvram_video.video.pictures import to_levels, to_uint8
+from lowvram_video.wanvideo.footprint import WAN21_ENCODER, WAN21_VAE, WAN22_ENCODER, WAN22_VAE
+from lowvram_video.wanvideo.vae import model as vae_model
+from lowvram_video.wanvideo.vae.blocks import CausalConv3d
+from lowvram_video.wanvideo.vae.checkpoint import to_official_names
+from lowvram_video.wanvideo.vae.coding import page_elements
+from lowvram_video.wanvideo.vae.model import VAEConfig, WanVAE
+from lowvram_video.wanvideo.vae.rows import StripPlan, cut_rows
+from lowvram_video.wanvideo.vae.strip import FrameRing, ring_rows
+from torch import Tensor
+
+TINY = {
+    "2.1": replace(vae_model.WAN21_VAE, encoder_dim=8, decoder_dim=8),
+    "2.2": replace(vae_model.WAN22_VAE, encoder_dim=8, decoder_dim=16),
+}
+BOUND = 1e-5  # maximum error over the maximum, in float32
+
+
+def tiny(config: VAEConfig) -> WanVAE:
+    torch.manual_seed(0)
+    vae = WanVAE(config)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.uniform_(0.5, 1.5)
+    return vae
+
+
+@pytest.fixture(scope="module", params=list(TINY))
+def vae(request: pytest.FixtureRequest) -> WanVAE:
+    return tiny(TINY[request.param])
+
+
+def random_latent(vae: WanVAE, frames: int, height: int, width: int, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(frames)
+    return torch.randn(batch, vae.config.z_dim, frames, height, width, generator=generator)
+
+
+def random_video(vae: WanVAE, latents: int, height: int, width: int) -> Tensor:
+    stride, generator = vae.config.spatial_stride, torch.Generator().manual_seed(latents)
+    return torch.rand(1, 3, 4 * latents - 3, height * stride, width * stride, generator=generator) * 2 - 1
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def whole(vae: WanVAE, latent: Tensor) -> Tensor:
+    return torch.cat(list(vae.decode_pieces(latent)), dim=2)
+
+
+def in_strips(vae: WanVAE, latent: Tensor, way: Strips) -> Tensor:
+    return torch.cat(list(decode_in(vae, latent, way)), dim=2)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    frames=st.integers(1, 4), height=st.integers(1, 7), width=st.integers(1, 4), rows=st.integers(1, 70),
+    waits=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_strips_of_any_height_give_whole_frames(vae, frames, height, width, rows, waits, data):
+    latent, way = random_latent(vae, frames, height, width), Strips(max(rows, vae.config.patch_size), waits)
+    assert relative_error(in_strips(vae, latent, way), whole(vae, latent)) <= BOUND
+
+
+@settings(max_examples=8, deadline=None)
+@given(frames=st.integers(1, 4), height=st.integers(1, 6), width=st.integers(1, 3), rows=st.integers(1, 70),
+       waits=st.booleans())  # fmt: skip
+def test_strips_of_any_height_encode_as_whole_frames(vae, frames, height, width, rows, waits):
+    video, way = random_video(vae, frames, height, width), Strips(max(rows, vae.config.spatial_stride), waits)
+    assert relative_error(vae.encode_strips(video, way), vae.encode(video)) <= BOUND
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_long_video(vae, waits):
+    latent = random_latent(vae, 41, 3, 2)
+    rows = 10 * vae.config.patch_size
+    assert relative_error(in_strips(vae, latent, Strips(rows, waits)), whole(vae, latent)) <= BOUND
+    video = random_video(vae, 41, 2, 1)
+    way = Strips(vae.config.spatial_stride, waits)
+    assert relative_error(vae.encode_strips(video, way), vae.encode(video)) <= BOUND
+
+
+def test_several_videos_at_once_and_channels_last(vae):
+    other = tiny(vae.config)
+    other.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
+    latent = random_latent(vae, 3, 4, 3, batch=2)
+    want = whole(vae, latent)
+    for each in (vae, other):
+        assert relative_error(in_strips(each, latent, Strips(14, True)), want) <= BOUND
+    video = torch.cat([random_video(vae, 2, 3, 2), random_video(vae, 2, 3, 2).flip(3)])
+    assert relative_error(other.encode_strips(video, Strips(vae.config.spatial_stride)), vae.encode(video)) <= BOUND
+
+
+def test_strips_match_diffusers():
+    for config in TINY.values():
+        torch.manual_seed(0)
+        patch = config.patch_size
+        reference = AutoencoderKLWan(
+            base_dim=config.encoder_dim, decoder_base_dim=config.decoder_dim, z_dim=config.z_dim,
+            is_residual=config.residual_shortcuts, patch_size=patch if patch > 1 else None,
+            in_channels=3 * patch**2, out_channels=3 * patch**2, scale_factor_spatial=config.spatial_stride,
+        ).eval()  # fmt: skip
+        vae = WanVAE(config)
+        names = to_official_names(reference.state_dict())
+        vae.load_state_dict({names[name]: each for name, each in reference.state_dict().items()})
+        latent, video = random_latent(vae, 3, 4, 3), random_video(vae, 3, 3, 2)
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (config.latent_mean, config.latent_std))
+        with torch.no_grad():
+            decoded = reference.decode(latent * std + mean).sample
+            encoded = (reference.encode(video).latent_dist.mode() - mean) / std
+        assert relative_error(in_strips(vae, latent, Strips(12)), decoded) <= 1e-4
+        assert relative_error(vae.encode_strips(video, Strips(config.spatial_stride)), encoded) <= 1e-4
+
+
+def test_no_row_is_convolved_twice(vae, monkeypatch):
+    """In strips every convolution makes as many rows as of whole frames, which is each row of each frame once."""
+    latent, video = random_latent(vae, 3, 6, 2), random_video(vae, 3, 4, 2)
+    rows: Counter[tuple[int, ...]] = Counter()
+    convolve, conv2d = FrameRing.convolve, F.conv2d
+
+    def counted(ring: FrameRing, weight: Tensor) -> Tensor:
+        out = convolve(ring, weight)
+        rows[weight.data_ptr(),] += out.shape[2]
+        return out
+
+    def counted_2d(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        out = conv2d(x, weight, *rest, **named)
+        if weight.shape[2:] == (3, 3) and weight.shape[1] == x.shape[1]:
+            rows["2d", weight.shape[0], out.shape[3]] += out.shape[2]  # type: ignore[index]
+        return out
+
+    monkeypatch.setattr(FrameRing, "convolve", counted)
+    monkeypatch.setattr(F, "conv2d", counted_2d)
+    whole(vae, latent)
+    vae.encode(video)
+    want = dict(rows)
+    for height in (2, 10, 34):
+        rows.clear()
+        in_strips(vae, latent, Strips(height))
+        vae.encode_strips(video, Strips(max(height, vae.config.spatial_stride)))
+        assert dict(rows) == want, f"strips of {height} rows"
+
+
+# --- frames on their way ---------------------------------------------------------------------------------
+
+
+def test_pieces_come_in_order_once_the_last_strip_is_done(vae):
+    latent = random_latent(vae, 4, 4, 2)
+    done: list[tuple[int, int]] = []
+    pieces = decode_in(vae, latent, Strips(24), lambda *call: done.append(call))
+    first = next(pieces)
+    parts = done[-1][1]
+    assert first.shape[2] == 1 and parts % 4 == 0 and done[-1][0] == parts - 4 + 2
+    assert [piece.shape[2] for piece in pieces] == [4, 4, 4] and done[-1] == (parts, parts)
+
+
+@pytest.mark.parametrize("way", [WHOLE, Strips(12), Strips(12, True), Tile(32)], ids=str)
+def test_frames_are_finished_and_put_where_they_are_wanted(vae, way):
+    latent = random_latent(vae, 2, 4, 3)
+    stride = vae.config.spatial_stride
+    want = torch.cat([to_uint8(piece) for piece in decode_in(vae, latent, way)])
+    into = torch.empty(1, 5, 4 * stride, 3 * stride, 3, dtype=torch.uint8)
+    pieces = list(decode_in(vae, latent, way, None, to_levels, into.permute(0, 4, 1, 2, 3)))
+    got = torch.cat([to_uint8(piece) for piece in pieces])
+    assert got.dtype == torch.uint8 and (got.int() - want.int()).abs().max() <= 1
+    assert torch.equal(into[0], got)
+    assert all(piece.data_ptr() >= into.data_ptr() for piece in pieces)
+
+
+def test_an_abandoned_decode_gives_its_memory_back(vae):
+    unpinned: list[int] = []
+
+    class Counting:
+        def pin(self, extent: Tensor) -> bool:
+            return True
+
+        def unpin(self, extent: Tensor) -> None:
+            unpinned.append(extent.numel())
+
+    way = Strips(12, True, Counting())
+    pieces = decode_in(vae, random_latent(vae, 3, 4, 2), way)
+    next(pieces)
+    assert not unpinned
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda *given: None)
+        pieces.close()
+    assert len(unpinned) == 2  # rows between strips, and frames at the latent's size
+    assert str(way) == str(Strips(12, True)) and way == Strips(12, True)
+    assert PinnedBudget is not None
+
+
+def test_what_was_made_before_an_error_is_passed_on():
+    def failing():
+        yield torch.zeros(1, 3, 1, 2, 2)
+        yield torch.ones(1, 3, 4, 2, 2)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    seen = []
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        for piece in in_ram(failing(), lambda piece: piece):
+            seen.append(piece.shape[2])
+    assert seen == [1, 4]
+
+
+# --- ways ------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_leads_to_thinner_strips(vae, monkeypatch, caplog):
+    latent = random_latent(vae, 3, 8, 4)
+    want = torch.cat([to_uint8(piece) for piece in decode_in(vae, latent, WHOLE)])
+    height, width = (side * vae.config.spatial_stride for side in latent.shape[3:])
+    real, failures = WanVAE.decode_strips, [2]
+
+    def scarce(vae: WanVAE, latent: Tensor, way: Strips, *rest: Any) -> Any:
+        for piece in real(vae, latent, way, *rest):
+            if failures[0]:
+                failures[0] -= 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            yield piece
+
+    monkeypatch.setattr(WanVAE, "decode_strips", scarce)
+    ways = [Strips(height - 8), *retry_ways(vae, Strips(height - 8), (height, width))]
+    got = torch.cat(list(pieces_fitting(ways, lambda way: map(to_uint8, decode_in(vae, latent, way)), "decoding")))
+    assert (got.int() - want.int()).abs().max() <= 1
+    assert caplog.text.count("out of VRAM while decoding in strips") == 2 and "tiles" not in caplog.text
+
+
+def test_what_follows_a_way_that_failed(vae):
+    size = (720, 1280)
+    after = retry_ways(vae, WHOLE, size)
+    rows = [way.rows for way in after if isinstance(way, Strips)]
+    assert rows == list(thinner_strips(720)) and rows[0] == 360 and rows[-1] == LEAST_ROWS
+    assert after[len(rows) :] == [Tile(256), Tile(128)] and all(way.in_ram for way in after[: len(rows)])
+    assert retry_ways(vae, Strips(48), size)[0] == Strips(24, True)
+    by_hand = retry_ways(vae, Tile(512), size)
+    assert isinstance(by_hand[0], Strips) and by_hand[0].rows * 1280 <= 512**2
+
+
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(1, 3000), rows=st.integers(1, 3000))
+def test_cuts_cover_a_frame(height, rows):
+    ends = cut_rows(height, rows)
+    sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+    assert ends[-1] == height and min(sizes) > 0 and max(sizes) <= rows and max(sizes) - min(sizes) <= 1
+    assert all(each > 0 for each in strip_rows(height))
+    assert list(strip_rows(height)) == sorted(strip_rows(height), reverse=True)
+
+
+def test_a_vae_without_strips_says_so():
+    from lowvram_video.framepack.vae.model import HunyuanVAE
+    from lowvram_video.framepack.vae.model import VAEConfig as HunyuanConfig
+
+    hunyuan = HunyuanVAE(HunyuanConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=4))
+    with pytest.raises(ValueError, match=r"HunyuanVideo VAE cannot be decoded in strips: its norms see whole frames"):
+        next(decode_in(hunyuan, torch.zeros(1, 16, 1, 4, 4), Strips(16)))
+    with pytest.raises(ValueError, match=r"HunyuanVideo VAE cannot be encoded in strips"):
+        encode_fitting(hunyuan, torch.zeros(1, 3, 1, 32, 32), Strips(16))
+    assert all(isinstance(way, Tile) for way in retry_ways(hunyuan, WHOLE, (720, 1280)))
+
+
+# --- the plan --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "footprint", "decodes"),
+    [
+        (vae_model.WAN21_VAE, WAN21_VAE, True), (vae_model.WAN22_VAE, WAN22_VAE, True),
+        (vae_model.WAN21_VAE, WAN21_ENCODER, False), (vae_model.WAN22_VAE, WAN22_ENCODER, False),
+    ],
+    ids=["2.1 decodes", "2.2 decodes", "2.1 encodes", "2.2 encodes"],
+)  # fmt: skip
+@pytest.mark.parametrize(("height", "width"), [(736, 1280), (480, 832)])
+def test_the_plan_knows_what_strips_hold(config, footprint: VaeFootprint, decodes, height, width):
+    """By the arithmetic of the layers themselves: what convolutions hold, and what strips leave to each other."""
+    vae = WanVAE(config, device="meta", dtype=torch.bfloat16)
+    stride = config.spatial_stride
+    latent = (1, config.z_dim, 21, height // stride, width // stride)
+    coding = vae.decoding(latent) if decodes else vae.encoding((1, 3, 81, height, width))
+    for rows in strip_rows(height):
+        if not decodes and rows % stride:
+            continue
+        plan, _ = coding.plan(rows)
+        held, left = held_bytes(plan), 2 * page_elements(plan, 1)
+        planned = rows * width * footprint.cache_bytes_per_pixel + width * footprint.strip_bytes_per_column
+        assert held <= planned * 1.01, f"strips of {rows} rows"
+        if rows >= 64:
+            assert planned <= held * 1.2
+        assert left <= footprint.seam_bytes_per_column * width * 1.02 <= left * 1.2
+    dims = (config.decoder_dim if decodes else config.encoder_dim) * config.dim_mult[-1]
+    assert footprint.waiting_bytes_per_position == 2 * dims
+
+
+def held_bytes(plan: StripPlan) -> int:
+    return sum(
+        2 * 3 * layer.in_channels * ring_rows(layer, rows.most_out) * rows.inputs.width
+        for layer, rows in plan.layers.items()
+        if isinstance(layer, CausalConv3d)
+    )
+
+
+# --- steps between convolutions --------------------------------------------------------------------------
+
+
+def test_eager_steps_are_their_formulas():
+    x, other = (torch.randn(2, 32, 3, 4) for _ in range(2))
+    bias, gamma = torch.randn(32), torch.rand(32)
+    out = torch.empty_like(x)
+    EagerFrameOps().norm_silu(x.clone(), bias, gamma, out)
+    y = x + bias.view(-1, 1, 1)
+    assert torch.allclose(out, F.silu(F.normalize(y, dim=1) * math.sqrt(32) * gamma.view(-1, 1, 1)), atol=1e-6)
+    summed = x.clone()
+    EagerFrameOps().add_(summed, bias, other.clone(), gamma)
+    assert torch.equal(summed, y + (other + gamma.view(-1, 1, 1)))
+    assert select_frame_ops(torch.device("cpu"), torch.bfloat16).name == "eager"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_give_pytorchs_bits(dtype):
+    ops = select_frame_ops(torch.device("cuda"), dtype)
+    assert ops.name != "eager"
+    assert difference(ops, EagerFrameOps(), torch.device("cuda"), dtype) is None

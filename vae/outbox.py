@@ -1,0 +1,117 @@
+"""Finished pieces of video on their way from the device to RAM, each while the device makes the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Finish = Callable[[Tensor], Tensor]  # video [B, C, t, h, w] as it is wanted, made on the device
+
+NUM_UNDER_WAY = 2
+
+
+class Courier:
+    """Copies pieces [B, C, t, h, w] to RAM behind the device's work, two at a time."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._staging: list[Tensor] = []
+        self._num_sent = 0
+
+    def send(self, piece: Tensor) -> Callable[[], Tensor]:
+        """What waits for the piece and gives it, [B, t, h, w, C], until two further ones have been sent."""
+        rows = piece.permute(0, 2, 3, 4, 1).contiguous()
+        if not rows.is_cuda:
+            return lambda: rows
+        staging = self._place(rows)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(rows.device)
+        self._stream.wait_stream(torch.cuda.current_stream(rows.device))
+        with torch.cuda.stream(self._stream):
+            staging.copy_(rows, non_blocking=True)
+            event = self._stream.record_event()
+        rows.record_stream(self._stream)
+
+        def arrived() -> Tensor:
+            event.synchronize()
+            return staging
+
+        return arrived
+
+    def _place(self, rows: Tensor) -> Tensor:
+        """Pinned memory for a piece, used in turn."""
+        index = self._num_sent % NUM_UNDER_WAY
+        self._num_sent += 1
+        size = rows.numel() * rows.element_size()
+        if len(self._staging) <= index:
+            self._staging.append(torch.empty(0, dtype=torch.uint8))
+        if self._staging[index].numel() < size:
+            self._staging[index] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return self._staging[index][:size].view(rows.dtype).view(rows.shape)
+
+
+class Outbox:
+    """A video in RAM that fills with pieces of frames and rows."""
+
+    def __init__(self, into: Tensor | None = None) -> None:
+        """`into` [B, C, T, H, W] is filled, where given."""
+        self._video = into
+        self._courier = Courier()
+        self._under_way: deque[tuple[Callable[[], Tensor], int, int]] = deque()
+
+    def send(self, piece: Tensor, place: tuple[int, int], shape: Sequence[int]) -> None:
+        """Take a piece [B, C, t, h, W] to its (frame, row) in a video of `shape` [B, C, T, H, W]."""
+        if self._video is None:
+            b, c, t, h, w = shape
+            self._video = torch.empty(b, t, h, w, c, dtype=piece.dtype).permute(0, 4, 1, 2, 3)
+        self._under_way.append((self._courier.send(piece), *place))
+        while len(self._under_way) >= NUM_UNDER_WAY:
+            self._deliver()
+
+    def frames(self, span: slice) -> Tensor:
+        """Frames of the video, which have been sent whole."""
+        while self._under_way and self._under_way[0][1] < span.stop:
+            self._deliver()
+        assert self._video is not None
+        return self._video[:, :, span]
+
+    def _deliver(self) -> None:
+        arrived, frame, row = self._under_way.popleft()
+        piece = arrived()
+        assert self._video is not None
+        rows = self._video.permute(0, 2, 3, 4, 1)
+        rows[:, frame : frame + piece.shape[1], row : row + piece.shape[2]] = piece
+
+
+def in_ram(pieces: Iterator[Tensor], finish: Finish, into: Tensor | None = None) -> Iterator[Tensor]:
+    """Pieces [B, C, t, H, W] of whole frames, `finish`ed, in RAM (in `into`, where given), each as soon as it is there.
+
+    What was made before an error is given before it is raised.
+    """
+    courier, under_way, num_frames = Courier(), deque[Callable[[], Tensor]](), 0
+
+    def delivered() -> Tensor:
+        nonlocal num_frames
+        piece = under_way.popleft()().permute(0, 4, 1, 2, 3)
+        frames = num_frames, num_frames + piece.shape[2]
+        num_frames = frames[1]
+        if into is None:
+            return piece.clone()
+        into[:, :, slice(*frames)] = piece
+        return into[:, :, slice(*frames)]
+
+    try:
+        for piece in pieces:
+            under_way.append(courier.send(finish(piece)))
+            del piece
+            if len(under_way) == NUM_UNDER_WAY:
+                yield delivered()
+    except RuntimeError:
+        while under_way:
+            yield delivered()
+        raise
+    while under_way:
+        yield delivered()

@@ -1,0 +1,176 @@
+"""Strips of rows: how a frame that does not fit is coded exactly, and where rows wait for the strip below.
+
+A strip is coded over its whole time before the next. For every step of time there is a page, with the rows that each
+layer leaves to the strip below. Pages lie on the device or, where there is no room, in RAM: then the next one arrives
+and the last one leaves while one is at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..memory.stream.pinned import PinnedBudget, Registrar
+from ..system.host_memory import allocate_extent
+
+NUM_PAGES_AT_WORK = 3  # one arrives, one is used, one leaves
+ALIGNMENT = 128  # elements: what a slot begins with is read in words of any size
+
+Allocate = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Strips:
+    """A way to code frames: in strips of at most `rows` rows of pixels, exactly as whole frames.
+
+    `in_ram`: what waits, rows between strips and frames at the latent's size, lies in RAM, pinned by `registrar` where
+    one is given, instead of on the device.
+    """
+
+    rows: int
+    in_ram: bool = False
+    registrar: Registrar | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"in strips of {self.rows} rows" + (", with their borders in RAM" if self.in_ram else "")
+
+
+class Pages(Protocol):
+    """Where rows wait for the strip below."""
+
+    def begin(self, step: int, is_first: bool) -> None:
+        """Go to a step's page; `is_first`: of the first strip, so that nothing is there yet."""
+
+    def slot(self, num_elements: int) -> Tensor:
+        """The next so many numbers of the page; the same ones where it is asked for in the same order."""
+
+    def end(self, step: int) -> None:
+        """The step has written what it leaves."""
+
+
+class DevicePages:
+    """Every page on the device."""
+
+    def __init__(self, num_steps: int, num_elements: int, like: Tensor) -> None:
+        self._memory = like.new_empty(num_steps, num_elements)
+        self._page, self._used = self._memory[0], 0
+
+    def begin(self, step: int, is_first: bool) -> None:
+        self._page, self._used = self._memory[step], 0
+
+    def slot(self, num_elements: int) -> Tensor:
+        slot = self._page[self._used : self._used + num_elements]
+        self._used += aligned(num_elements)
+        return slot
+
+    def end(self, step: int) -> None:
+        pass
+
+
+class RamPages:
+    """Pages in RAM, of which those of three steps are on the device too."""
+
+    def __init__(self, num_steps: int, num_elements: int, like: Tensor, allocate: Allocate) -> None:
+        size = num_steps * num_elements
+        self._ram = allocate(size * like.element_size())[: size * like.element_size()].view(like.dtype)
+        self._ram = self._ram.view(num_steps, num_elements)
+        self._memory = like.new_empty(NUM_PAGES_AT_WORK, num_elements)
+        self._stream = torch.cuda.Stream(like.device) if like.is_cuda else None
+        self._arrived: dict[int, torch.cuda.Event | None] = {}  # by step
+        self._left: list[torch.cuda.Event | None] = []  # of the pages that leave, in turn
+        self._page, self._used = self._memory[0], 0
+
+    def begin(self, step: int, is_first: bool) -> None:
+        self._page, self._used = self._memory[step % NUM_PAGES_AT_WORK], 0
+        if is_first:
+            # Nothing arrives that would wait for what leaves the same place.
+            if len(self._left) >= NUM_PAGES_AT_WORK and (event := self._left[-NUM_PAGES_AT_WORK]) is not None:
+                event.wait()
+            return
+        for wanted in (step, step + 1):
+            if wanted < len(self._ram) and wanted not in self._arrived:
+                self._arrived[wanted] = self._copy(self._memory[wanted % NUM_PAGES_AT_WORK], self._ram[wanted])
+        event = self._arrived.pop(step)
+        if event is not None:
+            event.wait()
+
+    def slot(self, num_elements: int) -> Tensor:
+        slot = self._page[self._used : self._used + num_elements]
+        self._used += aligned(num_elements)
+        return slot
+
+    def end(self, step: int) -> None:
+        self._left.append(self._copy(self._ram[step], self._page))
+
+    def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        """Copy behind all work so far, and behind all other copies."""
+        if self._stream is None:
+            target.copy_(source)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._memory.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+
+def aligned(num_elements: int) -> int:
+    """The place that a slot takes."""
+    return -(-num_elements // ALIGNMENT) * ALIGNMENT
+
+
+class Shelf:
+    """Frames [B, C, h, w] of the latent's size, between layers that run in strips and those that see whole frames."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor, channels_last: bool, allocate: Allocate):
+        """`shape` is [T, B, C, h, w]; `allocate` gives RAM, or memory of the device of `like`."""
+        t, b, c, h, w = shape
+        size = t * b * c * h * w
+        memory = allocate(size * like.element_size())[: size * like.element_size()].view(like.dtype)
+        self._frames = (
+            memory.view(t, b, h, w, c).permute(0, 1, 4, 2, 3) if channels_last else memory.view(t, b, c, h, w)
+        )
+        self._device = like.device
+
+    def put(self, index: int, first_row: int, rows: Tensor) -> None:
+        self._frames[index, :, :, first_row : first_row + rows.shape[2]].copy_(rows, non_blocking=True)
+
+    def rows(self, index: int, first: int, last: int) -> Tensor:
+        """Rows of a frame on the device; not to be written to."""
+        return self._frames[index, :, :, first:last].to(self._device, non_blocking=True)
+
+
+@contextmanager
+def waiting_memory(way: Strips, like: Tensor) -> Iterator[Allocate]:
+    """What gives the memory in which a way has its strips wait, uint8 of so many bytes or more; free afterwards."""
+    if not way.in_ram:
+        yield lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+        return
+    with pinned_memory(way.registrar) as allocate:
+        yield allocate
+
+
+@contextmanager
+def pinned_memory(registrar: Registrar | None, cap_bytes: int | None = None) -> Iterator[Allocate]:
+    """RAM, given back at the end; pinned up to a cap where that is allowed, as copies then take a fifth."""
+    extents: list[Tensor] = []
+    pinned = None if registrar is None else PinnedBudget(registrar, cap_bytes)
+
+    def allocate(nbytes: int) -> Tensor:
+        extent = allocate_extent(nbytes)
+        if pinned is not None and pinned.pin(extent) is None:
+            extents.append(extent)
+        return extent[:nbytes]
+
+    try:
+        yield allocate
+    finally:
+        if extents:
+            torch.cuda.synchronize()
+        for extent in extents:
+            assert pinned is not None
+            pinned.unpin(extent)

@@ -1,0 +1,208 @@
+"""One encoding or decoding by a Wan VAE: whole frames, each all the way through, or strips of them.
+
+The layers at the latent's size (the middle, whose attention sees a frame, and what is beside it) always have whole
+frames. The others see what is nearby: frames pass them whole where they fit, else in strips of rows over the whole
+time. Both are the same layers on the same numbers, so results are the same but for the rounding of other kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...fused.frame_select import select_frame_ops
+from ...vae.outbox import Finish, Outbox
+from ...vae.strips import Allocate, DevicePages, Pages, RamPages, Shelf, Strips, aligned, waiting_memory
+from .blocks import frames_through, plan_layers
+from .rows import Level, StripPlan, cut_rows
+from .strip import Rings, Strip
+
+OnChunk = Callable[[int, int], None]  # (parts done, parts in all); may raise to stop
+
+
+@dataclass(frozen=True)
+class Side:
+    """Encoder or decoder: its layers, and what is before and behind them.
+
+    `whole` layers see frames of the latent's size, `local` ones run at up to `stride` times that, in folded pixels, of
+    which `patch` x `patch` are a position. `enter` makes of a given frame what the first layer sees, `leave` of the
+    last layer's result what is wanted.
+    """
+
+    whole: Sequence[nn.Module]
+    local: Sequence[nn.Module]
+    enter: Callable[[Tensor], Tensor]
+    leave: Callable[[Tensor], Tensor]
+    stride: int
+    patch: int
+    frames_per_latent: int
+
+
+class Coding:
+    """A pass over video whose latents are [B, z, T, h, w], by a network whose parameters are like `weight`."""
+
+    def __init__(self, side: Side, latent_shape: Sequence[int], weight: Tensor) -> None:
+        self.side, self.weight = side, weight
+        self.batch, _, self.num_latents, self.height, self.width = latent_shape
+        self._ops = select_frame_ops(weight.device, weight.dtype)
+        self._channels_last = lies_channels_last(weight)
+
+    @property
+    def num_frames(self) -> int:
+        return self.frames_of(self.num_latents - 1).stop
+
+    def frames_of(self, latent: int) -> slice:
+        """The frames of a latent frame: one of the first."""
+        count = self.side.frames_per_latent
+        return slice(max(0, (latent - 1) * count + 1), latent * count + 1)
+
+    def strips(self, plan: StripPlan, pages: Pages | None = None) -> list[Strip]:
+        """The strips of a plan, from the top down, which share their memory."""
+        rings = Rings(plan, self.batch, self._channels_last)
+        return [Strip(plan, index, rings, self._ops, pages) for index in range(plan.num_strips)]
+
+    def whole_frames(self) -> Strip:
+        """What the layers at the latent's size remember."""
+        plan = StripPlan()
+        plan_layers(self.side.whole, plan, Level((self.height,), self.width, 1))
+        (strip,) = self.strips(plan)
+        return strip
+
+    def pages(self, plan: StripPlan, way: Strips, allocate: Allocate) -> Pages:
+        if way.in_ram:
+            return RamPages(self.num_latents, page_elements(plan, self.batch), self.weight, allocate)
+        return DevicePages(self.num_latents, page_elements(plan, self.batch), self.weight)
+
+    def shelf(self, channels: int, allocate: Allocate) -> Shelf:
+        shape = self.num_latents, self.batch, channels, self.height, self.width
+        return Shelf(shape, self.weight, self._channels_last, allocate)
+
+
+class Decoding(Coding):
+    """A decoding of latents [B, z, T, h, w] to video."""
+
+    def plan(self, rows: int | None = None) -> tuple[StripPlan, Level]:
+        """Strips of at most so many rows of pixels (None: whole frames), and the rows that each needs at first."""
+        height, width = (self.side.stride * size for size in (self.height, self.width))
+        ends = cut_rows(height, height if rows is None else rows // self.side.patch)
+        plan = StripPlan()
+        return plan, plan_layers(self.side.local, plan, Level(ends, width, self.side.frames_per_latent))
+
+    def whole(self, latent: Tensor) -> Iterator[Tensor]:
+        """Pieces [B, 3, t, H, W] of one frame, then of four each, as their latent frame is done."""
+        first, (strip,) = self.whole_frames(), self.strips(self.plan()[0])
+        for index in range(self.num_latents):
+            yield self._piece(self._features(latent[:, :, index], first), strip)
+
+    def in_strips(
+        self, latent: Tensor, way: Strips, finish: Finish, into: Tensor | None, on_chunk: OnChunk | None
+    ) -> Iterator[Tensor]:
+        """The same pieces on the CPU, `finish`ed, in `into` where given; none is whole before the last strip."""
+        plan, needed = self.plan(way.rows)
+        done, last = 0, plan.num_strips - 1
+        with waiting_memory(way, self.weight) as allocate:
+            shelf, outbox = self._fill_shelf(latent, allocate), Outbox(into)
+            pages = self.pages(plan, way, allocate)
+            for index, strip in enumerate(self.strips(plan, pages)):
+                for step in range(self.num_latents):
+                    pages.begin(step, index == 0)
+                    features = shelf.rows(step, needed.begins[index], needed.ends[index])
+                    piece = finish(self._piece(features, strip))
+                    if index < last:
+                        pages.end(step)
+                    outbox.send(piece, (self.frames_of(step).start, done), self._video_shape(piece))
+                    height = piece.shape[3]
+                    del piece
+                    if on_chunk is not None:
+                        on_chunk(index * self.num_latents + step + 1, plan.num_strips * self.num_latents)
+                    if index == last and step:
+                        yield outbox.frames(self.frames_of(step - 1))
+                done += height
+            yield outbox.frames(self.frames_of(self.num_latents - 1))
+
+    def _video_shape(self, piece: Tensor) -> tuple[int, ...]:
+        return *piece.shape[:2], self.num_frames, self.height * self.side.stride * self.side.patch, piece.shape[4]
+
+    @torch.inference_mode()
+    def _fill_shelf(self, latent: Tensor, allocate: Allocate) -> Shelf:
+        """What the whole layers make of every frame."""
+        strip = self.whole_frames()
+        features = self._features(latent[:, :, 0], strip)
+        shelf = self.shelf(features.shape[1], allocate)
+        shelf.put(0, 0, features)
+        for index in range(1, self.num_latents):
+            shelf.put(index, 0, self._features(latent[:, :, index], strip))
+        return shelf
+
+    @torch.inference_mode()
+    def _features(self, frame: Tensor, strip: Strip) -> Tensor:
+        (features,) = frames_through(self.side.whole, self.side.enter(frame), strip)
+        return features
+
+    @torch.inference_mode()
+    def _piece(self, features: Tensor, strip: Strip) -> Tensor:
+        return torch.stack([self.side.leave(frame) for frame in frames_through(self.side.local, features, strip)], 2)
+
+
+class Encoding(Coding):
+    """An encoding of video [B, 3, T, H, W] to latents."""
+
+    def plan(self, rows: int | None = None) -> tuple[StripPlan, Level]:
+        """Strips of at most so many rows of pixels (None: whole frames), and the rows that each needs at first."""
+        ends = cut_rows(self.height, self.height if rows is None else rows // (self.side.stride * self.side.patch))
+        plan = StripPlan()
+        return plan, plan_layers(self.side.local, plan, Level(ends, self.width, 1))
+
+    @torch.inference_mode()
+    def whole(self, video: Tensor) -> Tensor:
+        """The latent, of whole frames."""
+        last, (strip,) = self.whole_frames(), self.strips(self.plan()[0])
+        latents = [self._latent(each, last) for frame in video.unbind(2) for each in self._features(frame, strip)]
+        return torch.stack(latents, dim=2)
+
+    @torch.inference_mode()
+    def in_strips(self, video: Tensor, way: Strips, on_chunk: OnChunk | None = None) -> Tensor:
+        """The same, in the memory of one strip."""
+        plan, needed = self.plan(way.rows)
+        patch, done, shelf = self.side.patch, 0, None
+        with waiting_memory(way, self.weight) as allocate:
+            pages = self.pages(plan, way, allocate)
+            for index, strip in enumerate(self.strips(plan, pages)):
+                rows = video[:, :, :, needed.begins[index] * patch : needed.ends[index] * patch]
+                for step in range(self.num_latents):
+                    pages.begin(step, index == 0)
+                    (features,) = (
+                        each for frame in rows[:, :, self.frames_of(step)].unbind(2)
+                        for each in self._features(frame, strip)
+                    )  # fmt: skip
+                    if index + 1 < plan.num_strips:
+                        pages.end(step)
+                    shelf = shelf or self.shelf(features.shape[1], allocate)
+                    shelf.put(step, done, features)
+                    if on_chunk is not None:
+                        on_chunk(index * self.num_latents + step + 1, plan.num_strips * self.num_latents)
+                done += features.shape[2]
+            assert shelf is not None
+            last = self.whole_frames()
+            latents = [self._latent(shelf.rows(step, 0, self.height), last) for step in range(self.num_latents)]
+            return torch.stack(latents, dim=2)
+
+    def _features(self, frame: Tensor, strip: Strip) -> Iterator[Tensor]:
+        return frames_through(self.side.local, self.side.enter(frame), strip)
+
+    def _latent(self, features: Tensor, strip: Strip) -> Tensor:
+        (moments,) = frames_through(self.side.whole, features, strip)
+        return self.side.leave(moments)
+
+
+def page_elements(plan: StripPlan, batch: int) -> int:
+    """Numbers that a step leaves for the strip below."""
+    return sum(seam.frames * aligned(batch * seam.elements) for seam in plan.seams.values())
+
+
+def lies_channels_last(weight: Tensor) -> bool:
+    """Of a convolution over frames, [O, I, t, h, w]."""
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last_3d)
