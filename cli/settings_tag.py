@@ -30,7 +30,8 @@ def settings_tags(options: argparse.Namespace) -> Tags:
         return {}
     unsaid = UNSAID if options.metadata == "prompt" else (*UNSAID, *WORDS)
     given = {name: value for name, value in vars(options).items() if name not in unsaid}
-    told = {name: _told(value) for name, value in given.items() if value not in (None, False, [], ())}
+    # a seed of 0 is a setting, which `== False` would take for none
+    told = {name: _told(value) for name, value in given.items() if not (value is None or value is False or value == [])}
     return {"comment": json.dumps({"program": "lowvram-video", **told})}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..framepack.text.checkpoint import clip_of, llama_of, siglip_of
 from ..framepack.vae.checkpoint import HUNYUAN_FORMAT
 from ..runtime.family import Description
+from ..vae.tiny_files import TINY_FORMAT
 from ..wanvideo.text.checkpoint import text_encoder_of
 from ..wanvideo.vae.checkpoint import WAN_FORMAT
 from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
@@ -91,6 +92,7 @@ LOADERS: Mapping[str, Callable[[Checkpoint], object]] = {
     **{family.wanted.kind: family.check for family in FAMILIES},
     "wan vae": WAN_FORMAT.opened,
     "hunyuan vae": HUNYUAN_FORMAT.opened,
+    "tiny decoder": TINY_FORMAT.opened,
     "umt5 encoder": text_encoder_of,
     "llama encoder": llama_of,
     "clip text": clip_of,

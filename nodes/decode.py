@@ -27,9 +27,9 @@ class DecodeVideo(io.ComfyNode):
         return host.schema(
             node_id="LowVRAMDecodeVideo",
             display_name="Decode Video (Tiled, Low VRAM)",
-            description="Decodes a Wan video frame by frame, or in strips of rows, which are as exact, where the card is "
-            "too small for whole frames. Wan's time is never cut, so there are no pulses; frames move to RAM as they are "
-            "made.",
+            description="Decodes a Wan video frame by frame, or in strips of rows, which are as exact, where the card "
+            "is too small for whole frames. Wan's time is never cut, so there are no pulses; frames move to RAM as "
+            "they are made.",
             search_aliases=["vae decode tiled", "wan vae", "decode video"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent of a Wan or FramePack model."),
@@ -40,8 +40,8 @@ class DecodeVideo(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tile_size", default=0, min=0, max=4096, step=32,
-                    tooltip="0: whole frames if they fit, else strips of rows, which are as exact. Else the side of tiles in "
-                    "pixels, which blend into each other; FramePack's video takes tiles by itself.",
+                    tooltip="0: whole frames if they fit, else strips of rows, which are as exact. Else the side of "
+                    "tiles in pixels, which blend into each other; FramePack's video takes tiles by itself.",
                 ),
                 io.Int.Input(
                     "temporal_chunk", default=0, min=0, max=4096, step=4,

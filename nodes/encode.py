@@ -20,8 +20,8 @@ class EncodeVideo(io.ComfyNode):
             node_id="LowVRAMEncodeVideo",
             display_name="Encode Video (Tiled, Low VRAM)",
             description="Encodes the frames of a video to its latent, in strips of rows, which are as exact, where the "
-            "card is too small for whole frames. Time is never cut for Wan. As VAE Encode: sides are cropped to what the VAE takes, and frames at "
-            "the end beyond 4n + 1 are left out.",
+            "card is too small for whole frames. Time is never cut for Wan. As VAE Encode: sides are cropped to what "
+            "the VAE takes, and frames at the end beyond 4n + 1 are left out.",
             search_aliases=["vae encode tiled", "wan vae", "encode video", "video to latent"],
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video."),
@@ -32,8 +32,8 @@ class EncodeVideo(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tile_size", default=0, min=0, max=4096, step=32,
-                    tooltip="0: whole frames if they fit, else strips of rows, which are as exact. Else the side of tiles in "
-                    "pixels, which blend into each other; FramePack's video takes tiles by itself.",
+                    tooltip="0: whole frames if they fit, else strips of rows, which are as exact. Else the side of "
+                    "tiles in pixels, which blend into each other; FramePack's video takes tiles by itself.",
                 ),
             ],
             outputs=[io.Latent.Output("samples")],

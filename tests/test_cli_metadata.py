@@ -33,6 +33,12 @@ def test_settings_have_no_prompt_and_no_folder() -> None:
     assert not any(word in comment for word in ("hidden wish", "nobody", "secret place"))
 
 
+def test_zeros_are_settings_and_flags_that_were_not_given_are_none() -> None:
+    told = json.loads(settings_tags(parsed("--seed", "0", "--shift", "0"))["comment"])
+    assert (told["seed"], told["shift"]) == (0, 0.0)
+    assert not {"no_pinned", "lora_low", "steps"} & set(told)
+
+
 def test_prompts_are_told_where_that_is_asked_for() -> None:
     told = json.loads(settings_tags(parsed("--metadata", "prompt"))["comment"])
     assert (told["prompt"], told["negative_prompt"]) == ("a hidden wish", "nobody")

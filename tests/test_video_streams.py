@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -220,6 +221,28 @@ def test_a_discarded_video_leaves_nothing_and_replaces_nothing(tmp_path: Path, m
     writer.close()
     assert path.read_bytes() == b"the user's"
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "scratch"] and not list(scratch.iterdir())
+
+
+def test_what_a_killed_process_had_ffmpeg_read_goes_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    script = (
+        "import os, sys, torch; from lowvram_video.video.writer import VideoWriter\n"
+        "writer = VideoWriter(sys.argv[1], 16, tags={'prompt': 'a wish'})\n"
+        "writer.write(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)); os._exit(9)"
+    )
+    environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch)}
+    command = [sys.executable, "-c", script, str(tmp_path / "a.mp4")]
+    assert subprocess.run(command, env=environment, check=False).returncode == 9
+    (left,) = scratch.iterdir()
+    assert (left / "tags").exists()
+    os.utime(left, (0, 0))  # as after a minute
+    with VideoWriter(tmp_path / "b.mp4", 16, tags={"workflow": WORKFLOW}) as writer:
+        writer.write(clip(1))
+    assert list(scratch.iterdir()) == []
 
 
 def test_what_ffmpeg_reads_beside_the_frames_is_gone_when_it_cannot_start(

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..system.atomic_files import partial_name, replace_file
+from ..system.scratch_folders import scratch_folder
 from .codecs import H264, Codec
 from .sound import Sound
 from .stuck import Watched
@@ -61,8 +62,8 @@ class VideoWriter:
         self.codec, self.tags, self.sound = codec, tags or {}, sound
         self.num_frames = 0
         self._encoder: subprocess.Popen[bytes] | None = None
-        self._inputs: tempfile.TemporaryDirectory[str] | None = None  # what else ffmpeg reads
-        self._watched: Watched | None = None  # the same, once there is one
+        self._inputs = ExitStack()  # the folder of what else ffmpeg reads
+        self._watched: Watched | None = None  # ffmpeg, once it runs
         self._complaints: IO[bytes] | None = None
 
     def write(self, frames: Tensor) -> None:
@@ -153,16 +154,13 @@ class VideoWriter:
         """ffmpeg's options that read sound and tags, which lie in files for as long as it runs."""
         if not self.tags and self.sound is None:
             return [], []
-        self._inputs = tempfile.TemporaryDirectory(prefix="lowvram-video-", ignore_cleanup_errors=True)
-        folder = Path(self._inputs.name)
+        folder = self._inputs.enter_context(scratch_folder(Path(tempfile.gettempdir())))
         heard = [] if self.sound is None else self.sound.write(folder / "sound")
         told = ["-f", "ffmetadata", "-i", str(write_tags(self.tags, folder / "tags"))] if self.tags else []
         return heard, told
 
     def _drop_inputs(self) -> None:
-        inputs, self._inputs = self._inputs, None
-        if inputs is not None:
-            inputs.cleanup()
+        self._inputs.close()
 
     def _why_stopped(self, stuck: str) -> str:
         return (

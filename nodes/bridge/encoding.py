@@ -51,6 +51,8 @@ def _encode_wan(vae: Any, images: Tensor, tile: int) -> Tensor:
     latent = torch.empty(1, config.z_dim, *_latent_size(video, config), device="meta")
     least = coding_bytes(config, dtype, latent, TILES[-1], encodes=True)
     with vae_at_work(opened, dtype, least + HEADROOM_BYTES) as encoder:
+        # called for every latent frame: whole frames are encoded without a word of how far it is
+        encoder.encoder.middle[0].register_forward_pre_hook(lambda *_: host.stop_if_interrupted())
         first, pins = first_way(encoder, latent, tile, encodes=True), registrar(encoder.device)
         encoded = encode_fitting(encoder, video, first, progress.update, evict_idle, pins)
     mean, std = latent_statistics(config)

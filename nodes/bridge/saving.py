@@ -36,20 +36,21 @@ class NewVideo:
         After an error or interrupt nothing is left. VideoError, and ValueError for a place that cannot be written.
         """
         lock = self._new_place()
-        writer = VideoWriter(lock.path, self.fps, self.crf, codec=self.codec, tags=self.tags, sound=self.sound)
         try:
-            with closing(frames):
-                for piece in frames:
-                    host.stop_if_interrupted()
-                    writer.write(piece)
-            if lock.path.exists():  # put there meanwhile
-                lock.release()
-                lock = self._new_place()
-                writer.path = lock.path
-            writer.close()
-        except BaseException:
-            writer.discard()
-            raise
+            writer = VideoWriter(lock.path, self.fps, self.crf, codec=self.codec, tags=self.tags, sound=self.sound)
+            try:
+                with closing(frames):
+                    for piece in frames:
+                        host.stop_if_interrupted()
+                        writer.write(piece)
+                if lock.path.exists():  # put there meanwhile
+                    lock.release()
+                    lock = self._new_place()
+                    writer.path = lock.path
+                writer.close()
+            except BaseException:
+                writer.discard()
+                raise
         finally:
             lock.release()
         return writer.path

@@ -46,6 +46,7 @@ FINGERPRINTS: tuple[tuple[FileKind, tuple[str, ...]], ...] = (
     (FileKind("wan vae", "a Wan VAE"), (".decoder.middle.0.residual.0.gamma\n", ".conv2.weight\n")),
     (FileKind("wan vae", "a Wan VAE (diffusers layout)"), ("decoder.mid_block.resnets.0.norm1.gamma\n",)),
     (FileKind("hunyuan vae", "a HunyuanVideo VAE"), ("decoder.conv_in.conv.", "post_quant_conv.")),
+    (FileKind("tiny decoder", "a tiny decoder (TAEHV)"), ("decoder.22.bias\n", "decoder.7.conv.weight\n")),
     (FileKind("umt5 encoder", "a UMT5 text encoder"), ("block.1.layer.0.SelfAttention.relative_att",)),
     (FileKind("umt5 encoder", "a UMT5 text encoder"), (".token_embedding.weight", ".blocks.0.pos_embedding.")),
     (FileKind("umt5 encoder", "a UMT5 text encoder (GGUF layout)"), ("enc.blk.1.attn_rel_b",)),
@@ -76,6 +77,7 @@ LOADERS: Mapping[str, str] = {
 SLOTS: Mapping[str, str] = {
     "wan vae": "the VAE",
     "hunyuan vae": "the VAE",
+    "tiny decoder": "the VAE of a draft (--decoder; Load VAE in ComfyUI)",
     "umt5 encoder": "the text encoder",
     "clip vision": "the CLIP vision model",
     "siglip vision": "the CLIP vision model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import comfy.model_management as mm
 import comfy.sd
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lowvram_pack.nodes.bridge import host
 from lowvram_pack.nodes.decode import DecodeVideo
 from lowvram_pack.nodes.encode import EncodeVideo
 from lowvram_pack.vae.tiny import TINY_16, TINY_48, TinyConfig, TinyVAE
+from lowvram_pack.wanvideo.vae.blocks import ResidualBlock
 from lowvram_pack.wanvideo.vae.model import WanVAE
 from test_nodes import random_latent, tiny_vae
 from tiny_models import relative_error
@@ -96,6 +98,23 @@ def test_a_video_that_the_device_does_not_hold_is_encoded_in_smaller_tiles(
     assert torch.equal(encoded(vae, images), want)
     assert "out of VRAM while encoding 5 frames whole: next in tiles of 128 pixels" in caplog.text
     assert len(asked) == 2 and asked[1] >= host.EVERYTHING  # idle models leave before the second way
+
+
+@pytest.mark.parametrize("tile", [0, 32])
+def test_an_interrupt_ends_it_at_the_next_frame(vae: Any, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    forward, done = ResidualBlock.forward, []
+
+    def interrupted(block: ResidualBlock, *given: Any, **named: Any) -> Any:
+        done.append(block)
+        mm.interrupt_current_processing()
+        return forward(block, *given, **named)
+
+    monkeypatch.setattr(ResidualBlock, "forward", interrupted)
+    with pytest.raises(mm.InterruptProcessingException):
+        encoded(vae, pictures(9), tile)
+    mm.interrupt_current_processing(False)
+    blocks = [block for block in vae.first_stage_model.encoder.modules() if type(block).__name__ == "ResidualBlock"]
+    assert 0 < len(done) <= len(blocks)  # of the first frame alone
 
 
 def test_there_and_back_is_what_core_makes_of_it(vae: Any) -> None:
