@@ -246,7 +246,8 @@ class Workspace:
         return q
 
     def _attend(self, q: Tensor, keys_values: Sequence[Pair], heads: slice, attend: Attend | None) -> Tensor:
-        attend = attend or self.execution.attention.attend
+        if attend is None:  # no `or`: torch.compile takes a method for data
+            attend = self.execution.attention.attend
         first, *others = (attend(q[:, :, heads], heads_of(k, heads), heads_of(v, heads)) for k, v in keys_values)
         for other in others:
             first.add_(other)
