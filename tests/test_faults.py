@@ -1,4 +1,4 @@
-"""A few points of what `make faults` does at hundreds, and some of the files of its fuzzing."""
+"""A few points of what `make faults` does at hundreds (marked slow), and some of the files of its fuzzing."""
 
 from __future__ import annotations
 
@@ -27,21 +27,25 @@ def wrong(rows: list[Row]) -> list[Row]:
     return [row for row in rows if not row.right]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_a_killed_command_goes_on_to_the_same(files: Files, tmp_path: Path, number: int) -> None:
     rows = list(kill_everywhere(cases(files)[number], tmp_path, 2))
     assert rows and wrong(rows) == []
 
 
+@pytest.mark.slow
 def test_interrupts_end_with_130_and_go_on(files: Files, tmp_path: Path) -> None:
     assert wrong(list(interrupts(files, tmp_path, 2))) == []
 
 
+@pytest.mark.slow
 def test_disks_that_fill_and_go(files: Files, tmp_path: Path) -> None:
     rows = list(full_disks(files, tmp_path, 1)) + list(broken_folders(files, tmp_path))
     assert wrong(rows) == []
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_survived(files: Files) -> None:
     assert wrong(list(out_of_memory(files, 3))) == []
 
