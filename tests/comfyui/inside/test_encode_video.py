@@ -81,23 +81,36 @@ def test_tiles_are_seamless_within_their_overlap(vae: Any) -> None:
     assert error < 0.1
 
 
-def test_a_video_that_the_device_does_not_hold_is_encoded_in_smaller_tiles(
+def test_a_video_that_the_device_does_not_hold_is_encoded_in_strips(
     vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    images, asked = pictures(5, 144, 64), []
+    want = encoded(vae, images)
+
+    def scarce(network: WanVAE, video: Tensor) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(WanVAE, "encode", scarce)
+    monkeypatch.setattr(host, "make_room", lambda size, device: asked.append(size))
+    assert (encoded(vae, images) - want).abs().max() <= 1e-5
+    assert "out of VRAM while encoding 5 frames whole: next in strips of" in caplog.text
+    assert len(asked) == 2 and asked[1] >= host.EVERYTHING  # idle models leave before the second way
+
+
+def test_tiles_are_encoded_where_no_strip_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(5, 144, 64)
     want = encoded(vae, images, 128)
-    encode, asked = WanVAE.encode, []
+    encode = WanVAE.encode
 
-    def small_tiles_only(network: WanVAE, video: Tensor, *rest: Any) -> Tensor:
-        if video.shape[-2] > 128:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return encode(network, video, *rest)
+    def no_strips(network: WanVAE, video: Tensor, *rest: Any) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    def small_tiles_only(network: WanVAE, video: Tensor) -> Tensor:
+        return encode(network, video) if video.shape[-2] <= 128 else no_strips(network, video)
 
     monkeypatch.setattr(WanVAE, "encode", small_tiles_only)
-    monkeypatch.setattr(host, "make_room", lambda size, device: asked.append(size))
+    monkeypatch.setattr(WanVAE, "encode_strips", no_strips)
     assert torch.equal(encoded(vae, images), want)
-    assert "out of VRAM while encoding 5 frames whole: next in tiles of 128 pixels" in caplog.text
-    assert len(asked) == 2 and asked[1] >= host.EVERYTHING  # idle models leave before the second way
 
 
 @pytest.mark.parametrize("tile", [0, 32])
