@@ -99,6 +99,13 @@ def test_strips_of_any_height_encode_as_whole_frames(vae, frames, height, width,
     assert relative_error(vae.encode_strips(video, way), vae.encode(video)) <= BOUND
 
 
+@pytest.mark.parametrize("height, rows", [(19, 72), (33, 40)])
+def test_strips_of_high_frames_encode_as_whole_ones(vae, height, rows):
+    """So high that every layer, the first too, sees new rows in each strip."""
+    video = random_video(vae, 2, height, 1)
+    assert relative_error(vae.encode_strips(video, Strips(rows)), vae.encode(video)) <= BOUND
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_long_video(vae, waits):
     latent = random_latent(vae, 41, 3, 2)

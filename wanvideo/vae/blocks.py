@@ -32,6 +32,8 @@ def plan_layers(layers: Sequence[nn.Module], plan: StripPlan, out: Level) -> Lev
     """What the first of `layers` needs for the last to make `out`."""
     for layer in reversed(layers):
         out = layer.plan_rows(plan, out)  # type: ignore[operator]
+        if isinstance(layer, CausalConv3d):  # in no block that keeps rows for it
+            plan.add_seam(layer, layer.in_channels)
     return out
 
 
