@@ -11,7 +11,7 @@ import pytest
 import torch
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
 from lowvram_video.weights.files.checkpoint import CheckpointError
-from lowvram_video.weights.kernels.gemms import Int8Product, ReferenceGemm, select_int8_gemm
+from lowvram_video.weights.kernels.gemms import Int8Product, ReferenceGemm, int_mm, select_int8_gemm
 from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul, rotation_matrix
@@ -157,6 +157,14 @@ def test_many_rows_go_through_small_products(monkeypatch: pytest.MonkeyPatch) ->
     got = Int8Matmul(0, Int8Product(TorchRowOps())).prepare(packed, None, torch.float32, None)(x)
     want = Int8Matmul(0, ReferenceGemm()).prepare(packed, None, torch.float32, None)(x)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
+def test_a_processors_products_of_int8_are_exact(size: int) -> None:
+    extreme = torch.full((2, size), -128, dtype=torch.int8)
+    values = torch.cat([extreme, torch.randint(-127, 128, (5, size), dtype=torch.int8)])
+    weight = torch.cat([-1 - extreme, extreme, torch.randint(-128, 128, (9, size), dtype=torch.int8)])
+    assert torch.equal(int_mm(values, weight), (values.long() @ weight.long().t()).int())
 
 
 def test_rotation_spreads_outliers() -> None:
