@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..attention.select import ATTENTION_MODES
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
+from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings, use_device
 from ..weights.linear.compute import QUANTIZATIONS
 from ..weights.lora.attach import LORA_MODES
@@ -22,18 +23,30 @@ from ..weights.lora.file import LoraChoice
 from .sparse import add_sparse, sparse_of
 
 
+class OpenedModel(Protocol):
+    """A model whose files are open, for any number of videos one after the other."""
+
+    def release(self) -> None:
+        """Give all memory back; what is made next reads the files again."""
+
+
 @dataclass(frozen=True)
 class FamilyCommands:
     """What the command line has of a model family: its own flags, making a video, the work and the model of `plan`.
 
-    `foreign` are the options of other families, each with what holds instead for `models`.
+    `foreign` are the options of other families, each with what holds instead for `models`. `source` is what a video is
+    made with, files and settings, equal where one opened model can make both videos; `open_source` reads headers only;
+    `check` refuses, before anything is loaded or begun, what `make` could not make. They raise ValueError.
     """
 
     models: str
     foreign: Mapping[str, str]
     add_generate: Callable[[argparse.ArgumentParser], None]
     add_plan: Callable[[argparse.ArgumentParser], None]
-    generate: Callable[[argparse.Namespace], RunReport]
+    source: Callable[[argparse.Namespace], Hashable]
+    open_source: Callable[[Any, Progress], OpenedModel]
+    check: Callable[[Any, argparse.Namespace], None]
+    make: Callable[[Any, argparse.Namespace], RunReport]
     planned_work: Callable[[argparse.Namespace, Any], WorkSize]
     open_model: Callable[[argparse.Namespace, RunSettings], Any]
 

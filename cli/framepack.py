@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from PIL import Image
 from ..framepack.buckets import MULTIPLE, nearest_bucket
 from ..framepack.checkpoint import MODEL_TYPES
 from ..framepack.footprint import SectionSize
-from ..framepack.inputs import EncoderFiles, Encoders, Inputs
-from ..framepack.pipeline import FramePackFiles, FramePackPipeline
+from ..framepack.inputs import Encoders, Inputs
+from ..framepack.pipeline import FramePackPipeline
 from ..framepack.request import SAMPLERS, EncodedInputs, Interpolation, Sampling
 from ..framepack.run.run import FramePackRun
 from ..framepack.sections import (
@@ -34,25 +33,24 @@ from ..framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
 from ..runtime.latent_watch import BadLatents
+from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
 from ..video.writer import SUFFIXES, check_writable
 from .arguments import (
     FamilyCommands,
-    WantedFile,
     flag,
     fraction,
     is_given,
     not_negative,
     positive,
     runs_folder,
-    settings_of,
 )
 from .framepack_run import Files, plan_ahead
+from .framepack_source import FramePackSource, OpenedFramePack
 from .nag import nag_settings
 from .output import OutputFile, command_key
-from .progress import TerminalProgress
 from .report import check_report
 from .settings_tag import settings_tags
 
@@ -61,19 +59,6 @@ logger = logging.getLogger(__name__)
 # As lllyasviel/FramePack's own demos have them, for base and F1.
 NUM_STEPS, DISTILLED_GUIDANCE, TEACACHE, WINDOW, SECONDS = 25, 10.0, 0.15, 9, 5.0
 SIZE = (640, 608)  # of a video without a picture
-
-REPACKAGED = "Comfy-Org/HunyuanVideo_repackaged"
-TEXT_ENCODER = WantedFile(
-    "text_encoder", "the LLaVA-LLaMA-3 text encoder", "llava_llama3_fp8_scaled.safetensors", REPACKAGED
-)
-CLIP_L = WantedFile("clip_l", "the CLIP-L text encoder", "clip_l.safetensors", REPACKAGED)
-CLIP_VISION = WantedFile(
-    "clip_vision",
-    "the SigLIP vision model that reads pictures",
-    "sigclip_vision_patch14_384.safetensors",
-    "Comfy-Org/sigclip_vision_384",
-)
-VAE = WantedFile("vae", "the HunyuanVideo VAE", "hunyuan_video_vae_bf16.safetensors", REPACKAGED)
 
 ONE_MODEL = "FramePack has one model for all noise levels"
 # Wan's options, and what FramePack has instead.
@@ -156,15 +141,37 @@ def planned_work(options: argparse.Namespace, model: StreamedFramePack) -> WorkS
     )  # fmt: skip
 
 
-def generate(options: argparse.Namespace) -> RunReport:
+def source(options: argparse.Namespace) -> FramePackSource:
+    """The files and the machine's settings of these options. ValueError where one is missing, or flags clash."""
+    _timed_prompt(options)
+    _check_combination(options)
+    return FramePackSource.of(options)
+
+
+def open_source(source: FramePackSource, progress: Progress) -> OpenedFramePack:
+    """The model and the encoders of these files, headers read."""
+    return OpenedFramePack(source, progress)
+
+
+def check(opened: OpenedFramePack, options: argparse.Namespace) -> None:
+    """Refuse what `make` could not make, or not write."""
+    _planned(opened, options)
+
+
+def make(opened: OpenedFramePack, options: argparse.Namespace) -> RunReport:
     """Make one video that grows section by section, or one picture; what is done is kept and gone on from."""
-    job = _Job.of(options)
-    plan_ahead(job.pipeline, job.sampling, job.size, options.end_image is not None)
+    job = _planned(opened, options)
     for lora in job.pipeline.lora_reports():
         print(lora.summary)  # what was not applied is in the log
     with job.pipeline.record.run():
         _make(job)
     return job.pipeline.report()
+
+
+def _planned(opened: OpenedFramePack, options: argparse.Namespace) -> _Job:
+    job = _Job.of(opened, options)
+    plan_ahead(job.pipeline, job.sampling, job.size, options.end_image is not None)
+    return job
 
 
 def _make(job: _Job) -> None:
@@ -198,15 +205,10 @@ class _Job:
     files: Files
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> _Job:
+    def of(cls, opened: OpenedFramePack, options: argparse.Namespace) -> _Job:
         """ValueError or CheckpointError, before anything is loaded or written, for what cannot be made."""
         timed = _timed_prompt(options)
-        _check_combination(options)
-        encoder_files, files = _files(options)
-        settings, progress = settings_of(options), TerminalProgress(sys.stderr)
-        pipeline = FramePackPipeline(files, settings, progress, progress.block)
-        encoders = Encoders(encoder_files, settings, progress)
-        encoders.check(pipeline.model.config, options.model)
+        pipeline, encoders = opened.pipeline, opened.encoders
         mode = pipeline.model.mode
         if options.extend is not None and mode != "f1":
             raise ValueError(
@@ -284,17 +286,6 @@ def _check_combination(options: argparse.Namespace) -> None:
         raise ValueError("--image-strength has no picture to act on: give --image, or leave it out")
     if options.negative_prompt and options.cfg in (None, 1.0) and nag_settings(options) is None:
         logger.warning("the negative prompt is not read: it takes --cfg above 1, or --nag")
-
-
-def _files(options: argparse.Namespace) -> tuple[EncoderFiles, FramePackFiles]:
-    name = options.model.name
-    text_encoder, clip, vae = (file.required(options, name) for file in (TEXT_ENCODER, CLIP_L, VAE))
-    pictured = [option for option in ("image", "end_image", "extend", "video") if is_given(options, option)]
-    vision = CLIP_VISION.required(options, f"{name} with {flag(pictured[0])}") if pictured else None
-    return (
-        EncoderFiles(text_encoder, clip, vae, vision, options.tokenizers),
-        FramePackFiles(options.model, vae, tuple(options.lora), options.model_type or "auto"),
-    )
 
 
 def _given_size(options: argparse.Namespace) -> tuple[int, int] | None:
@@ -387,5 +378,5 @@ def _whole(num_video_frames: int) -> int:
 
 
 FRAMEPACK_COMMANDS = FamilyCommands(
-    "FramePack models", FOREIGN, add_generate, add_plan, generate, planned_work, open_model
+    "FramePack models", FOREIGN, add_generate, add_plan, source, open_source, check, make, planned_work, open_model
 )

@@ -8,43 +8,31 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
 from ..demo.show import make_demo
 from ..families.identify import describe, identify
-from ..families.table import FAMILIES, family_of, family_of_kind
-from ..framepack.family import FRAMEPACK
+from ..families.table import family_of
 from ..memory.plan.limits import limits_for, with_card
 from ..memory.plan.table import assumed_rates
 from ..memory.plan.table import describe as describe_plan
-from ..runtime.family import Family
 from ..runtime.settings import RunSettings, use_device
-from ..sampling.samplers import SAMPLERS
 from ..system.card_profile import load_profile
-from ..system.device_errors import is_out_of_memory
 from ..system.plain_text import printable
-from ..wanvideo.family import WAN
-from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
-from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice, positive
+from .arguments import positive
 from .bench import add_bench
 from .console import plain_console
 from .doctor import add_doctor
-from .framepack import FRAMEPACK_COMMANDS
-from .nag import add_nag
+from .failure import failure
+from .generate import COMMANDS, add_generate, family_of_file
 from .output import OutputFile, add_overwrite
 from .progress import TerminalProgress
-from .report import show_report
-from .settings_tag import add_metadata
-from .wan import WAN_COMMANDS
-
-COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType({WAN: WAN_COMMANDS, FRAMEPACK: FRAMEPACK_COMMANDS})
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as shells have it for Ctrl-C
@@ -69,16 +57,11 @@ def _run(options: argparse.Namespace) -> int:
             return command(options) or 0
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", INTERRUPTED)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, ValueError, OSError) as error:
+        said = failure(error)
+        if said is None:
             raise
-        problem = f"the GPU ran out of memory ({str(error).splitlines()[0]})"
-        advice = "close what else uses it, or make a smaller or shorter video (FramePack: --window)"
-        return _fail(f"{problem}: {advice}")
-    except MemoryError as error:
-        return _fail(str(error) or "out of RAM: close other programs, or give a smaller --ram-budget")
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return _fail(said)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen and why")
     commands = parser.add_subparsers(required=True, metavar="command")
-    _add_generate(commands.add_parser("generate", help="make a video from checkpoint files and a prompt"))
+    add_generate(commands.add_parser("generate", help="make a video from checkpoint files and a prompt"))
     _add_plan(commands.add_parser("plan", help="show what a run would use, without a GPU"))
     add_bench(commands.add_parser("bench", help="measure this card, so that plans tell its times"))
     add_doctor(commands.add_parser("doctor", help="try what this machine has, and say what to install"))
@@ -96,46 +79,6 @@ def make_parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="write a quantised copy of a checkpoint"))
     _add_demo(commands.add_parser("demo", help="make a video with the pack's own tiny model"))
     return parser
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    """Flags of both model families; which of them a model takes is known when its file is (`generate`)."""
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--model", type=Path, required=True,
-        help="Wan transformer (Wan 2.2 A14B: the high-noise one) or FramePack transformer",
-    )  # fmt: skip
-    files.add_argument(
-        "--lora", type=lora_choice, action="append", default=[], metavar="FILE:STRENGTH",
-        help="a LoRA for the model (strength left out: 1); may be given several times",
-    )  # fmt: skip
-    files.add_argument("--text-encoder", type=Path, help="umt5-xxl for Wan, llava_llama3 for FramePack")
-    files.add_argument("--vae", type=Path, help="Wan 2.1 VAE, Wan 2.2 VAE for TI2V 5B, HunyuanVideo VAE for FramePack")
-    files.add_argument(
-        "--clip-vision", type=Path,
-        help="reads pictures: clip_vision_h for Wan 2.1 I2V and FLF2V, sigclip_vision for FramePack",
-    )  # fmt: skip
-    files.add_argument("-o", "--output", type=Path, help="(output/video.mp4, numbered where that is there)")
-    what = parser.add_argument_group("what to make (left out: the model's published setting)")
-    what.add_argument("--prompt", required=True)
-    what.add_argument("--negative-prompt")
-    what.add_argument("--image", type=Path, help="first frame (Wan I2V, FLF2V, TI2V, VACE and Fun, FramePack)")
-    what.add_argument("--end-image", type=Path, help="last frame (Wan I2V, FLF2V and VACE, FramePack)")
-    what.add_argument("--width", type=int)
-    what.add_argument("--height", type=int)
-    what.add_argument("--seed", type=int, default=0)
-    how = parser.add_argument_group("sampling")
-    how.add_argument("--steps", type=int)
-    how.add_argument("--sampler", choices=list(SAMPLERS))
-    how.add_argument("--shift", type=float)
-    add_nag(how)
-    for commands in COMMANDS.values():
-        commands.add_generate(parser)
-    add_keeping(parser)
-    add_machine(parser)
-    add_overwrite(files)
-    add_metadata(files)
-    parser.set_defaults(command=generate)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -175,16 +118,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=demo)
 
 
-def generate(options: argparse.Namespace) -> None:
-    """Make a video with the model that the file holds."""
-    commands = COMMANDS[_family(options.model)]
-    commands.refuse_foreign(options)
-    show_report(commands.generate(options), options)
-
-
 def plan(options: argparse.Namespace) -> None:
     """Print how a run would use a card that need not be in this machine."""
-    family = _family(options.model)
+    family = family_of_file(options.model)
     COMMANDS[family].refuse_foreign(options)
     model = COMMANDS[family].open_model(options, RunSettings(dtype=torch.bfloat16))
     limits = limits_for(
@@ -199,11 +135,6 @@ def plan(options: argparse.Namespace) -> None:
         limits = with_card(limits, load_profile(options.card))
     made = model.make_plan(COMMANDS[family].planned_work(options, model), limits)
     print(describe_plan(made) if made.times_are_measured else f"{describe_plan(made)}\n{assumed_rates(limits)}")
-
-
-def _family(path: Path) -> Family:
-    """That of a file; the first family's loader says what any other file is."""
-    return family_of_kind(file_kind(open_checkpoint(path).tensors).kind) or FAMILIES[0]
 
 
 def inspect(options: argparse.Namespace) -> None:

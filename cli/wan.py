@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
 from ..runtime.latent_watch import BadLatents
+from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
 from ..system.output_lock import is_noted, note_output
-from ..video.writer import VideoWriter
+from ..video.writer import VideoWriter, check_video
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.identity import WanFiles
 from ..wanvideo.pipeline import WanPipeline
@@ -35,7 +36,6 @@ from .arguments import (
 )
 from .nag import nag_settings
 from .output import OutputFile, command_key
-from .progress import TerminalProgress
 from .report import check_report
 from .settings_tag import settings_tags
 
@@ -108,38 +108,69 @@ def _add_vace_module(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def generate(options: argparse.Namespace) -> RunReport:
-    """Make one video, its frames written as they are decoded."""
+@dataclass(frozen=True)
+class WanSource:
+    """What a video is made with."""
+
+    files: WanFiles
+    settings: RunSettings
+
+
+def source(options: argparse.Namespace) -> WanSource:
+    """The files and the machine's settings of these options. ValueError where one is missing."""
     loras = tuple(options.lora), tuple(options.lora_low)
     text_encoder, vae = (file.required(options, options.model.name) for file in (TEXT_ENCODER, VAE))
-    progress = TerminalProgress(sys.stderr)
-    pipeline = WanPipeline(
-        WanFiles(
-            options.model,
-            text_encoder,
-            vae,
-            options.model_low,
-            *loras,
-            options.vace_module,
-            options.vace_module_low,
-            options.clip_vision,
-            options.decoder,
-        ),
-        settings_of(options),
-        progress,
-        between_blocks=progress.block,
+    files = WanFiles(
+        options.model,
+        text_encoder,
+        vae,
+        options.model_low,
+        *loras,
+        options.vace_module,
+        options.vace_module_low,
+        options.clip_vision,
+        options.decoder,
     )
+    return WanSource(files, settings_of(options))
+
+
+def open_source(source: WanSource, progress: Progress) -> WanPipeline:
+    """The pipeline of these files, headers read."""
+    return WanPipeline(source.files, source.settings, progress, between_blocks=progress.block)
+
+
+def check(pipeline: WanPipeline, options: argparse.Namespace) -> None:
+    """Refuse what `make` could not make, or not write."""
+    check_report(options.report)
+    chosen = _output_of(options)
+    check_video(chosen.path)
+    chosen.check(_is_own(options, chosen))
+    pipeline.check(_request(options))
+
+
+def make(pipeline: WanPipeline, options: argparse.Namespace) -> RunReport:
+    """Make one video, its frames written as they are decoded."""
     for lora in pipeline.lora_reports():
         print(lora.summary)  # what was not applied is in the log
     check_report(options.report)
-    with OutputFile(options.output, Path("output/video.mp4"), options.overwrite) as output:
+    with _output_of(options) as output:
         return _make(pipeline, options, output)
+
+
+def _output_of(options: argparse.Namespace) -> OutputFile:
+    return OutputFile(options.output, Path("output/video.mp4"), options.overwrite)
+
+
+def _is_own(options: argparse.Namespace, chosen: OutputFile) -> Callable[[Path], bool]:
+    """Whether a run that is kept, of these very options, has shown the file that is there."""
+    runs, key = runs_folder(options, chosen.path, "wan"), command_key(options)
+    return lambda path: runs is not None and is_noted(runs, path, key)
 
 
 def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile) -> RunReport:
     key = command_key(options)
-    runs = pipeline.runs = runs_folder(options, chosen.path, "wan")
-    output = chosen.pick(lambda path: runs is not None and is_noted(runs, path, key))
+    pipeline.runs = runs_folder(options, chosen.path, "wan")
+    output = chosen.pick(_is_own(options, chosen))
     writer = VideoWriter(output, options.fps or pipeline.defaults.fps, tags=settings_tags(options))
     try:
         with writer:
@@ -217,4 +248,6 @@ def _request(options: argparse.Namespace) -> WanRequest:
     )
 
 
-WAN_COMMANDS = FamilyCommands("Wan models", FOREIGN, add_generate, add_plan, generate, planned_work, open_model)
+WAN_COMMANDS = FamilyCommands(
+    "Wan models", FOREIGN, add_generate, add_plan, source, open_source, check, make, planned_work, open_model
+)

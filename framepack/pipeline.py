@@ -79,7 +79,10 @@ class FramePackPipeline:
                 yield
             finally:
                 self.progress.end()
-                self.model.release()
+                if self.settings.keep_model:
+                    self.model.stop()
+                else:
+                    self.model.release()
                 self.free_memory()
 
     @contextmanager
@@ -127,6 +130,10 @@ class FramePackPipeline:
     def report(self) -> RunReport:
         """What the last video used."""
         return self.record.report()
+
+    def release(self) -> None:
+        """Give back the memory that is kept between videos."""
+        self.model.release()
 
     def _decode_budget(self) -> DecodeBudget | None:
         """What the budgets leave for decoding.

@@ -12,5 +12,8 @@ class Progress:
     def update(self, done: int, total: int) -> None:
         """`done` of `total` steps, frames or bytes of the phase."""
 
+    def block(self) -> None:
+        """Another block of the model begins; may raise to stop."""
+
     def end(self) -> None:
         """The current phase is done."""

@@ -43,6 +43,8 @@ class RecordedRun:
     def __exit__(self, *_: object) -> None:
         for record in self._records:
             record.close()
+        for model in self._models:  # the next run begins as its settings say
+            model.leave_safe_path()
 
     @property
     def _records(self) -> list[StepRecord]:

@@ -58,6 +58,7 @@ class RunSettings:
     batched_guidance: bool = False
     sparse: SparseSettings | None = None  # what self-attention may leave out; None: nothing
     keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
+    keep_model: bool = False  # so do the transformer's weights, alone: the next video's plan counts what they hold
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FINISHED = "finished.safetensors"
 UNSOUND = "unsound.json"  # why a run's latents were no use: it goes on on the safe path, in a record of its own
+MOST_TRIES = 50
 FORMAT = 1  # of the files: another number is another run
 
 
@@ -59,7 +60,7 @@ class StepRecord:
         key = run_key({"format": FORMAT, "settings": settings})
         folder = root / key[:16]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             lock = RunLock(folder / "lock")
             mark_used(folder, {"key": key, "used": now()})
         except OSError as error:
@@ -223,3 +224,12 @@ class StepRecord:
 def are_numbers(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all of them are finite."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def _make(folder: Path) -> None:
+    """A folder and its root, which other runs remove when they end and it is empty. OSError as the system's."""
+    for _ in range(MOST_TRIES):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+    folder.mkdir(parents=True, exist_ok=True)

@@ -464,3 +464,20 @@ def test_steps_are_told_also_where_they_were_recorded(experts: WanFiles, tmp_pat
         make(stopped, REQUEST)
     make(Watched(files, progress=Progress(), runs=tmp_path), REQUEST)
     assert told[:4] == [(step, 4) for step in range(1, 5)]
+
+
+def test_a_run_begins_though_another_has_just_removed_the_empty_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, root = os.mkdir, tmp_path / "wan"
+    left = [root] * 3
+
+    def removed_at_once(path: Any, *arguments: Any, **more: Any) -> None:
+        mkdir(path, *arguments, **more)
+        if left and Path(path) == left[-1]:
+            left.pop().rmdir()
+
+    monkeypatch.setattr(os, "mkdir", removed_at_once)
+    with StepRecord.open(root, SETTINGS) as steps:
+        assert steps.folder.is_dir()
+    assert not left

@@ -54,9 +54,7 @@ class VideoWriter:
         tags: Tags | None = None,
         sound: Sound | None = None,
     ):
-        self.path = check_writable(path)
-        if self.path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
+        self.path = check_video(path)
         self.partial = partial_name(self.path, self.path.suffix)
         self.fps, self.crf, self.is_part = fps, crf, is_part
         self.codec, self.tags, self.sound = codec, tags or {}, sound
@@ -279,6 +277,14 @@ def check_writable(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another output path") from error
     return path
+
+
+def check_video(path: str | Path) -> Path:
+    """The same for a video: ValueError too for a name that does not end as one's."""
+    written = check_writable(path)
+    if written.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
+    return written
 
 
 def _even(frames: Tensor) -> Tensor:

@@ -112,6 +112,24 @@ class WanPipeline:
         With `runs`, the steps of a run that was stopped are not made again, nor the latents of one that was finished;
         they are kept until `forget`.
         """
+        request, pictures, sigmas = self.check(request)
+        models, shown = self._models, pictures.all()
+        self._run = RecordedRun(self.runs, models, lambda: run_settings(self.files, models, request, shown))
+        assert self.plan is not None
+        with self._run, self.record.run(self.plan.limits):
+            try:
+                latent = self._latent(request, pictures, sigmas)
+                with self.record.phase("decode"):
+                    yield from self._decode(latent, self.plan)
+            finally:
+                self.progress.end()
+                self._stop()
+
+    def check(self, request: WanRequest) -> tuple[WanRequest, Pictures, Tensor]:
+        """The request with the published settings, its pictures and its noise levels; `plan` is then that of it.
+
+        ValueError where it cannot be made: no weights are read for that, and nothing is begun.
+        """
         request = request.completed(self.defaults)
         check_request(request)
         check_experts(request, self.files.model.name, experts=self.low is not None)
@@ -121,16 +139,7 @@ class WanPipeline:
         check_pictures(request, self.config, self.files)
         pictures = load_pictures(request)
         self.plan = self._plan(request)
-        models, shown = self._models, pictures.all()
-        self._run = RecordedRun(self.runs, models, lambda: run_settings(self.files, models, request, shown))
-        with self._run, self.record.run(self.plan.limits):
-            try:
-                latent = self._latent(request, pictures, sigmas)
-                with self.record.phase("decode"):
-                    yield from self._decode(latent, self.plan)
-            finally:
-                self.progress.end()
-                self._stop()
+        return request, pictures, sigmas
 
     def forget(self) -> None:
         """The last request's video is whole and in its place: nothing of its run need be kept."""
@@ -156,6 +165,12 @@ class WanPipeline:
     def report(self) -> RunReport:
         """What the last video used."""
         return self.record.report()
+
+    def release(self) -> None:
+        """Give back the memory that is kept between videos."""
+        self._text_encoder = self._vae = None
+        for model in self._models:
+            model.release()
 
     @property
     def _models(self) -> list[StreamedWan]:
@@ -335,7 +350,7 @@ class WanPipeline:
         for model in (self.high, self.low):
             if model is None:
                 continue
-            if self.settings.keep_loaded:
+            if self.settings.keep_loaded or self.settings.keep_model:
                 model.stop()
             else:
                 model.release()
