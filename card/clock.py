@@ -13,15 +13,11 @@ import torch
 from ..system.device_errors import is_out_of_memory
 from ..system.host_memory import available_ram_bytes
 from ..system.kernel_choice import brief, cuda_seconds
+from ..system.sizes import in_gib
 from ..system.triton_errors import triton_errors
 
 LONG_SECONDS = 4.0  # a call that takes so long is timed once
 MOST_REPEATS = 199  # short calls are repeated until the card's clock is what it is in a run
-
-
-def in_gib(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 2**30:.2f} GiB"
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, most: float = 0.6) -> float:

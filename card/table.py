@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..system.card_profile import CardProfile, ProductRow, StepRow
-from .clock import in_gib
+from ..system.sizes import in_gib
 
 CPU_NOTE = "This is a CPU: sizes are small, and steps take what its RAM and cores would need for a whole model."
 

@@ -92,7 +92,7 @@ def is_given(options: argparse.Namespace, option: str) -> bool:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """The flags that `settings_of` reads, and `--report`."""
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(machine)
     machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
     machine.add_argument(
         "--quantization", choices=list(QUANTIZATIONS), default="none",
@@ -103,7 +103,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--lora-mode", choices=list(LORA_MODES), default="auto",
         help="auto: LoRAs run beside the weights where they can, else they are merged; side, merge: only one of these",
     )  # fmt: skip
-    machine.add_argument("--attention", choices=list(ATTENTION_MODES), default="auto")
+    machine.add_argument(
+        "--attention", choices=list(ATTENTION_MODES), default="auto",
+        help="backend; auto: the fastest exact one here; auto_fast: also 8-bit ones",
+    )  # fmt: skip
     machine.add_argument("--vram-budget", type=positive, metavar="GIB", help="hard limit (left out: what is free)")
     machine.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")
     machine.add_argument("--blocks-to-swap", type=int, default=-1, help="-1: planned; else how many blocks stream")
@@ -111,6 +114,25 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--no-pinned", action="store_true", help="stream from pageable memory")
     machine.add_argument("--report", type=Path, help="write what the run used as JSON, and a timeline PNG beside it")
     add_sparse(parser)
+
+
+def add_device(parser: argparse._ActionsContainer, default: str = "") -> None:
+    """The flag that `use_device` reads; without a default it is the GPU where there is one."""
+    parser.add_argument(
+        "--device", default=default or ("cuda" if torch.cuda.is_available() else "cpu"), metavar="DEVICE",
+        help="cuda, cuda:1 (the second GPU) or cpu (%(default)s)",
+    )  # fmt: skip
+
+
+def add_size(parser: argparse._ActionsContainer) -> None:
+    """--width and --height; left out, they are the model's own."""
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="of the video; a multiple of 16 or 32, by model")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="of the video")
+
+
+def add_seed(parser: argparse._ActionsContainer) -> None:
+    """--seed."""
+    parser.add_argument("--seed", type=int, default=0, help="of the noise: the same seed makes the same video (0)")
 
 
 def add_keeping(parser: argparse.ArgumentParser) -> None:

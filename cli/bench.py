@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from ..card.bench import Bench, BenchSettings
 from ..card.picture import draw_card
 from ..card.table import describe_card
@@ -15,6 +13,7 @@ from ..runtime.settings import use_device
 from ..system.atomic_files import write_file
 from ..system.card_profile import CardProfile, save_profile
 from ..video.writer import check_writable
+from .arguments import add_device
 from .progress import TerminalProgress
 
 
@@ -22,7 +21,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench`."""
     parser.add_argument("--quick", action="store_true", help="a minute: the widest layers and few lengths only")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="of model files: how fast its disk is read")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE",
         help="write the JSON there too, and a PNG beside it; plans find what is kept of this card without it",

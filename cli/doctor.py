@@ -12,6 +12,7 @@ from ..doctor.bug_report import bug_report
 from ..doctor.examine import Examination
 from ..system.atomic_files import write_file
 from ..video.writer import check_writable
+from .arguments import add_device
 from .progress import TerminalProgress
 
 CANNOT_GENERATE = 1
@@ -26,7 +27,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         help="write it there too for a bug report, without user names, home folders and prompts",
     )  # fmt: skip
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="of model files: how fast its disk is read")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.set_defaults(command=doctor)
 
 
@@ -43,6 +44,8 @@ def doctor(options: argparse.Namespace) -> int:
     if report is not None:
         write_file(report, bug_report(findings).encode() + b"\n")
     print(findings.to_json() if options.json else findings.text(sys.stdout.encoding or "ascii"))
+    if report is not None:
+        print(f"{report}: to attach to a bug report", file=sys.stderr)  # JSON alone may be read from stdout
     return 0 if findings.can_generate else CANNOT_GENERATE
 
 

@@ -70,9 +70,9 @@ class Files:
 
     def result(self, run: FramePackRun) -> str:
         """One line on what was made."""
-        if not isinstance(run.output, GrowingVideo):
-            return f"{self.output}: a picture, {run.sampling.one_frame} latents after the start"
         kept = "" if run.store is None else f"; its sections are kept in {run.store.folder}"
+        if not isinstance(run.output, GrowingVideo):
+            return f"{self.output}: a picture, {run.sampling.one_frame} latents after the start{kept}"
         return f"{run.output.video}: {run.output.num_frames} frames{kept}"
 
     def kept(self, run: FramePackRun) -> str:

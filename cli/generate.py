@@ -15,7 +15,7 @@ from ..sampling.samplers import SAMPLERS
 from ..wanvideo.family import WAN
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
-from .arguments import FamilyCommands, add_keeping, add_machine, lora_choice
+from .arguments import FamilyCommands, add_keeping, add_machine, add_seed, add_size, lora_choice
 from .framepack import FRAMEPACK_COMMANDS
 from .nag import add_nag
 from .output import add_overwrite
@@ -46,17 +46,21 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     files.add_argument("-o", "--output", type=Path, help="(output/video.mp4, numbered where that is there)")
     what = parser.add_argument_group("what to make (left out: the model's published setting)")
-    what.add_argument("--prompt", required=True)
-    what.add_argument("--negative-prompt")
+    what.add_argument(
+        "--prompt", required=True, metavar="TEXT",
+        help="what the video shows; FramePack: also [2s: what it shows from then on]",
+    )  # fmt: skip
+    what.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what it shall not show, where there is guidance or --nag"
+    )
     what.add_argument("--image", type=Path, help="first frame (Wan I2V, FLF2V, TI2V, VACE and Fun, FramePack)")
     what.add_argument("--end-image", type=Path, help="last frame (Wan I2V, FLF2V and VACE, FramePack)")
-    what.add_argument("--width", type=int)
-    what.add_argument("--height", type=int)
-    what.add_argument("--seed", type=int, default=0)
+    add_size(what)
+    add_seed(what)
     how = parser.add_argument_group("sampling")
-    how.add_argument("--steps", type=int)
-    how.add_argument("--sampler", choices=list(SAMPLERS))
-    how.add_argument("--shift", type=float)
+    how.add_argument("--steps", type=int, help="from noise to video; distilled models and LoRAs take 4 to 8")
+    how.add_argument("--sampler", choices=list(SAMPLERS), help="solver (unipc; FramePack: unipc_bh1)")
+    how.add_argument("--shift", type=float, help="above 1: more of the steps at high noise (0: FramePack's own)")
     add_nag(how)
     for commands in COMMANDS.values():
         commands.add_generate(parser)

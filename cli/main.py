@@ -23,12 +23,15 @@ from ..memory.plan.table import describe as describe_plan
 from ..runtime.settings import RunSettings, use_device
 from ..system.card_profile import load_profile
 from ..system.plain_text import printable
+from ..system.sizes import in_gib
+from ..system.version import version
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
-from .arguments import positive
+from .arguments import add_device, add_seed, add_size, positive
 from .bench import add_bench
 from .console import plain_console
 from .doctor import add_doctor
+from .examples import PROGRAM, examples_of
 from .failure import failure
 from .generate import COMMANDS, add_generate, family_of_file
 from .output import OutputFile, add_overwrite
@@ -67,27 +70,44 @@ def _run(options: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     parser = argparse.ArgumentParser(
-        prog="lowvram-video", description="Wan and FramePack video on small graphics cards"
+        prog=PROGRAM,
+        description="Wan and FramePack video on small graphics cards",
+        epilog=examples_of(""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}", help="say which this is")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen and why")
     commands = parser.add_subparsers(required=True, metavar="command")
-    add_generate(commands.add_parser("generate", help="make a video from checkpoint files and a prompt"))
-    _add_plan(commands.add_parser("plan", help="show what a run would use, without a GPU"))
-    add_bench(commands.add_parser("bench", help="measure this card, so that plans tell its times"))
-    add_doctor(commands.add_parser("doctor", help="try what this machine has, and say what to install"))
-    _add_inspect(commands.add_parser("inspect", help="say what a checkpoint file is"))
-    _add_convert(commands.add_parser("convert", help="write a quantised copy of a checkpoint"))
-    _add_demo(commands.add_parser("demo", help="make a video with the pack's own tiny model"))
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=examples_of(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    add_generate(command("generate", "make a video from checkpoint files and a prompt"))
+    _add_plan(command("plan", "show what a run would use, without a GPU"))
+    add_bench(command("bench", "measure this card, so that plans tell its times"))
+    add_doctor(command("doctor", "try what this machine has, and say what to install"))
+    _add_inspect(command("inspect", "say what a checkpoint file is"))
+    _add_convert(command("convert", "write a quantised copy of a checkpoint"))
+    _add_demo(command("demo", "make a video with the pack's own tiny model"))
     return parser
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="Wan or FramePack transformer; only its header is read")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--vram-budget", type=positive, metavar="GIB", required=True)
-    parser.add_argument("--ram-budget", type=positive, metavar="GIB")
-    parser.add_argument("--blocks-to-swap", type=int, default=-1)
+    add_size(parser)
+    parser.add_argument(
+        "--vram-budget", type=positive, metavar="GIB", required=True,
+        help="what the run may use: half a GiB less than the card has, where it shows the desktop",
+    )  # fmt: skip
+    parser.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")
+    parser.add_argument("--blocks-to-swap", type=int, default=-1, help="-1: planned; else how many blocks stream")
+    parser.add_argument("--no-triton", action="store_true", help="plan for a machine where Triton does not run")
     parser.add_argument(
         "--card", type=Path, metavar="FILE",
         help="what `bench` measured of another card, such as one of benchmarks/cards (left out: of this one)",
@@ -98,23 +118,26 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="safetensors, GGUF, the index of shards, or their folder")
     parser.set_defaults(command=inspect)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, help="Wan or FramePack transformer, best in 16 bits")
     parser.add_argument("target", type=Path, help="a new .safetensors file")
-    parser.add_argument("--to", choices=list(FILE_FORMATS), required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--to", choices=list(FILE_FORMATS), required=True,
+        help="fp8: a scale per layer; fp8_rows: per row, more accurate and not for ComfyUI; int8: per row",
+    )  # fmt: skip
+    add_device(parser)
     parser.set_defaults(command=convert_file)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, help="(output/demo.mp4, numbered where that is there)")
     add_overwrite(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    add_seed(parser)
+    add_device(parser, "cpu")
     parser.set_defaults(command=demo)
 
 
@@ -128,7 +151,7 @@ def plan(options: argparse.Namespace) -> None:
         vram_budget_gib=options.vram_budget,
         ram_budget_gib=options.ram_budget,
         blocks_to_swap=options.blocks_to_swap,
-        fused=True,
+        fused=not options.no_triton,
         measure=False,
     )
     if options.card is not None:
@@ -153,7 +176,7 @@ def convert_file(options: argparse.Namespace) -> None:
             path = convert(checkpoint, output.pick(), options.to, progress.update, use_device(options.device))
     finally:
         progress.end()
-    print(f"{path}: {path.stat().st_size / 2**30:.2f} GiB")
+    print(f"{path}: {in_gib(path.stat().st_size)}")
     if others:
         print(f"left out, as the copy is of the transformer only: {others}; {options.source.name} still has them")
 

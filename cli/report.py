@@ -30,10 +30,13 @@ def check_report(path: Path | None) -> None:
 
 def show_report(report: RunReport, options: argparse.Namespace) -> None:
     """Write the JSON of `--report` and a timeline beside it, and print the table: a terminal may be gone by now."""
-    if options.report is not None:
-        report.save(options.report)
-        write_file(options.report.with_suffix(".png"), draw_timeline(report))
+    path: Path | None = options.report
+    if path is not None:
+        report.save(path)
+        write_file(path.with_suffix(".png"), draw_timeline(report))
     print(report.table())
+    if path is not None:
+        print(f"report: {path}, timeline: {path.with_suffix('.png')}")
 
 
 def _is_report(path: Path) -> bool:

@@ -84,8 +84,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--decoder", type=Path, help="a tiny decoder for a draft, in place of the VAE's: taew2_1, lighttaew2_1, taew2_2"
     )
     wan.add_argument("--frames", type=int, help="4n + 1")
-    wan.add_argument("--fps", type=positive)
-    wan.add_argument("--spacing", choices=list(SPACINGS))
+    wan.add_argument("--fps", type=positive, help="frames a second (16; TI2V 5B: 24)")
+    wan.add_argument("--spacing", choices=list(SPACINGS), help="of noise levels: Wan's (uniform) or ComfyUI's")
     wan.add_argument("--timesteps", type=numbers, help="a distilled model's own list, e.g. 1000,937.5,833.3,625")
     wan.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 turns it off")
     wan.add_argument("--guidance-high", type=float, help="the same for the high-noise expert")

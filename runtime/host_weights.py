@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..memory.plan.footprint import GIB
 from ..memory.plan.plan import MemoryPlan
 from ..memory.stream.disk_blocks import DiskBlocks
 from ..memory.stream.host_blocks import HostBlocks
@@ -16,6 +15,7 @@ from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
 from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..memory.stream.scratch_file import ScratchFile
 from ..system.host_memory import allocate_bytes
+from ..system.sizes import in_gib
 from ..transformer.transformer import Transformer
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.linear.quantize import QuantizedSource
@@ -223,8 +223,8 @@ class HostWeights:
     def _check_disk(self) -> None:
         path = self.checkpoint.path
         logger.warning(
-            "%s is read from the disk as it runs, which is slower: it has %.2f GiB, more than the RAM budget or "
-            "what is free of RAM", path.name, sum(each.nbytes for each in self.layouts) / GIB,
+            "%s is read from the disk as it runs, which is slower: it has %s, more than the RAM budget or "
+            "what is free of RAM", path.name, in_gib(sum(each.nbytes for each in self.layouts)),
         )  # fmt: skip
         if isinstance(self.checkpoint, QuantizedSource):
             raise ValueError(

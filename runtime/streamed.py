@@ -22,7 +22,7 @@ from ..attention.sparse.settings import SparseSettings
 from ..attention.timing import AttentionSize
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
-from ..memory.plan.footprint import GIB, Limits, ModelFootprint, WorkSize
+from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from ..memory.stream.host_blocks import HostBlocks
 from ..memory.stream.layout import Part
@@ -33,6 +33,7 @@ from ..memory.stream.streams import SpanSink, streams_for
 from ..memory.stream.transient_weights import TransientWeights
 from ..system.device_errors import is_out_of_memory
 from ..system.dtypes import half_dtype
+from ..system.sizes import in_gib
 from ..transformer.transformer import Block, Transformer, here_already
 from ..transformer.workspace import all_there
 from ..weights.files.checkpoint import Checkpoint
@@ -523,9 +524,9 @@ class StreamedModel(Generic[M]):
         except PlanError:
             return None
         logger.warning(
-            "out of VRAM under a plan of %.2f GiB: the pass is repeated with one of %.2f GiB; no step is lost",
-            self.plan.denoise.total / GIB,
-            leaner.denoise.total / GIB,
+            "out of VRAM under a plan of %s: the pass is repeated with one of %s; no step is lost",
+            in_gib(self.plan.denoise.total),
+            in_gib(leaner.denoise.total),
         )
         return leaner
 

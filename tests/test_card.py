@@ -48,6 +48,7 @@ from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
 from lowvram_video.weights.linear.made_fp8 import Fp8Made
 
 from .test_cli import WAN_14B, save_sparse
+from .written import unnamed
 
 CPU = torch.device("cpu")
 CARDS = Path(__file__).parents[1] / "benchmarks" / "cards"
@@ -258,7 +259,8 @@ class TestBench:
         assert main(["bench", "--device", "cpu", "--quick", "-o", str(tmp_path / "out" / "card.json")]) == 0
         assert load_profile(tmp_path / "out" / "card.json") == measured == saved_profile(card_key(CPU))
         assert (tmp_path / "out" / "card.png").read_bytes().startswith(b"\x89PNG")
-        assert str(profile_path(measured.card)) in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert str(profile_path(measured.card)) in said and unnamed(tmp_path, said) == []
 
     def test_the_disk_is_read_where_the_models_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(disk, "SMALLEST", 1 << 20)

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .tiny import save_files, save_vae, save_wan
+from .written import unnamed
 
 SMALL = ["--width", "48", "--height", "32", "--frames", "5", "--steps", "2"]
 GIB = 2**30
@@ -107,6 +108,7 @@ def test_generate_writes_a_video_and_says_what_it_used(
     assert [phase["name"] for phase in phases] == ["encode", "denoise", "decode"]
     assert report.with_suffix(".png").stat().st_size > 0
     assert sorted(os.listdir(output.parent)) == ["ball.mp4"]
+    assert unnamed(tmp_path, out) == []
 
 
 def test_generate_takes_every_flag(files: WanFiles, folder: Path, tmp_path: Path) -> None:
@@ -548,6 +550,16 @@ def test_plan_shows_where_the_memory_goes(wan_14b: Path, capsys: pytest.CaptureF
     assert re.search(r"blocks: \d+ resident, \d+ streamed through 2 slots", out)
     assert "of 40 blocks stream" in out
     assert "Times are those of a card with 40 TFLOP/s in products" in out, "no card was measured"
+
+
+def test_without_triton_a_plan_streams_more(wan_14b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    streamed = []
+    for words in ([], ["--no-triton"]):
+        assert main(["plan", str(wan_14b), "--vram-budget", "11.5", *words]) == 0
+        told = re.search(r"blocks: \d+ resident, (\d+) streamed", capsys.readouterr().out)
+        assert told is not None
+        streamed.append(int(told[1]))
+    assert streamed[0] < streamed[1]
 
 
 @pytest.mark.parametrize("kind", [{"vace_layers": 15, "vace_channels": 96}, {"camera_channels": 24}])

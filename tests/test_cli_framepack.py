@@ -36,6 +36,7 @@ from .test_framepack_generation import run
 from .tiny import randomize, save_wan
 from .tiny_framepack import CONFIG as TINY
 from .tiny_framepack import make_tensors, save_framepack
+from .written import unnamed
 
 CPU = torch.device("cpu")
 # heads of LLaMA are 128 wide, those of CLIP 64, those of SigLIP 72
@@ -197,6 +198,7 @@ def test_a_picture_becomes_a_video_that_is_reported(
         "prompts", "image features", "latents", "prepare", "section 1 of 2", "decode", "section 2 of 2", "decode",
     ]  # fmt: skip
     assert sorted(os.listdir(output.parent)) == ["framepack", "girl.mp4"]
+    assert unnamed(tmp_path, out) == []
 
 
 @pytest.mark.parametrize("mode", ["base", "f1"])
@@ -265,7 +267,8 @@ def test_text_alone_needs_no_vision_model(files: Files, tmp_path: Path) -> None:
 def test_one_frame_is_a_picture(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "later.png"
     assert main(arguments(files, path, "--one-frame", 4)) == 0
-    assert f"{path}: a picture, 4 latents after the start" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{path}: a picture, 4 latents after the start" in said and unnamed(tmp_path, said) == []
     with Image.open(path) as picture:
         assert picture.size == (WIDTH, HEIGHT) and picture.mode == "RGB"
         first = np.asarray(picture)

@@ -301,7 +301,9 @@ def test_the_command_in_a_bare_environment(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     report = tmp_path / "report.json"
     assert main(["doctor", "--device", "cpu", "--json", "--report", str(report)]) == 0
-    told = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert str(report) in said.err
     lines = {line["name"]: line for line in told["findings"]}
     assert told["can_generate"] and lines["Triton"]["state"] == lines["attention: SageAttention"]["state"] == "bad"
     assert "not installed" in lines["Triton"]["text"] and lines["Triton"]["fix"] == fix_triton(Installed())

@@ -20,6 +20,7 @@ from ...system.bounded_json import JsonError, read_json_object
 from ...system.content_key import plain, readable, run_key
 from ...system.plain_text import printable
 from ...system.run_lock import RunLock, now
+from ...system.sizes import in_gib
 from ...weights.files.records import read_record
 
 log = logging.getLogger(__name__)
@@ -136,11 +137,11 @@ class RunStore:
         needed = (self.total_sections - self.completed) * section_bytes + other_bytes
         if free < needed:
             raise ValueError(
-                f"{self.folder} has room for {free / GIB:.2f} GiB, and this run needs about {needed / GIB:.2f} GiB: "
+                f"{self.folder} has room for {in_gib(free)}, and this run needs about {in_gib(needed)}: "
                 "free some space, choose another output folder or make a shorter video"
             )
         if free < needed + GIB:
-            log.warning("%s: this run leaves about %.2f GiB free", self.folder, (free - needed) / GIB)
+            log.warning("%s: this run leaves about %s free", self.folder, in_gib(free - needed))
 
     def finish(self) -> None:
         """Mark the run complete; its files stay. ValueError where sections are missing."""

@@ -40,11 +40,6 @@ SLACK_BYTES = 64 * MIB
 PINNED_BYTES_PER_ENTRY_BYTE = 512
 
 
-def in_gib(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / GIB:.2f} GiB"
-
-
 class AttentionBytes(Protocol):
     """What an attention backend says of its memory; see `attention/backend.py: AttentionWorkspace`."""
 

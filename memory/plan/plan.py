@@ -6,10 +6,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ...system.sizes import in_gib
 from ..stream.layout import align
 from .candidates import MIN_STAGING, RAM_MARGIN_BYTES, Candidate, candidates, fastest_candidate
 from .decode import DecodeMemory, choose_decode, least_decode_bytes
-from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize, in_gib, measured_parts
+from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize, measured_parts
 
 BUDGET_STEP_BYTES = 64 * MIB
 RETRY_BYTES = 256 * MIB

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from .footprint import DenoiseMemory, Limits, in_gib
+from ...system.sizes import in_gb, in_gib
+from .footprint import DenoiseMemory, Limits
 from .plan import MemoryPlan
 
 _ROWS = {
@@ -34,7 +35,7 @@ def describe(plan: MemoryPlan) -> str:
     lines += [
         "",
         f"  blocks: {blocks.num_resident} resident, {blocks.num_streamed} streamed through {blocks.num_slots} slots",
-        f"  per step: {blocks.streamed_bytes * plan.work.passes_per_step / 1e9:.2f} GB over the bus{_times(plan)}",
+        f"  per step: {in_gb(blocks.streamed_bytes * plan.work.passes_per_step)} over the bus{_times(plan)}",
         f"  host memory: {in_gib(plan.host.pinned_bytes)} pinned, {in_gib(plan.host.pageable_bytes)} pageable",
         "",
     ]

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from ...system.atomic_files import write_file
-from ..plan.footprint import in_gib
+from ...system.sizes import in_gb, in_gib
 from .attention import LayerReading
 from .attention import table as readings_table
 from .intervals import Interval
@@ -100,7 +100,7 @@ class RunReport:
         if self.stream is not None:
             stream = self.stream
             lines.append(
-                f"streamed {stream.bytes_streamed / 1e9:.1f} GB in {stream.num_passes} passes "
+                f"streamed {in_gb(stream.bytes_streamed, decimals=1)} in {stream.num_passes} passes "
                 f"at {stream.gbps:.1f} GB/s, "
                 f"{stream.overlap_percent:.1f} % behind compute, stalled {stream.stall_ms_per_pass:.1f} ms per pass"
             )

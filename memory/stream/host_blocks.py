@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from ...system.host_memory import allocate_extent
+from ...system.sizes import in_gib
 from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
 from .pinned import PinnedBudget
 from .staging import Fence, Job, Key, Staging, wait_for
@@ -172,7 +173,7 @@ class HostBlocks:
                 room -= nbytes
                 chosen.add(index)
             else:
-                self._complain(index, f"the cap of {self.budget.cap_bytes / 2**30:.2f} GiB is reached")
+                self._complain(index, f"the cap of {in_gib(self.budget.cap_bytes)} is reached")
         return frozenset(chosen)
 
     def _read(self, source: TensorSource, pin: frozenset[int], check: Callable[[], None] | None) -> None:

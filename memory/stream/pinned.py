@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...system.host_memory import total_ram_bytes
+from ...system.sizes import in_gib
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class PinnedBudget:
         """Pin an extent; the reason in words when it has to stay pageable, else None."""
         with self._lock:
             if self._pinned_bytes + extent.numel() > self.cap_bytes:
-                return f"the cap of {self.cap_bytes / 2**30:.2f} GiB on pinned memory is reached"
+                return f"the cap of {in_gib(self.cap_bytes)} on pinned memory is reached"
             self._pinned_bytes += extent.numel()
         pinned = False
         try:

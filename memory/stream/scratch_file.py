@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ...system.direct_reads import PAGE
 from ...system.scratch_folders import PREFIX, lock_of, remove_left_behind
+from ...system.sizes import in_gib
 from .layout import SMALL_BYTES, BlockLayout, TensorInfo, TensorSource, align
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class ScratchFile:
             remove_left_behind(place)
             free = shutil.disk_usage(place).free
             if free < self.num_bytes:
-                refusals.append(f"{place} has {free / 2**30:.2f} GiB free")
+                refusals.append(f"{place} has {in_gib(free)} free")
                 continue
             try:
                 folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=place, ignore_cleanup_errors=True)
@@ -86,16 +87,14 @@ class ScratchFile:
             except OSError as error:
                 refusals.append(f"{place} cannot be written to ({error.strerror})")
         raise ValueError(
-            f"{self.num_bytes / 2**30:.2f} GiB of weights are made as they are read and must be put on the disk to be "
+            f"{in_gib(self.num_bytes)} of weights are made as they are read and must be put on the disk to be "
             f"streamed from there, but {' and '.join(refusals)}: make room, set TMPDIR (TEMP on Windows) to another "
             "disk, or give a larger RAM budget"
         )
 
     def _write(self, names: Sequence[str], path: Path) -> dict[str, TensorInfo]:
         infos: dict[str, TensorInfo] = {}
-        logger.warning(
-            "%.2f GiB of weights are made for streaming and put into %s", self.num_bytes / 2**30, path.parent
-        )
+        logger.warning("%s of weights are made for streaming and put into %s", in_gib(self.num_bytes), path.parent)
         with (
             open(path, "wb") as file,
             # `disable` of None: where stderr is no terminal

@@ -17,6 +17,7 @@ import torch
 
 from ...system.atomic_files import partial_name, replace_file
 from ...system.host_memory import allocate_bytes
+from ...system.sizes import in_gib
 from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..files.safetensors import DTYPES
 from .adopt import is_quantisation_name
@@ -68,7 +69,7 @@ def convert(
     total = sum(info.nbytes for _, info, _ in entries)
     free = shutil.disk_usage(out_path.parent).free
     if free < total:
-        raise ValueError(f"{out_path}: needs {total / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
+        raise ValueError(f"{out_path}: needs {in_gib(total)}, the disk has {in_gib(free)} free")
     part = partial_name(out_path)
     try:
         with open(part, "xb") as file:

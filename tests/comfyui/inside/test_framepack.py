@@ -366,7 +366,7 @@ def test_the_report_knows_what_was_streamed_before_decoding(
     assert [phase.name for phase in report.phases] == ["prepare", "denoise", "decode"]
     last = report.samples[-1].seconds
     assert all(report.phases[1].start <= begin < end <= last for begin, end in report.passes)
-    assert "streamed 0.0 GB in 3 passes" in MemoryReport.execute(model).result[0]
+    assert "streamed 3.0 kB in 3 passes" in MemoryReport.execute(model).result[0]
 
 
 def test_a_film_never_replaces_anothers(model: Any, tiny_decoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
