@@ -28,7 +28,7 @@ from lowvram_video.fused.frame_ops import EagerFrameOps
 from lowvram_video.fused.frame_select import difference, select_frame_ops
 from lowvram_video.memory.plan.decode import DecodeMemory, choose_decode
 from lowvram_video.memory.plan.footprint import Limits, WorkSize
-from lowvram_video.memory.plan.limits import hold_budget
+from lowvram_video.memory.plan.limits import hold_allocator, hold_budget
 from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.system.device_errors import is_out_of_memory
 from lowvram_video.vae.retries import at_work, pieces_fitting
@@ -139,16 +139,16 @@ class Bench:
     def decode_node(self, case: Case) -> Tensor:
         from lowvram_pack.nodes.decode import DecodeVideo
 
-        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        hold_allocator(self.device, None)
         images = DecodeVideo.execute({"samples": self.native_latent(case)}, self.native, 0, 0, False).result[0]
         return images.mul(255).round_().to(torch.uint8)
 
     def comfyui(self, case: Case) -> Tensor:
-        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        hold_allocator(self.device, None)
         return self.native.decode(self.native_latent(case))[0].mul(255).round_().to(torch.uint8)
 
     def comfyui_encodes(self, case: Case) -> Tensor:
-        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        hold_allocator(self.device, None)
         return self.native.encode(self.video(case)[0].movedim(0, -1).float().add_(1).div_(2))
 
     def native_latent(self, case: Case) -> Tensor:

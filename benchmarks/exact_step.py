@@ -28,7 +28,7 @@ import torch
 from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.select import select_attention
 from lowvram_video.memory.plan.footprint import GIB, Limits, WorkSize
-from lowvram_video.memory.plan.limits import hold_budget, limits_for
+from lowvram_video.memory.plan.limits import hold_allocator, hold_budget, limits_for
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.system.atomic_files import write_file
 from lowvram_video.wanvideo.network.config import WanConfig
@@ -147,7 +147,7 @@ class Bench:
 
     def limits(self) -> dict[str, float]:
         """`{"frames x height x width, products": seconds}`."""
-        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
+        hold_allocator(self.device, None)
         config = WanConfig()
         wanted = {(row.size, "fp8" if row.quantization == "fp8_fast" else "bf16") for row in self.rows}
         found = {}
@@ -232,7 +232,7 @@ def hold(device: torch.device, limits: Limits, limited: bool) -> None:
     if limited:
         hold_budget(device, limits)
     else:
-        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
+        hold_allocator(device, None)
 
 
 def limit_key(size: Sequence[int], products: str) -> str:

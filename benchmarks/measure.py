@@ -24,6 +24,12 @@ RESULTS = Path(__file__).parent / "results"
 
 C = TypeVar("C")
 
+
+def bench_device() -> torch.device:
+    """The first GPU, by its number as not all of torch.cuda takes one without; without a GPU the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 _HOLD = """
 import sys, torch
 free, _ = torch.cuda.mem_get_info()  # while nobody else has anything

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from draws import TINY, TINY_SIZES, WAYS, Draw, Sizes, make_draws
 from lowvram_video.memory.plan.footprint import GIB, Limits, WorkSize
-from lowvram_video.memory.plan.limits import hold_budget
+from lowvram_video.memory.plan.limits import hold_allocator, hold_budget
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_memory
 from lowvram_video.runtime.run_limits import run_limits
 from lowvram_video.runtime.settings import RunSettings
@@ -160,7 +160,7 @@ def run_draw(models: Models, draw: Draw, card: Card) -> dict[str, Any]:
     result: dict[str, Any] = asdict(draw)
     card.leave(draw.budget_gib)
     if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        hold_allocator(torch.device("cuda"), None)
     try:
         with repeats_of("lowvram_video.runtime.streamed") as repeats:
             model = models.open(draw)

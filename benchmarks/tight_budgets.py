@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from draws import TINY
+from lowvram_video.memory.plan.limits import hold_allocator
 from lowvram_video.memory.plan.plan import PlanError
 from lowvram_video.runtime.run_limits import run_limits
 from lowvram_video.runtime.settings import RunSettings
@@ -27,7 +28,7 @@ from lowvram_video.system.atomic_files import write_file
 from lowvram_video.system.device_errors import is_out_of_memory
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.streamed import StreamedWan
-from measure import machine
+from measure import bench_device, machine
 from random_draws import repeats_of
 from synthetic import CONFIGS, write_checkpoint
 from torch import Tensor
@@ -52,8 +53,7 @@ class Card:
     def hold(self, allowed: int | None) -> None:
         """Let PyTorch have so many bytes; None: all of the card."""
         if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(1.0 if allowed is None else allowed / total, self.device)
+            hold_allocator(self.device, allowed)
 
     def make(self) -> Tensor:
         """A pass, started anew by the plan for the whole card."""
@@ -100,7 +100,7 @@ def run_budget(card: Card, allowed: int, whole: Tensor, idle: int) -> dict[str, 
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = bench_device()
     config = TINY["1.3b"] if options.tiny else CONFIGS["1.3b"]
     if not options.model.exists():
         write_checkpoint(options.model, config, "bf16", device.type)

@@ -15,6 +15,7 @@ from ..attention.backend import AttentionSpec
 from ..attention.probe import THIS_MACHINE
 from ..attention.select import judge_backends, select_attention
 from ..fused.select import select_fused_ops
+from ..memory.plan.limits import hold_allocator
 from ..runtime.progress import Progress
 from ..system.card_profile import FORMAT, CardProfile, card_key
 from ..system.dtypes import half_dtype
@@ -137,9 +138,8 @@ class Bench:
         if device.type != "cuda":
             yield
             return
-        free = free_bytes(device) / memory_bytes(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, free)), device)
+        hold_allocator(device, max(free_bytes(device), memory_bytes(device) // 100))
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            hold_allocator(device, None)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.memory.plan.limits import hold_allocator, limits_for
 from lowvram_video.memory.plan.rates import Rates
 from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.runtime.settings import RunSettings, use_device
@@ -202,3 +202,28 @@ def test_a_device_chosen_by_number_becomes_the_current_one(monkeypatch: pytest.M
     assert chosen == [torch.device("cuda", 1)]
     with pytest.raises(ValueError, match=r"device 'cuda:2' does not exist: this machine has 2 GPU"):
         use_device("cuda:2")
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])
+@pytest.mark.parametrize(("allowed", "share"), [(None, 1.0), (2 << 30, 0.25), (16 << 30, 1.0)])
+def test_pytorchs_allocator_is_held_by_the_gpus_number(
+    monkeypatch: pytest.MonkeyPatch, name: str, number: int, allowed: int | None, share: float
+) -> None:
+    """torch 2.11 refuses a device without one there, as `torch.device("cuda")` is."""
+    held: list[tuple[float, object]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: held.append(given))
+    hold_allocator(torch.device(name), allowed)
+    assert held == [(share, number)]
+
+
+def test_one_function_alone_holds_pytorchs_allocator() -> None:
+    root = Path(__file__).parents[1]
+    calls = [
+        path.relative_to(root).as_posix()
+        for folder in ("memory", "runtime", "nodes", "card", "cli", "doctor", "vae", "benchmarks")
+        for path in (root / folder).rglob("*.py")
+        if "set_per_process_memory_fraction(" in path.read_text(encoding="utf-8")
+    ]
+    assert calls == ["memory/plan/limits.py"]

@@ -83,7 +83,13 @@ def hold_budget(device: torch.device, limits: Limits) -> None:
     """Make PyTorch's allocator refuse what would break the budget, so that a pass is retried instead of spilling."""
     if device.type != "cuda":
         return
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    total = torch.cuda.get_device_properties(device).total_memory
-    allowed = max(0, limits.vram_budget_bytes - limits.context_bytes)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+    hold_allocator(device, max(0, limits.vram_budget_bytes - limits.context_bytes))
+
+
+def hold_allocator(device: torch.device, allowed_bytes: int | None) -> None:
+    """Have PyTorch's allocator refuse more than so many bytes of a GPU; None: nothing is refused any more."""
+    number = torch.cuda.current_device() if device.index is None else device.index  # it takes no "cuda"
+    share = 1.0
+    if allowed_bytes is not None:
+        share = min(1.0, allowed_bytes / torch.cuda.get_device_properties(number).total_memory)
+    torch.cuda.set_per_process_memory_fraction(share, number)

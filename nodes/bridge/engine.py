@@ -18,7 +18,7 @@ from ...attention.backend import Backend
 from ...compilation.blocks import dynamo_limits
 from ...memory.plan.candidates import RAM_MARGIN_BYTES
 from ...memory.plan.footprint import Limits, WorkSize
-from ...memory.plan.limits import hold_budget, with_rates
+from ...memory.plan.limits import hold_allocator, hold_budget, with_rates
 from ...memory.plan.plan import MemoryPlan, PlanError, plan_memory
 from ...memory.plan.rates import Rates, measure_rates
 from ...memory.plan.table import reasons
@@ -341,7 +341,7 @@ class Engine(Generic[S]):
             try:
                 yield
             finally:
-                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+                hold_allocator(self.device, None)
 
     @property
     def _holder(self) -> StreamedModel[Any]:

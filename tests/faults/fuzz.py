@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import platform
 import random
 import shutil
 import sys
@@ -252,6 +253,13 @@ def show_one(files: Files, place: Path, name: str, number: int) -> None:
     print(sorted(folder.rglob("*")))
 
 
+def keep(out: Path | None, result: dict[str, Any]) -> None:
+    """What is known so far: a run of hours may be cut off."""
+    if out is not None:
+        machine = {"system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
+        write_file(out, json.dumps({"machine": machine, **result}, indent=1).encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=100_000)
@@ -273,9 +281,9 @@ def main() -> None:
             found.append(finding)
             if len(found) % 5000 == 0:
                 print(f"{len(found)} readings, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+                keep(options.out, summary(found, time.monotonic() - began))
     result = summary(found, time.monotonic() - began)
-    if options.out is not None:
-        write_file(options.out, json.dumps(result, indent=1).encode())
+    keep(options.out, result)
     for row in result["wrong"]:
         example = row["example"]
         print(f"{row['count']:6} {row['reader']}: {row['kind']}: {example['number']} {example['detail'][:200]}")
