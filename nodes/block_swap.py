@@ -21,7 +21,9 @@ class BlockSwap(io.ComfyNode):
             display_name="Block Swap (Low VRAM)",
             description="Sets how many blocks of the model stream from RAM (or disk) and how much memory it may use. "
             "Without this node everything is planned from what is free.",
-            search_aliases=["block swap", "vram budget", "offload", "blocks to swap"],
+            search_aliases=[
+                "block swap", "vram budget", "offload", "blocks to swap", "out of memory", "oom", "low vram",
+            ],
             inputs=[
                 model_input(),
                 io.Int.Input(

@@ -21,7 +21,7 @@ class TorchCompileSettings(io.ComfyNode):
             display_name="Torch Compile Settings (Low VRAM)",
             description="Compiles the model's blocks one by one with torch.compile, together with streaming and LoRA. "
             "The first step takes longer; measure whether the others take less. Needs Triton for inductor on a GPU.",
-            search_aliases=["torch compile", "inductor", "dynamo"],
+            search_aliases=["torch compile", "inductor", "dynamo", "speed up", "triton"],
             inputs=[
                 model_input(),
                 io.Combo.Input(

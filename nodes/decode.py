@@ -30,7 +30,7 @@ class DecodeVideo(io.ComfyNode):
             description="Decodes a Wan video frame by frame, or in strips of rows, which are as exact, where the card "
             "is too small for whole frames. Wan's time is never cut, so there are no pulses; frames move to RAM as "
             "they are made.",
-            search_aliases=["vae decode tiled", "wan vae", "decode video"],
+            search_aliases=["vae decode tiled", "wan vae", "decode video", "out of memory", "taehv", "lightvae"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent of a Wan or FramePack model."),
                 io.Vae.Input(

@@ -24,7 +24,10 @@ class Doctor(io.ComfyNode):
             display_name="Doctor (Low VRAM)",
             description="Tries what this machine has: PyTorch, the driver, Triton, attention packages, memory and the "
             "link, and says how to mend what does not work. Takes about a minute.",
-            search_aliases=["doctor", "diagnose", "triton", "sageattention", "install", "bug report", "low vram"],
+            search_aliases=[
+                "doctor", "diagnose", "triton", "sageattention", "sage attention", "flash attention", "install",
+                "bug report", "out of memory", "low vram",
+            ],
             is_output_node=True,
             inputs=[
                 io.Boolean.Input(

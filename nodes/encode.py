@@ -22,7 +22,7 @@ class EncodeVideo(io.ComfyNode):
             description="Encodes the frames of a video to its latent, in strips of rows, which are as exact, where the "
             "card is too small for whole frames. Time is never cut for Wan. As VAE Encode: sides are cropped to what "
             "the VAE takes, and frames at the end beyond 4n + 1 are left out.",
-            search_aliases=["vae encode tiled", "wan vae", "encode video", "video to latent"],
+            search_aliases=["vae encode tiled", "wan vae", "encode video", "video to latent", "video to video"],
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video."),
                 io.Vae.Input(

@@ -37,7 +37,9 @@ class FramePackSampler(io.ComfyNode):
             description="Makes a video section by section. Every section is saved when it is done, so that the same "
             "request goes on where it stopped after a crash, an interrupt or a restart. With a VAE connected the "
             "video file grows section by section, too.",
-            search_aliases=["framepack", "framepack f1", "image to video", "long video"],
+            search_aliases=[
+                "framepack", "framepack f1", "image to video", "long video", "extend video", "continue video",
+            ],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip=f"A MODEL of {LOADER}."),

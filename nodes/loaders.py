@@ -31,7 +31,10 @@ class LoadWanModel(io.ComfyNode):
             display_name="Load Wan Video Model (Low VRAM)",
             description="Loads a Wan 2.1 or 2.2 video model whose weights stream from RAM or disk while it runs. The "
             "MODEL works with KSampler, LoRA loaders, EasyCache and ComfyUI's other Wan nodes.",
-            search_aliases=["wan loader", "block swap", "load diffusion model", "low vram", "gguf"],
+            search_aliases=[
+                "wan loader", "block swap", "load diffusion model", "low vram", "gguf", "unet gguf",
+                "unet loader gguf", "out of memory", "sageattention", "fp8", "wan 2.2",
+            ],
             inputs=[
                 _file_input(
                     ". Wan 2.1/2.2 T2V, I2V, first-last-frame, TI2V 5B, VACE and Fun models; the variant is read from "
@@ -73,7 +76,10 @@ class LoadFramePackModel(io.ComfyNode):
             display_name="Load FramePack Model (Low VRAM)",
             description="Loads a FramePack or FramePack F1 model whose weights stream from RAM or disk while it runs. "
             "Sample it with FramePack Sampler (Low VRAM).",
-            search_aliases=["framepack loader", "framepack f1", "block swap", "low vram", "gguf"],
+            search_aliases=[
+                "framepack loader", "framepack f1", "block swap", "low vram", "gguf", "unet gguf", "unet loader gguf",
+                "out of memory", "sageattention", "extend video",
+            ],
             inputs=[
                 _file_input(", such as FramePackI2V_HY_fp8_e4m3fn.safetensors; of the model's shards, any one."),
                 io.Combo.Input(

@@ -24,7 +24,7 @@ class VramPlan(io.ComfyNode):
             display_name="VRAM Plan",
             description="Shows what a video of this size would take and why, before anything runs. What does not fit "
             "is answered with what would.",
-            search_aliases=["vram plan", "vram estimate", "memory estimate"],
+            search_aliases=["vram calculator", "vram estimate", "memory estimate", "out of memory", "how much vram"],
             is_output_node=True,
             inputs=[
                 model_input(", with Block Swap where you use it"),

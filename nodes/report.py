@@ -27,7 +27,7 @@ class MemoryReport(io.ComfyNode):
             display_name="Memory Report",
             description="Shows what the last run of this model used: peaks beside their prediction, transfers, and a "
             "timeline. Connect the sampler's latent, so that it comes after the run.",
-            search_aliases=["memory report", "vram usage", "timeline"],
+            search_aliases=["ram usage", "vram usage", "timeline", "out of memory", "slow"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip=f"The MODEL of {LOADERS} that the sampler used."),

@@ -25,7 +25,7 @@ class ResumableSampling(io.ComfyNode):
             description="Keeps every step of KSampler, KSampler (Advanced) and SamplerCustomAdvanced on the disk. "
             "Cancel pauses: all VRAM is given back, and the same workflow goes on from the last whole step when it is "
             "queued again, also after a crash or a restart, to the same video bit for bit.",
-            search_aliases=["resume", "pause", "checkpoint sampling", "crash", "low vram"],
+            search_aliases=["resume", "pause", "checkpoint sampling", "crash", "continue", "low vram"],
             inputs=[
                 io.Model.Input(
                     "model",

@@ -22,7 +22,10 @@ class LoadClipGGUF(io.ComfyNode):
             display_name="CLIP Loader (Low VRAM)",
             description="Loads Wan's text encoder (umt5-xxl) from a safetensors or GGUF file as an ordinary CLIP. Its "
             "weights stay on the disk: while a prompt is encoded two of its 24 blocks are in RAM, as they are stored.",
-            search_aliases=["clip gguf", "gguf", "umt5", "text encoder", "load clip", "low vram"],
+            search_aliases=[
+                "clip gguf", "gguf", "umt5", "text encoder", "load clip", "clip loader gguf", "t5 gguf",
+                "out of memory", "low vram",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name", options=host.model_files(host.TEXT_FOLDER),
