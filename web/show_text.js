@@ -17,8 +17,10 @@ app.registerExtension({
         Object.assign(text.style, {
             margin: "0", padding: "6px", overflow: "auto", fontSize: "11px", lineHeight: "1.3", userSelect: "text",
             color: "var(--input-text)", background: "var(--comfy-input-bg)", borderRadius: "4px", whiteSpace: "pre-wrap",
+            contain: "size", containIntrinsicHeight: `${height}px`, // Nodes 2.0: long text scrolls, no node grows by it
         });
-        const widget = node.addDOMWidget("shown", "text", text, {
+        // a type of our own: of one that Nodes 2.0 knows, such as "text", it would draw its own field instead
+        const widget = node.addDOMWidget("shown", "lowvram_text", text, {
             serialize: false, // not part of the prompt
             hideOnZoom: false,
             getMinHeight: () => height,

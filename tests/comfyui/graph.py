@@ -13,8 +13,11 @@ CORE = {"cnr_id": "comfy-core", "ver": "0.8.0"}
 OURS = {"cnr_id": "lowvram-video", "aux_id": "lowvram-video/ComfyUI-LowVRAM-Video", "ver": "0.1.0"}
 NODE_WIDTH, COLUMN_GAP, NODE_GAP, TITLE = 340, 70, 30, 30
 GROUP_PADDING, GROUP_TITLE = 20, 50
+FOOTER, BADGES = 30, 50  # of Nodes 2.0: under each node, and under those of packs, which may have advanced widgets
 TEXT_HEIGHT, PREVIEW_HEIGHT, IMAGE_HEIGHT = 170, 330, 240
 BYPASSED = 4
+INPUT_NODE, OUTPUT_NODE = -10, -20  # ids of what a subgraph takes from outside and gives there
+OPENING = [60, 120]  # where a workflow's corner is on the page, beside its bars
 RED_BOX, GREEN_BOX, GREY_BOX = "#8A3A3A", "#3A7A4A", "#555"  # of groups
 
 
@@ -37,6 +40,13 @@ class Output:
     node: Node
     slot: int
 
+    @property
+    def kind(self) -> str:
+        return self.node.kind.outputs[self.slot][1]
+
+    def is_same(self, other: Output) -> bool:
+        return self.node is other.node and self.slot == other.slot
+
 
 @dataclass
 class Node:
@@ -51,6 +61,7 @@ class Node:
     models: tuple[ModelFile, ...] = ()
     mode: int = 0
     keep_seed: bool = False  # its seed stays as it is after each run
+    is_host: bool = False  # a subgraph, all of whose widgets have slots
     size: tuple[int, int] = (0, 0)
     pos: tuple[int, int] = (0, 0)
 
@@ -62,7 +73,7 @@ class Node:
     def inputs(self) -> list[tuple[str, str, bool]]:
         """(name, type, whether a widget) of what has a slot: all sockets, and the widgets that are wired."""
         sockets = [(name, kind, False) for name, kind in self.kind.sockets]
-        wired = [(w.name, w.kind, True) for w in self.kind.widgets if w.name in self.wires]
+        wired = [(w.name, w.kind, True) for w in self.kind.widgets if self.is_host or w.name in self.wires]
         return [*sockets, *wired]
 
 
@@ -73,12 +84,24 @@ class Group:
     colour: str = "#3f789e"
 
 
+@dataclass(frozen=True)
+class Inside:
+    """What a subgraph's node `host` stands for; `source` has what comes from outside, `sink` takes what goes there."""
+
+    host: Node
+    nodes: Sequence[Node]
+    source: Node
+    sink: Node
+    columns: Sequence[Sequence[Group]]
+
+
 @dataclass
 class Workflow:
-    """`add` nodes, then `save` columns of groups of them."""
+    """`add` nodes, `fold` many of them into one, then `place` columns of groups of those that are left."""
 
     name: str
     nodes: list[Node] = field(default_factory=list)
+    insides: list[Inside] = field(default_factory=list)
 
     def add(
         self,
@@ -101,40 +124,100 @@ class Workflow:
         self.nodes.append(node)
         return node
 
-    def place(self, columns: Sequence[Sequence[Group]]) -> dict[str, Any]:
-        """The workflow as JSON, its groups stacked in columns from left to right."""
-        groups, x = [], 0
-        for column in columns:
-            y = 0
-            for group in column:
-                y = _stack(group, x, y)
-                groups.append((group, *_bounds(group)))
-                y += GROUP_TITLE + GROUP_PADDING + NODE_GAP
-            x += max(node.size[0] for group in column for node in group.nodes) + COLUMN_GAP
-        links = self._links()
-        return {
+    def add_host(self, type: str, kind: NodeType, title: str, wires: dict[str, Output], values: dict[str, Any]) -> Node:
+        """The node of a subgraph."""
+        host = Node(1 + self._last_id, type, kind, dict(wires), values, title, is_host=True)
+        host.size = _size(host)
+        return host
+
+    @property
+    def _last_id(self) -> int:
+        return max(
+            (node.id for nodes in (self.nodes, *(each.nodes for each in self.insides)) for node in nodes), default=0
+        )
+
+    def place(self, columns: Sequence[Sequence[Group]], scale: float = 0.6) -> dict[str, Any]:
+        """The workflow as JSON, its groups stacked in columns from left to right, opening at that scale."""
+        groups, links = _lay_out(columns), _links(self.nodes)
+        placed = {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"lowvram-video/{self.name}")),
             "revision": 0,
-            "last_node_id": len(self.nodes),
+            "last_node_id": self._last_id,
             "last_link_id": len(links),
             "nodes": [_node_json(node, order, links) for order, node in enumerate(self.nodes)],
             "links": links,
-            "groups": [_group_json(number + 1, *group) for number, group in enumerate(groups)],
+            "groups": groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.6, "offset": [60, 120]}},
+            "extra": {"ds": {"scale": scale, "offset": OPENING}},
             "version": 0.4,
         }
+        if self.insides:
+            placed["definitions"] = {"subgraphs": [_inside_json(inside) for inside in self.insides]}
+        return placed
 
-    def _links(self) -> list[list[Any]]:
-        links: list[list[Any]] = []
-        for node in self.nodes:
-            for slot, (name, kind, _) in enumerate(node.inputs):
-                source = node.wires.get(name)
-                if source is not None:
-                    made = source.node.kind.outputs[source.slot][1]
-                    assert kind in (made, "*"), f"{node.type}.{name} takes {kind}, not {made}"
-                    links.append([len(links) + 1, source.node.id, source.slot, node.id, slot, made])
-        return links
+
+def _lay_out(columns: Sequence[Sequence[Group]]) -> list[dict[str, Any]]:
+    """Give nodes their places, groups below each other in their columns; the groups as JSON."""
+    groups, x = [], 0
+    for column in columns:
+        y = 0
+        for group in column:
+            y = _stack(group, x, y)
+            groups.append((group, *_bounds(group)))
+            y += GROUP_TITLE + GROUP_PADDING + NODE_GAP
+        x += max(node.size[0] for group in column for node in group.nodes) + COLUMN_GAP
+    return [_group_json(number + 1, *group) for number, group in enumerate(groups) if group[0].title]
+
+
+def _links(nodes: Sequence[Node]) -> list[list[Any]]:
+    links: list[list[Any]] = []
+    for node in nodes:
+        for slot, (name, kind, _) in enumerate(node.inputs):
+            source = node.wires.get(name)
+            if source is not None:
+                assert kind in (source.kind, "*"), f"{node.type}.{name} takes {kind}, not {source.kind}"
+                links.append([len(links) + 1, source.node.id, source.slot, node.id, slot, source.kind])
+    return links
+
+
+def _inside_json(inside: Inside) -> dict[str, Any]:
+    """A subgraph's definition."""
+    groups, links = _lay_out(inside.columns), _links([*inside.nodes, inside.sink])
+    right = max(node.pos[0] + node.size[0] for node in inside.nodes)
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    return {
+        "id": inside.host.type,
+        "version": 1,
+        "state": {
+            "lastGroupId": len(groups),
+            "lastNodeId": max(node.id for node in inside.nodes),
+            "lastLinkId": len(links),
+            "lastRerouteId": 0,
+        },
+        "revision": 0,
+        "config": {},
+        "name": inside.host.title,
+        "inputNode": {"id": INPUT_NODE, "bounding": [-300, 0, 160, 40 + 20 * len(inside.source.kind.outputs)]},
+        "outputNode": {"id": OUTPUT_NODE, "bounding": [right + 120, 0, 120, 40 + 20 * len(inside.sink.kind.sockets)]},
+        "inputs": [
+            _slot_json(inside, name, kind, [link[0] for link in links if (link[1], link[2]) == (INPUT_NODE, slot)])
+            for slot, (name, kind) in enumerate(inside.source.kind.outputs)
+        ],
+        "outputs": [
+            _slot_json(inside, name, kind, [link[0] for link in links if (link[3], link[4]) == (OUTPUT_NODE, slot)])
+            for slot, (name, kind) in enumerate(inside.sink.kind.sockets)
+        ],
+        "widgets": [],
+        "nodes": [_node_json(node, order, links) for order, node in enumerate(inside.nodes)],
+        "groups": groups,
+        "links": [dict(zip(keys, link, strict=True)) for link in links],
+        "extra": {},
+    }
+
+
+def _slot_json(inside: Inside, name: str, kind: str, link_ids: list[int]) -> dict[str, Any]:
+    made = str(uuid.uuid5(uuid.UUID(inside.host.type), f"{name}/{kind}"))
+    return {"id": made, "name": name, "type": kind, "linkIds": link_ids}
 
 
 def _size(node: Node) -> tuple[int, int]:
@@ -142,7 +225,8 @@ def _size(node: Node) -> tuple[int, int]:
         return (560, 0)  # as high as its text, see _note_height
     rows = max(len(node.inputs), len(node.kind.outputs))
     widgets = sum(TEXT_HEIGHT if widget.multiline else 24 for widget in node.kind.widgets)
-    return (NODE_WIDTH + node.kind.extra_width, 20 * rows + widgets + 16 + node.kind.extra_height)
+    footer = BADGES if node.type.startswith("LowVRAM") else FOOTER
+    return (NODE_WIDTH + node.kind.extra_width, 20 * rows + widgets + footer + node.kind.extra_height)
 
 
 def _note_height(text: str) -> int:
@@ -151,10 +235,8 @@ def _note_height(text: str) -> int:
 
 
 def _stack(group: Group, x: int, y: int) -> int:
-    y += GROUP_TITLE
+    y += GROUP_TITLE if group.title else 0
     for node in group.nodes:
-        if node.type == "MarkdownNote":
-            node.size = (node.size[0], _note_height(str(node.values["text"])))
         y += TITLE
         node.pos = (x, y)
         y += node.size[1] + NODE_GAP
@@ -196,6 +278,9 @@ def _node_json(node: Node, order: int, links: list[list[Any]]) -> dict[str, Any]
         outputs.append({"name": name, "type": kind, "links": leaving or None})
     origin = OURS if node.type.startswith("LowVRAM") else CORE
     properties: dict[str, Any] = {"Node name for S&R": node.type, **origin}
+    if node.is_host:
+        properties["proxyWidgets"] = [["-1", widget.name] for widget in node.kind.widgets]
+        properties.pop("Node name for S&R")
     if node.models:
         properties["models"] = [model.entry() for model in node.models]
     entry = {

@@ -263,7 +263,13 @@ NODE_TYPES: dict[str, NodeType] = {
         },
         "LATENT",
     ),
-    "CreateVideo": _kind("images:IMAGE audio:AUDIO", {"fps": 16.0}, "VIDEO", optional=("audio",)),
+    "CreateVideo": _kind(
+        "images:IMAGE audio:AUDIO",
+        {"fps": 16.0},
+        "VIDEO",
+        optional=("audio",),
+        extra_height=40,  # newer ComfyUIs have a widget more
+    ),
     "SaveVideo": _kind(
         "video:VIDEO",
         {

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium (se
 
 THUMBNAILS = bool(os.environ.get("LOWVRAM_THUMBNAILS"))
 WINDOW, THUMBNAIL = (2800, 1575), (1280, 720)
+RENDERERS = {"canvas": False, "Nodes 2.0": True}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the page opens with its tour
     "Comfy.Minimap.Visible": False,
@@ -49,6 +50,21 @@ DROP_VIDEO = """((name, content) => {
     const where = {dataTransfer: data, bubbles: true, cancelable: true, clientX: 900, clientY: 600};
     for (const kind of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(kind, where));
 })"""
+# what nodes cover, title included, in the graph's pixels: each says how large it is where Nodes 2.0 draws it
+NODES = """(() => {
+    const graph = window.app.graph, drawn = [...document.querySelectorAll('[data-node-id]')];
+    return graph.nodes.map(node => {
+        const [left, top, width, height] = node.boundingRect;
+        const element = drawn.find(each => each.dataset.nodeId === String(node.id));
+        const scale = element && element.getBoundingClientRect().width / element.offsetWidth;
+        const real = element ? element.getBoundingClientRect().height / scale : height;
+        return [`${node.id} ${node.type}`, left, top, left + width, top + Math.max(height, real)];
+    });
+})()"""
+# fields that a node draws for a text of ours instead of the text
+FIELDS = (
+    "[...document.querySelectorAll('[data-node-id] :is(input, textarea)[aria-label=shown]')].map(each => each.value)"
+)
 COMPLAINTS = "[...document.querySelectorAll('[role=dialog], [role=alert], .p-dialog, .p-toast-message, \
 [data-testid=error-overlay]')]\
 .map(element => element.innerText.trim()).filter(text => text)"
@@ -78,9 +94,10 @@ CLIENT = "window.app.api.clientId"
 PROMPT = "window.app.graphToPrompt().then(result => result.output)"
 
 
-@pytest.fixture(scope="module")
-def page(server: Server) -> Iterator[QuietPage]:
-    server.post("/settings", SETTINGS)
+@pytest.fixture(scope="module", params=list(RENDERERS))
+def page(server: Server, request: pytest.FixtureRequest) -> Iterator[QuietPage]:
+    """The page with one of the two things that draw its nodes."""
+    server.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": RENDERERS[request.param]})
     with open_page(f"http://127.0.0.1:{server.port}/", WINDOW) as page:
         page.wait_for(APP_IS_UP)
         page.settle()
@@ -109,9 +126,21 @@ def test_a_dropped_workflow_is_what_the_tests_submit(
         keep(screenshot(page), name, tmp_path)
     assert page.evaluate(COMPLAINTS) == []
     assert page.evaluate(MISSING) == []
+    assert overlapping(page) == []
     from_browser = without_titles(page.evaluate(PROMPT))
     from_python = to_prompt(load(name), object_info)
     assert from_browser == from_python
+
+
+def overlapping(page: QuietPage) -> list[tuple[str, str]]:
+    """Pairs of nodes that cover each other."""
+    nodes = page.evaluate(NODES)
+    return [
+        (one[0], other[0])
+        for number, one in enumerate(nodes)
+        for other in nodes[:number]
+        if all(min(one[axis + 3], other[axis + 3]) > max(one[axis + 1], other[axis + 1]) for axis in (0, 1))
+    ]
 
 
 def test_help_translations_and_templates_are_served(page: QuietPage, server: Server) -> None:
@@ -137,6 +166,8 @@ def test_the_demo_runs_from_the_page(page: QuietPage, server: Server, name: str,
     plan, report = page.evaluate("[...document.querySelectorAll('.lowvram-text')].map(element => element.innerText)")
     assert "predicted peak" in plan
     assert "denoise" in report
+    assert overlapping(page) == []  # what came into the nodes included
+    assert page.evaluate(FIELDS) == []
     keep(screenshot(page), name, tmp_path)
 
 
