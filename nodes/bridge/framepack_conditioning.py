@@ -46,7 +46,7 @@ def timed_entries(clip: Any, timed: TimedPrompt) -> list[list[Any]]:
 
 
 def check_options(conditioning: list[Any], name: str) -> None:
-    """ValueError where a node gave the prompt what FramePack Sampler would leave out, or several at a time."""
+    """ValueError where a node gave the prompt what FramePack Sampler would leave out, several at a time, or none."""
     if len(conditioning) > 1 and not is_guided(conditioning) and not _is_timed(conditioning):
         raise ValueError(
             f"the {name} conditioning has {len(conditioning)} entries (of Conditioning Combine), and FramePack hears "
@@ -63,6 +63,26 @@ def check_options(conditioning: list[Any], name: str) -> None:
             if value is None or key in ENCODED or key in GUIDED:
                 continue
             raise ValueError(REFUSED.get(key) or _unheard(name, key))
+    silent = _silent_from(conditioning)
+    if silent < 1:
+        raise ValueError(
+            f"no {name} prompt is heard from {silent:.0%} of the steps on, and FramePack makes nothing without one: "
+            "give another prompt those steps (Conditioning Set Timestep Range, Conditioning Combine), or take the "
+            "range out"
+        )
+
+
+def _silent_from(conditioning: list[Any]) -> float:
+    """The share of the steps after which no entry is heard; 1 where one always is."""
+    if any(options.get("default") for _, options in conditioning):  # heard where no other is
+        return 1.0
+    ranges = [[options.get(key) for key in ("start_percent", "end_percent")] for _, options in conditioning]
+    heard = 0.0
+    for start, end in sorted((start or 0.0, 1.0 if end is None else end) for start, end in ranges):
+        if start > heard:
+            break
+        heard = max(heard, end)
+    return heard if conditioning else 1.0
 
 
 def _unheard(name: str, key: str) -> str:

@@ -69,6 +69,28 @@ def test_ranges_and_guidance_of_a_prompt(model: Any) -> None:  # noqa: F811
             run(model, **SHORT, positive=[[text, {**old, **options}] for text, old in said(10)])
 
 
+@pytest.mark.parametrize(
+    "ranges, said_to_be",
+    [([(0.0, 0.3)], "30%"), ([(0.2, 1.0)], "0%"), ([(0.0, 0.5), (0.6, 1.0)], "50%"), ([(0.5, 0.9), (0.0, 0.6)], "90%")],
+)
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_steps_without_a_prompt_are_refused(
+    model: Any,  # noqa: F811
+    side: str,
+    ranges: list[tuple[float, float]],
+    said_to_be: str,
+) -> None:
+    entries = [
+        [text, {**options, "start_percent": start, "end_percent": end}]
+        for start, end in ranges
+        for text, options in said(10)
+    ]
+    with pytest.raises(ValueError, match=f"no {side} prompt is heard from {said_to_be} of the steps on.*FramePack"):
+        run(model, **(GUIDED | {side: entries}))
+    heard = [[text, {**options, "default": True}] for text, options in said(10)]  # where no other is
+    assert run(model, **(GUIDED | {side: entries + heard})).isfinite().all()
+
+
 def test_a_noise_mask_keeps_the_given_video(model: Any) -> None:  # noqa: F811
     video = randn(1, 16, 4, *SIZE, seed=5)
     settings = SHORT | {"denoise_strength": 0.7, "latent_window_size": 3}
