@@ -1,0 +1,229 @@
+"""README against what it speaks of: figures and results files, links, files, nodes, flags, the table of cards."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lowvram_video.benchmarks.card_table import LANGUAGES, MARKS, card_table
+from lowvram_video.cli.main import make_parser
+
+from .test_help import commands
+from .test_search_words import found_by
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ALL_LANGUAGES = {name: (ROOT / words.readme).read_text(encoding="utf-8") for name, words in LANGUAGES.items()}
+RESULTS_FILE = re.compile(r"`((?:[\w/]+/)?[\w-]+_(?:h200|cpu)_\d{4}-\d\d-\d\d\.json)`")
+FIGURE = re.compile(r"(?<![\w.×,-])\d+\.\d{2,3}(?![\w.]|, \d\.\d)")  # two decimals and more were measured
+LONGEST_LIST = 12  # of leaves that a figure is looked for among: longer lists are samples
+VERSIONS = {"3.10", "0.33"}  # of Python and ComfyUI
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+@cache
+def load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def leaves(value: Any) -> Iterator[float]:
+    """All numbers of a results file, those in its tables of text too."""
+    if isinstance(value, dict):
+        for each in value.values():
+            yield from leaves(each)
+    elif isinstance(value, list) and (len(value) <= LONGEST_LIST or not _is_samples(value)):
+        for each in value:
+            yield from leaves(each)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+    elif isinstance(value, str):
+        yield from (float(number) for number in re.findall(r"\d+\.\d+", value))
+
+
+def _is_samples(value: list[Any]) -> bool:
+    return all(isinstance(each, (int, float)) for each in value)
+
+
+def row(rows: list[dict[str, Any]], name: str, key: str = "step") -> float:
+    """A figure of the row of that name."""
+    return float(next(each for each in rows if each["name"] == name)[key])
+
+
+def exact(name: str, limit: str, file: str = "exact_step_h200_2026-11-29.json") -> float:
+    """A step by its limit."""
+    found = load(file)["files"][0]
+    return row(found["rows"], name) / float(found["limits"][limit])
+
+
+def form(name: str, beside: str = "fp8, bf16 products") -> float:
+    """A step of a form by one of another form."""
+    rows = load("quantized_runs_h200_2026-11-28.json")["cases"]
+    return row(rows, name) / row(rows, beside)
+
+
+def framepack_limit(file: str) -> float:
+    """Seconds of a step's products and attention."""
+    case = load(file)["cases"][0]
+    products, attention = case["sustained_tflops"]
+    return float(case["products_tflop"] / products + case["attention_tflop"] / attention)
+
+
+# What follows from figures of results files rather than being one of them.
+DERIVED: dict[str, Callable[[], float]] = {
+    "0.803": lambda: framepack_limit("framepack_h200_2026-11-28.json"),
+    "0.799": lambda: framepack_limit("framepack_h200_2026-11-29.json"),
+    "1.09": lambda: load("framepack_h200_2026-11-28.json")["cases"][0]["step"] / DERIVED["0.803"](),
+    "1.06": lambda: load("framepack_h200_2026-11-29.json")["cases"][0]["step"] / DERIVED["0.799"](),
+    "1.018": lambda: exact("480p resident", "81x480x832 bf16"),
+    "1.051": lambda: exact("480p in 2.6", "81x480x832 bf16"),
+    "1.000": lambda: exact("720p resident", "81x720x1280 bf16"),
+    "1.025": lambda: exact("720p in 4.0", "81x720x1280 bf16"),
+    "1.043": lambda: exact("480p fp8_fast", "81x480x832 fp8"),
+    "1.114": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8"),
+    "0.975": lambda: exact("480p Q4_K", "81x480x832 bf16", "exact_step_q4_k_h200_2026-11-29.json"),
+    "1.004": lambda: exact("480p Q4_K fp8_fast", "81x480x832 fp8", "exact_step_q4_k_h200_2026-11-29.json"),
+    "0.854": lambda: form("fp8_fast"),
+    "0.892": lambda: form("int8"),
+    "0.977": lambda: form("Q8_0"),
+    "0.959": lambda: form("Q4_K"),
+    "1.027": lambda: form("fp8 + LoRA r64"),
+    "1.029": lambda: form("fp8 + 4 LoRAs r64"),
+    "1.045": lambda: form("fp8_fast + LoRA r64", "fp8_fast"),
+    "1.074": lambda: form("fp8_fast + 4 LoRAs", "fp8_fast"),
+}
+
+
+def sections() -> list[tuple[str, str]]:
+    """(heading, text) of README without code and the table of cards."""
+    text = re.sub(r"```.*?```|<!-- cards.*?<!-- end of cards -->", "", README, flags=re.DOTALL)
+    parts = re.split(r"^#{2,3} (.+)$", text, flags=re.MULTILINE)
+    return list(zip(["", *parts[1::2]], parts[::2], strict=True))
+
+
+@pytest.mark.parametrize(("heading", "text"), sections(), ids=[heading for heading, _ in sections()])
+def test_figures_are_those_of_the_results_files_that_are_named(heading: str, text: str) -> None:
+    named = [Path(name).name for name in RESULTS_FILE.findall(text)]
+    gone = [name for name in named if not (RESULTS / name).is_file()]
+    assert not gone, f"{heading}: no such results file: {gone}"
+    numbers = [number for name in named for number in leaves(load(name))]
+    unknown = []
+    for figure in dict.fromkeys(FIGURE.findall(text)):
+        decimals = len(figure.partition(".")[2])
+        known = {f"{value:.{decimals}f}" for number in numbers for value in (number, number / 2**30, number / 1000)}
+        if figure in DERIVED:
+            known.add(f"{DERIVED[figure]():.{decimals}f}")
+        if figure not in known and figure not in VERSIONS:
+            unknown.append(figure)
+    assert not unknown, f"README, {heading or 'its beginning'}: {unknown} are in none of {named or 'no results file'}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_table_of_cards_is_what_plans_say(language: str) -> None:
+    shown = ALL_LANGUAGES[language].partition(MARKS[0])[2].partition(MARKS[1])[0]
+    assert shown == card_table(language), "run python benchmarks/card_table.py --write"
+
+
+# --- links, files, names ---------------------------------------------------------------------------------
+
+PLACES_OF_OTHERS = ("output/", "models/", "custom_nodes/", "user/", "tmp/", "ComfyUI/")  # made by a run or in ComfyUI
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which headings are linked to, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("language", ALL_LANGUAGES)
+def test_links_and_pictures_are_there(language: str) -> None:
+    text = ALL_LANGUAGES[language]
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        if not (ROOT / path).exists() or (not path and anchor not in anchors(text)):
+            broken.append(target)
+    assert not broken, f"README {language}: links to nothing: {broken}"
+
+
+@pytest.mark.parametrize("language", ALL_LANGUAGES)
+def test_files_of_this_repository_are_there(language: str) -> None:
+    text = ALL_LANGUAGES[language]
+    named = set(re.findall(r"(?:`|python )((?:benchmarks|docs|tests|web|locales|\.github|\.ci)/[\w./-]*)", text))
+    gone = sorted(name for name in named if not (ROOT / name).exists())
+    assert not gone, f"README {language}: no such files: {gone}"
+
+
+@pytest.mark.parametrize("language", ALL_LANGUAGES)
+def test_workflows_are_named_as_they_are(language: str) -> None:
+    text = ALL_LANGUAGES[language]
+    there = {path.stem for path in (ROOT / "example_workflows").glob("*.json")}
+    named = {
+        name for name in re.findall(r"`((?:wan2\.[12]|framepack)_\w[\w.]*)`", text) if not name.endswith("tensors")
+    }
+    assert named <= there, f"README {language}: no such workflows: {sorted(named - there)}"
+    if language == "en":
+        assert there <= named | {"demo"}, f"README's table of workflows lacks {sorted(there - named)}"
+
+
+@pytest.mark.parametrize("language", ALL_LANGUAGES)
+def test_flags_are_those_of_the_command_line(language: str) -> None:
+    flags = {
+        flag for _, parser in commands(make_parser()) for action in parser._actions for flag in action.option_strings
+    }
+    others = {"--index-url", "--no-deps", "--upgrade", "--num", "--bf16", "--small", "--comfyui", "--result", "--size"}
+    others |= {
+        "--scenarios",
+        "--work",
+        "--out",
+        "--write",
+        "--disable-metadata",
+        "--preview-method",
+        "--reserve-vram",
+        "--local-dir",
+    }
+    text = ALL_LANGUAGES[language]
+    unknown = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - flags - others)
+    assert not unknown, f"README {language}: no such flags: {unknown}"
+
+
+@pytest.mark.parametrize("language", ALL_LANGUAGES)
+def test_commands_are_taken(language: str) -> None:
+    """Those that are written out whole; "..." stands for what is left out."""
+    parser = make_parser()
+    blocks = re.findall(r"```bash\n(.*?)```", ALL_LANGUAGES[language], re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["lowvram-video"] and "..." not in words:
+            parser.parse_args(words[1:])
+
+
+def test_nodes_are_called_as_they_are() -> None:
+    ours = {texts[1].removesuffix(" (low vram)") for texts in found_by().values()}
+    named = {name.lower() for name in re.findall(r"\*([A-Z][\w ]+?(?: \(Low VRAM\)))\*", README)}
+    unknown = sorted(name for name in named if name.removesuffix(" (low vram)") not in ours)
+    assert not unknown, f"README: no such nodes: {unknown}"
+
+
+def test_every_node_is_spoken_of_in_the_readme() -> None:
+    """By its name, or a part of it such as "Block Swap" of "Block Swap (Low VRAM)"."""
+    text = re.sub(r"\s+", " ", README).lower()
+    silent = [texts[1] for texts in found_by().values() if re.sub(r" \(.*\)$", "", texts[1]) not in text]
+    assert not silent, f"README speaks of no {silent}"
+
+
+def test_every_command_is_spoken_of_in_the_readme() -> None:
+    names = {name for name, _ in commands(make_parser()) if name}
+    silent = sorted(name for name in names if f"lowvram-video {name}" not in README)
+    assert not silent, f"README speaks of no {silent}"
