@@ -15,8 +15,9 @@ import torch
 from ..attention.select import ATTENTION_MODES
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
+from ..runtime.cards import with_devices
 from ..runtime.progress import Progress
-from ..runtime.settings import RunSettings, use_device
+from ..runtime.settings import CPU, RunSettings, use_device
 from ..weights.linear.compute import QUANTIZATIONS
 from ..weights.lora.attach import LORA_MODES
 from ..weights.lora.file import LoraChoice
@@ -93,6 +94,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     """The flags that `settings_of` reads, and `--report`."""
     machine = parser.add_argument_group("machine")
     add_device(machine)
+    machine.add_argument(
+        "--devices", metavar="LIST",
+        help="cards that share each pass, such as cuda:0,cuda:1, or auto: all there are (in place of --device)",
+    )  # fmt: skip
     machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
     machine.add_argument(
         "--quantization", choices=list(QUANTIZATIONS), default="none",
@@ -159,8 +164,8 @@ def runs_folder(options: argparse.Namespace, output: Path, name: str) -> Path | 
 def settings_of(options: argparse.Namespace) -> RunSettings:
     """The machine's flags as settings."""
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return RunSettings(
-        device=use_device(options.device),
+    settings = RunSettings(
+        device=use_device(options.device) if options.devices is None else CPU,
         dtype=dtypes[options.dtype],
         attention_mode=options.attention,
         quantization=options.quantization,
@@ -173,6 +178,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         batched_guidance=getattr(options, "batch_cfg", False),
         sparse=sparse_of(options),
     )
+    return settings if options.devices is None else with_devices(settings, options.devices)
 
 
 # --- values ----------------------------------------------------------------------------------------------

@@ -48,11 +48,11 @@ TIERS = (
     ("weights/kernels",),
     ("weights/files",),
     ("attention/sparse",),
-    ("attention", "fused"),
+    ("attention", "fused", "team"),
     ("system",),
 )
 FAMILIES = ("wanvideo", "framepack")  # never import each other
-LEAVES = ("weights", "memory", "attention", "fused", "video", "sampling", "compilation")  # import system/ alone
+LEAVES = ("weights", "memory", "attention", "fused", "team", "video", "sampling", "compilation")  # import system/ alone
 GROUND = "system"
 
 Imports = dict[str, set[str]]  # module's path -> the paths of the modules that it imports

@@ -58,7 +58,7 @@ class FramePackPipeline:
         self.model = StreamedFramePack(files.model, settings, None, between_blocks, files.loras, files.model_type)
         self._vae = HUNYUAN_FORMAT.open_file(files.vae)
         self.plan: MemoryPlan | None = None
-        self.record = RunRecord(settings.device)
+        self.record = RunRecord(settings.device, settings.others)
         self._limits: Limits | None = None
 
     @property

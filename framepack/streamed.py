@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,6 +33,16 @@ from .sections import SectionMode
 MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm.linear.")
 
 
+@dataclass
+class FollowedCache:
+    """What blocks added to one card's rows, of several; whether to add it again is asked of the first card's cache."""
+
+    residual: Tensor | None = None
+
+    def reuse(self, signal: Tensor) -> bool:
+        raise AssertionError("asked of the first card's cache")
+
+
 class StreamedFramePack(StreamedModel[FramePackModel]):
     """A FramePack checkpoint.
 
@@ -52,10 +64,15 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         model_type: str = "auto",
     ):
         self._model_type = model_type
+        self._followed: WeakKeyDictionary[BlockCache, FollowedCache] = WeakKeyDictionary()
         super().__init__(path, settings, registrar, between_blocks, loras)
 
     def open_file(self, path: str | Path) -> tuple[FramePackConfig, Checkpoint]:
         return open_framepack(path, self._model_type)
+
+    def open_beside(self, device: torch.device, between_blocks: Callable[[], None]) -> StreamedFramePack:
+        settings = replace(self.settings, device=device, others=(), sparse=None)
+        return StreamedFramePack(self.path, settings, None, between_blocks, self._loras, self._model_type)
 
     def build(self, checkpoint: Checkpoint) -> FramePackModel:
         return build_framepack(self.config, checkpoint)
@@ -134,5 +151,20 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         cache: BlockCache | None = None,
     ) -> Tensor:
         """The velocity (see `FramePackModel`); when the device runs out of memory, again with a leaner plan."""
-        condition = condition.to(self.settings.device)
-        return self.retrying(lambda: self.model(noisy, history, condition, image, cache))
+        if self.several is None:
+            condition = condition.to(self.settings.device)
+            return self.retrying(lambda: self.model(noisy, history, condition, image, cache))
+        if condition.nag is not None:
+            raise ValueError(
+                "FramePack guides attention by a negative prompt (NAG) on one card: use a single device, or no NAG"
+            )
+        several = self.several
+
+        def make(model: StreamedModel[FramePackModel], _: slice) -> Tensor:
+            assert isinstance(model, StreamedFramePack)
+            own = cache if model is self or cache is None else model._followed.setdefault(cache, FollowedCache())
+            device = model.settings.device
+            shown = image if image is None else image.to(device)
+            return model.model(noisy.to(device), history.to(device), condition.to(device), shown, own)
+
+        return self.retrying(lambda: several.run(1, make))

@@ -14,6 +14,7 @@ from ..memory.stream.host_blocks import HostBlocks
 from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
 from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..memory.stream.scratch_file import ScratchFile
+from ..memory.stream.shared_blocks import SharedBlocks
 from ..system.host_memory import allocate_bytes
 from ..system.sizes import in_gib
 from ..transformer.transformer import Transformer
@@ -60,7 +61,7 @@ class HostWeights:
         check: Callable[[], None] | None,
     ):
         self.checkpoint, self.parts = checkpoint, parts
-        self.blocks: HostBlocks | DiskBlocks | None = None
+        self.blocks: HostBlocks | DiskBlocks | SharedBlocks | None = None
         self.scratch_file: ScratchFile | None = None
         self.budget: PinnedBudget | None = None  # of everything that is pinned between `read` and `release`
         self._model, self._settings = model, settings
@@ -143,6 +144,15 @@ class HostWeights:
         except BaseException:  # an interrupt too leaves them half read
             self.release()
             raise
+
+    def share(self, other: HostWeights) -> None:
+        """Have the blocks of the same model in the host memory of another, where that holds them.
+
+        Between this and `release` the other must keep them as they are.
+        """
+        self.release()
+        if other.held is not None:
+            self.blocks, self.budget = SharedBlocks(other.held), other.budget
 
     def read_tensor(self, name: str) -> Tensor:
         """One tensor in its stored form, in memory of its own."""

@@ -18,8 +18,10 @@ def hold_limits(settings: RunSettings, execution: Execution, held_bytes: int = 0
     """
     if settings.ram_budget_gib is None:  # what a model already holds there is not wanted again
         settings = replace(settings, ram_budget_gib=(available_ram_bytes() + held_bytes) / GIB)
-    limits = run_limits(settings, execution)
-    hold_budget(settings.device, limits)
+    each = [run_limits(replace(settings, device=device), execution) for device in settings.cards]
+    limits = min(each, key=lambda one: one.vram_budget_bytes)  # one plan, which every card follows
+    for device in settings.cards:
+        hold_budget(device, limits)
     return limits
 
 

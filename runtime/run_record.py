@@ -12,7 +12,7 @@ import torch
 from ..attention.sparse.readings import LayerReading
 from ..memory.plan.footprint import Limits
 from ..memory.report.intervals import Interval
-from ..memory.report.report import MemoryMonitor, RunReport, outside_bytes
+from ..memory.report.report import MemoryMonitor, RunReport, card_report, outside_bytes
 from ..memory.report.stream_log import StreamLog
 from ..memory.stream.streams import Span
 from .streamed import StreamedModel
@@ -24,9 +24,10 @@ class RunRecord:
     Models that run say so (`uses`) and are started with `add_spans`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, others: Sequence[torch.device] = ()) -> None:
+        self._device, self.others = device, tuple(others)  # cards that share its passes, from the next run on
         self._monitor = MemoryMonitor(device)
+        self._card_monitors: list[tuple[torch.device, MemoryMonitor]] = []
         self._stream = StreamLog()
         self._limits: Limits | None = None
         self._models: list[StreamedModel[Any]] = []
@@ -39,10 +40,13 @@ class RunRecord:
         """A run starts, all of it one `phase` or with phases of its own; what is known of the last one is forgotten."""
         self.end()
         self._monitor, self._stream = MemoryMonitor(self._device), StreamLog()
+        self._card_monitors = [(device, MemoryMonitor(device)) for device in self.others]
         self._limits, self._models, self._pinned_bytes = None, [], 0
         self._outside_bytes = outside_bytes(self._device)
         self.running = True
         self._watching.enter_context(self._monitor)
+        for _, monitor in self._card_monitors:
+            self._watching.enter_context(monitor)
         if phase is not None:
             self._watching.enter_context(self.phase(phase))
 
@@ -102,6 +106,7 @@ class RunRecord:
             other_bytes=others,
             budget_bytes=budget,
             attention=self._attention(),
+            cards=tuple(card_report(str(device), monitor.report().samples) for device, monitor in self._card_monitors),
         )
 
     def _attention(self) -> tuple[LayerReading, ...]:

@@ -21,6 +21,14 @@ def use_device(name: str) -> torch.device:
 
     ValueError where this machine has none.
     """
+    device = find_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; ValueError where this machine has none."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -32,8 +40,6 @@ def use_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used: {why}; use cpu, or install PyTorch for your GPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
     return device
 
 
@@ -46,6 +52,7 @@ class RunSettings:
     """
 
     device: torch.device = CPU
+    others: tuple[torch.device, ...] = ()  # cards that share the device's passes
     dtype: torch.dtype | None = None
     attention_mode: str = "auto"
     quantization: str = "none"  # see weights/linear/compute.py
@@ -59,6 +66,16 @@ class RunSettings:
     sparse: SparseSettings | None = None  # what self-attention may leave out; None: nothing
     keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
     keep_model: bool = False  # so do the transformer's weights, alone: the next video's plan counts what they hold
+
+    @property
+    def cards(self) -> tuple[torch.device, ...]:
+        """All devices that a pass is made on."""
+        return self.device, *self.others
+
+    @property
+    def joins_guidance(self) -> bool:
+        """Whether cond and uncond are one batch: chosen, or as an even number of cards has half of them each."""
+        return self.batched_guidance or len(self.cards) % 2 == 0
 
     @property
     def compute_dtype(self) -> torch.dtype:

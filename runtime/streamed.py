@@ -47,11 +47,13 @@ from ..weights.lora.merged_source import Source
 from ..weights.lora.names import Aliases
 from .host_weights import HostWeights, WeightParts
 from .settings import RunSettings
+from .several import Several
 
 logger = logging.getLogger(__name__)
 
 NUM_READERS = 8  # threads
 SAFE_ATTENTION = "sdpa"
+NO_SPARSE_CARDS = "sparse attention runs on one card: use a single device, or leave sparse attention out"
 
 M = TypeVar("M", bound=Transformer)
 T = TypeVar("T")
@@ -76,6 +78,7 @@ class StreamedModel(Generic[M]):
         between_blocks: Callable[[], None] | None = None,
         loras: Sequence[LoraChoice] = (),
     ):
+        self.path, self._loras = Path(path), tuple(loras)
         self.config, stored = self.open_file(path)
         self.checkpoint = checkpoint = quantize_checkpoint(stored, settings.quantization, settings.device)
         self.model, self.aliases = self.build(checkpoint), self.lora_aliases(checkpoint)
@@ -102,7 +105,10 @@ class StreamedModel(Generic[M]):
         self._before_safe_path: tuple[torch.dtype, Backend, AttentionRun | None] | None = None
         self._on_spans: SpanSink | None = None
         self._attention_tokens = 0  # of the size that attention was chosen for
+        self.several: Several[StreamedModel[M]] | None = None
         self.use_sparse(settings.sparse)
+        if settings.others:
+            self.use_cards(settings.others)
 
     # What a model says of itself
 
@@ -117,6 +123,11 @@ class StreamedModel(Generic[M]):
     def lora_aliases(self, checkpoint: Checkpoint) -> Aliases:
         """The names that LoRAs may call its layers by."""
         raise NotImplementedError
+
+    def open_beside(self, device: torch.device, between_blocks: Callable[[], None]) -> StreamedModel[M]:
+        """The same file for another card."""
+        settings = replace(self.settings, device=device, others=(), sparse=None)
+        return type(self)(self.path, settings, None, between_blocks, self._loras)
 
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
@@ -328,9 +339,12 @@ class StreamedModel(Generic[M]):
         execution, device = self.model.execution, self.settings.device
         if settings is not None and settings.bound == 0:
             settings = None
+        if settings is not None and self.several is not None:
+            raise ValueError(NO_SPARSE_CARDS)
         self.stop()
         watch = None
-        if settings is not None or (not execution.attention.exact and not self._compiled):
+        watches = not execution.attention.exact and not self._compiled and self.several is None
+        if settings is not None or watches:
             spec = AttentionSpec(device, execution.dtype, self.config.head_dim)
             kernel = None if settings is None else select_sparse(spec)
             watch = AttentionRun(execution.attention, len(self.blocks), self.config.num_heads, kernel, settings)
@@ -342,6 +356,29 @@ class StreamedModel(Generic[M]):
         if watch is not None:
             watch.begin_step(step, num_steps)
 
+    def use_cards(self, devices: Sequence[torch.device]) -> None:
+        """Share passes with these cards, or with none, from the next start on. ValueError where it cannot be."""
+        if devices and self.model.execution.is_sparse:
+            raise ValueError(NO_SPARSE_CARDS)
+        self.stop()
+        before, self.several = self.several, None
+        if before is not None:
+            before.close()
+        if devices:
+            self.several = Several(self, devices, self.open_beside)
+        if devices or before is not None:
+            self.use_sparse(None)  # what is inexact is watched on one card alone
+
+    def start_beside(self, first: StreamedModel[M], plan: MemoryPlan) -> None:
+        """`start` on a card of its own, from the first one's host memory where that holds the blocks."""
+        ours, theirs = self.model.execution, first.model.execution
+        if (ours.dtype, ours.attention.name) != (theirs.dtype, theirs.attention.name):
+            spec = AttentionSpec(self.settings.device, theirs.dtype, self.config.head_dim)
+            attention = select_attention(theirs.attention.name, spec)
+            self.model.execution = replace(ours, dtype=theirs.dtype, attention=attention)
+        self.weights.share(first.weights)
+        self.start(plan)
+
     def compile(self, settings: CompileSettings | None) -> None:
         """Let the blocks, and perhaps what is worth it beside them, run as compiled code; None: as plain PyTorch."""
         others = self.model.outer_modules()
@@ -351,6 +388,8 @@ class StreamedModel(Generic[M]):
         self.use_sparse(None if watch is None else watch.settings)
         if settings is not None:
             compile_modules([*self.blocks, *(() if settings.transformer_blocks_only else others)], settings)
+        for other in self._others:
+            other.compile(settings)
 
     def set_lora_strengths(self, strengths: Sequence[float]) -> None:
         """Other strengths, one per LoRA; nothing is read again but what LoRAs are merged into."""
@@ -359,11 +398,15 @@ class StreamedModel(Generic[M]):
             self.stop()
         if self.weights.set_lora_strengths(strengths):
             self.release()
+        for other in self._others:
+            other.set_lora_strengths(strengths)
 
     def attach_loras(self, loras: Sequence[Lora], strengths: Sequence[float], origin: Source | None = None) -> None:
         """Have these LoRAs on the model, which is stopped for it; see `HostWeights.attach_loras`."""
         self.stop()
         self.weights.attach_loras(loras, strengths, origin)
+        for other in self._others:
+            other.attach_loras(loras, strengths, origin)
 
     def learnt(self) -> list[Tensor]:
         """What sparse attention learnt in this run so far, for one that goes on from here; [] where there is none."""
@@ -381,7 +424,12 @@ class StreamedModel(Generic[M]):
 
     def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
         """The plan for this work; PlanError names what would fit where this does not."""
-        return plan_memory(self.footprint(), work, limits)
+        if self.several is None:
+            return plan_memory(self.footprint(), work, limits)
+        whole = replace(
+            self.footprint(), streams_queries=False, packs_keys=False
+        )  # as `Workspace` has a part of a pass
+        return plan_memory(whole, replace(work, cards=self.several.num_cards), limits)
 
     def start_fitting(self, plan: MemoryPlan, on_spans: SpanSink | None = None) -> None:
         """`start`; when the device runs out of memory meanwhile, with a leaner plan.
@@ -437,6 +485,8 @@ class StreamedModel(Generic[M]):
                 between_blocks=self.between_blocks,
             )
             self.streamer.load()
+            if self.several is not None:
+                self.several.start(plan)
         except BaseException:
             self.stop()
             raise
@@ -458,6 +508,8 @@ class StreamedModel(Generic[M]):
 
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Calling it again does nothing."""
+        if self.several is not None:
+            self.several.stop()
         self.model.stream = iter
         self.model.bring = here_already
         self.model.arrive = all_there
@@ -509,6 +561,10 @@ class StreamedModel(Generic[M]):
             if self.streamer is not None:  # both read from one source: what was prefetched is asked for again
                 self.streamer.lose_ring()
         return made
+
+    @property
+    def _others(self) -> Sequence[StreamedModel[M]]:
+        return () if self.several is None else self.several.others
 
     def _busy_modules(self) -> list[nn.Module]:
         return [module for block in self.blocks for module in block.busy_modules()]

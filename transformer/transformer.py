@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..team.share import Share
 from .workspace import Arrive, Execution, all_there
 
 # Brings modules to the device for a `with` block, into the bytes of a tensor that nobody needs meanwhile (or None).
@@ -42,6 +43,7 @@ class Transformer(nn.Module):
     stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
     bring: Bring = staticmethod(here_already)  # or TransientWeights
     arrive: Arrive = staticmethod(all_there)  # or that of a BlockStreamer
+    share: Share | None = None  # of a pass that several cards make together; all of them begin it
 
     def __init__(self) -> None:
         super().__init__()

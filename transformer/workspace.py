@@ -14,6 +14,7 @@ from ..attention.sdpa import Sdpa
 from ..attention.sparse.run import AttentionPass, AttentionRun
 from ..fused.eager import EagerOps
 from ..fused.ops import FusedOps
+from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .packed_heads import PackedHeads
 
@@ -82,7 +83,8 @@ class Workspace:
     bytes, for as many rows at a time as fit (`hidden_rows`). Where a model joins attention and FFN in rows of
     `joined_dim`, those live in the bytes of k and v while q is still read (`joined_rows`): such a model makes all of q.
     Blocks say by `arrive` which of their stages they go on with. The residual stream holds tokens times
-    `residual_scale`, which is 1 but in fp16 (None: by the dtype).
+    `residual_scale`, which is 1 but in fp16 (None: by the dtype). Where several cards share the pass, all rows are this
+    card's `part` of them, and all of their queries are made: self-attention is the cards' work together.
     """
 
     def __init__(
@@ -94,8 +96,9 @@ class Workspace:
         all_queries: bool = False,
         arrive: Arrive = all_there,
         residual_scale: float | None = None,
+        part: Part | None = None,
     ):
-        self.execution, self.arrive = execution, arrive
+        self.execution, self.arrive, self.part = execution, arrive, part
         self.dtype = execution.dtype
         if residual_scale is None:
             residual_scale = FP16_RESIDUAL if self.dtype == torch.float16 else 1.0
@@ -103,7 +106,7 @@ class Workspace:
         self.rows = rows
         self.num_rows, self.dim = rows.count, rows.dim
         self.query_rows = self.num_rows
-        all_queries = all_queries or execution.all_queries or execution.is_sparse
+        all_queries = all_queries or execution.all_queries or execution.is_sparse or part is not None
         if not all_queries and execution.query_chunk is not None and self.num_rows > execution.query_chunk:
             self.query_rows = even_step(self.num_rows // rows.batch, execution.query_chunk)
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
@@ -147,7 +150,7 @@ class Workspace:
     @property
     def queries_are_free(self) -> bool:
         """Whether attention leaves q's bytes to whoever goes on with it."""
-        return self.execution.head_groups == 1
+        return self.execution.head_groups == 1 and self.part is None
 
     # Views are made where they are used: torch.compile takes no inputs that share memory and are written to.
 
@@ -217,6 +220,15 @@ class Workspace:
         """Attention of tokens to each other: the backend's, or that of a pass that is sparse or watched."""
         return self.execution.attention.attend if self.watched is None else self.watched.attend
 
+    def attend_tokens(self, q: Tensor, span: slice, keys_values: Pair) -> Tensor:
+        """Self-attention of the rows `span`, of queries `q [rows, dim]`, to k and v of all tokens; as `attend_rows`."""
+        if self.part is None:
+            return self.attend_rows(q, span, [keys_values], self.self_attend)
+        k, v = keys_values
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
+        self.part.attend(self.in_heads(q), k, v, self.self_attend, self.execution.head_groups)
+        return q
+
     def attend_rows(self, q: Tensor, span: slice, keys_values: Sequence[Pair], attend: Attend | None = None) -> Tensor:
         """Attention of the rows `span`, whose queries are `q [rows, dim]`, to each (k, v) of all samples, summed.
 
@@ -269,6 +281,8 @@ def even_step(count: int, most: int) -> int:
 
     Products are computed in tiles of up to 256 rows: a tile that is begun costs as much as a whole one.
     """
+    if not count:
+        return most
     num_parts = -(-count // most)
     return min(most, -(-count // num_parts // TILE_ROWS) * TILE_ROWS)
 

@@ -102,7 +102,7 @@ class WanPipeline:
         self.plan: MemoryPlan | None = None
         self._text_encoder: TextEncoder | None = None
         self._vae: WanVAE | None = None
-        self.record = RunRecord(settings.device)
+        self.record = RunRecord(settings.device, settings.others)
         self._run = RecordedRun(None, (), dict)  # of the last request
 
     @torch.inference_mode()
@@ -192,7 +192,7 @@ class WanPipeline:
         width, height, frames = request.size
         if request.reference is not None:  # a latent frame before the first
             frames += self.vae_config.temporal_stride
-        batch, passes = batch_and_passes(request.guided, self.settings.batched_guidance)
+        batch, passes = batch_and_passes(request.guided, self.settings.joins_guidance)
         passes += request.nag is not None  # a prompt more, whose keys and values may be kept
         work = replace(wan_work(self.config, (width, height, frames), batch, passes), nag=request.nag is not None)
         # one plan for both experts: their blocks differ by their LoRAs alone
@@ -281,11 +281,11 @@ class WanPipeline:
     def _denoiser(self, request: WanRequest, conditions: Conditions, expert: Expert) -> Denoiser:
         assert request.guidance is not None
         high_scale = request.guidance if request.guidance_high is None else request.guidance_high
-        high = guided(self.high, conditions, high_scale, self.settings.batched_guidance)
+        high = guided(self.high, conditions, high_scale, self.settings.joins_guidance)
         if self.low is None:
             return high
         assert request.boundary is not None
-        low = guided(self.low, conditions, request.guidance, self.settings.batched_guidance)
+        low = guided(self.low, conditions, request.guidance, self.settings.joins_guidance)
 
         def switch(expert: str) -> None:
             # one expert's RAM at a time

@@ -65,6 +65,10 @@ class StreamedWan(StreamedModel[WanModel]):
     def open_file(self, path: str | Path) -> tuple[WanConfig, Checkpoint]:
         return open_wan(path, self.vace_module)
 
+    def open_beside(self, device: torch.device, between_blocks: Callable[[], None]) -> StreamedWan:
+        settings = replace(self.settings, device=device, others=(), sparse=None)
+        return StreamedWan(self.path, settings, None, between_blocks, self._loras, self.vace_module)
+
     def build(self, checkpoint: Checkpoint) -> WanModel:
         return build_wan(self.config, checkpoint)
 
@@ -117,9 +121,23 @@ class StreamedWan(StreamedModel[WanModel]):
         self._plan_for(text, image_tokens)
 
         def run() -> Tensor:
-            return self.model(latent, timestep, self.context(text, image_tokens), extras=self._with_context(extras))
+            if self.several is None:
+                return self._velocity(latent, timestep, text, image_tokens, extras)
+            return self.several.run(len(latent), make)
+
+        def make(model: StreamedModel[WanModel], part: slice) -> Tensor:
+            assert isinstance(model, StreamedWan)
+            image = None if image_tokens is None else image_tokens[part]
+            own = extras.cut(part).to(model.settings.device)
+            return model._velocity(latent[part], timestep[part], text[part], image, own)
 
         return self.retrying(run)
+
+    def _velocity(
+        self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
+    ) -> Tensor:
+        device, context = self.settings.device, self.context(text, image_tokens)
+        return self.model(latent.to(device), timestep.to(device), context, extras=self._with_context(extras))
 
     def _with_context(self, extras: Extras) -> Extras:
         """The same, a negative prompt of attention with what is made of it once."""

@@ -33,6 +33,7 @@ class Pass:
     """What the blocks of one forward pass share: `x [rows, dim]`, changed in place; the first `num_image` are image.
 
     `rope` covers all rows; it turns those of the text by nothing. The last `num_negative` are a negative prompt's text.
+    `all_images` are the image rows of all cards that share the pass.
     """
 
     x: Tensor
@@ -40,6 +41,7 @@ class Pass:
     rope: Rope
     work: Workspace
     num_negative: int = 0
+    all_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,9 @@ class Attention(nn.Module):
             self.attend_guided(num_image, negative, work)
             return
         q, k, v = (self.in_heads(rows) for rows in (work.queries, work.keys, work.values))
-        attended = work.attend(q, [(k, v)], work.self_attend)
-        if attended is not q:
-            q.copy_(attended)
+        attended = work.attend_tokens(work.queries, slice(0, work.num_rows), (k, v))
+        if work.queries_are_free:
+            q.copy_(self.in_heads(attended))
 
     def attend_guided(self, num_image: int, negative: Negative, work: Workspace) -> None:
         """The same of either prompt beside the image rows, whose attention with the one guides that with the other.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...attention.sparse.order import shown_order
 from ...attention.sparse.run import AttentionPass
 from ...fused.ops import Rope
+from ...team.share import Part
 from ...transformer.nag import NagSettings
 from ...transformer.transformer import Block, Transformer
 from ...transformer.workspace import Rows, Workspace
@@ -38,6 +39,10 @@ class Frames:
     latents: Tensor
     indices: Tensor
 
+    def to(self, device: torch.device) -> Frames:
+        """The same on a device."""
+        return Frames(self.latents.to(device), self.indices.to(device))
+
 
 @dataclass(frozen=True)
 class History:
@@ -46,6 +51,11 @@ class History:
     clean: Frames | None = None
     twice: Frames | None = None
     four: Frames | None = None
+
+    def to(self, device: torch.device) -> History:
+        """The same on a device."""
+        clean, twice, four = (None if each is None else each.to(device) for each in (self.clean, self.twice, self.four))
+        return History(clean, twice, four)
 
 
 @dataclass(frozen=True)
@@ -160,21 +170,28 @@ class FramePackModel(Transformer):
         num_negative = sum(text.shape[0] for text in negative_texts)
         texts += negative_texts
         num_image = sum(part.num_rows for part in shown)
-        device = noisy.latents.device
-        work = self.workspace(num_image + sum(text.shape[0] for text in texts), device)
-        x = torch.empty(work.num_rows, work.dim, device=device, dtype=work.dtype)
+        all_images = num_image
+        device, num_rows = noisy.latents.device, num_image + sum(text.shape[0] for text in texts)
+        part = None if self.share is None else self.share.part(num_rows)
+        work = self.workspace(num_rows if part is None else part.num_mine, device, part)
+        x = torch.empty(num_rows, work.dim, device=device, dtype=work.dtype)
         rope = self.embed(shown, texts, x)
+        ours = made = slice(num_image - shown[-1].num_rows, num_image)
+        if part is not None:
+            x, rope = part.cut(x), Rope(part.cut(rope.cos), part.cut(rope.sin))
+            num_image, ours = part.within(slice(0, all_images)).num_mine, part.own(made)
         if work.residual_scale != 1:
             x.mul_(work.residual_scale)
 
-        state = Pass(x, num_image, rope, work, num_negative)
+        state = Pass(x, num_image, rope, work, num_negative, all_images)
         work.watched = self.begin_attention(shown, work)
-        ours = slice(num_image - shown[-1].num_rows, num_image)
         if cache is None:
             self.run_blocks(state, condition)
         else:
             self.run_cached(state, condition, ours, cache)
         patches = self.head(x, ours, condition.head, work)
+        if part is not None:
+            patches = part.within(made).gather(patches)
         return self.unpatchify(patches, noisy.latents.shape[2:]).to(noisy.latents.dtype)
 
     def ordered_blocks(self) -> dict[str, FramePackBlock]:
@@ -207,7 +224,7 @@ class FramePackModel(Transformer):
     def begin_attention(self, shown: Sequence[Shown], work: Workspace) -> AttentionPass | None:
         """Self-attention of this pass where it is sparse or watched; history and text are always attended."""
         watch, device = self.execution.watch, work.pool.device
-        if watch is None or watch.dense is not self.execution.attention:
+        if watch is None or watch.dense is not self.execution.attention or work.part is not None:
             return None
         begun = watch.begin_pass(work.num_rows, device)
         if begun is not None and begun.sparse:
@@ -221,13 +238,21 @@ class FramePackModel(Transformer):
     def run_cached(self, state: Pass, condition: StepCondition, noisy: slice, cache: BlockCache) -> None:
         """The blocks, or what they added to the `noisy` rows when they last ran."""
         x, residual = state.x[noisy], cache.residual
-        if cache.reuse(self.signal(state, condition)) and residual is not None:
+        if self.is_reused(state, condition, cache) and residual is not None:
             x.add_(residual)
             return
         # one tensor holds what the blocks added last time, then what they start from, then what they added this time
         before = x.clone() if residual is None or residual.shape != x.shape else residual.copy_(x)
         self.run_blocks(state, condition)
         cache.residual = torch.sub(x, before, out=before)
+
+    def is_reused(self, state: Pass, condition: StepCondition, cache: BlockCache) -> bool:
+        """What the cache says of this step: of several cards' one of them, for all."""
+        signal, part = self.signal(state, condition), state.work.part
+        if part is None:
+            return cache.reuse(signal)
+        whole = part.within(slice(0, state.all_images)).gather(signal)
+        return part.share.agree(lambda: cache.reuse(whole))
 
     def signal(self, state: Pass, condition: StepCondition) -> Tensor:
         """What tells a step cache how far this step is from the last, in q's bytes: the first block's image rows."""
@@ -352,8 +377,8 @@ class FramePackModel(Transformer):
             t=size[0] // pt, h=size[1] // ph, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
 
-    def workspace(self, num_rows: int, device: torch.device) -> Workspace:
+    def workspace(self, num_rows: int, device: torch.device, part: Part | None = None) -> Workspace:
         config = self.config
         rows = Rows(num_rows, config.dim, config.mlp_dim, config.num_heads, joined_dim=config.dim + config.mlp_dim)
         # a single block's MLP works in the bytes of k and v: no attention may be left to do by then
-        return Workspace(self.execution, rows, device, self.scratch_elements(), True, self.arrive)
+        return Workspace(self.execution, rows, device, self.scratch_elements(), True, self.arrive, part=part)

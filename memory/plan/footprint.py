@@ -164,12 +164,31 @@ class ModelFootprint:
         """Output and workspace of one group of heads: over all tokens, or over text and image, which are summed."""
         queries, head_dim = choice.query_rows(work), self.dim // self.num_heads
         output = queries * self.dim * self.compute_bytes
+        if work.cards > 1:
+            return max(self._exchange_bytes(work, choice, limits), -(-output // choice.head_groups))
         over_tokens, over_text = output, (2 if self.image_tokens else 1) * output
         if limits.attention is not None:
             over_tokens += limits.attention.nbytes(queries, work.rows, self.num_heads, head_dim)
             over_text += limits.attention.nbytes(queries, work.batch * self.context_tokens, self.num_heads, head_dim)
         over_tokens += 2 * work.rows * self.dim * self.compute_bytes if choice.packed_keys else 0  # k and v unpacked
         return -(-max(over_tokens, over_text) // choice.head_groups)
+
+    def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """What several cards' attention holds of a group of heads: see `team/heads.py`.
+
+        Queries, keys and values of all tokens, packed ones for the others and attention's result, packed ones of that,
+        and what came back; those on their way again where there are several groups.
+        """
+        packed, turns = -(-work.rows * self.dim * self.compute_bytes // choice.head_groups), min(2, choice.head_groups)
+        tokens, heads = work.batch * work.tokens, -(-self.num_heads // (work.cards * choice.head_groups))
+        workspace = 0
+        if limits.attention is not None:
+            workspace = limits.attention.nbytes(tokens, tokens, heads, self.dim // self.num_heads)
+        return (2 * 3 + 2) * turns * packed + packed + workspace
+
+    def exchanged_bytes(self, work: WorkSize) -> int:
+        """What a card gets from the others in a pass: queries, keys, values, and what attention made of its tokens."""
+        return self.num_blocks * 4 * work.rows * self.dim * self.compute_bytes * (work.cards - 1) // work.cards
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
@@ -225,7 +244,8 @@ class ModelFootprint:
 class WorkSize:
     """What to make: a video of `frames` x `height` x `width` pixels, `batch` samples in one forward pass.
 
-    `passes_per_step` is 2 where guidance runs cond and uncond one after the other.
+    `passes_per_step` is 2 where guidance runs cond and uncond one after the other. Each pass is made by so many `cards`
+    together.
     """
 
     frames: int
@@ -235,9 +255,10 @@ class WorkSize:
     passes_per_step: int = 1
     stride: tuple[int, int, int] = (4, 8, 8)
     patch: tuple[int, int, int] = (1, 2, 2)
+    cards: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "batch", "passes_per_step"):
+        for name in ("frames", "height", "width", "batch", "passes_per_step", "cards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -258,8 +279,8 @@ class WorkSize:
 
     @property
     def rows(self) -> int:
-        """Tokens of all samples of one pass."""
-        return self.batch * self.tokens
+        """Tokens of all samples of one pass that one card has."""
+        return self.batch * -(-self.tokens // self.cards)
 
     def advice(self, frames: int) -> str:
         """What to do so that there are at most so many frames."""
@@ -271,7 +292,8 @@ class WorkSize:
         return self.stride[1] * self.patch[1]
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}, {self.frames} frame{'s' if self.frames > 1 else ''}"
+        cards = f", on {self.cards} cards" if self.cards > 1 else ""
+        return f"{self.width}x{self.height}, {self.frames} frame{'s' if self.frames > 1 else ''}{cards}"
 
 
 @dataclass(frozen=True)

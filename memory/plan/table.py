@@ -70,7 +70,17 @@ def assumed_rates(limits: Limits) -> str:
 
 def reasons(plan: MemoryPlan) -> list[str]:
     """Why the plan is as it is, in plain sentences."""
-    return [*_block_reasons(plan), *_host_reasons(plan), *_piece_reasons(plan)]
+    return [*_card_reasons(plan), *_block_reasons(plan), *_host_reasons(plan), *_piece_reasons(plan)]
+
+
+def _card_reasons(plan: MemoryPlan) -> list[str]:
+    if plan.work.cards == 1:
+        return []
+    return [
+        f"All figures are of each card: of {plan.work.cards}, each computes {plan.work.rows} of "
+        f"{plan.work.batch * plan.work.tokens} tokens, streams every block that it does not hold, and gets up to "
+        f"{plan.model.exchanged_bytes(plan.work) / 1e9:.2f} GB per pass from the others."
+    ]
 
 
 def _block_reasons(plan: MemoryPlan) -> list[str]:

@@ -47,11 +47,21 @@ class PhaseReport:
 
 
 @dataclass(frozen=True)
+class CardReport:
+    """Another card that shared the run's passes: its peaks, less what other processes had of it all along."""
+
+    name: str
+    vram_peak_bytes: int
+    reserved_peak_bytes: int
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything shown after a run.
 
     `other_bytes` of the device belonged to other processes all along; `copies`, `computes` and `passes` are of its last
-    passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did.
+    passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did. All of it is the
+    first card's, where several shared the passes; `cards` are the others.
     """
 
     phases: tuple[PhaseReport, ...]
@@ -64,6 +74,7 @@ class RunReport:
     other_bytes: int = 0
     budget_bytes: int | None = None
     attention: tuple[LayerReading, ...] = ()
+    cards: tuple[CardReport, ...] = ()
 
     @property
     def rss_peak_bytes(self) -> int:
@@ -97,6 +108,11 @@ class RunReport:
             )
         if self.budget_bytes is not None:
             lines.append(f"budget {_gib(self.budget_bytes)}, used at most {_gib(self.vram_peak_bytes)}")
+        for card in self.cards:
+            lines.append(
+                f"{card.name} beside it: VRAM peak {_gib(card.vram_peak_bytes)}, "
+                f"allocator {_gib(card.reserved_peak_bytes)}"
+            )
         if self.stream is not None:
             stream = self.stream
             lines.append(
@@ -212,6 +228,16 @@ class MemoryMonitor:
                     reserved_peak_bytes=max(phase.reserved_peak_bytes, sample.reserved_bytes),
                     rss_peak_bytes=max(phase.rss_peak_bytes, sample.rss_bytes),
                 )
+
+
+def card_report(name: str, samples: Sequence[MemorySample]) -> CardReport:
+    """What was seen of a card; what it held outside PyTorch's allocator at the start is other processes'."""
+    others = samples[0].device_bytes - samples[0].reserved_bytes if samples else 0
+    return CardReport(
+        name,
+        max((sample.device_bytes for sample in samples), default=0) - others,
+        max((sample.reserved_bytes for sample in samples), default=0),
+    )
 
 
 def outside_bytes(device: torch.device) -> int:

@@ -49,7 +49,7 @@ class HostBlocks:
         self._staging: Staging | None = None
         self._staged: frozenset[int] = frozenset()
         self._part, self._in_stages = Part.ALL, False
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._lock = threading.Lock()
         try:
             for layout in self.layouts:
@@ -73,6 +73,10 @@ class HostBlocks:
         """Bytes of host memory held, pinned or not."""
         staging = self._staging.host_bytes if self._staging is not None else 0
         return sum(area.numel() for area in self._areas) + staging
+
+    def is_pinned(self, index: int) -> bool:
+        """Whether the device copies from this block's extent by itself."""
+        return index in self._pinned
 
     def refill(self, source: TensorSource, check: Callable[[], None] | None = None, pin: Collection[int] = ()) -> None:
         """Read another model of the same layout (Wan 2.2's other expert) over this one's extents, pinned as they are.
@@ -105,7 +109,8 @@ class HostBlocks:
             self._pin(index)
         self._staged = frozenset(order) - self._pinned
         if self._staged:
-            self._start_staging([index for index in order if index in self._staged])
+            staged = [index for index in order if index in self._staged]
+            self._staging = stage_blocks(self, staged, part, in_stages)
 
     def available(self, index: int, stage: int = 0) -> bool:
         """Whether `pieces` would return at once."""
@@ -192,7 +197,7 @@ class HostBlocks:
             if complete and index in pin and not stop.is_set():
                 self._pin(index)
 
-        threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="lowvram-read")
+        threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="lowvram-read")
         try:
             jobs = [
                 threads.submit(read, index, place)
@@ -224,21 +229,23 @@ class HostBlocks:
                 reason,
             )
 
-    def _start_staging(self, order: list[int]) -> None:
-        parts = {
-            (index, stage): self.extents[index][start:stop]
-            for index in order
-            for stage, (start, stop) in enumerate(self.layouts[index].spans(self._part, self._in_stages))
-        }
-        nbytes = max(part.numel() for part in parts.values())
-        fill = partial(_fill, parts)
-        staging = Staging(list(parts), nbytes, fill, self.budget, _STAGING_BUFFERS, self._num_threads)
-        if staging.refusal is not None:
-            # Through unpinned staging every byte would be copied once more for nothing.
-            staging.close()
-            return
-        self._staging = staging
-        staging.start()
+
+def stage_blocks(source: HostBlocks, order: Sequence[int], part: Part, in_stages: bool) -> Staging | None:
+    """A pinned pair that reads ahead through these unpinned blocks; None where it cannot be pinned."""
+    parts = {
+        (index, stage): source.extents[index][start:stop]
+        for index in order
+        for stage, (start, stop) in enumerate(source.layouts[index].spans(part, in_stages))
+    }
+    nbytes = max(extent.numel() for extent in parts.values())
+    fill = partial(_fill, parts)
+    staging = Staging(list(parts), nbytes, fill, source.budget, _STAGING_BUFFERS, source.num_threads)
+    if staging.refusal is not None:
+        # Through unpinned staging every byte would be copied once more for nothing.
+        staging.close()
+        return None
+    staging.start()
+    return staging
 
 
 def _fill(parts: dict[Key, Tensor], key: Key, buffer: Tensor) -> list[Job]:

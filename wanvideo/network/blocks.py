@@ -218,7 +218,7 @@ class SelfAttention(nn.Module):
             if to_q is not None:
                 make_queries(to_q, self.norm_q.weight, self.eps, normed, rope, span, work)
             seen = q.clone() if hooks.sees_attention else None  # attention may write over it
-            attended = work.attend_rows(q, span, [keys_values], work.self_attend)
+            attended = work.attend_tokens(q, span, keys_values)
             if seen is not None:
                 hooks.attended(*(work.in_heads(t) for t in (attended, seen, work.keys)))
             project_out(to_out, attended, add, span, work)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...fused.ops import Rope
+from ...team.share import Part
 from ...transformer.layers import Affine, parameter
 from ...transformer.workspace import Workspace
 from ...weights.linear.linear import Linear
@@ -37,13 +38,16 @@ class PatchEmbedding(nn.Module):
         self.weight = parameter(config.dim, channels, *config.patch_size, device=device, dtype=dtype)
         self.bias = parameter(config.dim, device=device, dtype=dtype)
 
-    def forward(self, latent: Tensor, work: Workspace) -> Tensor:
+    def forward(self, latent: Tensor, work: Workspace, part: Part | None = None) -> Tensor:
+        """`[B, C, T, H, W] -> [rows, dim]`, of all tokens or of a card's `part` of them."""
         pt, ph, pw = self.patch_size
         patches = rearrange(
             latent.to(work.dtype),
             "b c (t pt) (h ph) (w pw) -> (b t h w) (c pt ph pw)",
             pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
+        if part is not None:
+            patches = part.cut(patches, latent.shape[0])
         weight, bias = self.weight.to(work.dtype).flatten(1), self.bias.to(work.dtype)
         return torch.addmm(bias, patches, weight.t())
 

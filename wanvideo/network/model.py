@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ...attention.backend import Backend
 from ...attention.sparse.order import video_order
 from ...attention.sparse.run import AttentionPass
+from ...fused.ops import Rope
+from ...team.share import Part
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.nag import NagSettings
 from ...transformer.transformer import Transformer
@@ -99,6 +101,15 @@ class Extras:
     nag: Nag | None = None
     visitor: Visitor = field(default_factory=Visitor)
 
+    def to(self, device: torch.device) -> Extras:
+        """The same on a device; a negative prompt is brought when it is embedded."""
+        return replace(
+            self,
+            vace_frames=tuple(frames.to(device) for frames in self.vace_frames),
+            reference=None if self.reference is None else self.reference.to(device),
+            camera=None if self.camera is None else self.camera.to(device),
+        )
+
     def cut(self, part: slice) -> Extras:
         """The same for some samples of the batch."""
         return replace(
@@ -154,15 +165,23 @@ class WanModel(Transformer):
         grid = self.patch_embedding.grid(latent)  # (t, h, w) in tokens
         if extras.reference is not None:
             grid = (grid[0] + 1, *grid[1:])
-        num_rows = latent.shape[0] * math.prod(grid)
-        work = self.workspace(num_rows, latent.device, latent.shape[0], extras.visitor)
+        batch, tokens = latent.shape[0], math.prod(grid)
+        times = timestep.numel() // batch  # of a sample
+        part = None if self.share is None else self.share.part(tokens, self.share.run_of(tokens, times))
+        num_rows = batch * (tokens if part is None else part.num_mine)
+        work = self.workspace(num_rows, latent.device, batch, extras.visitor, part)
         with self.bring((self.time_embedding, self.time_projection), work.pool):
             time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
         rows_per_group = num_rows // time.shape[0]
+        if part is not None and times > 1:
+            rows_per_group = part.share.run_of(tokens, times)
+            time, modulation = (part.of_runs(each, times, batch, rows_per_group) for each in (time, modulation))
         if extras.rotate is None:
             rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
         else:
             rope = given_angles(grid, extras.rotate, latent.device, extras.positions)
+        if part is not None:
+            rope = Rope(part.cut(rope.cos), part.cut(rope.sin))
 
         x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
         if work.residual_scale != 1:
@@ -184,6 +203,8 @@ class WanModel(Transformer):
         if watched is not None:
             watched.end(x, work.pool)
         patches = self.head(x, time, rows_per_group, work)
+        if part is not None:
+            patches = part.gather(patches, batch)
         if extras.reference is not None:
             patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
             grid = (grid[0] - 1, *grid[1:])
@@ -197,7 +218,7 @@ class WanModel(Transformer):
         Tokens stay in their places where a host is shown them, and those of a frame together where timesteps differ.
         """
         watch, tokens = self.execution.watch, math.prod(grid)
-        if watch is None or watch.dense is not self.execution.attention:
+        if watch is None or watch.dense is not self.execution.attention or work.part is not None:
             return None
         begun = watch.begin_pass(tokens, work.pool.device)
         if begun is not None and begun.sparse:
@@ -222,24 +243,25 @@ class WanModel(Transformer):
 
     def embed_latent(self, latent: Tensor, extras: Extras, work: Workspace) -> Tensor:
         """The pass's first tokens `[B * tokens, dim]`: of the reference where there is one, and of the latent."""
-        x = self.patch_embedding(latent, work)
+        part = work.part if extras.camera is None and extras.reference is None else None  # else cut when all are there
+        x = self.patch_embedding(latent, work, part)
         if extras.camera is not None and self.control_adapter is not None:
             frames = x.view(latent.shape[0], latent.shape[2] // self.config.patch_size[0], -1, x.shape[1])
             for index, rays in enumerate(extras.camera.unbind(2)):  # one at a time: its features are as wide as tokens
                 frames[:, index] += self.control_adapter(rays, work.dtype)
-        if extras.reference is None:
-            return x
-        if self.ref_conv is None:
-            raise ValueError("this Wan model takes no reference picture: use a Fun Control model, or leave it out")
-        reference = self.ref_conv(extras.reference, work.dtype)  # [B, tokens of a frame, dim]
-        return torch.cat([reference, x.view(latent.shape[0], -1, x.shape[1])], dim=1).flatten(0, 1)
+        if extras.reference is not None:
+            if self.ref_conv is None:
+                raise ValueError("this Wan model takes no reference picture: use a Fun Control model, or leave it out")
+            reference = self.ref_conv(extras.reference, work.dtype)  # [B, tokens of a frame, dim]
+            x = torch.cat([reference, x.view(latent.shape[0], -1, x.shape[1])], dim=1).flatten(0, 1)
+        return x if work.part is part else work.part.cut(x, latent.shape[0])
 
     def embed_controls(self, x: Tensor, extras: Extras, work: Workspace) -> tuple[ControlStream, ...]:
         """Tokens of the control videos as they enter the first VACE block."""
         streams = []
         for frames, strength in zip(extras.vace_frames, extras.vace_strengths, strict=True):
             first = cast(VaceBlock, self.vace_blocks[0])
-            tokens = self.vace_patch_embedding(frames, work)
+            tokens = self.vace_patch_embedding(frames, work, work.part)
             first.join_(tokens, x, work)
             streams.append(ControlStream(tokens, strength))
         return tuple(streams)
@@ -280,12 +302,13 @@ class WanModel(Transformer):
         device: torch.device,
         batch: int = 1,
         visitor: BlockHooks = BlockHooks(),  # noqa: B008
+        part: Part | None = None,
     ) -> Workspace:
         """Who sees attention sees all of it at once, and who sees the residual stream sees tokens as they are."""
         rows = Rows(num_rows, self.config.dim, self.config.ffn_dim, self.config.num_heads, batch=batch)
         scale = 1.0 if visitor.sees_stream else None
         scratch = self.scratch_elements()
-        return Workspace(self.execution, rows, device, scratch, visitor.sees_attention, self.arrive, scale)
+        return Workspace(self.execution, rows, device, scratch, visitor.sees_attention, self.arrive, scale, part)
 
 
 class Head(nn.Module):

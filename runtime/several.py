@@ -1,0 +1,98 @@
+"""One model on several cards: each card has part of every pass, and one copy of the weights in RAM feeds them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..memory.plan.plan import MemoryPlan
+from ..team.spans import even_spans
+from ..team.team import Team
+from ..transformer.transformer import Transformer
+from .settings import RunSettings
+
+
+class CardModel(Protocol):
+    """A streamed model, as it is seen among others of the same file."""
+
+    @property
+    def model(self) -> Transformer: ...
+    @property
+    def settings(self) -> RunSettings: ...
+    def start_beside(self, first: Any, plan: MemoryPlan) -> None: ...
+    def release(self) -> None: ...
+
+
+S = TypeVar("S", bound=CardModel)
+
+
+class Several(Generic[S]):
+    """The cards of `first` and of `open_other`'s models, which run under one plan.
+
+    A batch's samples are shared out first, so that guidance has cond and uncond on cards of their own and nothing
+    is exchanged for them; cards that share a sample have part of its tokens each. Results are bit for bit those of one
+    card, where that computes rows by themselves.
+    """
+
+    def __init__(
+        self, first: S, devices: Sequence[torch.device], open_other: Callable[[torch.device, Callable[[], None]], S]
+    ) -> None:
+        self.team = Team([first.settings.device, *devices])
+        # another card's failure ends this one's pass at its next block
+        self.others: list[S] = [open_other(device, self.team.mail.check) for device in devices]
+        self._first = first
+
+    @property
+    def num_cards(self) -> int:
+        return 1 + len(self.others)
+
+    def start(self, plan: MemoryPlan) -> None:
+        """Have the others on their cards as planned; the first is on its own."""
+        first = self._first
+
+        def start(rank: int) -> None:
+            if rank:
+                self.others[rank - 1].start_beside(first, plan)
+
+        self.team.run(start)
+
+    def stop(self) -> None:
+        """Take the others from their cards, and from the first one's host memory."""
+        for other in self.others:
+            other.release()
+
+    def run(self, batch: int, make: Callable[[S, slice], Tensor]) -> Tensor:
+        """A pass over so many samples: `make` is given each card's model and its samples. `[batch, ...]`."""
+        places = shared_samples(batch, self.num_cards)
+
+        def run(rank: int) -> Tensor:
+            model = self.others[rank - 1] if rank else self._first
+            samples, ranks = places[rank]
+            model.model.share = self.team.share(rank, ranks) if len(ranks) > 1 else None
+            try:
+                return make(model, samples)
+            finally:
+                model.model.share = None
+
+        made = self.team.run(run)
+        if len(places[0][1]) == self.num_cards:
+            return made[0]
+        firsts = sorted({ranks[0] for _, ranks in places})
+        return torch.cat([made[rank].to(self._first.settings.device) for rank in firsts])
+
+    def close(self) -> None:
+        """Give everything back, threads too."""
+        self.stop()
+        self.team.close()
+
+
+def shared_samples(batch: int, num_cards: int) -> list[tuple[slice, tuple[int, ...]]]:
+    """For each card its samples of a batch, and all cards that have the same ones, as even groups of both."""
+    num_groups = math.gcd(batch, num_cards)
+    samples, cards = even_spans(batch, num_groups), even_spans(num_cards, num_groups)
+    groups = [(part, tuple(range(ranks.start, ranks.stop))) for part, ranks in zip(samples, cards, strict=True)]
+    return [group for group in groups for _ in group[1]]

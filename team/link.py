@@ -1,0 +1,128 @@
+"""How bytes come from one card to another: on copy streams, ordered against compute by events alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Mark = Any  # a point in the work of a card's stream, which only links understand
+
+
+class Link(Protocol):
+    """One card's copies from others; none of this makes the host wait but `synchronize`."""
+
+    def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
+        """What another card may fetch for these contiguous tensors, once the mark is passed."""
+        ...
+
+    def fetch(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Mark) -> Mark:
+        """Copy each (own, other's offered) pair of one shape after a mark of the other; the mark of its end.
+
+        What compute has been given before is waited for too: the own bytes may still have been in use.
+        """
+        ...
+
+    def wait(self, mark: Mark) -> None:
+        """What compute is given from here on waits for a mark, of this card or another."""
+        ...
+
+    def synchronize(self) -> None:
+        """The host waits for all that was given to this card."""
+        ...
+
+
+class HostLink:
+    """Of a device without streams, such as the CPU: everything is done when it is asked for."""
+
+    def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
+        return tensors, None
+
+    def fetch(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Mark) -> Mark:
+        for own, other in pairs:
+            own.copy_(other)
+
+    def wait(self, mark: Mark) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return
+
+
+class CudaLink:
+    """Copies by the driver, from card to card where these reach each other.
+
+    PyTorch issues such a copy on the current stream of the card it is from and joins that with the current one of the
+    card it is to: both are made streams of our own, so that neither card's compute is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._there: dict[torch.device, torch.cuda.Stream] = {}  # a stream of ours on each other card
+
+    def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
+        return tensors, self._mark(torch.cuda.current_stream(self.device))
+
+    def fetch(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Mark) -> Mark:
+        self._stream.wait_event(self._mark(torch.cuda.current_stream(self.device)))
+        self._stream.wait_event(after)
+        for own, other in pairs:
+            with torch.cuda.stream(self._stream_on(other.device)), torch.cuda.stream(self._stream):
+                own.copy_(other, non_blocking=True)
+        return self._mark(self._stream)
+
+    def wait(self, mark: Mark) -> None:
+        torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def _stream_on(self, device: torch.device) -> torch.cuda.Stream:
+        if device.type != "cuda":  # staged in RAM
+            return self._stream
+        if device not in self._there:
+            self._there[device] = torch.cuda.Stream(device)
+        return self._there[device]
+
+    def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+
+class StagedLink(CudaLink):
+    """Copies through pinned RAM, for cards that do not reach each other, as most GeForce cards do not.
+
+    PyTorch's allocator keeps the pinned bytes until the last copy from them is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._away = torch.cuda.Stream(device)
+
+    def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
+        self._away.wait_event(self._mark(torch.cuda.current_stream(self.device)))
+        staged = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        with torch.cuda.stream(self._away):
+            for host, tensor in zip(staged, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._away)
+        return staged, self._mark(self._away)
+
+    def synchronize(self) -> None:
+        self._away.synchronize()
+        super().synchronize()
+
+
+def links_for(devices: Sequence[torch.device], staged: bool = False) -> list[Link]:
+    """A link for each card of a team; through RAM where one of them does not reach another, or by `staged`."""
+    if any(device.type != "cuda" for device in devices):
+        return [HostLink() for _ in devices]
+    pairs = [(one, other) for one in devices for other in devices if one != other]
+    if staged or not all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
+        return [StagedLink(device) for device in devices]
+    return [CudaLink(device) for device in devices]

@@ -1,0 +1,105 @@
+"""What of a pass one card has: some tokens for products, some heads for attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .exchange import Exchange
+from .heads import Attend, HeadExchange
+from .spans import even_spans, length, run_length
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A card's place among those that share a pass: `ranks` of the team, of which the exchange's own is one."""
+
+    exchange: Exchange
+    ranks: tuple[int, ...]
+
+    def part(self, num_tokens: int, run: int = 1) -> Part:
+        """This card's tokens of a pass over so many of each sample, shared out in whole runs of `run`."""
+        if num_tokens // run < len(self.ranks):
+            raise ValueError(
+                f"{num_tokens} tokens cannot be shared by {len(self.ranks)} cards: use fewer cards, or make a larger "
+                "video"
+            )
+        spans = even_spans(num_tokens // run, len(self.ranks))
+        return Part(self, tuple(slice(span.start * run, span.stop * run) for span in spans))
+
+    def run_of(self, num_tokens: int, num_times: int) -> int:
+        """The runs in which tokens are shared out that have so many timesteps in turn: each run has one."""
+        return 1 if num_times == 1 else run_length(num_tokens // num_times, len(self.ranks))
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What the first of the cards decides, known to all of them."""
+        first, rank, mail = self.ranks[0], self.exchange.rank, self.exchange.mail
+        if rank != first:
+            decided: T = mail.take(first, rank, "decided")
+            return decided
+        decided = decide()
+        for other in self.ranks[1:]:
+            mail.put(first, other, "decided", decided)
+        return decided
+
+
+class Part:
+    """The tokens that each card has in one pass, of every sample the same: `spans` in the order of the ranks."""
+
+    def __init__(self, share: Share, spans: tuple[slice, ...]) -> None:
+        self.share, self.spans = share, spans
+        self.index = share.ranks.index(share.exchange.rank)
+        self.mine = spans[self.index]
+        # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
+        self.attend: Callable[[Tensor, Tensor, Tensor, Attend, int], None] = torch.compiler.disable(self.attend_now)
+
+    @property
+    def num_mine(self) -> int:
+        """This card's tokens of a sample."""
+        return length(self.mine)
+
+    def own(self, tokens: slice) -> slice:
+        """Where, in this card's rows of a sample, those of these tokens are that it has."""
+        start, stop = (min(max(end - self.mine.start, 0), self.num_mine) for end in (tokens.start, tokens.stop))
+        return slice(start, stop)
+
+    def within(self, tokens: slice) -> Part:
+        """The same cards' parts of some tokens alone; a card may have none of them."""
+        ends = [min(max(span.stop, tokens.start), tokens.stop) - tokens.start for span in self.spans]
+        return Part(self.share, tuple(slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)))
+
+    def cut(self, rows: Tensor, batch: int = 1) -> Tensor:
+        """This card's of `rows [B * tokens, ...]` in memory of their own: `[B * mine, ...]`."""
+        return rows.unflatten(0, (batch, -1))[:, self.mine].clone().flatten(0, 1)
+
+    def of_runs(self, groups: Tensor, num_times: int, batch: int, run: int) -> Tensor:
+        """What each run of this card's tokens has of `groups [B * times, ...]`: `[B * runs, ...]`."""
+        group_size = self.spans[-1].stop // num_times
+        firsts = torch.arange(self.mine.start, self.mine.stop, run, device=groups.device)
+        return groups.unflatten(0, (batch, num_times))[:, firsts // group_size].flatten(0, 1)
+
+    def gather(self, rows: Tensor, batch: int = 1) -> Tensor:
+        """All cards' rows `[B * tokens, ...]`, of this one's `[B * mine, ...]` and the others'."""
+        exchange, own = self.share.exchange, rows.unflatten(0, (batch, -1))
+        whole = rows.new_empty(batch, self.spans[-1].stop, *rows.shape[1:])
+        others = [index for index in range(len(self.spans)) if index != self.index]
+        for other in others:
+            exchange.send(self.share.ranks[other], "rows", [*own])
+        whole[:, self.mine].copy_(own)
+        arrivals = [
+            exchange.receive(self.share.ranks[other], "rows", [*whole[:, self.spans[other]]]) for other in others
+        ]
+        for arrival in arrivals:
+            exchange.wait(arrival)
+        exchange.settle()
+        return whole.flatten(0, 1)
+
+    def attend_now(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, num_groups: int) -> None:
+        """Replace `q [B, mine, H, D]` by its attention to all cards' tokens, of which k and v are this one's."""
+        HeadExchange(self.share.exchange, self.share.ranks, self.spans, (q, k, v), num_groups).run(attend)

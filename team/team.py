@@ -1,0 +1,164 @@
+"""The threads of several cards, one for each: they begin a pass together, and end it together whatever happens."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from .exchange import Exchange
+from .link import Link, links_for
+from .mail import TIMEOUT_SECONDS, Mail, TeamError, TeamStopped
+from .share import Share
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.1
+
+
+@dataclass
+class _Job:
+    """Something that one card's thread does; `done` is set whatever comes of it."""
+
+    task: Callable[[], Any]
+    inference: bool
+    result: Any = None
+    error: BaseException | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        try:
+            with torch.inference_mode(self.inference):
+                self.result = self.task()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it raises it
+            self.error = error
+        finally:
+            self.done.set()
+
+
+class Team:
+    """Cards by their numbers: 0 works on the caller's thread, each other one on a thread of its own.
+
+    The threads are there between the first pass and `close`. `links` are the cards' copies, chosen where not given.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        links: Sequence[Link] | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> None:
+        self.devices = tuple(devices)
+        self.mail = Mail(len(devices), timeout_seconds)
+        chosen = links_for(devices) if links is None else links
+        self.exchanges = [Exchange(rank, self.mail, link) for rank, link in enumerate(chosen)]
+        self._jobs: list[queue.SimpleQueue[_Job | None]] = []
+        self._hung = False
+
+    def share(self, rank: int, ranks: Sequence[int]) -> Share:
+        """A card's place among those of the team that share a pass."""
+        return Share(self.exchanges[rank], tuple(ranks))
+
+    def run(self, task: Callable[[int], T]) -> list[T]:
+        """What `task` makes of each number, all at once. Where one fails all stop, and its error is raised.
+
+        TeamError where a card does not stop in time: nothing else can be done with that one.
+        """
+        if self._hung:
+            raise TeamError("a card of this team hung before: start the program anew, without that card")
+        self._start()
+        self.mail.begin()
+        jobs = [
+            _Job(self._stopping(task, rank), torch.is_inference_mode_enabled()) for rank in range(len(self.devices))
+        ]
+        for waiting, job in zip(self._jobs, jobs[1:], strict=True):
+            waiting.put(job)
+        try:
+            jobs[0].run()
+            self._join(jobs[1:])
+        except BaseException:  # an interrupt between two commands
+            self.mail.stop()
+            if not self._hung:
+                self._join(jobs[1:])
+                self._abandon()
+            raise
+        error = _first_error(jobs)
+        if error is None:
+            return [job.result for job in jobs]
+        self._abandon()
+        jobs.clear()  # their errors hold what the cards were making
+        try:
+            raise error
+        finally:
+            del error
+
+    def close(self) -> None:
+        """End the threads; calling it again does nothing."""
+        for waiting in self._jobs:
+            waiting.put(None)
+        self._jobs.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_jobs"):
+            self.close()
+
+    def _stopping(self, task: Callable[[int], T], rank: int) -> Callable[[], T]:
+        def run() -> T:
+            try:
+                return task(rank)
+            except BaseException:
+                self.mail.stop()
+                raise
+
+        return run
+
+    def _start(self) -> None:
+        if self._jobs:
+            return
+        for rank, device in enumerate(self.devices[1:], 1):
+            waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+            thread = threading.Thread(target=_work, args=(waiting, device), name=f"lowvram-card-{rank}", daemon=True)
+            thread.start()
+            self._jobs.append(waiting)
+
+    def _join(self, jobs: Sequence[_Job]) -> None:
+        """Wait for the others: after this one they end too, or at their next letter where one has failed."""
+        for rank, job in enumerate(jobs, 1):
+            waited = 0.0
+            while not job.done.wait(_POLL_SECONDS):
+                waited += _POLL_SECONDS
+                if waited > self.mail.timeout_seconds:
+                    self._hung = True
+                    self.mail.stop()
+                    raise TeamError(
+                        f"card {rank} ({self.devices[rank]}) has not ended its part of a pass for "
+                        f"{self.mail.timeout_seconds:g} s: it hangs or has gone; look at nvidia-smi, and leave that "
+                        "card out of the devices"
+                    )
+
+    def _abandon(self) -> None:
+        for exchange in self.exchanges:
+            try:
+                exchange.abandon()
+            except RuntimeError:  # the device that failed says so again
+                continue
+
+
+def _work(waiting: queue.SimpleQueue[_Job | None], device: torch.device) -> None:
+    """A card's thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches its kernels where it is
+    while (job := waiting.get()) is not None:
+        job.run()
+        del job  # what it made is the caller's alone
+
+
+def _first_error(jobs: Sequence[_Job]) -> BaseException | None:
+    """The error that stopped the others, rather than one of those who were stopped."""
+    errors = [job.error for job in jobs if job.error is not None]
+    causes = [error for error in errors if not isinstance(error, TeamStopped)]
+    return (causes or errors or [None])[0]

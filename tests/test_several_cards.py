@@ -1,0 +1,282 @@
+"""A model on several cards (all of them the CPU): as on one, from one copy of its weights in RAM, whatever happens."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lowvram_video.attention.sparse.settings import SparseSettings
+from lowvram_video.cli.main import main
+from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
+from lowvram_video.memory.plan.footprint import GIB, WorkSize
+from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.memory.plan.table import describe
+from lowvram_video.memory.stream.host_blocks import HostBlocks
+from lowvram_video.memory.stream.layout import Part
+from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
+from lowvram_video.memory.stream.shared_blocks import SharedBlocks
+from lowvram_video.memory.stream.streamer import BlockStreamer
+from lowvram_video.runtime.cards import parse_devices
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.runtime.several import shared_samples
+from lowvram_video.team.exchange import Exchange
+from lowvram_video.wanvideo.identity import WanFiles
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.wanvideo.pipeline import WanPipeline
+from lowvram_video.wanvideo.request import WanRequest
+from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.weights.lora.file import LoraChoice
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .loras import make_factors, save_lora
+from .test_pipeline import latent_of
+from .tiny import randomize, save_files
+
+CPU = torch.device("cpu")
+WORK = WorkSize(9, 64, 96)
+REQUEST = WanRequest(
+    "a red ball moves left", "two cats", width=48, height=32, num_frames=9, seed=3, num_steps=2, shift=3.0, guidance=4.0
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three heads, which no number of cards here divides."""
+    path = tmp_path_factory.mktemp("several") / "wan.safetensors"
+    model = randomize(WanModel(WanConfig("t2v", 384, 512, 3, 4, text_dim=32, freq_dim=32)))
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
+    return save_files(tmp_path_factory.mktemp("files"), experts=True)
+
+
+def on_cards(num_cards: int, **settings: Any) -> RunSettings:
+    return RunSettings(others=(CPU,) * (num_cards - 1), **settings)
+
+
+def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    latent = torch.randn(batch, 16, 3, 8, 12, generator=generator)
+    return latent, torch.linspace(700, 300, batch), torch.randn(batch, 6, 32, generator=generator)
+
+
+def started(path: Path, settings: RunSettings, work: WorkSize = WORK, **limits: Any) -> StreamedWan:
+    model = StreamedWan(path, settings)
+    model.start_fitting(model.make_plan(work, limits_for(CPU, **limits)))
+    return model
+
+
+class TestPasses:
+    @pytest.mark.parametrize(("num_cards", "batch"), [(2, 1), (3, 1), (4, 2), (2, 2), (3, 2)])
+    def test_equal_to_one_card(self, file, num_cards, batch):
+        with torch.inference_mode():
+            alone = started(file, RunSettings())
+            samples = batch if num_cards % batch == 0 else 1  # those that have cards of their own
+            expected = torch.cat(
+                [alone(*part) for part in zip(*(each.chunk(samples) for each in inputs(batch)), strict=True)]
+            )
+            model = started(file, on_cards(num_cards), replace(WORK, batch=batch))
+            for _ in range(2):
+                assert model(*inputs(batch)).equal(expected)
+        model.release()
+
+    def test_one_copy_in_ram_feeds_all(self, file):
+        model = started(file, on_cards(3))
+        held = model.weights.held
+        assert held is not None and model.several is not None
+        for other in model.several.others:
+            assert isinstance(other.weights.blocks, SharedBlocks) and other.host_bytes == 0
+            assert other.weights.blocks.extents is held.extents
+            weight = other.model.blocks[1].ffn[0].weight
+            assert weight.data_ptr() == model.model.blocks[1].ffn[0].weight.data_ptr()
+        extents = weakref.ref(held)
+        model.release()
+        del held
+        gc.collect()
+        assert extents() is None, "another card holds on to the first one's host memory"
+
+    def test_from_the_disk_too(self, file):
+        with torch.inference_mode():
+            expected = started(file, RunSettings())(*inputs())
+            model = started(file, on_cards(2), ram_budget_gib=(RAM_MARGIN_BYTES + 21 * 2**20) / GIB)  # of 25 MiB
+            assert model.plan is not None and model.plan.host.from_disk
+            assert model(*inputs()).equal(expected)
+        model.release()
+
+    def test_with_loras_whose_strengths_change(self, files, tmp_path):
+        lora = LoraChoice(save_lora(tmp_path / "style.safetensors", make_factors()), 0.9)
+        made = []
+        for settings in (RunSettings(), on_cards(2)):
+            model = StreamedWan(files.model, settings, loras=[lora])
+            with torch.inference_mode():
+                for strength in (0.9, 0.3):
+                    model.set_lora_strengths([strength])
+                    if not model.started:
+                        model.start_fitting(model.make_plan(WORK, limits_for(CPU)))
+                    made.append(model(*inputs()))
+            model.release()
+        assert made[0].equal(made[2]) and made[1].equal(made[3]) and not made[0].equal(made[1])
+
+    def test_samples_go_to_cards_of_their_own_first(self, file, monkeypatch):
+        """Guidance on two cards exchanges nothing."""
+
+        def refuse(*_: object) -> None:
+            raise AssertionError("something was sent")
+
+        with torch.inference_mode():
+            alone = started(file, RunSettings())
+            expected = torch.cat([alone(*part) for part in zip(*(each.chunk(2) for each in inputs(2)), strict=True)])
+            model = started(file, on_cards(2), replace(WORK, batch=2))
+            monkeypatch.setattr(Exchange, "send", refuse)
+            assert model(*inputs(2)).equal(expected)
+        model.release()
+
+    def test_who_shares_a_sample(self):
+        assert shared_samples(2, 2) == [(slice(0, 1), (0,)), (slice(1, 2), (1,))]
+        assert shared_samples(2, 4) == [(slice(0, 1), (0, 1))] * 2 + [(slice(1, 2), (2, 3))] * 2
+        assert shared_samples(2, 3) == [(slice(0, 2), (0, 1, 2))] * 3
+        assert shared_samples(1, 2) == [(slice(0, 1), (0, 1))] * 2
+
+
+class TestFailures:
+    def test_out_of_memory_on_another_card_is_repeated_leaner(self, file, monkeypatch):
+        with torch.inference_mode():
+            expected = started(file, RunSettings())(*inputs())
+            model = started(file, on_cards(2))
+            assert model.several is not None and model.plan is not None
+            other, before = model.several.others[0], model.plan
+            attend, left = other.model.execution.attention.attend, [1]
+
+            def full(*qkv: Tensor) -> Tensor:
+                if left and left.pop():
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+                return attend(*qkv)
+
+            monkeypatch.setattr(other.model.execution.attention, "attend", full)
+            assert model(*inputs()).equal(expected)
+            assert model.plan.denoise.total < before.denoise.total
+        model.release()
+
+    def test_an_interrupt_between_blocks_ends_all_cleanly(self, file):
+        class Interrupt(BaseException):
+            pass
+
+        with torch.inference_mode():
+            expected = started(file, RunSettings())(*inputs())
+            for at in range(1, 5):
+                left = [at]
+
+                def hook(left: list[int] = left) -> None:
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise Interrupt
+
+                model = StreamedWan(file, on_cards(3), between_blocks=hook)
+                plan = model.make_plan(WORK, limits_for(CPU))
+                left[0] = 1000
+                model.start_fitting(plan)
+                left[0] = at
+                with pytest.raises(Interrupt):
+                    model(*inputs())
+                assert model(*inputs()).equal(expected)
+                model.release()
+
+    def test_sparse_attention_is_refused_with_the_way_out(self, file):
+        model = StreamedWan(file, on_cards(2))
+        with pytest.raises(ValueError, match="sparse attention runs on one card: use a single device"):
+            model.use_sparse(SparseSettings())
+
+
+class TestPipeline:
+    @pytest.mark.parametrize(("num_cards", "guidance"), [(2, 4.0), (3, 4.0), (2, 1.0)])
+    def test_a_video_of_two_experts_is_the_same(self, files, num_cards, guidance):
+        request = replace(REQUEST, guidance=guidance)
+        expected = latent_of(files, request)
+        assert latent_of(files, request, on_cards(num_cards)).equal(expected)
+
+    def test_cards_may_be_left_again(self, file):
+        with torch.inference_mode():
+            expected = started(file, RunSettings())(*inputs())
+            model = started(file, on_cards(3))
+            for cards in ((), (CPU,)):
+                model.use_cards(cards)
+                model.start_fitting(model.make_plan(WORK, limits_for(CPU)))
+                assert model(*inputs()).equal(expected)
+        model.release()
+
+    def test_report_and_plan_tell_of_every_card(self, files):
+        pipeline = WanPipeline(files, on_cards(2))
+        list(pipeline.generate(replace(REQUEST, num_steps=1)))
+        assert "cpu beside it: VRAM peak" in pipeline.report().table()
+        assert pipeline.plan is not None
+        assert "on 2 cards" in describe(pipeline.plan) and "of each card" in describe(pipeline.plan)
+
+
+class TestCommandLine:
+    def test_a_video_on_two_devices(self, files, tmp_path, capsys):
+        command = [
+            "generate", "--model", str(files.model), "--text-encoder", str(files.text_encoder), "--vae", str(files.vae),
+            "--prompt", "a red ball", "--width", "48", "--height", "32", "--frames", "5", "--steps", "1", "--no-resume",
+        ]  # fmt: skip
+        assert main([*command, "--devices", "cpu,cpu", "-o", str(tmp_path / "two.mp4")]) == 0
+        assert main([*command, "--device", "cpu", "-o", str(tmp_path / "one.mp4")]) == 0
+        assert (tmp_path / "two.mp4").stat().st_size > 0
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("cpu,", "name devices with commas between them"),
+            ("auto", "no GPU was found"),
+            ("gpu,cpu", "device 'gpu' does not exist"),
+            ("", "name devices with commas between them"),
+        ],
+    )
+    def test_lists_that_are_none_are_refused(self, text, said):
+        with pytest.raises(ValueError, match=said):
+            parse_devices(text)
+
+    def test_gpus_are_named_once(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert parse_devices("auto") == parse_devices("cuda:0, cuda:1") == parse_devices("cuda,cuda:1")
+        with pytest.raises(ValueError, match="cuda:0 is there twice"):
+            parse_devices("cuda,cuda:0")
+        with pytest.raises(ValueError, match="name one kind"):
+            parse_devices("cuda:0,cpu")
+        with pytest.raises(ValueError, match=r"'cuda:2' does not exist: this machine has 2 GPU"):
+            parse_devices("cuda:0,cuda:2")
+
+
+class TestSharedBlocks:
+    @pytest.mark.parametrize("num_slots", [1, 2])
+    def test_two_streamers_at_once_have_the_owner_s_bytes(self, file, num_slots):
+        """Each through a ring of its own, as cards have them."""
+        models = [StreamedWan(file, RunSettings()) for _ in range(2)]
+        weights = models[0].weights
+        blocks = HostBlocks(weights.source, weights.layouts)
+        sizes = [layout.nbytes for layout in weights.layouts]
+        streamers = [
+            BlockStreamer(model.blocks, source, CPU, ring=DeviceRing(ring_bytes(sizes, num_slots), CPU), part=Part.ALL)
+            for model, source in zip(models, (blocks, SharedBlocks(blocks)), strict=True)
+        ]
+        for streamer in streamers:
+            streamer.load()
+        for _ in range(2):
+            passes = [streamer(model.blocks) for streamer, model in zip(streamers, models, strict=True)]
+            for index, (one, other) in enumerate(zip(*passes, strict=True)):
+                stored = models[0].checkpoint.read(f"blocks.{index}.ffn.0.weight")
+                assert one.ffn[0].weight.equal(stored) and other.ffn[0].weight.equal(stored)
+                assert one.ffn[0].weight.data_ptr() != other.ffn[0].weight.data_ptr()
+        for streamer in streamers:
+            streamer.unload()
+        blocks.release()

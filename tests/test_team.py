@@ -1,0 +1,347 @@
+"""Several cards that share a pass, on the CPU: bit for bit as one device, in any order of events, whatever fails."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowvram_video.attention.sdpa import Sdpa
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt
+from lowvram_video.framepack.streamed import FollowedCache
+from lowvram_video.sampling.step_cache import TeaCache
+from lowvram_video.team.heads import HeadExchange
+from lowvram_video.team.link import HostLink, Link, Mark
+from lowvram_video.team.mail import Mail, TeamError, TeamStopped
+from lowvram_video.team.spans import even_spans, head_spans, length, run_length
+from lowvram_video.team.team import Team
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import Extras, WanModel
+from torch import Tensor
+
+from . import tiny_framepack
+from .tiny import randomize
+
+CPU = torch.device("cpu")
+TIMEOUT = 20.0  # seconds: a hang is a failure, not a test that never ends
+WAN = WanConfig("t2v", 140, 192, 7, 2, text_dim=32, freq_dim=32)  # 7 heads: uneven for 2, 3 and 4 cards
+FRAMEPACK = replace(tiny_framepack.CONFIG, num_heads=5)
+
+
+def team_of(num_cards: int, links: Sequence[Link] | None = None, timeout: float = TIMEOUT) -> Team:
+    return Team([CPU] * num_cards, links, timeout)
+
+
+def share_pass(models: Sequence[Any], team: Team) -> None:
+    for rank, model in enumerate(models):
+        model.share = team.share(rank, range(len(models)))
+
+
+class TestSpans:
+    @given(count=st.integers(0, 200), parts=st.integers(1, 9))
+    def test_parts_are_even_and_complete(self, count, parts):
+        spans = even_spans(count, parts)
+        assert [spans[0].start, spans[-1].stop, len(spans)] == [0, count, parts]
+        assert all(one.stop == other.start for one, other in pairwise(spans))
+        assert max(map(length, spans)) - min(map(length, spans)) <= 1
+
+    @given(heads=st.integers(1, 50), cards=st.integers(1, 9), groups=st.integers(1, 12))
+    def test_every_head_is_one_card_s_in_one_group(self, heads, cards, groups):
+        spans = head_spans(heads, cards, groups)
+        assert sorted(head for group in spans for span in group for head in range(span.start, span.stop)) == [
+            *range(heads)
+        ]
+        assert all(any(map(length, group)) for group in spans)
+
+    @given(size=st.integers(1, 400), cards=st.integers(1, 8))
+    def test_runs_divide_a_timestep_s_tokens(self, size, cards):
+        run = run_length(size, cards)
+        assert size % run == 0 and size // run >= min(size, cards)
+
+
+class TestWan:
+    @pytest.mark.parametrize("num_cards", [2, 3, 4])
+    @pytest.mark.parametrize("head_groups", [1, 3])
+    @pytest.mark.parametrize("per_frame", [False, True])
+    def test_equal_to_one_device(self, num_cards, head_groups, per_frame):
+        latent, text = random_like((2, 16, 3, 10, 12), 1), random_like((2, 8, 32), 2)
+        timestep = (
+            torch.tensor([[900.0, 0.0, 300.0], [20.0, 500.0, 700.0]]) if per_frame else torch.tensor([900.0, 20.0])
+        )
+        models = [wan(head_groups) for _ in range(num_cards)]
+        with torch.inference_mode():
+            expected = models[0](latent, timestep, text)
+            team = team_of(num_cards)
+            share_pass(models, team)
+            for _ in range(2):
+                made = team.run(lambda rank: models[rank](latent, timestep, text))
+                assert all(one.equal(expected) for one in made)
+        team.close()
+
+    @pytest.mark.parametrize("variant", ["vace", "reference", "camera"])
+    def test_variants_are_shared_too(self, variant):
+        config = {
+            "vace": replace(WAN, vace_layers=1, vace_channels=96),
+            "reference": replace(WAN, reference_channels=16),
+            "camera": replace(WAN, camera_channels=24),
+        }[variant]
+        extras = {
+            "vace": Extras(vace_frames=(random_like((1, 96, 3, 4, 6), 5),), vace_strengths=(0.7,)),
+            "reference": Extras(reference=random_like((1, 16, 4, 6), 5)),
+            "camera": Extras(camera=random_like((1, 24, 3, 32, 48), 5)),
+        }[variant]
+        latent, text, timestep = random_like((1, 16, 3, 4, 6), 1), random_like((1, 8, 32), 2), torch.tensor([700.0])
+        models = [wan(1, config) for _ in range(3)]
+        with torch.inference_mode():
+            expected = models[0](latent, timestep, text, extras=extras)
+            team = team_of(3)
+            share_pass(models, team)
+            made = team.run(lambda rank: models[rank](latent, timestep, text, extras=extras))
+        assert all(one.equal(expected) for one in made)
+        team.close()
+
+    def test_too_few_tokens_are_refused_by_all(self):
+        models, team = [wan(1) for _ in range(4)], team_of(4)
+        share_pass(models, team)
+        latent, text = random_like((1, 16, 1, 2, 2), 1), random_like((1, 8, 32), 2)
+        with pytest.raises(ValueError, match="1 tokens cannot be shared by 4 cards: use fewer cards"):
+            team.run(lambda rank: models[rank](latent, torch.tensor([5.0]), text))
+
+
+class TestFramePack:
+    @pytest.mark.parametrize("num_cards", [2, 3, 4])
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_equal_to_one_device(self, num_cards, cached):
+        models = [framepack() for _ in range(num_cards)]
+        history = History(frames_of(2, [0, 10], 1), frames_of(2, [11, 12], 2), frames_of(4, [13, 14, 15, 16], 3))
+        noisy, image = frames_of(3, [1, 2, 3], 4), random_like((6, FRAMEPACK.dim), 5)
+        prompt = Prompt(random_like((1, 7, 24), 6), random_like((1, 12), 7))
+        with torch.inference_mode():
+            steps = models[0].conditions(prompt, torch.tensor([900.0, 880.0, 860.0, 500.0]), 6000.0)
+            alone = TeaCache(len(steps), threshold=1e9) if cached else None
+            shared: list[Any] = [TeaCache(len(steps), threshold=1e9), *(FollowedCache() for _ in models[1:])]
+            expected = []
+            for index, step in enumerate(steps):
+                if alone is not None:
+                    alone.begin_step(index)
+                expected.append(models[0](noisy, history, step, image, alone))
+            team = team_of(num_cards)
+            share_pass(models, team)
+            for index, step in enumerate(steps):
+                shared[0].begin_step(index)
+                caches = shared if cached else [None] * num_cards
+                made = team.run(
+                    lambda rank, step=step, caches=caches: models[rank](noisy, history, step, image, caches[rank])
+                )
+                assert all(one.equal(expected[index]) for one in made)
+        team.close()
+
+
+@dataclass
+class Pending:
+    """A copy that a lazy link has not made yet."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    done: bool = False
+
+
+class LazyLink(HostLink):
+    """Copies at the last moment allowed, or at some moment before: it shows who reads too early or writes too early."""
+
+    def __init__(self, seed: int, lock: threading.Lock) -> None:
+        self.random, self.lock = random.Random(seed), lock
+        self.waiting: list[Pending] = []
+
+    def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
+        self.dawdle()
+        return tensors, None
+
+    def fetch(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Mark) -> Mark:
+        pending = Pending(list(pairs))
+        for own, _ in pending.pairs:
+            own.fill_(float("nan"))
+        self.waiting.append(pending)
+        self.dawdle()
+        return pending
+
+    def wait(self, mark: Mark) -> None:
+        self.dawdle()
+        if mark is not None:
+            self.make(mark)
+
+    def dawdle(self) -> None:
+        time.sleep(self.random.choice((0, 0, 0, 0.001)))
+        if self.waiting and self.random.random() < 0.3:
+            self.make(self.waiting.pop(self.random.randrange(len(self.waiting))))
+
+    def make(self, pending: Pending) -> None:
+        with self.lock:
+            if not pending.done:
+                for own, other in pending.pairs:
+                    own.copy_(other)
+                pending.done = True
+
+
+class TestAnyOrder:
+    @settings(max_examples=25, deadline=None)
+    @given(
+        num_cards=st.integers(2, 4),
+        num_heads=st.integers(1, 7),
+        tokens=st.integers(4, 11),
+        groups=st.integers(1, 4),
+        batch=st.integers(1, 2),
+        seed=st.integers(0, 1000),
+    )
+    def test_attention_is_that_of_one_device(self, num_cards, num_heads, tokens, groups, batch, seed):
+        q, k, v = (random_like((batch, tokens, num_heads, 8), seed + each) for each in range(3))
+        attend = Sdpa(CPU).attend
+        expected = attend(q, k, v)
+        spans, lock = even_spans(tokens, num_cards), threading.Lock()
+        team = team_of(num_cards, [LazyLink(seed + rank, lock) for rank in range(num_cards)])
+
+        def layer(rank: int) -> Tensor:
+            own = [tensor[:, spans[rank]].clone() for tensor in (q, k, v)]
+            exchange = team.exchanges[rank]
+            HeadExchange(exchange, range(num_cards), spans, (own[0], own[1], own[2]), groups).run(attend)
+            own[1].fill_(float("nan"))  # the next layer's
+            own[2].fill_(float("nan"))
+            return own[0]
+
+        with torch.inference_mode():
+            for _ in range(2):
+                assert torch.cat(team.run(layer), 1).equal(expected)
+        team.close()
+
+
+class Stumble(BaseException):
+    """An interrupt as hosts raise it: no Exception."""
+
+
+class StumblingLink(HostLink):
+    """Raises at its operation of a number."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.left, self.error = at, error
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+    def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
+        self.count()
+        return super().offer(tensors)
+
+    def fetch(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Mark) -> Mark:
+        self.count()
+        return super().fetch(pairs, after)
+
+    def wait(self, mark: Mark) -> None:
+        self.count()
+
+
+class TestFailures:
+    @pytest.mark.parametrize("culprit", [0, 2])
+    @pytest.mark.parametrize("error", [Stumble(), torch.cuda.OutOfMemoryError("full")], ids=["interrupt", "memory"])
+    def test_a_failure_at_any_exchange_ends_all(self, culprit, error):
+        """At each in turn: its error is raised, nobody hangs, and the next pass is right."""
+        latent, timestep, text = random_like((1, 16, 2, 4, 6), 1), torch.tensor([700.0]), random_like((1, 8, 32), 2)
+        models = [wan(2, replace(WAN, num_layers=1)) for _ in range(3)]
+        with torch.inference_mode():
+            expected = models[0](latent, timestep, text)
+            at, ended = 0, False
+            while not ended:
+                at += 1
+                links = [StumblingLink(at if rank == culprit else 0, error) for rank in range(3)]
+                team = team_of(3, links)
+                share_pass(models, team)
+                try:
+                    team.run(lambda rank: models[rank](latent, timestep, text))
+                    ended = True  # it has no operation of that number
+                except type(error) as raised:
+                    assert raised is error
+                links[culprit].left = 0
+                made = team.run(lambda rank: models[rank](latent, timestep, text))
+                assert all(one.equal(expected) for one in made)
+                team.close()
+        assert at > 20
+
+    def test_a_card_that_never_sends_is_an_error(self):
+        team = team_of(2, timeout=0.3)
+        done = threading.Event()
+
+        def task(rank: int) -> None:
+            if rank == 1:
+                done.wait(TIMEOUT)
+            else:
+                team.exchanges[0].receive(1, "rows", [])
+
+        begun = time.monotonic()
+        with pytest.raises(TeamError, match=r"card 1 .*hangs or has gone"):
+            team.run(task)
+        assert time.monotonic() - begun < 5
+        with pytest.raises(TeamError, match="hung before"):
+            team.run(task)
+        done.set()
+
+    def test_whoever_waits_is_woken(self):
+        mail = Mail(2)
+        threading.Timer(0.2, mail.stop).start()
+        with pytest.raises(TeamStopped):
+            mail.take(0, 1, "rows")
+
+    def test_threads_end_with_their_team(self):
+        before, team = set(threading.enumerate()), team_of(3)
+        assert team.run(lambda rank: rank) == [0, 1, 2]
+        threads = set(threading.enumerate()) - before
+        assert len(threads) == 2
+        team.close()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        assert not any(thread.is_alive() for thread in threads)
+
+    def test_nothing_of_a_failed_pass_is_kept(self):
+        team = team_of(2, [HostLink(), StumblingLink(3, Stumble())])
+        q = random_like((1, 8, 4, 8), 1)
+        spans = even_spans(8, 2)
+
+        def layer(rank: int) -> None:
+            own = q[:, spans[rank]].clone()
+            HeadExchange(team.exchanges[rank], range(2), spans, (own, own.clone(), own.clone()), 2).run(
+                Sdpa(CPU).attend
+            )
+
+        with pytest.raises(Stumble):
+            team.run(layer)
+        assert not any(exchange._sent or exchange._arriving for exchange in team.exchanges)
+
+
+def random_like(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def frames_of(count: int, indices: list[int], seed: int) -> Frames:
+    return Frames(random_like((1, 16, count, 8, 12), seed), torch.tensor(indices))
+
+
+def wan(head_groups: int, config: WanConfig = WAN) -> WanModel:
+    model = WanModel(config)
+    randomize(model)
+    model.execution = replace(model.execution, head_groups=head_groups)
+    return model
+
+
+def framepack(config: FramePackConfig = FRAMEPACK) -> FramePackModel:
+    model = FramePackModel(config)
+    model.load_state_dict(tiny_framepack.make_tensors(config))
+    model.execution = replace(model.execution, head_groups=2)
+    return model
