@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.sd
@@ -51,7 +52,7 @@ def test_a_marker_tensor_changes_nothing(models: Path) -> None:
 def test_a_vae_of_other_channels_decodes_as_core_does(tmp_path: Path, decoded: int, encoded: int) -> None:
     """Wan2.1_VAE_upscale2x_imageonly_real_v1 and qwen_image_layered_vae."""
     noise, tensors = torch.randn(2**18, generator=torch.Generator().manual_seed(0)), {}
-    for name, tensor in WanVAE(WAN21_VAE, device="meta").state_dict().items():
+    for name, tensor in WanVAE(replace(WAN21_VAE, encoder_dim=16, decoder_dim=16), device="meta").state_dict().items():
         shape = list(tensor.shape)
         if name.startswith("decoder.head.2."):
             shape[0] = decoded
