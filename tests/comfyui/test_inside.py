@@ -15,6 +15,8 @@ INSIDE = Path(__file__).parent / "inside"
 @pytest.mark.timeout(1200)
 def test_inside(comfyui: Any, tmp_path: Path) -> None:
     environment = os.environ | {"COMFYUI_DIR": str(comfyui.folder), "OMP_NUM_THREADS": "1"}
+    if not comfyui.is_newest:
+        environment["COMFYUI_IS_OLDER"] = "1"
     command = [str(comfyui.python), "-m", "pytest", "-c", str(INSIDE / "pytest.ini"), "--rootdir", str(INSIDE), "-s"]
     done = subprocess.run(
         [*command, "--durations=10", "--basetemp", str(tmp_path / "pytest"), str(INSIDE)],

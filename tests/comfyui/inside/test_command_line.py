@@ -128,6 +128,7 @@ def check(ours: Tensor, theirs: Tensor, what: str) -> None:
     assert ours.shape == theirs.shape and error < BOUND
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("given", [("image",), ("image", "end_image")])
 def test_pictures_with_clips_features(
     models: Path,
@@ -155,6 +156,7 @@ def test_pictures_with_clips_features(
     check(by_command_line(files, pictures, monkeypatch), wanted, variant)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("given", [("control",), ("control", "reference"), ("image", "end_image")])
 def test_vace(
     models: Path,
@@ -180,6 +182,7 @@ def test_vace(
         check(by_command_line(files, pictures, monkeypatch, 0.7, batched), wanted, f"vace, {given}, batched {batched}")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("given", [("control",), ("control", "reference", "image")])
 def test_fun_control(
     models: Path,
@@ -199,6 +202,7 @@ def test_fun_control(
     check(by_command_line(files, pictures, monkeypatch), wanted, f"fun control, {given}")
 
 
+@pytest.mark.newest
 def test_fun_control_with_clips_features(
     models: Path, shown: dict[str, Path], clip: tuple[Any, Path], vae: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from lowvram_pack.nodes.doctor import Doctor
 
 
+@pytest.mark.newest
 def test_the_node_tries_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     out = Doctor.execute(read_disk=False, save_report=True)

@@ -73,6 +73,7 @@ def test_framepacks_vae() -> None:
     assert encoded(Native(), images, 32).shape == want.shape
 
 
+@pytest.mark.newest
 def test_tiles_are_seamless_within_their_overlap(vae: Any) -> None:
     images = pictures(5, 192, 192)
     whole, tiled = encoded(vae, images), encoded(vae, images, 128)
@@ -81,6 +82,7 @@ def test_tiles_are_seamless_within_their_overlap(vae: Any) -> None:
     assert error < 0.1
 
 
+@pytest.mark.newest
 def test_a_video_that_the_device_does_not_hold_is_encoded_in_strips(
     vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_video_that_the_device_does_not_hold_is_encoded_in_strips(
     assert len(asked) == 2 and asked[1] >= host.EVERYTHING  # idle models leave before the second way
 
 
+@pytest.mark.newest
 def test_tiles_are_encoded_where_no_strip_fits(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(5, 144, 64)
     want = encoded(vae, images, 128)
@@ -191,6 +194,7 @@ def test_tiny_decoders_are_cores(config: TinyConfig, dtype: torch.dtype, what: s
     assert error < 1e-4
 
 
+@pytest.mark.newest
 def test_a_tiny_decoder_in_tiles() -> None:
     vae = tiny_decoder(TINY_16, torch.bfloat16)
     latent = random_latent(size=(2, 24, 24))
@@ -199,6 +203,7 @@ def test_a_tiny_decoder_in_tiles() -> None:
     assert relative_error(tiled, whole) < 0.1
 
 
+@pytest.mark.newest
 def test_lightvae_is_a_narrow_wan_vae() -> None:
     """Three of four channels are pruned everywhere: its shapes say so."""
     vae = tiny_vae("2.1", width=24)

@@ -174,6 +174,7 @@ def tiled(vae: Any) -> torch.Tensor:
         return DecodeVideo.execute(LARGE, vae, 128, 0, False).result[0]
 
 
+@pytest.mark.newest
 def test_tiles_are_seamless_within_their_overlap(whole: torch.Tensor, tiled: torch.Tensor) -> None:
     assert tiled.shape == whole.shape
     error = relative_error(tiled, whole)
@@ -181,6 +182,7 @@ def test_tiles_are_seamless_within_their_overlap(whole: torch.Tensor, tiled: tor
     assert error < 0.1
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("asked", "said"), [(0, "CUDA out of memory."), (160, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED")]
 )
@@ -202,6 +204,7 @@ def test_a_video_that_the_device_does_not_hold_is_decoded_in_strips(
     assert len(told) == 1 and told[0].startswith("in strips of")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("asked", [0, 160])
 def test_tiles_are_decoded_where_no_strip_fits(
     vae: Any, tiled: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: int
@@ -319,6 +322,7 @@ def counted(calls: list[str]) -> Any:
     return backend
 
 
+@pytest.mark.newest
 def test_blocks_are_compiled_once_for_all_blocks_steps_seeds_and_loras(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

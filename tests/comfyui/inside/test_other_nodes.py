@@ -142,7 +142,10 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder_paths.add_model_folder_path("loras", str(folder))
 
 
-@pytest.mark.parametrize(("name", "on_wan", "on_framepack"), CORE, ids=[row[0] for row in CORE])
+@pytest.mark.parametrize(
+    ("name", "on_wan", "on_framepack"),
+    [pytest.param(*row, id=row[0], marks=[pytest.mark.newest] if row[0] in COMPILERS else []) for row in CORE],
+)
 def test_a_node_of_comfyui(
     models: Path, framepack: Any, monkeypatch: pytest.MonkeyPatch, name: str, on_wan: str, on_framepack: str
 ) -> None:

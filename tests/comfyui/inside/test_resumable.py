@@ -164,6 +164,7 @@ def test_sampler_custom_advanced_goes_on_with_both_of_its_outputs(models: Path, 
     assert passes.count == (0 if at is None else STEPS - at + (passes.count > STEPS - at))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "change", ["seed", "cfg", "prompt", "steps", "sampler_name", "scheduler", "model", "shift", "lora", "latent"]
 )
@@ -241,6 +242,7 @@ def test_a_step_cache_is_said_to_begin_anew(models: Path, passes: Passes, caplog
     assert "EasyCache begins anew where the run goes on" in caplog.text
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("value", [float("nan"), 1e9])
 def test_a_fault_that_passes_costs_the_step_and_is_not_kept(
     models: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch, value: float, caplog: pytest.LogCaptureFixture
