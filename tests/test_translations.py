@@ -1,0 +1,104 @@
+"""Help pages and names in Chinese and Japanese: all there, all inputs named, and no English sentence left."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "web" / "docs"
+PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
+LANGUAGES = ("zh", "ja")
+# four words and more in a row, but for what stands as it is in the program: code, quoted messages, names in italics
+SENTENCE = re.compile(r"(?:[A-Za-z][A-Za-z'’-]+[ ,;:]+){4,}[A-Za-z][A-Za-z'’-]+")
+QUOTED = re.compile(r"```.*?```|`[^`\n]*`|\*\*.+?\*\*|\*[^*\n]+\*|\[[^\]]*\]|\]\([^)]*\)|https?://\S+", re.DOTALL)
+# a word -> why it is not used here
+WRONG_WORDS = {
+    "zh": {"VRAM": "显存", "频闪": "闪烁", "显卡内存": "显存", "视讯": "视频", "档案": "文件"},
+    "ja": {"ビデオ": "動画", "メモリー": "メモリ"},
+}
+NAMES = re.compile(r"Low ?VRAM|LowVRAM|VRAM Plan|VRAM プラン")  # of the pack and its nodes
+
+
+def page(node: str, language: str) -> str:
+    path = DOCS / node / f"{language}.md"
+    assert path.is_file(), f"web/docs/{node}/{language}.md is missing: translate web/docs/{node}.md"
+    return path.read_text(encoding="utf-8")
+
+
+def names(language: str) -> dict[str, dict[str, object]]:
+    return dict(json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_node_has_its_help_page(language: str) -> None:
+    missing = [node for node in PAGES if not (DOCS / node / f"{language}.md").is_file()]
+    assert not missing, f"no help page in {language}: {missing}"
+    loose = [path.parent.name for path in DOCS.glob(f"*/{language}.md") if path.parent.name not in PAGES]
+    assert not loose, f"these help pages are of no node: {loose}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("node", PAGES)
+def test_a_page_is_the_english_one_translated(node: str, language: str) -> None:
+    text, english = page(node, language), (DOCS / f"{node}.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {names(language)[node]['display_name']}\n"), f"{node}: its name is another"
+    inputs = set(re.findall(r"^\| `(\w+)`", english, re.MULTILINE)) | set(
+        re.findall(r"^- `(\w+)`", english, re.MULTILINE)
+    )
+    absent = sorted(name for name in inputs if f"`{name}`" not in text)
+    assert not absent, f"{node} in {language} says nothing of {absent}"
+    headings, translated = (len(re.findall(r"^## ", each, re.MULTILINE)) for each in (english, text))
+    assert translated >= headings, f"{node} in {language}: {headings - translated} sections are missing"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_english_sentence_is_left_in_help(language: str) -> None:
+    left = {
+        node: found
+        for node in PAGES
+        if (found := SENTENCE.findall(QUOTED.sub(" ", page(node, language)))) or _lines_of_english(page(node, language))
+    }
+    assert not left, f"not translated into {language}: {left}"
+
+
+def _lines_of_english(text: str) -> list[str]:
+    """Lines of prose without a letter of the language."""
+    lines = [QUOTED.sub("", line) for line in text.splitlines()]
+    return [line for line in lines if len(re.findall(r"[A-Za-z]{3,}", line)) > 6 and not re.search(r"[぀-鿿]", line)]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_english_sentence_is_left_in_names_and_tooltips(language: str) -> None:
+    left = {}
+    for node, entry in names(language).items():
+        texts = [entry["display_name"], entry["description"]]
+        for group in ("inputs", "outputs"):
+            values = entry.get(group, {})
+            assert isinstance(values, dict)
+            texts += [value["tooltip"] for value in values.values() if "tooltip" in value]
+        if wrong := [text for text in map(str, texts) if not re.search(r"[぀-鿿]", text) or SENTENCE.search(text)]:
+            left[node] = wrong
+    assert not left, f"not translated into {language}: {left}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_words_are_those_that_are_used_there(language: str) -> None:
+    texts = {f"{node}/{language}.md": QUOTED.sub(" ", page(node, language)) for node in PAGES}
+    texts["nodeDefs.json"] = "\n".join(map(str, _strings(names(language))))
+    wrong = [
+        f"{place}: {word} for {instead}"
+        for place, text in texts.items()
+        for word, instead in WRONG_WORDS[language].items()
+        if word in NAMES.sub("", text)
+    ]
+    assert not wrong, wrong
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for each in value.values() for text in _strings(each)]
+    return [value] if isinstance(value, str) else []
