@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
+from lowvram_video.memory.plan.table import ROWS
+
+from .test_packaging import sources
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "web" / "docs"
@@ -20,6 +25,7 @@ WRONG_WORDS = {
     "zh": {"VRAM": "显存", "频闪": "闪烁", "显卡内存": "显存", "视讯": "视频", "档案": "文件"},
     "ja": {"ビデオ": "動画", "メモリー": "メモリ"},
 }
+FEWEST_MESSAGES = 20
 NAMES = re.compile(r"Low ?VRAM|LowVRAM|VRAM Plan|VRAM プラン")  # of the pack and its nodes
 
 
@@ -102,3 +108,35 @@ def _strings(value: object) -> list[str]:
     if isinstance(value, dict):
         return [text for each in value.values() for text in _strings(each)]
     return [value] if isinstance(value, str) else []
+
+
+# --- texts that stay English in the program and are explained ---------------------------------------------
+
+
+@cache
+def texts_of_the_program() -> str:
+    """All strings of the package's code, a line each."""
+    found = []
+    for path in sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_commonest_messages_are_explained_as_the_program_says_them(language: str) -> None:
+    readme = (ROOT / f"README.{language}.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| “(.+?)” \|", readme, re.MULTILINE)
+    assert len(set(messages)) >= FEWEST_MESSAGES
+    parts = {part.strip() for message in messages for part in message.split("…") if len(part.strip()) > 8}
+    unknown = sorted(part for part in parts if part not in texts_of_the_program())
+    assert not unknown, f"README.{language}.md explains messages that are none: {unknown}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_row_of_a_plan_is_explained(language: str) -> None:
+    text = page("LowVRAMPlan", language)
+    missing = [row for row in ROWS.values() if f"**{row}**" not in text]
+    assert not missing, f"web/docs/LowVRAMPlan/{language}.md explains no {missing}"

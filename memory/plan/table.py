@@ -8,7 +8,7 @@ from ...system.sizes import in_gb, in_gib
 from .footprint import DenoiseMemory, Limits
 from .plan import MemoryPlan
 
-_ROWS = {
+ROWS = {
     "context": "CUDA context and libraries",
     "fixed_weights": "weights outside the blocks",
     "residents": "resident blocks",
@@ -26,7 +26,7 @@ def describe(plan: MemoryPlan) -> str:
     lines = [f"{plan.model.name}: {plan.work}", f"VRAM budget {in_gib(plan.budget_bytes)}", ""]
     for field in fields(DenoiseMemory):
         size = getattr(plan.denoise, field.name)
-        lines.append(f"  {_ROWS[field.name]:<38}{in_gib(size):>12}")
+        lines.append(f"  {ROWS[field.name]:<38}{in_gib(size):>12}")
     lines.append(f"  {'denoise, predicted peak':<38}{in_gib(plan.denoise.total):>12}")
     if plan.decode.total:
         lines.append(f"  {'decode, predicted peak':<38}{in_gib(plan.decode.total):>12}")
