@@ -66,6 +66,7 @@ def plan_text(patcher: StreamedModelPatcher, size: tuple[int, int, int], passes:
         note += f"ComfyUI runs on the CPU: this is the plan for a card of {CARD_GB:g} GB.\n"
         card_gb = CARD_GB
     try:
-        return note + describe(engine.preview(work, patcher.options, card_gb))
+        told = describe(engine.preview(work, patcher.options, card_gb))
     except ValueError as refusal:
-        return f"{note}{refusal}"
+        told = str(refusal)
+    return f"{told}\n\n{note}".rstrip()

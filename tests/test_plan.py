@@ -466,6 +466,16 @@ class TestText:
         assert all(reason in text for reason in reasons(plan))
         assert "hide behind compute" in text
 
+    def test_it_opens_with_a_verdict(self):
+        first = [describe(plan_memory(FP8, LONG_480P, limits(gb))).splitlines()[0] for gb in (6, 24)]
+        some, all_stay = (plan_memory(FP8, LONG_480P, limits(gb)) for gb in (6, 24))
+        budget, stay = some.budget_bytes / GIB, some.blocks.num_resident
+        kept = f"{stay} blocks stay, " if stay else ""
+        assert first[0] == f"Fits in {budget:.2f} GiB: {kept}{some.blocks.num_streamed} stream behind compute."
+        assert first[1] == f"Fits in {all_stay.budget_bytes / GIB:.2f} GiB: all 40 blocks stay."
+        bound = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, **H200))
+        assert describe(bound).splitlines()[0].endswith("stream and set the pace.")
+
     def test_transfer_bound_is_said(self):
         plan = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, **H200))
         assert "so they set the pace" in describe(plan)

@@ -18,7 +18,7 @@ from lowvram_video.memory.plan.footprint import GIB
 from lowvram_video.memory.report.intervals import intersect, length, merge, split, subtract
 from lowvram_video.memory.report.report import MemoryMonitor, MemorySample, PhaseReport, RunReport
 from lowvram_video.memory.report.stream_log import KEPT_PASSES, CopyTimes, StreamLog
-from lowvram_video.memory.report.timeline import draw_timeline
+from lowvram_video.memory.report.timeline import draw_timeline, timeline_canvas
 from lowvram_video.memory.stream.streams import Span
 from PIL import Image
 
@@ -152,6 +152,7 @@ class TestRunReport:
         assert "budget 5.00 GiB, used at most 4.50 GiB" in table
         assert "streamed 10.0 GB in 3 passes" in table
         assert "pinned 1.00 GiB, RAM peak 3.00 GiB" in table
+        assert max(len(line) for line in table.splitlines()[: 1 + len(report.phases)]) <= 66  # a node's width
 
 
 class FakeDevice:
@@ -248,12 +249,34 @@ class TestTimeline:
             report = replace(report, stream=None, copies=(), computes=(), passes=(), budget_bytes=None)
         with Image.open(BytesIO(draw_timeline(report))) as image:
             image.load()
-            assert (image.format, image.size) == ("PNG", (1200, 600))
+            assert (image.format, image.size) == ("PNG", (1200, 960))
             colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
         # copy stream, compute stream and budget line are there exactly where there is something to show
-        for color in ((0xE0, 0x8E, 0x2B), (0x4C, 0x9A, 0x5B), (0xC0, 0x39, 0x2B)):
+        for color in ((0xF0, 0xA8, 0x4B), (0x6C, 0xC0, 0x7E), (0xFF, 0x7B, 0x72)):
             assert (color in colors) == streamed
-        assert (0x3B, 0x6F, 0xB6) in colors
+        assert (0x6E, 0xA8, 0xFE) in colors
+        assert (0xFF, 0xD8, 0x66) in colors, "the peak that was predicted"
+
+    def test_a_run_on_the_processor_shows_its_ram(self):
+        report = example_report()
+        phases = tuple(replace(phase, device_peak_bytes=0, predicted_bytes=None) for phase in report.phases)
+        samples = tuple(replace(sample, device_bytes=0) for sample in report.samples)
+        axes = timeline_canvas(replace(report, phases=phases, samples=samples)).figure.axes[0]
+        (curve,) = (line for line in axes.lines if line.get_label() == "RAM")
+        assert max(curve.get_ydata()) == 2  # GiB, of the example
+        assert "VRAM" not in replace(report, phases=phases, samples=samples, budget_bytes=None).table()
+
+    @pytest.mark.parametrize("starts", [(0.0, 2.0, 8.0), (0.0, 0.1, 9.9), (0.0, 9.8, 9.9), (0.0, 0.01, 0.02)])
+    def test_names_of_phases_never_collide(self, starts: tuple[float, ...]):
+        report = example_report()
+        phases = tuple(replace(phase, start=start) for phase, start in zip(report.phases, starts, strict=True))
+        canvas = timeline_canvas(replace(report, phases=phases))
+        canvas.draw()
+        axes = canvas.figure.axes[0]
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) == len(phases)
+        assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
+        assert all(box.x0 >= 0 and box.x1 <= 1200 for box in boxes)
 
     def test_an_empty_run(self):
         assert len(draw_timeline(RunReport(()))) > 1000

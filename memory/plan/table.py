@@ -21,9 +21,21 @@ ROWS = {
 }
 
 
+def verdict(plan: MemoryPlan) -> str:
+    """The plan in one sentence: that it fits, in what, and what streams."""
+    blocks = plan.blocks
+    fits = f"Fits in {in_gib(plan.budget_bytes)}"
+    if not blocks.num_streamed:
+        return f"{fits}: all {blocks.num_blocks} blocks stay."
+    pace = "and set the pace" if plan.times.transfer_bound else "behind compute"
+    where = "from the disk " if plan.host.from_disk else ""
+    stay = f"{blocks.num_resident} blocks stay, " if blocks.num_resident else ""
+    return f"{fits}: {stay}{blocks.num_streamed} stream {where}{pace}."
+
+
 def describe(plan: MemoryPlan) -> str:
-    """The plan as text: where the VRAM goes, what streams, what that costs, and why it is so."""
-    lines = [f"{plan.model.name}: {plan.work}", f"VRAM budget {in_gib(plan.budget_bytes)}", ""]
+    """The plan as text: a verdict, where the VRAM goes, what streams, what that costs, and why it is so."""
+    lines = [verdict(plan), "", f"{plan.model.name}: {plan.work}", f"VRAM budget {in_gib(plan.budget_bytes)}", ""]
     for field in fields(DenoiseMemory):
         size = getattr(plan.denoise, field.name)
         lines.append(f"  {ROWS[field.name]:<38}{in_gib(size):>12}")

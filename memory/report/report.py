@@ -94,18 +94,8 @@ class RunReport:
         write_file(Path(path), json.dumps(asdict(self)).encode())
 
     def table(self) -> str:
-        """The report as text, one line per phase."""
-        lines = [
-            f"{'phase':<10}{'seconds':>9}{'VRAM peak':>12}{'predicted':>12}{'off by':>9}"
-            f"{'allocator':>12}{'RAM peak':>11}"
-        ]
-        for phase in self.phases:
-            used, predicted = self.vram_bytes(phase), phase.predicted_bytes
-            off = f"{100 * (used / predicted - 1):+.1f} %" if predicted else "-"
-            lines.append(
-                f"{phase.name:<10}{phase.seconds:>9.2f}{_gib(used):>12}{_gib(predicted):>12}{off:>9}"
-                f"{_gib(phase.reserved_peak_bytes):>12}{_gib(phase.rss_peak_bytes):>11}"
-            )
+        """The report as text, one line per phase, at most 66 characters wide; of RAM alone where no VRAM was used."""
+        lines = [self._head(), *(self._line(phase) for phase in self.phases)]
         if self.budget_bytes is not None:
             lines.append(f"budget {_gib(self.budget_bytes)}, used at most {_gib(self.vram_peak_bytes)}")
         for card in self.cards:
@@ -123,6 +113,22 @@ class RunReport:
         lines += readings_table(self.attention)
         lines.append(f"pinned {_gib(self.pinned_bytes)}, RAM peak {_gib(self.rss_peak_bytes)}")
         return "\n".join(lines)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether any VRAM was used: none was where the run was on the processor."""
+        return self.vram_peak_bytes > 0 or any(phase.predicted_bytes for phase in self.phases)
+
+    def _head(self) -> str:
+        vram = f"{'VRAM peak':>11}{'predicted':>11}{'off by':>8}{'reserved':>10}" if self.on_device else ""
+        return f"{'phase':<8}{'seconds':>8}{vram}{'RAM peak':>10}"
+
+    def _line(self, phase: PhaseReport) -> str:
+        used, predicted, vram = self.vram_bytes(phase), phase.predicted_bytes, ""
+        if self.on_device:
+            off = f"{100 * (used / predicted - 1):+.1f} %" if predicted else "-"
+            vram = f"{_gib(used):>11}{_gib(predicted):>11}{off:>8}{_gib(phase.reserved_peak_bytes):>10}"
+        return f"{phase.name:<8}{phase.seconds:>8.2f}{vram}{_gib(phase.rss_peak_bytes):>10}"
 
 
 class MemoryMonitor:

@@ -109,7 +109,7 @@ def test_the_report_tells_of_the_last_run(models: Path) -> None:
     text, picture = out.result
     print(text)
     assert "denoise" in text
-    assert picture.shape == (1, 600, 1200, 3)
+    assert picture.shape == (1, 960, 1200, 3)
     assert set(out.ui) >= {"text", "images"}
 
 
