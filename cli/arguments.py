@@ -22,6 +22,7 @@ from ..weights.linear.compute import QUANTIZATIONS
 from ..weights.lora.attach import LORA_MODES
 from ..weights.lora.file import LoraChoice
 from .sparse import add_sparse, sparse_of
+from .step_cache import add_step_cache, step_cache_of
 
 
 class OpenedModel(Protocol):
@@ -119,6 +120,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--no-pinned", action="store_true", help="stream from pageable memory")
     machine.add_argument("--report", type=Path, help="write what the run used as JSON, and a timeline PNG beside it")
     add_sparse(parser)
+    add_step_cache(parser)
 
 
 def add_device(parser: argparse._ActionsContainer, default: str = "") -> None:
@@ -177,6 +179,7 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         pinned_memory=not options.no_pinned,
         batched_guidance=getattr(options, "batch_cfg", False),
         sparse=sparse_of(options),
+        step_cache=step_cache_of(options),
     )
     return settings if options.devices is None else with_devices(settings, options.devices)
 

@@ -54,6 +54,13 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
             ("this card and the disk that the models are on", "bench --models ComfyUI/models"),
             ("a minute, and files to share", "bench --quick -o my_card.json"),
         ),
+        "calibrate": (
+            (
+                "a table beside the model's file, of three videos as long as yours",
+                "calibrate --model wan2.1_t2v_14B_fp8_e4m3fn.safetensors "
+                "--text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --vae wan_2.1_vae.safetensors --steps 30",
+            ),
+        ),
         "doctor": (
             ("a table with a command below each fault", "doctor --models ComfyUI/models"),
             ("a file for a bug report", "doctor --report doctor.json"),

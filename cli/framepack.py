@@ -79,6 +79,7 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "control": "FramePack is steered by pictures and --video",
         "control_strength": "FramePack takes no control video",
         "reference": "FramePack takes --image and --end-image",
+        "step_cache": "FramePack's step cache is --teacache",
         "decoder": "tiny decoders make drafts of Wan videos; FramePack's sections are decoded by --vae",
     }
 )

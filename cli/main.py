@@ -1,4 +1,4 @@
-"""The command line: `lowvram-video generate | plan | bench | doctor | inspect | convert | demo`."""
+"""The command line: `lowvram-video generate | plan | bench | calibrate | doctor | inspect | convert | demo`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
 from .arguments import add_device, add_seed, add_size, positive
 from .bench import add_bench
+from .calibrate import add_calibrate
 from .console import plain_console
 from .doctor import add_doctor
 from .examples import PROGRAM, examples_of
@@ -91,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate(command("generate", "make a video from checkpoint files and a prompt"))
     _add_plan(command("plan", "show what a run would use, without a GPU"))
     add_bench(command("bench", "measure this card, so that plans tell its times"))
+    add_calibrate(command("calibrate", "measure a Wan model for step caches, so that they know what to skip"))
     add_doctor(command("doctor", "try what this machine has, and say what to install"))
     _add_inspect(command("inspect", "say what a checkpoint file is"))
     _add_convert(command("convert", "write a quantised copy of a checkpoint"))

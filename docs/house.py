@@ -41,6 +41,7 @@ TIERS = (
     ("memory/plan",),
     ("memory/stream",),
     ("video", "sampling", "compilation"),
+    ("sampling/caching",),
     ("wanvideo/network", "framepack/network"),
     ("transformer",),
     ("weights/lora",),

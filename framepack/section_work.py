@@ -14,7 +14,7 @@ from ..sampling.guidance import RescaledGuidance
 from ..sampling.samplers import select_sampler
 from ..sampling.solver import Denoiser, OnStep
 from ..sampling.step_cache import TeaCache
-from .network.model import BlockCache
+from ..transformer.block_cache import BlockCache
 from .request import NEGATIVE, Sampling
 from .sections import Section
 

@@ -19,6 +19,7 @@ from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
 from ..sampling.schedules import NUM_TRAIN_TIMESTEPS
+from ..transformer.block_cache import BlockCache
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases
@@ -26,7 +27,7 @@ from .checkpoint import build_framepack, open_framepack
 from .footprint import FramePackFootprint
 from .lora_names import framepack_aliases
 from .network.config import FramePackConfig
-from .network.model import BlockCache, FramePackModel, Frames, History, Prompt, StepCondition
+from .network.model import FramePackModel, Frames, History, Prompt, StepCondition
 from .sections import SectionMode
 
 # Modulation: a quarter of all weights, which act on one vector per step.
@@ -38,9 +39,14 @@ class FollowedCache:
     """What blocks added to one card's rows, of several; whether to add it again is asked of the first card's cache."""
 
     residual: Tensor | None = None
+    probes: bool = False
 
     def reuse(self, signal: Tensor) -> bool:
         raise AssertionError("asked of the first card's cache")
+
+    def room(self, tokens: Tensor) -> Tensor:
+        held = self.residual
+        return held if held is not None and held.shape == tokens.shape else torch.empty_like(tokens)
 
 
 class StreamedFramePack(StreamedModel[FramePackModel]):

@@ -28,6 +28,7 @@ PARTS = {
     "resumable": ("ResumableSampling",),
     "doctor": ("Doctor",),
     "sparse": ("SparseAttention",),
+    "step_cache": ("StepCacheNode",),
 }
 
 

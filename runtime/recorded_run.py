@@ -13,6 +13,7 @@ from torch import Tensor
 from ..sampling.solver import Denoiser
 from ..system.device_errors import is_out_of_memory
 from .latent_watch import BadLatents
+from .recalled_calls import RecalledCalls
 from .step_record import StepRecord
 from .streamed import StreamedModel
 
@@ -77,13 +78,19 @@ class RecordedRun:
         if record is None:
             return denoise
 
-        def answer(x: Tensor, sigma: Tensor) -> Tensor:
-            def compute() -> list[Tensor]:
-                return [denoise(x, sigma), *(state for model in self._models for state in model.learnt())]
+        recalled = RecalledCalls(self._models)
 
-            made, *learnt = record.answers({"x": x, "sigma": sigma.to(x.device)}, compute)
-            for model, state in zip(self._models, learnt, strict=False):  # as if the step had been made just now
-                model.learn(state)
+        def answer(x: Tensor, sigma: Tensor) -> Tensor:
+            computed: list[Tensor] = []
+
+            def compute() -> list[Tensor]:
+                recalled.catch_up()
+                computed.append(denoise(x, sigma))
+                return [*computed, *recalled.learnt()]
+
+            made, *states = record.answers({"x": x, "sigma": sigma.to(x.device)}, compute)
+            if not computed:  # as if the step had been made just now
+                recalled.answered(lambda: denoise(x, sigma), states)
             return made
 
         return answer

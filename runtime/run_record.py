@@ -15,6 +15,7 @@ from ..memory.report.intervals import Interval
 from ..memory.report.report import MemoryMonitor, RunReport, card_report, outside_bytes
 from ..memory.report.stream_log import StreamLog
 from ..memory.stream.streams import Span
+from ..sampling.caching.step_cache import CacheReading
 from .streamed import StreamedModel
 
 
@@ -107,12 +108,18 @@ class RunRecord:
             budget_bytes=budget,
             attention=self._attention(),
             cards=tuple(card_report(str(device), monitor.report().samples) for device, monitor in self._card_monitors),
+            step_caches=self._step_caches(),
         )
 
     def _attention(self) -> tuple[LayerReading, ...]:
         """What was measured of self-attention: of the models that ran one after the other, such as two experts."""
         watches = [watch for model in self._models if (watch := model.model.execution.watch) is not None]
         return tuple(reading for watch in watches for reading in watch.readings())
+
+    def _step_caches(self) -> tuple[CacheReading, ...]:
+        """What was skipped of each model's steps."""
+        caches = [getattr(model, "step_cache", None) for model in self._models]
+        return tuple(cache.reading() for cache in caches if cache is not None)
 
     def _count_pinned(self) -> None:
         self._pinned_bytes = max(self._pinned_bytes, sum(model.pinned_bytes for model in self._models))

@@ -10,6 +10,7 @@ from ..attention.backend import AttentionSpec
 from ..attention.select import select_attention
 from ..attention.sparse.settings import SparseSettings
 from ..fused.select import select_fused_ops
+from ..sampling.caching.settings import StepCacheSettings
 from ..system.dtypes import half_dtype
 from ..transformer.workspace import Execution
 
@@ -64,6 +65,7 @@ class RunSettings:
     pinned_memory: bool = True
     batched_guidance: bool = False
     sparse: SparseSettings | None = None  # what self-attention may leave out; None: nothing
+    step_cache: StepCacheSettings | None = None  # which passes of a run may be skipped; None: none
     keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
     keep_model: bool = False  # so do the transformer's weights, alone: the next video's plan counts what they hold
 

@@ -31,6 +31,8 @@ from ..memory.stream.ring import DeviceRing
 from ..memory.stream.streamer import BlockStreamer
 from ..memory.stream.streams import SpanSink, streams_for
 from ..memory.stream.transient_weights import TransientWeights
+from ..sampling.caching.moments import Moment
+from ..sampling.caching.step_cache import StepCache
 from ..system.device_errors import is_out_of_memory
 from ..system.dtypes import half_dtype
 from ..system.sizes import in_gib
@@ -69,6 +71,7 @@ class StreamedModel(Generic[M]):
 
     parts = WeightParts()
     config: Any  # its family's
+    step_cache: StepCache | None = None  # says which passes may be skipped, where a family's model can
 
     def __init__(
         self,
@@ -242,6 +245,7 @@ class StreamedModel(Generic[M]):
             "compiled": str(self._compiled),
             "torch": str(torch.__version__),
             **self._sparse_arithmetic,
+            **({} if self.step_cache is None else {"step_cache": str(self.step_cache)}),
         }
 
     @property
@@ -408,17 +412,39 @@ class StreamedModel(Generic[M]):
         for other in self._others:
             other.attach_loras(loras, strengths, origin)
 
+    def begin_steps(self) -> None:
+        """A run begins: no step of the last one is reused."""
+        if self.step_cache is not None:
+            self.step_cache.begin_run()
+
+    def end_steps(self) -> None:
+        """The run is over, or given up: nothing of its steps is kept."""
+        if self.step_cache is not None:
+            self.step_cache.forget_residuals()
+
+    def at_moment(self, moment: Moment) -> None:
+        """The passes that follow are here in the schedule."""
+        if self.step_cache is not None:
+            self.step_cache.at(moment)
+
     def learnt(self) -> list[Tensor]:
-        """What sparse attention learnt in this run so far, for one that goes on from here; [] where there is none."""
+        """What a run that goes on from here must know: what sparse attention learnt so far, and what a step cache
+        decided since this was last asked; `num_learnt` tensors."""
         watch = self.model.execution.watch
         state = None if watch is None else watch.state()
-        return [] if state is None else [state]
+        learnt = [] if state is None else [state]
+        return learnt if self.step_cache is None else [*learnt, self.step_cache.decisions()]
 
-    def learn(self, state: Tensor) -> None:
-        """Go on with what `learnt` gave."""
+    @property
+    def num_learnt(self) -> int:
         watch = self.model.execution.watch
-        if watch is not None:
-            watch.restore(state)
+        return int(watch is not None and watch.settings is not None) + int(self.step_cache is not None)
+
+    def learn(self, states: Sequence[Tensor]) -> None:
+        """Go on with what sparse attention had learnt, by `learnt`."""
+        watch = self.model.execution.watch
+        if watch is not None and watch.settings is not None:
+            watch.restore(states[0])
 
     # Runs
 
@@ -517,6 +543,7 @@ class StreamedModel(Generic[M]):
         if transient is not None:
             transient.release()
         self.forget_contexts()
+        self.end_steps()
         streamer, self.streamer, self.ring = self.streamer, None, None
         if streamer is not None:
             streamer.unload()

@@ -258,6 +258,8 @@ def test_conditions_of_all_steps_equal_those_of_each(
 class ScriptedCache:
     """Says what it is told to, and keeps what it is shown."""
 
+    probes = False
+
     def __init__(self, *answers: bool):
         self.answers, self.signals = list(answers), list[Tensor]()
         self.residual: Tensor | None = None
@@ -265,6 +267,9 @@ class ScriptedCache:
     def reuse(self, signal: Tensor) -> bool:
         self.signals.append(signal.clone())
         return self.answers.pop(0)
+
+    def room(self, tokens: Tensor) -> Tensor:
+        return torch.empty_like(tokens) if self.residual is None else self.residual
 
 
 def no_blocks(blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
@@ -364,8 +369,8 @@ def workspaces_of(model: FramePackModel) -> list[Workspace]:
     made: list[Workspace] = []
     make = model.workspace
 
-    def remembered(num_rows: int, device: torch.device) -> Workspace:
-        made.append(make(num_rows, device))
+    def remembered(num_rows: int, device: torch.device, part: Any = None) -> Workspace:
+        made.append(make(num_rows, device, part))
         return made[-1]
 
     model.workspace = remembered

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..memory.plan.footprint import Choice, Limits, ModelFootprint, VaeFootprint, WorkSize
 from .network.config import WanConfig
@@ -21,10 +21,16 @@ WAN22_ENCODER = VaeFootprint(1410 * 10**6, 1800, 1500, 210_000, 20_224, 1280)
 @dataclass(frozen=True)
 class WanWork(WorkSize):
     """`controls` is how many control videos steer a model that takes such (VACE); `nag`: so does a negative prompt, by
-    attention to it."""
+    attention to it. A step cache keeps `residuals` on the device, each of a sample's tokens."""
 
     controls: int = 1
     nag: bool = False
+    residuals: int = 0
+
+    @property
+    def residual_count(self) -> int:
+        """How many a step cache has where every pass of a step has its own."""
+        return self.batch * max(1, self.passes_per_step - self.nag)
 
 
 def wan_work(
@@ -36,6 +42,11 @@ def wan_work(
     return WanWork(frames, height, width, batch, passes_per_step, stride, config.patch_size, controls)
 
 
+def with_residuals(work: WorkSize, on_device: bool) -> WorkSize:
+    """The same work with those of a step cache, on the device or not."""
+    return replace(work, residuals=work.residual_count if on_device else 0) if isinstance(work, WanWork) else work
+
+
 @dataclass(frozen=True)
 class WanFootprint(ModelFootprint):
     """`control_streams` are token-sized tensors beside `x` for each control video (VACE), `ray_channels` numbers of an
@@ -45,8 +56,8 @@ class WanFootprint(ModelFootprint):
     ray_channels: int = 0
 
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        controls = work.controls if isinstance(work, WanWork) else 1
-        streams = controls * self.control_streams * work.rows * self.dim
+        controls, residuals = (work.controls, work.residuals) if isinstance(work, WanWork) else (1, 0)
+        streams = (controls * self.control_streams * work.rows + residuals * work.tokens) * self.dim
         rays = work.batch * work.latent_positions * self.ray_channels
         return super().activation_bytes(work, choice, limits) + (streams + rays) * self.compute_bytes
 

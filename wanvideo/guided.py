@@ -32,7 +32,8 @@ def guided(model: StreamedWan, conditions: Conditions, scale: float, batched: bo
         shown = extras[len(text)]
         if conditions.nag is not None and text is not conditions.uncond:
             shown = replace(shown, nag=replace(conditions.nag, samples=(True, False)[: len(text)]))
-        return model(latent, timestep, text, tokens[len(text)], shown)
+        prompts = ((0, 0), (1, 0)) if len(text) == 2 else ((int(text is conditions.uncond), 0),)
+        return model(latent, timestep, text, tokens[len(text)], replace(shown, prompts=prompts))
 
     both_passes = Guidance(velocity, conditions.cond, conditions.uncond, scale, batched)
     if first_frame is None:

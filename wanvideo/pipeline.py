@@ -22,6 +22,7 @@ from ..runtime.run_record import RunRecord
 from ..runtime.settings import RunSettings
 from ..runtime.step_record import StepRecord
 from ..runtime.turns import Turns
+from ..sampling.caching.moments import moment_of
 from ..sampling.guidance import Expert, ExpertSwitch, batch_and_passes
 from ..sampling.samplers import select_sampler
 from ..sampling.schedules import flow_sigmas, is_high_noise, sigmas_from_timesteps
@@ -113,7 +114,7 @@ class WanPipeline:
         they are kept until `forget`.
         """
         request, pictures, sigmas = self.check(request)
-        models, shown = self._models, pictures.all()
+        models, shown = self.models, pictures.all()
         self._run = RecordedRun(self.runs, models, lambda: run_settings(self.files, models, request, shown))
         assert self.plan is not None
         with self._run, self.record.run(self.plan.limits):
@@ -121,6 +122,19 @@ class WanPipeline:
                 latent = self._latent(request, pictures, sigmas)
                 with self.record.phase("decode"):
                     yield from self._decode(latent, self.plan)
+            finally:
+                self.progress.end()
+                self._stop()
+
+    @torch.inference_mode()
+    def denoise(self, request: WanRequest) -> Tensor:
+        """The latent of a request, `[1, z, T, h, w]`, without its frames; nothing of its run is kept."""
+        request, pictures, sigmas = self.check(request)
+        self._run = RecordedRun(None, self.models, dict)
+        assert self.plan is not None
+        with self.record.run(self.plan.limits):
+            try:
+                return self._latent(request, pictures, sigmas)
             finally:
                 self.progress.end()
                 self._stop()
@@ -159,7 +173,7 @@ class WanPipeline:
 
     def lora_reports(self) -> list[LoraReport]:
         """How much of each LoRA is applied, those of the low-noise expert last."""
-        models = self._models
+        models = self.models
         return [lora.report for model in models for lora in model.weights.loras.loras]
 
     def report(self) -> RunReport:
@@ -169,11 +183,12 @@ class WanPipeline:
     def release(self) -> None:
         """Give back the memory that is kept between videos."""
         self._text_encoder = self._vae = None
-        for model in self._models:
+        for model in self.models:
             model.release()
 
     @property
-    def _models(self) -> list[StreamedWan]:
+    def models(self) -> list[StreamedWan]:
+        """The model, or both experts, that of high noise first."""
         return [self.high] if self.low is None else [self.high, self.low]
 
     def _latent(self, request: WanRequest, pictures: Pictures, sigmas: Tensor) -> Tensor:
@@ -196,7 +211,7 @@ class WanPipeline:
         passes += request.nag is not None  # a prompt more, whose keys and values may be kept
         work = replace(wan_work(self.config, (width, height, frames), batch, passes), nag=request.nag is not None)
         # one plan for both experts: their blocks differ by their LoRAs alone
-        models = self._models
+        models = self.models
         for model in models:
             model.choose_attention(work.tokens)
         limits = hold_limits(self.settings, self.high.model.execution, sum(model.host_bytes for model in models))
@@ -244,16 +259,25 @@ class WanPipeline:
         shape = (1, self.config.out_channels, num_latents - before + in_noise, height, width)
         generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every machine
         noise = torch.randn(shape, generator=generator).to(device)
-        denoise = self._run.recorded(_Begun(lambda sigma: self._begin(request, conditions, sigma)))
+        levels, shift = sigmas.tolist(), None if request.timesteps is not None else request.shift
+
+        def at_level(sigma: Tensor) -> None:
+            moment = moment_of(levels, float(sigma), shift)
+            self._at_step(moment.step, len(levels) - 1)
+            for model in self.models:
+                model.at_moment(moment)
+
+        denoise = self._run.recorded(_Begun(lambda sigma: self._begin(request, conditions, sigma), at_level))
         if conditions.first_frame is not None:
             noise[:, :, :1] = conditions.first_frame
 
         watch = LatentWatch(self.high.likely_cause(f"guidance of {request.guidance:g}" if request.guided else ""))
 
-        self._at_step(0, request.num_steps)
+        self._at_step(0, len(levels) - 1)
+        for model in self.models:
+            model.begin_steps()
 
         def on_step(step: StepInfo) -> None:
-            self._at_step(step.index + 1, step.num_steps)
             self.progress.update(step.index + 1, step.num_steps)
             self._run.end_step()
             watch.step(step.index, step.num_steps, step.denoised, step.x)
@@ -265,7 +289,7 @@ class WanPipeline:
         return latent[:, :, in_noise:]
 
     def _at_step(self, step: int, num_steps: int) -> None:
-        for model in self._models:
+        for model in self.models:
             model.at_step(step, num_steps)
 
     def _begin(self, request: WanRequest, conditions: Conditions, sigma: Tensor) -> Denoiser:
@@ -391,13 +415,17 @@ class WanPipeline:
 
 
 class _Begun:
-    """A Denoiser whose models are started when it is first asked: a run whose steps are all there needs none."""
+    """A Denoiser whose models are started when it is first asked: a run whose steps are all there needs none.
 
-    def __init__(self, begin: Callable[[Tensor], Denoiser]) -> None:
-        self._begin = begin
+    `at_level` is told of the noise level before each call.
+    """
+
+    def __init__(self, begin: Callable[[Tensor], Denoiser], at_level: Callable[[Tensor], None]) -> None:
+        self._begin, self._at_level = begin, at_level
         self._denoise: Denoiser | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         if self._denoise is None:
             self._denoise = self._begin(sigma)
+        self._at_level(sigma)
         return self._denoise(x, sigma)

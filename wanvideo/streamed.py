@@ -11,22 +11,26 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..memory.plan.footprint import ModelFootprint
-from ..memory.plan.plan import PlanError
+from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
+from ..memory.plan.plan import MemoryPlan, PlanError
 from ..memory.stream.pinned import Registrar
+from ..memory.stream.ring import DeviceRing
 from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
+from ..sampling.caching.settings import StepCacheSettings
+from ..sampling.caching.step_cache import StepCache
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases
 from .checkpoint import build_wan, open_wan
-from .footprint import WAN21_VAE, WAN22_VAE, WanFootprint
+from .footprint import WAN21_VAE, WAN22_VAE, WanFootprint, WanWork, with_residuals
 from .lora_names import wan_aliases
 from .network.blocks import Context, KeysValues, WanBlock
 from .network.camera import PIXELS
 from .network.config import WanConfig
 from .network.model import Extras, WanModel
+from .step_tables import choose_table
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,9 @@ TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img"
 # Used once, before the blocks: with them it would have to stay until their tokens are embedded.
 NOT_STREAMED = "before_proj."
 TIME = ("time_embedding.", "time_projection.")  # in the passes' beginning; other transient ones are for prompts
+NO_CACHE_CARDS = "a step cache skips steps of Wan on one card: use a single device, or no step cache"
 MAX_CONTEXTS = 4  # prompts remembered at a time
+COPIES = 3  # of a residual in RAM in a pass that is computed: there before it; back and there again after it
 
 
 class StreamedWan(StreamedModel[WanModel]):
@@ -61,6 +67,7 @@ class StreamedWan(StreamedModel[WanModel]):
     ):
         self.vace_module = vace_module
         super().__init__(path, settings, registrar, between_blocks, loras)
+        self.use_step_cache(settings.step_cache)
 
     def open_file(self, path: str | Path) -> tuple[WanConfig, Checkpoint]:
         return open_wan(path, self.vace_module)
@@ -119,10 +126,13 @@ class StreamedWan(StreamedModel[WanModel]):
     ) -> Tensor:
         """The velocity (see `WanModel`); when the device runs out of memory the pass is repeated with a leaner plan."""
         self._plan_for(text, image_tokens)
+        steps = self.step_cache
+        cache = None if steps is None else steps.of(extras.prompts)
 
         def run() -> Tensor:
+            shown = replace(extras, cache=cache)
             if self.several is None:
-                return self._velocity(latent, timestep, text, image_tokens, extras)
+                return self._velocity(latent, timestep, text, image_tokens, shown)
             return self.several.run(len(latent), make)
 
         def make(model: StreamedModel[WanModel], part: slice) -> Tensor:
@@ -131,7 +141,56 @@ class StreamedWan(StreamedModel[WanModel]):
             own = extras.cut(part).to(model.settings.device)
             return model._velocity(latent[part], timestep[part], text[part], image, own)
 
-        return self.retrying(run)
+        velocity = self.retrying(run)
+        if steps is not None and cache is not None:
+            steps.done(extras.prompts, cache)
+        return velocity
+
+    def use_cards(self, devices: Sequence[torch.device]) -> None:
+        if devices and self.step_cache is not None:
+            raise ValueError(NO_CACHE_CARDS)
+        super().use_cards(devices)
+
+    def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
+        """As `StreamedModel.make_plan`; a step cache's residuals are in VRAM where that is no slower than in RAM."""
+        cache = self.step_cache
+        if cache is None or not isinstance(work, WanWork):
+            return super().make_plan(work, limits)
+        in_ram = with_residuals(work, False)
+        if cache.settings.residuals == "ram":
+            return super().make_plan(in_ram, limits)
+        try:
+            plan = super().make_plan(with_residuals(work, True), limits)
+        except PlanError:
+            if cache.settings.residuals == "vram":
+                raise
+            return super().make_plan(in_ram, limits)
+        if cache.settings.residuals == "vram" or limits.ram_is_the_device:
+            return plan
+        leaner = super().make_plan(in_ram, limits)
+        nbytes = work.residual_count * work.tokens * self.config.dim * plan.model.compute_bytes
+        copying = COPIES * nbytes / (limits.h2d_gbps * 1e9)
+        return leaner if leaner.seconds_per_step + copying < plan.seconds_per_step else plan
+
+    def start(self, plan: MemoryPlan, ring: DeviceRing | None = None) -> None:
+        super().start(plan, ring)
+        if self.step_cache is not None and isinstance(plan.work, WanWork):
+            self.step_cache.in_ram = self.settings.device.type != "cpu" and not plan.work.residuals
+
+    def use_step_cache(self, settings: StepCacheSettings | None) -> None:
+        """Skip passes as these settings say; None: compute them all.
+
+        ValueError where the method has no table for this model, and where several cards share its passes.
+        """
+        if settings is not None and self.several is not None:
+            raise ValueError(NO_CACHE_CARDS)
+        self.stop()
+        self.step_cache = None
+        if settings is None:
+            return
+        table = choose_table(settings, self.config, self.checkpoint.path)
+        cuda = self.settings.device.type == "cuda"
+        self.step_cache = StepCache(settings, table, pins=cuda and self.settings.pinned_memory)
 
     def _velocity(
         self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras

@@ -7,9 +7,10 @@ parameter names are diffusers' `HunyuanVideoFramepackTransformer3DModel`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from functools import partial
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -19,6 +20,7 @@ from ...attention.sparse.order import shown_order
 from ...attention.sparse.run import AttentionPass
 from ...fused.ops import Rope
 from ...team.share import Part
+from ...transformer.block_cache import BlockCache, run_cached
 from ...transformer.nag import NagSettings
 from ...transformer.transformer import Block, Transformer
 from ...transformer.workspace import Rows, Workspace
@@ -104,23 +106,6 @@ class StepNag:
     settings: NagSettings
 
 
-class BlockCache(Protocol):
-    """Says when the blocks may be skipped; one for each prompt of a step, forgotten between sections.
-
-    The model sets `residual`, what the blocks added when they last ran, `[noisy rows, dim]`, at the end of a pass that
-    ran them. A pass that fails has used its bytes, so when it is repeated they must run again.
-    """
-
-    residual: Tensor | None
-
-    def reuse(self, signal: Tensor) -> bool:
-        """Whether to add `residual` instead.
-
-        `signal [image rows, dim]` is the first block's modulated input, in bytes that are overwritten afterwards.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Shown:
     """Frames in the order of the rows; `factor` times as large a patch makes one token of them."""
@@ -185,10 +170,13 @@ class FramePackModel(Transformer):
 
         state = Pass(x, num_image, rope, work, num_negative, all_images)
         work.watched = self.begin_attention(shown, work)
+        blocks = self.run_blocks(state, condition)
         if cache is None:
-            self.run_blocks(state, condition)
-        else:
-            self.run_cached(state, condition, ours, cache)
+            for _ in blocks:
+                pass
+        else:  # of the noisy rows alone: what is made of the others is not looked at
+            reuse = partial(self.is_reused, state, cache)
+            run_cached(x[ours], blocks, cache, self.signal(state, condition), work.pool, reuse=reuse)
         patches = self.head(x, ours, condition.head, work)
         if part is not None:
             patches = part.within(made).gather(patches)
@@ -202,16 +190,18 @@ class FramePackModel(Transformer):
             for index, block in enumerate(cast(nn.ModuleList, getattr(self, name)))
         }
 
-    def run_blocks(self, state: Pass, condition: StepCondition) -> None:
+    def run_blocks(self, state: Pass, condition: StepCondition) -> Generator[None, None, None]:
+        """Take a pass through the blocks, one after the other: it yields when one is done."""
+        work, watched = state.work, state.work.watched
         blocks = tuple(self.ordered_blocks().values())
-        watched, pool = state.work.watched, state.work.pool
         steps = zip(blocks, condition.blocks, self.stream(blocks), strict=True)
         for index, (block, modulation, _) in enumerate(steps):
             if watched is not None:
-                watched.begin_layer(index, [state.x, state.rope.cos, state.rope.sin], pool)
+                watched.begin_layer(index, [state.x, state.rope.cos, state.rope.sin], work.pool)
             block.advance(state, modulation, self.negative(state, condition, index))
+            yield
         if watched is not None:
-            watched.end(state.x, pool)
+            watched.end(state.x, work.pool)
 
     def negative(self, state: Pass, condition: StepCondition, index: int) -> Negative | None:
         """What the block of this number is shown of a negative prompt."""
@@ -235,20 +225,9 @@ class FramePackModel(Transformer):
             begun.order = watch.order_of(key, device, lambda: shown_order(parts, grid, num_text))
         return begun
 
-    def run_cached(self, state: Pass, condition: StepCondition, noisy: slice, cache: BlockCache) -> None:
-        """The blocks, or what they added to the `noisy` rows when they last ran."""
-        x, residual = state.x[noisy], cache.residual
-        if self.is_reused(state, condition, cache) and residual is not None:
-            x.add_(residual)
-            return
-        # one tensor holds what the blocks added last time, then what they start from, then what they added this time
-        before = x.clone() if residual is None or residual.shape != x.shape else residual.copy_(x)
-        self.run_blocks(state, condition)
-        cache.residual = torch.sub(x, before, out=before)
-
-    def is_reused(self, state: Pass, condition: StepCondition, cache: BlockCache) -> bool:
+    def is_reused(self, state: Pass, cache: BlockCache, signal: Tensor) -> bool:
         """What the cache says of this step: of several cards' one of them, for all."""
-        signal, part = self.signal(state, condition), state.work.part
+        part = state.work.part
         if part is None:
             return cache.reuse(signal)
         whole = part.within(slice(0, state.all_images)).gather(signal)

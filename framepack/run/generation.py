@@ -20,8 +20,9 @@ from ...runtime.latent_watch import BadLatents, LatentWatch
 from ...sampling.schedules import NUM_TRAIN_TIMESTEPS, framepack_shift, framepack_sigmas
 from ...sampling.solver import StepInfo
 from ...system.device_errors import is_out_of_memory
+from ...transformer.block_cache import BlockCache
 from ..footprint import SectionSize
-from ..network.model import BlockCache, Frames, History, StepCondition, StepNag
+from ..network.model import Frames, History, StepCondition, StepNag
 from ..request import EncodedInputs, Sampling
 from ..section_work import POSITIVE, FramePackGuidance, Guide, SectionWork, StepCaches
 from ..sections import SPATIAL_STRIDE, Section, num_frames, section_noise

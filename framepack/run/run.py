@@ -12,10 +12,11 @@ from torch import Tensor
 from ...memory.plan.plan import MemoryPlan
 from ...system.device_errors import is_out_of_memory
 from ...system.scratch_folders import scratch_folder
+from ...transformer.block_cache import BlockCache
 from ...video.growing_video import Grows, disk_bytes
 from ...weights.files.fingerprint import fingerprint
 from ..footprint import SectionSize
-from ..network.model import BlockCache, Frames, History, StepCondition
+from ..network.model import Frames, History, StepCondition
 from ..request import EncodedInputs, Sampling
 from ..sections import FRAMES_PER_LATENT, SPATIAL_STRIDE, num_frames
 from ..vae.decoding import decode_section

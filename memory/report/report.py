@@ -17,6 +17,8 @@ from ...system.atomic_files import write_file
 from ...system.sizes import in_gb, in_gib
 from .attention import LayerReading
 from .attention import table as readings_table
+from .caching import CacheReading
+from .caching import lines as caching_lines
 from .intervals import Interval
 from .stream_log import StreamReport
 
@@ -60,8 +62,9 @@ class RunReport:
     """Everything shown after a run.
 
     `other_bytes` of the device belonged to other processes all along; `copies`, `computes` and `passes` are of its last
-    passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did. All of it is the
-    first card's, where several shared the passes; `cards` are the others.
+    passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did, `step_caches` of
+    each model that ran which passes were skipped. All of it is the first card's, where several shared the passes;
+    `cards` are the others.
     """
 
     phases: tuple[PhaseReport, ...]
@@ -75,6 +78,7 @@ class RunReport:
     budget_bytes: int | None = None
     attention: tuple[LayerReading, ...] = ()
     cards: tuple[CardReport, ...] = ()
+    step_caches: tuple[CacheReading, ...] = ()
 
     @property
     def rss_peak_bytes(self) -> int:
@@ -111,6 +115,7 @@ class RunReport:
                 f"{stream.overlap_percent:.1f} % behind compute, stalled {stream.stall_ms_per_pass:.1f} ms per pass"
             )
         lines += readings_table(self.attention)
+        lines += caching_lines(self.step_caches)
         lines.append(f"pinned {_gib(self.pinned_bytes)}, RAM peak {_gib(self.rss_peak_bytes)}")
         return "\n".join(lines)
 

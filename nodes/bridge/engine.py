@@ -28,6 +28,7 @@ from ...runtime.run_record import RunRecord
 from ...runtime.settings import RunSettings
 from ...runtime.streamed import StreamedModel
 from ...runtime.turns import Turns
+from ...sampling.caching.settings import StepCacheSettings
 from ...system.device_errors import is_out_of_memory
 from . import host
 from .options import StreamOptions
@@ -93,6 +94,8 @@ class Engine(Generic[S]):
                 self.streamed.compile(options.compile)
             if options.sparse != self.options.sparse:
                 self.streamed.use_sparse(options.sparse)
+            if options.step_cache != self.options.step_cache:
+                self.use_step_cache(options.step_cache)
             self.options = options
         if patches_id != self._patches_id or not patches:
             self._patches_id = patches_id
@@ -134,12 +137,14 @@ class Engine(Generic[S]):
         self.end_run()
         self.record.begin(phase)
         self.streamed.in_run = True
+        self.streamed.begin_steps()
         if self.streamed.started:
             self.record.uses(self.streamed)
 
     def end_run(self) -> None:
         """The sampler is done, or gave up."""
         self.streamed.in_run = False
+        self.streamed.end_steps()
         if self.record.running:
             self.streamed.settle()
             self.record.end()
@@ -258,6 +263,18 @@ class Engine(Generic[S]):
         self.record.uses(self.streamed)
         self._tell_owner()
         logger.info("%s\n%s", plan.model.name, "\n".join(reasons(plan)))
+
+    def check_step_cache(self, settings: StepCacheSettings) -> None:
+        """ValueError where this model cannot skip steps so."""
+        raise ValueError(
+            "Step Cache (Low VRAM) is for Wan models: FramePack has a step cache of its own, use_teacache of FramePack "
+            "Sampler; take this node out"
+        )
+
+    def use_step_cache(self, settings: StepCacheSettings | None) -> None:
+        """Skip steps as these settings say; None: compute them all."""
+        if settings is not None:
+            self.check_step_cache(settings)
 
     def choose_attention(self, shape: Sequence[int]) -> None:
         """Before a run over latents of this shape, whose settings depend on it: have the fastest attention for it."""

@@ -22,6 +22,7 @@ from ...wanvideo.network.model import Extras
 from .block_patches import SUPPORTED, BlockPatches, check_patches
 from .nag_options import wan_nag
 from .native_model import NativeModel, core_model
+from .step_cache import prompts_of
 from .wan_engine import WanEngine
 
 # Core's estimate of activations, from which it frees VRAM and batches prompts, is for its own model.
@@ -102,7 +103,8 @@ class NativeWan(NativeModel):
                 raise
             raise ValueError(
                 "a node (such as TeaCache or MagCache) replaces diffusion_model.forward_orig by code that needs "
-                f"ComfyUI's own network ({error}), which is not supported by the LowVRAM loader: use EasyCache"
+                f"ComfyUI's own network ({error}), which is not supported by the LowVRAM loader: use Step Cache (Low "
+                "VRAM)"
             ) from error
 
     def forward_orig(
@@ -146,6 +148,7 @@ class NativeWan(NativeModel):
             rotate=self.inside.rotate,
             nag=wan_nag(transformer_options, self.inside.nag, latent.shape[0]),
             visitor=BlockPatches(transformer_options, latent, config, reference is not None),
+            prompts=prompts_of(transformer_options, latent.shape[0]),
         )
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from ...attention.sparse.settings import SparseSettings
 from ...compilation.settings import CompileSettings
+from ...sampling.caching.settings import StepCacheSettings
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The settings of Block Swap, Torch Compile and Sparse Attention, as their widgets have them.
+    """The settings of Block Swap, Torch Compile, Sparse Attention and Step Cache, as their widgets have them.
 
     `blocks_to_swap` -1 is planned; `vram_budget_gb` 0 is what is free less ComfyUI's reserve; `prefetch` 0 is planned;
     `ram_budget_gb` 0 is what is free.
@@ -23,6 +24,7 @@ class StreamOptions:
     pinned_memory: bool = True
     compile: CompileSettings | None = None
     sparse: SparseSettings | None = None
+    step_cache: StepCacheSettings | None = None
 
     def same_host_memory(self, other: StreamOptions) -> bool:
         """Whether weights in host memory may stay as they are."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...runtime.latent_watch import BadLatents
+from ...runtime.recalled_calls import RecalledCalls
 from ...runtime.step_record import StepRecord
 from ...runtime.streamed import StreamedModel
 from ...weights.files.fingerprint import fingerprint
@@ -19,13 +21,13 @@ from .carried import without_own
 from .identity import identity
 from .patcher import StreamedModelPatcher
 from .patches import patch_identity
+from .step_cache import EASYCACHE
 
 logger = logging.getLogger(__name__)
 
 KEY = "lowvram_resumable"
 FOLDER = "wan"  # in the output folder, as on the command line
 OF_THE_RUN = ("model_patcher", "model_options", "original_conds", "conds", "inner_model", "loaded_models")
-STEP_CACHE = "easycache"
 
 
 def make_resumable(patcher: StreamedModelPatcher) -> StreamedModelPatcher:
@@ -130,6 +132,7 @@ def run_settings(guider: Any, asked: Any) -> dict[str, Any]:
             "objects": identity(patcher.object_patches),
             "compile": identity(patcher.options.compile),
             **({} if patcher.options.sparse is None else {"sparse": identity(patcher.options.sparse)}),
+            **({} if patcher.options.step_cache is None else {"step_cache": identity(patcher.options.step_cache)}),
         },
         "guider": [type(guider).__qualname__, identity(own)],
         "conditions": identity(guider.original_conds),
@@ -162,17 +165,23 @@ class _Shown:
 def _answering(record: StepRecord, streamed: StreamedModel[Any]) -> Callable[..., list[Tensor]]:
     """Core's `calc_cond_batch` with recorded answers: one for each conditioning, before guidance mixes them."""
 
+    recalled = RecalledCalls([streamed])
+
     def answer(
         executor: WrapperExecutor, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: Any
     ) -> list[Tensor]:
-        question = {"x": x, "sigma": timestep}
+        computed: list[Tensor] = []
 
         def compute() -> list[Tensor]:
-            return [*executor(model, conds, x, timestep, model_options), *streamed.learnt()]
+            recalled.catch_up()
+            computed.extend(executor(model, conds, x, timestep, model_options))
+            return [*computed, *recalled.learnt()]
 
-        made = record.answers(question, compute)
-        for state in made[len(conds) :]:
-            streamed.learn(state)
+        made = record.answers({"x": x, "sigma": timestep}, compute)
+        if not computed:
+            asked = x.clone()  # samplers may write into it
+            again = partial(executor, model, conds, asked, timestep, model_options)
+            recalled.answered(again, made[len(conds) :])
         return made[: len(conds)]
 
     return answer
@@ -182,7 +191,7 @@ def _tell(record: StepRecord, guider: Any) -> None:
     if not record.num_kept:
         return
     logger.info("%d steps are there: the run goes on from %s", record.num_kept, record.folder)
-    if STEP_CACHE in guider.model_options.get("transformer_options", {}):
+    if EASYCACHE in guider.model_options.get("transformer_options", {}):
         logger.warning(
             "Resumable Sampling: EasyCache begins anew where the run goes on, so the video may differ slightly from "
             "one that was not stopped"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,14 @@ from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan, PlanError
 from ...runtime.settings import RunSettings
 from ...runtime.turns import Turns
-from ...wanvideo.footprint import WanWork, wan_work
+from ...sampling.caching.settings import StepCacheSettings
+from ...wanvideo.footprint import WanWork, wan_work, with_residuals
 from ...wanvideo.network.model import Extras
+from ...wanvideo.step_tables import choose_table
 from ...wanvideo.streamed import StreamedWan
 from .engine import Engine
+from .options import StreamOptions
+from .step_cache import check_no_other, moment_in
 
 
 class WanEngine(Engine[StreamedWan]):
@@ -42,9 +47,34 @@ class WanEngine(Engine[StreamedWan]):
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
         return wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
 
+    def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
+        cache = options.step_cache
+        if cache is not None and cache.residuals != "ram":
+            try:
+                return super().preview(with_residuals(work, True), options, card_gb)
+            except PlanError:
+                if cache.residuals == "vram":
+                    raise
+        return super().preview(work, options, card_gb)
+
     def choose_attention(self, shape: Sequence[int]) -> None:
         """Have the fastest attention for latents of a shape `[B, C, T, H, W]`, where the choice is ours."""
         self.streamed.choose_attention(self.work_size(shape[2:], 1).tokens)
+
+    def check_step_cache(self, settings: StepCacheSettings) -> None:
+        choose_table(settings, self.streamed.config, self.streamed.checkpoint.path).check(settings.method)
+
+    def use_step_cache(self, settings: StepCacheSettings | None) -> None:
+        self.streamed.use_step_cache(settings)
+
+    def at_step(self, transformer_options: Mapping[str, Any]) -> None:
+        super().at_step(transformer_options)
+        if self.streamed.step_cache is None:
+            return
+        check_no_other({"transformer_options": transformer_options})
+        moment = moment_in(transformer_options, getattr(self._owner(), "model_sampling", None))
+        if moment is not None:
+            self.streamed.at_moment(moment)
 
     def check_latent(self, latent: Tensor) -> None:
         wanted = self.streamed.config.out_channels

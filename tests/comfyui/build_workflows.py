@@ -242,6 +242,13 @@ def sparse() -> dict[str, Any]:
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
 
 
+def step_cache() -> dict[str, Any]:
+    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
+    scene = start("wan2.1_t2v_1.3B_step_cache", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    scene.model.append(scene.graph.add("LowVRAMStepCache", model=scene.model[-1][0]))
+    return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+
+
 def i2v_480p() -> dict[str, Any]:
     prompt = "The figure turns its head and smiles, hair moves in a light breeze"
     scene = start("wan2.1_i2v_14B_480p_fp8", files.I2V_480P, files.VAE_21, prompt, (832, 480, 81))
@@ -386,6 +393,7 @@ WORKFLOWS = {
     "wan2.1_t2v_1.3B_nag": negative_guidance,
     "wan2.1_v2v_1.3B": video_to_video,
     "wan2.1_t2v_1.3B_sparse": sparse,
+    "wan2.1_t2v_1.3B_step_cache": step_cache,
     "wan2.1_i2v_14B_480p_fp8": i2v_480p,
     "wan2.1_flf2v_14B_fp8": flf2v,
     "wan2.1_vace_1.3B": vace_small,

@@ -237,6 +237,8 @@ def _note_height(text: str) -> int:
 def _stack(group: Group, x: int, y: int) -> int:
     y += GROUP_TITLE if group.title else 0
     for node in group.nodes:
+        if node.type == "MarkdownNote":
+            node.size = (node.size[0], _note_height(str(node.values["text"])))
         y += TITLE
         node.pos = (x, y)
         y += node.size[1] + NODE_GAP

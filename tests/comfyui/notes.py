@@ -156,6 +156,17 @@ NOTES: dict[str, Note] = {
         "- **Needs** an RTX 30 card or newer, and comfy-kitchen 0.2.40 or newer.",
         ENCODER_CPU,
     ),
+    "wan2.1_t2v_1.3B_step_cache": Note(
+        "Steps skipped by TeaCache",
+        "Wan 2.1 text to video with *Step Cache* behind *Block Swap*: steps whose result would hardly change are "
+        "skipped, and *Memory Report* shows which.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        RAM_SMALL,
+        "- **Closer or faster:** a smaller `threshold` skips less; 0 is the table's own, 0.07 for this model.\n"
+        "- **Other ways:** `method` magcache or first_block. With 8 steps or fewer nothing is skipped.",
+        ENCODER_CPU,
+    ),
     "wan2.1_i2v_14B_480p_fp8": Note(
         "Wan 2.1 image to video, 14B, 480p, fp8",
         "Makes a picture move. Choose a picture in group 4, say in the prompt what happens, and press **Run**.",

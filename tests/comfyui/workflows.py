@@ -27,6 +27,7 @@ FIXED_VAES = {files.VAE_22.name, files.HUNYUAN_VAE.name}  # of one size in core
 # of FramePack: two sections of 2 latents in 64x64
 SMALL = {
     "LowVRAMSparseAttention": {"error_bound": 0.0},  # a processor has no kernel for it
+    "LowVRAMStepCache": {"method": "first_block"},  # tiny models have no published table
     "LowVRAMFramePackNearestBucket": {"base_resolution": 64},
     "LowVRAMFramePackSampler": {"total_second_length": 0.5, "latent_window_size": 2, "steps": 2},
 }

@@ -7,7 +7,7 @@ a reference picture, camera movement) is there where its configuration says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -20,6 +20,7 @@ from ...attention.sparse.order import video_order
 from ...attention.sparse.run import AttentionPass
 from ...fused.ops import Rope
 from ...team.share import Part
+from ...transformer.block_cache import BlockCache, run_cached
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.nag import NagSettings
 from ...transformer.transformer import Transformer
@@ -89,7 +90,8 @@ class Extras:
 
     `vace_frames` are control videos with masks, each `[B, vace_channels, T, H, W]`, `vace_strengths` one for each;
     `reference [B, z, H, W]` is shown as a frame before the first; `camera [B, camera_channels, T, 8H, 8W]` are rays;
-    `rotate` makes a host's own rotations of positions, `nag` guides by a negative prompt.
+    `rotate` makes a host's own rotations of positions, `nag` guides by a negative prompt. `cache` says whether blocks
+    may be skipped; it is found by `prompts`, one for each sample: (0 for a prompt, 1 for a negative one; which).
     """
 
     vace_frames: tuple[Tensor, ...] = ()
@@ -100,6 +102,8 @@ class Extras:
     rotate: Rotate | None = None
     nag: Nag | None = None
     visitor: Visitor = field(default_factory=Visitor)
+    prompts: tuple[tuple[int, Hashable], ...] = ()
+    cache: BlockCache | None = None
 
     def to(self, device: torch.device) -> Extras:
         """The same on a device; a negative prompt is brought when it is embedded."""
@@ -119,6 +123,7 @@ class Extras:
             camera=None if self.camera is None else self.camera[part],
             visitor=self.visitor.cut(part),
             nag=None if self.nag is None else self.nag.cut(part),
+            prompts=self.prompts[part],
         )
 
 
@@ -187,10 +192,29 @@ class WanModel(Transformer):
         if work.residual_scale != 1:
             x.mul_(work.residual_scale)  # in place: no plan has room for a second one
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
-        controls, visitor = self.embed_controls(x, extras, work), extras.visitor
-        state = Pass(x, time, modulation, rows_per_group, rope, work, controls, visitor)
-        work.watched = watched = self.begin_attention(grid, rows_per_group, extras, work)
-        per_token = [x, rope.cos, rope.sin, *(control.tokens for control in controls)]
+        state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor)
+        blocks = self.run_blocks(state, context, replace(extras, nag=nag), grid)
+        if extras.cache is None:
+            for _ in blocks:
+                pass
+        else:
+            run_cached(x, blocks, extras.cache, time, work.pool, batch)
+        patches = self.head(x, time, rows_per_group, work)
+        if part is not None:
+            patches = part.gather(patches, batch)
+        if extras.reference is not None:
+            patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
+            grid = (grid[0] - 1, *grid[1:])
+        return self.patch_embedding.unpatchify(patches, grid).to(latent.dtype)
+
+    def run_blocks(
+        self, state: Pass, context: Context, extras: Extras, grid: tuple[int, int, int]
+    ) -> Generator[None, None, None]:
+        """Take a pass through the blocks, one after the other: it yields when one is done."""
+        x, work, nag, visitor = state.x, state.work, extras.nag, extras.visitor
+        state = replace(state, controls=self.embed_controls(x, extras, work))
+        work.watched = watched = self.begin_attention(grid, state.rows_per_group, extras, work)
+        per_token = [x, state.rope.cos, state.rope.sin, *(control.tokens for control in state.controls)]
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
         for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):
@@ -200,22 +224,17 @@ class WanModel(Transformer):
             if watched is not None:
                 watched.begin_layer(index, per_token, work.pool)
             visitor.visit(name, state, partial(block.advance, state, shown))
+            yield
         if watched is not None:
             watched.end(x, work.pool)
-        patches = self.head(x, time, rows_per_group, work)
-        if part is not None:
-            patches = part.gather(patches, batch)
-        if extras.reference is not None:
-            patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
-            grid = (grid[0] - 1, *grid[1:])
-        return self.patch_embedding.unpatchify(patches, grid).to(latent.dtype)
 
     def begin_attention(
         self, grid: tuple[int, int, int], rows_per_group: int, extras: Extras, work: Workspace
     ) -> AttentionPass | None:
         """Self-attention of this pass where it is sparse or watched; a reference picture's tokens are always attended.
 
-        Tokens stay in their places where a host is shown them, and those of a frame together where timesteps differ.
+        Tokens stay in their places where a host or a step cache is shown them, and those of a frame together where
+        timesteps differ.
         """
         watch, tokens = self.execution.watch, math.prod(grid)
         if watch is None or watch.dense is not self.execution.attention or work.part is not None:
@@ -224,6 +243,8 @@ class WanModel(Transformer):
         if begun is not None and begun.sparse:
             num_sinks, apart = int(extras.reference is not None), rows_per_group < tokens
             begun.orders = not (extras.visitor.sees_stream or extras.visitor.sees_attention)
+            if extras.cache is not None and extras.cache.probes and watch.chosen(0) is not None:
+                begun.orders = False  # who looks at the first block finds the tokens as they were
             key = (grid, num_sinks, apart, begun.orders)
             begun.order = watch.order_of(key, work.pool.device, lambda: video_order(grid, num_sinks, apart))
         return begun

@@ -1,0 +1,63 @@
+"""The flags of step caches."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..sampling.caching.settings import AUTO, END, METHODS, PLACES, START, StepCacheSettings
+
+DETAILS = (
+    "step_cache_threshold",
+    "step_cache_start",
+    "step_cache_end",
+    "step_cache_max_skips",
+    "step_cache_table",
+    "step_cache_residuals",
+)
+
+
+def add_step_cache(parser: argparse.ArgumentParser) -> None:
+    """The flags that `step_cache_of` reads."""
+    group = parser.add_argument_group(
+        "step cache (Wan; FramePack has --teacache): steps whose result would hardly change are skipped"
+    )
+    group.add_argument("--step-cache", choices=list(METHODS), help="how that is estimated; left out: off")
+    group.add_argument(
+        "--step-cache-threshold", type=float, metavar="CHANGE",
+        help="estimated change that skipped steps may add up to: higher is faster (left out: the table's)",
+    )  # fmt: skip
+    group.add_argument("--step-cache-start", type=float, metavar="SHARE", help=f"first share of steps kept ({START})")
+    group.add_argument("--step-cache-end", type=float, metavar="SHARE", help=f"no step is skipped after it ({END})")
+    group.add_argument(
+        "--step-cache-max-skips", type=int, metavar="STEPS", help="so many in a row at most (0: as the method allows)"
+    )
+    group.add_argument(
+        "--step-cache-table", metavar="NAME",
+        help="a published table such as wan2.1_t2v_14B, or a file of `calibrate` (auto: the model's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--step-cache-residuals", choices=list(PLACES), help="where what the blocks added is kept (auto: as planned)"
+    )
+
+
+def step_cache_of(options: argparse.Namespace) -> StepCacheSettings | None:
+    """The settings of these flags; None where they leave the cache off. ValueError for details without it."""
+    given = {name: getattr(options, name, None) for name in DETAILS}
+    method = getattr(options, "step_cache", None)
+    if method is None:
+        for name, value in given.items():
+            if value is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} says nothing without --step-cache: give that too, such as --step-cache teacache"
+                )
+        return None
+    return StepCacheSettings(
+        method,
+        given["step_cache_threshold"],
+        START if given["step_cache_start"] is None else given["step_cache_start"],
+        END if given["step_cache_end"] is None else given["step_cache_end"],
+        given["step_cache_max_skips"] or 0,
+        given["step_cache_table"] or AUTO,
+        given["step_cache_residuals"] or AUTO,
+    )

@@ -1,0 +1,1 @@
+"""Step caches: which passes of a run may add again what the blocks added before."""
