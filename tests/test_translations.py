@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from lowvram_video.memory.plan.table import ROWS
+from lowvram_video.memory.report.report import PhaseReport, RunReport
 
 from .test_packaging import sources
 
@@ -140,3 +141,12 @@ def test_every_row_of_a_plan_is_explained(language: str) -> None:
     text = page("LowVRAMPlan", language)
     missing = [row for row in ROWS.values() if f"**{row}**" not in text]
     assert not missing, f"web/docs/LowVRAMPlan/{language}.md explains no {missing}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_column_of_a_report_is_explained(language: str) -> None:
+    gib = 2**30
+    head = RunReport((PhaseReport("denoise", 0.0, 1.0, gib, gib, gib, gib),)).table().splitlines()[0]
+    text = page("LowVRAMMemoryReport", language)
+    missing = [column for column in re.split(r"  +", head.strip()) if f"**{column}**" not in text]
+    assert not missing, f"web/docs/LowVRAMMemoryReport/{language}.md explains no {missing}"
