@@ -46,7 +46,8 @@ class SectionSize(WorkSize):
         return f"use a latent_window_size of at most {(frames - 1) // self.stride[0] + 1}"
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}, sections of {self.frames} frames"
+        cards = f", on {self.cards} cards" if self.cards > 1 else ""
+        return f"{self.width}x{self.height}, sections of {self.frames} frames{cards}"
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,15 @@ class FramePackFootprint(ModelFootprint):
         cached_steps = isinstance(work, SectionSize) and work.step_cache
         hidden = chunk * (self.dim + self.ffn_dim)
         beyond = max(0, hidden - 2 * rows * self.dim) * self.compute_bytes
-        cached = 2 * work.passes_per_step * rows * self.dim * self.compute_bytes if cached_steps else 0
+        kept = 1 + work.cards  # what blocks added to a card's rows, and the signal of all
+        cached = kept * work.passes_per_step * rows * self.dim * self.compute_bytes if cached_steps else 0
         opposed = guides(work) * rows * self.dim * self.compute_bytes  # attention with the negative prompt
         return super().activation_bytes(work, choice, limits) + beyond + cached + opposed
+
+    def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """Several cards make all tokens, and the step cache's signal of all, before each has its own."""
+        whole = work.cards * work.rows * self.dim * self.compute_bytes if work.cards > 1 else 0
+        return max(whole, super().temporary_bytes(work, choice, limits))
 
     def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
         """Double and single blocks; modulation is made once per run."""

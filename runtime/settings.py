@@ -54,6 +54,7 @@ class RunSettings:
 
     device: torch.device = CPU
     others: tuple[torch.device, ...] = ()  # cards that share the device's passes
+    staged_exchange: bool = False  # cards exchange through pinned RAM, also where they reach each other
     dtype: torch.dtype | None = None
     attention_mode: str = "auto"
     quantization: str = "none"  # see weights/linear/compute.py

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory.plan.plan import MemoryPlan
+from ..team.link import links_for
 from ..team.spans import even_spans
 from ..team.team import Team
 from ..transformer.transformer import Transformer
@@ -41,7 +42,8 @@ class Several(Generic[S]):
     def __init__(
         self, first: S, devices: Sequence[torch.device], open_other: Callable[[torch.device, Callable[[], None]], S]
     ) -> None:
-        self.team = Team([first.settings.device, *devices])
+        cards = [first.settings.device, *devices]
+        self.team = Team(cards, links_for(cards, first.settings.staged_exchange))
         # another card's failure ends this one's pass at its next block
         self.others: list[S] = [open_other(device, self.team.mail.check) for device in devices]
         self._first = first

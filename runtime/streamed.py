@@ -534,8 +534,6 @@ class StreamedModel(Generic[M]):
 
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Calling it again does nothing."""
-        if self.several is not None:
-            self.several.stop()
         self.model.stream = iter
         self.model.bring = here_already
         self.model.arrive = all_there
@@ -548,6 +546,8 @@ class StreamedModel(Generic[M]):
         if streamer is not None:
             streamer.unload()
         self._unload(self.weights.fixed_names())
+        if self.several is not None:
+            self.several.stop()
 
     def release(self) -> None:
         """Give device and host memory back."""

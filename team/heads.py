@@ -16,6 +16,9 @@ from torch import Tensor
 from .exchange import Arrival, Exchange
 from .spans import head_spans, length
 
+# So many groups hide most of the exchange behind attention; smaller ones than these heads make attention slower.
+HIDING_GROUPS, LEAST_HEADS = 4, 4
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, L, H, D] each
 
 
@@ -39,7 +42,8 @@ class GivenBack:
 class HeadExchange:
     """One attention: `tokens` are those that each of the `ranks` has of a sample, `index` is this card's place there.
 
-    `qkv` are q, k and v `[B, n, H, D]` of this card's tokens; attention replaces q.
+    `qkv` are q, k and v `[B, n, H, D]` of this card's tokens; attention replaces q. Heads go in `num_groups` groups, or
+    in more where that hides what is exchanged.
     """
 
     def __init__(
@@ -53,7 +57,9 @@ class HeadExchange:
         self.exchange, self.ranks, self.tokens, self.qkv = exchange, ranks, tokens, qkv
         self.index = ranks.index(exchange.rank)
         self.others = [index for index in range(len(ranks)) if index != self.index]
-        self.groups = head_spans(qkv[0].shape[2], len(ranks), num_groups)
+        num_heads = qkv[0].shape[2]
+        hiding = min(HIDING_GROUPS, num_heads // len(ranks) // LEAST_HEADS)
+        self.groups = head_spans(num_heads, len(ranks), max(num_groups, hiding))
 
     def run(self, attend: Attend) -> None:
         """Replace q by its attention to all cards' keys and values, by `attend`."""

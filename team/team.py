@@ -75,15 +75,17 @@ class Team:
         jobs = [
             _Job(self._stopping(task, rank), torch.is_inference_mode_enabled()) for rank in range(len(self.devices))
         ]
-        for waiting, job in zip(self._jobs, jobs[1:], strict=True):
-            waiting.put(job)
+        given: list[_Job] = []
         try:
+            for waiting, job in zip(self._jobs, jobs[1:], strict=True):
+                waiting.put(job)
+                given.append(job)
             jobs[0].run()
-            self._join(jobs[1:])
+            self._join(given)
         except BaseException:  # an interrupt between two commands
             self.mail.stop()
             if not self._hung:
-                self._join(jobs[1:])
+                self._join(given)
                 self._abandon()
             raise
         error = _first_error(jobs)
@@ -117,9 +119,7 @@ class Team:
         return run
 
     def _start(self) -> None:
-        if self._jobs:
-            return
-        for rank, device in enumerate(self.devices[1:], 1):
+        for rank, device in list(enumerate(self.devices))[1 + len(self._jobs) :]:  # an interrupt may have left some
             waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
             thread = threading.Thread(target=_work, args=(waiting, device), name=f"lowvram-card-{rank}", daemon=True)
             thread.start()

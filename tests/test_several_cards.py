@@ -12,6 +12,9 @@ import pytest
 import torch
 from lowvram_video.attention.sparse.settings import SparseSettings
 from lowvram_video.cli.main import main
+from lowvram_video.framepack.footprint import SectionSize
+from lowvram_video.framepack.network.model import Frames, History, Prompt, StepNag
+from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.footprint import GIB, WorkSize
 from lowvram_video.memory.plan.limits import limits_for
@@ -24,7 +27,9 @@ from lowvram_video.memory.stream.streamer import BlockStreamer
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.several import shared_samples
+from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.team.exchange import Exchange
+from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
@@ -38,6 +43,7 @@ from torch import Tensor
 from .loras import make_factors, save_lora
 from .test_pipeline import latent_of
 from .tiny import randomize, save_files
+from .tiny_framepack import save_framepack
 
 CPU = torch.device("cpu")
 WORK = WorkSize(9, 64, 96)
@@ -148,6 +154,45 @@ class TestPasses:
         assert shared_samples(1, 2) == [(slice(0, 1), (0, 1))] * 2
 
 
+class TestFramePack:
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_equal_to_one_card(self, tmp_path, cached):
+        path = save_framepack(tmp_path / "framepack.safetensors")
+        expected, made = (framepack_steps(path, settings, cached) for settings in (RunSettings(), on_cards(2)))
+        assert all(one.equal(other) for one, other in zip(made, expected, strict=True))
+
+    def test_guidance_in_attention_is_refused_with_the_way_out(self, tmp_path):
+        path = save_framepack(tmp_path / "framepack.safetensors")
+        with pytest.raises(ValueError, match=r"NAG.* on one card: use a single device, or no NAG"):
+            framepack_steps(path, on_cards(2), False, nag=True)
+        with pytest.raises(ValueError, match="use a single device, or no NAG"):  # before anything is read
+            StreamedFramePack(path, on_cards(2)).make_plan(SectionSize(9, 64, 96, nag=True), limits_for(CPU))
+
+
+@torch.inference_mode()
+def framepack_steps(path: Path, settings: RunSettings, cached: bool, nag: bool = False) -> list[Tensor]:
+    """Four steps, of which a cache that changes hardly reach skips two."""
+    generator = torch.Generator().manual_seed(7)
+
+    def frames(*indices: int) -> Frames:
+        return Frames(torch.randn(1, 16, len(indices), 8, 12, generator=generator), torch.tensor(indices))
+
+    model, cache = StreamedFramePack(path, settings), TeaCache(4, threshold=1e9) if cached else None
+    plan = model.make_plan(SectionSize(9, 64, 96), limits_for(CPU))
+    prompt = Prompt(torch.randn(1, 7, 24, generator=generator), torch.randn(1, 12, generator=generator))
+    (steps,), _ = model.prepared(plan, [prompt], [], torch.tensor([900.0, 880.0, 860.0, 500.0]), 6000.0)
+    model.start_fitting(plan)
+    history, noisy = History(frames(0, 10), frames(11, 12), frames(13, 14, 15, 16)), frames(1, 2, 3)
+    made = []
+    for index, step in enumerate(steps):
+        if cache is not None:
+            cache.begin_step(index)
+        shown = replace(step, nag=StepNag(step, NagSettings())) if nag else step
+        made.append(model(noisy, history, shown, None, cache))
+    model.release()
+    return made
+
+
 class TestFailures:
     def test_out_of_memory_on_another_card_is_repeated_leaner(self, file, monkeypatch):
         with torch.inference_mode():
@@ -173,7 +218,7 @@ class TestFailures:
 
         with torch.inference_mode():
             expected = started(file, RunSettings())(*inputs())
-            for at in range(1, 5):
+            for at in (1, 3):
                 left = [at]
 
                 def hook(left: list[int] = left) -> None:
@@ -198,7 +243,7 @@ class TestFailures:
 
 
 class TestPipeline:
-    @pytest.mark.parametrize(("num_cards", "guidance"), [(2, 4.0), (3, 4.0), (2, 1.0)])
+    @pytest.mark.parametrize(("num_cards", "guidance"), [(2, 4.0), (3, 1.0)])
     def test_a_video_of_two_experts_is_the_same(self, files, num_cards, guidance):
         request = replace(REQUEST, guidance=guidance)
         expected = latent_of(files, request)

@@ -69,8 +69,7 @@ class TestSpans:
 
 
 class TestWan:
-    @pytest.mark.parametrize("num_cards", [2, 3, 4])
-    @pytest.mark.parametrize("head_groups", [1, 3])
+    @pytest.mark.parametrize(("num_cards", "head_groups"), [(2, 1), (2, 3), (3, 1), (4, 3)])
     @pytest.mark.parametrize("per_frame", [False, True])
     def test_equal_to_one_device(self, num_cards, head_groups, per_frame):
         latent, text = random_like((2, 16, 3, 10, 12), 1), random_like((2, 8, 32), 2)
@@ -118,8 +117,7 @@ class TestWan:
 
 
 class TestFramePack:
-    @pytest.mark.parametrize("num_cards", [2, 3, 4])
-    @pytest.mark.parametrize("cached", [False, True])
+    @pytest.mark.parametrize(("num_cards", "cached"), [(2, True), (3, False), (4, True)])
     def test_equal_to_one_device(self, num_cards, cached):
         models = [framepack() for _ in range(num_cards)]
         history = History(frames_of(2, [0, 10], 1), frames_of(2, [11, 12], 2), frames_of(4, [13, 14, 15, 16], 3))
@@ -195,7 +193,7 @@ class TestAnyOrder:
     @settings(max_examples=25, deadline=None)
     @given(
         num_cards=st.integers(2, 4),
-        num_heads=st.integers(1, 7),
+        num_heads=st.integers(1, 18),
         tokens=st.integers(4, 11),
         groups=st.integers(1, 4),
         batch=st.integers(1, 2),

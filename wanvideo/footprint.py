@@ -70,4 +70,6 @@ class WanFootprint(ModelFootprint):
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The adapter's convolution is over 3 x 3 positions: its weight cast, and as cuDNN lays it out."""
         adapter = 2 * 9 * self.dim**2 * self.compute_bytes if self.ray_channels else 0
-        return max(adapter, super().temporary_bytes(work, choice, limits))
+        # tokens that others are added to are made before each of several cards has its own
+        whole = work.cards * work.rows * self.dim * self.compute_bytes if self.ray_channels and work.cards > 1 else 0
+        return max(adapter + whole, super().temporary_bytes(work, choice, limits))

@@ -1,0 +1,264 @@
+"""One pass on one card and on several in the same run: seconds, bits, RAM, and the VRAM of each card.
+
+    python benchmarks/several_cards.py /tmp --out several_cards.json             # all rows, on all GPUs that there are
+    python benchmarks/several_cards.py /tmp --tiny --out /tmp/tiny.json          # a tiny model on 2 CPU "cards"
+
+Files of random weights are made in the folder where they are missing (14B fp8: 13.5 GiB, FramePack fp8: 12 GiB). All
+blocks are streamed, from one copy in pinned RAM. "staged" rows exchange through pinned RAM, as cards without peer
+access do. "speed-up" is the median of one card over that of several; a guided row makes cond and uncond in turn on one
+card. "bits" says whether the result is that of one card, bit for bit. The GIL's share is told by "host": seconds of a
+pass in which all that is asked of the devices has been asked, which is less than the pass where the host is ahead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from draws import TINY
+from lowvram_video.framepack.network.config import FramePackConfig
+from lowvram_video.framepack.network.model import Frames, History, Prompt
+from lowvram_video.framepack.request import EncodedInputs, Sampling
+from lowvram_video.framepack.run.generation import prepare, section_size
+from lowvram_video.framepack.streamed import StreamedFramePack
+from lowvram_video.framepack.timed_prompts import parse_timed_prompt
+from lowvram_video.memory.plan.footprint import GIB
+from lowvram_video.runtime.cards import parse_devices
+from lowvram_video.runtime.run_limits import hold_limits
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.system.atomic_files import write_file
+from lowvram_video.wanvideo.footprint import wan_work
+from lowvram_video.wanvideo.streamed import StreamedWan
+from measure import machine
+from synthetic import CONFIGS, write_checkpoint
+from torch import Tensor
+
+Pass = Callable[[], Tensor]
+TEXT_TOKENS, IMAGE_TOKENS = 256, 729
+TINY_FRAMEPACK = FramePackConfig(
+    num_heads=3, head_dim=128, num_layers=2, num_single_layers=2, text_dim=64, pooled_dim=32, image_dim=48
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: `size` is (width, height, frames)."""
+
+    name: str
+    size: tuple[int, int, int]
+    wanted: float  # times as fast on two cards
+    samples: int = 1  # 2: guided
+    staged: bool = False
+    rounds: int = 3
+    framepack: bool = False
+
+
+ROWS = (
+    Row("480p", (832, 480, 81), 1.85),
+    Row("480p staged", (832, 480, 81), 1.5, staged=True),
+    Row("480p guided", (832, 480, 81), 1.95, samples=2, rounds=2),
+    Row("clip", (832, 480, 17), 1.2, rounds=5),
+    Row("720p", (1280, 720, 81), 1.92, rounds=2),
+    Row("720p staged", (1280, 720, 81), 1.75, staged=True, rounds=2),
+    Row("FramePack section", (640, 608, 33), 1.7, rounds=5, framepack=True),
+)
+TINY_ROWS = (
+    Row("tiny", (96, 64, 9), 0, rounds=2),
+    Row("tiny guided", (96, 64, 9), 0, samples=2, rounds=2),
+    Row("tiny FramePack", (128, 96, 33), 0, rounds=2, framepack=True),
+)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each pass after one to warm up, and of what the host did in it."""
+
+    seconds: list[float]
+    host: list[float]
+    result: Tensor
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def timed(make: Pass, rounds: int, cards: Sequence[torch.device]) -> Times:
+    """`rounds` passes after one to warm up."""
+    seconds, host, result = [], [], make()
+    wait_for(cards)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        result = make()
+        host.append(time.perf_counter() - began)
+        wait_for(cards)
+        seconds.append(time.perf_counter() - began)
+    return Times(seconds, host, result.float().cpu())
+
+
+def wan_pass(model: StreamedWan, row: Row) -> Pass:
+    """A pass of random inputs, or two: at once where several cards share them, else in turn."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    work = wan_work(config, row.size)
+    device = model.settings.device
+    latent = torch.randn(1, config.out_channels, *work.latent_size, generator=generator).to(device)
+    text = torch.randn(row.samples, config.text_tokens, config.text_dim, generator=generator).to(device)
+    timestep = torch.full((row.samples,), 700.0, device=device)
+    if model.several is not None or row.samples == 1:
+        latents = latent.expand(row.samples, -1, -1, -1, -1).contiguous()
+        return lambda: model(latents, timestep, text)
+    texts = text.split(1)
+    return lambda: torch.cat([model(latent, timestep[:1], each) for each in texts])
+
+
+def started(model: StreamedWan | StreamedFramePack, row: Row) -> Pass:
+    """The model on its cards, all blocks streamed, and a pass of it."""
+    if isinstance(model, StreamedFramePack):
+        return start_section(model, row)
+    limits = hold_limits(model.settings, model.model.execution)
+    together = row.samples if model.several is not None else 1
+    work = wan_work(model.config, row.size, together, row.samples // together)
+    model.start_fitting(model.make_plan(work, limits))
+    return wan_pass(model, row)
+
+
+def start_section(model: StreamedFramePack, row: Row) -> Pass:
+    """The first step of a section of FramePack with all of its history, of random inputs; the model is started."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    width, height = row.size[0] // 8, row.size[1] // 8
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    prompt = Prompt(randn(1, TEXT_TOKENS, config.text_dim), randn(1, config.pooled_dim))
+    given = EncodedInputs(
+        latent_size=(height, width),
+        timed=parse_timed_prompt("any"),
+        prompts={"any": prompt},
+        start=randn(1, config.in_channels, 1, height, width),
+        start_features=randn(1, IMAGE_TOKENS, config.image_dim),
+    )
+    sampling = Sampling(mode=model.mode, cache_threshold=None)
+    sections, device = given.sections(sampling), model.settings.device
+    work = replace(section_size(sampling, given.latent_size, False), context_tokens=TEXT_TOKENS + IMAGE_TOKENS)
+    plan = model.make_plan(work, hold_limits(model.settings, model.model.execution))
+    conditions = prepare(model, plan, sampling, given, sections)
+    model.start_fitting(plan)
+    indices = sections[0].indices
+
+    def frames(places: Sequence[int]) -> Frames:
+        return Frames(randn(1, config.in_channels, len(places), height, width).to(device), torch.tensor(places))
+
+    history = History(*(frames(places) for places in (indices.clean, indices.two, indices.four)))
+    noisy, shown = frames(indices.noisy), conditions.images[0]
+    image = None if shown is None else shown.to(device)
+    return lambda: model(noisy, history, conditions.prompts["any"][0], image)
+
+
+def measure_row(path: Path, row: Row, cards: Sequence[torch.device], swap: int) -> dict[str, Any]:
+    """One row: one card, then all of them."""
+    found: dict[str, Any] = {**asdict(row), "cards": len(cards)}
+    times: list[Times] = []
+    for others in ((), tuple(cards[1:])):
+        settings = RunSettings(cards[0], others, row.staged, blocks_to_swap=swap)
+        model = (StreamedFramePack if row.framepack else StreamedWan)(path, settings)
+        reset_peaks(cards)
+        times.append(timed(started(model, row), row.rounds, cards))
+        name = "several" if others else "one"
+        plan = model.plan
+        assert plan is not None
+        found[name] = {
+            "seconds": times[-1].seconds,
+            "host": times[-1].host,
+            "vram_gib": peaks(cards),
+            "planned_gib": plan.denoise.total / GIB,
+            "budget_gib": plan.budget_bytes / GIB,
+            "exchanged_gb": plan.model.exchanged_bytes(plan.work) / 1e9 if others else 0.0,
+            "streamed": plan.blocks.num_streamed,
+            "rss_gib": psutil.Process().memory_info().rss / GIB,
+            "host_bytes_gib": model.host_bytes / GIB,
+        }
+        model.release()
+    one, several = times
+    error = float((several.result - one.result).norm() / one.result.norm())
+    return {
+        **found,
+        "speed_up": one.median / several.median,
+        "same_bits": one.result.equal(several.result),
+        "error": error,
+    }
+
+
+def reset_peaks(cards: Sequence[torch.device]) -> None:
+    for card in set(cards):
+        if card.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(card)
+
+
+def peaks(cards: Sequence[torch.device]) -> list[float]:
+    """GiB that PyTorch had of each card at most."""
+    return [torch.cuda.max_memory_reserved(card) / GIB if card.type == "cuda" else 0.0 for card in cards]
+
+
+def wait_for(cards: Sequence[torch.device]) -> None:
+    for card in cards:
+        if card.type == "cuda":
+            torch.cuda.synchronize(card)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"{'row':<20}{'one s':>9}{'several s':>11}{'speed-up':>10}{'wanted':>8}{'bits':>6}{'host s':>9}{'RSS GiB':>9}"
+    ]
+    for row in rows:
+        one, several = row["one"], row["several"]
+        lines.append(
+            f"{row['name']:<20}{statistics.median(one['seconds']):>9.3f}{statistics.median(several['seconds']):>11.3f}"
+            f"{row['speed_up']:>9.2f}x{row['wanted']:>8.2f}{'same' if row['same_bits'] else 'NOT':>6}"
+            f"{statistics.median(several['host']):>9.3f}{several['rss_gib']:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def file_of(row: Row, options: argparse.Namespace, device: torch.device) -> tuple[Path, int]:
+    """The row's file, made where it is missing, and its number of blocks."""
+    tiny = {False: TINY["1.3b"], True: TINY_FRAMEPACK}[row.framepack]
+    config = tiny if options.tiny else CONFIGS["framepack" if row.framepack else "14b"]
+    name = ("tiny_" if options.tiny else "") + ("framepack_fp8" if row.framepack else "fp8")
+    path: Path = options.folder / f"{name}.safetensors"
+    if not path.exists():
+        write_checkpoint(path, config, "fp8", device.type)
+    return path, config.num_layers + getattr(config, "num_single_layers", 0)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--devices", default="auto")
+    parser.add_argument("--rows", help="names with commas between them (left out: all)")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    cards = (torch.device("cpu"),) * 2 if options.tiny else parse_devices(options.devices)
+    wanted = None if options.rows is None else options.rows.split(",")
+    rows = []
+    for row in TINY_ROWS if options.tiny else ROWS:
+        if wanted is None or row.name in wanted:
+            path, num_blocks = file_of(row, options, cards[0])
+            rows.append(measure_row(path, row, cards, -1 if options.tiny else num_blocks))
+            if options.out is not None:
+                write_file(options.out, json.dumps({"machine": machine(), "rows": rows}, indent=1).encode())
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
