@@ -38,6 +38,15 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
                 '--image girl.png --prompt "a woman dances [5s: she bows]" --seconds 10',
             ),
         ),
+        "batch": (
+            ("a job a line, on all cards of this machine", "batch jobs.jsonl"),
+            ("on a Ray cluster, also where some jobs are refused", "batch jobs.jsonl --ray auto --keep-going"),
+            (
+                "an example workflow with each job's values, on two ComfyUI servers",
+                "batch jobs.jsonl --workflow wan2.1_t2v_1.3B --comfyui http://192.168.1.20:8188 "
+                "http://192.168.1.21:8188",
+            ),
+        ),
         "plan": (
             ("81 frames of 832x480 within 8 GiB", "plan wan2.1_t2v_14B_fp8_e4m3fn.safetensors --vram-budget 8"),
             (

@@ -1,4 +1,4 @@
-"""The command line: `lowvram-video generate | plan | bench | calibrate | doctor | inspect | convert | demo`."""
+"""The command line: `lowvram-video generate | batch | plan | bench | calibrate | doctor | inspect | convert | demo`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from ..system.version import version
 from ..weights.files.open import open_checkpoint
 from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
 from .arguments import add_device, add_seed, add_size, positive
+from .batch import add_batch
 from .bench import add_bench
 from .calibrate import add_calibrate
 from .console import plain_console
@@ -44,6 +45,8 @@ INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 2 with one line on stderr that says what to do, or 130 after Ctrl-C.
+
+    `batch` ends with 1 where some of its jobs failed, `doctor` where something does not work.
 
     SIGTERM ends it as Ctrl-C does: with what was made by then.
     """
@@ -90,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
 
     add_generate(command("generate", "make a video from checkpoint files and a prompt"))
+    add_batch(command("batch", "make many videos: on all cards, on a Ray cluster, on ComfyUI servers"))
     _add_plan(command("plan", "show what a run would use, without a GPU"))
     add_bench(command("bench", "measure this card, so that plans tell its times"))
     add_calibrate(command("calibrate", "measure a Wan model for step caches, so that they know what to skip"))

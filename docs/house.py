@@ -30,7 +30,7 @@ TIERS = (
     ("cli", "nodes"),
     ("nodes/bridge",),
     ("doctor",),
-    ("demo", "card"),
+    ("demo", "card", "batch"),
     ("families",),
     ("framepack/run",),  # makes a request with a model: it stands on both
     ("wanvideo", "framepack"),
@@ -53,7 +53,8 @@ TIERS = (
     ("system",),
 )
 FAMILIES = ("wanvideo", "framepack")  # never import each other
-LEAVES = ("weights", "memory", "attention", "fused", "team", "video", "sampling", "compilation")  # import system/ alone
+# import system/ alone
+LEAVES = ("weights", "memory", "attention", "fused", "team", "video", "sampling", "compilation", "batch")
 GROUND = "system"
 
 Imports = dict[str, set[str]]  # module's path -> the paths of the modules that it imports

@@ -147,6 +147,7 @@ def test_a_run_is_made_once_more_on_the_safe_path(
         in caplog.text
     )
     assert "begins anew with exact attention" in caplog.text
+    assert pipeline.high.model.execution.attention.name == "sick", "the next run begins as its settings say"
     assert len(list(tmp_path.glob("*/run.json"))) == 2, "what computes otherwise is another run"
 
     again = WanPipeline(files, runs=tmp_path)  # its video was not placed: the latent of the safe path is there

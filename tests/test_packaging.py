@@ -28,6 +28,7 @@ OPTIONAL = {
     "comfy_kitchen",
     "ftfy",
     "torch_tensorrt",
+    "ray",
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}
 COMFYUI |= {"comfyui_version"}

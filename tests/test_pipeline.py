@@ -310,9 +310,10 @@ def test_each_expert_takes_its_noise_levels_and_one_is_in_memory(experts: WanFil
     assert error <= 1e-4
 
 
-def test_experts_that_stay_loaded_take_turns_in_memory(experts: WanFiles) -> None:
+@pytest.mark.parametrize("kept", [{"keep_loaded": True}, {"keep_model": True}], ids=["all", "model"])
+def test_experts_that_stay_loaded_take_turns_in_memory(experts: WanFiles, kept: dict[str, bool]) -> None:
     request = replace(REQUEST, shift=12.0, boundary=0.9)
-    pipeline = Recording(experts, RunSettings(keep_loaded=True))
+    pipeline = Recording(experts, RunSettings(**kept))
     assert pipeline.low is not None
     held: list[int] = []
     for model in (pipeline.high, pipeline.low):
@@ -324,6 +325,8 @@ def test_experts_that_stay_loaded_take_turns_in_memory(experts: WanFiles) -> Non
     frames = run(pipeline, request)
     assert torch.equal(run(pipeline, request), frames)
     assert set(held) == {1}
+    pipeline.release()
+    assert not pipeline.high.host_bytes and not pipeline.low.host_bytes
 
 
 class CountingRegistrar:

@@ -63,6 +63,12 @@ class Server:
             self._process.kill()
             self._process.wait(20)
 
+    def kill(self) -> None:
+        """End it as a crash would."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(20)
+
     def process_ended(self, seconds: float) -> int | None:
         """Its exit code, if it ends within so many seconds."""
         assert self._process is not None

@@ -1,0 +1,83 @@
+"""Jobs for ComfyUI servers: an example workflow, or any other, with values filled in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..batch.job import Job, kind_of
+from ..batch.job_values import FILES, check_names
+from ..system.content_key import run_key
+from ..system.output_lock import file_sha256
+from .batch_jobs import NO_OUTPUT, JobReader, ReadJob
+
+EXAMPLES = Path(__file__).parents[1] / "example_workflows"
+MOST_BYTES = 64 * 2**20
+EXPECTED = "expected a workflow that ComfyUI's page has saved"
+OWN = ("output", "workflow", "nodes", "overwrite")  # of a job; all others are values of the workflow
+
+
+class WorkflowReader:
+    """Reads lines such as {"prompt": "...", "seed": 1, "output": "a.mp4"}; `default` is what most of them fill in."""
+
+    def __init__(self, default: str | None) -> None:
+        self._default = default
+        self._read: dict[str, Mapping[str, Any]] = {}
+
+    def __call__(self, line: int, values: Mapping[str, Any]) -> ReadJob:
+        """A job; ValueError where it is none."""
+        output, name = values.get("output"), values.get("workflow", self._default)
+        if not isinstance(output, str) or not output:
+            raise ValueError(NO_OUTPUT)
+        if not isinstance(name, str):
+            raise ValueError("it has no workflow: give one, or --workflow for all jobs")
+        nodes = values.get("nodes", {})
+        if not isinstance(nodes, dict) or not all(isinstance(inputs, dict) for inputs in nodes.values()):
+            raise ValueError(f"nodes is {kind_of(nodes)}: expected {{title: {{input: value}}}}")
+        filled = {key: value for key, value in values.items() if key not in OWN and value is not None}
+        check_names(filled)
+        for key in FILES:
+            if key in filled:
+                filled[key] = str(Path(filled[key]).absolute())
+        workflow = self._workflow(name)
+        path = Path(output).absolute()
+        read = [Path(filled[name]) for name in FILES if name in filled]
+        contents = [file_sha256(file) if file.is_file() else "" for file in read]  # servers know jobs by their key
+        key = run_key(
+            {"workflow": workflow, "values": filled, "nodes": nodes, "output": str(path), "contents": contents}
+        )
+        request = {
+            "workflow": workflow, "values": filled, "nodes": nodes, "output": str(path), "key": key,
+            "overwrite": values.get("overwrite") is True,
+        }  # fmt: skip
+        return ReadJob(Job(line, Path(output), key, request, name), [path], read)
+
+    def _workflow(self, name: str) -> Mapping[str, Any]:
+        if name not in self._read:
+            self._read[name] = _load(name)
+        return self._read[name]
+
+
+def workflow_reader(default: str | None) -> JobReader:
+    """See `WorkflowReader`."""
+    return WorkflowReader(default)
+
+
+def _load(name: str) -> Mapping[str, Any]:
+    """A workflow by its path, or by the name of an example. ValueError where there is none."""
+    example = EXAMPLES / f"{Path(name).name.removesuffix('.json')}.json"
+    path = Path(name) if Path(name).is_file() else example
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{path} has more than {MOST_BYTES} bytes: it is no workflow")
+        workflow = json.loads(path.read_bytes())
+    except OSError:
+        known = ", ".join(sorted(file.stem for file in EXAMPLES.glob("*.json")))
+        raise ValueError(f"{name}: no such workflow; give a file, or the name of an example: {known}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {EXPECTED}") from None
+    if not isinstance(workflow, dict):
+        raise ValueError(f"{path} is {kind_of(workflow)}: {EXPECTED}")
+    return workflow

@@ -1,0 +1,283 @@
+"""ComfyUI servers as a batch sees them, by one that is a script: refusals, lost connections, forgotten prompts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from lowvram_video.batch import comfyui_crew
+from lowvram_video.batch.workflow import check_prompt, make_prompt
+from lowvram_video.cli.main import main
+
+FILM = b"a film" * 1000
+OBJECT_INFO = {
+    "CLIPTextEncode": {"input": {"required": {"text": ["STRING", {}]}}},
+    "KSampler": {
+        "input": {"required": {"seed": ["INT", {"min": 0, "max": 99, "control_after_generate": True}]}, "optional": {}}
+    },
+    "LoadImage": {"input": {"required": {"image": [["there.png"], {"image_upload": True}]}}},
+}
+WORKFLOW = {
+    "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "?"}, "_meta": {"title": "Prompt"}},
+    "2": {"class_type": "KSampler", "inputs": {"seed": 0}},
+    "3": {"class_type": "LoadImage", "inputs": {"image": "there.png"}},
+}
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers as ComfyUI does; `on_prompt` says what becomes of a prompt: a history entry, or None: it is forgotten."""
+
+    daemon_threads = True
+
+    def __init__(self, on_prompt: Callable[[FakeServer, dict[str, Any]], dict[str, Any] | None]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.on_prompt = on_prompt
+        self.prompts: list[dict[str, Any]] = []
+        self.history: dict[str, Any] = {}
+        self.uploads: list[bytes] = []
+        self.cut_downloads = 0  # how many end early
+        self.films_are_gone = False  # until another is made
+        self.refusal: dict[str, Any] | None = None
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def log_message(self, *_: object) -> None:
+        return
+
+    def answer(self, body: Any, status: int = 200, cut: int = 0) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) - cut])
+
+    def do_GET(self) -> None:
+        path, server = urlsplit(self.path).path, self.server
+        if path == "/queue":
+            self.answer({"queue_running": [], "queue_pending": []})
+        elif path == "/object_info":
+            self.answer(OBJECT_INFO)
+        elif path.startswith("/history/"):
+            prompt_id = path.removeprefix("/history/")
+            self.answer({prompt_id: server.history[prompt_id]} if prompt_id in server.history else {})
+        elif server.films_are_gone:
+            self.answer({"error": "not found"}, 404)
+        elif server.cut_downloads:
+            server.cut_downloads -= 1
+            self.answer(FILM, cut=100)
+        else:
+            self.answer(FILM)
+
+    def do_POST(self) -> None:
+        body, server = self.rfile.read(int(self.headers["Content-Length"])), self.server
+        if self.path == "/upload/image":
+            server.uploads.append(body)
+            self.answer({"name": "sent.png", "subfolder": "lowvram-batch", "type": "input"})
+        elif self.path == "/prompt" and server.refusal is not None:
+            self.answer(server.refusal, 400)
+        elif self.path == "/prompt":
+            prompt = json.loads(body)
+            server.prompts.append(prompt)
+            server.films_are_gone = False
+            entry = server.on_prompt(server, prompt)
+            if entry is not None:
+                server.history[prompt["prompt_id"]] = entry
+            self.answer({"prompt_id": prompt["prompt_id"]})
+        else:
+            self.answer(b"")
+
+
+def succeeds(server: FakeServer, prompt: dict[str, Any]) -> dict[str, Any]:
+    film = {"filename": "a.mp4", "subfolder": "", "type": "output"}
+    return {"status": {"status_str": "success"}, "outputs": {"9": {"images": [film]}}}
+
+
+def fails(server: FakeServer, prompt: dict[str, Any]) -> dict[str, Any]:
+    error = ["execution_error", {"node_type": "KSampler", "exception_message": "no room\nat all"}]
+    return {"status": {"status_str": "error", "messages": [error]}, "outputs": {}}
+
+
+def is_forgotten_once(server: FakeServer, prompt: dict[str, Any]) -> dict[str, Any] | None:
+    return None if len(server.prompts) == 1 else succeeds(server, prompt)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comfyui_crew, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(comfyui_crew, "LOST_SECONDS", 0.2)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Any], FakeServer]]:
+    servers: list[FakeServer] = []
+
+    def start(on_prompt: Any) -> FakeServer:
+        servers.append(FakeServer(on_prompt))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def batch(folder: Path, server: FakeServer, *jobs: dict[str, Any], flags: tuple[str, ...] = ()) -> int:
+    workflow = folder / "workflow.json"
+    workflow.write_text(json.dumps(WORKFLOW))
+    path = folder / "jobs.jsonl"
+    path.write_text("\n".join(json.dumps({"output": str(folder / f"{n}.mp4"), **job}) for n, job in enumerate(jobs)))
+    return main(["batch", str(path), "--comfyui", server.url, "--workflow", str(workflow), *flags])
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "jobs.results.jsonl").read_text().splitlines()]
+
+
+def test_values_are_filled_in_and_the_film_is_brought(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server, picture = serve(succeeds), tmp_path / "mine.png"
+    picture.write_bytes(b"a picture")
+    assert (
+        batch(tmp_path, server, {"prompt": "a cat", "seed": 7, "nodes": {"LoadImage": {}}, "image": str(picture)}) == 0
+    )
+    graph = server.prompts[0]["prompt"]
+    assert graph["1"]["inputs"] == {"text": "a cat"} and graph["2"]["inputs"] == {"seed": 7}
+    assert graph["3"]["inputs"] == {"image": "lowvram-batch/sent.png"} and b"a picture" in server.uploads[0]
+    assert (tmp_path / "0.mp4").read_bytes() == FILM
+    assert (
+        batch(tmp_path, server, {"prompt": "a cat", "seed": 7, "nodes": {"LoadImage": {}}, "image": str(picture)}) == 0
+    )
+    assert len(server.prompts) == 1, "made before"
+
+
+def test_a_prompt_that_a_server_forgot_is_queued_again(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server = serve(is_forgotten_once)
+    assert batch(tmp_path, server, {"seed": 1}) == 0
+    assert len(server.prompts) == 2 and (tmp_path / "0.mp4").read_bytes() == FILM
+
+
+def test_a_prompt_that_is_there_is_not_queued_twice(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server = serve(succeeds)
+    assert batch(tmp_path, server, {"seed": 1}) == 0
+    (tmp_path / "0.mp4").unlink()
+    (tmp_path / "jobs.results.jsonl").unlink()  # the batch was killed before it had the film
+    assert batch(tmp_path, server, {"seed": 1}) == 0
+    assert len(server.prompts) == 1 and (tmp_path / "0.mp4").read_bytes() == FILM
+
+
+def test_a_film_that_was_removed_there_is_made_again(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server = serve(succeeds)
+    assert batch(tmp_path, server, {"seed": 1}) == 0
+    (tmp_path / "0.mp4").unlink()
+    server.films_are_gone = True
+    assert batch(tmp_path, server, {"seed": 1}) == 0
+    assert len(server.prompts) == 2 and (tmp_path / "0.mp4").read_bytes() == FILM
+
+
+def test_another_picture_of_the_same_name_makes_another_film(
+    tmp_path: Path, serve: Callable[[Any], FakeServer]
+) -> None:
+    server, picture = serve(succeeds), tmp_path / "mine.png"
+    for contents in (b"a", b"b"):
+        picture.write_bytes(contents)
+        assert batch(tmp_path, server, {"image": str(picture), "overwrite": True}) == 0
+    assert len({prompt["prompt_id"] for prompt in server.prompts}) == 2
+
+
+def test_half_a_film_is_none(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server = serve(succeeds)
+    server.cut_downloads = 1
+    assert batch(tmp_path, server, {"seed": 1}) == 0
+    assert (tmp_path / "0.mp4").read_bytes() == FILM
+    assert [each["status"] for each in results(tmp_path)] == ["begun", "lost", "begun", "made"]
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_failures_and_refusals_are_told_in_the_servers_words(
+    tmp_path: Path, serve: Callable[[Any], FakeServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert batch(tmp_path, serve(fails), {"seed": 1}) == 1
+    assert results(tmp_path)[-1]["error"] == "KSampler: no room at all"
+    (tmp_path / "jobs.results.jsonl").unlink()
+    server = serve(succeeds)
+    error = {"message": "Value not in list", "details": "seed: 1"}
+    server.refusal = {
+        "error": {"message": "Prompt outputs failed"},
+        "node_errors": {"2": {"class_type": "KSampler", "errors": [error]}},
+    }
+    assert batch(tmp_path, server, {"seed": 1}) == 1
+    assert "KSampler 2: Value not in list: seed: 1" in results(tmp_path)[-1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"seed": 100}, "expected 0 to 99"),
+        ({"shift": 3}, "shift: this workflow has no place for it"),
+        ({"nodes": {"Nobody": {"a": 1}}}, "none that is called 'Nobody'"),
+        ({"colour": "red"}, "'colour' is no value of a workflow"),
+        ({"image": "none.png"}, "none.png: no such file"),
+        ({"nodes": {"3": {"image": "other.png"}}}, "the server has no 'other.png'"),
+        ({"workflow": "nothing"}, "nothing: no such workflow"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_the_start(
+    tmp_path: Path, serve: Callable[[Any], FakeServer], capsys: pytest.CaptureFixture[str], values: Any, reason: str
+) -> None:
+    server = serve(succeeds)
+    assert batch(tmp_path, server, {"seed": 1}, values) == 2
+    told = capsys.readouterr().err
+    assert any("line 2: " in line and reason in line for line in told.splitlines()), told
+    assert not server.prompts
+
+
+def test_no_server_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(comfyui_crew.ComfyUICrew, "patience", 0.3)
+    server = FakeServer(succeeds)
+    server.shutdown()
+    server.server_close()
+    assert batch(tmp_path, server, {"seed": 1}) == 2
+    assert "no worker was ready" in capsys.readouterr().err
+
+
+def test_bypassed_nodes_pass_on_what_they_are_given() -> None:
+    nodes = [
+        {"id": 1, "type": "CLIPTextEncode", "mode": 0, "widgets_values": ["a"], "inputs": []},
+        {
+            "id": 2,
+            "type": "KSampler",
+            "mode": 4,
+            "widgets_values": [1, "fixed"],
+            "inputs": [{"name": "x", "type": "T", "link": 1}],
+        },
+        {
+            "id": 3,
+            "type": "KSampler",
+            "mode": 0,
+            "widgets_values": [5, "fixed"],
+            "inputs": [{"name": "x", "type": "T", "link": 2}],
+        },
+        {"id": 4, "type": "Note", "mode": 0, "widgets_values": ["hello"]},
+    ]
+    workflow = {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "T"], [2, 2, 0, 3, 0, "T"]]}
+    prompt = make_prompt(workflow, OBJECT_INFO)
+    assert prompt.graph == {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
+        "3": {"class_type": "KSampler", "inputs": {"seed": 5, "x": ["1", 0]}},
+    }
+    check_prompt(prompt, OBJECT_INFO, set())
+    for broken in ({}, {"nodes": []}, {"nodes": [], "links": [], "definitions": {"subgraphs": [{}]}}):
+        with pytest.raises(ValueError, match=r"workflow|subgraphs"):
+            make_prompt(broken, OBJECT_INFO)
