@@ -30,7 +30,17 @@ OPTIONAL = {
     "torch_tensorrt",
     "ray",
 }
-COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}
+COMFYUI = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "folder_paths",
+    "latent_preview",
+    "nodes",
+    "protocol",
+    "server",
+}
 COMFYUI |= {"comfyui_version"}
 
 

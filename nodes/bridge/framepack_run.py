@@ -28,6 +28,7 @@ from ...video.tags import Tags
 from . import host
 from .framepack_engine import FramePackEngine
 from .framepack_request import SamplerInputs
+from .moving_preview import MovingPreview, sender
 from .native_vae import native_decoder, vae_fingerprint
 from .patcher import StreamedModelPatcher
 
@@ -45,6 +46,7 @@ class ComfyRunHost:
         self.guide, self.can_resume = guide, identity is not None
         self._engine = cast(FramePackEngine, patcher.engine)
         self._preview: host.SamplingPreview | None = None
+        self._moving: MovingPreview | None = None
 
     @property
     def model(self) -> StreamedFramePack:
@@ -60,7 +62,8 @@ class ComfyRunHost:
         host.load_model(self._patcher)
         self._engine.begin_run(phase=None)
         try:
-            yield
+            with MovingPreview(self._patcher.model.latent_format, sender()) as self._moving:
+                yield
         finally:
             self._engine.end_run()
 
@@ -96,6 +99,8 @@ class ComfyRunHost:
     def on_step(self, section: Section, step: StepInfo) -> None:
         assert self._preview is not None
         self._preview.step(step.denoised)
+        if self._moving is not None:
+            self._moving.show(step.denoised)
 
     def check_interrupt(self, done: int, total: int) -> None:
         host.check_interrupt(done, total)

@@ -23,6 +23,7 @@ from .carried import BYPASS, HOOKED, OWN, check_carried
 from .compile_patches import COMPILE_KEY, compile_settings
 from .engine import Engine
 from .inside import check_dtype, is_inside
+from .moving_preview import MovingPreview, sender
 from .native_model import NativeModel
 from .options import StreamOptions
 
@@ -245,8 +246,10 @@ def _watched(
                 watch.step(step, num_steps, denoised, latent)
             if callback is not None:
                 callback(step, denoised, latent, num_steps)
+                preview.show(denoised)
 
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *more, **named)
+        with MovingPreview(patcher.model.latent_format, sender()) as preview:
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *more, **named)
 
     try:
         return sample()
