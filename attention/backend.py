@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +74,23 @@ class Backend(Protocol):
 
         Call it only after `refuse` returned None.
         """
+        ...
+
+
+class PassAttention(Protocol):
+    """Self-attention of one pass that is more than a backend's: it knows its layers, and may order tokens."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # as `Backend.attend`, of some heads of the layer
+
+    def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
+        """The next layer has its turn. `tokens [rows, ...]` may come in another order, through the bytes of `spare`.
+
+        The first of them is the residual stream.
+        """
+        ...
+
+    def end(self, tokens: Tensor, spare: Tensor) -> None:
+        """All layers are done: the residual stream's tokens come back to their places."""
         ...
 
 

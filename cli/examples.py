@@ -47,6 +47,17 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
                 "http://192.168.1.21:8188",
             ),
         ),
+        "upscale": (
+            (
+                "twice as large within 6 GiB; LQ_proj_in, TCDecoder and Prompt lie beside the model",
+                "upscale clip.mp4 --model models/FlashVSR/FlashVSR1_1.safetensors --vram-budget 6",
+            ),
+            (
+                "four times, with sharper details",
+                "upscale clip.mp4 --model models/FlashVSR/FlashVSR1_1.safetensors --scale 4 --local-range 9 "
+                "-o large.mp4",
+            ),
+        ),
         "plan": (
             ("81 frames of 832x480 within 8 GiB", "plan wan2.1_t2v_14B_fp8_e4m3fn.safetensors --vram-budget 8"),
             (

@@ -1,4 +1,4 @@
-"""The command line: `lowvram-video generate | batch | plan | bench | calibrate | doctor | inspect | convert | demo`."""
+"""The command line: `lowvram-video generate | batch | upscale | plan | bench | doctor | inspect | …`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from .failure import failure
 from .generate import COMMANDS, add_generate, family_of_file
 from .output import OutputFile, add_overwrite
 from .progress import TerminalProgress
+from .upscale import add_upscale
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as shells have it for Ctrl-C
@@ -94,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_generate(command("generate", "make a video from checkpoint files and a prompt"))
     add_batch(command("batch", "make many videos: on all cards, on a Ray cluster, on ComfyUI servers"))
+    add_upscale(command("upscale", "make a finished video two to four times as large, with FlashVSR"))
     _add_plan(command("plan", "show what a run would use, without a GPU"))
     add_bench(command("bench", "measure this card, so that plans tell its times"))
     add_calibrate(command("calibrate", "measure a Wan model for step caches, so that they know what to skip"))

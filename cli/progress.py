@@ -14,7 +14,7 @@ BEGUN = "{desc} ..."
 BAR = "{desc} [{bar:24}] {n_fmt}/{total_fmt}  {rate_inv_fmt}  {remaining_s:.0f} s left"
 
 
-COMPUTES = ("denoise", "section")  # how titles of phases begin in which Ctrl-C waits for a block
+COMPUTES = ("denoise", "section", "upscale")  # how titles of phases begin in which Ctrl-C waits for a block
 
 
 class TerminalProgress(Progress):

@@ -32,7 +32,7 @@ TIERS = (
     ("doctor",),
     ("demo", "card", "batch"),
     ("families",),
-    ("framepack/run",),  # makes a request with a model: it stands on both
+    ("framepack/run", "wanvideo/upscale"),  # make a request with a model: they stand on both
     ("wanvideo", "framepack"),
     ("wanvideo/text", "wanvideo/vae", "framepack/text", "framepack/vae"),
     ("runtime",),

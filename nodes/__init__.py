@@ -29,6 +29,7 @@ PARTS = {
     "doctor": ("Doctor",),
     "sparse": ("SparseAttention",),
     "step_cache": ("StepCacheNode",),
+    "upscale": ("LoadFlashVSRModel", "UpscaleVideo"),
 }
 
 

@@ -20,6 +20,7 @@ LANGUAGES = ("en", "zh", "ja")
 LOADERS = {
     "LowVRAMLoadWanModel": (["model_name"], "diffusion_models"),
     "LowVRAMLoadFramePackModel": (["model_name"], "diffusion_models"),
+    "LowVRAMLoadFlashVSRModel": (["model_name", "projection", "decoder", "prompt"], "diffusion_models"),
     "CLIPLoader": (["clip_name"], "text_encoders"),
     "LowVRAMLoadClipGGUF": (["clip_name"], "text_encoders"),
     "DualCLIPLoader": (["clip_name1", "clip_name2"], "text_encoders"),
@@ -29,6 +30,7 @@ LOADERS = {
 }
 SPLIT_FILES = r"Comfy-Org/(Wan_2\.[12]_ComfyUI_[rR]epackaged|HunyuanVideo_repackaged)/resolve/main/split_files/"
 REPOSITORIES = "Kijai/HunyuanVideo_comfy|kabachuha/FramePack_F1_I2V_HY_20250503_comfy|Comfy-Org/sigclip_vision_384"
+REPOSITORIES += "|1038lab/FlashVSR"
 PICTURE_SIDE = 400  # pixels at least
 
 
@@ -151,6 +153,9 @@ def test_a_group_is_around_every_node_and_nodes_do_not_overlap(workflow: dict[st
 
 def test_every_workflow_plans_streams_decodes_and_saves(workflow: dict[str, Any]) -> None:
     kinds = {node["type"] for node in workflow["nodes"]}
+    if "LowVRAMUpscaleVideo" in kinds and "KSampler" not in kinds:  # plans, streams and saves by itself
+        assert "LowVRAMLoadFlashVSRModel" in kinds
+        return
     assert {"LowVRAMBlockSwap", "LowVRAMPlan", "LowVRAMMemoryReport"} <= kinds
     if "LowVRAMFramePackSampler" in kinds:  # saves the video as it grows
         (sampler,) = (node for node in workflow["nodes"] if node["type"] == "LowVRAMFramePackSampler")
@@ -158,7 +163,7 @@ def test_every_workflow_plans_streams_decodes_and_saves(workflow: dict[str, Any]
         assert all(slot["link"] for slot in sampler["inputs"] if slot["name"] in ("vae", "image_embeds"))
         assert "fixed" in sampler["widgets_values"], "the seed of a run that may go on"
     else:
-        assert {"LowVRAMDecodeVideo", "SaveVideo"} <= kinds or "LowVRAMSaveVideo" in kinds
+        assert {"LowVRAMDecodeVideo", "SaveVideo"} <= kinds or {"LowVRAMSaveVideo", "LowVRAMUpscaleVideo"} & kinds
         assert {"LowVRAMLoadWanModel", "LowVRAMLoadDemo"} & kinds
 
 

@@ -9,9 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention.backend import Backend
+from ..attention.backend import Backend, PassAttention
 from ..attention.sdpa import Sdpa
-from ..attention.sparse.run import AttentionPass, AttentionRun
+from ..attention.sparse.run import AttentionRun
 from ..fused.eager import EagerOps
 from ..fused.ops import FusedOps
 from ..team.share import Part
@@ -122,7 +122,7 @@ class Workspace:
         self.hidden_after_q_rows = min(self.num_rows, (size - queries) // rows.ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
         self.scales = torch.empty(2, self.num_rows, rows.num_heads, device=device) if self.packs_keys else None
-        self.watched: AttentionPass | None = None  # self-attention of this pass, where it is not the backend's alone
+        self.watched: PassAttention | None = None  # self-attention of this pass, where it is not the backend's alone
 
     @property
     def ops(self) -> FusedOps:

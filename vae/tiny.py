@@ -5,7 +5,7 @@ Source of the architecture and of the parameter names: madebyollin/taehv `taehv.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,6 +17,7 @@ from .checks import check_latent
 
 WIDTHS = (256, 128, 64, 64)
 GROWTH = (1, 2, 2)  # frames of one, after each resolution
+Memory = dict[int, Tensor]  # what each block that remembers saw last, by its place
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TinyConfig:
     growth: tuple[int, int, int] = GROWTH
     latents_at_once: None = None  # time costs no memory
     decoded_channels: int = 3
+    deep: bool = False
+    piece_pixels: int = 1 << 20  # that go through convolutions at a time
 
     @property
     def spatial_stride(self) -> int:
@@ -59,7 +62,7 @@ class TinyConfig:
         """What decoding pictures of `height` x `width` pixels takes beside the weights, at most."""
         positions = (height // self.patch_size) * (width // self.patch_size)
         first, second, third, fourth = self.widths
-        last = 3 * third + 4 * fourth  # enlarged, doubled in time, and what convolutions make of it
+        last = 2 * third + 2 * fourth  # enlarged, and what convolutions make of it
         earlier = 3 * second // 4 + 3 * (
             third // 4 + second // 16 + first // 64
         )  # that before, and what blocks remember
@@ -123,35 +126,101 @@ class TinyVAE(nn.Module):
         return num_latents
 
     def _decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
-        memory: dict[int, Tensor] = {}
+        memory: Memory = {}
         for index, position in enumerate(latent.unbind(2)):
             frames = self._decode_frame(position, memory)
             # the first position is of one frame, the last of those that it is made into
             yield frames if index else frames[:, :, -1:]
 
-    @torch.inference_mode()
-    def _decode_frame(self, position: Tensor, memory: dict[int, Tensor]) -> Tensor:
-        frames = [
-            F.pixel_shuffle(frame, self.config.patch_size).clamp(0, 1).mul(2).sub(1)
-            for frame in self._frames_of(position.to(self.device, self.dtype), 0, memory)
-        ]
-        return torch.stack(frames, dim=2)
+    def _decode_frame(self, position: Tensor, memory: Memory) -> Tensor:
+        return self.frames_of(position, memory).clamp(0, 1).mul(2).sub(1)
 
-    def _frames_of(self, x: Tensor, first: int, memory: dict[int, Tensor]) -> Iterator[Tensor]:
+    @torch.inference_mode()
+    def frames_of(self, position: Tensor, memory: Memory) -> Tensor:
+        """The frames `[B, 3, t, H, W]` of a latent one `[B, z, h, w]`, about 0 to 1; `memory` is kept for the next."""
+        frames = self._frames_from(position.to(self.device, self.dtype), 0, memory)
+        return torch.stack([F.pixel_shuffle(frame, self.config.patch_size) for frame in frames], dim=2)
+
+    def _frames_from(self, x: Tensor, first: int, memory: Memory) -> Iterator[Tensor]:
         """The frames that layers from `first` on make of one, in order of time; each block remembers its last input."""
         for index in range(first, len(self.decoder)):
             layer = self.decoder[index]
             if isinstance(layer, Remembering):
                 past = memory.get(index)
                 memory[index] = x
-                x = layer(x, torch.zeros_like(x) if past is None else past)
-            elif isinstance(layer, Growth):
-                for frame in layer(x):
-                    yield from self._frames_of(frame, index + 1, memory)
+                pieces = Pieces(self.config.piece_pixels, layer.num_convolutions)
+                x = pieces.apply(layer, [x, torch.zeros_like(x) if past is None else past])
+            elif isinstance(layer, nn.Upsample):
+                # one frame becomes several while it is small: each position's pixels are the same
+                growth, following = self.decoder[index + 1], self._until_memory(index + 2)
+                assert isinstance(growth, Growth)
+                larger = _Enlarged(layer, list(self.decoder[index + 2 : following]))
+                pieces = Pieces(self.config.piece_pixels, larger.num_rows_seen, larger.scale)
+                for number in range(growth.num_frames):
+                    made = pieces.apply(larger, [growth.frame(x, number)])
+                    yield from self._frames_from(made, following, memory)
                 return
             else:
                 x = layer(x)
         yield x
+
+    def _until_memory(self, first: int) -> int:
+        """The place of the next block that remembers, or the end."""
+        places = (place for place in range(first, len(self.decoder)) if isinstance(self.decoder[place], Remembering))
+        return next(places, len(self.decoder))
+
+
+class _Enlarged:
+    """Layers over a frame that is enlarged first."""
+
+    def __init__(self, upsample: nn.Upsample, layers: Sequence[nn.Module]) -> None:
+        self._layers = (upsample, *layers)
+        self.scale = round(upsample.scale_factor)
+        num_convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
+        self.num_rows_seen = -(-num_convolutions // self.scale)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for layer in self._layers:
+            x = layer(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Layers over some rows of a frame at a time, so many pixels of what they make, which is `scale` times as large.
+
+    They see `rows_seen` rows of their neighbours. Layers pad with zeros, and so only at the frame's edges: rows that a
+    piece's own edge has been padded for are cut off.
+    """
+
+    pixels: int
+    rows_seen: int
+    scale: int = 1
+
+    def apply(self, layer: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """`layer(*inputs)`, each `[B, C, h, w]`."""
+        height, width = inputs[0].shape[2:]
+        count = -(-height * width * self.scale**2 // self.pixels)
+        if count == 1:
+            return layer(*inputs)
+        step = -(-height // count)
+        whole: Tensor | None = None
+        for first in range(0, height, step):
+            last = min(first + step, height)
+            begin, end = max(0, first - self.rows_seen), min(height, last + self.rows_seen)
+            made = layer(*(each[:, :, begin:end] for each in inputs))
+            if whole is None:
+                size = (*made.shape[:2], height * self.scale, made.shape[3])
+                whole = torch.empty(size, dtype=made.dtype, device=made.device, memory_format=_layout(made))
+            rows = slice((first - begin) * self.scale, (last - begin) * self.scale)
+            whole[:, :, first * self.scale : last * self.scale] = made[:, :, rows]
+        assert whole is not None
+        return whole
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
 
 
 class SoftClamp(nn.Module):
@@ -163,6 +232,8 @@ class SoftClamp(nn.Module):
 
 class Remembering(nn.Module):
     """Three convolutions over a frame [B, C, h, w] and the one before it, beside a shortcut."""
+
+    num_convolutions = 3
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -181,16 +252,24 @@ class Growth(nn.Module):
         self.conv = nn.Conv2d(dim, num_frames * dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.conv(x).chunk(self.num_frames, dim=1)
+        return tuple(self.frame(x, number) for number in range(self.num_frames))
+
+    def frame(self, x: Tensor, number: int) -> Tensor:
+        """One of them."""
+        return F.conv2d(x, self.conv.weight.chunk(self.num_frames)[number])
 
 
 def _layers(config: TinyConfig) -> list[nn.Module]:
     widths = config.widths
-    layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), *_activated(config, widths[0])]
     for dim, next_dim, num_frames in zip(widths, widths[1:], config.growth, strict=False):
         layers += [Remembering(dim) for _ in range(3)]
         layers += [nn.Upsample(scale_factor=2), Growth(dim, num_frames), _conv(dim, next_dim, bias=False)]
-    return [*layers, nn.ReLU(), _conv(widths[-1], 3 * config.patch_size**2)]
+    return [*layers, *_activated(config, widths[-1]), _conv(widths[-1], 3 * config.patch_size**2)]
+
+
+def _activated(config: TinyConfig, dim: int) -> list[nn.Module]:
+    return [nn.ReLU(), _conv(dim, dim, bias=False), nn.ReLU()] if config.deep else [nn.ReLU()]
 
 
 def _conv(in_dim: int, out_dim: int, bias: bool = True) -> nn.Conv2d:

@@ -32,6 +32,18 @@ def video_seconds(path: Path) -> float:
     return float(_told(path)["duration"])
 
 
+def video_rate(path: Path) -> float:
+    """Frames a second of a video. ValueError where there is none, or its file does not say.
+
+    ffmpeg tells two decimals: those of television are meant exactly, such as 30000 / 1001.
+    """
+    told = float(_told(path)["fps"])
+    if not told > 0:
+        raise ValueError(f"{path}: this video does not say how many frames a second it has; {HOW}")
+    exact = round(told) * 1000 / 1001
+    return exact if abs(told - exact) < 0.006 and told != round(told) else told
+
+
 def read_video(path: Path, width: int, height: int, fps: float, first: int | None = None) -> Tensor:
     """Frames uint8 `[T, height, width, 3]` of a video at `fps`, cropped to the aspect and resized; the `first` so many.
 

@@ -215,6 +215,34 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float, tags:
         told.unlink(missing_ok=True)
 
 
+def add_sound(path: Path, heard: Path | Sound) -> None:
+    """Give the video at `path` the sound of another file, where that has one, or this one; pictures stay as they are.
+
+    The other's is copied where a file of this kind may have it so, else encoded as AAC. VideoError where it cannot be.
+    """
+    partial = partial_name(path, path.suffix)
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch_folder(Path(tempfile.gettempdir())))
+        source = heard.write(folder / "sound") if isinstance(heard, Sound) else ["-i", str(heard.absolute())]
+        tags = ["-map_metadata", "0"]
+        if path.suffix.lower() in (".mp4", ".mov"):
+            tags += ["-movflags", "+use_metadata_tags+faststart"]
+        ways = [["aac", "-b:a", "192k"]] if isinstance(heard, Sound) else [["copy"], ["aac", "-b:a", "192k"]]
+        try:
+            for way in ways:
+                streams = ["-map", "0:v:0", "-map", "1:a:0?", "-c:v", "copy", "-c:a", *way]
+                complaints = stack.enter_context(tempfile.TemporaryFile())
+                arguments = ["-i", str(path.absolute()), *source, *streams, *tags, str(partial.absolute())]
+                process = Watched(_launch(arguments, path, subprocess.DEVNULL, complaints), JOIN_SECONDS)
+                stack.callback(process.process.kill)  # after Ctrl-C; else it has ended
+                if process.wait() == 0:
+                    replace_file(partial, path)
+                    return
+            raise VideoError(f"{path}: ffmpeg could not add the sound ({process.stuck or _reason(complaints)})")
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def _joined(path: Path, num_frames: int, tags: Tags) -> list[str]:
     """ffmpeg's options for a video of so many frames that were encoded before."""
     # the index comes first, in room left for it: +faststart would write everything twice

@@ -199,7 +199,8 @@ DIFFUSERS_BLOCK_NAMES = {
 
 # All-in-one files carry the other models beside the transformer; `norm_added_q` is a diffusers leftover.
 OTHER_PARTS = re.compile(
-    r"^(vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|clip_vision|image_encoder|model_ema)\."
+    r"^(vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|clip_vision|image_encoder|model_ema"
+    r"|LQ_proj_in)\."
     r"|\.norm_added_q\."
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 from . import model_files as files
 from .build_framepack import FRAMEPACK_WORKFLOWS
 from .graph import BYPASSED, GREEN_BOX, GREY_BOX, RED_BOX, Group, ModelFile, Node, Output, Workflow
-from .notes import DEMO_NOTE, NOTES
+from .notes import DEMO_NOTE, NOTES, UPSCALE_NOTE
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
 
@@ -94,6 +94,20 @@ def add_output_in_parts(graph: Workflow, samples: Output, vae: Output, name: str
     return [decode, video, graph.add("SaveVideo", video=video[0], filename_prefix=f"video/{name}")]
 
 
+def add_flashvsr(graph: Workflow) -> Node:
+    names = dict(zip(("projection", "decoder", "prompt"), files.FLASHVSR_PARTS, strict=True))
+    models = [files.FLASHVSR, *files.FLASHVSR_PARTS]
+    chosen = {name: file.name for name, file in names.items()}
+    return graph.add("LowVRAMLoadFlashVSRModel", models=models, model_name=files.FLASHVSR.name, **chosen)
+
+
+def add_larger_output(graph: Workflow, samples: Output, vae: Output, **more: Any) -> list[Node]:
+    """Frames in RAM, and from there twice as large into the video."""
+    decode, flashvsr = graph.add("LowVRAMDecodeVideo", samples=samples, vae=vae), add_flashvsr(graph)
+    wires = {"flashvsr": flashvsr[0], "images": decode[0], "filename_prefix": f"video/{graph.name}"}
+    return [decode, flashvsr, graph.add("LowVRAMUpscaleVideo", **wires, **more)]
+
+
 @dataclass(frozen=True)
 class Sampling:
     shift: float
@@ -171,8 +185,12 @@ def finish(
     how: Sampling,
     pictures: Sequence[Node] = (),
     source: dict[str, Output] | None = None,
+    enlarges: bool = False,
 ) -> dict[str, Any]:
-    """From the latent's node on: plan, sampler, video with what it has of a `source`, report."""
+    """From the latent's node on: plan, sampler, video with what it has of a `source`, report.
+
+    `enlarges`: the video is made twice as large before it is written.
+    """
     graph, names = scene.graph, [name for name, _ in latent.kind.outputs]
     prompts = [latent["positive"], latent["negative"]] if "positive" in names else [n[0] for n in scene.prompting]
     plan = add_plan(graph, scene.model[-1][0], scene.sizes, how.cfg != 1)
@@ -180,6 +198,8 @@ def finish(
     samples = sampling[-1][0]
     if "trim_latent" in names:
         sampling.append(graph.add("TrimVideoLatent", samples=samples, trim_amount=latent["trim_latent"]))
+    settings = {"fps": how.fps, **(source or {})}
+    save = add_larger_output if enlarges else add_output
     return place(
         graph,
         Parts(
@@ -189,7 +209,7 @@ def finish(
             sizing=scene.sizes.nodes if pictures else [*scene.sizes.nodes, latent],
             pictures=[*pictures, latent] if pictures else [],
             sampling=sampling,
-            saving=add_output(graph, sampling[-1][0], scene.loaders.vae, **{"fps": how.fps, **(source or {})}),
+            saving=save(graph, sampling[-1][0], scene.loaders.vae, **settings),
             plan=plan,
             report=graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=samples),
         ),
@@ -247,6 +267,29 @@ def step_cache() -> dict[str, Any]:
     scene = start("wan2.1_t2v_1.3B_step_cache", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
     scene.model.append(scene.graph.add("LowVRAMStepCache", model=scene.model[-1][0]))
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+
+
+def t2v_upscaled() -> dict[str, Any]:
+    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
+    scene = start("wan2.1_t2v_1.3B_upscale", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    latent = scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires)
+    return finish(scene, latent, Sampling(8.0, 6.0, 30), enlarges=True)
+
+
+def upscale_video() -> dict[str, Any]:
+    graph = Workflow("flashvsr_upscale_video")
+    note = graph.add("MarkdownNote", title="Read me", text=UPSCALE_NOTE)
+    loader, video = add_flashvsr(graph), graph.add("LoadVideo", title="Video to enlarge")
+    prefix = f"video/{graph.name}"
+    larger = graph.add("LowVRAMUpscaleVideo", flashvsr=loader[0], video=video[0], filename_prefix=prefix)
+    return graph.place(
+        [
+            [Group("Notes", [note], GREY_BOX)],
+            [Group("1. Model files", [loader])],
+            [Group("2. Video", [video], GREEN_BOX)],
+            [Group("3. Larger video", [larger], RED_BOX)],
+        ]
+    )
 
 
 def i2v_480p() -> dict[str, Any]:
@@ -400,6 +443,8 @@ WORKFLOWS = {
     "wan2.2_t2v_A14B_4steps": t2v_experts,
     "wan2.2_i2v_A14B_4steps": i2v_experts,
     "wan2.2_ti2v_5B": ti2v,
+    "wan2.1_t2v_1.3B_upscale": t2v_upscaled,
+    "flashvsr_upscale_video": upscale_video,
     **FRAMEPACK_WORKFLOWS,
 }
 

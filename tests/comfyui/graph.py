@@ -222,7 +222,7 @@ def _slot_json(inside: Inside, name: str, kind: str, link_ids: list[int]) -> dic
 
 def _size(node: Node) -> tuple[int, int]:
     if node.type == "MarkdownNote":
-        return (560, 0)  # as high as its text, see _note_height
+        return (560, _note_height(node.values["text"]))
     rows = max(len(node.inputs), len(node.kind.outputs))
     widgets = sum(TEXT_HEIGHT if widget.multiline else 24 for widget in node.kind.widgets)
     footer = BADGES if node.type.startswith("LowVRAM") else FOOTER

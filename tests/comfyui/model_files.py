@@ -54,6 +54,14 @@ CLIP_L = _file(HUNYUAN, "text_encoders", "clip_l.safetensors")
 SIGCLIP = _file(f"{HUB}/sigclip_vision_384/resolve", "main", "sigclip_vision_patch14_384.safetensors", "clip_vision")
 HUNYUAN_VAE = _file(HUNYUAN, "vae", "hunyuan_video_vae_bf16.safetensors")
 
+FLASHVSR_HUB = "https://huggingface.co/1038lab/FlashVSR/resolve"
+FLASHVSR = _file(FLASHVSR_HUB, "main", "FlashVSR1_1.safetensors", "diffusion_models")
+# beside the model
+FLASHVSR_PARTS = tuple(
+    _file(FLASHVSR_HUB, "main", f"{name}.safetensors", "diffusion_models")
+    for name in ("LQ_proj_in", "TCDecoder", "Prompt")
+)
+
 # on the disk, in GB
 SIZES: dict[ModelFile, float] = {
     T2V_SMALL: 2.8,

@@ -100,6 +100,10 @@ class Note:
         )
 
 
+FLASHVSR_LINKS = "\n".join(
+    f"- [{file.name}]({file.url}) → `models/{file.directory}`" for file in (files.FLASHVSR, *files.FLASHVSR_PARTS)
+)
+
 NOTES: dict[str, Note] = {
     "wan2.1_t2v_1.3B": Note(
         "Wan 2.1 text to video, 1.3B",
@@ -167,6 +171,16 @@ NOTES: dict[str, Note] = {
         "- **Other ways:** `method` magcache or first_block. With 8 steps or fewer nothing is skipped.",
         ENCODER_CPU,
     ),
+    "wan2.1_t2v_1.3B_upscale": Note(
+        "Wan 2.1 text to video, twice as large",
+        "Wan 2.1 text to video at 832x480, and FlashVSR makes 1664x960 of it in one step before it is written.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        "- **RAM:** 32 GB is comfortable: FlashVSR remembers 10 GB of earlier frames. Fewer `kept_windows` take less.",
+        f"- **FlashVSR's files:**\n{FLASHVSR_LINKS}\n"
+        "- **Without it:** put *Save Video (Low VRAM)* in the place of the last three nodes.",
+        ENCODER_CPU,
+    ),
     "wan2.1_i2v_14B_480p_fp8": Note(
         "Wan 2.1 image to video, 14B, 480p, fp8",
         "Makes a picture move. Choose a picture in group 4, say in the prompt what happens, and press **Run**.",
@@ -229,6 +243,25 @@ NOTES: dict[str, Note] = {
         "- **Quality:** 30 steps, CFG 5, shift 5; the authors use 50 steps.",
     ),
 }
+
+UPSCALE_NOTE = f"""# A finished video, two to four times as large
+Choose a video in group 2 and press **Run**. FlashVSR makes it larger in one step; frames come from its file and go to
+another as they are made, so that length costs neither VRAM nor RAM. Rate and sound are kept.
+## Files
+{FLASHVSR_LINKS}
+
+ComfyUI offers missing files for download when this workflow opens. Where huggingface.co is slow or blocked, put the
+mirror hf-mirror.com in its place. After a download by hand press **R**.
+## What it takes
+- **VRAM:** planned for what is free; `vram_budget_gb` is a hard limit.
+- **RAM:** what is remembered of earlier frames: 10 GB for a video that becomes 1664x960, 37 GB for one that becomes
+3328x1920. Fewer `kept_windows` take less.
+## What to change
+- **Size:** `scale` 2, 3 or 4.
+- **Details:** `local_range` 9 is sharper, 11 steadier.
+- **Cancel** pauses: queue the same again and it goes on.
+- **Version 1:** with its files set `version` to 1.
+- Right-click a node and choose *Node Info* for its help page."""
 
 DEMO_NOTE = """# Demo: does everything work here?
 Press **Run**. There is nothing to download: the tiny model comes with this pack and draws a coloured shape that

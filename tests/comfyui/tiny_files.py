@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..quantizers import write_gguf
 from ..tiny import randomize
+from ..tiny_flashvsr import save_flashvsr
 from ..tiny_framepack import make_tensors
 from . import model_files as files
 from .graph import ModelFile
@@ -77,6 +78,7 @@ def make_models(folder: Path, full_size: bool) -> None:
     _save(folder, PLAIN_VAE, dict(randomize(WanVAE(PLAIN_VAE_CONFIG)).state_dict()))
     _save_fixed_vaes(folder, full_size)
     _save_framepack(folder)
+    save_flashvsr(folder / files.FLASHVSR.directory)
     # the loaders of these are replaced, but their menus are checked
     for file in (files.TEXT_ENCODER, files.CLIP_VISION, files.LLAVA, files.CLIP_L, files.SIGCLIP):
         _save(folder, file, EMPTY)

@@ -108,7 +108,9 @@ def for_test(
 
 def size_nodes(graph: Graph) -> list[str]:
     """The nodes of width, height and frames; none where a picture decides."""
-    plan = next(node for node in graph.values() if node["class_type"] == "LowVRAMPlan")
+    plan = next((node for node in graph.values() if node["class_type"] == "LowVRAMPlan"), None)
+    if plan is None:
+        return []
     sources = [plan["inputs"][name][0] for name in ("width", "height") if isinstance(plan["inputs"][name], list)]
     if any(graph[number]["class_type"] != "PrimitiveInt" for number in sources):
         return []

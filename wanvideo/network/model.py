@@ -15,9 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...attention.backend import Backend
+from ...attention.backend import Backend, PassAttention
 from ...attention.sparse.order import video_order
-from ...attention.sparse.run import AttentionPass
 from ...fused.ops import Rope
 from ...team.share import Part
 from ...transformer.block_cache import BlockCache, run_cached
@@ -230,7 +229,7 @@ class WanModel(Transformer):
 
     def begin_attention(
         self, grid: tuple[int, int, int], rows_per_group: int, extras: Extras, work: Workspace
-    ) -> AttentionPass | None:
+    ) -> PassAttention | None:
         """Self-attention of this pass where it is sparse or watched; a reference picture's tokens are always attended.
 
         Tokens stay in their places where a host or a step cache is shown them, and those of a frame together where

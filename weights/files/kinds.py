@@ -47,6 +47,11 @@ FINGERPRINTS: tuple[tuple[FileKind, tuple[str, ...]], ...] = (
     (FileKind("wan vae", "a Wan VAE (diffusers layout)"), ("decoder.mid_block.resnets.0.norm1.gamma\n",)),
     (FileKind("hunyuan vae", "a HunyuanVideo VAE"), ("decoder.conv_in.conv.", "post_quant_conv.")),
     (FileKind("tiny decoder", "a tiny decoder (TAEHV)"), ("decoder.22.bias\n", "decoder.7.conv.weight\n")),
+    (FileKind("flashvsr decoder", "FlashVSR's decoder"), ("decoder.26.bias\n", "decoder.9.conv.weight\n")),
+    (
+        FileKind("flashvsr projection", "FlashVSR's projection of the small video"),
+        (".conv1.weight\n", ".norm2.gamma\n", ".linear_layers.0.weight\n"),
+    ),
     (FileKind("umt5 encoder", "a UMT5 text encoder"), ("block.1.layer.0.SelfAttention.relative_att",)),
     (FileKind("umt5 encoder", "a UMT5 text encoder"), (".token_embedding.weight", ".blocks.0.pos_embedding.")),
     (FileKind("umt5 encoder", "a UMT5 text encoder (GGUF layout)"), ("enc.blk.1.attn_rel_b",)),
@@ -73,6 +78,8 @@ LOADERS: Mapping[str, str] = {
     "wan transformer": "the Wan loader",
     "framepack transformer": "the FramePack loader",
     HUNYUAN.kind: "ComfyUI's own loader",
+    "flashvsr decoder": "the FlashVSR loader (--decoder of `upscale`)",
+    "flashvsr projection": "the FlashVSR loader (--projection of `upscale`)",
 }
 SLOTS: Mapping[str, str] = {
     "wan vae": "the VAE",

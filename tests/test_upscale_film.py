@@ -1,0 +1,172 @@
+"""A video file made larger into another: rate, sound, interrupts, and what goes on after them."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+import torch
+from lowvram_video.cli.main import main
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.video.reader import read_video, video_rate, video_size
+from lowvram_video.video.sound import Sound
+from lowvram_video.video.writer import VideoWriter
+from lowvram_video.wanvideo.upscale import film
+from lowvram_video.wanvideo.upscale.film import FilmPlace, UpscaleFilm
+from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
+from lowvram_video.wanvideo.upscale.run import Upscaler
+from lowvram_video.wanvideo.upscale.source import Pictures, VideoFile
+from torch import Tensor
+
+from .tiny_flashvsr import save_flashvsr, small_video
+
+REQUEST = UpscaleRequest(seed=1, sparse_ratio=0.1, local_range=1, kept_windows=2)
+NUM_FRAMES, RATE = 60, 24000 / 1001
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> UpscaleFiles:
+    return save_flashvsr(tmp_path_factory.mktemp("flashvsr"))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "small.mp4"
+    hum = torch.sin(torch.arange(int(44100 * NUM_FRAMES / RATE)) / 20)
+    with VideoWriter(path, RATE, sound=Sound(hum[None], 44100)) as writer:
+        writer.write(small_video(NUM_FRAMES, 64, 64))
+    return path
+
+
+class Stopped(BaseException):
+    pass
+
+
+def upscaled(files: UpscaleFiles, video: Path, place: FilmPlace, stop_after: int | None = None) -> UpscaleFilm:
+    """`stop_after` so many blocks of the network."""
+    left = [stop_after]
+
+    def between() -> None:
+        if left[0] is not None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stopped
+
+    made = UpscaleFilm(Upscaler(files, RunSettings(), between_blocks=between), VideoFile(video), REQUEST)
+    made.make(place)
+    return made
+
+
+def frames_of(path: Path) -> Tensor:
+    return read_video(path, *video_size(path), RATE)
+
+
+def has_sound(path: Path) -> bool:
+    told = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path)], capture_output=True, check=False)
+    return b"Audio:" in told.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(files: UpscaleFiles, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "large.mp4"
+    assert upscaled(files, video, FilmPlace(path)).num_frames == NUM_FRAMES
+    return path
+
+
+def test_rate_sound_and_number_of_frames_are_kept(uninterrupted: Path, video: Path) -> None:
+    assert video_size(uninterrupted) == (128, 128)
+    assert video_rate(uninterrupted) == video_rate(video) == RATE
+    assert has_sound(video) and has_sound(uninterrupted)
+    assert len(frames_of(uninterrupted)) == NUM_FRAMES
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 9])  # in the first window, in the first section, in the second
+def test_interrupted_and_resumed_is_uninterrupted(
+    files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path, stop_after: int
+) -> None:
+    place = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs")
+    with pytest.raises(Stopped):
+        upscaled(files, video, place, stop_after)
+    assert list((tmp_path / "runs").glob("*/state_*")) or stop_after == 1
+    assert place.output.exists() == (stop_after == 9)  # a section is in it, and plays
+    upscaled(files, video, place)
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
+    assert has_sound(place.output)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_killed_run_makes_again_what_it_had_not_kept(
+    files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs")
+    with monkeypatch.context() as killed:
+        killed.setattr(film._Making, "_save", lambda self: None)
+        with pytest.raises(Stopped):
+            upscaled(files, video, place, 9)
+    upscaled(files, video, place)
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
+
+
+def test_what_is_kept_is_saved_from_time_to_time_and_damage_is_found(
+    files: UpscaleFiles,
+    video: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(film, "SAVE_SECONDS", -1.0)
+    place = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs")
+    with pytest.raises(Stopped):
+        upscaled(files, video, place, 9)
+    states = list((tmp_path / "runs").glob("*/state_*"))
+    assert len(states) == 1
+    layer = states[0] / "layer_001.safetensors"
+    data = bytearray(layer.read_bytes())
+    data[-5] ^= 1
+    layer.write_bytes(bytes(data))
+    upscaled(files, video, place)
+    assert "is damaged" in caplog.text and "begun anew" in caplog.text
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
+
+
+def test_pictures_are_made_larger_too(files: UpscaleFiles, tmp_path: Path) -> None:
+    pictures = small_video(22, 64, 64).float() / 255
+    source = Pictures(pictures, 16, Sound(torch.zeros(2, 4410), 44100))
+    made = UpscaleFilm(Upscaler(files, RunSettings()), source, REQUEST)
+    made.make(FilmPlace(tmp_path / "large.mp4"))
+    assert made.num_frames == 22 and has_sound(tmp_path / "large.mp4")
+    with pytest.raises(ValueError, match=r"expected \[frames, height, width, 3\]"):
+        Pictures(pictures[0], 16)
+
+
+def test_another_request_is_another_run(files: UpscaleFiles, video: Path, tmp_path: Path) -> None:
+    upscaler, place = Upscaler(files, RunSettings()), FilmPlace(tmp_path / "a.mp4", tmp_path)
+    keys = {
+        UpscaleFilm(upscaler, VideoFile(video), replace(REQUEST, **change)).key(place)  # type: ignore[arg-type]
+        for change in ({}, {"seed": 2}, {"colour": "none"}, {"version": "1"}, {"sparse_ratio": 0.2})
+    }
+    assert len(keys) == 5
+
+
+def test_the_command(
+    files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, report = tmp_path / "large.mp4", tmp_path / "report.json"
+    command = [
+        "upscale", str(video), "--model", str(files.model), "-o", str(output), "--seed", "1", "--sparse-ratio", "0.1",
+        "--local-range", "9", "--kept-windows", "2", "--device", "cpu", "--report", str(report),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert f"{output}: {NUM_FRAMES} frames" in capsys.readouterr().out
+    assert report.exists() and len(frames_of(output)) == NUM_FRAMES
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command[:4], "-o", str(video), "--overwrite", "--device", "cpu"]) == 2
+    assert "is the video itself" in capsys.readouterr().err
+    missing = tmp_path / "none.mp4"
+    assert main(["upscale", str(missing), "--model", str(files.model)]) == 2
+    assert "there is no such video" in capsys.readouterr().err

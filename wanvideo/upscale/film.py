@@ -1,0 +1,221 @@
+"""A video file made larger into another: written as frames come, and taken up again where it was stopped."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ...runtime.kept_runs import clean_runs, mark_used, remove_run
+from ...runtime.progress import Progress
+from ...system.content_key import run_key
+from ...system.run_lock import RunLock, now
+from ...system.scratch_folders import scratch_folder
+from ...video.growing_video import GrowingVideo
+from ...video.tags import Tags
+from ...video.writer import add_sound
+from .frames import in_order
+from .kept_stream import KeptStream
+from .request import UpscaleRequest
+from .run import Upscaler
+from .source import VideoSource
+from .stream import UpscaleStream, frames_of, made
+
+log = logging.getLogger(__name__)
+
+SECTION_STEPS = 4  # whose frames are encoded together: 32 frames
+SAVE_SECONDS = 600.0  # of work that a killed process may lose
+GOOD_CRF = 16
+
+
+@dataclass(frozen=True)
+class FilmPlace:
+    """Where the large video goes, and where what a stopped run goes on from is kept (None: nowhere)."""
+
+    output: Path
+    runs: Path | None = None
+    crf: int = GOOD_CRF
+    tags: Tags = field(default_factory=dict)
+
+
+class UpscaleFilm:
+    """One video made larger, once; `num_frames` and `folder` say what came of it, also after an error."""
+
+    def __init__(
+        self, upscaler: Upscaler, source: VideoSource, request: UpscaleRequest, progress: Progress | None = None
+    ) -> None:
+        request.check()
+        self._upscaler, self._source, self._request = upscaler, source, request
+        self._progress = progress or upscaler.progress
+        self.num_frames = 0
+        self.folder: Path | None = None  # of what is kept
+
+    def key(self, place: FilmPlace) -> str:
+        """What tells this run from others."""
+        settings = self._upscaler.run_settings(self._request)
+        source = self._source
+        return run_key({**settings, "source": source.identity(), "fps": float(source.fps), "crf": place.crf})
+
+    def make(self, place: FilmPlace) -> None:
+        """Make the video at `place.output`, with the source's rate and sound.
+
+        What was made by then plays there meanwhile, and after an error or interrupt. With `place.runs` a run that was
+        stopped goes on, bit for bit. ValueError, PlanError, VideoError.
+        """
+        self._upscaler.planned(self._request, (self._source.width, self._source.height))
+        with self._folder(place) as (folder, kept):
+            with ExitStack() as stack:
+                source = self._source
+                stream = stack.enter_context(self._upscaler.opened(self._request, (source.width, source.height)))
+                film = GrowingVideo(
+                    film_folder(folder), place.output, source.fps, place.crf, made_by="FlashVSR", tags=place.tags
+                )
+                _Making(stream, film, kept, self._source, self._said).run()
+            if self._source.sound is not None:
+                add_sound(film.video, self._source.sound)
+
+    def is_own(self, place: FilmPlace, path: Path) -> bool:
+        """Whether this run, which was stopped, wrote the file that is at `path`."""
+        return place.runs is not None and GrowingVideo.is_at(film_folder(place.runs / self.key(place)[:16]), path)
+
+    def _said(self, num_frames: int) -> None:
+        self.num_frames = num_frames
+        self._progress.update(num_frames, max(num_frames, self._source.num_frames))
+
+    @contextmanager
+    def _folder(self, place: FilmPlace) -> Iterator[tuple[Path, KeptStream | None]]:
+        """The run's folder, held; it is removed when the video is whole."""
+        if place.runs is None:
+            with scratch_folder(Path(tempfile.gettempdir())) as scratch:
+                yield scratch, None
+            return
+        key = self.key(place)
+        self.folder = folder = place.runs / key[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(folder / "lock")
+            mark_used(folder, {"key": key, "used": now()})
+        except OSError as error:
+            raise ValueError(
+                f"the run's folder {folder} cannot be written ({error.strerror or error}): check the free space and "
+                "the rights, choose another folder, or keep nothing"
+            ) from error
+        try:
+            clean_runs(place.runs)
+            yield folder, KeptStream(folder, key)
+            remove_run(folder, lock)
+            with suppress(OSError):  # other runs are in it
+                place.runs.rmdir()
+        finally:
+            lock.release()
+
+
+def film_folder(folder: Path) -> Path:
+    """Where a run's folder has its film."""
+    return folder / "film"
+
+
+class _Making:
+    """The loop over a video's windows."""
+
+    def __init__(
+        self,
+        stream: UpscaleStream,
+        film: GrowingVideo,
+        kept: KeptStream | None,
+        source: VideoSource,
+        on_frames: Callable[[int], None],
+    ) -> None:
+        self._stream, self._film, self._kept, self._on_frames = stream, film, kept, on_frames
+        self._source = source
+        self._small = _Counted(in_order(source.frames(), 0))
+        self._open: list[Tensor] = []  # frames of the section that is being made
+        self._num_sections = 0
+        self._saved = time.monotonic()
+
+    def run(self) -> None:
+        last = self._take_up()
+        self._on_frames(self._num_made)
+        try:
+            for frames in made(self._stream, self._small, last):
+                self._open.append(frames)
+                if self._stream.num_steps % SECTION_STEPS == 0:
+                    self._end_section()
+                self._on_frames(self._num_made)
+                if not self._open and time.monotonic() - self._saved > SAVE_SECONDS:
+                    self._save()
+            if self._open:
+                self._end_section()
+        except BaseException:  # an interrupt too
+            self._save()
+            self._film.leave()
+            raise
+        self._film.finish()
+
+    @property
+    def _num_made(self) -> int:
+        return min(self._stream.num_made, self._small.count)
+
+    def _take_up(self) -> Tensor | None:
+        """Go on from what was kept: the small frame that was taken last, or None at the beginning."""
+        if self._kept is None:
+            return None
+        try:
+            found = self._kept.restore(self._stream, self._small)
+            if found is None:
+                return None
+            num_sections = self._stream.num_steps // SECTION_STEPS
+            if num_sections > self._film.num_sections:
+                raise ValueError("the beginning of the film is gone")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("what %s keeps is no use (%s): the video is begun anew", self._kept.folder, error)
+            self._stream.begin_anew()
+            self._small = _Counted(in_order(self._source.frames(), 0))
+            return None
+        last, open_frames = found
+        self._open, self._num_sections = [] if open_frames is None else [open_frames], num_sections
+        return last
+
+    def _end_section(self) -> None:
+        """The section's frames into the film, unless it has them: a run that was killed made more than it kept."""
+        if self._num_sections == self._film.num_sections:
+            self._film.add(torch.cat(self._open), 0)
+        self._num_sections, self._open = self._num_sections + 1, []
+
+    def _save(self) -> None:
+        """Keep all there is, where that is whole and of frames that are no end's repetition."""
+        stream, kept = self._stream, self._kept
+        num_open = sum(map(len, self._open))
+        whole = num_open == stream.num_made - frames_of(self._num_sections * SECTION_STEPS)
+        is_begun = stream.num_steps and self._num_sections <= self._film.num_sections
+        if kept is None or not is_begun or not whole or self._small.count < stream.num_taken:
+            return
+        try:
+            kept.save(stream, torch.cat(self._open) if self._open else None)
+        except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+            log.warning("the run cannot be kept in %s (%s)", kept.folder, error)
+        self._saved = time.monotonic()
+
+
+class _Counted:
+    """An iterator that says how many it gave."""
+
+    def __init__(self, frames: Iterator[Tensor]) -> None:
+        self._frames = frames
+        self.count = 0
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> Tensor:
+        frame = next(self._frames)
+        self.count += 1
+        return frame

@@ -1,0 +1,99 @@
+"""A stream on the disk: what it remembers, layer by layer, so that a run that was stopped goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ...system.atomic_files import write_file
+from ...weights.files.records import read_record
+from .stream import UpscaleStream
+
+STATE = re.compile(r"state_(\d{8})")
+OPEN = "open_frames"
+
+
+class KeptStream:
+    """States in `folder`, of which the last one counts; `key` is the run's."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self._key = folder, key
+
+    def save(self, stream: UpscaleStream, open_frames: Tensor | None) -> None:
+        """Keep what the stream remembers, and frames uint8 that are in no video yet. OSError as the system's."""
+        place = self.folder / f"state_{stream.num_steps:08d}"
+        unfinished = place.with_suffix(".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        windows = stream.windows.windows
+        tensors = {**stream.tensors(), **({} if open_frames is None else {OPEN: open_frames})}
+        told = {"num_steps": stream.num_steps, "windows": [windows.start, windows.stop]}
+        for layer, state in stream.windows.state():
+            self._write(unfinished / _layer_name(layer), {"windows": state}, str(layer))
+        self._write(unfinished / "stream.safetensors", tensors, json.dumps(told))
+        if place.exists():
+            shutil.rmtree(place)
+        unfinished.rename(place)
+        self.forget(but=place)
+
+    def restore(self, stream: UpscaleStream, small: Iterator[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+        """Have the stream be as it was kept: the small frame that it has taken last, and the frames in no video yet.
+
+        `small` are all frames of the video, from the first on; those that it took are gone afterwards. None where
+        nothing was kept. OSError, ValueError or KeyError where that is no use: the stream is to be begun anew.
+        """
+        places = sorted(path for path in self.folder.iterdir() if STATE.fullmatch(path.name))
+        if not places:
+            return None
+        tensors, said = self._read(places[-1] / "stream.safetensors")
+        told = json.loads(said)
+        num_steps, windows = int(told["num_steps"]), range(*map(int, told["windows"]))
+        layers = ((layer, self._windows(places[-1], layer)) for layer in range(stream.windows.size.num_layers))
+        stream.windows.restore(windows, layers)
+        open_frames = tensors.pop(OPEN, None)
+        last = stream.take_up(num_steps, tensors, small)
+        return last, open_frames
+
+    def forget(self, but: Path | None = None) -> None:
+        """Remove what was kept."""
+        for path in self.folder.iterdir():
+            if path.name.startswith("state_") and path != but:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _windows(self, place: Path, layer: int) -> Tensor:
+        tensors, said = self._read(place / _layer_name(layer))
+        if said != str(layer):
+            raise ValueError("it is of another layer")
+        return tensors["windows"]
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], said: str) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"key": self._key, "said": said, "checksum": _checksum(tensors)}
+        write_file(path, save(tensors, metadata))
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], str]:
+        tensors, metadata = read_record(path)
+        if metadata.get("key") != self._key:
+            raise ValueError(f"{path} is of another run")
+        if metadata.get("checksum") != _checksum(tensors):
+            raise ValueError(f"{path} is damaged")
+        return tensors, metadata["said"]
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer_{layer:03d}.safetensors"
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    total = 0
+    for _, tensor in sorted(tensors.items()):
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
