@@ -15,14 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..system.card_profile import CardProfile, profile_of
 from ..system.kernel_choice import brief, reason_against, relative_error
+from ..system.triton_errors import triton_errors
 from .backend import BLOCK, QUANTISED_ERROR, AttentionSpec, Backend, BlockChoice, SparseBackend
 from .timing import installed_versions
 
 SPARSE_BLOCKS = 13  # of a probe
 QUANTISED_COSINE = 0.99  # at least; less where a backend's own error is larger
-
-# What packages built for another torch, CUDA or Triton are seen to raise when imported.
-_IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 
 
 class KernelMissing(ImportError):
@@ -107,7 +105,7 @@ def find_function(machine: Machine, module: str, name: str, install: str) -> Cal
         wanted = machine.triton_package() if error.name == "triton" else error.name
         fix = machine.pip_install(wanted) if wanted else install
         raise KernelMissing(f"{module} is installed but misses {error.name}: {fix}") from error
-    except _IMPORT_ERRORS as error:
+    except triton_errors() as error:
         raise KernelMissing(
             f"{module} is installed but cannot be imported ({brief(error)}): it must match torch {torch.__version__}; "
             f"reinstall it: {install}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,13 @@ from ..weights.kernels.rows import select_row_ops
 from ..weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
 from ..weights.linear.gguf import GGUF_FORMATS
 from ..weights.linear.int8 import Int8Dequantized, Int8Matmul
-from ..weights.linear.kitchen import KITCHEN_QUANTS, PACKAGE, KitchenFormat, KitchenInt8, kitchen_int8_available
+from ..weights.linear.kitchen import (
+    KITCHEN_QUANTS,
+    KitchenFormat,
+    KitchenInt8,
+    kitchen_int8_available,
+    kitchen_problem,
+)
 from ..weights.linear.kitchen_matmul import NATIVE_PRODUCTS, KitchenMatmul, native_refusal
 from ..weights.linear.stored_samples import stored_rows, stored_sample
 from ..weights.linear.weight_format import PLAIN, WeightFormat
@@ -89,9 +94,10 @@ def _gguf(name: str) -> Form:
 
 
 def _kitchen(device: torch.device) -> Iterator[Form]:
-    if importlib.util.find_spec(PACKAGE) is None:
+    problem = kitchen_problem()
+    if problem is not None:
         for name in KITCHEN_QUANTS:
-            yield Form(name, unusable="comfy-kitchen is not installed")
+            yield Form(name, unusable=problem)
         return
     for name, quant in KITCHEN_QUANTS.items():
         stored = KitchenFormat(quant)

@@ -9,17 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch._dynamo
-import torch._inductor
 from torch import nn
 
+from ..system.torch_compiler import torch_compiler
 from .settings import CompileSettings
 
 
 def compile_modules(modules: Sequence[nn.Module], settings: CompileSettings) -> None:
     """Let each module run as compiled code from its next call on. ValueError where that cannot be."""
     settings.check()
+    torch_compiler()
     options: dict[str, Any] = {"options": inductor_options(settings.mode)} if settings.backend == "inductor" else {}
     for module in modules:
         module.compile(
@@ -33,7 +32,7 @@ def inductor_options(mode: str) -> dict[str, Any]:
     A block's steps write to the same bytes one after the other. Inductor sees functions of tensors instead, and moved
     to where they are used first these would need copies of those bytes.
     """
-    return {**torch._inductor.list_mode_options(mode), "reorder_for_locality": False}
+    return {**torch_compiler("_inductor").list_mode_options(mode), "reorder_for_locality": False}
 
 
 def uncompile_modules(modules: Sequence[nn.Module]) -> None:
@@ -48,7 +47,7 @@ def dynamo_limits(settings: CompileSettings | None) -> Iterator[None]:
     if settings is None:
         yield
         return
-    config = torch._dynamo.config
+    config = torch_compiler().config
     wanted: dict[str, Any] = {
         "cache_size_limit": settings.cache_size_limit,
         "accumulated_cache_size_limit": settings.recompile_limit,

@@ -86,9 +86,9 @@ def _parsed(text: str) -> dict[str, Outcome]:
     for line in text.splitlines():
         with suppress(JsonError, ValueError):
             parts: Any = parse_json(line)
-            name, result, said = parts
+            name, result, said, misses = parts
             if result in get_args(Result):
-                found[name] = Outcome(result, said)
+                found[name] = Outcome(result, said, misses)
     return found
 
 

@@ -15,7 +15,10 @@ import torch
 
 @dataclass(frozen=True)
 class Installed:
-    """Versions and places; tests hand in others. `folder` is this package's, `torch_needs` what torch's wheel asks."""
+    """Versions and places; tests hand in others. `torch_needs` is what torch's wheel asks for.
+
+    `anew`: commands are for packages that are installed but broken.
+    """
 
     platform: str = sys.platform
     system: str = field(default_factory=lambda: f"{platform.system()} {platform.release()} ({platform.machine()})")
@@ -26,6 +29,7 @@ class Installed:
     torch_needs: tuple[str, ...] = field(default_factory=lambda: _needs("torch"))
     headers: Path = field(default_factory=lambda: Path(sysconfig.get_path("include")) / "Python.h")
     libraries: Path = field(default_factory=lambda: Path(sys.base_prefix) / "libs")
+    anew: bool = False
 
     @property
     def torch_minor(self) -> str:
@@ -42,7 +46,8 @@ class Installed:
     def pip(self, words: str) -> str:
         """The command that installs into this very Python."""
         python = f'"{self.executable}"' if " " in self.executable else self.executable
-        return f"{python} {'-s ' if self.is_portable else ''}-m pip install {words}"
+        anew = "--force-reinstall --no-deps " if self.anew else ""  # what it needs is there; torch stays as it is
+        return f"{python} {'-s ' if self.is_portable else ''}-m pip install {anew}{words}"
 
 
 def version_of(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -62,8 +63,16 @@ def _finding(here: Installed, name: str, outcome: Outcome, version: str | None) 
     if outcome.result == "missing" and name in OPTIONAL:
         state = "told"
     text = f"{version}, {outcome.text}" if version and outcome.result != "missing" else outcome.text
-    fix = FIXES[name](here) if outcome.result in ("missing", "broken") else ""
+    fix = _fix(here, name, outcome) if outcome.result in ("missing", "broken") else ""
     return Finding(PART, NAMES[name], state, text, fix, stops=name in STOPS)
+
+
+def _fix(here: Installed, name: str, outcome: Outcome) -> str:
+    """What is there and broken is installed once more, even where it has the version that is wanted."""
+    if outcome.misses:
+        package = outcome.misses.partition(".")[0]
+        return fix_triton(here) if package == "triton" else here.pip(package)
+    return FIXES[name](replace(here, anew=outcome.result == "broken"))
 
 
 def _for_torch(here: Installed, found: Finding, version: str | None) -> Finding:

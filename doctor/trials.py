@@ -28,15 +28,24 @@ from ..weights.linear.compute import layer_error
 from ..weights.linear.int8 import Int8Matmul
 from ..weights.linear.kitchen import PACKAGE, KitchenInt8, kitchen_int8_available
 
+# What each package is used by.
+PARTS: Mapping[str, str] = {
+    "triton": "jit", "sageattention": "sageattn", "flash_attn": "flash_attn_func",
+    "flash_attn_interface": "flash_attn_func",
+}  # fmt: skip
 Result = Literal["works", "missing", "broken", "unsuited", "untried"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial came to; `unsuited`: this device has no units for it, `untried`: there is no device to try it on."""
+    """What a trial came to; `unsuited`: this device has no units for it, `untried`: there is no device to try it on.
+
+    `misses` is the module that an installed package does not find.
+    """
 
     result: Result
     text: str
+    misses: str = ""
 
 
 def try_device(device: torch.device) -> Outcome:
@@ -118,13 +127,16 @@ def _imported(package: str) -> Outcome | None:
     try:
         if importlib.util.find_spec(package) is None:
             return Outcome("missing", "is not installed")
-        importlib.import_module(package)
+        module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name == package:
             return Outcome("missing", "is not installed")
-        return Outcome("broken", f"is installed, but misses {error.name}")
+        return Outcome("broken", f"is installed, but misses {error.name}", error.name or "")
     except triton_errors() as error:
         return Outcome("broken", f"is installed, but cannot be imported ({brief(error)})")
+    wanted = PARTS.get(package)
+    if wanted is not None and not hasattr(module, wanted):
+        return Outcome("broken", f"is installed, but has no {wanted}: a folder that another installation left?")
     return None
 
 
@@ -157,5 +169,5 @@ def answer(arguments: list[str]) -> None:
     with open(file, "x", encoding="ascii") as out:
         for name in names:
             found = attempt(name, torch.device(device))
-            out.write(json.dumps([name, found.result, found.text]) + "\n")
+            out.write(json.dumps([name, found.result, found.text, found.misses]) + "\n")
             out.flush()

@@ -7,6 +7,8 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..system.triton_errors import triton_errors
+
 logger = logging.getLogger(__name__)
 
 # module -> its nodes, in the order in which they are listed
@@ -39,7 +41,7 @@ def load_nodes() -> list[type[io.ComfyNode]]:
     for part, names in PARTS.items():
         try:
             module = importlib.import_module(f".{part}", __name__)
-        except (ImportError, OSError) as error:  # OSError: a library that cannot load its DLLs
+        except triton_errors() as error:  # what broken packages raise: OSError for DLLs, for one
             logger.error(
                 "LowVRAM Video: the nodes %s are off: %s. Run: pip install -r requirements.txt in the pack's folder, "
                 "with ComfyUI's own Python",

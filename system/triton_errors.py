@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-# No compiler (`CalledProcessError` where Python.h is missing), a DLL of another version, another torch or CUDA, an
-# unsupported GPU, an assertion on unsupported inputs, a launch that fails.
+# No compiler (`CalledProcessError` where Python.h is missing), a DLL of another version, another torch, CUDA or Python,
+# an unsupported GPU, an assertion on unsupported inputs, a launch that fails.
 PLAIN_ERRORS: tuple[type[Exception], ...] = (
     ImportError,
     OSError,
@@ -16,6 +16,8 @@ PLAIN_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
     AssertionError,
     LookupError,
+    NameError,
+    SyntaxError,
     subprocess.SubprocessError,
 )
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..system.torch_compiler import outside_graphs
 from .exchange import Exchange
 from .heads import Attend, HeadExchange
 from .spans import even_spans, length, run_length
@@ -57,7 +58,7 @@ class Part:
         self.index = share.ranks.index(share.exchange.rank)
         self.mine = spans[self.index]
         # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
-        self.attend: Callable[[Tensor, Tensor, Tensor, Attend, int], None] = torch.compiler.disable(self.attend_now)
+        self.attend: Callable[[Tensor, Tensor, Tensor, Attend, int], None] = outside_graphs(self.attend_now)
 
     @property
     def num_mine(self) -> int:

@@ -116,6 +116,23 @@ def test_missing_packages_get_the_command() -> None:
     assert Findings(tuple(found.values())).can_generate
 
 
+def test_broken_packages_are_installed_anew() -> None:
+    """pip leaves a version alone that is there already."""
+    broken = Outcome("broken", "is installed, but cannot be imported (OSError: cudart64_12.dll)")
+    found = kernels(WINDOWS, triton=broken, sageattn=broken, comfy_kitchen=broken)
+    anew = f"{PYTHON} -m pip install --force-reinstall --no-deps"
+    assert found["Triton"].fix == f'{anew} -U "triton-windows<3.6"'
+    assert found["attention: SageAttention"].fix.startswith(f"{anew} sageattention==1.0.6")
+    assert found["comfy-kitchen"].fix == f"{anew} -U comfy-kitchen"
+
+
+def test_what_a_package_misses_is_what_is_installed() -> None:
+    sage = Outcome("broken", "is installed, but misses triton", "triton.language")
+    assert kernels(LINUX, sageattn=sage)["attention: SageAttention"].fix == fix_triton(LINUX)
+    flash = Outcome("broken", "is installed, but misses einops", "einops")
+    assert kernels(LINUX, flash_attn_2=flash)["attention: FlashAttention 2"].fix == LINUX.pip("einops")
+
+
 def test_what_nothing_runs_without_stops() -> None:
     for name in ("device", "sdpa"):
         found = Findings(tuple(kernels(LINUX, **{name: Outcome("broken", "wrong")}).values()))
@@ -269,6 +286,33 @@ def test_packages_in_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = tried_apart(["device", "comfy_kitchen", "sdpa"], "cpu")
     assert found["device"].result == found["sdpa"].result == "works", found
     assert found["comfy_kitchen"].result == result and words in found["comfy_kitchen"].text, found
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "outcome"),
+    [
+        ("triton", "", Outcome("broken", "is installed, but has no jit: a folder that another installation left?")),
+        ("sageattention", "import absent", Outcome("broken", "is installed, but misses absent", "absent")),
+        (
+            "sageattention",
+            "x = $",
+            Outcome(
+                "broken", "is installed, but cannot be imported (SyntaxError: invalid syntax (__init__.py, line 1))"
+            ),
+        ),
+        ("sageattention", "sageattn = print", None),
+    ],
+)
+def test_what_is_left_of_a_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, source: str, outcome: Outcome | None
+) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    found = trials._imported(package)
+    sys.modules.pop(package, None)
+    assert found == outcome
 
 
 def test_a_package_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

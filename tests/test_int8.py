@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -230,6 +232,7 @@ def test_comfyui_formats_are_recognised_and_refused_without_its_package(
         build_wan(config, checkpoint)
     print(error.value)
     installed[0] = True
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", ModuleType("comfy_kitchen"))
     model = build_wan(config, checkpoint)
     layer = model.blocks[0].ffn[0]
     assert isinstance(layer.format, KitchenFormat)

@@ -1,8 +1,11 @@
 """A broken Triton, in every way in which it is seen to break, leaves the slower path and one line in the log."""
 
 import logging
+import os
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +89,46 @@ def test_another_product_is_chosen(error: Callable[[], Exception], caplog: pytes
 
     with caplog.at_level(logging.INFO):
         assert gemms._fastest([Broken(), gemms.ReferenceGemm()], torch.int8, CPU).name == "reference"
+
+
+# Each in a process of its own, where Triton is a package that raises this when it is imported
+BROKEN = {
+    "another CUDA": "raise OSError('libcudart.so.11.0: cannot open shared object file')",
+    "another Python": "def kernel(:",
+    "a leftover": "",
+}
+USES = """
+import sys
+
+import torch
+from lowvram_video.cli.main import main
+from lowvram_video.compilation.blocks import compile_modules
+from lowvram_video.compilation.settings import CompileSettings
+from lowvram_video.system.torch_compiler import outside_graphs
+
+assert "triton" not in sys.modules and "torch._dynamo" not in sys.modules, "what may be broken is not needed"
+assert outside_graphs(print) is print
+try:
+    compile_modules([torch.nn.Linear(1, 1)], CompileSettings())
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if index == 0 else pytest.param(kind, marks=pytest.mark.slow) for index, kind in enumerate(BROKEN)]
+)
+def test_everything_but_compiling_goes_without(kind: str, tmp_path: Path) -> None:
+    """torch's own compiler catches an absent Triton alone."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(BROKEN[kind])
+    places = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = subprocess.run(
+        [sys.executable, "-c", USES],
+        env=os.environ | {"PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "cannot compile here" in ended.stdout and "doctor" in ended.stdout and "\n" not in ended.stdout.strip()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...system.torch_compiler import outside_graphs
 from ..backend import AttentionWorkspace, Backend, SparseBackend
 from .bound import Bound
 from .order import TokenOrder, reorder_
@@ -164,7 +165,7 @@ class AttentionPass:
         self._samples = Samples(device, seed) if run.watches else None
         self._heads_left = 0  # of the layer, to be looked at
         # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(self.attend_now)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = outside_graphs(self.attend_now)
 
     def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
         """The next layer has its turn. Before the first that may be sparse, all `tokens [B * L, ...]` come in order.

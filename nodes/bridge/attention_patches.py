@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...attention.backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, Backend
+from ...system.torch_compiler import outside_graphs
 
 OVERRIDE = "optimized_attention_override"
 
@@ -43,7 +43,7 @@ class OverriddenAttention:
     def refuse(self, spec: AttentionSpec) -> str | None:
         return None
 
-    @torch.compiler.disable
+    @outside_graphs
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[2]
         arguments: dict[str, Any] = {"transformer_options": self._options, "_inside_attn_wrapper": True}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...attention.backend import Backend
+from ...system.torch_compiler import outside_graphs
 from ...wanvideo.network.blocks import Pass
 from ...wanvideo.network.config import WanConfig
 from ...wanvideo.network.model import Visitor
@@ -92,13 +93,13 @@ class BlockPatches(Visitor):
             arguments |= {"vec": self._per_sample(state.time, state.x), "transformer_options": self.options}
             _write(patch(arguments)["img"], tokens)
 
-    @torch.compiler.disable
+    @outside_graphs
     def attended(self, x: Tensor, q: Tensor, k: Tensor) -> None:
         attended = x.flatten(2)
         for patch in self.self_attn:
             _write(patch({"x": attended, "q": q, "k": k, "transformer_options": self.options}), attended)
 
-    @torch.compiler.disable
+    @outside_graphs
     def after_text(self, x: Tensor) -> None:
         tokens = self._tokens(x)
         for patch in self.cross_attn:

@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,6 +63,12 @@ PARTS: Mapping[str, Part] = {
 }
 
 
+def keep(out: Path, rows: Sequence[Row], seconds: Mapping[str, int]) -> None:
+    """What was found so far: all of it takes long, and may be cut off."""
+    machine = {"system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
+    write_file(out, json.dumps({"machine": machine, "seconds": seconds, **as_json(rows)}, indent=1).encode())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -85,11 +91,9 @@ def main() -> int:
                     print(row, file=sys.stderr, flush=True)
             seconds[name] = round(time.monotonic() - began)
             print(f"{name}: {seconds[name]} s, {len(rows)} faults so far", file=sys.stderr, flush=True)
+            if options.out is not None:
+                keep(options.out, rows, seconds)
     print(as_markdown(rows))
-    if options.out is not None:
-        machine = {"system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
-        result = {"machine": machine, "seconds": seconds, **as_json(rows)}
-        write_file(options.out, json.dumps(result, indent=1).encode())
     return int(not all(row.right for row in rows))
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ..test_cli_framepack import CONFIG, TEXT_DIM, save_encoders
-from ..tiny import CONFIGS, randomize, save_files
+from ..tiny import CONFIGS, randomize, save_files, save_wan
 from ..tiny_framepack import save_framepack
 
 WIDTH, HEIGHT = 48, 32
@@ -36,6 +36,11 @@ class Files:
     @property
     def model_low(self) -> Path:
         return self.folder / "wan_low.safetensors"
+
+    @property
+    def picture_model(self) -> Path:
+        """Of image-to-video."""
+        return self.folder / "wan_i2v.safetensors"
 
     @property
     def framepack(self) -> Path:
@@ -87,6 +92,7 @@ def make_files(folder: Path) -> Files:
     Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(folder / "girl.png")
     save_files(folder, experts=True)
     files = Files(folder)
+    save_wan(files.picture_model, "i2v")
     large = randomize(WanModel(replace(CONFIGS["t2v"], dim=512, ffn_dim=2048, num_heads=4, num_layers=16)))
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in large.state_dict().items()}
     save_file(tensors, files.large)

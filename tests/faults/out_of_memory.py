@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -32,11 +33,16 @@ from lowvram_video.memory.stream.ring import DeviceRing
 from lowvram_video.runtime.progress import Progress
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.streamed import StreamedModel
+from lowvram_video.vae.files import OpenVae
+from lowvram_video.vae.retries import at_work, pieces_fitting
+from lowvram_video.vae.strips import Strips
+from lowvram_video.vae.tiling import decode_in, encode_fitting, retry_ways
 from lowvram_video.video.pictures import load_image
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,12 +52,14 @@ from .table import Row
 
 CPU = torch.device("cpu")
 WIDTH = 160
+SIDE = 64  # of what goes through a VAE in strips
+LEVELS = 100  # that a latent's unit is compared in
 MOST_PIXELS = 24  # of 255, that tiles of a VAE with random weights may differ by from a whole decoding
 # functions below which files are read, or weights held: host memory on a card
 HOST = {
     "read", "read_into", "_read", "read_tensor", "load_image", "load_tensors", "open_tokenizer", "state_dict",
     "_unload", "build", "_sections", "noise_levels", "section_noise", "flow_sigmas", "framepack_sigmas",
-    "check_sigmas", "_place", "save_section", "_look", "HostCopy", "randn", "to_uint8", "_meta", "bind",
+    "check_sigmas", "_place", "save_section", "_look", "HostCopy", "randn", "to_uint8", "_meta", "bind", "plain",
 }  # fmt: skip
 
 HOST_PLACES = {("framepack/run/generation.py", "run")}  # latents of sections are in host memory
@@ -154,14 +162,16 @@ class Case:
     seen: list[str] = field(default_factory=list)
 
 
-def wan_case(files: Files) -> Case:
+def wan_case(files: Files, of_picture: bool = False) -> Case:
     phase, folder = Phase(), files.folder
+    model = files.picture_model if of_picture else files.model
+    image = folder / "girl.png" if of_picture else None
     request = WanRequest(
-        "a red ball", "cats", width=WIDTH, height=HEIGHT, num_frames=5, num_steps=2, seed=1, guidance=4.0
+        "a red ball", "cats", width=WIDTH, height=HEIGHT, num_frames=5, num_steps=2, seed=1, guidance=4.0, image=image
     )
 
     def make() -> WanPipeline:
-        wan = WanFiles(files.model, folder / "umt5.safetensors", folder / "vae.safetensors")
+        wan = WanFiles(model, folder / "umt5.safetensors", folder / "vae.safetensors")
         pipeline = WanPipeline(wan, RunSettings(device=CPU), phase, folder / "runs")
         pipeline.high.__class__ = LargeWan
         return pipeline
@@ -171,7 +181,34 @@ def wan_case(files: Files) -> Case:
         pipeline.forget()
         return made
 
-    return Case("Wan", phase, make, run, lambda made: [made.high])
+    return Case("Wan of a picture" if of_picture else "Wan", phase, make, run, lambda made: [made.high])
+
+
+def strips_case(files: Files) -> Case:
+    """Wan's VAE where whole frames do not fit: a video encoded in strips of rows, and latents decoded so."""
+    phase = Phase()
+    generator = torch.Generator().manual_seed(1)
+    video = torch.rand(1, 3, 5, SIDE, SIDE, generator=generator) * 2 - 1
+    latent = torch.randn(1, 16, 2, SIDE // 8, SIDE // 8, generator=generator)
+
+    def make() -> OpenVae:
+        return WAN_FORMAT.open_file(files.folder / "vae.safetensors")
+
+    def run(opened: OpenVae) -> Tensor:
+        with at_work(lambda: opened.build(torch.float32, CPU)) as vae:
+            phase.begin("encode")
+            encoded = encode_fitting(vae, video, Strips(32))
+            phase.begin("decode")
+            ways = [Strips(32), *retry_ways(vae, Strips(32), (SIDE, SIDE))]
+            frames = torch.cat(list(pieces_fitting(ways, partial(_frames, vae, latent), "decoding")))
+        return torch.cat([encoded.mul(LEVELS).round().flatten(), frames.flatten()])
+
+    return Case("Wan's VAE in strips", phase, make, run, lambda made: [])
+
+
+def _frames(vae: Any, latent: Tensor, way: Any) -> Iterator[Tensor]:
+    for piece in decode_in(vae, latent, way):
+        yield piece[0].movedim(0, -1).add(1).mul(127.5).round()
 
 
 class Frames:
@@ -219,7 +256,7 @@ def framepack_case(files: Files) -> Case:
 
 def out_of_memory(files: Files, most_places: int | None = None) -> Iterator[Row]:
     """A row for each strike at each place; `most_places` of each family, spread over all."""
-    for case in (wan_case(files), framepack_case(files)):
+    for case in (wan_case(files), wan_case(files, of_picture=True), strips_case(files), framepack_case(files)):
         with torch.inference_mode():
             whole = case.run(case.make())
         counter, pipeline = Strike(case.phase), case.make()

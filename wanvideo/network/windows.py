@@ -20,6 +20,7 @@ from torch import Tensor
 from ...attention.backend import Backend
 from ...attention.masked import MASK_BLOCK, GatheredBlocks, MaskedAttention
 from ...attention.sparse.order import reorder_
+from ...system.torch_compiler import outside_graphs
 from ...transformer.workspace import Workspace
 
 WINDOW = 2  # latent frames
@@ -92,7 +93,7 @@ class WindowAttention:
         self._near: Tensor | None = None
         self._layer, self._heads_done = 0, 0
         self._kept: tuple[Tensor, Tensor] | None = None  # of the layer
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(self.attend_now)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = outside_graphs(self.attend_now)
 
     def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
         """The next layer has its turn; before the first, all `tokens [rows, ...]` come in the order of blocks."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...system.kernel_choice import brief
+from ...system.triton_errors import triton_errors
 from ..files.checkpoint import CheckpointError, TensorInfo
 from .int8 import Int8Dequantized
 from .projection import Projection, Scratch
@@ -94,9 +96,20 @@ class KitchenInt8Projection(Projection):
         return product if out is None else out.copy_(product)
 
 
+def kitchen_problem() -> str | None:
+    """Why comfy-kitchen cannot be used here, or None."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return "comfy-kitchen is not installed: pip install comfy-kitchen"
+    try:
+        importlib.import_module(PACKAGE)
+    except triton_errors() as error:
+        return f"comfy-kitchen is installed but cannot be imported ({brief(error)}): pip install -U comfy-kitchen"
+    return None
+
+
 def kitchen_int8_available() -> bool:
     """Whether comfy-kitchen is installed and its CUDA kernels are usable (ComfyUI turns them off below CUDA 13)."""
-    if importlib.util.find_spec(PACKAGE) is None:
+    if kitchen_problem() is not None:
         return False
     cuda = importlib.import_module(PACKAGE).list_backends().get("cuda", {})
     return bool(cuda.get("available")) and not cuda.get("disabled")
@@ -108,10 +121,11 @@ def recognise_kitchen(weight: TensorInfo) -> KitchenFormat | None:
     quant = KITCHEN_QUANTS.get(words[0]) if len(words) == 3 else None
     if quant is None:
         return None
-    if importlib.util.find_spec(PACKAGE) is None:
+    problem = kitchen_problem()
+    if problem is not None:
         raise CheckpointError(
-            f"{weight.file}: its weights are {quant.title}; unpacking them needs the package comfy-kitchen, which is "
-            "not installed here: install it (`pip install comfy-kitchen`), or choose the fp8 scaled or a GGUF version"
+            f"{weight.file}: its weights are {quant.title}, which comfy-kitchen unpacks. {problem}, or choose the "
+            "fp8 scaled or a GGUF version"
         )
     return KitchenFormat(quant, int(words[1]), int(words[2]))
 

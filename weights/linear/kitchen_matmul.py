@@ -7,7 +7,6 @@ Source of the calls: ComfyUI 0.33 (`comfy/ops.py`) and comfy-kitchen 0.2.31 (`te
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kitchen import PACKAGE, KitchenFormat
+from .kitchen import PACKAGE, KitchenFormat, kitchen_problem
 from .projection import Projection, Scratch
 from .weight_format import MultipliedAsStored
 
@@ -114,8 +113,9 @@ def native_refusal(stored: KitchenFormat, device: torch.device) -> str | None:
     product = NATIVE_PRODUCTS.get(stored.name)
     if product is None:
         return f"{stored.quant.title} are no 4-bit numbers"
-    if importlib.util.find_spec(PACKAGE) is None:
-        return "comfy-kitchen is not installed: pip install comfy-kitchen"
+    problem = kitchen_problem()
+    if problem is not None:
+        return problem
     if device.type == "cpu":
         return None if product.on_cpu else "a CPU has no such product"
     if device.type != "cuda" or torch.version.hip is not None:

@@ -1,0 +1,39 @@
+"""PyTorch's compiler, imported when something is compiled and not before: it takes 150 MB of RAM, and brings Triton.
+
+A Triton that is broken in another way than being absent makes that import fail with whatever it raises. Nothing can be
+compiled then; everything else runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+
+from .kernel_choice import brief
+from .triton_errors import triton_errors
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def torch_compiler(part: str = "_dynamo") -> ModuleType:
+    """The module `torch.<part>`. ValueError, with the fix, where it cannot be imported here."""
+    try:
+        return importlib.import_module(f"torch.{part}")
+    except triton_errors() as problem:
+        raise ValueError(
+            f"torch {torch.__version__} cannot compile here: its compiler cannot be imported ({brief(problem)}), as "
+            "Triton is likely not for it: run without torch.compile, or see what `lowvram-video doctor` says of Triton"
+        ) from problem
+
+
+def outside_graphs(function: F) -> F:
+    """The function as compiled blocks call it without looking into it; itself where nothing can be compiled."""
+    try:
+        disabled: F = torch.compiler.disable(function)
+    except triton_errors():
+        return function
+    return disabled
