@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ class Dispatcher:
         finally:
             self.crew.close()
 
-    def spread(self, kind: str, jobs: Sequence[Job]) -> Iterator[Event | None]:
+    def spread(self, kind: str, jobs: Sequence[Job]) -> Generator[Event | None, None, None]:
         """Have every job checked or made ("check", "make"); None when there is only progress to show.
 
         Ends early after `hold`, when what was begun is done. Raises NoWorkers.
@@ -88,7 +88,7 @@ class Dispatcher:
                 seat, job = pair
                 seat.job, seat.model, seat.progress = job, job.model, ""
                 yield Event("begun", job, seat.worker.name, attempt=self._attempts[job.line] + 1)
-                seat.worker.ask(kind, job.request | {"attempt": self._attempts[job.line]})
+                seat.worker.ask(kind, dict(job.request) | {"attempt": self._attempts[job.line]})
             self._give_up_in_time()
             try:
                 message = self.inbox.get(timeout=LOOK_SECONDS)
@@ -118,12 +118,12 @@ class Dispatcher:
                     message = self.inbox.get(timeout=LOOK_SECONDS)
                 except queue.Empty:
                     continue
-                seat = self._seat_of(message.worker)
-                if seat is not None and message.kind == "ended":
-                    seat.ended = True
-                elif seat is not None and message.kind in ANSWERS and seat.job is not None:
-                    events.append(Event(message.kind, seat.job, seat.worker.name, message.values))
-                    seat.job = None
+                heard = self._seat_of(message.worker)
+                if heard is not None and message.kind == "ended":
+                    heard.ended = True
+                elif heard is not None and message.kind in ANSWERS and heard.job is not None:
+                    events.append(Event(message.kind, heard.job, heard.worker.name, message.values))
+                    heard.job = None
         finally:
             for seat in self.seats:
                 if not seat.ended:

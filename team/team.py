@@ -161,4 +161,4 @@ def _first_error(jobs: Sequence[_Job]) -> BaseException | None:
     """The error that stopped the others, rather than one of those who were stopped."""
     errors = [job.error for job in jobs if job.error is not None]
     causes = [error for error in errors if not isinstance(error, TeamStopped)]
-    return (causes or errors or [None])[0]
+    return next(iter(causes or errors), None)

@@ -86,11 +86,10 @@ def rgb_frames(latent_format: Any, latent: Tensor) -> list[Image.Image]:
     """Each frame of the first latent of `[B, C, T, h, w]` in its own small size, as core's Latent2RGB makes one."""
     reshape = getattr(latent_format, "latent_rgb_factors_reshape", None)
     latent = latent if reshape is None else reshape(latent)
-    options = {"device": latent.device, "dtype": latent.dtype}
-    factors = torch.tensor(latent_format.latent_rgb_factors, **options).T
+    factors = latent.new_tensor(latent_format.latent_rgb_factors).T
     bias = latent_format.latent_rgb_factors_bias
     frames = latent[0].movedim(0, -1)  # [T, h, w, C]
-    rgb = torch.nn.functional.linear(frames, factors, None if bias is None else torch.tensor(bias, **options))
+    rgb = torch.nn.functional.linear(frames, factors, None if bias is None else latent.new_tensor(bias))
     pixels = ((rgb + 1) / 2).clamp(0, 1).mul(255).to("cpu", torch.uint8).numpy()
     return [Image.fromarray(frame) for frame in pixels]
 

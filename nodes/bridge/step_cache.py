@@ -42,5 +42,5 @@ def moment_in(options: Mapping[str, Any], sampling: Any) -> Moment | None:
     if levels is None or level is None or len(levels) < 2:
         return None
     shift = getattr(sampling, "shift", None)
-    known = isinstance(shift, int | float) and levels[0] <= 1.0
-    return moment_of(levels.flatten().tolist(), float(level.flatten()[0]), float(shift) if known else None)
+    known = float(shift) if isinstance(shift, int | float) and levels[0] <= 1.0 else None
+    return moment_of(levels.flatten().tolist(), float(level.flatten()[0]), known)

@@ -274,7 +274,7 @@ class WanModel(Transformer):
                 raise ValueError("this Wan model takes no reference picture: use a Fun Control model, or leave it out")
             reference = self.ref_conv(extras.reference, work.dtype)  # [B, tokens of a frame, dim]
             x = torch.cat([reference, x.view(latent.shape[0], -1, x.shape[1])], dim=1).flatten(0, 1)
-        return x if work.part is part else work.part.cut(x, latent.shape[0])
+        return x if work.part is None or part is not None else work.part.cut(x, latent.shape[0])
 
     def embed_controls(self, x: Tensor, extras: Extras, work: Workspace) -> tuple[ControlStream, ...]:
         """Tokens of the control videos as they enter the first VACE block."""
