@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from .sections import Section
 
 # Chinese and Japanese keyboards write brackets, colons, points, dashes and digits full-width (float knows such digits).
-_SAME_BRACKETS = str.maketrans("［］【】", "[][]")
+_SAME_BRACKETS = str.maketrans("［］【】〔〕", "[][][]")
 _SECONDS = r"(\d+(?:[.．]\d*)?|[.．]\d+)\s*[sｓ秒]"
-_PART = re.compile(rf"\s*{_SECONDS}\s*(?:[-－–~～〜]\s*{_SECONDS}\s*)?[:：](.*)", re.DOTALL | re.IGNORECASE)
+_PART = re.compile(rf"\s*{_SECONDS}\s*(?:[-－‐‑–—―−~～〜]\s*{_SECONDS}\s*)?[:：﹕︰∶](.*)", re.DOTALL | re.IGNORECASE)
 _HOW = "write [2s: text] (from 2 s on) or [1s-3s: text] (from 1 s to 3 s)"
 
 

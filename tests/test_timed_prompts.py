@@ -24,6 +24,21 @@ def test_the_parts_are_read() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "[0s: 猫] [1.5s-3s: 犬]",
+        "［0s：猫］［1.5s－3s：犬］",
+        "【０ｓ：猫】【１．５秒〜３秒：犬】",
+        "〔0秒：猫〕〔1.5秒—3秒：犬〕",
+        "［0s﹕猫］［1.5s–3s∶犬］",
+        "［0s：猫］［1.5s−3s：犬］",
+    ],
+)
+def test_punctuation_of_other_keyboards(text: str) -> None:
+    assert parse_timed_prompt(text).parts == (TimedPart(0.0, None, "猫"), TimedPart(1.5, 3.0, "犬"))
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         # what holds at 0.5, 1.5, 2.5, 3.5, 4.5, 5.5 seconds

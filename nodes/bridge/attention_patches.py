@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...attention.backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, Backend
 from ...system.torch_compiler import outside_graphs
 
 OVERRIDE = "optimized_attention_override"
+FORM = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")  # of core's attention, after the heads
 
 
 def attention_of(options: dict[str, Any], own: Backend, exact_lengths: Collection[int] = ()) -> Backend:
@@ -53,7 +55,13 @@ class OverriddenAttention:
         return self._override(self._by_ours, *flat, heads, **arguments).unflatten(2, (heads, -1))
 
     def _by_ours(self, q: Tensor, k: Tensor, v: Tensor, heads: int, *more: Any, **named: Any) -> Tensor:
-        """What core hands an override as the original: `[B, L, heads * D]`, or `[B, heads, L, D]` by `skip_reshape`."""
+        """What core hands an override as the original: `[B, L, heads * D]`, or `[B, heads, L, D]` by `skip_reshape`.
+
+        With a mask or another scale it is core's own, for ours has none.
+        """
+        named |= zip(FORM, more, strict=False)
+        if named.get("mask") is not None or named.get("scale") is not None or named.get("enable_gqa"):
+            return optimized_attention(q, k, v, heads, **(named | {"_inside_attn_wrapper": True}))
         if named.get("skip_reshape", False):
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         else:

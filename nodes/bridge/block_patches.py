@@ -15,7 +15,7 @@ from ...system.torch_compiler import outside_graphs
 from ...wanvideo.network.blocks import Pass
 from ...wanvideo.network.config import WanConfig
 from ...wanvideo.network.model import Visitor
-from .attention_patches import attention_of
+from .attention_patches import OVERRIDE, attention_of
 
 AFTER_BLOCK, AFTER_SELF, AFTER_CROSS = "double_block", "attn1_patch", "attn2_patch"
 SUPPORTED = (AFTER_BLOCK, AFTER_SELF, AFTER_CROSS)
@@ -107,15 +107,23 @@ class BlockPatches(Visitor):
 
     def _replace(self, replacement: Callable[..., dict[str, Tensor]], state: Pass, run: Callable[[], None]) -> None:
         tokens = self._tokens(state.x)
+        vector = self._per_sample(state.modulation, state.x)
+        given = {"img": tokens, "txt": None, "vec": vector, "pe": state.rope, "transformer_options": self.options}
 
         def original(arguments: dict[str, Any]) -> dict[str, Tensor]:
+            check_unchanged(arguments, given)
             _write(arguments["img"], tokens)
             run()
             return {"img": tokens}
 
-        vector = self._per_sample(state.modulation, state.x)
-        arguments = {"img": tokens, "txt": None, "vec": vector, "pe": state.rope, "transformer_options": self.options}
-        _write(replacement(arguments, {"original_block": original})["img"], tokens)
+        try:
+            made = replacement(dict(given), {"original_block": original})["img"]
+        except (AttributeError, TypeError) as error:
+            missing = next((name for name, kind in (("txt", "NoneType"), ("pe", "Rope")) if kind in str(error)), None)
+            if missing is None:
+                raise
+            raise ValueError(unshown(missing)) from error
+        _write(made, tokens)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Rows of all samples as `[B, tokens, dim]`, the same bytes."""
@@ -125,6 +133,28 @@ class BlockPatches(Visitor):
         """What there is one of per timestep, as `[B, timesteps, ...]` of core's precision."""
         vector = vector.to(x.dtype)
         return vector if self.flat_time else vector.unflatten(0, (self.latent.shape[0], -1))
+
+
+def check_unchanged(arguments: dict[str, Any], given: dict[str, Any]) -> None:
+    """ValueError for what a node shows the original block otherwise than it was `given`, but for `img`."""
+    for name in ("txt", "vec", "pe"):
+        shown, own = arguments.get(name, given[name]), given[name]
+        same = shown is own or (isinstance(shown, Tensor) and isinstance(own, Tensor) and torch.equal(shown, own))
+        if not same:
+            raise ValueError(unshown(name))
+    shown, own = arguments.get("transformer_options") or {}, given["transformer_options"]
+    for name in (OVERRIDE, "patches", "patches_replace"):
+        if shown.get(name, own.get(name)) is not own.get(name):
+            raise ValueError(unshown(f"transformer_options[{name!r}]"))
+
+
+def unshown(name: str) -> str:
+    """What is said of an input of a block that is the same for all of them here."""
+    return (
+        f"a node replaces a block of this model and reads or changes its {name!r}, which is not supported by the "
+        "LowVRAM loader (what is: 'img', and leaving the block out): take that node out, or load the file with "
+        "ComfyUI's own loader"
+    )
 
 
 def _write(value: Tensor, tokens: Tensor) -> None:

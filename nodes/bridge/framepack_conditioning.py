@@ -47,6 +47,11 @@ def timed_entries(clip: Any, timed: TimedPrompt) -> list[list[Any]]:
 
 def check_options(conditioning: list[Any], name: str) -> None:
     """ValueError where a node gave the prompt what FramePack Sampler would leave out, several at a time, or none."""
+    if len(conditioning) > 1 and name == "negative" and _is_timed(conditioning):
+        raise ValueError(
+            "FramePack Timed Prompt is heard as the positive conditioning of FramePack Sampler (Low VRAM), and the "
+            f"negative one has {len(conditioning)} prompts of it: write one, or connect CLIP Text Encode"
+        )
     if len(conditioning) > 1 and not is_guided(conditioning) and not _is_timed(conditioning):
         raise ValueError(
             f"the {name} conditioning has {len(conditioning)} entries (of Conditioning Combine), and FramePack hears "

@@ -92,11 +92,13 @@ class SamplerInputs:
 
     def videos(self) -> list[SamplerInputs]:
         """One for each latent of a batch: with its own pictures, and a seed that counts up by its place there."""
+        end = self.end_image or EndImageOptions(None, None, 1.0, "linear")
         latents = {"start_latent": self.start_latent, "initial_samples": self.initial_samples}
-        latents["extend_samples"] = self.extend_samples
+        latents |= {"extend_samples": self.extend_samples, "end_image": end.latent}
         counts = {name: len(latent["samples"]) for name, latent in latents.items() if latent is not None}
-        if self.image_embeds is not None and self.image_embeds.last_hidden_state is not None:
-            counts["image_embeds"] = len(self.image_embeds.last_hidden_state)
+        for name, seen in (("image_embeds", self.image_embeds), ("end_image's image_embeds", end.features)):
+            if seen is not None and seen.last_hidden_state is not None:
+                counts[name] = len(seen.last_hidden_state)
         most = max(counts.values(), default=1)
         for name, count in counts.items():
             if count not in (1, most):
@@ -118,10 +120,15 @@ class SamplerInputs:
                 if name != "batch_index"
             }
 
-        seen = self.image_embeds
-        if seen is not None and seen.last_hidden_state is not None:
+        def pictured(seen: Any) -> Any:
+            if seen is None or seen.last_hidden_state is None:
+                return seen
             states = seen.last_hidden_state
-            seen = SimpleNamespace(last_hidden_state=states[index % len(states)][None])
+            return SimpleNamespace(last_hidden_state=states[index % len(states)][None])
+
+        end = self.end_image
+        if end is not None:
+            end = replace(end, latent=one(end.latent), features=pictured(end.features))
         return replace(
             self,
             seed=(self.seed + place) % 2**64,
@@ -129,7 +136,8 @@ class SamplerInputs:
             start_latent=one(self.start_latent),
             initial_samples=one(self.initial_samples),
             extend_samples=one(self.extend_samples),
-            image_embeds=seen,
+            image_embeds=pictured(self.image_embeds),
+            end_image=end,
         )
 
     @cached_property
@@ -213,15 +221,19 @@ class SamplerInputs:
 
     def inputs(self) -> EncodedInputs:
         config, latents = self.patcher.engine.streamed.config, partial(_network_latents, self.patcher.model)
-        for name, latent in (("start", self.start_latent), ("extend", self.extend_samples)):
-            if latent is not None and latent.get("noise_mask") is not None:
+        end = self.end_image or EndImageOptions(None, None, 1.0, "linear")
+        for name, latent in (("start", self.start_latent), ("extend", self.extend_samples), ("end", end.latent)):
+            if latent is None:
+                continue
+            if name != "extend":
+                _check_picture(name, latent)
+            if latent.get("noise_mask") is not None:
                 raise ValueError(
                     f"the {name} latent has a noise mask, which FramePack Sampler hears of initial_samples alone: take "
                     "Set Latent Noise Mask out, or connect that video as initial_samples"
                 )
         start = latents(self.start_latent, 1)
         initial, given = latents(self.initial_samples), latents(self.extend_samples)
-        end = self.end_image or EndImageOptions(None, None, 1.0, "linear")
         sized = next((latent for latent in (start, given, initial) if latent is not None), None)
         size = self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
         start_features = None if self.image_embeds is None else _features(self.image_embeds, "image_embeds")
@@ -269,6 +281,16 @@ def _network_latents(model: Any, latent: dict[str, Any] | None, num_frames: int 
         )
     latents: Tensor = model.process_latent_in(samples[:1].float().cpu())
     return latents[:, :, :num_frames]
+
+
+def _check_picture(name: str, latent: Mapping[str, Any]) -> None:
+    """ValueError for a video where a picture is wanted."""
+    samples = latent["samples"]
+    if samples.ndim == 5 and samples.shape[2] > 1:
+        raise ValueError(
+            f"the {name} latent is a video of {samples.shape[2]} latents, and FramePack takes one picture there: "
+            "encode one picture, or connect the video as initial_samples, or as extend_samples (F1 models)"
+        )
 
 
 def framepack_model(model: Any) -> StreamedModelPatcher:

@@ -92,6 +92,7 @@ class NativeFramePack(NativeModel):
             self.framepack.check_latent(x)
             raise AssertionError("check_latent refuses every latent")
         check_patches(transformer_options)
+        self.check_parts()
         if PROMPT_KEY not in inputs:
             raise ValueError(
                 "a node (Perp-Neg) asks FramePack Sampler (Low VRAM) for a prompt of its own, and a run has prepared "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 import comfy.model_base
@@ -30,6 +31,14 @@ class EntryValueError(KeyError, ValueError):
         return str(self.args[0])  # KeyError shows it in quotes
 
 
+def absent(part: str) -> PartValueError:
+    """What is raised for a part, by its name or path."""
+    return PartValueError(
+        f"a node asks this model for its part {part!r}, which a model of the LowVRAM loader does not have: "
+        "take that node out, or load the file with ComfyUI's own loader"
+    )
+
+
 class CoreEntries(dict[str, Any]):
     """By which core tells a checkpoint's variant, and which nodes read."""
 
@@ -48,6 +57,7 @@ class NativeModel(nn.Module):
 
     rotates, guides = False, False  # what of `inside` it does
     refusals: Refusals = {}  # what it leaves out beside what nobody hears
+    called: Collection[str] = ()  # parts that it calls as core's network does, so that a node may change them
 
     def __init__(self, engine: Engine[Any]):
         super().__init__()
@@ -61,14 +71,26 @@ class NativeModel(nn.Module):
         """What these object patches ask for. ValueError for what is not done here."""
         return read_inside(patches, self.rotates, self.guides)
 
+    @cached_property
+    def _parts(self) -> Sequence[tuple[str, nn.Module]]:
+        return [(name, module) for name, module in self.named_modules() if name and name not in self.called]
+
+    def check_parts(self) -> None:
+        """ValueError for a part that a node changed in its place, which our blocks would never call."""
+        for name, module in self._parts:
+            changed = vars(module)
+            if "forward" in changed or changed["_forward_hooks"] or changed["_forward_pre_hooks"]:
+                raise ValueError(
+                    f"a node replaces the forward of diffusion_model.{name}, or hooks onto it, which is not supported "
+                    "by the LowVRAM loader: take that node out and load the model anew, or load the file with "
+                    "ComfyUI's own loader"
+                )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            raise PartValueError(
-                f"a node asks this model for its part {name!r}, which a model of the LowVRAM loader does not have: "
-                "take that node out, or load the file with ComfyUI's own loader"
-            ) from None
+            raise absent(name) from None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.engine.streamed.checkpoint.path.name})"  # not every layer of it

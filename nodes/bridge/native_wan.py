@@ -45,6 +45,7 @@ class NativeWan(NativeModel):
     """What core's BaseModel calls."""
 
     rotates, guides = True, True
+    called = ("head", "patch_embedding", "time_embedding")
     text_embedding: Any
 
     def __init__(self, engine: WanEngine):
@@ -87,6 +88,7 @@ class NativeWan(NativeModel):
     ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
         check_patches(options, SUPPORTED)
+        self.check_parts()
         frames, height, width = x.shape[2:]
         latent = self._pad(x)
         if time_dim_concat is not None:
@@ -119,11 +121,31 @@ class NativeWan(NativeModel):
     ) -> Tensor:
         """Velocity for padded latents, where core's network has its own and nodes put theirs; `freqs` are our own."""
         options = {} if transformer_options is None else transformer_options
+        self._check_prompt(context, clip_fea)
         extras = self._extras(inputs, options, x)
         self.wan.at_step(options)
         if extras.reference is not None and t.ndim == 2:
             t = torch.cat([t[:, :1], t], dim=1)
         return self.wan.run(x, t, context, clip_fea, extras)
+
+    def _check_prompt(self, text: Tensor, seen: Tensor | None) -> None:
+        """ValueError for text and pictures of other encoders than this model's."""
+        config = self.wan.streamed.config
+        if text.shape[-1] != config.text_dim:
+            raise ValueError(
+                f"a prompt has {text.shape[-1]} features a token, and this Wan model of the LowVRAM loader reads "
+                f"{config.text_dim}: encode it with umt5-xxl (Load CLIP, type wan)"
+            )
+        if seen is not None and config.image_dim and seen.shape[-1] != config.image_dim:
+            raise ValueError(
+                f"the CLIP vision output has {seen.shape[-1]} features, and this Wan model of the LowVRAM loader reads "
+                f"{config.image_dim}: encode the picture with clip_vision_h"
+            )
+        if seen is not None and config.image_pos_tokens and seen.shape[1] > config.image_pos_tokens:
+            raise ValueError(
+                f"the CLIP vision output has {seen.shape[1]} tokens, and this Wan model of the LowVRAM loader reads "
+                f"{config.image_pos_tokens}: give it those of the first and the last picture alone"
+            )
 
     def _pad(self, latent: Tensor) -> Tensor:
         return comfy.ldm.common_dit.pad_to_patch_size(latent, self.patch_size)

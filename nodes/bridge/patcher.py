@@ -24,7 +24,7 @@ from .compile_patches import COMPILE_KEY, compile_settings
 from .engine import Engine
 from .inside import check_dtype, is_inside
 from .moving_preview import MovingPreview, sender
-from .native_model import NativeModel
+from .native_model import NativeModel, PartValueError, absent
 from .options import StreamOptions
 
 logger = logging.getLogger(__name__)
@@ -142,6 +142,16 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         check_carried(self, self.network.refusals)
         check_dtype(self.object_patches, self.network.dtype)
         self.network.read_inside(self.object_patches)
+        self.network.check_parts()
+
+    def get_model_object(self, name: str) -> Any:
+        """A part of the model by its path. ValueError for one that core's network has and ours has not."""
+        try:
+            return super().get_model_object(name)
+        except AttributeError as error:
+            if isinstance(error, PartValueError) or not is_inside(name):
+                raise
+            raise absent(name) from error
 
     @property
     def run_options(self) -> StreamOptions:

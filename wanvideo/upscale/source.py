@@ -22,7 +22,11 @@ class VideoSource(Protocol):
     height: int
     fps: float
     num_frames: int
-    sound: Path | Sound | None  # a file that has it, or none
+
+    @property
+    def sound(self) -> Path | Sound | None:
+        """The sound, or a file that may have some."""
+        ...
 
     def frames(self) -> Iterator[Tensor]:
         """All of them from the first on, uint8 `[t, h, w, 3]`, a few at a time."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lowvram_pack.framepack.timed_prompts import parse_timed_prompt
+from lowvram_pack.nodes.bridge.framepack_conditioning import NAME_KEY, TIMED_KEY
+from lowvram_pack.nodes.framepack_inputs import FramePackEndImage
 from lowvram_pack.nodes.nag import NegativeGuidance
-from test_framepack import SIZE, folders, model, randn, run, said  # noqa: F401 - fixtures
+from test_framepack import CONFIG, SIZE, folders, model, randn, run, said  # noqa: F401 - fixtures
 from tiny_models import relative_error
 from torch import Tensor
 
@@ -168,3 +172,40 @@ def test_negative_guidance_wants_a_prompt_of_framepacks(model: Any) -> None:  # 
     text = NegativeGuidance.execute(model, [[said(40)[0][0], {}]], 7.0, 1.5, 0.4).result[0]
     with pytest.raises(ValueError, match="a prompt has no pooled output"):
         run(text, **SHORT)
+
+
+def test_a_batch_of_end_images_is_as_many_videos(model: Any) -> None:  # noqa: F811
+    ends, features = randn(2, 16, 1, *SIZE, seed=9), randn(2, 5, CONFIG.image_dim, seed=11)
+
+    def end(part: slice) -> Any:
+        shown = SimpleNamespace(last_hidden_state=features[part])
+        return FramePackEndImage.execute("linear", 1.0, {"samples": ends[part]}, shown).result[0]
+
+    both = run(model, **SHORT, end_image=end(slice(None)))
+    for place in range(2):
+        one = run(model, **SHORT, end_image=end(slice(place, place + 1)), seed=3 + place)
+        assert torch.equal(both[place : place + 1], one)
+
+
+@pytest.mark.parametrize("name", ["start", "end"])
+def test_a_video_in_the_place_of_a_picture_is_refused(model: Any, name: str) -> None:  # noqa: F811
+    video = {"samples": randn(1, 16, 3, *SIZE, seed=5)}
+    given = {"start_latent": video}
+    if name == "end":
+        given = {"end_image": FramePackEndImage.execute("linear", 1.0, video).result[0]}
+    with pytest.raises(ValueError, match=f"the {name} latent is a video of 3 latents, and FramePack takes one picture"):
+        run(model, **SHORT, **given)
+
+
+def test_a_noise_mask_on_an_end_image_is_refused(model: Any) -> None:  # noqa: F811
+    masked = {"samples": randn(1, 16, 1, *SIZE, seed=5), "noise_mask": torch.ones(1, 32, 48)}
+    with pytest.raises(ValueError, match="the end latent has a noise mask, which FramePack Sampler"):
+        run(model, **SHORT, end_image=FramePackEndImage.execute("linear", 1.0, masked).result[0])
+
+
+def test_a_schedule_of_negative_prompts_is_refused(model: Any) -> None:  # noqa: F811
+    timed = parse_timed_prompt("[0s: dark] [0.2s: blurred]")
+    schedule = [[said(seed)[0][0], {**said(seed)[0][1], TIMED_KEY: timed, NAME_KEY: name}]
+                for seed, name in ((20, "dark"), (22, "blurred"))]  # fmt: skip
+    with pytest.raises(ValueError, match="the negative one has 2 prompts of it"):
+        run(model, **(GUIDED | {"negative": schedule}))
