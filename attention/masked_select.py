@@ -35,5 +35,6 @@ def _disagreement(
     keep = torch.rand(3, 3, 5, generator=generator) < 0.5
     keep[1, 2] = False
     want = reference.attend(q, k, v, keep)
-    got = attention.attend(*(each.to(device, dtype) for each in (q, k, v)), keep.to(device))
+    there = [each.to(device, dtype) for each in (q, k, v)]
+    got = attention.attend(there[0], there[1], there[2], keep.to(device))
     return disagreement(relative_error(got.cpu(), want))

@@ -154,7 +154,7 @@ class TinyVAE(nn.Module):
                 # one frame becomes several while it is small: each position's pixels are the same
                 growth, following = self.decoder[index + 1], self._until_memory(index + 2)
                 assert isinstance(growth, Growth)
-                larger = _Enlarged(layer, list(self.decoder[index + 2 : following]))
+                larger = _Enlarged(layer, [*self.decoder][index + 2 : following])
                 pieces = Pieces(self.config.piece_pixels, larger.num_rows_seen, larger.scale)
                 for number in range(growth.num_frames):
                     made = pieces.apply(larger, [growth.frame(x, number)])
@@ -175,6 +175,7 @@ class _Enlarged:
 
     def __init__(self, upsample: nn.Upsample, layers: Sequence[nn.Module]) -> None:
         self._layers = (upsample, *layers)
+        assert isinstance(upsample.scale_factor, int | float)  # the same to all sides
         self.scale = round(upsample.scale_factor)
         num_convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
         self.num_rows_seen = -(-num_convolutions // self.scale)

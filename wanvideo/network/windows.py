@@ -140,7 +140,7 @@ class WindowAttention:
         means = [each[0].unflatten(0, (-1, MASK_BLOCK)).float().mean(1) for each in (q, keys)]  # [blocks, H, D]
         heads = zip(*(each.split(HEADS, 1) for each in means), strict=True)
         settings, near = self.state.settings, self._near
-        return torch.cat([choose_blocks(*each, near, self.num_windows, settings) for each in heads])
+        return torch.cat([choose_blocks(some, those, near, self.num_windows, settings) for some, those in heads])
 
 
 def block_order(grid: tuple[int, int, int], device: torch.device) -> Tensor:

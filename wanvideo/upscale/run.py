@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,12 +80,9 @@ class Upscaler:
             stack.callback(self._stop)
             stack.callback(self.progress.end)
             self.progress.begin("load")
-            beside = [
-                stack.enter_context(
-                    at_work(lambda each=each: each.build(settings.compute_dtype, settings.device, True))
-                )
-                for each in (self._projection, self._decoder)
-            ]
+            where = settings.compute_dtype, settings.device, True
+            projection = stack.enter_context(at_work(partial(self._projection.build, *where)))
+            decoder = stack.enter_context(at_work(partial(self._decoder.build, *where)))
             self.model.start_fitting(plan, self.record.add_spans)
             self.plan = self.model.plan
             self.record.uses(self.model)
@@ -93,7 +91,7 @@ class Upscaler:
             windows = HostWindows(window, settings.device, self.model.weights.budget)
             stack.callback(windows.release)
             masked = select_masked(settings.device, settings.compute_dtype, self.model.config.head_dim)
-            networks = Networks(self.model, self._text(), beside[0], beside[1], masked)
+            networks = Networks(self.model, self._text(), projection, decoder, masked)
             self.progress.begin("upscale")
             yield UpscaleStream(networks, windows, request, large)
 
