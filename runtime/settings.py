@@ -53,8 +53,6 @@ class RunSettings:
     """
 
     device: torch.device = CPU
-    others: tuple[torch.device, ...] = ()  # cards that share the device's passes
-    staged_exchange: bool = False  # cards exchange through pinned RAM, also where they reach each other
     dtype: torch.dtype | None = None
     attention_mode: str = "auto"
     quantization: str = "none"  # see weights/linear/compute.py
@@ -69,6 +67,8 @@ class RunSettings:
     step_cache: StepCacheSettings | None = None  # which passes of a run may be skipped; None: none
     keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
     keep_model: bool = False  # so do the transformer's weights, alone: the next video's plan counts what they hold
+    others: tuple[torch.device, ...] = ()  # cards that share the device's passes
+    staged_exchange: bool = False  # cards exchange through pinned RAM, also where they reach each other
 
     @property
     def cards(self) -> tuple[torch.device, ...]:

@@ -170,7 +170,7 @@ def test_workflows_are_named_as_they_are(language: str) -> None:
     there = {path.stem for path in (ROOT / "example_workflows").glob("*.json")}
     named = {
         name
-        for name in re.findall(r"`((?:wan2\.[12]|framepack)_\w[\w.]*)`", text)
+        for name in re.findall(r"`((?:wan2\.[12]|framepack|flashvsr)_\w[\w.]*)`", text)
         if not name.endswith(("tensors", "_vae"))
     }
     assert named <= there, f"README {language}: no such workflows: {sorted(named - there)}"
