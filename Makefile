@@ -2,11 +2,12 @@
 #   make demo    a video from the pack's own tiny model, on the CPU:  output/demo.mp4, output/demo.png
 #   make test    lint, types and the test suite
 # and when what must never be lost is touched:
+#   make slow    tests of kills, broken packages and what else takes long
 #   make faults  kills, full disks, full cards, interrupts, two at once: 20 minutes of one core
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint check faults format clean
+.PHONY: demo test lint check slow faults format clean
 
 demo: .venv/ready
 	$(BIN)/lowvram-video demo --output output/demo.mp4
@@ -23,6 +24,9 @@ lint: .venv/ready
 # one thread for each of two workers: tiny models gain nothing from more, and runs stay repeatable
 check: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30 -m "not slow and not comfyui"
+
+slow: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30 -m "slow and not comfyui"
 
 faults: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --out benchmarks/results/faults_cpu_$$(date +%F).json

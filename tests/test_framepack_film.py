@@ -211,6 +211,7 @@ def check_playable(folder: Path, grows: str) -> None:
         assert psnr(found, reference(sections(3)[: lengths[len(found)]], grows)) > 35
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("grows", ["front", "back"])
 def test_killed_at_any_step_the_film_goes_on_and_is_the_same(tmp_path: Path, grows: str) -> None:
@@ -562,6 +563,7 @@ def test_the_video_is_published_when_a_tenth_of_it_is_new(tmp_path: Path, grows:
     assert again.num_sections == len(parts), "left in order: nothing has to be decoded again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grows", ["front", "back"])
 def test_killed_between_publications_only_the_last_section_comes_again(
     tmp_path: Path, grows: Literal["front", "back"]

@@ -235,6 +235,7 @@ with RunStore.open(Path(sys.argv[2]), {"seed": 7}, 3) as store:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
 def test_kill_9_in_the_second_section_and_again(checkpoint: Path, tmp_path: Path) -> None:
     want = run(checkpoint)[-1].video

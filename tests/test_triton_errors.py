@@ -115,9 +115,8 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if index == 0 else pytest.param(kind, marks=pytest.mark.slow) for index, kind in enumerate(BROKEN)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BROKEN)
 def test_everything_but_compiling_goes_without(kind: str, tmp_path: Path) -> None:
     """torch's own compiler catches an absent Triton alone."""
     (tmp_path / "triton").mkdir()
