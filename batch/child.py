@@ -22,17 +22,22 @@ class JobError(Exception):
         self.values = values
 
 
+class Interrupted(KeyboardInterrupt):
+    """A job was interrupted; `values` are what there is to say of it."""
+
+    def __init__(self, error: str, **values: Any) -> None:
+        super().__init__(error)
+        self.values = values
+
+
 class Maker(Protocol):
-    """Checks and makes jobs. Both raise JobError; KeyboardInterrupt passes through them."""
+    """Checks and makes jobs. Both raise JobError; KeyboardInterrupt passes through them, or becomes Interrupted."""
 
     def check(self, request: Mapping[str, Any]) -> None:
         """Refuse what could not be made."""
 
     def make(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Make it; what there is to say of it."""
-
-    def interrupted(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What there is to say of a job that was interrupted."""
 
 
 class Channel:
@@ -118,7 +123,9 @@ def serve(maker: Callable[[Channel], Maker]) -> int:
             with channel.interruptible():
                 kind, values = _answer(made, request)
         except KeyboardInterrupt as error:
-            kind, values = "interrupted", {"error": str(error) or "interrupted", **made.interrupted(request)}
+            more = error.values if isinstance(error, Interrupted) else {}
+            channel.say("interrupted", {"error": str(error) or "interrupted", **more})
+            break
         channel.say(kind, values)
     return 0
 

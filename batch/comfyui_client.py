@@ -18,6 +18,7 @@ from ..system.atomic_files import partial_name, replace_file
 TIMEOUT = 30.0
 MOST_BYTES = 256 * 2**20  # of an answer that is no file
 UPLOADS = "lowvram-batch"  # a folder of the server's inputs
+GATEWAY = (502, 503, 504)  # what a proxy answers whose server is away
 
 
 class ServerLost(OSError):
@@ -28,11 +29,19 @@ class ServerRefused(ValueError):
     """The server answers that it will not, in its own words."""
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """What is sent would become a question without it on the way; and a server is who it was said to be."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class ComfyUIServer:
     """`url` such as http://192.168.1.20:8188. All methods raise ServerLost and ServerRefused."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self._opener = urllib.request.build_opener(_NoRedirects)
 
     def get(self, path: str) -> Any:
         """An answer that is JSON."""
@@ -50,6 +59,20 @@ class ComfyUIServer:
             return [str(item[1]) for part in parts for item in queue[part]]
         except (LookupError, TypeError) as error:
             raise ServerLost(f"{self.url} answers what is no queue of ComfyUI's") from error
+
+    def queue(self, prompt: Mapping[str, Any], prompt_id: str) -> str:
+        """Have it make a prompt; the id that it knows it by, which older servers choose."""
+        said = self.post("/prompt", {"prompt": prompt, "prompt_id": prompt_id, "client_id": "lowvram-batch"})
+        if not isinstance(said, dict) or not isinstance(said.get("prompt_id"), str):
+            raise ServerLost(f"{self.url} answers what no ComfyUI does to a prompt")
+        return str(said["prompt_id"])
+
+    def object_info(self) -> Mapping[str, Any]:
+        """What it says of its nodes."""
+        said = self.get("/object_info")
+        if not isinstance(said, dict):
+            raise ServerLost(f"{self.url} answers what is no list of nodes")
+        return said
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
         """What became of a prompt; None where it has not ended, or was never there."""
@@ -77,6 +100,8 @@ class ComfyUIServer:
         body = b"".join([*parts, f"--{boundary}--\r\n".encode()])
         headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
         said = self._json(urllib.request.Request(f"{self.url}/upload/image", body, headers))
+        if not isinstance(said, dict) or not said.get("name"):
+            raise ServerLost(f"{self.url} answers what no ComfyUI does to a file")
         return f"{said['subfolder']}/{said['name']}" if said.get("subfolder") else str(said["name"])
 
     def download(self, file: Mapping[str, Any], target: Path) -> None:
@@ -109,9 +134,11 @@ class ComfyUIServer:
 
     def _open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         try:
-            answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+            answer: http.client.HTTPResponse = self._opener.open(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             with error:
+                if error.code in GATEWAY:
+                    raise ServerLost(f"{self.url} does not answer ({_reason(error)})") from error
                 raise ServerRefused(_reason(error)) from error
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             raise ServerLost(f"{self.url} does not answer ({getattr(error, 'reason', error)})") from error
@@ -128,6 +155,8 @@ def _read(answer: http.client.HTTPResponse, most: int, url: str) -> bytes:
 def _reason(error: urllib.error.HTTPError) -> str:
     """What a server says of a prompt that it refuses, in one line."""
     text = ""
+    if error.headers.get("Location"):
+        return f"HTTP {error.code}, it has moved to {error.headers['Location'][:200]}: give that address"
     with suppress(OSError, http.client.HTTPException):
         text = error.read(2**20).decode("utf-8", errors="replace")
     try:

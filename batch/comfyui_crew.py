@@ -8,13 +8,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..system.output_lock import OutputLock, file_sha256
 from .comfyui_client import ComfyUIServer, ServerLost, ServerRefused
+from .job import check_output
 from .job_values import JobValues, fill
 from .worker import Inbox, Message
 from .workflow import ObjectInfo, Prompt, check_prompt, make_prompt
@@ -57,7 +58,7 @@ class ComfyUIWorker:
         self._inbox.put(Message(self, kind, values))
 
     def _work(self) -> None:
-        error = "the batch ended"
+        error = "a fault of this program: see what it printed"
         try:
             self._wait_until_up()
             self._say("ready")
@@ -68,20 +69,24 @@ class ComfyUIWorker:
                     self._look()
                     continue
                 self._answer(kind, request)
+            error = "the batch ended"
         except ServerLost as lost:
             error = str(lost)
         except _Stopped:
-            pass
-        self._say("ended", error=error)
+            error = "the batch ended"
+        finally:  # whatever ends this thread: its job is not waited for
+            self._say("ended", error=error)
 
     def _answer(self, kind: str, request: Mapping[str, Any]) -> None:
         try:
             if kind == "check":
-                self._check_output(request)
+                check_output(kind, request)
+                _check_files(request)
                 self._filled(request, {})
                 self._say("checked")
             else:
                 with _locked(Path(request["output"])):
+                    check_output(kind, request)  # somebody may have made it meanwhile
                     self._say("made", **self._make(request))
         except ServerRefused as refused:  # another may have the file, or the node
             self._say("unable", error=str(refused))
@@ -95,14 +100,6 @@ class ComfyUIWorker:
 
     # --- one job
 
-    def _check_output(self, request: Mapping[str, Any]) -> None:
-        path = Path(request["output"])
-        if path.exists() and not (request["overwrite"] or request.get("own")):
-            raise ValueError(f"{path} exists already: choose another name, or give overwrite to replace it")
-        for file in _values(request).files.values():
-            if not file.is_file():
-                raise ValueError(f"{file}: no such file")
-
     def _filled(self, request: Mapping[str, Any], sent: Mapping[str, str]) -> Prompt:
         """The job's prompt, as far as this server can make it; ServerRefused where it cannot."""
         try:
@@ -111,6 +108,11 @@ class ComfyUIWorker:
             check_prompt(prompt, self._object_info, filled)
         except ValueError as error:
             raise ServerRefused(str(error)) from error
+        except (LookupError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ServerRefused(
+                f"the workflow is not as ComfyUI's page saves one ({what}): save it there anew"
+            ) from error
         return prompt
 
     def _make(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -128,13 +130,13 @@ class ComfyUIWorker:
             if entry is None or not _succeeded(entry):  # of an earlier batch, or the server was started anew
                 continue
             target = Path(request["output"])
+            self._look()
             try:
                 self._server.download(_film(entry, target), target)
             except ServerRefused:
                 if is_new:
                     raise
                 continue  # somebody has removed what an earlier batch made
-            self._look()
             return {
                 "seconds": round(time.monotonic() - began, 3),
                 "bytes": target.stat().st_size,
@@ -150,16 +152,17 @@ class ComfyUIWorker:
             for name, file in _values(request).files.items()
         }
         graph = self._filled(request, sent).graph
-        answer = self._server.post("/prompt", {"prompt": graph, "prompt_id": prompt_id, "client_id": "lowvram-batch"})
+        known_by = self._server.queue(graph, prompt_id)
         self._say("progress", phase="queued")
-        return str(answer["prompt_id"])
+        return known_by
 
     def _wait(self, prompt_id: str) -> Mapping[str, Any] | None:
         """What became of a queued prompt; None where the server knows it no more."""
         missing = 0
         while missing < FORGOTTEN_LOOKS:
             if self._stopping.wait(LOOK_SECONDS):
-                self._server.cancel(prompt_id)
+                with suppress(ServerRefused, ServerLost):
+                    self._server.cancel(prompt_id)
                 raise _Stopped
             queued = self._look()
             entry = self._patiently(partial(self._server.history, prompt_id))
@@ -171,12 +174,16 @@ class ComfyUIWorker:
     # --- the server
 
     def _wait_until_up(self) -> None:
+        told = ""
         while not self._stopping.is_set():
             try:
                 self._look_once()
-                self._object_info = self._server.get("/object_info")
+                self._object_info = self._server.object_info()
                 return
-            except (ServerLost, ServerRefused):
+            except (ServerLost, ServerRefused) as error:
+                if told != str(error):
+                    told = str(error)
+                    self._say("note", text=told)
                 self._stopping.wait(2 * LOOK_SECONDS)
         raise _Stopped
 
@@ -226,18 +233,30 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def _check_files(request: Mapping[str, Any]) -> None:
+    for file in _values(request).files.values():
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file")
+
+
 def _values(request: Mapping[str, Any]) -> JobValues:
     return JobValues(request["values"], copy.deepcopy(request["nodes"]))
 
 
 def _succeeded(entry: Mapping[str, Any]) -> bool:
-    return (entry.get("status") or {}).get("status_str") == "success"
+    return _status(entry).get("status_str") == "success"
+
+
+def _status(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    status = entry.get("status")
+    return status if isinstance(status, dict) else {}
 
 
 def _why(entry: Mapping[str, Any]) -> str:
     """What a prompt's failure says, in one line."""
-    for kind, values in reversed((entry.get("status") or {}).get("messages") or []):
-        if kind == "execution_error":
+    for message in reversed(_listed(_status(entry).get("messages"))):
+        kind, values = (*_listed(message), None, None)[:2]
+        if kind == "execution_error" and isinstance(values, dict):
             error = f"{values.get('node_type')}: {values.get('exception_message')}"
             return " ".join(error.split())[:1000]
         if kind == "execution_interrupted":
@@ -245,14 +264,19 @@ def _why(entry: Mapping[str, Any]) -> str:
     return "the server says that it failed, and not why"
 
 
+def _listed(value: Any) -> list[Any]:
+    """A list of a server's answer; empty where it is none."""
+    return value if isinstance(value, list) else []
+
+
 def _film(entry: Mapping[str, Any], target: Path) -> Mapping[str, Any]:
     """The last file of a prompt's outputs that ends as `target` does. ValueError where there is none."""
+    outputs = entry.get("outputs")
     files = [
         file
-        for node in (entry.get("outputs") or {}).values()
-        for found in node.values()
-        if isinstance(found, list)
-        for file in found
+        for node in (outputs.values() if isinstance(outputs, dict) else ())
+        for found in (node.values() if isinstance(node, dict) else ())
+        for file in _listed(found)
         if isinstance(file, dict) and file.get("filename") and file.get("type") == "output"
     ]
     fitting = [file for file in files if Path(str(file["filename"])).suffix.lower() == target.suffix.lower()]

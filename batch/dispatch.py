@@ -57,6 +57,7 @@ class Dispatcher:
         self._held = False
         self._attempts: Counter[int] = Counter()  # by line
         self._unable: dict[int, dict[str, str]] = {}  # by line: who is not able, and why
+        self._stuck_since: dict[int, float] = {}  # by line: when first nobody who is ready was able
         self._idle_since = time.monotonic()
 
     def __enter__(self) -> Dispatcher:
@@ -82,6 +83,7 @@ class Dispatcher:
         self._pending, self._held = deque(jobs), False
         self._attempts.clear()
         self._unable.clear()
+        self._stuck_since.clear()
         self._idle_since = time.monotonic()
         while self._pending or any(seat.job for seat in self.seats):
             while self.inbox.empty() and (pair := self._next_pair()) is not None:
@@ -90,6 +92,9 @@ class Dispatcher:
                 yield Event("begun", job, seat.worker.name, attempt=self._attempts[job.line] + 1)
                 seat.worker.ask(kind, dict(job.request) | {"attempt": self._attempts[job.line]})
             self._give_up_in_time()
+            if (stuck := self._stuck()) is not None:
+                yield stuck
+                continue
             try:
                 message = self.inbox.get(timeout=LOOK_SECONDS)
             except queue.Empty:
@@ -122,7 +127,8 @@ class Dispatcher:
                 if heard is not None and message.kind == "ended":
                     heard.ended = True
                 elif heard is not None and message.kind in ANSWERS and heard.job is not None:
-                    events.append(Event(message.kind, heard.job, heard.worker.name, message.values))
+                    attempt = self._attempts[heard.job.line] + 1
+                    events.append(Event(message.kind, heard.job, heard.worker.name, message.values, attempt))
                     heard.job = None
         finally:
             for seat in self.seats:
@@ -137,7 +143,7 @@ class Dispatcher:
         """A free worker, the least loaded first, and the job for it."""
         if not self._pending:
             return None
-        ready = [seat for seat in self.seats if seat.ready]
+        ready = [seat for seat in self.seats if seat.ready and self._is_able(seat)]
         least = min((seat.worker.load for seat in ready), default=0)
         for seat in ready:
             if seat.job is None and seat.worker.load <= least:
@@ -146,6 +152,10 @@ class Dispatcher:
                     self._pending.remove(job)
                     return seat, job
         return None
+
+    def _is_able(self, seat: Seat) -> bool:
+        """Whether something is left that it has not found itself unable to make."""
+        return any(seat.worker.name not in self._unable.get(job.line, {}) for job in self._pending)
 
     def _job_for(self, seat: Seat) -> Job | None:
         """The first job of the model that it has; else of one that nobody else has; else the first."""
@@ -176,6 +186,8 @@ class Dispatcher:
             self.notes.append(f"{name}: {message.values.get('text', '')}")
         elif message.kind == "ended":
             return self._ended(seat, str(message.values.get("error", "it ended")))
+        elif message.kind == "interrupted":  # by others, as nobody here has stopped it: it ends, and its job is lost
+            return None
         elif message.kind in ANSWERS and seat.job is not None:
             return self._answered(seat, message)
         return None
@@ -187,12 +199,32 @@ class Dispatcher:
             return Event(message.kind, job, seat.worker.name, message.values, self._attempts[job.line] + 1)
         unable = self._unable.setdefault(job.line, {})
         unable[seat.worker.name] = str(message.values.get("error", ""))
-        if any(other.ready and other.worker.name not in unable for other in self.seats):
+        others = [other for other in self.seats if not other.ended and other.worker.name not in unable]
+        if others and not self._held:  # one that is not ready may be soon
             self._pending.appendleft(job)
             return None
-        return Event(
-            "failed", job, seat.worker.name, {"error": "; ".join(f"{name}: {why}" for name, why in unable.items())}
+        return self._refused(job)
+
+    def _refused(self, job: Job) -> Event:
+        """Nobody is able: why not, by each."""
+        unable = self._unable.pop(job.line)
+        absent = [seat.worker.name for seat in self.seats if not seat.ready and seat.worker.name not in unable]
+        error = "; ".join(
+            f"{name}: {why}" for name, why in [*unable.items(), *((name, "not there") for name in absent)]
         )
+        return Event("failed", job, next(reversed(unable)), {"error": error}, self._attempts[job.line] + 1)
+
+    def _stuck(self) -> Event | None:
+        """Give up a job that nobody who is ready is able to make, where others have not come for long."""
+        ready = {seat.worker.name for seat in self.seats if seat.ready}
+        now = time.monotonic()
+        for job in self._pending if self._unable else ():
+            if not ready <= self._unable.get(job.line, {}).keys() or job.line not in self._unable:
+                self._stuck_since.pop(job.line, None)
+            elif now - self._stuck_since.setdefault(job.line, now) > self.crew.patience:
+                self._pending.remove(job)
+                return self._refused(job)
+        return None
 
     def _ended(self, seat: Seat, error: str) -> Event | None:
         """Put another in its place, and its job back; a job whose workers all end is given up."""

@@ -73,6 +73,14 @@ def _read(number: int, line: bytes) -> Mapping[str, Any] | BadLine:
     return values
 
 
+def check_output(kind: str, request: Mapping[str, Any]) -> None:
+    """ValueError where a job's output is there, and is not what this very job left. `kind` is "check" or "make"."""
+    path = Path(request["output"])
+    is_own = request.get("own") or (kind == "make" and request.get("attempt"))  # a worker that was lost left it
+    if path.exists() and not (request["overwrite"] or is_own):
+        raise ValueError(f"{path} exists already: choose another name, or give overwrite to replace it")
+
+
 def kind_of(value: object) -> str:
     """What JSON calls a value, for people."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"}

@@ -106,7 +106,7 @@ def check_names(values: Mapping[str, Any]) -> None:
         if name not in known:
             raise ValueError(f"{name!r} is no value of a workflow: {', '.join(known)}, or nodes: {{title: {{...}}}}")
         fits, wanted = (str, "a path") if name in FILES else (str | int | float, "text or a number")
-        if not isinstance(value, fits):
+        if isinstance(value, bool) or not isinstance(value, fits):
             raise ValueError(f"{name} is {kind_of(value)}: expected {wanted}")
 
 

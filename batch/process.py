@@ -16,6 +16,7 @@ from ..system.host_memory import available_ram_bytes
 from .worker import Inbox, Message
 
 GIB = 2**30
+LAST_WORDS_BYTES = 4000
 
 Heard = Callable[[str, Mapping[str, Any]], None]
 
@@ -85,8 +86,9 @@ class ChildProcess:
         self._heard("ended", {"error": f"exit code {code}{self._last_words()}"})
 
     def _last_words(self) -> str:
-        self._complaints.seek(0)
-        lines = [line.strip() for line in self._complaints.read()[-4000:].decode(errors="replace").splitlines()]
+        size = self._complaints.seek(0, os.SEEK_END)
+        self._complaints.seek(max(0, size - LAST_WORDS_BYTES))
+        lines = [line.strip() for line in self._complaints.read().decode(errors="replace").splitlines()]
         self._complaints.close()
         return f" ({lines[-1]})" if lines and lines[-1] else ""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..system.atomic_files import write_file
 from ..system.output_lock import file_sha256
+from .job import check_output
 from .process import ChildProcess, Command, sharing_ram
 from .worker import Inbox, Message
 
@@ -75,6 +76,11 @@ class RayWorker:
 
     def ask(self, kind: str, request: Mapping[str, Any]) -> None:
         self._output = Path(request["output"])
+        try:
+            check_output(kind, request)  # here, where the film comes to: the worker's machine may have other files
+        except ValueError as error:
+            self._inbox.put(Message(self, "failed", {"error": str(error)}))
+            return
         self._actor.say.remote(kind, request)
 
     def stop(self) -> None:
@@ -85,7 +91,7 @@ class RayWorker:
             self._ray.kill(self._actor)
 
     def _listen(self) -> None:
-        error = "it ended"
+        error = "a fault of this program: see what it printed"
         try:
             while True:
                 for kind, values in self._ray.get(self._actor.heard.remote(HEAR_SECONDS)):
@@ -96,8 +102,9 @@ class RayWorker:
                     self._inbox.put(Message(self, kind, values))
         except (_Ended, self._ray.exceptions.RayError, OSError) as lost:
             error = " ".join(str(lost).split())[:300]
-        self.kill()
-        self._inbox.put(Message(self, "ended", {"error": error}))
+        finally:  # whatever ends this thread: its job is not waited for
+            self.kill()
+            self._inbox.put(Message(self, "ended", {"error": error}))
 
     def _bring(self, values: Mapping[str, Any]) -> None:
         """Have the file here where the folder is not one that both machines see."""

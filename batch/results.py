@@ -82,8 +82,10 @@ class Results:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._lock.remove()
+        try:
+            self._file.close()  # which writes once more on a full disk
+        finally:
+            self._lock.remove()
 
 
 def _cannot_be_written(path: Path, error: OSError) -> ValueError:
@@ -96,7 +98,8 @@ def _read(path: Path) -> dict[str, Mapping[str, Any]]:
     if not path.exists():
         return last
     data = path.read_bytes()
-    if data and not data.startswith(BEGINNING[: len(data)]):
+    first = data.partition(b"\n")[0]  # it may be half a line too
+    if data and not (first and first.startswith(BEGINNING[: len(first)])):
         raise ValueError(f"{path} is no file of results, and nothing is added to it: give another --results")
     for line in data.split(b"\n"):
         with suppress(ValueError, RecursionError):  # half a line of a process that was killed

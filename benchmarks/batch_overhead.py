@@ -68,8 +68,10 @@ def run(jobs: Path, num_jobs: int) -> list[dict[str, Any]]:
     """Make them; (seconds, jobs done, bytes of the command, bytes of its worker) as they were seen meanwhile."""
     command = [sys.executable, "-m", "lowvram_video.cli", "batch", str(jobs), "--workers", "1"]
     began, samples, size, num_made = time.monotonic(), [], 0, 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
+    with (
+        tempfile.TemporaryFile() as told,  # no pipe, which fills up with a line for each job
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told) as process,
+    ):
         while process.poll() is None:
             path = results_of(jobs)
             if path.exists() and path.stat().st_size != size:
@@ -78,7 +80,8 @@ def run(jobs: Path, num_jobs: int) -> list[dict[str, Any]]:
             samples.append({"seconds": time.monotonic() - began, "made": num_made, **resident_bytes(process.pid)})
             time.sleep(SAMPLE_SECONDS)
         if process.returncode:
-            raise RuntimeError(process.stderr.read().decode(errors="replace")[-2000:])
+            told.seek(0)
+            raise RuntimeError(told.read().decode(errors="replace")[-2000:])
     return samples
 
 

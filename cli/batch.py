@@ -72,6 +72,7 @@ class _Batch:
     ) -> None:
         self.options, self.results, self.jobs, self.bad = options, results, jobs, list(bad)
         self.num_made = self.num_failed = 0
+        self.is_making = False
         self.progress = BatchProgress(sys.stderr, len(jobs))
 
     def run(self) -> int:
@@ -83,7 +84,8 @@ class _Batch:
                     self._write_refused()
                     self._make(dispatcher, good)
                 except KeyboardInterrupt:
-                    self._write(dispatcher.stop())
+                    told = dispatcher.stop()
+                    self._write(told if self.is_making else [])  # checks make nothing
                     said = f"{self.num_made} of {len(self.jobs)} jobs are made; the same command goes on from there"
                     raise KeyboardInterrupt(f"interrupted: {said}") from None
                 finally:
@@ -119,6 +121,7 @@ class _Batch:
             self.results.add(line.output, REFUSED, line=line.line, error=line.reason)
 
     def _make(self, dispatcher: Dispatcher, jobs: Sequence[Job]) -> None:
+        self.is_making = True
         with closing(dispatcher.spread("make", jobs)) as events:
             for event in events:
                 self.progress.show("making", dispatcher)
@@ -130,8 +133,6 @@ class _Batch:
 
     def _write(self, events: Sequence[Event]) -> None:
         for event in events:
-            if event.kind == "checked":
-                continue
             self.results.add(
                 event.job.output,
                 BEGUN if event.kind == "begun" else event.kind,

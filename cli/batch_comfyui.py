@@ -12,6 +12,7 @@ from ..batch.job_values import FILES, check_names
 from ..system.content_key import run_key
 from ..system.output_lock import file_sha256
 from .batch_jobs import NO_OUTPUT, JobReader, ReadJob
+from .job_flags import checked_path
 
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
 MOST_BYTES = 64 * 2**20
@@ -28,6 +29,7 @@ class WorkflowReader:
 
     def __call__(self, line: int, values: Mapping[str, Any]) -> ReadJob:
         """A job; ValueError where it is none."""
+        values = {key: value for key, value in values.items() if value is not None}  # null is the same as left out
         output, name = values.get("output"), values.get("workflow", self._default)
         if not isinstance(output, str) or not output:
             raise ValueError(NO_OUTPUT)
@@ -36,13 +38,15 @@ class WorkflowReader:
         nodes = values.get("nodes", {})
         if not isinstance(nodes, dict) or not all(isinstance(inputs, dict) for inputs in nodes.values()):
             raise ValueError(f"nodes is {kind_of(nodes)}: expected {{title: {{input: value}}}}")
-        filled = {key: value for key, value in values.items() if key not in OWN and value is not None}
+        filled = {key: value for key, value in values.items() if key not in OWN}
         check_names(filled)
         for key in FILES:
             if key in filled:
-                filled[key] = str(Path(filled[key]).absolute())
+                filled[key] = str(checked_path(key, filled[key]))
         workflow = self._workflow(name)
-        path = Path(output).absolute()
+        path = checked_path("output", output)
+        if not path.suffix:
+            raise ValueError(f"output is {output}: give a name that ends as what the workflow saves, such as .mp4")
         read = [Path(filled[name]) for name in FILES if name in filled]
         contents = [file_sha256(file) if file.is_file() else "" for file in read]  # servers know jobs by their key
         key = run_key(

@@ -53,7 +53,7 @@ def reader_for(options: argparse.Namespace) -> JobReader:
 def crew_for(options: argparse.Namespace, jobs: Sequence[Job]) -> Crew:
     """The workers, not started yet."""
     if options.comfyui is not None:
-        return ComfyUICrew([_checked_url(url) for url in dict.fromkeys(options.comfyui)])
+        return ComfyUICrew(list(dict.fromkeys(_checked_url(url) for url in options.comfyui)))
     if options.ray is not None:
         return RayCrew(RayPlan(options.ray, WORKER, want_cards(jobs), options.workers), len(jobs))
     return LocalCrew(_local_commands(options.workers, jobs))
@@ -83,7 +83,13 @@ def worker_count(text: str) -> int:
 
 
 def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # a port may be no number
+    except ValueError:
+        is_one = False
+    if not is_one:
         raise ValueError(f"{url!r} is no address of a ComfyUI server: give one such as http://192.168.1.20:8188")
+    if parts.username or parts.password or parts.query or parts.fragment:  # each would be in the results
+        raise ValueError(f"the address of {parts.hostname} has more than a host, a port and a path: leave that out")
     return url.rstrip("/")

@@ -42,7 +42,7 @@ def read_jobs(path: Path, reader: JobReader, taken: Iterable[Path]) -> tuple[lis
             continue
         try:
             found.append(reader(line, values))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             bad.append(BadLine(line, str(error), str(values.get("output", ""))))
     if not found and not bad:
         raise ValueError(
@@ -63,7 +63,9 @@ def generate_job(line: int, values: Mapping[str, Any], parser: JobParser) -> Rea
         raise ValueError(f"device is {options.device}: workers have a card each, so give cuda, or leave it out")
     if options.devices is not None:
         raise ValueError("devices: workers have a card each; leave it out, or make this video by generate")
-    request = {"words": words, "device": values.get("device"), "output": str(options.output)}
+    request = {
+        "words": words, "device": values.get("device"), "output": str(options.output), "overwrite": options.overwrite,
+    }  # fmt: skip
     job = Job(line, Path(values["output"]), _key(words), request, str(options.model))
     return ReadJob(job, written_by(options), read_by(options))
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..batch.child import Channel, JobError, serve
+from ..batch.child import Channel, Interrupted, JobError, serve
 from ..runtime.progress import Progress
-from ..system.output_lock import file_sha256
+from ..system.output_lock import OutputLock, file_sha256
 from .arguments import FamilyCommands, OpenedModel
 from .failure import failure
 from .generate import commands_of
@@ -30,6 +30,8 @@ from .progress import COMPUTES
 from .report import show_report
 
 TELL_SECONDS = 0.2
+LOOK_SECONDS = 0.2
+FREE_SECONDS = 60.0  # for an output to be free that another worker had
 
 
 class ToldProgress(Progress):
@@ -75,23 +77,34 @@ class VideoMaker:
     def check(self, request: Mapping[str, Any]) -> None:
         """Refuse what could not be made; JobError."""
         with _in_words(io.StringIO()):
-            options = self._options(request)
+            options = self._parser.parse_args(request["words"])
+            options.overwrite |= bool(request.get("own"))
             commands = commands_of(options)
             commands.check(self._open(commands, options), options)
 
     def make(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Make a job's video; JobError with `left`, what is at its place all the same."""
         began, said = time.monotonic(), io.StringIO()
-        options = self._options(request)
+        options = self._parser.parse_args(request["words"])
+        # what is there may have been left by a worker that was lost
+        is_own = bool(request.get("own")) or bool(request.get("attempt"))
+        options.overwrite |= is_own
+        before = {} if is_own else _left(options.output)  # somebody else's, and it stays that
         try:
             with _in_words(said), redirect_stdout(said):
                 commands = commands_of(options)
                 opened = self._open(commands, options)
+                if is_own:
+                    _wait_until_free(options.output)
                 show_report(commands.make(opened, options), options)
         except BaseException as error:
             self._close()  # it may be in any state
+            left = _left(options.output)
+            left = {} if left == before else left
             if isinstance(error, JobError):
-                error.values |= _left(options.output)
+                error.values |= left
+            elif isinstance(error, KeyboardInterrupt):
+                raise Interrupted(str(error), **left) from error
             raise
         path: Path = options.output
         return {
@@ -99,16 +112,6 @@ class VideoMaker:
             "bytes": path.stat().st_size,
             "sha256": file_sha256(path),
         }
-
-    def interrupted(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What is at a job's place after it was interrupted."""
-        return _left(self._options(request).output)
-
-    def _options(self, request: Mapping[str, Any]) -> argparse.Namespace:
-        options = self._parser.parse_args(request["words"])
-        # what is there may have been left by a worker that was lost
-        options.overwrite |= bool(request.get("own")) or bool(request.get("attempt"))
-        return options
 
     def _open(self, commands: FamilyCommands, options: argparse.Namespace) -> OpenedModel:
         """The model of these options: the one that is open where it is the same."""
@@ -160,6 +163,17 @@ def _state(path: Path) -> tuple[Any, ...]:
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [file.stat() for file in found if file.exists()]
     return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats)
+
+
+def _wait_until_free(path: Path) -> None:
+    """Wait for a worker of a batch that was killed, which still ends its block; of anybody else `make` speaks."""
+    end = time.monotonic() + FREE_SECONDS
+    while time.monotonic() < end:
+        try:
+            OutputLock(path).release()
+            return
+        except ValueError:
+            time.sleep(LOOK_SECONDS)
 
 
 def _left(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,12 +35,15 @@ class JobParser(argparse.ArgumentParser):
         ValueError for a flag that there is not, and for a value of another type.
         """
         words: list[str] = []
+        given: dict[str, str] = {}
         for name, value in values.items():
             action = self._known.get(name.removeprefix("--").replace("-", "_"))
             if action is None:
                 near = difflib.get_close_matches(name, self._known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else "; see lowvram-video generate --help"
                 raise ValueError(f"{name!r} is no flag of generate{hint}")
+            if given.setdefault(action.dest, name) != name:
+                raise ValueError(f"{name} is {given[action.dest]}: give one of them")
             if value is not None:
                 words += _words(name, action, value)
         return words
@@ -82,7 +86,9 @@ def _text(name: str, kind: Any, value: Any) -> str:
         return str(_typed(name, value, isinstance(value, str), "a list of numbers"))
     text = str(_typed(name, value, isinstance(value, str), "text"))
     if kind is Path:
-        return str(_path(name, text))
+        return str(checked_path(name, text))
+    if kind is None:
+        _encoded(name, text, "utf-8", "strict")
     return _lora(name, text) if kind is lora_choice else text
 
 
@@ -92,10 +98,19 @@ def _typed(name: str, value: Any, fits: bool, expected: str) -> Any:
     return value
 
 
-def _path(name: str, text: str) -> Path:
+def checked_path(name: str, text: str) -> Path:
+    """A path from the root. ValueError for a text that is none."""
     if not text or "\0" in text:
         raise ValueError(f"{name} is {text!r}: expected a path")
+    _encoded(name, text, sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
     return Path(text).absolute()
+
+
+def _encoded(name: str, text: str, encoding: str, errors: str) -> None:
+    try:
+        text.encode(encoding, errors)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half a character at {error.start + 1} ({text[error.start]!r})") from None
 
 
 def _lora(name: str, text: str) -> str:
@@ -104,4 +119,4 @@ def _lora(name: str, text: str) -> str:
         choice = read(text)
     except argparse.ArgumentTypeError as error:
         raise ValueError(str(error)) from None
-    return f"{_path(name, str(choice.path))}:{choice.strength!r}"
+    return f"{checked_path(name, str(choice.path))}:{choice.strength!r}"

@@ -5,19 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
+from lowvram_video.batch.child import Channel, JobError
 from lowvram_video.batch.results import Results
 from lowvram_video.cli.batch_jobs import options_reader
+from lowvram_video.cli.batch_worker import VideoMaker
 from lowvram_video.cli.main import main
 from lowvram_video.demo.files import DEMO_FILES
-from lowvram_video.system.output_lock import file_sha256
+from lowvram_video.system.output_lock import OutputLock, file_sha256
 
 COLOURS = ("red", "blue", "green", "pink")
 WAIT_SECONDS = 280
@@ -141,6 +144,8 @@ def test_a_bad_line_is_refused_before_the_start_and_keep_going_makes_the_rest(
         ({"device": "cuda:1"}, "device is cuda:1: workers have a card each"),
         ({"devices": "auto"}, "devices: workers have a card each"),
         ({"help": True}, "'help' is no flag of generate"),
+        ({"vram_budget": 1, "vram-budget": 2}, "vram-budget is vram_budget: give one of them"),
+        ({"--output": "b.mp4"}, "--output is output: give one of them"),
     ],
 )
 def test_flags_are_those_of_generate(
@@ -167,6 +172,23 @@ def test_lines_that_are_no_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path = save(tmp_path / "jobs.jsonl", ["", json.dumps(job(tmp_path, 1)), line])
     assert main(["batch", str(path)]) == 2
     assert f"{path}, line 3: {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"output": "a\ud800.mp4"}, "output has half a character at"),
+        ({"prompt": "a \ud800 cat"}, "prompt has half a character at 3"),
+        ({"output": "a\0.mp4"}, "expected a path"),
+    ],
+    ids=["output", "prompt", "nul"],
+)
+def test_texts_that_no_file_system_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: dict[str, Any], reason: str
+) -> None:
+    path = save(tmp_path / "jobs.jsonl", [job(tmp_path, 1), json.dumps({**job(tmp_path, 2), **values})])
+    assert main(["batch", str(path)]) == 2
+    assert any("line 2: " in line and reason in line for line in capsys.readouterr().err.splitlines())
 
 
 def test_outputs_do_not_collide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,3 +317,70 @@ def test_two_batches_do_not_write_one_file_of_results(tmp_path: Path, capsys: py
     with Results(path.with_suffix(".results.jsonl")):
         assert main(["batch", str(path)]) == 2
     assert "is being written by another batch" in capsys.readouterr().err
+
+
+def test_half_a_first_line_does_not_keep_a_batch_from_going_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.results.jsonl"
+    path.write_bytes(b'{"out')  # as a full disk leaves it
+    for status in ("begun", "made", "made"):
+        with Results(path) as results:
+            results.add("a.mp4", status)
+    assert results.last(Path("a.mp4"))["status"] == "made"
+    for other in (b"\nprecious", b"precious\n", b'{"out": 1}\n'):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="is no file of results"):
+            Results(path)
+        assert path.read_bytes() == other
+
+
+# --- a worker, and what is at its output -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def maker() -> VideoMaker:
+    class NoChannel:
+        def hold(self) -> None: ...
+        def check(self) -> None: ...
+        def release(self) -> None: ...
+        def say(self, kind: str, values: Any) -> None: ...
+
+    return VideoMaker(cast(Channel, NoChannel()))
+
+
+def request_for(values: dict[str, Any]) -> dict[str, Any]:
+    return dict(options_reader()(1, values).job.request)
+
+
+def test_somebody_elses_file_is_not_what_a_failed_job_left(tmp_path: Path, maker: VideoMaker) -> None:
+    request = request_for(job(tmp_path, 1))
+    (tmp_path / "clip_01.mp4").write_bytes(b"precious")  # after the check
+    with pytest.raises(JobError, match="exists already") as raised:
+        maker.make(request)
+    assert "left" not in raised.value.values
+
+
+def test_a_check_is_no_reason_to_replace_a_file(tmp_path: Path, maker: VideoMaker) -> None:
+    request = request_for(job(tmp_path, 1))
+    (tmp_path / "clip_01.mp4").write_bytes(b"precious")
+    with pytest.raises(JobError, match="exists already"):
+        maker.check({**request, "attempt": 1})  # the worker before was lost as it checked
+
+
+def test_a_worker_of_a_killed_batch_that_still_ends_is_waited_for(tmp_path: Path, maker: VideoMaker) -> None:
+    request = request_for(job(tmp_path, 1))
+    held = OutputLock(tmp_path / "clip_01.mp4")
+    threading.Timer(1, held.release).start()
+    assert maker.make({**request, "own": True})["sha256"] == file_sha256(tmp_path / "clip_01.mp4")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the system only ends processes at once")
+def test_a_worker_that_others_terminate_loses_no_job(tmp_path: Path) -> None:
+    path = save(tmp_path / "jobs.jsonl", [job(tmp_path / "out", number, steps=20) for number in range(3)])
+    process = start(path, "--workers", "1")
+    wait_for(lambda: path.with_suffix(".results.jsonl").exists() and results_of(path))
+    for child in psutil.Process(process.pid).children():
+        child.terminate()
+    out, err = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 0, err
+    assert made(path) == {f"clip_{number:02d}.mp4": 1 for number in range(3)}, out
+    assert [each["line"] for each in results_of(path) if each["status"] == "lost"] == [1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from lowvram_video.batch import comfyui_crew
 from lowvram_video.batch.workflow import check_prompt, make_prompt
-from lowvram_video.cli.main import main
+from lowvram_video.cli.batch_crew import crew_for
+from lowvram_video.cli.main import main, make_parser
 
 FILM = b"a film" * 1000
 OBJECT_INFO = {
@@ -44,6 +45,8 @@ class FakeServer(ThreadingHTTPServer):
         self.cut_downloads = 0  # how many end early
         self.films_are_gone = False  # until another is made
         self.refusal: dict[str, Any] | None = None
+        self.answers: dict[str, tuple[int, Any, dict[str, str]]] = {}  # by path: status, body, headers
+        self.num_answers: int | None = None  # how often those are given; None: always
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -57,15 +60,30 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         return
 
-    def answer(self, body: Any, status: int = 200, cut: int = 0) -> None:
+    def answered(self) -> bool:
+        """Whether it gave an answer that a test has set."""
+        server, path = self.server, urlsplit(self.path).path
+        if path not in server.answers or server.num_answers == 0:
+            return False
+        if server.num_answers is not None:
+            server.num_answers -= 1
+        status, body, headers = server.answers[path]
+        self.answer(body, status, headers=headers)
+        return True
+
+    def answer(self, body: Any, status: int = 200, cut: int = 0, headers: Mapping[str, str] | None = None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) - cut])
 
     def do_GET(self) -> None:
         path, server = urlsplit(self.path).path, self.server
+        if self.answered():
+            return
         if path == "/queue":
             self.answer({"queue_running": [], "queue_pending": []})
         elif path == "/object_info":
@@ -83,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body, server = self.rfile.read(int(self.headers["Content-Length"])), self.server
+        if self.answered():
+            return
         if self.path == "/upload/image":
             server.uploads.append(body)
             self.answer({"name": "sent.png", "subfolder": "lowvram-batch", "type": "input"})
@@ -281,3 +301,128 @@ def test_bypassed_nodes_pass_on_what_they_are_given() -> None:
     for broken in ({}, {"nodes": []}, {"nodes": [], "links": [], "definitions": {"subgraphs": [{}]}}):
         with pytest.raises(ValueError, match=r"workflow|subgraphs"):
             make_prompt(broken, OBJECT_INFO)
+
+
+# --- servers that answer what no ComfyUI does ----------------------------------------------------------------
+
+
+def says_nothing(server: FakeServer, prompt: dict[str, Any]) -> dict[str, Any]:
+    return {"status": "odd", "outputs": [1]}
+
+
+def has_odd_outputs(server: FakeServer, prompt: dict[str, Any]) -> dict[str, Any]:
+    return {"status": {"status_str": "success"}, "outputs": {"1": [], "2": {"images": [3]}}}
+
+
+@pytest.mark.parametrize(
+    ("on_prompt", "reason"),
+    [(says_nothing, "the server says that it failed, and not why"), (has_odd_outputs, "the workflow made no file")],
+)
+def test_an_odd_history_is_told(
+    tmp_path: Path, serve: Callable[[Any], FakeServer], on_prompt: Any, reason: str
+) -> None:
+    assert batch(tmp_path, serve(on_prompt), {"seed": 1}) == 1
+    assert reason in results(tmp_path)[-1]["error"]
+
+
+@pytest.mark.parametrize("said", [{}, [], {"prompt_id": 3}, "text"])
+def test_an_odd_answer_to_a_prompt_is_told(tmp_path: Path, serve: Callable[[Any], FakeServer], said: Any) -> None:
+    server = serve(succeeds)
+    server.answers["/prompt"] = (200, said, {})
+    assert batch(tmp_path, server, {"seed": 1}) == 1
+    assert "answers what no ComfyUI does to a prompt" in results(tmp_path)[-1]["error"]
+
+
+def test_an_odd_answer_to_a_picture_is_told(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server, picture = serve(succeeds), tmp_path / "mine.png"
+    picture.write_bytes(b"a picture")
+    server.answers["/upload/image"] = (200, ["mine.png"], {})
+    assert batch(tmp_path, server, {"image": str(picture)}) == 1
+    assert "answers what no ComfyUI does to a file" in results(tmp_path)[-1]["error"]
+
+
+def test_a_prompt_is_not_made_a_question_by_a_redirect(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server = serve(succeeds)
+    server.answers["/prompt"] = (301, {}, {"Location": f"{server.url}/queue"})
+    assert batch(tmp_path, server, {"seed": 1}) == 1
+    assert f"it has moved to {server.url}/queue: give that address" in results(tmp_path)[-1]["error"]
+
+
+def test_a_proxy_whose_server_is_away_has_lost_it_for_a_moment(
+    tmp_path: Path, serve: Callable[[Any], FakeServer]
+) -> None:
+    server = serve(succeeds)
+    server.answers["/prompt"] = (502, b"Bad Gateway", {})
+    server.num_answers = 1
+    assert batch(tmp_path, server, {"seed": 1}) == 0
+    assert [each["status"] for each in results(tmp_path)] == ["begun", "lost", "begun", "made"]
+
+
+@pytest.mark.parametrize("broken", [{"1": {"class_type": "KSampler"}}, {"nodes": [{"id": 1}], "links": []}, {"1": {}}])
+def test_a_broken_workflow_is_refused_before_the_start(
+    tmp_path: Path, serve: Callable[[Any], FakeServer], capsys: pytest.CaptureFixture[str], broken: Any
+) -> None:
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    server = serve(succeeds)
+    assert batch(tmp_path, server, {"workflow": str(tmp_path / "broken.json")}) == 2
+    assert "line 1: " in capsys.readouterr().err and not server.prompts
+
+
+def test_why_a_server_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[[Any], FakeServer],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(comfyui_crew.ComfyUICrew, "patience", 0.3)
+    server = serve(succeeds)
+    server.answers["/object_info"] = (403, {"error": {"message": "log in first"}}, {})
+    assert batch(tmp_path, server, {"seed": 1}) == 2
+    assert "log in first" in capsys.readouterr().err
+
+
+# --- files here ----------------------------------------------------------------------------------------------
+
+
+def test_what_somebody_made_here_meanwhile_is_not_replaced(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    def makes_the_next_too(server: FakeServer, prompt: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / "1.mp4").write_bytes(b"precious")
+        return succeeds(server, prompt)
+
+    server = serve(makes_the_next_too)
+    for _ in range(2):  # nor does the batch take it for its own then
+        assert batch(tmp_path, server, {"seed": 1}, {"seed": 2}, flags=("--keep-going",)) == 1
+        assert (tmp_path / "1.mp4").read_bytes() == b"precious" and len(server.prompts) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"output": "a\0.mp4"}, "expected a path"),
+        ({"output": "a\ud800.mp4"}, "half a character"),
+        ({"output": "film"}, "give a name that ends as what the workflow saves"),
+        ({"image": "a\0.png"}, "expected a path"),
+        ({"seed": True}, "seed is true or false"),
+    ],
+)
+def test_names_that_are_none_are_refused_by_line(
+    tmp_path: Path, serve: Callable[[Any], FakeServer], capsys: pytest.CaptureFixture[str], values: Any, reason: str
+) -> None:
+    assert batch(tmp_path, serve(succeeds), {"seed": 1}, values) == 2
+    told = capsys.readouterr().err
+    assert any("line 2: " in line and reason in line for line in told.splitlines()), told
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:secret@127.0.0.1:1", "http://127.0.0.1:1?token=secret", "http://127.0.0.1:secret", "http://[::1"]
+)
+def test_an_address_has_no_secrets(tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str) -> None:
+    path = tmp_path / "jobs.jsonl"
+    path.write_text(json.dumps({"workflow": "demo", "output": "a.mp4"}))
+    assert main(["batch", str(path), "--comfyui", url]) == 2
+    told = capsys.readouterr().err
+    assert "address" in told and ("secret" not in told or url.endswith(":secret"))
+
+
+def test_a_server_that_is_named_twice_is_one(tmp_path: Path, serve: Callable[[Any], FakeServer]) -> None:
+    server = serve(succeeds)
+    urls = ["--comfyui", server.url, f"{server.url}/"]
+    assert crew_for(make_parser().parse_args(["batch", "jobs.jsonl", *urls]), []).size == 1

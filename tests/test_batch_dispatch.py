@@ -1,6 +1,7 @@
 """Who gets which job, and what becomes of it when its worker is lost: by workers that are scripts."""
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -196,3 +197,65 @@ def test_what_workers_say_as_they_are_stopped_is_heard() -> None:
                 break
         stopped = dispatcher.stop()
     assert [(event.kind, event.job.line) for event in stopped] == [("interrupted", 1)]
+
+
+def test_a_job_whose_worker_was_interrupted_by_others_is_lost_and_made_again() -> None:
+    def ends_once(worker: Fake, kind: str, request: Mapping[str, Any]) -> None:
+        if request["line"] == 1 and not request["attempt"]:  # as after SIGTERM
+            worker.say("interrupted", error="interrupted")
+            worker.say("ended", error="exit code 0")
+        else:
+            makes(worker, kind, request)
+
+    for kind, good in (("check", "checked"), ("make", "made")):
+        events = run(FakeCrew(ends_once), jobs("a", "a"), kind)
+        assert ends(events) == {1: good, 2: good}
+        assert [event.kind for event in events if event.job.line == 1] == ["begun", "lost", "begun", good]
+
+
+def is_able(*names: str) -> Script:
+    """Makes a job where the worker's name is one of these."""
+
+    def script(worker: Fake, kind: str, request: Mapping[str, Any]) -> None:
+        if worker.name in names:
+            makes(worker, kind, request)
+        else:
+            worker.say("unable", error="no such node")
+
+    return script
+
+
+def test_a_job_waits_for_a_worker_that_is_able_and_not_ready_yet() -> None:
+    class Slow(FakeCrew):
+        def start(self, seat: int, inbox: Inbox) -> Fake:
+            self.started.append(Fake(f"w{seat}", inbox, self.scripts[seat], ready=seat == 0))
+            if seat == 1:
+                threading.Timer(0.1, lambda: self.started[1].say("ready")).start()
+            return self.started[-1]
+
+    assert ends(run(Slow(is_able("w1"), is_able("w1")), jobs("a", "a"), "check")) == {1: "checked", 2: "checked"}
+
+
+def test_a_job_is_given_up_where_the_only_worker_that_is_able_does_not_come_back() -> None:
+    class Gone(FakeCrew):
+        def start(self, seat: int, inbox: Inbox) -> Fake:
+            again = len(self.started) >= self.size
+            self.started.append(Fake(f"w{seat}", inbox, self.scripts[seat], ready=not again))
+            return self.started[-1]
+
+    def dies(worker: Fake, kind: str, request: Mapping[str, Any]) -> None:
+        worker.say("ended", error="does not answer")
+
+    events = run(Gone(is_able("w1"), dies), jobs("a"))
+    assert ends(events) == {1: "failed"}
+    assert events[-1].values["error"] == "w0: no such node; w1: not there"
+
+
+def test_a_free_worker_that_is_not_able_keeps_nobody_from_a_busy_one_that_is() -> None:
+    class Loaded(FakeCrew):
+        def start(self, seat: int, inbox: Inbox) -> Fake:
+            worker = super().start(seat, inbox)
+            worker.load = (0, 5)[seat]
+            return worker
+
+    assert ends(run(Loaded(is_able("w1"), is_able("w1")), jobs("a"))) == {1: "made"}
