@@ -257,6 +257,7 @@ def test_the_same_job_is_known_by_what_it_makes(tmp_path: Path) -> None:
 # --- killed and interrupted --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_killed_goes_on(tmp_path: Path, one_by_one: dict[str, str]) -> None:
     path = save(tmp_path / "jobs.jsonl", [job(tmp_path / "out", number) for number in range(8)])
     process = start(path)
@@ -285,8 +286,9 @@ def made_lines(path: Path) -> Counter[str]:
     return +found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="the signal is a terminal's")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_all_and_the_batch_goes_on(
     tmp_path: Path, one_by_one: dict[str, str], number: signal.Signals
 ) -> None:
@@ -373,6 +375,7 @@ def test_a_worker_of_a_killed_batch_that_still_ends_is_waited_for(tmp_path: Path
     assert maker.make({**request, "own": True})["sha256"] == file_sha256(tmp_path / "clip_01.mp4")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there the system only ends processes at once")
 def test_a_worker_that_others_terminate_loses_no_job(tmp_path: Path) -> None:
     path = save(tmp_path / "jobs.jsonl", [job(tmp_path / "out", number, steps=20) for number in range(3)])

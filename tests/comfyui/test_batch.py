@@ -57,6 +57,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_servers_jobs_are_made_by_the_other_and_none_twice(
     server: Server, comfyui: ComfyUI, tmp_path: Path
 ) -> None:
