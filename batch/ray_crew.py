@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from .process import ChildProcess, Command, sharing_ram
 from .worker import Inbox, Message
 
 LOCAL = "local"
+KNOCK_SECONDS = 10.0
 HEAR_SECONDS = 5.0
 THREADS = 3  # of an actor: one says what it heard, one is told
 
@@ -168,8 +170,9 @@ class RayCrew:
             own = {"include_dashboard": False, "num_cpus": plan.size}
         terminated = signal.getsignal(signal.SIGTERM)
         try:
+            _knock(plan.address)
             self._ray.init(plan.address, log_to_driver=False, logging_level="ERROR", **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the Ray cluster at {plan.address} cannot be joined ({' '.join(str(error).split())[:200]}): start it "
                 "with `ray start --head`, and give its address, or local"
@@ -177,3 +180,11 @@ class RayCrew:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, terminated)  # Ray puts its own in its place
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at `host:port` or `ray://host:port`: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        with socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS):
+            pass
