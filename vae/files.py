@@ -25,6 +25,11 @@ C = TypeVar("C", bound=VaeConfig)
 V = TypeVar("V", bound=nn.Module)
 
 
+def own_names(names: Iterable[str]) -> dict[str, str]:
+    """A VaeFormat's `rename` of files whose names are the network's own."""
+    return {name: name for name in names}
+
+
 @dataclass(frozen=True)
 class VaeFormat(Generic[C, V]):
     """How one family's autoencoder is known by its tensors, under any layout's names.

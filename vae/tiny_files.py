@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from ..weights.files.checkpoint import Checkpoint, CheckpointError
-from .files import OpenVae, VaeFormat
+from .files import OpenVae, VaeFormat, own_names
 from .tiny import TINY_16, TINY_48, TinyConfig, TinyVAE
 
 GROWTHS = ("decoder.7.conv.weight", "decoder.13.conv.weight", "decoder.19.conv.weight")
@@ -57,15 +56,11 @@ def takes_raw_latents(opened: OpenVae[TinyConfig, TinyVAE]) -> bool:
     return opened.checkpoint.tensors["decoder.1.weight"].dtype != torch.float16
 
 
-def _own_names(names: Iterable[str]) -> dict[str, str]:
-    return {name: name for name in names}
-
-
 TINY_FORMAT = VaeFormat(
     title="a tiny decoder (TAEHV)",
     advice=f"Choose {TINY_16.file_name}, or for TI2V 5B {TINY_48.file_name}.",
     markers=(("decoder.22.bias", "decoder.7.conv.weight", "decoder.3.conv.0.weight"),),
-    rename=_own_names,
+    rename=own_names,
     infer_config=infer_config,
     network=TinyVAE,
     decoder=("decoder.",),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...memory.plan.tiles import fitting_tile
-from ...memory.stream.pinned import PinnedBudget, Registrar
-from ...system.host_memory import allocate_extent
+from ...memory.stream.pinned import Registrar
 from ...vae.retries import first_fitting
+from ...vae.strips import pinned_memory
 from ...vae.tiling import WHOLE, OnChunk, Tile, decode_tiled, encode_tiled, retry_tiles
 from ...video.pictures import to_uint8
 from .frames import FrameStore
@@ -117,7 +115,7 @@ def encode_clip(
         check = None if on_chunk is None else partial(on_chunk, 0, 1)
         if not way.spill or budget is None:
             return vae.encode(video, FrameStore(check=check)).float().cpu()
-        with _host_memory(budget) as allocate:
+        with pinned_memory(budget.registrar, budget.host_bytes) as allocate:
             return vae.encode(video, FrameStore(0, allocate, check)).float().cpu()
 
     return first_fitting(decode_ways(vae, latents, budget, tile), encode, "encoding")
@@ -131,27 +129,5 @@ def _decode(
     check = None if on_chunk is None else partial(on_chunk, 0, 1)
     if not way.spill or budget is None:
         return vae.decode(latents, FrameStore(check=check))
-    with _host_memory(budget) as allocate:
+    with pinned_memory(budget.registrar, budget.host_bytes) as allocate:
         return vae.decode(latents, FrameStore(0, allocate, check)).cpu()
-
-
-@contextmanager
-def _host_memory(budget: DecodeBudget) -> Iterator[Callable[[int], Tensor]]:
-    """Host memory for clips, given back at the end; pinned where that is allowed, as copies then take a fifth."""
-    extents: list[Tensor] = []
-    pinned = None if budget.registrar is None else PinnedBudget(budget.registrar, budget.host_bytes)
-
-    def allocate(nbytes: int) -> Tensor:
-        extent = allocate_extent(nbytes)
-        if pinned is not None and pinned.pin(extent) is None:
-            extents.append(extent)
-        return extent[:nbytes]
-
-    try:
-        yield allocate
-    finally:
-        if budget.registrar is not None and extents:
-            torch.cuda.synchronize()
-        for extent in extents:
-            assert pinned is not None
-            pinned.unpin(extent)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ...system.host_memory import allocate_extent
 from ...system.sizes import in_gib
+from .host_extents import HostExtents
 from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
 from .pinned import PinnedBudget
-from .staging import Fence, Job, Key, Staging, wait_for
+from .staging import Job, Key, Staging, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ _STAGING_BUFFERS = 2
 _STAGING_CHUNK = 32 << 20  # bytes that one thread copies at a time
 
 
-class HostBlocks:
+class HostBlocks(HostExtents):
     """All blocks in RAM, read once, straight to where the device copies them from.
 
     `pin` names the blocks to pin while reading (default: all; those that will be streamed are enough).
@@ -39,23 +40,20 @@ class HostBlocks:
         num_threads: int = 8,
         check: Callable[[], None] | None = None,
     ) -> None:
-        self.layouts = tuple(layouts)
-        self.extents: list[Tensor] = []  # per block [nbytes] uint8
+        extents: list[Tensor] = []
+        super().__init__(layouts, extents)
         self._areas: list[Tensor] = []  # the same, rounded up to whole pages: what gets pinned
         self.budget = budget
         self._pinned: set[int] = set()
         self._refused: set[int] = set()
         self._complaints: set[str] = set()
-        self._staging: Staging | None = None
-        self._staged: frozenset[int] = frozenset()
-        self._part, self._in_stages = Part.ALL, False
         self.num_threads = num_threads
         self._lock = threading.Lock()
         try:
             for layout in self.layouts:
                 area = allocate_extent(layout.nbytes)
                 self._areas.append(area)
-                self.extents.append(area[: layout.nbytes])
+                extents.append(area[: layout.nbytes])
             wanted = range(len(self.layouts)) if pin is None else pin
             self._read(source, self._within_cap(wanted), check)
         except BaseException:
@@ -111,35 +109,6 @@ class HostBlocks:
         if self._staged:
             staged = [index for index in order if index in self._staged]
             self._staging = stage_blocks(self, staged, part, in_stages)
-
-    def available(self, index: int, stage: int = 0) -> bool:
-        """Whether `pieces` would return at once."""
-        if self._staging is None or index not in self._staged:
-            return True
-        return self._staging.available((index, stage))
-
-    def pieces(self, index: int, stage: int = 0) -> list[tuple[Tensor, int]]:
-        """The bytes of a block's stage as (host bytes, offset in the stage) pairs; may wait for staging."""
-        start, stop = self.layouts[index].spans(self._part, self._in_stages)[stage]
-        if self._staging is None or index not in self._staged:
-            return [(self.extents[index][start:stop], 0)]
-        return [(self._staging.take((index, stage))[: stop - start], 0)]
-
-    def sent(self, index: int, fence: Fence) -> None:
-        """The copies of `pieces(index)` have been issued; `fence` tells when they are done."""
-        if self._staging is not None and index in self._staged:
-            self._staging.sent(fence)
-
-    def fetch(self, index: int, part: Part, out: Tensor) -> None:
-        """Copy a part of a block to `out` and wait for it; for what stays on the device."""
-        start, stop = self.layouts[index].span(part)
-        out.copy_(self.extents[index][start:stop])
-
-    def pause(self) -> None:
-        """Stop threads and free staging until the next `prepare`."""
-        staging, self._staging, self._staged = self._staging, None, frozenset()
-        if staging is not None:
-            staging.close()
 
     def retry_pinning(self) -> None:
         """The next `prepare` asks for what was refused too: others may have given pinned memory back."""

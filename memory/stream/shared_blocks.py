@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from .host_blocks import HostBlocks, stage_blocks
-from .layout import BlockLayout, Part
-from .staging import Fence, Staging
+from .host_extents import HostExtents
+from .layout import Part
 
 
-class SharedBlocks:
+class SharedBlocks(HostExtents):
     """What HostBlocks is to its streamer, to the streamer of another card; the owner reads, pins and frees.
 
     Nothing of it may be in use when the owner is refilled, unpinned or released. What the owner could not pin travels
@@ -19,12 +17,8 @@ class SharedBlocks:
     """
 
     def __init__(self, owner: HostBlocks) -> None:
-        self.layouts: tuple[BlockLayout, ...] = owner.layouts
-        self.extents: Sequence[Tensor] = owner.extents
+        super().__init__(owner.layouts, owner.extents)
         self._owner = owner
-        self._staging: Staging | None = None
-        self._staged: frozenset[int] = frozenset()
-        self._part, self._in_stages = Part.ALL, False
 
     @property
     def pinned_bytes(self) -> int:
@@ -44,34 +38,6 @@ class SharedBlocks:
         if self._owner.budget is not None and unpinned:
             self._staging = stage_blocks(self._owner, unpinned, part, in_stages)
             self._staged = frozenset(unpinned if self._staging is not None else ())
-
-    def available(self, index: int, stage: int = 0) -> bool:
-        """Whether `pieces` would return at once."""
-        if self._staging is None or index not in self._staged:
-            return True
-        return self._staging.available((index, stage))
-
-    def pieces(self, index: int, stage: int = 0) -> list[tuple[Tensor, int]]:
-        """The bytes of a block's stage as (host bytes, offset in the stage) pairs; may wait for staging."""
-        start, stop = self.layouts[index].spans(self._part, self._in_stages)[stage]
-        if self._staging is None or index not in self._staged:
-            return [(self.extents[index][start:stop], 0)]
-        return [(self._staging.take((index, stage))[: stop - start], 0)]
-
-    def sent(self, index: int, fence: Fence) -> None:
-        """The copies of `pieces(index)` have been issued; `fence` tells when they are done."""
-        if self._staging is not None and index in self._staged:
-            self._staging.sent(fence)
-
-    def fetch(self, index: int, part: Part, out: Tensor) -> None:
-        """Copy a part of a block to `out` and wait for it; for what stays on the device."""
-        self._owner.fetch(index, part, out)
-
-    def pause(self) -> None:
-        """Stop threads and free staging until the next `prepare`."""
-        staging, self._staging, self._staged = self._staging, None, frozenset()
-        if staging is not None:
-            staging.close()
 
     def release(self) -> None:
         """Free what is this source's alone; unload the streamer first."""

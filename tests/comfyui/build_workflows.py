@@ -234,44 +234,44 @@ def conditioned(scene: Scene, type: str, **pictures: Output) -> Node:
     )
 
 
-def t2v_small() -> dict[str, Any]:
+def fox(name: str) -> Scene:
+    """The small text-to-video model and its prompt, which several workflows have something added to."""
     prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
-    scene = start("wan2.1_t2v_1.3B", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    return start(name, files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+
+
+def t2v_small() -> dict[str, Any]:
+    scene = fox("wan2.1_t2v_1.3B")
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
 
 
 def resumable() -> dict[str, Any]:
-    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
-    scene = start("wan2.1_t2v_1.3B_resumable", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    scene = fox("wan2.1_t2v_1.3B_resumable")
     scene.model.append(scene.graph.add("LowVRAMResumableSampling", model=scene.model[-1][0]))
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
 
 
 def negative_guidance() -> dict[str, Any]:
-    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
-    scene = start("wan2.1_t2v_1.3B_nag", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    scene = fox("wan2.1_t2v_1.3B_nag")
     guided = scene.graph.add("LowVRAMNag", model=scene.model[-1][0], negative=scene.prompting[1][0])
     scene.model.append(guided)
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 1.0, 30))
 
 
 def sparse() -> dict[str, Any]:
-    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
-    scene = start("wan2.1_t2v_1.3B_sparse", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    scene = fox("wan2.1_t2v_1.3B_sparse")
     scene.model.append(scene.graph.add("LowVRAMSparseAttention", model=scene.model[-1][0]))
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
 
 
 def step_cache() -> dict[str, Any]:
-    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
-    scene = start("wan2.1_t2v_1.3B_step_cache", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    scene = fox("wan2.1_t2v_1.3B_step_cache")
     scene.model.append(scene.graph.add("LowVRAMStepCache", model=scene.model[-1][0]))
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
 
 
 def t2v_upscaled() -> dict[str, Any]:
-    prompt = "A red fox trots through fresh snow at the edge of a pine forest, morning light, the camera follows it"
-    scene = start("wan2.1_t2v_1.3B_upscale", files.T2V_SMALL, files.VAE_21, prompt, (832, 480, 81), "cpu")
+    scene = fox("wan2.1_t2v_1.3B_upscale")
     latent = scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires)
     return finish(scene, latent, Sampling(8.0, 6.0, 30), enlarges=True)
 

@@ -5,14 +5,13 @@ Source: OpenImagingLab/FlashVSR, `examples/WanVSR/utils/TCDecoder.py`: TAEHV, wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...vae.files import VaeFormat
+from ...vae.files import VaeFormat, own_names
 from ...vae.tiny import Memory, TinyConfig, TinyVAE
 from ...weights.files.checkpoint import Checkpoint, CheckpointError
 
@@ -79,15 +78,11 @@ def infer_config(checkpoint: Checkpoint) -> TinyConfig:
     return replace(CONDITIONAL, widths=(first, second, third, last))
 
 
-def _own_names(names: Iterable[str]) -> dict[str, str]:
-    return {name: name for name in names}
-
-
 DECODER_FORMAT = VaeFormat(
     title="FlashVSR's decoder",
     advice=f"Choose {CONDITIONAL.file_name}.",
     markers=(("decoder.26.bias", "decoder.9.conv.weight", "decoder.5.conv.0.weight"),),
-    rename=_own_names,
+    rename=own_names,
     infer_config=infer_config,
     network=TinyVAE,
     decoder=("decoder.",),

@@ -1,0 +1,53 @@
+"""What a streamer takes from blocks that lie in host memory, whoever read and pinned them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .layout import BlockLayout, Part
+from .staging import Fence, Staging
+
+
+class HostExtents:
+    """Blocks as flat bytes in RAM; those that are not pinned may travel through a pinned staging pair.
+
+    Which do is for `prepare` of the classes below to say, in `_staging` and `_staged`.
+    """
+
+    def __init__(self, layouts: Sequence[BlockLayout], extents: list[Tensor]) -> None:
+        self.layouts: tuple[BlockLayout, ...] = tuple(layouts)
+        self.extents = extents  # per block [nbytes] uint8
+        self._staging: Staging | None = None
+        self._staged: frozenset[int] = frozenset()
+        self._part, self._in_stages = Part.ALL, False
+
+    def available(self, index: int, stage: int = 0) -> bool:
+        """Whether `pieces` would return at once."""
+        if self._staging is None or index not in self._staged:
+            return True
+        return self._staging.available((index, stage))
+
+    def pieces(self, index: int, stage: int = 0) -> list[tuple[Tensor, int]]:
+        """The bytes of a block's stage as (host bytes, offset in the stage) pairs; may wait for staging."""
+        start, stop = self.layouts[index].spans(self._part, self._in_stages)[stage]
+        if self._staging is None or index not in self._staged:
+            return [(self.extents[index][start:stop], 0)]
+        return [(self._staging.take((index, stage))[: stop - start], 0)]
+
+    def sent(self, index: int, fence: Fence) -> None:
+        """The copies of `pieces(index)` have been issued; `fence` tells when they are done."""
+        if self._staging is not None and index in self._staged:
+            self._staging.sent(fence)
+
+    def fetch(self, index: int, part: Part, out: Tensor) -> None:
+        """Copy a part of a block to `out` and wait for it; for what stays on the device."""
+        start, stop = self.layouts[index].span(part)
+        out.copy_(self.extents[index][start:stop])
+
+    def pause(self) -> None:
+        """Stop threads and free staging until the next `prepare`."""
+        staging, self._staging, self._staged = self._staging, None, frozenset()
+        if staging is not None:
+            staging.close()
