@@ -31,6 +31,7 @@ PARTS = {
     "doctor": ("Doctor",),
     "sparse": ("SparseAttention",),
     "step_cache": ("StepCacheNode",),
+    "several_gpus": ("SeveralGPUs",),
     "upscale": ("LoadFlashVSRModel", "UpscaleVideo"),
 }
 

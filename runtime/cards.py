@@ -35,6 +35,22 @@ def parse_devices(text: str) -> tuple[torch.device, ...]:
     return tuple(devices)
 
 
+def cards_beside(device: torch.device, text: str) -> tuple[torch.device, ...]:
+    """The devices of a list beside this one, which runs already; none where "auto" finds no other.
+
+    ValueError as in `parse_devices`, and for a list without this one.
+    """
+    if text.strip() == AUTO and (device.type != "cuda" or torch.cuda.device_count() < 2):
+        return ()
+    cards = list(parse_devices(text))
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device not in cards:
+        raise ValueError(f"devices {text!r}: {device}, which the program runs on, must be among them")
+    cards.remove(device)
+    return tuple(cards)
+
+
 def with_devices(settings: RunSettings, text: str) -> RunSettings:
     """The same settings on these devices, of which the first has what one card alone does: text, VAE, the latent."""
     first, *others = parse_devices(text)

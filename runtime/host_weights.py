@@ -203,6 +203,11 @@ class HostWeights:
             self.release()
             raise
 
+    @property
+    def attached(self) -> tuple[Sequence[Lora], Sequence[float], Source]:
+        """The LoRAs there are, their strengths, and whose tensors they change: what `attach_loras` takes."""
+        return self.loras.loras, self.loras.strengths, self.loras.origin
+
     def _put_on(self, loras: Sequence[Lora], strengths: Sequence[float], origin: Source) -> None:
         dtype = self._model.execution.dtype
         self.loras = AttachedLoras(self._model, origin, loras, strengths, dtype, self._settings.lora_mode)

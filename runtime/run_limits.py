@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from ..memory.plan.footprint import GIB, Limits
+from ..memory.plan.footprint import GIB, CardBudget, Limits
 from ..memory.plan.limits import hold_budget, limits_for
 from ..system.host_memory import available_ram_bytes
 from ..transformer.workspace import Execution
@@ -19,10 +20,19 @@ def hold_limits(settings: RunSettings, execution: Execution, held_bytes: int = 0
     if settings.ram_budget_gib is None:  # what a model already holds there is not wanted again
         settings = replace(settings, ram_budget_gib=(available_ram_bytes() + held_bytes) / GIB)
     each = [run_limits(replace(settings, device=device), execution) for device in settings.cards]
-    limits = min(each, key=lambda one: one.vram_budget_bytes)  # one plan, which every card follows
+    limits = least_limits([str(device) for device in settings.cards], each)
     for device in settings.cards:
         hold_budget(device, limits)
     return limits
+
+
+def least_limits(names: Sequence[str], each: Sequence[Limits]) -> Limits:
+    """The limits of one plan that every card of these names and limits follows."""
+    least = min(each, key=lambda one: one.vram_budget_bytes)
+    if len(each) == 1:
+        return least
+    budgets = (limits.vram_budget_bytes for limits in each)
+    return replace(least, cards=tuple(CardBudget(*card) for card in zip(names, budgets, strict=True)))
 
 
 def run_limits(settings: RunSettings, execution: Execution, measure: bool = True) -> Limits:

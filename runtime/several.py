@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..memory.plan.plan import MemoryPlan
+from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
+from ..memory.plan.plan import MemoryPlan, plan_memory
 from ..team.link import links_for
 from ..team.spans import even_spans
 from ..team.team import Team
@@ -90,6 +92,14 @@ class Several(Generic[S]):
         """Give everything back, threads too."""
         self.stop()
         self.team.close()
+
+
+def plan_shared(model: ModelFootprint, work: WorkSize, limits: Limits, num_cards: int) -> MemoryPlan:
+    """The plan of each of so many cards that share a pass; PlanError names what would fit where this does not."""
+    if num_cards == 1:
+        return plan_memory(model, work, limits)
+    whole = replace(model, streams_queries=False, packs_keys=False)  # as `Workspace` has a part of a pass
+    return plan_memory(whole, replace(work, cards=num_cards), limits)
 
 
 def shared_samples(batch: int, num_cards: int) -> list[tuple[slice, tuple[int, ...]]]:

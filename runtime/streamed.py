@@ -23,7 +23,7 @@ from ..attention.timing import AttentionSize
 from ..compilation.blocks import compile_modules, uncompile_modules
 from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
-from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
+from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner
 from ..memory.stream.host_blocks import HostBlocks
 from ..memory.stream.layout import Part
 from ..memory.stream.pinned import CudaRegistrar, Registrar
@@ -49,7 +49,7 @@ from ..weights.lora.merged_source import Source
 from ..weights.lora.names import Aliases
 from .host_weights import HostWeights, WeightParts
 from .settings import RunSettings
-from .several import Several
+from .several import Several, plan_shared
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class StreamedModel(Generic[M]):
         self.transient: TransientWeights | None = None
         self.ring: DeviceRing | None = None
         self.forget_contexts()
-        self._compiled = False
+        self._compiling: CompileSettings | None = None
         self._before_safe_path: tuple[torch.dtype, Backend, AttentionRun | None] | None = None
         self._on_spans: SpanSink | None = None
         self._attention_tokens = 0  # of the size that attention was chosen for
@@ -114,6 +114,10 @@ class StreamedModel(Generic[M]):
             self.use_cards(settings.others)
 
     # What a model says of itself
+
+    @property
+    def _compiled(self) -> bool:
+        return self._compiling is not None
 
     def open_file(self, path: str | Path) -> tuple[Any, Checkpoint]:
         """Its dimensions, and its tensors by their own names."""
@@ -370,8 +374,17 @@ class StreamedModel(Generic[M]):
             before.close()
         if devices:
             self.several = Several(self, devices, self.open_beside)
+            for other in self._others:
+                other.resemble(self)
         if devices or before is not None:
             self.use_sparse(None)  # what is inexact is watched on one card alone
+
+    def resemble(self, first: StreamedModel[M]) -> None:
+        """Have the LoRAs of the same model on another card, and code that is compiled as its is."""
+        if first.weights.loras.loras or self.weights.loras.loras:
+            self.weights.attach_loras(*first.weights.attached)
+        if first._compiling is not None:
+            self.compile(first._compiling)
 
     def start_beside(self, first: StreamedModel[M], plan: MemoryPlan) -> None:
         """`start` on a card of its own, from the first one's host memory where that holds the blocks."""
@@ -387,7 +400,7 @@ class StreamedModel(Generic[M]):
         """Let the blocks, and perhaps what is worth it beside them, run as compiled code; None: as plain PyTorch."""
         others = self.model.outer_modules()
         uncompile_modules([*self.blocks, *others])
-        self._compiled = settings is not None
+        self._compiling = settings
         watch = self.model.execution.watch
         self.use_sparse(None if watch is None else watch.settings)
         if settings is not None:
@@ -450,12 +463,7 @@ class StreamedModel(Generic[M]):
 
     def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
         """The plan for this work; PlanError names what would fit where this does not."""
-        if self.several is None:
-            return plan_memory(self.footprint(), work, limits)
-        whole = replace(
-            self.footprint(), streams_queries=False, packs_keys=False
-        )  # as `Workspace` has a part of a pass
-        return plan_memory(whole, replace(work, cards=self.several.num_cards), limits)
+        return plan_shared(self.footprint(), work, limits, 1 + len(self._others))
 
     def start_fitting(self, plan: MemoryPlan, on_spans: SpanSink | None = None) -> None:
         """`start`; when the device runs out of memory meanwhile, with a leaner plan.

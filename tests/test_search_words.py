@@ -19,6 +19,8 @@ SEARCHES = {
     "framepack": {"LowVRAMFramePackSampler", "LowVRAMLoadFramePackModel"},
     "triton": {"LowVRAMDoctor"},
     "video to video": {"LowVRAMEncodeVideo"},
+    "multigpu": {"LowVRAMSeveralGPUs"},
+    "raylight": {"LowVRAMSeveralGPUs"},
     "clip gguf": {"LowVRAMLoadClipGGUF"},
 }
 

@@ -40,6 +40,10 @@ TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img"
 NOT_STREAMED = "before_proj."
 TIME = ("time_embedding.", "time_projection.")  # in the passes' beginning; other transient ones are for prompts
 NO_CACHE_CARDS = "a step cache skips steps of Wan on one card: use a single device, or no step cache"
+NO_PATCHES_CARDS = (
+    "another node patches this model's blocks, and sees all tokens there, of which several GPUs have some each: use a "
+    "single device, or take that node out"
+)
 MAX_CONTEXTS = 4  # prompts remembered at a time
 COPIES = 3  # of a residual in RAM in a pass that is computed: there before it; back and there again after it
 
@@ -125,6 +129,9 @@ class StreamedWan(StreamedModel[WanModel]):
         extras: Extras = Extras(),  # noqa: B008 - immutable
     ) -> Tensor:
         """The velocity (see `WanModel`); when the device runs out of memory the pass is repeated with a leaner plan."""
+        hooks = extras.visitor
+        if self.several is not None and (hooks.sees_attention or hooks.sees_stream or hooks.sees_text):
+            raise ValueError(NO_PATCHES_CARDS)
         self._plan_for(text, image_tokens)
         steps = self.step_cache
         cache = None if steps is None else steps.of(extras.prompts)

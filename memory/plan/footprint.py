@@ -345,6 +345,14 @@ class DenoiseMemory:
 
 
 @dataclass(frozen=True)
+class CardBudget:
+    """What one card of several may use, of bytes that count as `Limits.vram_budget_bytes`."""
+
+    name: str
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """What a run may use, what the machine brings, and what the user fixed by hand.
 
@@ -354,7 +362,8 @@ class Limits:
     streamed blocks; `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels
     run here, `attention` what its backend takes (None: next to nothing).
     The default rates are those of a small card in an old slot; measured ones make better plans. `card` is everything
-    that was measured of this one; where it tells of a model, its times count and are shown.
+    that was measured of this one; where it tells of a model, its times count and are shown. `cards` are all those that
+    share a pass, of which the least has the budget: one plan is for all of them.
     """
 
     vram_budget_bytes: int
@@ -371,6 +380,7 @@ class Limits:
     pageable_gbps: float = 5.0
     disk_gbps: float = 1.5
     card: CardProfile | None = None
+    cards: tuple[CardBudget, ...] = ()
 
     @property
     def ram_is_the_device(self) -> bool:

@@ -43,6 +43,7 @@ def describe(plan: MemoryPlan) -> str:
     if plan.decode.total:
         lines.append(f"  {'decode, predicted peak':<38}{in_gib(plan.decode.total):>12}")
     lines.append(f"  {'left of the budget':<38}{in_gib(plan.budget_bytes - plan.peak_bytes):>12}")
+    lines += _card_lines(plan)
     blocks = plan.blocks
     lines += [
         "",
@@ -52,6 +53,18 @@ def describe(plan: MemoryPlan) -> str:
         "",
     ]
     return "\n".join([*lines, *(f"- {reason}" for reason in reasons(plan)), _of_which_card(plan)])
+
+
+def _card_lines(plan: MemoryPlan) -> list[str]:
+    """What each of several cards is planned to use of its own budget; the first one decodes alone."""
+    if len(plan.limits.cards) < 2:
+        return []
+    lines = ["", f"  {'each card':<38}{'peak':>12}{'budget':>12}"]
+    for index, card in enumerate(plan.limits.cards):
+        peak = plan.denoise.total if index else plan.peak_bytes
+        budget = "-" if plan.limits.ram_is_the_device else in_gib(card.budget_bytes)
+        lines.append(f"  {card.name:<38}{in_gib(peak):>12}{budget:>12}")
+    return lines
 
 
 def _times(plan: MemoryPlan) -> str:

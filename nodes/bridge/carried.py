@@ -77,13 +77,15 @@ HOOKED = (
     "a LoRA that is hooked to a prompt (Create Hook LoRA) is not supported by the LowVRAM loader: load it with Load "
     "LoRA, or use ComfyUI's own diffusion model loader"
 )
+MULTIGPU = (
+    "work for several GPUs (MultiGPU CFG Split) is for ComfyUI's own models: take that node out, and use Several GPUs "
+    "(Low VRAM) with a model of the LowVRAM loader"
+)
 ALWAYS_REFUSED: Refusals = {
     Carry(HOOK, "weights"): HOOKED,
     Carry(INJECTION, "bypass_lora"): BYPASS,
-    Carry(OPTION, "multigpu_options"): "work for several GPUs (MultiGPU CFG Split) is for ComfyUI's own models: a "
-    "LowVRAM model runs on one GPU, so take that node out",
-    Carry(ADDITIONAL, "multigpu"): "work for several GPUs (MultiGPU CFG Split) is for ComfyUI's own models: a LowVRAM "
-    "model runs on one GPU, so take that node out",
+    Carry(OPTION, "multigpu_options"): MULTIGPU,
+    Carry(ADDITIONAL, "multigpu"): MULTIGPU,
 }
 
 

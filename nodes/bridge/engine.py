@@ -19,13 +19,14 @@ from ...compilation.blocks import dynamo_limits
 from ...memory.plan.candidates import RAM_MARGIN_BYTES
 from ...memory.plan.footprint import Limits, WorkSize
 from ...memory.plan.limits import hold_allocator, hold_budget, with_rates
-from ...memory.plan.plan import MemoryPlan, PlanError, plan_memory
+from ...memory.plan.plan import MemoryPlan, PlanError
 from ...memory.plan.rates import Rates, measure_rates
 from ...memory.plan.table import reasons
 from ...memory.report.report import RunReport
-from ...runtime.run_limits import run_limits
+from ...runtime.run_limits import least_limits, run_limits
 from ...runtime.run_record import RunRecord
 from ...runtime.settings import RunSettings
+from ...runtime.several import plan_shared
 from ...runtime.streamed import StreamedModel
 from ...runtime.turns import Turns
 from ...sampling.caching.settings import StepCacheSettings
@@ -65,6 +66,7 @@ class Engine(Generic[S]):
         self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
         # Of LoRA files, by file and name, while anything uses them: for another strength nothing is read again.
         self.lora_tensors: weakref.WeakValueDictionary[tuple[str, ...], Tensor] = weakref.WeakValueDictionary()
+        self.card_patchers: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
         self._patches_id: object = None  # ComfyUI's name for a set of patches
         self._patches = SortedPatches()
         self._applied: SortedPatches | None = self._patches  # those that the weights have; None: it failed midway
@@ -82,6 +84,12 @@ class Engine(Generic[S]):
     def device_bytes(self) -> int:
         return self.streamed.device_bytes
 
+    def bytes_on(self, card: torch.device) -> int:
+        """Bytes of weights, and of the ring for them, on one of its devices."""
+        if card == self.device:
+            return self.device_bytes
+        return self.device_bytes if card in self.options.others else 0
+
     @property
     def total_bytes(self) -> int:
         return self.streamed.weights.total_bytes
@@ -90,12 +98,17 @@ class Engine(Generic[S]):
         """Run as these options say and with these weight patches, from the next pass on."""
         if options != self.options:
             self.streamed.stop() if options.same_host_memory(self.options) else self.streamed.release()
+            if options.others != self.options.others:  # first: one card can do what several cannot
+                self.streamed.use_cards(())
             if options.compile != self.options.compile:
                 self.streamed.compile(options.compile)
             if options.sparse != self.options.sparse:
                 self.streamed.use_sparse(options.sparse)
             if options.step_cache != self.options.step_cache:
                 self.use_step_cache(options.step_cache)
+            if options.others != self.options.others:
+                self.streamed.use_cards(options.others)
+                self.record.others = options.others
             self.options = options
         if patches_id != self._patches_id or not patches:
             self._patches_id = patches_id
@@ -121,6 +134,10 @@ class Engine(Generic[S]):
             self.release()
         self._tell_owner()
         return freed
+
+    def give_back(self, card: torch.device) -> None:
+        """Free what is held of one of its devices, which something else wants."""
+        self.unload()
 
     def unpin(self) -> None:
         """Give pinned memory back while nothing runs."""
@@ -166,9 +183,10 @@ class Engine(Generic[S]):
         try:
             return self.streamed.make_plan(work, self.limits(options))
         except PlanError:
-            if not host.evictable_vram(self._owner(), self.device):
+            if not any(host.evictable_vram(self._owner(), card) for card in self._cards(options)):
                 raise
-        host.unload_others(self._owner(), self.device)
+        for card in self._cards(options):
+            host.unload_others(self._owner(), card)
         return self.streamed.make_plan(work, self.limits(options))
 
     def could_be_faster(self, plan: MemoryPlan) -> bool:
@@ -185,23 +203,29 @@ class Engine(Generic[S]):
         Where ComfyUI runs on the CPU a card is needed, and planned for in bf16. PlanError says what would fit.
         """
         dtype = None if self.device.type == "cuda" else torch.bfloat16
-        if card_gb:
-            limits = self.card_limits(options, card_gb)
-        else:
-            limits = self.limits(options, host.evictable_vram(self._owner(), self.device))
-        return plan_memory(self.streamed.footprint(dtype), work, limits)
+        limits = self.card_limits(options, card_gb) if card_gb else self.limits(options, evicting=True)
+        return plan_shared(self.streamed.footprint(dtype), work, limits, len(self._cards(options)))
 
-    def limits(self, options: StreamOptions, evictable_bytes: int = 0) -> Limits:
-        """What may be used now, this model's own memory included, and as many bytes of VRAM that others will free."""
+    def limits(self, options: StreamOptions, evicting: bool = False) -> Limits:
+        """What may be used now of each card, this model's own memory included, and the VRAM that others will free."""
         limits = self._limits(options, self.device)
-        if self.device.type != "cuda":
-            return limits
-        return replace(limits, vram_budget_bytes=self._vram_budget(options, limits.context_bytes, evictable_bytes))
+        cards = self._cards(options)
+        each = [limits] * len(cards)
+        if self.device.type == "cuda":
+            budgets = (self._vram_budget(options, limits.context_bytes, card, evicting) for card in cards)
+            each = [replace(limits, vram_budget_bytes=budget) for budget in budgets]
+        return least_limits([str(card) for card in cards], each)
 
     def card_limits(self, options: StreamOptions, card_gb: float) -> Limits:
         """What might be used on a card of so many GB, half a GiB of it left to the desktop."""
         budget = min(options.vram_budget_gb or card_gb, card_gb - DESKTOP_GB)
-        return replace(self._limits(options, torch.device("cuda")), vram_budget_bytes=int(budget * GIB))
+        limits = replace(self._limits(options, torch.device("cuda")), vram_budget_bytes=int(budget * GIB))
+        names = [str(card) for card in self._cards(options)]
+        return least_limits(names, [limits] * len(names))
+
+    def _cards(self, options: StreamOptions) -> tuple[torch.device, ...]:
+        """All that make a pass."""
+        return self.device, *options.others
 
     def _limits(self, options: StreamOptions, device: torch.device) -> Limits:
         """All but the budget of VRAM."""
@@ -222,13 +246,13 @@ class Engine(Generic[S]):
             self._rates = measure_rates(self.device)
         return with_rates(limits, self._rates)
 
-    def _vram_budget(self, options: StreamOptions, context_bytes: int, evictable_bytes: int = 0) -> int:
-        """For the whole process, as plans count it: with the context, which has its memory already."""
-        ours = self.device_bytes + evictable_bytes
-        free = host.free_vram(self.device) + ours - host.reserved_vram() + context_bytes
+    def _vram_budget(self, options: StreamOptions, context_bytes: int, card: torch.device, evicting: bool) -> int:
+        """For the whole process on one card, as plans count it: with the context, which has its memory already."""
+        ours = self.bytes_on(card) + (host.evictable_vram(self._owner(), card) if evicting else 0)
+        free = host.free_vram(card) + ours - host.reserved_vram() + context_bytes
         if not options.vram_budget_gb:
             return max(0, free)
-        others = max(0, torch.cuda.memory_allocated(self.device) - ours)  # ComfyUI keeps some outside PyTorch
+        others = max(0, torch.cuda.memory_allocated(card) - ours)  # ComfyUI keeps some outside PyTorch
         return max(0, min(int(options.vram_budget_gb * GIB) - others, free))
 
     def _ram_budget(self, options: StreamOptions) -> float | None:
@@ -252,8 +276,9 @@ class Engine(Generic[S]):
         self._apply_patches()
 
     def evict_others(self) -> None:
-        """Have all other models leave the device, and PyTorch's cache, where earlier nodes left something."""
-        host.unload_others(self._owner(), self.device)
+        """Have all other models leave its devices, and PyTorch's cache, where earlier nodes left something."""
+        for card in self._cards(self.options):
+            host.unload_others(self._owner(), card)
         host.empty_cache()
 
     def start(self, plan: MemoryPlan) -> None:
@@ -334,6 +359,11 @@ class Engine(Generic[S]):
         """
         model = self.streamed.model
         own = model.execution
+        if self.options.others:
+            raise ValueError(
+                "another node gives this MODEL an attention of its own (optimized_attention_override), which sees all "
+                "tokens, and several GPUs have some each: take that node or Several GPUs (Low VRAM) out"
+            )
         if own.is_sparse:
             raise ValueError(
                 "another node gives this MODEL an attention of its own (optimized_attention_override), and Sparse "
@@ -354,11 +384,14 @@ class Engine(Generic[S]):
             if not self.options.vram_budget_gb or self.device.type != "cuda":
                 yield
                 return
-            hold_budget(self.device, Limits(int(self.options.vram_budget_gb * GIB)))
+            cards = self._cards(self.options)
             try:
+                for card in cards:
+                    hold_budget(card, Limits(int(self.options.vram_budget_gb * GIB)))
                 yield
             finally:
-                hold_allocator(self.device, None)
+                for card in cards:
+                    hold_allocator(card, None)
 
     @property
     def _holder(self) -> StreamedModel[Any]:

@@ -248,8 +248,9 @@ def evictable_vram(model: object, device: torch.device) -> int:
 
 def _others(model: object, device: torch.device) -> list[Any]:
     """ComfyUI's loaded models on the device, but for this one and those that its nodes run beside it."""
-    on_device = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
-    kept = [loaded.model for loaded in on_device if model is not None and getattr(loaded.model, "model", None) is model]
+    all_loaded = [loaded for loaded in mm.current_loaded_models if loaded.model is not None]
+    on_device = [loaded for loaded in all_loaded if loaded.device == device]
+    kept = [each.model for each in all_loaded if model is not None and getattr(each.model, "model", None) is model]
     for patcher in tuple(kept):
         kept += [*patcher.get_nested_additional_models(), *patcher.model_patches_models()]
     return [loaded for loaded in on_device if not any(loaded.model.is_clone(patcher) for patcher in kept)]
@@ -278,8 +279,8 @@ def check_interrupt(done: int, total: int) -> None:
 
 
 def load_model(patcher: Any) -> None:
-    """Have ComfyUI count the model among those in use, and make it the one that runs."""
-    mm.load_models_gpu([patcher])
+    """Have ComfyUI count the model among those in use, on all its cards, and make it the one that runs."""
+    mm.load_models_gpu([patcher, *patcher.get_nested_additional_models()])
 
 
 class SamplingPreview:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ...attention.sparse.settings import SparseSettings
 from ...compilation.settings import CompileSettings
 from ...sampling.caching.settings import StepCacheSettings
@@ -11,10 +13,10 @@ from ...sampling.caching.settings import StepCacheSettings
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The settings of Block Swap, Torch Compile, Sparse Attention and Step Cache, as their widgets have them.
+    """The settings of Block Swap, Torch Compile, Sparse Attention, Step Cache and Several GPUs, as widgets have them.
 
     `blocks_to_swap` -1 is planned; `vram_budget_gb` 0 is what is free less ComfyUI's reserve; `prefetch` 0 is planned;
-    `ram_budget_gb` 0 is what is free.
+    `ram_budget_gb` 0 is what is free. `others` are the cards that share each pass with ComfyUI's own.
     """
 
     blocks_to_swap: int = -1
@@ -25,6 +27,7 @@ class StreamOptions:
     compile: CompileSettings | None = None
     sparse: SparseSettings | None = None
     step_cache: StepCacheSettings | None = None
+    others: tuple[torch.device, ...] = ()
 
     def same_host_memory(self, other: StreamOptions) -> bool:
         """Whether weights in host memory may stay as they are."""

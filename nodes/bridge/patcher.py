@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...runtime.latent_watch import BadLatents, LatentWatch
 from . import host
+from .card_patcher import card_patchers
 from .carried import BYPASS, HOOKED, OWN, check_carried
 from .compile_patches import COMPILE_KEY, compile_settings
 from .engine import Engine
@@ -30,9 +31,11 @@ from .options import StreamOptions
 logger = logging.getLogger(__name__)
 
 WRAPPER_KEY = OWN
+CARDS_KEY = f"{OWN}_cards"
 OTHER_DEVICE = (
-    "a model of the LowVRAM loader runs on the GPU that ComfyUI was started with (--cuda-device), and on no other "
-    "device: take Select Model Device or MultiGPU CFG Split out, or load the file with ComfyUI's own loader"
+    "a model of the LowVRAM loader runs on the GPU that ComfyUI was started with (--cuda-device) and those of Several "
+    "GPUs (Low VRAM), and on no other device: take Select Model Device or MultiGPU CFG Split out, or load the file "
+    "with ComfyUI's own loader"
 )
 
 
@@ -90,6 +93,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """A clone that runs with these options of `StreamOptions` changed."""
         copy = self.clone()
         copy.options = dataclasses.replace(self.options, **changes)
+        copy.set_additional_models(CARDS_KEY, card_patchers(self.engine, copy.options.others))
         return copy
 
     # Sizes and places, as core asks for them

@@ -84,6 +84,11 @@ class AttachedLoras:
             logger.info("LoRA: %d tensors are merged as they are read.", len(self._changes))
 
     @property
+    def origin(self) -> Source:
+        """What they are put on."""
+        return self._origin
+
+    @property
     def are_merged(self) -> bool:
         """Whether anything is merged: then other strengths take another `source()`."""
         return bool(self._changes)
