@@ -82,6 +82,11 @@ class PassAttention(Protocol):
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # as `Backend.attend`, of some heads of the layer
 
+    @property
+    def reorders(self) -> bool:
+        """Whether tokens, and what is theirs, may come in another order."""
+        ...
+
     def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
         """The next layer has its turn. `tokens [rows, ...]` may come in another order, through the bytes of `spare`.
 

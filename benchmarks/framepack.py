@@ -139,11 +139,12 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
         noisy = Frames(torch.randn(1, 16, 9, *SIZE, device=device), torch.tensor(section.indices.noisy))
         image = conditions.images[0].to(device)
         seconds = []
+        wait = torch.cuda.current_stream().synchronize  # as a run waits: copies for the next pass go on meanwhile
         for step in range(len(noise_levels(sampling, SIZE)) - 1):
-            torch.cuda.synchronize()
+            wait()
             began = time.perf_counter()
             velocity = model(noisy, shown, conditions.prompts["any"][step], image)
-            torch.cuda.synchronize()
+            wait()
             seconds.append(time.perf_counter() - began)
     used, final = free_bytes - watch.min_free, model.plan
     products, attention = model.footprint().pass_flops(work, False)

@@ -16,8 +16,9 @@ from typing import Any
 from lowvram_video.card.models import LARGE, framepack_footprint, wan_footprint
 from lowvram_video.framepack.footprint import SectionSize
 from lowvram_video.framepack.sections import num_frames
-from lowvram_video.memory.plan.footprint import UNLIMITED, Choice, Limits, ModelFootprint, WorkSize, compute_seconds
+from lowvram_video.memory.plan.footprint import UNLIMITED, Choice, Limits, ModelFootprint, WorkSize
 from lowvram_video.memory.plan.limits import with_card
+from lowvram_video.memory.plan.pass_times import compute_seconds
 from lowvram_video.system.card_profile import CardProfile, load_profile
 from lowvram_video.wanvideo.footprint import wan_work
 from measure import RESULTS

@@ -45,7 +45,9 @@ class EagerOps:
 
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
         x = x.float()
-        scales.copy_((x.abs().amax(-1) / 127).clamp_(min=SMALLEST_SCALE))
+        peak = x.abs().amax(-1)
+        # by a tensor: on a GPU PyTorch divides by a number as a product with its reciprocal, which rounds otherwise
+        scales.copy_((peak / torch.full_like(peak, 127)).clamp_(min=SMALLEST_SCALE))
         values.copy_((x * scales.reciprocal()[..., None]).round_().clamp_(-127, 127))
 
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:

@@ -25,7 +25,7 @@ from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner
 from ..memory.stream.host_blocks import HostBlocks
-from ..memory.stream.layout import Part
+from ..memory.stream.layout import Part, in_one_piece
 from ..memory.stream.pinned import CudaRegistrar, Registrar
 from ..memory.stream.ring import DeviceRing
 from ..memory.stream.streamer import BlockStreamer
@@ -152,6 +152,11 @@ class StreamedModel(Generic[M]):
         """See `ModelFootprint`; compiled code makes products in a tensor of their own and copies them."""
         copied = ffn_dim * dtype.itemsize if self._compiled else 0
         return copied + max((layer.row_bytes(dtype) for layer in self._busy_layers()), default=0)
+
+    def key_row_bytes(self, dtype: torch.dtype) -> int:
+        """See `ModelFootprint`."""
+        from_rows = (layer for layer in self._busy_layers() if layer.in_features == self.config.dim)
+        return max((layer.row_bytes(dtype) for layer in from_rows), default=0)
 
     def product_bytes(self) -> int:
         """See `ModelFootprint`."""
@@ -639,9 +644,11 @@ class StreamedModel(Generic[M]):
         self.model.bring = self.transient
 
     def _load(self, names: Sequence[str]) -> None:
+        device = self.settings.device
         with ThreadPoolExecutor(NUM_READERS) as readers:
             read = zip(names, readers.map(self.weights.read_tensor, names), strict=True)
-            self._place({name: tensor.to(self.settings.device) for name, tensor in read})
+            sizes = [self.weights.source.tensors[name].nbytes for name in names]
+            self._place(dict(read) if device.type == "cpu" else in_one_piece(read, sizes, device))
 
     def _unload(self, names: Sequence[str]) -> None:
         infos = {name: self.weights.source.tensors[name] for name in names}

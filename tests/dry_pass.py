@@ -21,9 +21,13 @@ from lowvram_video.attention.sage import WORKSPACE
 from lowvram_video.benchmarks.synthetic import block_number, tensors_of
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.memory.plan.plan import MemoryPlan
-from lowvram_video.memory.stream.layout import align, bind, layout_block, unbind
+from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, unbind
+from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.transformer.workspace import Execution
+from lowvram_video.wanvideo.footprint import WanWork
+from lowvram_video.wanvideo.network.blocks import Context, KeysValues
 from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.model import Extras, Nag, Visitor, WanModel
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.kernels.row_reference import QuantizedRows
 from lowvram_video.weights.kernels.rows import dequantize_rows, quantize_rows
@@ -33,18 +37,27 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .caching_allocator import CachingAllocator, Piece
+
 ALLOCATION_UNIT = 512  # of PyTorch's caching allocator
 DTYPES = {"bf16": (torch.bfloat16, "BF16"), "fp8": (torch.float8_e4m3fn, "F8_E4M3")}
 NUM_BLOCKS = 2  # all are alike, and each gives back what it took
+PASSES = 2
+BLAS_BYTES = 32 << 20  # cuBLAS's workspace on Hopper, which PyTorch's allocator has
+HELD_LATENTS = 8  # of a solver and guidance, in fp32
 
 
 class CountedMemory(TorchDispatchMode):
-    """Bytes of all tensors made under it that are still there: `now`, and the most there were at a time: `peak`."""
+    """Bytes of all tensors made under it that are still there: `now`, and the most there were at a time: `peak`.
 
-    def __init__(self) -> None:
+    Each of them has its place in every one of `allocators`.
+    """
+
+    def __init__(self, *allocators: CachingAllocator) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._living: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._allocators = allocators
+        self._living: dict[int, tuple[StorageWeakRef, int, list[Piece]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         self._forget_dead()
@@ -59,14 +72,17 @@ class CountedMemory(TorchDispatchMode):
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._living:
             nbytes = align(storage.nbytes(), ALLOCATION_UNIT)
-            self._living[storage._cdata] = StorageWeakRef(storage), nbytes
+            pieces = [allocator.malloc(nbytes) for allocator in self._allocators]
+            self._living[storage._cdata] = StorageWeakRef(storage), nbytes, pieces
             self.now += nbytes
 
     def _forget_dead(self) -> None:
-        for key, (storage, nbytes) in list(self._living.items()):
+        for key, (storage, nbytes, pieces) in list(self._living.items()):
             if storage.expired():
                 del self._living[key]
                 self.now -= nbytes
+                for allocator, piece in zip(self._allocators, pieces, strict=True):
+                    allocator.free(piece)
 
 
 class DryAttention:
@@ -175,8 +191,54 @@ def use_gpu_kernels(model: StreamedWan, attention: DryAttention) -> None:
                 layer.format = replace(layer.format, **{name: part})
 
 
+class Seeing(Visitor):
+    """A host's patch that looks at self-attention."""
+
+    sees_attention = True
+
+    def attended(self, x: Tensor, q: Tensor, k: Tensor) -> None:
+        assert x.shape == q.shape
+
+
 def bytes_of_pass(model: StreamedWan, plan: MemoryPlan) -> int:
     """The most that a pass under this plan has at a time, beside the weights: prompts, buffers, temporaries."""
+    with dry(model, plan) as network:
+        latent, timestep, text = inputs_of(model, plan)
+        with CountedMemory() as memory:
+            context, _kept = prompt_of(model, plan, text)
+            extras = extras_of(model, plan, text, context)
+            memory.peak = memory.now
+            network(latent, timestep, context, extras=extras)
+    return memory.peak
+
+
+def extras_of(model: StreamedWan, plan: MemoryPlan, text: Tensor, context: Context) -> Extras:
+    """What steers a pass, or looks at it, as the plan's work says."""
+    work = plan.work
+    assert isinstance(work, WanWork)
+    nag = None
+    if work.nag:  # its keys and values, where all prompts' are kept, are counted with theirs
+        own = Context(model.model.embed_context(text).text, keys_values=context.keys_values)
+        nag = Nag(text[:1], NagSettings(), context=own)
+    return Extras(nag=nag, visitor=Seeing() if work.seen_queries else Visitor())
+
+
+def room_for_run(model: StreamedWan, plan: MemoryPlan, *allocators: CachingAllocator) -> None:
+    """Weights, and then passes as a solver asks for them, in each allocator; NoRoom where something does not fit."""
+    with dry(model, plan) as network, CountedMemory(*allocators):
+        weights = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in weights_of(model, plan)]
+        latent, timestep, text = inputs_of(model, plan)
+        held = torch.empty(HELD_LATENTS, model.config.out_channels, *plan.work.latent_size)
+        blas = torch.empty(BLAS_BYTES, dtype=torch.uint8)
+        context, kept = prompt_of(model, plan, text)
+        for _ in range(PASSES):
+            velocity = network(latent, timestep, context)
+        del weights, held, blas, kept, velocity
+
+
+@contextmanager
+def dry(model: StreamedWan, plan: MemoryPlan) -> Iterator[WanModel]:
+    """The network with fakes for weights and with few blocks, set up as planned."""
     choice, network = plan.choice, model.model
     network.execution = replace(
         network.execution,
@@ -188,29 +250,59 @@ def bytes_of_pass(model: StreamedWan, plan: MemoryPlan) -> int:
     few = dict(list(network.ordered_blocks().items())[:NUM_BLOCKS])
     named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     meta = {name: tensor.detach() for name, tensor in named}
+    bring = network.bring
     with FakeTensorMode(), torch.inference_mode():
         for name, tensor in meta.items():
             assign(network, name, torch.empty(tensor.shape, dtype=tensor.dtype))
         network.ordered_blocks = lambda: few  # type: ignore[method-assign]
-        latent = torch.empty(plan.work.batch, model.config.in_channels, *plan.work.latent_size)
-        text = torch.empty(plan.work.batch, model.config.text_tokens, model.config.text_dim)
-        timestep = torch.empty(plan.work.batch)
-        with CountedMemory() as memory:
-            context = network.embed_context(text)
-            if choice.cache_text_kv:
-                context.keys_values = [block.cross_attn.keys_values(context) for block in few.values()]
-                others = plan.model.text_cache_bytes(plan.work) * (len(model.blocks) - len(few)) // len(model.blocks)
-                rest = torch.empty(others, dtype=torch.uint8)
-            memory.peak = memory.now
-            if choice.transient_fixed:
-                network.bring = bringing(model)  # type: ignore[method-assign]
-            network(latent, timestep, context)
-            if choice.cache_text_kv:
-                del rest
-    del network.ordered_blocks
-    for name, tensor in meta.items():
-        assign(network, name, tensor)
-    return memory.peak
+        if choice.transient_fixed:
+            network.bring = bringing(model)  # type: ignore[method-assign]
+        try:
+            yield network
+        finally:
+            network.forget_angles()
+            network.bring = bring  # type: ignore[method-assign]
+            del network.ordered_blocks
+            for name, tensor in meta.items():
+                assign(network, name, tensor)
+
+
+def inputs_of(model: StreamedWan, plan: MemoryPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Latent, timestep and text of a pass."""
+    latent = torch.empty(plan.work.batch, model.config.in_channels, *plan.work.latent_size)
+    text = torch.empty(plan.work.batch, model.config.text_tokens, model.config.text_dim)
+    return latent, torch.empty(plan.work.batch), text
+
+
+def prompt_of(model: StreamedWan, plan: MemoryPlan, text: Tensor) -> tuple[Context, Tensor | None]:
+    """The embedded prompt, and its keys and values in all blocks where they are kept."""
+    network = model.model
+    context = network.embed_context(text)
+    if not plan.choice.cache_text_kv:
+        return context, None
+    # as `StreamedModel.visit` and its shelf do
+    optional = max(layout.part_bytes(Part.OPTIONAL) for layout in model.weights.layouts)
+    ring = torch.empty(2 * optional, dtype=torch.uint8)
+    made = [block.cross_attn.keys_values(context) for block in network.ordered_blocks().values()]
+    kept = torch.empty(plan.model.text_cache_bytes(plan.work), dtype=torch.uint8)
+    shelf = kept.view(made[0].pairs[0][0].dtype)
+    shapes = [pair[0].shape for pair in made[0].pairs]
+    at = 0
+    context.keys_values = []
+    for _ in made:
+        pairs = []
+        for shape in shapes:
+            size = shape.numel()
+            pairs.append((shelf[at : at + size].view(shape), shelf[at + size : at + 2 * size].view(shape)))
+            at += 2 * size
+        context.keys_values.append(KeysValues(pairs))
+    del ring, made
+    return context, kept
+
+
+def weights_of(model: StreamedWan, plan: MemoryPlan) -> list[int]:
+    """Bytes of each allocation for weights and their ring, in order."""
+    return list(filter(None, (plan.denoise.fixed_weights, plan.denoise.residents, plan.denoise.ring)))
 
 
 def assign(network: nn.Module, name: str, tensor: Tensor) -> None:

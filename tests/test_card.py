@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from lowvram_video.card.models import published_models
 from lowvram_video.card.picture import draw_card
 from lowvram_video.card.table import describe_card
 from lowvram_video.cli.main import main
-from lowvram_video.memory.plan.footprint import GIB, Choice, Limits, WorkSize, compute_seconds
+from lowvram_video.memory.plan.footprint import GIB, Choice, Limits, WorkSize
 from lowvram_video.memory.plan.limits import limits_for, with_card
+from lowvram_video.memory.plan.pass_times import compute_seconds
 from lowvram_video.memory.plan.plan import plan_memory
 from lowvram_video.memory.plan.table import describe
 from lowvram_video.runtime.progress import Progress
@@ -368,7 +370,8 @@ class TestTimes:
         assert fast < between < slow
 
     def test_transfers_go_at_the_cards_rate(self) -> None:
-        plan = plan_memory(FP8, WORK, limits(4, synthetic()))
+        plan = plan_memory(FP8, WORK, limits(6, synthetic()))
+        assert plan.blocks.num_streamed and not plan.choice.in_stages
         assert plan.times.transfer == pytest.approx(plan.blocks.streamed_bytes / 10e9)
 
     def test_times_are_shown_of_a_measured_card_alone(self) -> None:
@@ -386,11 +389,19 @@ class TestTimes:
     def test_a_run_on_this_gpu_has_its_profile(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(card_profile, "card_key", lambda device: synthetic().card)
+        found_of = SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found_of)
         gpu = torch.device("cuda")
         assert limits_for(gpu, vram_budget_gib=8, measure=False).card is None
         save_profile(synthetic())
         found = limits_for(gpu, vram_budget_gib=8, measure=False)
         assert found.card == synthetic() and found.h2d_gbps == 10.0 and found.pageable_gbps == 4.0
+        assert found.context_bytes == limits(8).context_bytes
+        found_of.multi_processor_count = 170  # keeps memory for more threads, as an RTX 5090 does
+        more = limits_for(gpu, vram_budget_gib=8, measure=False).context_bytes
+        assert more == pytest.approx(170 / 132 * found.context_bytes, rel=1e-6)
+        found_of.multi_processor_count = 28  # an RTX 3060: no figure of it is known, so none is assumed
+        assert limits_for(gpu, vram_budget_gib=8, measure=False).context_bytes == found.context_bytes
         assert limits_for(CPU).card is None
 
     def test_plan_takes_another_cards_file(

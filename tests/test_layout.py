@@ -11,6 +11,7 @@ from lowvram_video.memory.stream.layout import (
     LayoutError,
     Part,
     bind,
+    in_one_piece,
     layout_block,
     unbind,
 )
@@ -143,3 +144,19 @@ def test_refusals_name_the_tensor() -> None:
         bind(Block(), layout, torch.zeros(layout.nbytes, dtype=torch.uint8))
     with pytest.raises(LayoutError, match="flat uint8 tensor of 256 bytes"):
         bind(Block(), layout, torch.zeros(255, dtype=torch.uint8))
+
+
+def test_tensors_of_any_dtype_and_shape_lie_in_one_allocation() -> None:
+    tensors = {
+        "weight": torch.randn(3, 5).to(torch.float8_e4m3fn),
+        "bias": torch.randn(7, dtype=torch.float64),
+        "scale": torch.tensor(0.5),
+        "across": torch.arange(6, dtype=torch.int16).view(2, 3).t(),
+        "none": torch.empty(0, 4, dtype=torch.bfloat16),
+    }
+    placed = in_one_piece(tensors.items(), [each.nbytes for each in tensors.values()], torch.device("cpu"))
+    assert len({each.untyped_storage().data_ptr() for each in placed.values()}) == 1
+    for name, tensor in tensors.items():
+        assert placed[name].dtype == tensor.dtype and placed[name].shape == tensor.shape
+        assert placed[name].storage_offset() * tensor.element_size() % ALIGNMENT == 0
+        assert torch.equal(placed[name].double(), tensor.double())

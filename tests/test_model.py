@@ -1,5 +1,7 @@
 """The transformer against diffusers' WanTransformer3DModel with the same weights, fp32."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -8,7 +10,8 @@ from lowvram_video.transformer import workspace
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.checkpoint import official_names
 from lowvram_video.wanvideo.network.config import WanConfig
-from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.wanvideo.network.embeddings import AxisPositions
+from lowvram_video.wanvideo.network.model import Extras, WanModel
 
 TINY = {"dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 3, "text_dim": 24, "freq_dim": 32}
 VARIANTS = {
@@ -173,6 +176,43 @@ def test_a_batch_equals_its_samples_in_turn() -> None:
     for i in range(2):
         alone = model(**{name: tensor[i : i + 1] for name, tensor in inputs.items()})
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+class Turned:
+    """Self-attention of a pass whose tokens come last one first, and with them all that is theirs."""
+
+    reorders = True
+
+    def __init__(self, model: WanModel) -> None:
+        self.attend = model.execution.attention.attend
+        self.turned = False
+
+    def begin_layer(self, layer: int, tokens: Sequence[torch.Tensor], spare: torch.Tensor) -> None:
+        for each in [] if self.turned else tokens:
+            each.copy_(each.flip(0))
+        self.turned = True
+
+    def end(self, tokens: torch.Tensor, spare: torch.Tensor) -> None:
+        tokens.copy_(tokens.flip(0))
+
+
+def test_angles_are_kept_for_the_next_pass_unless_they_were_brought_in_another_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = VARIANTS["t2v"]
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config, batch=1)
+    with torch.no_grad():
+        want = model(**inputs)
+        kept = model.angles((3, 4, 5), Extras(), inputs["latent"].device)
+        assert model.angles((3, 4, 5), Extras(), inputs["latent"].device) is kept
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "begin_attention", lambda *given: Turned(model))
+            torch.testing.assert_close(model(**inputs), want, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(**inputs), want)
+        shifted = Extras(positions=AxisPositions(shift=(2.0, 0.0, 0.0)))
+        assert not torch.equal(model.angles((3, 4, 5), shifted, inputs["latent"].device).sin, kept.sin)
+        other = {**inputs, "latent": inputs["latent"][..., :8]}
+        assert torch.equal(model(**other), ours_of(config, reference_of(config))(**other))
 
 
 def test_cached_keys_and_values_change_nothing() -> None:

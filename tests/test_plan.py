@@ -19,9 +19,9 @@ from lowvram_video.memory.plan.footprint import (
     ModelFootprint,
     VaeFootprint,
     WorkSize,
-    compute_seconds,
     decode_memory,
 )
+from lowvram_video.memory.plan.pass_times import compute_seconds
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from lowvram_video.memory.plan.table import describe, reasons
 from lowvram_video.memory.plan.tiles import strip_rows
@@ -119,6 +119,24 @@ class TestMonotonicity:
         if allowed.pinned_cap_bytes is not None:
             assert plan.host.pinned_bytes <= allowed.pinned_cap_bytes
         assert model.num_heads % plan.choice.head_groups == 0
+
+    def test_work_whose_attention_is_looked_at_has_all_queries_as_they_were_computed(self):
+        model = replace(FP8, packs_keys=True, vae=None)
+        plan = plan_memory(model, replace(LONG_480P, all_queries=True), limits(6))
+        while plan is not None:
+            assert plan.choice.query_chunk is None and not plan.choice.packed_keys
+            try:
+                plan = plan_leaner(plan)
+            except PlanError:
+                plan = None
+        assert plan_memory(model, LONG_480P, limits(2.4)).choice.packed_keys
+
+    def test_a_budget_that_the_leanest_plan_fills_is_not_refused(self):
+        for work in (LONG_480P, LONG_720P):
+            with pytest.raises(PlanError) as refused:
+                plan_memory(replace(FP8, vae=None), work, limits(1))
+            assert refused.value.smallest_budget_bytes is not None
+            plan_memory(replace(FP8, vae=None), work, Limits(refused.value.smallest_budget_bytes))
 
     def test_residents_are_spread_evenly(self):
         for count in range(41):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from lowvram_video.benchmarks.synthetic import CONFIGS, write_lora
 from lowvram_video.memory.plan.footprint import GIB, MIB, Limits
 from lowvram_video.memory.plan.plan import plan_memory
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.wanvideo.footprint import wan_work
+from lowvram_video.wanvideo.footprint import WanWork, wan_work
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.linear import linear
@@ -19,7 +19,8 @@ from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.linear import Linear
 from lowvram_video.weights.lora.file import LoraChoice
 
-from .dry_pass import DryAttention, DrySage, bytes_of_pass, use_gpu_kernels, write_header
+from .caching_allocator import CachingAllocator, ExpandableAllocator
+from .dry_pass import DryAttention, DrySage, bytes_of_pass, room_for_run, use_gpu_kernels, write_header
 
 # An H200's rates: plans then keep as many blocks and cache the text where a short clip is bound by its copies.
 RATES = {"tflops_matmul": 800.0, "tflops_attention": 570.0, "h2d_gbps": 55.0}
@@ -36,11 +37,17 @@ class Case:
     quantization: str = "none"
     attention: DryAttention = DryAttention()  # noqa: RUF009 - has no state
     rank: int = 0
+    steered: str = ""  # by what
 
     def __str__(self) -> str:
         width, height, frames = self.size
         words = [self.name, self.stored, self.quantization, self.attention.name, f"{width}x{height}x{frames}"]
-        return "-".join([*words, *(["lora"] if self.rank else []), f"{self.budget_gib:g}"])
+        more = ["lora"] if self.rank else []
+        return "-".join([*words, *more, *filter(None, [self.steered]), f"{self.budget_gib:g}"])
+
+    def work(self, config: WanConfig) -> WanWork:
+        work, seen = wan_work(config, self.size), self.steered == "seen"
+        return replace(work, nag=self.steered == "guided", seen_queries=seen, all_queries=seen)
 
 
 CASES = [
@@ -60,6 +67,10 @@ CASES = [
     Case("1.3b", "bf16", (672, 560, 45), 3.67, attention=DrySage()),
     Case("1.3b", "bf16", (832, 480, 81), 2, rank=64),
     Case("5b", "bf16", (992, 352, 65), 6),
+    Case("14b", "fp8", (832, 480, 81), 2.9, steered="guided"),
+    Case("14b", "fp8", (832, 480, 81), 2.5, "fp8_fast", steered="guided"),
+    Case("14b", "fp8", (832, 480, 81), 3.5, steered="seen"),
+    Case("14b", "fp8", (832, 480, 81), 8, steered="seen"),
 ]
 
 
@@ -91,12 +102,32 @@ def opened(case: Case, folder: Path) -> StreamedWan:
 def test_a_pass_takes_what_was_planned(case: Case, files: Path) -> None:
     model = opened(case, files)
     limits = Limits(int(case.budget_gib * GIB), attention=case.attention.workspace, **RATES)
-    plan = plan_memory(model.footprint(), wan_work(model.config, case.size), limits)
+    plan = plan_memory(model.footprint(), case.work(model.config), limits)
     counted = bytes_of_pass(model, plan)
     denoise = plan.denoise
     planned = denoise.activations + denoise.scratch + denoise.text + denoise.latents
     assert counted <= planned, f"{(counted - planned) / MIB:.1f} MiB more than planned, by {plan.choice}"
     assert planned <= counted + 0.05 * denoise.total, f"{(planned - counted) / MIB:.1f} MiB less, by {plan.choice}"
+
+
+# With much of the budget in odd pieces; the first one is a draw that an H200 had no room for in fixed segments.
+TIGHT = [
+    Case("1.3b", "bf16", (688, 1200, 29), 1.33, attention=DrySage()),
+    Case("14b", "fp8", (832, 480, 81), 2.6),
+    Case("14b", "Q4_K", (384, 656, 69), 5.43),
+]
+
+
+@pytest.mark.parametrize("case", TIGHT, ids=str)
+def test_an_allocator_of_the_budget_has_room_for_a_run(case: Case, files: Path) -> None:
+    model = opened(case, files)
+    limits = Limits(int(case.budget_gib * GIB), attention=case.attention.workspace, **RATES)
+    plan = plan_memory(replace(model.footprint(), vae=None), case.work(model.config), limits)
+    left = limits.vram_budget_bytes - plan.denoise.context
+    fixed, expandable = CachingAllocator(left), ExpandableAllocator(left)
+    room_for_run(model, plan, fixed, expandable)
+    taken = f"{fixed.peak / MIB:.0f} taken in fixed segments, {expandable.peak / MIB:.0f} in expandable ones"
+    print(f"{case}: {left / MIB:.0f} MiB, {(plan.denoise.total - plan.denoise.context) / MIB:.0f} planned, {taken}")
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float8_e4m3fn])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..memory.plan.footprint import Choice, Limits, ModelFootprint, VaeFootprint, WorkSize
 from .network.config import WanConfig
@@ -20,17 +20,27 @@ WAN22_ENCODER = VaeFootprint(1410 * 10**6, 1800, 1500, 210_000, 20_224, 1280)
 
 @dataclass(frozen=True)
 class WanWork(WorkSize):
-    """`controls` is how many control videos steer a model that takes such (VACE); `nag`: so does a negative prompt, by
-    attention to it. A step cache keeps `residuals` on the device, each of a sample's tokens."""
+    """`controls` is how many control videos steer a model that takes such (VACE).
+
+    `nag`: a negative prompt guides attention to the text. A step cache keeps `residuals` on the device, each of a
+    sample's tokens. `seen_queries`: something is shown the queries of self-attention beside what attention made of
+    them.
+    """
 
     controls: int = 1
     nag: bool = False
     residuals: int = 0
+    seen_queries: bool = field(default=False, kw_only=True)
 
     @property
     def residual_count(self) -> int:
         """How many a step cache has where every pass of a step has its own."""
         return self.batch * max(1, self.passes_per_step - self.nag)
+
+    def covers(self, other: WanWork) -> bool:
+        """Whether whoever planned for this has room for all that steers `other`."""
+        flags = ("nag", "seen_queries", "all_queries")
+        return self.controls >= other.controls and all(getattr(self, flag) >= getattr(other, flag) for flag in flags)
 
 
 def wan_work(
@@ -61,15 +71,35 @@ class WanFootprint(ModelFootprint):
         rays = work.batch * work.latent_positions * self.ray_channels
         return super().activation_bytes(work, choice, limits) + (streams + rays) * self.compute_bytes
 
-    def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """Attention to the negative prompt is beside that to the prompt; in groups of heads it lies in k's bytes."""
-        opposed = isinstance(work, WanWork) and work.nag and choice.head_groups == 1
-        beside = choice.query_rows(work) * self.dim * self.compute_bytes if opposed else 0
-        return super()._attention_bytes(work, choice, limits) + beside
-
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The adapter's convolution is over 3 x 3 positions: its weight cast, and as cuDNN lays it out."""
         adapter = 2 * 9 * self.dim**2 * self.compute_bytes if self.ray_channels else 0
         # tokens that others are added to are made before each of several cards has its own
         whole = work.cards * work.rows * self.dim * self.compute_bytes if self.ray_channels and work.cards > 1 else 0
-        return max(adapter + whole, super().temporary_bytes(work, choice, limits))
+        guided = self._guided_bytes(work, choice, limits) if isinstance(work, WanWork) and work.nag else 0
+        return max(adapter + whole, guided, super().temporary_bytes(work, choice, limits))
+
+    def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        seen = work.rows * self.dim * self.compute_bytes if isinstance(work, WanWork) and work.seen_queries else 0
+        return seen + super()._attention_bytes(work, choice, limits)
+
+    def _guided_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """Attention to a prompt and to a negative one, then to pictures in its place.
+
+        In groups of heads, and on several cards, attention replaces its queries: those for others are copies, one of
+        them in keys' bytes.
+        """
+        queries, grouped = choice.query_rows(work), choice.head_groups > 1 or work.cards > 1
+        kept = int(choice.packed_keys) + int(self.image_tokens > 0) if grouped else 2
+        rows = queries * self.dim * self.compute_bytes
+        workspace = rows if grouped else 0
+        if limits.attention is not None:
+            keys = work.batch * self.context_tokens
+            workspace += limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads)
+        return kept * rows + -(-workspace // choice.head_groups)
+
+    def _text_projection_bytes(self, work: WorkSize) -> int:
+        """Those of a negative prompt too, which are made beside the prompt's."""
+        guided = isinstance(work, WanWork) and work.nag
+        more = self.text_tokens * self.dim * (2 * 4 + 2 * self.compute_bytes) if guided else 0
+        return super()._text_projection_bytes(work) + more

@@ -110,6 +110,7 @@ class StreamedWan(StreamedModel[WanModel]):
             packs_keys=self.computes_in_8_bits and not self._compiled and not self.model.execution.is_sparse,
             streams_queries=not self.model.execution.is_sparse,
             row_bytes=self.row_bytes(dtype, config.ffn_dim),
+            key_row_bytes=self.key_row_bytes(dtype),
             product_bytes=self.product_bytes(),
             unpacked_bytes=self.unpacked_bytes(dtype),
             brought_bytes=sum(size for name, size in fixed.items() if name.startswith(TIME)),
@@ -249,6 +250,7 @@ class StreamedWan(StreamedModel[WanModel]):
 
     def forget_contexts(self) -> None:
         self._contexts, self._dropped = [], []
+        self.model.forget_angles()
 
     def _drop_contexts(self, num_new: int) -> None:
         """Make room for the contexts of `num_new` samples; keys and values have as much as was planned for."""

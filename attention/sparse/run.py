@@ -167,6 +167,10 @@ class AttentionPass:
         # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = outside_graphs(self.attend_now)
 
+    @property
+    def reorders(self) -> bool:
+        return self.sparse and self.orders
+
     def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
         """The next layer has its turn. Before the first that may be sparse, all `tokens [B * L, ...]` come in order.
 

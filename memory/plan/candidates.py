@@ -12,7 +12,6 @@ from itertools import accumulate, takewhile
 
 from ..stream.ring import ring_bytes
 from .footprint import (
-    FULL_SPEED_HEADS,
     GIB,
     Choice,
     DenoiseMemory,
@@ -20,9 +19,9 @@ from .footprint import (
     ModelFootprint,
     WeightBytes,
     WorkSize,
-    compute_seconds,
     denoise_memory,
 )
+from .pass_times import FULL_SPEED_HEADS, compute_seconds
 
 TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
@@ -111,12 +110,13 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
     """Candidates from the leanest up; each is at least as fast as the one before and has no fewer residents."""
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
-    queries = QUERY_CHUNKS[0] if model.streams_queries else None
+    queries = QUERY_CHUNKS[0] if model.streams_queries and not work.all_queries else None
+    packed_keys = model.packs_keys and not work.all_queries
     # who sets how many blocks arrive ahead means blocks
     in_stages = bool(model.stage_bytes) and limits.num_slots is None
     transient = model.transient_bytes > 0
     choice = Choice(
-        TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, transient, queries, in_stages, model.packs_keys
+        TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, transient, queries, in_stages, packed_keys
     )
     candidate = _candidate(model, work, limits, choice)
     yield candidate
@@ -140,13 +140,20 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
             yield candidate
 
 
-def fastest_candidate(model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int) -> Candidate | None:
-    """The last candidate that denoises in so many bytes, None where none does."""
-    fitting = None
-    for candidate in candidates(model, work, limits):
-        if candidate.denoise.total <= budget_bytes:
-            fitting = candidate
-    if fitting is None or not fitting.times.transfer_bound:
+def fastest_candidate(
+    model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int, spare_bytes: int = 0
+) -> Candidate | None:
+    """The last candidate that denoises in so many bytes, None where none does.
+
+    `spare_bytes` of them are left where a leaner way than that does: the leanest ones may take all.
+    """
+    known = list(candidates(model, work, limits))
+    leanest = min(each.denoise.total for each in known)
+    if leanest > budget_bytes:
+        return None
+    budget_bytes = max(budget_bytes - spare_bytes, leanest)
+    fitting = [each for each in known if each.denoise.total <= budget_bytes][-1]
+    if not fitting.times.transfer_bound:
         return fitting
     # what is too little for another resident goes into larger pieces: the predicted rates may be wrong
     for step in (_larger_chunk, _fewer_groups, _more_queries):

@@ -8,25 +8,17 @@ are the tokens of all samples of a pass.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from ...system.card_profile import CardProfile
-from .card_times import EAGER_PASSES, PLAIN, SDPA, PassParts, PassWork, gemm_share, pass_parts
+from .card_times import EAGER_PASSES, PLAIN, SDPA, PassWork
 
 MIB = 2**20
 GIB = 2**30
+# Outside PyTorch's allocator, on an H200 after models of every format ran in one process: libraries and kernels too.
+CONTEXT_BYTES = int(0.765 * GIB)
 UNLIMITED = 1 << 60  # VRAM, where the device has no memory of its own
-
-# Heads of an attention call, and the share of full speed it reaches with fewer, as with few rows (`GEMM_EFFICIENCY`).
-FULL_SPEED_HEADS = 8
-GROUPED_EFFICIENCY = 0.99
-FEW_HEADS_EFFICIENCY = 0.96
-# Likewise for the queries of one attention call; measured with cuDNN at 32,760 and 75,600 tokens.
-QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
-# To unpack keys and values takes as long as attention to them for so many rows (1.5 x TFLOP/s / TB/s: of an H200 214,
-# of an RTX 4090 225).
-UNPACKING_ROWS = 220
 
 # Token-sized tensors that a block of Wan's reads and writes between its products: norms (2 each), rotated q and k,
 # attention's result over q, residuals (3 each).
@@ -80,11 +72,12 @@ class ModelFootprint:
     time: 0 where weights are stored in the compute dtype. `transient_bytes` of the fixed ones are needed only for a
     moment before the blocks, and can be brought for it; `brought_bytes` of them at a time, in the bytes of q, k and v
     where these suffice. `unpacked_bytes` are the most that is made of one of the fixed ones when it is used.
-    `row_bytes` of a row of a chunk are there beside what is normed or added of it: in 8 bits what is multiplied.
-    `product_bytes` come to it for a chunk of any size. `streams_queries`: q can be made for some rows at a time.
-    `stage_bytes` are those of each block's largest stage, where blocks can be streamed in stages. `packs_keys`: keys
-    and values may be kept in 8 bits, as the user computes in 8 bits anyway. `form` is the name of the format that most
-    of the blocks' weights have, `attention` that of the backend: by them a card's measurements are looked up.
+    `row_bytes` of a row of a chunk are there beside what is normed or added of it: in 8 bits what is multiplied;
+    `key_row_bytes` are those of a layer that makes keys. `product_bytes` come to it for a chunk of any size.
+    `streams_queries`: q can be made for some rows at a time. `stage_bytes` are those of each block's largest stage,
+    where blocks can be streamed in stages. `packs_keys`: keys and values may be kept in 8 bits, as the user computes in
+    8 bits anyway. `form` is the name of the format that most of the blocks' weights have, `attention` that of the
+    backend: by them a card's measurements are looked up.
     """
 
     name: str
@@ -108,6 +101,7 @@ class ModelFootprint:
     brought_bytes: int = 0
     unpacked_bytes: int = 0
     row_bytes: int = 0
+    key_row_bytes: int = 0
     product_bytes: int = 0
     vae: VaeFootprint | None = None
     form: str = PLAIN
@@ -143,18 +137,21 @@ class ModelFootprint:
 
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The largest of what is needed for a moment of a block."""
-        chunk = min(choice.token_chunk, work.rows)
-        # eager steps work in fp32
-        normed = self.dim * self.compute_bytes * (3 if choice.packed_keys else 1)  # k and v before they are packed
-        if not limits.fused:
-            normed = max(16 * self.dim, 8 * self.ffn_dim)
+        chunk, row = min(choice.token_chunk, work.rows), self.dim * self.compute_bytes
+        normed = self._normed_bytes(limits)
         products = chunk * self.row_bytes + self.product_bytes
+        packing = chunk * (max(2 * row, normed) + self.key_row_bytes) + self.product_bytes  # k, then v, beside x
         return max(
             self._attention_bytes(work, choice, limits),
             chunk * normed + products,
+            packing if choice.packed_keys else 0,
             self._attended_bytes(work, choice) + products,
             0 if choice.cache_text_kv else self._text_projection_bytes(work),
         )
+
+    def _normed_bytes(self, limits: Limits) -> int:
+        """Of a row that is normed; eager steps work in fp32."""
+        return self.dim * self.compute_bytes if limits.fused else max(16 * self.dim, 8 * self.ffn_dim)
 
     def _attended_bytes(self, work: WorkSize, choice: Choice) -> int:
         """Attention's output while it is projected, into q's bytes; in groups it was copied there itself."""
@@ -170,7 +167,10 @@ class ModelFootprint:
         if limits.attention is not None:
             over_tokens += limits.attention.nbytes(queries, work.rows, self.num_heads, head_dim)
             over_text += limits.attention.nbytes(queries, work.batch * self.context_tokens, self.num_heads, head_dim)
-        over_tokens += 2 * work.rows * self.dim * self.compute_bytes if choice.packed_keys else 0  # k and v unpacked
+        if choice.packed_keys:  # k and v unpacked
+            over_tokens += 2 * work.rows * self.dim * self.compute_bytes
+        if work.all_queries and choice.head_groups > 1:  # others' functions take q, k and v in one piece each
+            over_tokens += (queries + 2 * work.rows) * self.dim * self.compute_bytes
         return -(-max(over_tokens, over_text) // choice.head_groups)
 
     def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
@@ -245,7 +245,8 @@ class WorkSize:
     """What to make: a video of `frames` x `height` x `width` pixels, `batch` samples in one forward pass.
 
     `passes_per_step` is 2 where guidance runs cond and uncond one after the other. Each pass is made by so many `cards`
-    together.
+    together. `all_queries`: something looks at attention that must see all queries, keys and values at once, as they
+    were computed.
     """
 
     frames: int
@@ -256,6 +257,7 @@ class WorkSize:
     stride: tuple[int, int, int] = (4, 8, 8)
     patch: tuple[int, int, int] = (1, 2, 2)
     cards: int = 1
+    all_queries: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "batch", "passes_per_step", "cards"):
@@ -341,7 +343,7 @@ class DenoiseMemory:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, line.name) for line in fields(self))
 
 
 @dataclass(frozen=True)
@@ -356,8 +358,8 @@ class CardBudget:
 class Limits:
     """What a run may use, what the machine brings, and what the user fixed by hand.
 
-    `vram_budget_bytes` is for the whole process. `context_bytes` of it is what lies outside PyTorch's allocator, as
-    measured on an H200 after models of every format ran in one process: smaller cards have less. `ram_budget_bytes` and
+    `vram_budget_bytes` is for the whole process. At most `context_bytes` of it lie outside PyTorch's allocator
+    (see `limits.py: context_bound`). `ram_budget_bytes` and
     `pinned_cap_bytes` are unlimited when None. `blocks_to_swap` is -1 for the planner's choice, or exactly that many
     streamed blocks; `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels
     run here, `attention` what its backend takes (None: next to nothing).
@@ -367,7 +369,7 @@ class Limits:
     """
 
     vram_budget_bytes: int
-    context_bytes: int = int(0.765 * GIB)
+    context_bytes: int = CONTEXT_BYTES
     ram_budget_bytes: int | None = None
     pinned_cap_bytes: int | None = None
     blocks_to_swap: int = -1
@@ -421,31 +423,3 @@ def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile:
     moving = height * width * (vae.cache_bytes_per_pixel + vae.working_bytes_per_pixel)
     moving += 2 * 4 * work.batch * work.latent_positions * latent_channels
     return context_bytes + vae.weight_bytes + moving + SLACK_BYTES + int(SLACK_FRACTION * moving)
-
-
-def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> float:
-    """Predicted time of one pass when no block has to be waited for."""
-    parts = measured_parts(model, work, choice, limits) or _assumed_parts(model, work, choice, limits)
-    share = gemm_share(choice.token_chunk) if choice.token_chunk < work.rows else 1.0  # all at once is the best
-    few_heads = model.num_heads < FULL_SPEED_HEADS * choice.head_groups
-    attention_share = 1.0
-    if choice.head_groups > 1:
-        attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
-    queries = choice.query_rows(work)
-    if choice.packed_keys:
-        attention_share /= 1 + UNPACKING_ROWS / queries
-    if queries < work.rows:
-        attention_share *= next(share for least, share in QUERY_EFFICIENCY if queries >= least)
-    return parts.products / share + parts.attention / attention_share + parts.other
-
-
-def measured_parts(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> PassParts | None:
-    """The parts of a pass by what was measured of the card; None where that does not tell."""
-    if limits.card is None:
-        return None
-    return pass_parts(limits.card, model.pass_work(work, choice.cache_text_kv, limits.fused))
-
-
-def _assumed_parts(model: ModelFootprint, work: WorkSize, choice: Choice, limits: Limits) -> PassParts:
-    products, attention = model.pass_flops(work, choice.cache_text_kv)
-    return PassParts(products / (limits.tflops_matmul * 1e12), attention / (limits.tflops_attention * 1e12), 0.0)

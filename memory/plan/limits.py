@@ -9,11 +9,12 @@ import torch
 
 from ...system.card_profile import H2D_PAGEABLE, H2D_PINNED, CardProfile, profile_of
 from ..stream.pinned import default_pinned_cap
-from .footprint import GIB, UNLIMITED, AttentionBytes, Limits
+from .footprint import CONTEXT_BYTES, GIB, UNLIMITED, AttentionBytes, Limits
 from .rates import Rates, measure_rates
 
 logger = logging.getLogger(__name__)
 
+CONTEXT_PROCESSORS = 132  # of the card on which `CONTEXT_BYTES` were measured
 RESERVE_BYTES = GIB // 2  # left to the desktop when the budget is what is free
 
 
@@ -45,7 +46,7 @@ def limits_for(
         fused=fused,
         attention=attention,
     )
-    limits = with_card(limits, profile_of(device))
+    limits = replace(with_card(limits, profile_of(device)), context_bytes=context_bound(device))
     if not measure:
         return limits
     if limits.card is None:
@@ -58,6 +59,18 @@ def limits_for(
         return replace(limits, vram_budget_bytes=min(total, limits.vram_budget_bytes))
     # what is free, and the context that this process has already
     return replace(limits, vram_budget_bytes=min(total, free + limits.context_bytes) - RESERVE_BYTES)
+
+
+def context_bound(device: torch.device) -> int:
+    """The most that a process has of a card outside PyTorch's allocator, tables of pinned memory apart.
+
+    The driver keeps memory for all threads that a card runs at a time, beside the libraries' code: what was measured on
+    an H200 holds for cards of as many multiprocessors, which are all GeForce ones but the RTX 5090 (170), or of fewer.
+    """
+    if not torch.cuda.is_available():
+        return CONTEXT_BYTES
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(CONTEXT_BYTES * max(1.0, processors / CONTEXT_PROCESSORS))
 
 
 def with_rates(limits: Limits, rates: Rates | None) -> Limits:

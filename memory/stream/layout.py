@@ -154,6 +154,20 @@ def layout_block(
     return BlockLayout(prefix, tuple(places), end, stream_bytes, in_stages)
 
 
+def in_one_piece(
+    tensors: Iterable[tuple[str, Tensor]], nbytes: Sequence[int], device: torch.device
+) -> dict[str, Tensor]:
+    """Tensors of so many bytes each on a device, in one allocation there: its allocator rounds each one up."""
+    sizes = [align(size) for size in nbytes]
+    places = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+    return {name: _copied(tensor, place) for (name, tensor), place in zip(tensors, places, strict=True)}
+
+
+def _copied(tensor: Tensor, place: Tensor) -> Tensor:
+    """A tensor's numbers in bytes that are no fewer."""
+    return place[: tensor.nbytes].copy_(tensor.flatten().view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
+
+
 def _stage_of(name: str, stages: Sequence[tuple[str, ...]], optional: bool = False) -> int:
     """The stage that a tensor belongs to; optional ones may belong to none: -1."""
     if not stages:

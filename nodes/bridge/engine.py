@@ -18,7 +18,7 @@ from ...attention.backend import Backend
 from ...compilation.blocks import dynamo_limits
 from ...memory.plan.candidates import RAM_MARGIN_BYTES
 from ...memory.plan.footprint import Limits, WorkSize
-from ...memory.plan.limits import hold_allocator, hold_budget, with_rates
+from ...memory.plan.limits import context_bound, hold_allocator, hold_budget, with_rates
 from ...memory.plan.plan import MemoryPlan, PlanError
 from ...memory.plan.rates import Rates, measure_rates
 from ...memory.plan.table import reasons
@@ -384,10 +384,10 @@ class Engine(Generic[S]):
             if not self.options.vram_budget_gb or self.device.type != "cuda":
                 yield
                 return
-            cards = self._cards(self.options)
+            cards, budget = self._cards(self.options), int(self.options.vram_budget_gb * GIB)
             try:
                 for card in cards:
-                    hold_budget(card, Limits(int(self.options.vram_budget_gb * GIB)))
+                    hold_budget(card, Limits(budget, context_bytes=context_bound(card)))
                 yield
             finally:
                 for card in cards:

@@ -37,12 +37,11 @@ class WanEngine(Engine[StreamedWan]):
         super().begin_run(phase)
         self._new_run = True
 
-    def work_size(self, latent_size: Sequence[int], batch: int, passes_per_step: int = 1, controls: int = 1) -> WanWork:
-        """The work of a pass over latents of `latent_size` (frames, height, width)."""
+    def work_size(self, latent_size: Sequence[int]) -> WanWork:
+        """The work of a pass over one sample's latent of `latent_size` (frames, height, width)."""
         frames, height, width = latent_size
         time, down, across = wan_work(self.streamed.config, (1, 1, 1)).stride
-        size = (width * across, height * down, (frames - 1) * time + 1)
-        return wan_work(self.streamed.config, size, batch, passes_per_step, controls)
+        return wan_work(self.streamed.config, (width * across, height * down, (frames - 1) * time + 1))
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
         return wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
@@ -59,7 +58,7 @@ class WanEngine(Engine[StreamedWan]):
 
     def choose_attention(self, shape: Sequence[int]) -> None:
         """Have the fastest attention for latents of a shape `[B, C, T, H, W]`, where the choice is ours."""
-        self.streamed.choose_attention(self.work_size(shape[2:], 1).tokens)
+        self.streamed.choose_attention(self.work_size(shape[2:]).tokens)
 
     def check_step_cache(self, settings: StepCacheSettings) -> None:
         choose_table(settings, self.streamed.config, self.streamed.checkpoint.path).check(settings.method)
@@ -121,30 +120,39 @@ class WanEngine(Engine[StreamedWan]):
         """Have the model on the device, planned for this work."""
         frames, height, width = latent.shape[2:]
         size = (frames + (extras.reference is not None), height, width)
-        controls = max(1, len(extras.vace_frames))
+        wanted = self._steered(self.work_size(size), extras)
         plan, new_run, self._new_run = self.streamed.plan, self._new_run, False
         if plan is not None and self.streamed.started:
-            planned, rows = plan.work, self.work_size(size, 1).rows
+            planned = plan.work
             assert isinstance(planned, WanWork)
             same = planned.latent_size == size and planned.batch == latent.shape[0]
-            goes_on = (same or (not new_run and rows <= planned.tokens)) and controls <= planned.controls
-            goes_on = goes_on and (planned.nag or extras.nag is None)
+            goes_on = (same or (not new_run and wanted.rows <= planned.tokens)) and planned.covers(wanted)
             if goes_on and not (new_run and self.could_be_faster(plan)):
                 return
         self.choose_attention(latent.shape)
         self.prepare()
-        self.start(self._plan_batch(size, latent.shape[0], controls, extras.nag is not None))
+        self.start(self._plan_batch(wanted, latent.shape[0]))
 
-    def _plan_batch(self, size: tuple[int, int, int], batch: int, controls: int, nag: bool) -> MemoryPlan:
-        """A plan for the batch, or for one sample at a time where only that fits.
+    def _steered(self, work: WanWork, extras: Extras) -> WanWork:
+        """The same work with what steers its passes, or looks at them."""
+        own = self.streamed.model.execution.attention
+        seen = extras.visitor.sees_attention
+        return replace(
+            work,
+            controls=max(1, len(extras.vace_frames)),
+            nag=extras.nag is not None,
+            seen_queries=seen,
+            all_queries=seen or extras.visitor.attention(own) is not own,
+        )
 
-        The prompt of `nag` has keys and values, and no pass.
-        """
+    def _plan_batch(self, work: WanWork, batch: int) -> MemoryPlan:
+        """A plan for a batch of such samples, or for one at a time where only that fits."""
+        beside = int(work.nag)  # prompts that have keys and values, and no pass
         # a single sample: cond and uncond probably come one after the other
-        single = replace(self.work_size(size, 1, 2 + nag, controls), nag=nag)
+        single = replace(work, batch=1, passes_per_step=2 + beside)
         if batch == 1:
             return self.plan(single)
         try:
-            return self.plan(replace(self.work_size(size, batch, 1 + nag, controls), nag=nag))
+            return self.plan(replace(work, batch=batch, passes_per_step=1 + beside))
         except PlanError:
             return self.plan(single)

@@ -20,9 +20,10 @@ from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Affine, Scale, parameter
 from ...transformer.nag import NagSettings, guide_
+from ...transformer.packed_heads import PackedHeads
 from ...transformer.transformer import Block
 from ...transformer.workspace import Pair, Workspace, within, writable
-from ...weights.linear.linear import Linear, project_together
+from ...weights.linear.linear import Linear, project_together, share_rows, write_product
 from ...weights.linear.projection import Projection
 from .config import WanConfig
 
@@ -222,6 +223,7 @@ class SelfAttention(nn.Module):
             if seen is not None:
                 hooks.attended(*(work.in_heads(t) for t in (attended, seen, work.keys)))
             project_out(to_out, attended, add, span, work)
+            del attended, seen  # before there are those of the next span
 
     def fill(self, normed: Normed, rope: Rope, work: Workspace) -> Pair:
         """Make k and v of all rows; q too where it exists for all at once, of the same normed rows."""
@@ -245,15 +247,30 @@ class SelfAttention(nn.Module):
         layers = (self.k, self.v) if work.streams_queries else (self.k, self.v, self.q)
         projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
         for rows in work.chunks():
-            x = normed(rows)
-            made = [torch.empty_like(x), torch.empty_like(x)]
-            outs = made if work.streams_queries else [*made, work.queries[rows]]
-            project_together(projections, x, outs)
-            for out, norm in zip([outs[0], *outs[2:]], (self.norm_k, self.norm_q), strict=False):
-                work.ops.rms_norm_(out, norm.weight, self.eps, rope, rows.start)
-            k.fill(rows, made[0])
-            v.fill(rows, made[1])
+            self._fill_packed_rows(rows, projections, normed(rows), (k, v), rope, work)
         return k, v
+
+    def _fill_packed_rows(
+        self,
+        rows: slice,
+        projections: Sequence[Projection],
+        x: Tensor,
+        packed: tuple[PackedHeads, PackedHeads],
+        rope: Rope,
+        work: Workspace,
+    ) -> None:
+        """Those rows of k and v, and of q where it is of all rows; one is made after the other, in one tensor."""
+        of_k, of_v, *of_q = share_rows(projections, x)
+        made, (k, v) = torch.empty_like(x), packed
+        write_product(projections[0], of_k, made)
+        work.ops.rms_norm_(made, self.norm_k.weight, self.eps, rope, rows.start)
+        k.fill(rows, made)
+        write_product(projections[1], of_v, made)
+        v.fill(rows, made)
+        if of_q:
+            q = work.queries[rows]
+            write_product(projections[2], of_q[0], q)
+            work.ops.rms_norm_(q, self.norm_q.weight, self.eps, rope, rows.start)
 
 
 class CrossAttention(nn.Module):
@@ -278,6 +295,7 @@ class CrossAttention(nn.Module):
             else:
                 attended = attend_guided(q, span, keys_values.pairs, keys_values.nag, work)
             project_out(to_out, attended, add, span, work)
+            del attended
 
     def keys_values(self, context: Context) -> KeysValues:
         """Keys and values of the conditioning; they depend on the prompt alone, not on the step."""

@@ -150,6 +150,7 @@ class WanModel(Transformer):
             self.vace_patch_embedding = PatchEmbedding(config, **factory, in_channels=config.vace_channels)
         self.ref_conv = ReferenceEmbedding(config, **factory) if config.reference_channels else None
         self.control_adapter = CameraAdapter(config, **factory) if config.camera_channels else None
+        self._angles: tuple[tuple[Any, ...], Rope] | None = None  # what they are of, and they
 
     def forward(
         self,
@@ -180,13 +181,7 @@ class WanModel(Transformer):
         if part is not None and times > 1:
             rows_per_group = part.share.run_of(tokens, times)
             time, modulation = (part.of_runs(each, times, batch, rows_per_group) for each in (time, modulation))
-        if extras.rotate is None:
-            rope = rotary_angles(grid, self.config.head_dim, latent.device, extras.positions)
-        else:
-            rope = given_angles(grid, extras.rotate, latent.device, extras.positions)
-        if part is not None:
-            rope = Rope(part.cut(rope.cos), part.cut(rope.sin))
-
+        rope = self.angles(grid, extras, latent.device, part)
         x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
         if work.residual_scale != 1:
             x.mul_(work.residual_scale)  # in place: no plan has room for a second one
@@ -213,6 +208,8 @@ class WanModel(Transformer):
         x, work, nag, visitor = state.x, state.work, extras.nag, extras.visitor
         state = replace(state, controls=self.embed_controls(x, extras, work))
         work.watched = watched = self.begin_attention(grid, state.rows_per_group, extras, work)
+        if watched is not None and watched.reorders:
+            self.forget_angles()  # in place: they are this pass's alone
         per_token = [x, state.rope.cos, state.rope.sin, *(control.tokens for control in state.controls)]
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
@@ -247,6 +244,28 @@ class WanModel(Transformer):
             key = (grid, num_sinks, apart, begun.orders)
             begun.order = watch.order_of(key, work.pool.device, lambda: video_order(grid, num_sinks, apart))
         return begun
+
+    def angles(
+        self, grid: tuple[int, int, int], extras: Extras, device: torch.device, part: Part | None = None
+    ) -> Rope:
+        """Those of all tokens, or of a card's `part` of them.
+
+        They are kept for the next pass: in an allocator of segments they would else lie in what is free between two
+        passes, and later leave no room there for what is larger.
+        """
+        if extras.rotate is not None:
+            rope = given_angles(grid, extras.rotate, device, extras.positions)
+            return rope if part is None else Rope(part.cut(rope.cos), part.cut(rope.sin))
+        key = (grid, extras.positions, device, None if part is None else part.mine)
+        if self._angles is None or self._angles[0] != key:
+            self._angles = None
+            rope = rotary_angles(grid, self.config.head_dim, device, extras.positions)
+            self._angles = key, rope if part is None else Rope(part.cut(rope.cos), part.cut(rope.sin))
+        return self._angles[1]
+
+    def forget_angles(self) -> None:
+        """Free what is kept between passes."""
+        self._angles = None
 
     def ordered_blocks(self) -> dict[str, WanBlock]:
         """All blocks by name, in the order of a pass; those of VACE stand after the block that they add to."""
@@ -346,7 +365,7 @@ class Head(nn.Module):
         out = x.new_empty(x.shape[0], self.head.out_features)
         work.scratch.reset()
         project = self.head.prepare(work.dtype)
-        for rows in work.chunks():
-            normed = work.ops.modulated_norm(x[rows], shift, scale, rows.start, rows_per_group, work.eps(self.eps))
-            project(normed, out=out[rows])
+        eps = work.eps(self.eps)
+        for rows in work.chunks():  # what is normed has no name, so that it is gone before the next rows are
+            project(work.ops.modulated_norm(x[rows], shift, scale, rows.start, rows_per_group, eps), out=out[rows])
         return out

@@ -46,6 +46,7 @@ class VaceBlock(WanBlock):
                 if bias is not None:  # beside tokens times a factor it would be too large
                     added.sub_(bias.to(added.dtype) * (1 - work.residual_scale))
                 state.x[rows].add_(added, alpha=control.strength)
+                del added  # before there are the next rows
 
     def join_(self, control: Tensor, x: Tensor, work: Workspace) -> None:
         """Control tokens `[rows, dim]`, in place, as they enter the first block beside the video's `x`."""

@@ -80,6 +80,8 @@ class WindowPass:
 class WindowAttention:
     """Self-attention of one such pass, whose layers say that they begin."""
 
+    reorders = True
+
     def __init__(self, state: WindowPass, grid: tuple[int, int, int], work: Workspace) -> None:
         self.state, self.num_heads = state, work.rows.num_heads
         self._dense: Backend = work.execution.attention

@@ -27,21 +27,39 @@ from .weight_format import PLAIN, Plain, WeightFormat
 UNPACKED_BYTES = 64 << 20  # of a weight that is used once: the timestep's projection of Wan 14B has 300 MiB in 16 bits
 MOST_TOGETHER = 3  # layers of one size that read the same rows: those of q, k and v
 
+SharedRows = tuple[Any, Tensor | None]  # rows as a form multiplies them, and what a low-rank update made of them
+
 
 def project_together(projections: Sequence[Projection], x: Tensor, outs: Sequence[Tensor]) -> None:
     """Write the products of several layers with the same rows.
 
     The rows are quantised once per form, and read once for all low-rank updates together.
     """
+    for project, shared, out in zip(projections, share_rows(projections, x), outs, strict=True):
+        write_product(project, shared, out)
+
+
+def share_rows(projections: Sequence[Projection], x: Tensor) -> list[SharedRows]:
+    """What each of several layers makes its product of with the same rows, for `write_product`."""
     hidden = iter(hidden_of([project for project in projections if isinstance(project, SideBranch)], x))
     forms: dict[str, Any] = {}
-    for project, out in zip(projections, outs, strict=True):
+    shared: list[SharedRows] = []
+    for project in projections:
         main = project.project if isinstance(project, SideBranch) else project
         if main.form not in forms:
             forms[main.form] = main.quantize(x)
-        main.multiply(forms[main.form], out=out)
-        if isinstance(project, SideBranch):
-            project.add_up_(out, next(hidden))
+        shared.append((forms[main.form], next(hidden) if isinstance(project, SideBranch) else None))
+    return shared
+
+
+def write_product(project: Projection, shared: SharedRows, out: Tensor) -> None:
+    """Write a layer's product with rows that it shares with others."""
+    rows, hidden = shared
+    if isinstance(project, SideBranch) and hidden is not None:
+        project.project.multiply(rows, out=out)
+        project.add_up_(out, hidden)
+    else:
+        project.multiply(rows, out=out)
 
 
 def project_gelu(project: Projection, x: Tensor, out: Tensor, gelu_: Callable[[Tensor], None]) -> None:
