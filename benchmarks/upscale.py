@@ -2,23 +2,23 @@
 
     python benchmarks/upscale.py --out results.json --public ~/FlashVSR
 
-832x480 becomes 1664x960. A second process holds the rest of the card, so that context and fragmentation count. Memory
-is measured for videos of 45 and of 405 frames. With --public, a checkout of OpenImagingLab/FlashVSR, its own pipeline
-runs beside, in all of the card: its block-sparse kernel where `block_sparse_attn` is installed, else dense attention on
-both sides (PyTorch's). --tiny tries all of it on a CPU, in small sizes.
+832x480 becomes 1664x960, and once 3328x1920. A second process holds the rest of the card, so that context and
+fragmentation count. Memory by length is that of one video of 405 frames from file to file, after 45, 121 and all of
+them. With --public, a checkout of OpenImagingLab/FlashVSR, its own pipeline runs beside, in all of the card: with its
+block-sparse kernel where `block_sparse_attn` is installed, else with dense attention, which ours is then measured with
+too. What fails is told, and the rest is measured. --tiny tries all of it on a CPU, in small sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 import tempfile
 import time
-import types
+import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +26,92 @@ import psutil
 import torch
 from lowvram_video.attention.masked_select import select_masked
 from lowvram_video.memory.plan.limits import hold_allocator
+from lowvram_video.runtime.progress import Progress
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.vae.tiny import TinyVAE
+from lowvram_video.video.writer import VideoWriter
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.upscale.decoder import CONDITIONAL
+from lowvram_video.wanvideo.upscale.film import FilmPlace, UpscaleFilm
 from lowvram_video.wanvideo.upscale.projection import LowQualityProjection, ProjectionConfig
-from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
+from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest, padded
 from lowvram_video.wanvideo.upscale.run import Upscaler
+from lowvram_video.wanvideo.upscale.source import VideoFile
 from measure import GIB, Ballast, Watch, bench_device, machine
+from public_flashvsr import import_public
 from synthetic import CONFIGS, write_checkpoint, write_random
-from torch import Tensor, nn
+from torch import Tensor
 
 TINY = WanConfig("t2v", 256, 256, 2, 2)
 
 
 @dataclass(frozen=True)
 class Case:
-    """`gib` of VRAM, 0: all of it."""
+    """`gib` of VRAM, 0: all of it. `file_to_file`: by way of video files, with readings of memory on the way."""
 
     num_frames: int
     gib: float
     scale: int = 2
     sparse_ratio: float = 2.0
-    quantization: str = "none"
+    file_to_file: bool = False
 
 
-CASES = (
+LIMITED = (
     Case(121, 6),
-    Case(121, 0),
-    Case(121, 0, sparse_ratio=0.0),
-    Case(45, 6),
-    Case(405, 6),
-    Case(45, 6, scale=4),
+    Case(121, 6, sparse_ratio=0.0),
+    Case(29, 6, scale=4),
+    Case(405, 6, file_to_file=True),
 )
+UNLIMITED = (Case(121, 0), Case(121, 0, sparse_ratio=0.0))
+READINGS = (45, 121, 405)
+PUBLIC_FRAMES = 117  # theirs are 8n - 3
+RATE = 24.0
 
 
-def write_files(folder: Path, tiny: bool, device: torch.device) -> UpscaleFiles:
+@dataclass
+class Bench:
+    """What the cases share, and what they found."""
+
+    options: argparse.Namespace
+    device: torch.device
+    files: UpscaleFiles
+    results: dict[str, Any]
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the small video."""
+        return (128, 64) if self.options.tiny else (832, 480)
+
+    @property
+    def config(self) -> WanConfig:
+        config = TINY if self.options.tiny else CONFIGS["1.3b"]
+        assert isinstance(config, WanConfig)
+        return config
+
+    def attempt(self, where: str, case: Case | None) -> None:
+        """Measure a case, ours or (None) the public code, and write down what came of it, or what went wrong."""
+        told = asdict(case) if case else {}
+        if time.perf_counter() - self.began > self.options.seconds:
+            self._note(where, {**told, "error": f"left out after {self.options.seconds:g} s"})
+            return
+        began = time.perf_counter()
+        try:
+            found = run_public(self) if case is None else run(self, case)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other cases are measured
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"[:400]}
+        self._note(where, {**told, **found, "took_seconds": time.perf_counter() - began})
+
+    def _note(self, where: str, found: dict[str, Any]) -> None:
+        self.results.setdefault(where, []).append(found)
+        self.options.out.write_text(json.dumps(self.results, indent=1))
+        print(where, found, flush=True)
+        hold_if(self.device)
+
+
+def write_files(folder: Path, config: WanConfig, tiny: bool, device: torch.device) -> UpscaleFiles:
     """Random files in bf16."""
-    config = TINY if tiny else CONFIGS["1.3b"]
-    assert isinstance(config, WanConfig)
     widths = (16, 16, 16, 16) if tiny else CONDITIONAL.widths
     projection = ProjectionConfig((32, 32) if tiny else (2048, 3072), config.dim)
     files = UpscaleFiles(*(folder / f"{name}.safetensors" for name in ("model", "projection", "decoder", "prompt")))
@@ -81,43 +128,82 @@ def write_files(folder: Path, tiny: bool, device: torch.device) -> UpscaleFiles:
 
 
 def small_frames(num_frames: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Noise, a frame at a time."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(num_frames):
-        yield torch.randint(0, 256, (1, size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    """Colours that move, a frame at a time, uint8 `[1, h, w, 3]`."""
+    across, down = (torch.arange(side, dtype=torch.float32) for side in size)
+    for number in range(num_frames):
+        waves = [
+            (across[None] / (20 + 7 * part) + down[:, None] / (31 - 5 * part) + number / (4 + part)).sin()
+            for part in range(3)
+        ]
+        yield torch.stack(waves, -1).mul_(127).add_(128).byte()[None]
 
 
-def run(files: UpscaleFiles, case: Case, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
+# --- ours -----------------------------------------------------------------------------------------------------
+
+
+def run(bench: Bench, case: Case) -> dict[str, Any]:
     """One video; the first two windows are for warming up."""
-    settings = RunSettings(device=device, vram_budget_gib=case.gib or None, quantization=case.quantization)
-    upscaler = Upscaler(files, settings)
+    settings = RunSettings(device=bench.device, vram_budget_gib=case.gib or None)
+    upscaler = Upscaler(bench.files, settings)
     request = UpscaleRequest(case.scale, sparse_ratio=case.sparse_ratio)
-    before, times, counts = psutil.Process().memory_info().rss, [], []
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    watch: Any = Watch() if device.type == "cuda" else NoWatch()
+    before = psutil.Process().memory_info().rss
+    free = torch.cuda.mem_get_info(bench.device)[0] if bench.device.type == "cuda" else 0
+    watch: Any = Watch() if bench.device.type == "cuda" else NoWatch()
+    marks = Marks(watch, free, before)
     with watch:
-        for frames in upscaler.frames(small_frames(case.num_frames, size), request, size):
-            times.append(time.perf_counter())
-            counts.append(len(frames))
-    hold_if(device)
-    timed = slice(2, None) if len(times) > 3 else slice(1, None)
-    seconds = (times[-1] - times[timed][0]) / max(1, sum(counts[timed][1:]))
+        if case.file_to_file:
+            through_files(bench, case.num_frames, upscaler, request, marks)
+        else:
+            marks.update(0, 0)
+            num_made = 0
+            for frames in upscaler.frames(small_frames(case.num_frames, bench.size), request, bench.size):
+                num_made += len(frames)
+                marks.update(num_made, 0)
     plan = upscaler.plan
     assert plan is not None
     return {
-        **asdict(case),
-        "seconds_per_frame": seconds,
+        "seconds_per_frame": marks.seconds_per_frame(),
         "vram_gib": (free - watch.min_free) / GIB,
         "planned_gib": plan.denoise.total / GIB,
         "rss_gib": (watch.rss_peak - before) / GIB,
+        "readings": marks.readings,
         "streamed_blocks": plan.blocks.num_streamed,
+        "decoder_in_ram": upscaler.model.parks_memory,
         "attention": upscaler.model.model.execution.attention.name,
-        "sparse_kernel": kernel_of(upscaler, device),
+        "sparse_kernel": select_masked(bench.device, settings.compute_dtype, upscaler.model.config.head_dim).name,
     }
 
 
-def kernel_of(upscaler: Upscaler, device: torch.device) -> str:
-    return select_masked(device, upscaler.settings.compute_dtype, upscaler.model.config.head_dim).name
+def through_files(bench: Bench, num_frames: int, upscaler: Upscaler, request: UpscaleRequest, marks: Marks) -> None:
+    """A video file made larger into another."""
+    with tempfile.TemporaryDirectory(dir=bench.options.folder) as name:
+        small = Path(name) / "small.mp4"
+        with VideoWriter(small, RATE, crf=28) as writer:
+            for frames in small_frames(num_frames, bench.size):
+                writer.write(frames)
+        UpscaleFilm(upscaler, VideoFile(small), request, marks).make(FilmPlace(Path(name) / "large.mp4"))
+
+
+class Marks(Progress):
+    """When how many frames were there, and the most of memory until then."""
+
+    def __init__(self, watch: Any, free: int, rss: int) -> None:
+        self._watch, self._free, self._rss = watch, free, rss
+        self._times: list[tuple[int, float]] = []
+        self.readings: list[dict[str, Any]] = []
+
+    def update(self, done: int, total: int) -> None:
+        self._times.append((done, time.perf_counter()))
+        wanted = [count for count in READINGS if count <= done]
+        if len(wanted) > len(self.readings):
+            vram, rss = (self._free - self._watch.min_free) / GIB, (self._watch.rss_peak - self._rss) / GIB
+            self.readings.append({"frames": wanted[-1], "vram_gib": vram, "rss_gib": rss})
+
+    def seconds_per_frame(self) -> float:
+        """After the first two windows, where there are more than these."""
+        first = self._times[3] if len(self._times) > 4 else self._times[1]
+        last = self._times[-1]
+        return (last[1] - first[1]) / max(1, last[0] - first[0])
 
 
 def hold_if(device: torch.device) -> None:
@@ -129,7 +215,7 @@ def hold_if(device: torch.device) -> None:
 class NoWatch:
     """Of a CPU."""
 
-    min_free = 0
+    min_free, rss_peak = 0, 0
 
     def __enter__(self) -> NoWatch:
         return self
@@ -141,126 +227,60 @@ class NoWatch:
 # --- the public code ------------------------------------------------------------------------------------------
 
 
-def public_pipeline(root: Path, files: UpscaleFiles, device: torch.device, tiny: bool) -> tuple[Any, str]:
-    """Their pipeline with our weights, and the name of its attention."""
-    kernel = import_public(root)
-    from public.models.wan_video_dit import WanModel
-    from public.pipelines.flashvsr_tiny import FlashVSRTinyPipeline
-    from safetensors.torch import load_file
-
-    folder = root / "examples/WanVSR/utils"
-    tools, decoders = (load(f"public_{name}", folder / f"{name}.py") for name in ("utils", "TCDecoder"))
-    config = TINY if tiny else CONFIGS["1.3b"]
-    assert isinstance(config, WanConfig)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = FlashVSRTinyPipeline(device=str(device), torch_dtype=dtype)
-    pipe.dit = WanModel(
-        config.dim, 16, config.ffn_dim, 16, config.text_dim, config.freq_dim, config.eps, (1, 2, 2), config.num_heads,
-        config.num_layers,
-    )  # fmt: skip
-    pipe.dit.load_state_dict(load_file(files.model))
-    weights = load_file(files.projection)
-    projection = tools.Buffer_LQ4x_Proj(3, config.dim, 1)
-    if tiny:  # the published widths are in its constructor
-        first, second = weights["conv1.weight"].shape[0], weights["conv2.weight"].shape[0]
-        how: dict[str, Any] = {"stride": (2, 1, 1), "padding": (1, 1, 1)}
-        projection.conv1 = tools.CausalConv3d(768, first, (4, 3, 3), **how)
-        projection.conv2 = tools.CausalConv3d(first, second, (4, 3, 3), **how)
-        projection.norm1, projection.norm2 = tools.RMS_norm(first, images=False), tools.RMS_norm(second, images=False)
-        projection.linear_layers = nn.ModuleList([nn.Linear(second, config.dim)])
-    projection.load_state_dict(weights)
-    projection.clear_cache()
-    stored = load_file(files.decoder)
-    widths = [stored[f"decoder.{index}.weight"].shape[0] for index in (1, 10, 16, 22)]
-    pipe.TCDecoder = decoders.build_tcdecoder(widths, str(device), dtype, 784)
-    pipe.TCDecoder.load_state_dict(stored)
-    pipe.dit.LQ_proj_in = projection
-    pipe.dit.to(device, dtype)
-    pipe.init_cross_kv(load_file(files.prompt)["context"].to(device, dtype))
-    return pipe, kernel
-
-
-def import_public(root: Path) -> str:
-    """Make their model and pipeline importable without the rest of their package; the attention that they get."""
-    if importlib.util.find_spec("block_sparse_attn") is None:
-        dense = types.ModuleType("block_sparse_attn")
-        dense.block_sparse_attn_func = _dense  # type: ignore[attr-defined]
-        sys.modules["block_sparse_attn"] = dense
-        kernel = "dense (PyTorch)"
-    else:
-        kernel = "block_sparse_attn"
-    for name in ("", ".models", ".pipelines", ".schedulers"):
-        module = types.ModuleType(f"public{name}")
-        module.__path__ = [str(root / "diffsynth" / name.removeprefix("."))]
-        sys.modules[module.__name__] = module
-    for name, needed in (
-        ("models.utils", ("hash_state_dict_keys",)),
-        ("models.wan_video_vae", ("WanVideoVAE", "RMS_norm", "CausalConv3d", "Upsample")),
-    ):
-        stub = types.ModuleType(f"public.{name}")
-        vars(stub).update(dict.fromkeys(needed, object))
-        sys.modules[stub.__name__] = stub
-    vars(sys.modules["public.models"])["ModelManager"] = object
-    base = types.ModuleType("public.pipelines.base")
-    vars(base)["BasePipeline"] = _BasePipeline
-    sys.modules[base.__name__] = base
-    return kernel
-
-
-class _BasePipeline(nn.Module):
-    """What their pipeline takes of its base."""
-
-    def __init__(self, device: str, torch_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.device, self.torch_dtype = device, torch_dtype
-
-    def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:
-        return height, width
-
-    def load_models_to_device(self, names: list[str]) -> None:
-        pass
-
-    def generate_noise(self, shape: tuple[int, ...], seed: int, device: str, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
-    return nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-
-
-def load(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @torch.inference_mode()
-def run_public(
-    root: Path, files: UpscaleFiles, num_frames: int, size: tuple[int, int], device: torch.device, tiny: bool
-) -> dict[str, Any]:
-    """Their pipeline on as many frames, in the size that ours pads to; the second run is timed."""
-    pipe, kernel = public_pipeline(root, files, device, tiny)
-    width, height = (-(-2 * side // 128) * 128 for side in size)
-    count = num_frames + 4
-    shown = torch.rand(1, 3, count, height, width, device=device).to(pipe.torch_dtype) * 2 - 1
-    ratio = 2.0 * 768 * 1280 / (height * width)
-    seconds = 0.0
-    for _ in range(2):
-        if device.type == "cuda":
+def run_public(bench: Bench) -> dict[str, Any]:
+    """Their pipeline, in the size that ours pads to; a shorter video has warmed it up."""
+    device, cuda = bench.device, bench.device.type == "cuda"
+    public = import_public(bench.options.public)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    pipe = public.whole(bench.files, bench.config, device, dtype)
+    width, height = padded(UpscaleRequest(2).size(*bench.size))
+    seconds, made = 0.0, 0
+    for num_frames in (29, 29 if bench.options.tiny else PUBLIC_FRAMES):
+        count = num_frames + 4
+        shown = torch.rand(1, 3, count, height, width, device=device).to(dtype) * 2 - 1
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         began = time.perf_counter()
         frames = pipe(
             cfg_scale=1.0, num_frames=count, height=height, width=width, LQ_video=shown, if_buffer=True,
-            topk_ratio=ratio, kv_ratio=3.0, local_range=11, seed=0,
+            topk_ratio=2.0 * 768 * 1280 / (height * width), kv_ratio=3.0, local_range=11, seed=0,
         )  # fmt: skip
         frames.float().sum().item()
-        seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_reserved() / GIB if device.type == "cuda" else 0.0
-    return {"seconds_per_frame": seconds / frames.shape[1], "vram_gib": peak, "attention": kernel}
+        seconds, made = time.perf_counter() - began, frames.shape[1]
+    peak = torch.cuda.max_memory_reserved() / GIB if cuda else 0.0
+    return {"num_frames": made, "seconds_per_frame": seconds / made, "vram_gib": peak, "attention": public.attention}
+
+
+# --- both -----------------------------------------------------------------------------------------------------
+
+
+def show(results: dict[str, Any]) -> None:
+    print("frames  scale  GiB given  sparse  s/frame  VRAM GiB  planned  RSS GiB  kernel")
+    for each in results.get("cases", []):
+        beginning = f"{each['num_frames']:6} {each['scale']:6} {each['gib'] or 'all':>10} {each['sparse_ratio']:7}"
+        if "error" in each:
+            print(f"{beginning}  {each['error']}")
+            continue
+        print(
+            f"{beginning} {each['seconds_per_frame']:8.3f} {each['vram_gib']:9.2f} {each['planned_gib']:8.2f} "
+            f"{each['rss_gib']:8.2f}  {each['sparse_kernel'] if each['sparse_ratio'] else each['attention']}"
+            f"{', from file to file' if each['file_to_file'] else ''}"
+        )
+        for reading in each["readings"] if each["file_to_file"] else ():
+            print(
+                f"    after {reading['frames']} frames: {reading['vram_gib']:.2f} GiB of VRAM, "
+                f"{reading['rss_gib']:.2f} GiB of RAM"
+            )
+    for said in results.get("public", []):
+        if "error" in said:
+            print(f"public code: {said['error']}")
+            continue
+        print(
+            f"public code, {said['num_frames']} frames: {said['seconds_per_frame']:.3f} s/frame, "
+            f"{said['vram_gib']:.2f} GiB, {said['attention']}"
+        )
 
 
 def main() -> None:
@@ -268,34 +288,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--public", type=Path, help="a checkout of OpenImagingLab/FlashVSR")
     parser.add_argument("--folder", type=Path, help="for the files of random weights (4 GB)")
+    parser.add_argument("--seconds", type=float, default=3600, help="after so many no further case begins")
     parser.add_argument("--tiny", action="store_true", help="small sizes")
     options = parser.parse_args()
-    device, size = bench_device(), ((128, 64) if options.tiny else (832, 480))
-    results: dict[str, Any] = {"machine": machine(), "size": size, "cases": []}
+    device = bench_device()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        files = write_files(Path(folder), options.tiny, device)
-        for case in CASES:
-            case = replace(case, num_frames=min(case.num_frames, 29)) if options.tiny else case
-            if device.type == "cuda" and case.gib:
-                with Ballast(case.gib):
-                    results["cases"].append(run(files, case, size, device))
-            else:
-                results["cases"].append(run(files, case, size, device))
-            options.out.write_text(json.dumps(results, indent=1))
+        bench = Bench(options, device, UpscaleFiles(*[Path(folder)] * 4), {"machine": machine()})
+        bench.results["size"] = bench.size
+        bench.files = write_files(Path(folder), bench.config, options.tiny, device)
+        bench.results["writing_seconds"] = time.perf_counter() - bench.began
+        given = max(case.gib for case in LIMITED)
+        with Ballast(given) if device.type == "cuda" else nullcontext():
+            for case in LIMITED:
+                bench.attempt("cases", _shortened(case) if options.tiny else case)
         if options.public is not None:
-            count = 29 if options.tiny else 117  # theirs are 8n - 3
-            results["public"] = run_public(options.public, files, count, size, device, options.tiny)
-            options.out.write_text(json.dumps(results, indent=1))
-    print("frames  scale  GiB given  sparse  s/frame  VRAM GiB  planned  RSS GiB  kernel")
-    for each in results["cases"]:
-        print(
-            f"{each['num_frames']:6} {each['scale']:6} {each['gib'] or 'all':>10} {each['sparse_ratio']:7} "
-            f"{each['seconds_per_frame']:8.3f} {each['vram_gib']:9.2f} {each['planned_gib']:8.2f} "
-            f"{each['rss_gib']:8.2f}  {each['sparse_kernel'] if each['sparse_ratio'] else each['attention']}"
-        )
-    if "public" in results:
-        said = results["public"]
-        print(f"public code: {said['seconds_per_frame']:.3f} s/frame, {said['vram_gib']:.2f} GiB, {said['attention']}")
+            bench.attempt("public", None)
+        for case in () if options.tiny else UNLIMITED[::-1]:
+            bench.attempt("cases", case)
+        bench.results["all_seconds"] = time.perf_counter() - bench.began
+        options.out.write_text(json.dumps(bench.results, indent=1))
+    show(bench.results)
+
+
+def _shortened(case: Case) -> Case:
+    return replace(case, num_frames=min(case.num_frames, 45 if case.file_to_file else 29))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Source of the architecture and of the parameter names: madebyollin/taehv `taehv.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from .checks import check_latent
 
 WIDTHS = (256, 128, 64, 64)
 GROWTH = (1, 2, 2)  # frames of one, after each resolution
-Memory = dict[int, Tensor]  # what each block that remembers saw last, by its place
+Memory = MutableMapping[int, Tensor]  # what each block that remembers saw last, by its place
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ class WindowAttention:
     def _mask(self, q: Tensor, keys: Tensor) -> Tensor:
         if self._near is None:
             self._near = near_blocks(self._grid, self.state.settings.local_range, q.device)
-        means = [each[0].unflatten(0, (-1, MASK_BLOCK)).float().mean(1) for each in (q, keys)]  # [blocks, H, D]
+        blocks = (each[0].unflatten(0, (-1, MASK_BLOCK)) for each in (q, keys))
+        means = [each.mean(1, dtype=torch.float32) for each in blocks]  # [blocks, H, D]
         heads = zip(*(each.split(HEADS, 1) for each in means), strict=True)
         settings, near = self.state.settings, self._near
         return torch.cat([choose_blocks(some, those, near, self.num_windows, settings) for some, those in heads])

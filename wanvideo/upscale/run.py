@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...attention.masked_select import select_masked
-from ...memory.plan.footprint import GIB
+from ...memory.plan.footprint import GIB, Limits, WorkSize
 from ...memory.plan.plan import MemoryPlan, PlanError
 from ...memory.report.report import RunReport
 from ...memory.stream.pinned import Registrar
@@ -25,11 +25,12 @@ from ...weights.files.checkpoint import Checkpoint, CheckpointError
 from ...weights.files.fingerprint import fingerprint
 from ...weights.files.open import open_checkpoint
 from .decoder import DECODER_FORMAT
+from .decoder_memory import DecoderMemory
 from .frames import in_order
 from .host_windows import HostWindows
 from .projection import PROJECTION_FORMAT
 from .request import UpscaleFiles, UpscaleRequest, padded
-from .stream import Networks, UpscaleStream, made
+from .stream import Networks, Remembered, UpscaleStream, made
 from .streamed import StreamedUpscaler, UpscaleFootprint, upscale_work
 
 
@@ -90,34 +91,40 @@ class Upscaler:
             window = replace(plan.model.window_size(plan.work), dtype=settings.compute_dtype)
             windows = HostWindows(window, settings.device, self.model.weights.budget)
             stack.callback(windows.release)
+            memory = DecoderMemory(settings.device, self.model.weights.budget, plan.model.parks_memory)
+            stack.callback(memory.release)
             masked = select_masked(settings.device, settings.compute_dtype, self.model.config.head_dim)
             networks = Networks(self.model, self._text(), projection, decoder, masked)
             self.progress.begin("upscale")
-            yield UpscaleStream(networks, windows, request, large)
+            yield UpscaleStream(networks, Remembered(windows, memory), request, large)
 
     def planned(self, request: UpscaleRequest, size: tuple[int, int]) -> MemoryPlan:
         """The plan of a video of `size` (width, height); PlanError where it does not fit."""
         self.model.kept_windows = request.kept_windows
         work = upscale_work(self.model.config, *padded(request.size(*size)))
         limits = hold_limits(self.settings, self.model.model.execution, self.model.host_bytes)
-        footprint = self.model.footprint()
-        assert isinstance(footprint, UpscaleFootprint)
-        remembered = footprint.window_size(work).host_bytes
-        if limits.ram_budget_bytes is not None:
-            left = limits.ram_budget_bytes - remembered
-            if left < 0:
-                raise PlanError(
-                    f"what {self.model.checkpoint.path.name} remembers of {work.width}x{work.height} takes "
-                    f"{remembered / GIB:.2f} GiB of RAM, and {limits.ram_budget_bytes / GIB:.2f} GiB are free: "
-                    "remember fewer windows, upscale less, or close other programs"
-                )
-            limits = replace(limits, ram_budget_bytes=left)
         self.model.parks_memory = False
         try:
-            return self.model.make_plan(work, limits)
+            return self.model.make_plan(work, self._less_remembered(work, limits))
         except PlanError:
             self.model.parks_memory = True
-            return self.model.make_plan(work, limits)
+            return self.model.make_plan(work, self._less_remembered(work, limits))
+
+    def _less_remembered(self, work: WorkSize, limits: Limits) -> Limits:
+        """The same limits without the RAM that a run remembers in; PlanError where there is less."""
+        if limits.ram_budget_bytes is None:
+            return limits
+        footprint = self.model.footprint()
+        assert isinstance(footprint, UpscaleFootprint)
+        remembered = footprint.remembered_bytes(work)
+        left = limits.ram_budget_bytes - remembered
+        if left < 0:
+            raise PlanError(
+                f"what {self.model.checkpoint.path.name} remembers of {work.width}x{work.height} takes "
+                f"{remembered / GIB:.2f} GiB of RAM, and {limits.ram_budget_bytes / GIB:.2f} GiB are free: "
+                "remember fewer windows, upscale less, or close other programs"
+            )
+        return replace(limits, ram_budget_bytes=left)
 
     def run_settings(self, request: UpscaleRequest) -> dict[str, Any]:
         """All that frames depend on beside the small ones."""

@@ -5,19 +5,22 @@ Source: Zhuang et al. 2025 (arXiv:2510.12747); OpenImagingLab/FlashVSR, `diffsyn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ...attention.masked import MaskedAttention
-from ...vae.tiny import Memory, TinyVAE
+from ...vae.retries import first_fitting
+from ...vae.tiny import TinyVAE
 from ..network.embeddings import AxisPositions
 from ..network.upscaling import WindowExtras
 from ..network.windows import WINDOW, WindowPass
 from .decoder import FRAMES, decode_next
+from .decoder_memory import DecoderMemory
 from .frames import coloured, enlarged
 from .host_windows import FIRST_WINDOWS, HostWindows
 from .projection import CLIP, LowQualityProjection, Seen
@@ -26,6 +29,30 @@ from .streamed import AHEAD, FIRST_FRAMES, NEXT_FRAMES, StreamedUpscaler
 
 TIMESTEP = 1000.0  # one step, from noise to the video
 SEED_STEP = 0x9E3779B97F4A7C15  # from window to window
+SMALL_PIECE = 1 << 16  # pixels that the decoder's convolutions make at a time where memory is short
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a step makes do with the device's memory, in the words of the log."""
+
+    name: str
+    parked: bool = True
+    piece_pixels: int | None = None
+    alone: bool = False  # the transformer leaves for what is done beside its passes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ROOMS = (
+    Room("as planned", parked=False),
+    Room("with what the decoder remembers in RAM"),
+    Room("in small pieces", piece_pixels=SMALL_PIECE),
+    Room("without the transformer beside it", piece_pixels=SMALL_PIECE, alone=True),
+)
 
 
 @dataclass(frozen=True)
@@ -39,19 +66,28 @@ class Networks:
     masked: MaskedAttention
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """What outlasts a step: windows of the transformer's layers, and what the decoder saw last."""
+
+    windows: HostWindows
+    decoder: DecoderMemory
+
+
 class UpscaleStream:
     """Give it the small video's frames, `wanted` of them at a time; it gives back as many as it can make of them."""
 
     def __init__(
-        self, networks: Networks, windows: HostWindows, request: UpscaleRequest, size: tuple[int, int]
+        self, networks: Networks, remembered: Remembered, request: UpscaleRequest, size: tuple[int, int]
     ) -> None:
         """`size` is the large video's, (width, height)."""
-        self.networks, self.windows, self.request = networks, windows, request
+        self.networks, self.windows, self.request = networks, remembered.windows, request
         self.size, self._padded = size, padded(size)
+        self._memory = remembered.decoder
+        self._rooms: tuple[Room, ...] = ROOMS  # the first is what sufficed last
         self.num_steps = 0
         self._small: list[Tensor] = []  # frames [h, w, 3] that were projected and are not made yet
         self._seen: Seen = ()
-        self._memory: Memory = {}
 
     @property
     def wanted(self) -> int:
@@ -75,16 +111,32 @@ class UpscaleStream:
         """
         assert len(frames) == self.wanted
         small = [*self._small, *frames]
-        latents, seen = self._denoised(frames)
-        device = self.networks.projection.conv1.weight.device
-        memory = {place: tensor.to(device) for place, tensor in self._memory.items()}
-        pictures = self._pictures(latents, small, memory)
+        latents, seen = self._latents(frames)
+        pictures = self._fitting(lambda: self._pictures(latents, small), "decoding")
         self.windows.commit()
-        if self.networks.model.parks_memory:
-            memory = {place: tensor.cpu() for place, tensor in memory.items()}
-        self._small, self._seen, self._memory = small[-AHEAD:], seen, memory
+        self._memory.commit()
+        self._small, self._seen = small[-AHEAD:], seen
         self.num_steps += 1
         return pictures
+
+    def _fitting(self, work: Callable[[], R], what: str, beside: bool = False) -> R:
+        """What `work` makes; where the device's memory does not suffice, in the next room, for the rest of the run.
+
+        The transformer stays for what is done by it, or `beside` it.
+        """
+
+        def made(room: Room) -> R:
+            self._rooms = self._rooms[self._rooms.index(room) :]
+            decoder = self.networks.decoder
+            if room.parked:
+                self._memory.park()
+            if room.piece_pixels is not None:
+                decoder.config = replace(decoder.config, piece_pixels=room.piece_pixels)
+            if room.alone and not beside:
+                self.networks.model.stop()
+            return work()
+
+        return first_fitting(self._rooms, made, what)
 
     def shown(self, frames: Sequence[Tensor]) -> Tensor:
         """Small frames as the networks see them, `[1, 3, t, H, W]`."""
@@ -97,7 +149,7 @@ class UpscaleStream:
 
     def tensors(self) -> dict[str, Tensor]:
         """All but the windows and the frames that it has seen last, by names."""
-        memory = {f"memory_{place}": tensor for place, tensor in self._memory.items()}
+        memory = {f"memory_{place}": tensor for place, tensor in self._memory.tensors().items()}
         return {**{f"seen_{number}": tensor for number, tensor in enumerate(self._seen)}, **memory}
 
     def take_up(self, num_steps: int, tensors: Mapping[str, Tensor], small: Iterator[Tensor]) -> Tensor:
@@ -106,9 +158,8 @@ class UpscaleStream:
         The last one of those. ValueError where there are fewer than there were.
         """
         device = self.networks.projection.conv1.weight.device
-        here = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._seen = tuple(here[f"seen_{number}"] for number in range(2))
-        self._memory = {int(name.split("_")[1]): each for name, each in here.items() if name.startswith("memory_")}
+        self._seen = tuple(tensors[f"seen_{number}"].to(device) for number in range(2))
+        self._memory.take_up({int(name.split("_")[1]): each for name, each in tensors.items() if name[:7] == "memory_"})
         self.num_steps = num_steps
         last = list(islice(small, self.num_made, self.num_taken))
         if len(last) != AHEAD:
@@ -118,13 +169,18 @@ class UpscaleStream:
 
     def begin_anew(self) -> None:
         """Forget all."""
-        self.num_steps, self._small, self._seen, self._memory = 0, [], (), {}
+        self.num_steps, self._small, self._seen = 0, [], ()
+        self._memory.take_up({})
         self.windows.windows = range(0)
 
     # A step
 
-    def _denoised(self, new: Sequence[Tensor]) -> tuple[Tensor, Seen]:
-        additions, seen = self._projected(new)
+    def _latents(self, frames: Sequence[Tensor]) -> tuple[Tensor, Seen]:
+        """The next latent frames, and what the projection saw last."""
+        additions, seen = self._fitting(lambda: self._projected(frames), "looking at the small video")
+        return self._fitting(lambda: self._denoised(additions), "denoising", beside=True), seen
+
+    def _denoised(self, additions: tuple[Tensor, ...]) -> Tensor:
         num_latents = WINDOW * (1 if self.num_steps else FIRST_WINDOWS)
         first = WINDOW * (self.num_steps + FIRST_WINDOWS - 1) if self.num_steps else 0
         noise = self.noise(num_latents)
@@ -133,7 +189,8 @@ class UpscaleStream:
         extras = WindowExtras(positions=AxisPositions(shift=shift), window=state)
         time = torch.tensor([TIMESTEP], device=noise.device)
         velocity = networks.model.begun_again(self.windows.begin_pass, noise, time, networks.text, extras)
-        return noise - velocity, seen
+        self.windows.end_pass()  # their place on the device is the decoder's next
+        return noise - velocity
 
     def noise(self, num_latents: int) -> Tensor:
         """That of the next latent frames, the same whenever the run was begun: `[1, 16, T, h, w]`."""
@@ -155,13 +212,14 @@ class UpscaleStream:
             clips.append(tokens)
         return tuple(torch.cat(layer) for layer in zip(*clips, strict=True)), seen
 
-    def _pictures(self, latents: Tensor, small: Sequence[Tensor], memory: Memory) -> Tensor:
+    def _pictures(self, latents: Tensor, small: Sequence[Tensor]) -> Tensor:
         """Frames uint8 of latents, one latent frame after the other; the video's first is of a single frame."""
+        self._memory.begin()
         made, first = [], 0
         for latent in latents.unbind(2):
-            last = first + (FRAMES if memory else 1)
+            last = first + (FRAMES if self._memory else 1)
             shown = self.shown(small[first:last])
-            frames = decode_next(self.networks.decoder, latent, shown, memory)
+            frames = decode_next(self.networks.decoder, latent, shown, self._memory)
             made.append(coloured(frames, shown, self.request.colour, self.size))
             first = last
         return torch.cat(made)

@@ -44,7 +44,7 @@ class UpscaleWork(WanWork):
 class UpscaleFootprint(WanFootprint):
     """`projection` and `decoder` work between passes, `kept_windows` are remembered.
 
-    `parks_memory`: what the decoder remembers is in RAM meanwhile.
+    `parks_memory`: what the decoder remembers is in RAM.
     """
 
     projection: ProjectionConfig = ProjectionConfig()  # noqa: RUF009 - immutable
@@ -57,23 +57,34 @@ class UpscaleFootprint(WanFootprint):
         rows = 2 * work.tokens // work.latent_size[0]  # of two latent frames
         return WindowSize(self.num_blocks, rows, self.dim, DTYPES[self.compute_bytes], self.kept_windows)
 
+    def remembered_bytes(self, work: WorkSize) -> int:
+        """What a run remembers in RAM."""
+        # of this step and of the one before, which a step that failed begins with again
+        parked = 2 * memory_bytes(self.decoder, work.height, work.width, self.compute_bytes) * self.parks_memory
+        return self.window_size(work).host_bytes + parked
+
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The most of a pass, of the projection and of the decoder, which take turns, and frames that wait."""
         work = replace(work, frames=FIRST_FRAMES)  # a video of any length has such a pass
         element, size = self.compute_bytes, (work.height, work.width)
         windows = self.window_size(work)
         later = replace(work, frames=NEXT_FRAMES - 3)  # two latent frames
-        first_pass = self._pass_bytes(work, choice, limits) + windows.device_bytes(first=True)
-        later_pass = self._pass_bytes(later, choice, limits) + windows.device_bytes(first=False)
-        remembered = memory_bytes(self.decoder, *size, element)
-        decoding = decode_bytes(self.decoder, *size, element)
+        first_pass = self.pass_bytes(work, choice, limits) + windows.device_bytes(first=True)
+        later_pass = self.pass_bytes(later, choice, limits) + windows.device_bytes(first=False)
+        remembered = 0 if self.parks_memory else memory_bytes(self.decoder, *size, element)
         added = 2 * self.projection.num_layers * work.rows * self.dim * element
         projecting = self.projection.clip_bytes(*size, element) + added
-        one_frame = 6 * 4 * 3 * work.height * work.width  # in fp32, as it is enlarged or coloured
-        beside = 0 if self.parks_memory else remembered
-        return max(first_pass, beside + max(later_pass, projecting), remembered + decoding + one_frame)
+        return max(first_pass, remembered + max(later_pass, projecting), self.decode_bytes(work))
 
-    def _pass_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+    def decode_bytes(self, work: WorkSize) -> int:
+        """The most while frames are decoded, and coloured one after the other."""
+        size = work.height, work.width
+        one_frame = 6 * 4 * 3 * work.height * work.width  # in fp32, as it is enlarged or coloured
+        # what was remembered before a step is kept for another try
+        remembered = 0 if self.parks_memory else 2 * memory_bytes(self.decoder, *size, self.compute_bytes)
+        return remembered + decode_bytes(self.decoder, *size, self.compute_bytes) + one_frame
+
+    def pass_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         added = self.projection.num_layers * work.rows * self.dim * self.compute_bytes
         windows = self.window_size(work)
         blocks, num_windows = work.tokens // MASK_BLOCK, work.latent_size[0] // 2
@@ -115,6 +126,9 @@ class StreamedUpscaler(StreamedWan):
         """The velocity of a pass; `begin` comes before it, and again where it is repeated with a leaner plan."""
 
         def run() -> Tensor:
+            if not self.started:  # it had left to make room
+                assert self.plan is not None
+                self.start(self.plan)
             begin()
             return self.model(latent, timestep, self.context(text, None), extras=extras)
 

@@ -1,0 +1,255 @@
+"""FlashVSR in little memory: what plans say is what is allocated, and running out of it costs time alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lowvram_video.fused.opaque import OpaqueOps
+from lowvram_video.memory.plan.footprint import GIB, Choice, Limits
+from lowvram_video.memory.plan.plan import plan_memory
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.transformer.workspace import Execution
+from lowvram_video.vae.tiny import TinyVAE
+from lowvram_video.wanvideo.network.config import WanConfig
+from lowvram_video.wanvideo.network.embeddings import AxisPositions
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.wanvideo.network.upscaling import UpscalingModel, WindowExtras
+from lowvram_video.wanvideo.network.windows import WindowPass
+from lowvram_video.wanvideo.upscale import stream
+from lowvram_video.wanvideo.upscale.decoder import CONDITIONAL, decode_next
+from lowvram_video.wanvideo.upscale.decoder_memory import DecoderMemory
+from lowvram_video.wanvideo.upscale.frames import coloured, enlarged
+from lowvram_video.wanvideo.upscale.host_windows import FIRST_WINDOWS, WindowSize
+from lowvram_video.wanvideo.upscale.projection import LowQualityProjection, ProjectionConfig
+from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
+from lowvram_video.wanvideo.upscale.run import Upscaler
+from lowvram_video.wanvideo.upscale.streamed import UpscaleFootprint, upscale_work
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .dry_pass import CountedMemory, DryAttention, assign
+from .tiny_flashvsr import save_flashvsr, small_video
+
+CONFIG = WanConfig("t2v", 1536, 8960, 12, 30)
+SIZES = {2: (1664, 1024), 4: (3328, 1920)}  # of 832x480, padded
+REQUEST = UpscaleRequest(seed=1, sparse_ratio=0.1, local_range=1, kept_windows=2)
+
+
+def footprint(**how: Any) -> UpscaleFootprint:
+    """Of the published model in bf16."""
+    network, projection = WanModel(CONFIG, device="meta"), LowQualityProjection(ProjectionConfig(), "meta")
+    block = _nbytes(network.blocks[0])
+    fixed = _nbytes(network) - CONFIG.num_layers * block + _nbytes(projection) + _nbytes(TinyVAE(CONDITIONAL, "meta"))
+    blocks = (block,) * CONFIG.num_layers
+    return UpscaleFootprint(
+        "FlashVSR", CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_heads, blocks, fixed, decoder=CONDITIONAL, **how
+    )
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(2 * each.numel() for each in module.state_dict().values())
+
+
+@pytest.mark.parametrize(("scale", "parks"), [(2, False), (4, True)])
+def test_832x480_made_larger_is_planned_in_6_gib(scale: int, parks: bool) -> None:
+    budget = int(5.75 * GIB)  # and something over
+    plan = plan_memory(footprint(parks_memory=parks), upscale_work(CONFIG, *SIZES[scale]), Limits(budget))
+    assert plan.denoise.total <= budget
+
+
+# --- what is allocated, counted on shapes of full size ---------------------------------------------------------
+
+
+class DryWindows:
+    """`HostWindows` without host memory."""
+
+    def __init__(self, size: WindowSize, num_kept: int) -> None:
+        self._size, self._kept = size, num_kept
+        whole = torch.empty(size.device_bytes(first=not num_kept), dtype=torch.uint8)
+        self._buffers = list(whole.chunk(2)) if num_kept else [whole]
+        self._room = size.most + 1 if num_kept else FIRST_WINDOWS
+
+    def open(self, layer: int, num_new: int) -> tuple[Tensor, Tensor]:
+        buffer, size = self._buffers[layer % len(self._buffers)], self._size
+        count = self._kept + num_new // size.rows
+        keys, values = (
+            buffer[which * self._room * size.nbytes :][: count * size.nbytes].view(size.dtype).view(-1, size.dim)
+            for which in (0, 1)
+        )
+        return keys, values
+
+    def close(self, layer: int) -> None:
+        pass
+
+
+class DryMasked:
+    name = "dry"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return q.new_empty(q.shape)
+
+
+@pytest.mark.parametrize(("num_kept", "num_latents"), [(0, 6), (3, 2)])
+def test_a_pass_takes_what_its_footprint_says(num_kept: int, num_latents: int) -> None:
+    config, said = replace(CONFIG, num_layers=1), footprint()
+    work = replace(upscale_work(CONFIG, *SIZES[4]), frames=4 * num_latents - 3)
+    choice = Choice(32768, 3, False, 0, False)
+    with FakeTensorMode(), torch.inference_mode():
+        network = UpscalingModel(config, device="cpu", dtype=torch.bfloat16)
+        network.execution = Execution(
+            torch.bfloat16, DryAttention(), OpaqueOps(), token_chunk=32768, head_groups=3, all_queries=True
+        )
+        with CountedMemory() as memory:
+            windows = DryWindows(said.window_size(work), num_kept)
+            added = torch.empty(work.rows, config.dim, dtype=torch.bfloat16)
+            state = WindowPass(windows, masked=DryMasked(), additions=(added,))
+            extras = WindowExtras(positions=AxisPositions(shift=(0.0, 0.0, 0.0)), window=state)
+            text = network.embed_context(torch.empty(1, config.text_tokens, config.text_dim))
+            network(torch.empty(1, 16, *work.latent_size), torch.empty(1), text, extras=extras)
+    planned = said.pass_bytes(work, choice, Limits(1 << 40)) + said.window_size(work).device_bytes(not num_kept)
+    latents = 2 * 4 * 16 * work.latent_positions  # which the plan has in a line of their own
+    print(f"{num_latents} latent frames: {memory.peak / GIB:.2f} GiB, planned {(planned + latents) / GIB:.2f}")
+    assert 0.9 * (planned + latents) < memory.peak <= 1.02 * (planned + latents)
+
+
+def test_decoding_takes_what_its_footprint_says() -> None:
+    width, height = SIZES[4]
+    decoder = TinyVAE(CONDITIONAL, "meta", torch.bfloat16)
+    with FakeTensorMode(), torch.inference_mode():
+        for name, tensor in list(decoder.named_parameters()):
+            assign(decoder, name, torch.empty(tensor.shape, dtype=tensor.dtype))
+        small = torch.empty(480, 832, 3, dtype=torch.uint8)
+        peaks = {}
+        for parked in (False, True):
+            remembered = _OffDevice() if parked else {}
+            for _ in range(2):
+                with CountedMemory() as memory:
+                    frame = enlarged(small, (width, height), (width, height)).to(torch.bfloat16)
+                    shown = torch.stack([frame] * 4, dim=1)[None]
+                    frames = decode_next(decoder, torch.empty(1, 16, height // 8, width // 8), shown, remembered)
+                    coloured(frames, shown, "adain", (width, height))
+                    del frame, shown, frames
+            peaks[parked] = memory.peak + sum(each.nbytes for each in remembered.values())
+    for parked, peak in peaks.items():
+        planned = footprint(parks_memory=parked).decode_bytes(upscale_work(CONFIG, width, height))
+        print(f"parked: {parked}: {peak / GIB:.2f} GiB, planned {planned / GIB:.2f}")
+        assert 0.85 * planned < peak <= 1.02 * planned
+
+
+class _OffDevice(dict[int, Tensor]):
+    """What is parked: its bytes are not the device's, a copy that is looked at is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._like: dict[int, torch.Size] = {}
+
+    def __setitem__(self, place: int, seen: Tensor) -> None:
+        self._like[place] = seen.shape
+
+    def get(self, place: int, default: Any = None) -> Any:
+        return torch.empty(self._like[place], dtype=torch.bfloat16) if place in self._like else default
+
+
+# --- running out of it -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> UpscaleFiles:
+    return save_flashvsr(tmp_path_factory.mktemp("flashvsr"))
+
+
+def upscaled(files: UpscaleFiles, num_frames: int = 29) -> Tensor:
+    frames = Upscaler(files, RunSettings()).frames(iter([small_video(num_frames, 64, 64)]), REQUEST, (64, 64))
+    return torch.cat(list(frames))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files: UpscaleFiles) -> Tensor:
+    return upscaled(files)
+
+
+@pytest.fixture
+def full_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[nn.Module], str, range], list[int]]:
+    """Have calls of a method, by their numbers, find the device full; the list grows by one with each call."""
+
+    def replaced(owner: type[nn.Module], name: str, numbers: range) -> list[int]:
+        real, calls = getattr(owner, name), []
+
+        def called(self: nn.Module, *args: Any, **named: Any) -> Any:
+            calls.append(len(calls))
+            if calls[-1] in numbers:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return real(self, *args, **named)
+
+        monkeypatch.setattr(owner, name, called)
+        return calls
+
+    return replaced
+
+
+PLACES = ((LowQualityProjection, "forward"), (WanModel, "forward"), (TinyVAE, "frames_of"))
+
+
+@pytest.mark.parametrize(("owner", "name"), PLACES)
+@pytest.mark.parametrize("numbers", [range(1), range(1, 2), range(7, 10)], ids=str)
+def test_out_of_memory_costs_time_alone(
+    files: UpscaleFiles,
+    undisturbed: Tensor,
+    full_at: Callable[..., list[int]],
+    owner: type[nn.Module],
+    name: str,
+    numbers: range,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the first step or a later one, of its first latent frame or the next; once, or until the transformer left."""
+    calls = full_at(owner, name, numbers)
+    made = upscaled(files)
+    if numbers.start < len(calls):
+        assert "out of VRAM" in caplog.text
+    # a leaner plan multiplies other numbers of rows at a time
+    assert int((made.int() - undisturbed.int()).abs().max()) <= (owner is WanModel)
+
+
+def test_memory_that_never_suffices_is_told(files: UpscaleFiles, full_at: Callable[..., list[int]]) -> None:
+    calls = full_at(TinyVAE, "frames_of", range(100))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        upscaled(files)
+    assert len(calls) == len(stream.ROOMS)
+
+
+def test_what_sufficed_is_kept_to(files: UpscaleFiles, full_at: Callable[..., list[int]]) -> None:
+    calls = full_at(TinyVAE, "frames_of", range(2))
+    upscaled(files)
+    assert len(calls) == 6 + 2 + 2  # latent frames of two steps, and the two tries
+
+
+def test_what_is_parked_is_the_same(files: UpscaleFiles, undisturbed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "ROOMS", stream.ROOMS[1:])
+    assert torch.equal(upscaled(files), undisturbed)
+
+
+def steps(memory: DecoderMemory, num_steps: int) -> Iterator[Tensor]:
+    for step in range(num_steps):
+        for attempt in range(2):  # the first one fails
+            memory.begin()
+            for number in range(2):
+                seen = memory.get(3)
+                memory[3] = torch.full((1, 2, 2, 2), 10.0 * step + number + 0.5 * (1 - attempt))
+                if attempt:
+                    yield torch.tensor([]) if seen is None else seen
+        memory.commit()
+
+
+def test_a_step_that_failed_changes_nothing_and_parking_takes_two_places() -> None:
+    pinned: list[Tensor] = []
+    budget = SimpleNamespace(pin=pinned.append, unpin=pinned.remove)
+    parked = DecoderMemory(torch.device("cpu"), budget, parked=True)  # type: ignore[arg-type]
+    said = [each.flatten()[:1].tolist() for each in steps(parked, 4)]
+    assert said == [each.flatten()[:1].tolist() for each in steps(DecoderMemory(torch.device("cpu")), 4)]
+    assert said == [[], [0], [1], [10], [11], [20], [21], [30]]
+    assert len(pinned) == 2
