@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..system.atomic_files import write_file
+from ..system.bounded_json import JsonError, read_json_object
 from ..system.card_profile import card_key, data_folder
 from ..system.kernel_choice import cuda_seconds
 from .backend import AttentionSpec, Backend
@@ -81,11 +82,10 @@ class KeptChoices:
 
     def _read(self) -> dict[str, Any]:
         try:
-            with open(self._path, "rb") as file:
-                data = json.loads(file.read(MOST_BYTES))
-        except (OSError, ValueError):
+            data = read_json_object(self._path, MOST_BYTES)
+        except (OSError, JsonError):
             return {}
-        choices = data.get("choices") if isinstance(data, dict) and data.get("format") == FORMAT else None
+        choices = data.get("choices") if data.get("format") == FORMAT else None
         return choices if isinstance(choices, dict) else {}
 
     def _key(self, mode: str, spec: AttentionSpec, size: AttentionSize) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..system.bounded_json import is_deep
 
 MOST_BYTES = 256 * 2**20  # of a file: a hundred thousand jobs have some fifty million
 MOST_LINE_BYTES = 2**20
@@ -57,7 +60,11 @@ def _read(number: int, line: bytes) -> Mapping[str, Any] | BadLine:
     if len(line) > MOST_LINE_BYTES:
         return BadLine(number, f"it has {len(line)} bytes, and a job at most {MOST_LINE_BYTES}")
     try:
-        values = json.loads(line.decode("utf-8"), object_pairs_hook=_no_doubles, parse_constant=_no_constant)
+        values = json.loads(
+            line.decode("utf-8"), object_pairs_hook=_no_doubles, parse_constant=_no_constant, parse_float=_finite
+        )
+        if is_deep(values):
+            raise RecursionError
     except UnicodeDecodeError:
         return BadLine(number, "it is no UTF-8 text: save the file as UTF-8")
     except json.JSONDecodeError as error:
@@ -93,6 +100,11 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)} twice: give it once")
     return values
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text[:40])
 
 
 def _no_constant(text: str) -> float:

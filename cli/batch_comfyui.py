@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..batch.job import Job, kind_of
 from ..batch.job_values import FILES, check_names
+from ..system.bounded_json import parse_json
 from ..system.content_key import run_key
 from ..system.output_lock import file_sha256
+from ..system.regular_files import read_regular
 from .batch_jobs import NO_OUTPUT, JobReader, ReadJob
 from .job_flags import checked_path
 
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
 MOST_BYTES = 64 * 2**20
+MOST_SEED = 2**64 - 1  # of ComfyUI's nodes
 EXPECTED = "expected a workflow that ComfyUI's page has saved"
 OWN = ("output", "workflow", "nodes", "overwrite")  # of a job; all others are values of the workflow
 
@@ -74,14 +76,13 @@ def _load(name: str) -> Mapping[str, Any]:
     example = EXAMPLES / f"{Path(name).name.removesuffix('.json')}.json"
     path = Path(name) if Path(name).is_file() else example
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{path} has more than {MOST_BYTES} bytes: it is no workflow")
-        workflow = json.loads(path.read_bytes())
-    except OSError:
+        workflow = parse_json(read_regular(path, MOST_BYTES), MOST_BYTES, most_integer=MOST_SEED)
+    except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in EXAMPLES.glob("*.json")))
         raise ValueError(f"{name}: no such workflow; give a file, or the name of an example: {known}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {EXPECTED}") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} cannot be read ({why}): {EXPECTED}") from None
     if not isinstance(workflow, dict):
         raise ValueError(f"{path} is {kind_of(workflow)}: {EXPECTED}")
     return workflow

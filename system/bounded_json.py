@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .regular_files import read_regular
 
 MOST_BYTES = 64 << 20  # of a file; the largest that are read are tokenizers, of 10 to 20 MB
 MOST_DEPTH = 64
-MOST_DIGITS = 20  # of a whole number: 2**63 has 19, and a sign
+MOST_DIGITS = 20  # of a whole number: 2**63 has 19, and a sign; 2**64 has 20
 LARGEST = 3.5e38  # of a number with a fraction: what fp32 holds
 
 
@@ -33,10 +34,17 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES, finite: bool = Tr
     return content
 
 
-def parse_json(text: bytes | str, most_bytes: int = MOST_BYTES, once: Collection[str] = (), finite: bool = True) -> Any:
+def parse_json(
+    text: bytes | str,
+    most_bytes: int = MOST_BYTES,
+    once: Collection[str] = (),
+    finite: bool = True,
+    most_integer: int = 2**63 - 1,
+) -> Any:
     """The value of a JSON text: UTF-8, whole numbers within 2^63, others finite and within fp32, no halves of
     characters, nested 64 deep at most. Of a key that comes twice the last counts, unless `once` has it. Python's NaN
-    and Infinity are JSON only where not `finite`: whoever reads them then says where they stand. JsonError.
+    and Infinity are JSON only where not `finite`: whoever reads them then says where they stand. `most_integer` is
+    2^64 - 1 where seeds are among them. JsonError.
     """
     if len(text) > most_bytes:
         raise JsonError(f"too large: {len(text):,} bytes of JSON, expected at most {most_bytes:,}")
@@ -44,7 +52,7 @@ def parse_json(text: bytes | str, most_bytes: int = MOST_BYTES, once: Collection
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         numbers: dict[str, Any] = {
-            "parse_int": _integer,
+            "parse_int": partial(_integer, most=most_integer),
             "parse_float": _number,
             "parse_constant": _refused if finite else float,
         }
@@ -59,7 +67,7 @@ def parse_json(text: bytes | str, most_bytes: int = MOST_BYTES, once: Collection
         raise JsonError(f"no valid JSON (no whole characters: {getattr(error, 'reason', error)})") from error
     except ValueError as error:
         raise JsonError(f"no valid JSON ({error})") from error
-    if _is_deep(value):
+    if is_deep(value):
         raise JsonError(f"nested deeper than {MOST_DEPTH}")
     return value
 
@@ -80,14 +88,14 @@ class _Objects:
         return made
 
 
-def _integer(text: str) -> int | float:
+def _integer(text: str, most: int) -> int | float:
     if len(text) > MOST_DIGITS:
         raise JsonError(f"no valid JSON (a whole number of {len(text):,} digits)")
     if text == "-0":
         return -0.0  # which counts nothing
     value = int(text)
-    if not -(2**63) <= value < 2**63:
-        raise JsonError(f"no valid JSON (the whole number {text} is beyond 2^63)")
+    if not -(2**63) <= value <= most:
+        raise JsonError(f"no valid JSON (the whole number {text} is beyond 2^{most.bit_length()})")
     return value
 
 
@@ -102,7 +110,8 @@ def _refused(name: str) -> Any:
     raise JsonError(f"no valid JSON ({name} is no number of it)")
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested deeper than anything that is read here."""
     layer = _inside([value])
     for _ in range(MOST_DEPTH):
         if not layer:

@@ -163,10 +163,12 @@ def test_flags_are_those_of_generate(
         ("[1]", "it is a list: expected an object"),
         ('{"seed": 1, "seed": 2}', "it has seed twice"),
         ('{"shift": NaN}', "NaN is no number that JSON has"),
+        ('{"shift": 1e999}', "1e999 is no number that JSON has"),
+        ('{"nodes": ' + "[" * 500 + "]" * 500 + "}", "it is nested too deep"),
         ('{"a": ' * 100000, "it is"),
         ('{"prompt": "' + "a" * 2**20 + '"}', "it has 1048590 bytes"),
     ],
-    ids=["half", "list", "twice", "nan", "deep", "long"],
+    ids=["half", "list", "twice", "nan", "beyond", "deep", "deeper", "long"],
 )
 def test_lines_that_are_no_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, reason: str) -> None:
     path = save(tmp_path / "jobs.jsonl", ["", json.dumps(job(tmp_path, 1)), line])

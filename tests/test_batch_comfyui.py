@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from lowvram_video.batch import comfyui_crew
 from lowvram_video.batch.workflow import check_prompt, make_prompt
+from lowvram_video.cli.batch_comfyui import workflow_reader
 from lowvram_video.cli.batch_crew import crew_for
 from lowvram_video.cli.main import main, make_parser
 
@@ -358,14 +359,25 @@ def test_a_proxy_whose_server_is_away_has_lost_it_for_a_moment(
     assert [each["status"] for each in results(tmp_path)] == ["begun", "lost", "begun", "made"]
 
 
-@pytest.mark.parametrize("broken", [{"1": {"class_type": "KSampler"}}, {"nodes": [{"id": 1}], "links": []}, {"1": {}}])
+BROKEN = ('{"1": {"class_type": "KSampler"}}', '{"nodes": [{"id": 1}], "links": []}', '{"1": {}}')
+DEEP = ('{"1": ' * 500 + "1" + "}" * 500, "[" * 10**5)
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, *DEEP], ids=["inputs", "type", "nothing", "deep", "deeper"])
 def test_a_broken_workflow_is_refused_before_the_start(
-    tmp_path: Path, serve: Callable[[Any], FakeServer], capsys: pytest.CaptureFixture[str], broken: Any
+    tmp_path: Path, serve: Callable[[Any], FakeServer], capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
-    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    (tmp_path / "broken.json").write_text(broken)
     server = serve(succeeds)
     assert batch(tmp_path, server, {"workflow": str(tmp_path / "broken.json")}) == 2
     assert "line 1: " in capsys.readouterr().err and not server.prompts
+
+
+def test_a_workflow_with_the_largest_seed_is_taken(tmp_path: Path) -> None:
+    workflow = {"1": {"class_type": "KSampler", "inputs": {"seed": 2**64 - 1}}}
+    (tmp_path / "w.json").write_text(json.dumps(workflow))
+    read = workflow_reader(str(tmp_path / "w.json"))(1, {"output": str(tmp_path / "a.mp4")})
+    assert read.job.request["workflow"] == workflow
 
 
 def test_why_a_server_is_not_there_is_told(

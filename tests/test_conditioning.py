@@ -1,5 +1,6 @@
 """Pictures as conditions: cropping, the I2V mask, and files that are no pictures."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,21 @@ def test_all_kinds_of_pixels_become_rgb(tmp_path: Path, mode: str) -> None:
     image = Image.new(mode, (48, 32)) if mode == "I;16" else source.convert(mode)
     image.save(path)
     assert load_image(path, 48, 32).shape == (1, 3, 1, 32, 48)
+
+
+@pytest.mark.parametrize("size", [(1, 30000), (30000, 1), (3, 20001)])
+def test_a_strip_is_cropped_before_it_is_resized(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Resized to the width of a video it would be of gigabytes."""
+    place = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    place[:, :, 1] = 100
+    middle = [slice(max(0, side // 2 - 8), side // 2 + 8) for side in (size[1], size[0])]
+    place[middle[0], middle[1], 0] = 255
+    Image.fromarray(place).save(tmp_path / "strip.png")
+    began = time.process_time()
+    pixels = load_image(tmp_path / "strip.png", 480, 320)
+    assert pixels.shape == (1, 3, 1, 320, 480) and time.process_time() - began < 1
+    shown = ((pixels[0, :, 0] + 1) * 127.5).round()
+    assert (shown[0] == 255).all() and (shown[1] == 100).all()
 
 
 def test_a_phone_picture_stands_upright(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lowvram_video.system.content_key import readable
 from lowvram_video.system.plain_text import printable, short, shown
 from lowvram_video.system.run_lock import RunLock
 from lowvram_video.video import stuck
-from lowvram_video.video.reader import read_video
+from lowvram_video.video.reader import read_video, video_size
 from lowvram_video.video.stuck import Watched
 from lowvram_video.video.writer import VideoError, VideoWriter, check_writable, join_videos
 
@@ -189,6 +189,8 @@ def test_a_hung_decoder_is_ended(tmp_path: Path, hung: None) -> None:
     (tmp_path / "v.mp4").write_bytes(b"any")
     with pytest.raises(ValueError, match=r"v\.mp4.*did nothing for 0\.5 s and was ended"):
         read_video(tmp_path / "v.mp4", 16, 16, 30)
+    with pytest.raises(ValueError, match=r"v\.mp4.*did nothing for 0\.5 s and was ended"):
+        video_size(tmp_path / "v.mp4")
 
 
 def test_a_program_that_ends_is_left_alone() -> None:

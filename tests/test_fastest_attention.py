@@ -101,7 +101,9 @@ def test_what_cannot_run_any_more_is_not_taken(timed: Any) -> None:
     assert calls[-1][0] == "sdpa"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": 9}', b'{"format": 1, "choices": [1]}', b"\xff" * 9])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"format": 9}', b'{"format": 1, "choices": [1]}', b"\xff" * 9, b"[" * 10**5]
+)
 def test_a_damaged_file_is_made_anew(damage: bytes, data: Path, timed: Any) -> None:
     timed(**SECONDS)
     data.parent.mkdir(parents=True)

@@ -23,7 +23,7 @@ from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.linear.block_scaled import BlockScaled, block_size
 from lowvram_video.weights.linear.fitting import holds_same
 from lowvram_video.weights.linear.quantize import quantize_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .quantizers import write_gguf
@@ -220,6 +220,22 @@ def test_a_vace_module_that_does_not_fit_is_refused(tmp_path: Path, vace_files: 
         assert not re.search("incomplete|download it again", str(caught.value))
     kind = file_kind(open_checkpoint(module).tensors)
     assert (kind.kind, kind.title) == ("wan vace module", "a Wan VACE module without its transformer")
+
+
+def test_a_damaged_vace_module_is_named_and_not_its_base(tmp_path: Path, vace_files: tuple[Path, Path, Path]) -> None:
+    _, base, module = vace_files
+    tensors = load_file(module)
+    linear = "vace_blocks.1.ffn.0.weight"
+    for changed in (
+        {name: tensor for name, tensor in tensors.items() if name != linear},
+        {**tensors, "vace_blocks.1.other": tensors[linear].clone()},
+        {**tensors, linear: tensors[linear].T.contiguous()},
+        {name: tensor for name, tensor in tensors.items() if not name.startswith("vace_blocks.0.")},
+        {name: tensor for name, tensor in tensors.items() if name != "vace_patch_embedding.weight"},
+    ):
+        damaged = save(changed, tmp_path / "damaged.safetensors")
+        with pytest.raises(CheckpointError, match=r"damaged\.safetensors: .*vace"):
+            StreamedWan(base, RunSettings(), vace_module=damaged)
 
 
 # --- variants --------------------------------------------------------------------------------------------

@@ -4,12 +4,16 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.video.writer import VideoError, VideoWriter, check_writable
+from lowvram_video.system.atomic_files import replace_file
+from lowvram_video.video.sound import Sound
+from lowvram_video.video.stuck import Watched
+from lowvram_video.video.writer import VideoError, VideoWriter, add_sound, check_writable
 from torch import Tensor
 
 
@@ -83,6 +87,55 @@ def test_an_interrupt_inside_a_frame_leaves_the_whole_ones(tmp_path: Path) -> No
         writer._encoder.stdin.write(b"part of a frame")
         raise KeyboardInterrupt
     assert len(read(path)[1]) == 5
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["wait", "working"])
+def test_an_interrupt_while_a_file_is_finished_leaves_nothing(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", 16)
+    writer.write(clip(5))
+    encoder = writer._encoder
+    with monkeypatch.context() as struck, pytest.raises(KeyboardInterrupt):
+        struck.setattr(Watched, where, interrupted)
+        writer.close()
+    assert encoder is not None and encoder.poll() is not None
+    writer.close()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("move", [replace_file, interrupted], ids=["moved", "not moved"])
+def test_an_interrupt_while_a_file_is_moved_leaves_all_or_nothing(
+    tmp_path: Path, move: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def struck(source: Path, target: Path) -> None:
+        move(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowvram_video.video.writer.replace_file", struck)
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "a.mp4", 16) as writer:
+        writer.write(clip(5))
+    assert os.listdir(tmp_path) == (["a.mp4"] if move is replace_file else [])
+
+
+def test_an_interrupt_while_sound_is_added_leaves_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 16) as writer:
+        writer.write(clip(5))
+    before, started = (tmp_path / "a.mp4").read_bytes(), []
+
+    def struck(watched: Watched) -> int:
+        started.append(watched.process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watched, "wait", struck)
+    with pytest.raises(KeyboardInterrupt):
+        add_sound(tmp_path / "a.mp4", Sound(torch.zeros(1, 4410), 44100))
+    assert started[0].returncode is not None  # and is waited for, or Windows keeps its file
+    assert os.listdir(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == before
 
 
 def test_nothing_is_left_where_no_frame_came(tmp_path: Path) -> None:

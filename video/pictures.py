@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+
+MOST_EXCESS = 8  # times its width or height that a picture is resized to before it is cropped
 
 
 def load_image(path: Path, width: int, height: int) -> Tensor:
@@ -21,12 +24,20 @@ def load_image(path: Path, width: int, height: int) -> Tensor:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
         raise ValueError(f"{path}: cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
     scale = max(width / picture.width, height / picture.height)
+    if max(picture.width * scale / width, picture.height * scale / height) > MOST_EXCESS:
+        picture = _middle(picture, math.ceil(width / scale), math.ceil(height / scale))
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     picture = picture.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1.0)
     return pixels.permute(2, 0, 1)[None, :, None]
+
+
+def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """At most so much of a picture, with a pixel more on each side for what resizing looks at."""
+    left, top = max(0, (picture.width - width) // 2 - 1), max(0, (picture.height - height) // 2 - 1)
+    return picture.crop((left, top, min(picture.width, left + width + 2), min(picture.height, top + height + 2)))
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import imageio_ffmpeg
 import torch
@@ -23,13 +24,12 @@ HOW = "give an MP4, MOV, MKV or WebM file"
 
 def video_size(path: Path) -> tuple[int, int]:
     """Width and height of a video as it is shown. ValueError where there is none."""
-    width, height = _told(path)["size"]
-    return width, height
+    return _told(path).size
 
 
 def video_seconds(path: Path) -> float:
     """How long a video lasts, 0 where its file does not say. ValueError where there is none."""
-    return float(_told(path)["duration"])
+    return _told(path).seconds
 
 
 def video_rate(path: Path) -> float:
@@ -37,7 +37,7 @@ def video_rate(path: Path) -> float:
 
     ffmpeg tells two decimals: those of television are meant exactly, such as 30000 / 1001.
     """
-    told = float(_told(path)["fps"])
+    told = _told(path).fps
     if not told > 0:
         raise ValueError(f"{path}: this video does not say how many frames a second it has; {HOW}")
     exact = round(told) * 1000 / 1001
@@ -108,15 +108,43 @@ def _read(watched: Watched, nbytes: int) -> bytearray:
         return bytearray(watched.process.stdout.read(nbytes))
 
 
-def _told(path: Path) -> dict[str, Any]:
-    """What ffmpeg says of a video."""
+@dataclass(frozen=True)
+class _Told:
+    """What ffmpeg says of a video: its size as it is shown, its rate and how long it lasts, 0 where it does not."""
+
+    size: tuple[int, int]
+    fps: float
+    seconds: float
+
+
+def _told(path: Path) -> _Told:
     _check_there(path)
-    try:
-        with closing(imageio_ffmpeg.read_frames(str(path.absolute()))) as frames:
-            return next(frames)
-    # what it raises where ffmpeg says nothing of pictures
-    except (OSError, RuntimeError, LookupError, ValueError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{path}: cannot be read as a video ({last_line(str(error))}); {HOW}") from error
+    with tempfile.TemporaryFile() as said:
+        try:
+            program = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner"]
+            one_frame = ["-map", "0:v:0", "-frames:v", "1", "-f", "null", "-"]  # turned as phones mean it
+            process = subprocess.Popen(
+                [*program, "-i", str(path.absolute()), *one_frame], stdout=subprocess.DEVNULL, stderr=said
+            )
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: ffmpeg cannot be started ({error}): reinstall imageio-ffmpeg") from error
+        watched = Watched(process)
+        try:
+            watched.wait()
+        finally:
+            process.kill()  # after Ctrl-C; else it has ended
+            process.wait()
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    streams = [line for line in text.splitlines() if re.match(r"\s+Stream #.* Video: ", line)]
+    sizes = [match for line in streams if (match := re.search(r" (\d+)x(\d+)[ ,\n]", f"{line}\n"))]
+    if not sizes:
+        raise ValueError(f"{path}: cannot be read as a video ({watched.stuck or last_line(text)}); {HOW}")
+    rate = re.search(r" (\d+\.?\d*) fps", streams[0])
+    lasts = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", text)
+    hours, minutes, seconds = (float(part) for part in lasts.groups()) if lasts else (0.0, 0.0, 0.0)
+    size = int(sizes[-1][1]), int(sizes[-1][2])
+    return _Told(size, float(rate[1]) if rate else 0.0, 3600 * hours + 60 * minutes + seconds)
 
 
 def _check_there(path: Path) -> None:

@@ -81,17 +81,22 @@ class VideoWriter:
             raise
 
     def close(self) -> None:
-        """Finish the file and move it to its place; may be called twice."""
-        encoder, self._encoder = self._encoder, None
-        if encoder is None:
+        """Finish the file and move it to its place; may be called twice. After an interrupt no part of it is left."""
+        if self._encoder is None:
             return
+        try:
+            self._finish(self._encoder)
+        except BaseException:  # without its index nothing plays it
+            self.discard()
+            raise
+        self._encoder = None
+        self._drop_inputs()
+
+    def _finish(self, encoder: subprocess.Popen[bytes]) -> None:
         assert encoder.stdin is not None and self._watched is not None
         with suppress(OSError), self._watched.working():  # where ffmpeg is gone already
             encoder.stdin.close()
-        failed = self._watched.wait() != 0
-        self._drop_inputs()
-        if failed:
-            self.partial.unlink(missing_ok=True)  # without its index nothing plays it
+        if self._watched.wait() != 0:
             raise VideoError(self._why_stopped(self._watched.stuck))
         try:
             replace_file(self.partial, self.path)
@@ -100,6 +105,7 @@ class VideoWriter:
             whole = self.partial.with_name(self.partial.name.replace(".partial", ""))
             with suppress(OSError):
                 self.partial = self.partial.rename(whole)
+            self._encoder = None  # nothing to discard
             raise VideoError(
                 f"{self.path} cannot be written ({error.strerror}): the video is {self.partial}; close what has the "
                 "file open, or choose another output path"
@@ -234,8 +240,12 @@ def add_sound(path: Path, heard: Path | Sound) -> None:
                 complaints = stack.enter_context(tempfile.TemporaryFile())
                 arguments = ["-i", str(path.absolute()), *source, *streams, *tags, str(partial.absolute())]
                 process = Watched(_launch(arguments, path, subprocess.DEVNULL, complaints), JOIN_SECONDS)
-                stack.callback(process.process.kill)  # after Ctrl-C; else it has ended
-                if process.wait() == 0:
+                try:
+                    failed = process.wait() != 0
+                finally:
+                    process.process.kill()  # after Ctrl-C; else it has ended
+                    process.process.wait()
+                if not failed:
                     replace_file(partial, path)
                     return
             raise VideoError(f"{path}: ffmpeg could not add the sound ({process.stuck or _reason(complaints)})")

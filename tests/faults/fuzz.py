@@ -36,14 +36,18 @@ from lowvram_video.system.atomic_files import write_file
 
 from .command import METHOD
 from .files import Files, make_files
-from .readers import NonFinite, Reader, readers
+from .reader import NonFinite, Reader
+from .readers import readers
 
 HANG_SECONDS, MOST_BYTES = 5.0, 100 * 2**20
 WAITING = 6.0  # times as long a busy machine may take as it computes
 BATCH = 400  # cases in a process
 FINE = ("refused", "accepted")
-MODELS = ("Wan", "FramePack", "GGUF")
-SLOW = ("Wan VAE", "Hunyuan VAE", "LoRA for Wan", "LoRA for FramePack", "shards", "adapter_config.json")
+MODELS = ("Wan", "FramePack", "GGUF", "VACE module", "GGUF of Wan", "tiny decoder", "jobs")
+SLOW = (
+    "Wan VAE", "Hunyuan VAE", "LoRA for Wan", "LoRA for FramePack", "shards", "adapter_config.json", "video",
+    "FlashVSR", "FlashVSR's projection", "FlashVSR's decoder", "FlashVSR's prompt",
+)  # fmt: skip
 
 Case = tuple[str, int]
 
@@ -121,6 +125,7 @@ def _work(known: Any, files: Files, place: Path, cases: Sequence[Case], findings
     torch.set_num_threads(1)
     found = known or readers(files, place / "made")
     gc.collect()
+    gc.freeze()  # what was there before is looked at no more, and shared with the process that began this one
     for index, (name, number) in enumerate(cases):
         findings.send("begun")
         for finding in run_case(name, number, found[name], place):

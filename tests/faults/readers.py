@@ -6,12 +6,10 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lowvram_video.families.identify import describe, identify
 from lowvram_video.framepack.run.folder import RunStore
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.text.checkpoint import open_clip, open_llama, open_siglip
@@ -25,7 +23,6 @@ from lowvram_video.framepack.text.tokenizer_files import (
 from lowvram_video.framepack.vae.checkpoint import HUNYUAN_FORMAT
 from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.runtime.kept_runs import clean_runs
-from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.step_record import StepRecord
 from lowvram_video.system.card_profile import load_profile
 from lowvram_video.video.growing_video import GrowingVideo
@@ -33,36 +30,20 @@ from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.wanvideo.text.checkpoint import load_text_encoder
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
-from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.lora.file import LoraChoice
 from safetensors.torch import load_file, save_file
 
 from ..quantizers import quantize, write_gguf
 from ..tiny_framepack import WIDE, save_framepack, save_framepack_gguf
 from . import mutations
+from .beside_models import beside_models
 from .files import Files
+from .parts import parts_of_models
+from .reader import CPU, SETTINGS, SMALL_BYTES, NonFinite, Read, Reader, inspect, mutated, put
 
 CARDS = Path(__file__).parents[2] / "benchmarks" / "cards"
-CPU = torch.device("cpu")
-SETTINGS = RunSettings(dtype=torch.bfloat16, device=CPU)
-SMALL_BYTES = 2**20
 MOST_SECTIONS = 10**8
 RUN = {"seed": 1, "picture": torch.arange(4.0)}
-
-Make = Callable[[Path, random.Random], Path]  # (folder, draw) -> the mutated file, or what is opened
-Read = Callable[[Path], Any]
-
-
-class NonFinite(Exception):
-    """Numbers that are none were accepted."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """`make` writes a mutated file into a folder, each of `reads` reads it."""
-
-    make: Make
-    reads: tuple[Read, ...]
 
 
 def readers(files: Files, place: Path) -> Mapping[str, Reader]:
@@ -80,12 +61,12 @@ def readers(files: Files, place: Path) -> Mapping[str, Reader]:
         "LoRA for Wan": (made.wan_lora, (inspect, with_lora(StreamedWan, files.model))),
         "LoRA for FramePack": (made.framepack_lora, (inspect, with_lora(StreamedFramePack, files.framepack))),
     }
-    found = {name: Reader(_mutated(path, mutations.safetensors), reads) for name, (path, reads) in single.items()}
+    found = {name: Reader(mutated(path, mutations.safetensors), reads) for name, (path, reads) in single.items()}
     return {
         **found,
-        "GGUF": Reader(_mutated(made.gguf, mutations.gguf), (inspect, as_framepack)),
-        "GGUF of umt5": Reader(_mutated(made.umt5_gguf, mutations.gguf), (inspect, load_text_encoder)),
-        "GGUF of LLaMA": Reader(_mutated(made.umt5_gguf, mutations.gguf), (gguf_tokenizer, open_llama)),
+        "GGUF": Reader(mutated(made.gguf, mutations.gguf), (inspect, as_framepack)),
+        "GGUF of umt5": Reader(mutated(made.umt5_gguf, mutations.gguf), (inspect, load_text_encoder)),
+        "GGUF of LLaMA": Reader(mutated(made.umt5_gguf, mutations.gguf), (gguf_tokenizer, open_llama)),
         "index JSON": Reader(made.index, (inspect, as_framepack)),
         "shards": Reader(made.shards, (inspect, as_framepack)),
         "tokenizer.json": Reader(made.tokenizer, (tokenizer(LLAMA_TOKENIZER),)),
@@ -95,33 +76,12 @@ def readers(files: Files, place: Path) -> Mapping[str, Reader]:
         "FramePack's run folder": Reader(made.run, (take_up_run,)),
         "step record": Reader(made.record, (take_up_record,)),
         "card profile": Reader(made.profile, (load_profile,)),
+        **parts_of_models(files, place / "parts"),
+        **beside_models(place / "beside"),
     }
 
 
-def _mutated(path: Path, mutate: Callable[[bytes, random.Random], bytes]) -> Make:
-    raw = path.read_bytes()
-
-    def make(folder: Path, draw: random.Random) -> Path:
-        return _put(folder / f"m{path.suffix}", mutate(raw, draw))
-
-    return make
-
-
-def _put(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
 # --- reading ---------------------------------------------------------------------------------------------
-
-
-def inspect(path: Path) -> None:
-    """As the command, and the bytes of all small tensors."""
-    checkpoint = open_checkpoint(path)
-    describe(identify(checkpoint)).encode()
-    for name, info in checkpoint.tensors.items():
-        if info.nbytes < SMALL_BYTES:
-            checkpoint.read(name)
 
 
 def as_wan(path: Path) -> None:
@@ -259,12 +219,12 @@ class _Made:
         (folder / "dir").mkdir()
         plain = (self._shards / name).read_text()
         if draw.random() < 0.4:
-            return _put(folder / name, mutations.json_text(plain, draw, places))
+            return put(folder / name, mutations.json_text(plain, draw, places))
         value = json.loads(plain)
         keys = list(value["weight_map"])
         for key in draw.sample(keys, draw.choice([1, 2, len(keys)])):
             value["weight_map"][key] = draw.choice(places)
-        return _put(folder / name, json.dumps(value).encode())
+        return put(folder / name, json.dumps(value).encode())
 
     def shards(self, folder: Path, draw: random.Random) -> Path:
         """Shards of which one is gone, another's, misnamed or damaged."""
@@ -360,4 +320,4 @@ class _Made:
 
     def profile(self, folder: Path, draw: random.Random) -> Path:
         card = CARDS / "nvidia-h200.json"
-        return _put(folder / "card.json", mutations.json_text(card.read_text(encoding="utf-8"), draw))
+        return put(folder / "card.json", mutations.json_text(card.read_text(encoding="utf-8"), draw))

@@ -69,6 +69,13 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
+    def file_of(self, name: str) -> Path:
+        """The file that has a tensor, or has all that are named like one that is missing; `path` where several do."""
+        info = self.tensors.get(name)
+        root = name.partition(".")[0]
+        near = {each.file for other, each in self.tensors.items() if other.partition(".")[0] == root}
+        return info.file if info is not None else near.pop() if len(near) == 1 else self.path
+
     def read(self, name: str) -> Tensor:
         """Read a tensor in its stored dtype and shape: one allocation, no second copy.
 

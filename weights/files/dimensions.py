@@ -71,7 +71,7 @@ def _check_size(checkpoint: Checkpoint, info: TensorInfo) -> None:
     shape = info.logical_shape or info.shape
     if 0 in shape:
         raise CheckpointError(
-            f"{checkpoint.path}: {short(info.name)} has shape {list(shape)}, which holds nothing; expected a size in "
+            f"{info.file}: {short(info.name)} has shape {list(shape)}, which holds nothing; expected a size in "
             "each dimension; the file is damaged: download it again"
         )
 
@@ -91,13 +91,13 @@ class Dimensions:
         info = self.checkpoint.tensors.get(name)
         if info is None:
             raise CheckpointError(
-                f"{self.checkpoint.path}: {self.title} without {name}; expected that tensor to tell its size; "
+                f"{self.checkpoint.file_of(name)}: {self.title} without {name}; expected that tensor to tell its size; "
                 "the file is incomplete: download it again"
             )
         shape = info.logical_shape or info.shape
         if len(shape) != num_dims:
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name} has shape {list(shape)}; expected {num_dims} dimensions; "
+                f"{self.checkpoint.file_of(name)}: {name} has shape {list(shape)}; expected {num_dims} dimensions; "
                 f"it is not {self.title}'s: choose another file"
             )
         _check_size(self.checkpoint, info)
@@ -108,7 +108,7 @@ class Dimensions:
         shape = self.shape(name, num_dims)
         if shape[0] < size:
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name} has shape {list(shape)}; expected {size} rows or more; "
+                f"{self.checkpoint.file_of(name)}: {name} has shape {list(shape)}; expected {size} rows or more; "
                 "the file mixes two models: download it again"
             )
         return shape[0] // size
@@ -120,18 +120,19 @@ class Dimensions:
         blocks = {int(number) for number in found if len(number) <= MOST_DIGITS}
         if not blocks:
             raise CheckpointError(
-                f"{self.checkpoint.path}: {self.title} without {stem}.0; expected at least that block; "
+                f"{self.checkpoint.file_of(stem)}: {self.title} without {stem}.0; expected at least that block; "
                 "the file is incomplete: download it again"
             )
         if odd := sorted(found - set(map(str, blocks))):  # 007, or of thousands of digits
             raise CheckpointError(
-                f"{self.checkpoint.path}: {self.title} with the block {stem}.{short(odd[0])}; expected them numbered "
-                "from 0; the file is damaged: download it again"
+                f"{self.checkpoint.file_of(stem)}: {self.title} with the block {stem}.{short(odd[0])}; expected them "
+                "numbered from 0; the file is damaged: download it again"
             )
         absent = next(number for number in range(len(blocks) + 1) if number not in blocks)
         if absent < len(blocks):
             raise CheckpointError(
-                f"{self.checkpoint.path}: block {absent} is missing ({stem}.{absent}), though there are {len(blocks)} "
-                f"blocks up to {max(blocks)}; expected them numbered from 0; the file is incomplete: download it again"
+                f"{self.checkpoint.file_of(stem)}: block {absent} is missing ({stem}.{absent}), though there are "
+                f"{len(blocks)} blocks up to {max(blocks)}; expected them numbered from 0; "
+                "the file is incomplete: download it again"
             )
         return len(blocks)

@@ -58,17 +58,17 @@ def check_tensors(model: nn.Module, checkpoint: Checkpoint, title: str, expected
     packed = scales or [name for name, info in checkpoint.tensors.items() if info.quant and name not in linear]
     if packed:
         raise CheckpointError(
-            f"{checkpoint.path}: a quantised file ({some_names(packed, 'tensor')}); expected plain weights; "
-            "choose the bf16, fp16 or plain (not scaled) fp8 version of the model"
+            f"{checkpoint.file_of(packed[0])}: a quantised file ({some_names(packed, 'tensor')}); expected plain "
+            "weights; choose the bf16, fp16 or plain (not scaled) fp8 version of the model"
         )
     if missing:
         raise CheckpointError(
-            f"{checkpoint.path}: lacks {some_names(missing, 'tensor')} of {title}; "
+            f"{checkpoint.file_of(missing[0])}: lacks {some_names(missing, 'tensor')} of {title}; "
             f"expected {len(expected)} tensors; the file is incomplete: download it again"
         )
     if unknown:
         raise CheckpointError(
-            f"{checkpoint.path}: {some_names(unknown, 'tensor')} not known to {title}; expected "
+            f"{checkpoint.file_of(unknown[0])}: {some_names(unknown, 'tensor')} not known to {title}; expected "
             f"{len(expected)} tensors; the file is another variant: choose {expected_files}"
         )
     for name, shape in expected.items():
@@ -76,7 +76,7 @@ def check_tensors(model: nn.Module, checkpoint: Checkpoint, title: str, expected
         given = info.logical_shape or info.shape
         if given != shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is {list(given)}; expected {list(shape)} "
+                f"{checkpoint.file_of(name)}: {name} is {list(given)}; expected {list(shape)} "
                 "by the file's other tensors; it mixes two models: download it again"
             )
 
