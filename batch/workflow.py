@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MUTED, BYPASSED = 2, 4
+from .subgraphs import BYPASSED, MUTED, VALUES, unfolded
+
 OF_THE_PAGE = ("MarkdownNote", "Note")  # nodes that no server knows
 VIRTUAL = ("Reroute", "PrimitiveNode")  # of the page, but with wires
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -39,7 +40,12 @@ def make_prompt(workflow: Mapping[str, Any], object_info: ObjectInfo) -> Prompt:
     if not isinstance(workflow.get("nodes"), list) or not isinstance(workflow.get("links"), list):
         raise ValueError("it is no workflow of ComfyUI's: save one from its page")
     if (workflow.get("definitions") or {}).get("subgraphs"):
-        raise ValueError("it has subgraphs, which only ComfyUI's page unfolds: save it there as API format")
+        try:
+            workflow = unfolded(workflow)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"its subgraphs are not as ComfyUI's page saves them ({error!r}): save it there anew"
+            ) from error
     return _from_page(workflow, object_info)
 
 
@@ -60,6 +66,7 @@ def _from_page(workflow: Mapping[str, Any], object_info: ObjectInfo) -> Prompt:
             source = wires.source(slot.get("link"))
             if source is not None:
                 inputs[slot["name"]] = list(source)
+        inputs |= node.get(VALUES, {})
         graph[number] = {"class_type": kind, "inputs": inputs}
         titles[number] = str(node.get("title") or kind)
     return Prompt(graph, titles)

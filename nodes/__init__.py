@@ -33,6 +33,7 @@ PARTS = {
     "step_cache": ("StepCacheNode",),
     "several_gpus": ("SeveralGPUs",),
     "upscale": ("LoadFlashVSRModel", "UpscaleVideo"),
+    "show_video": ("ShowVideo",),
 }
 
 

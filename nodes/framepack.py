@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from ..video.tags import Tags
 from .bridge import host
 from .bridge.framepack_request import LOADER, SamplerInputs
 from .bridge.framepack_run import comfy_run_host, pausing, run_places
+from .bridge.page import showing_nodes
 from .framepack_inputs import EndImage
 from .inputs import ADVANCED
 
+VIDEO_SLOT = 1
 NO_VIDEO = (
     "FramePack Sampler (Low VRAM) saves a video only with a VAE connected and one_frame_index 0: connect "
     "hunyuan_video_vae, or decode the samples output with Decode Video (Tiled, Low VRAM)"
@@ -135,13 +138,13 @@ class FramePackSampler(io.ComfyNode):
                 io.Latent.Output("samples", tooltip="The whole video's latents."),
                 io.Video.Output("video", tooltip="The saved video; only with a VAE, and not of a single picture."),
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
-        tags = host.workflow_tags(cls.hidden)
-        videos = [_make(request, tags) for request in SamplerInputs(model, **inputs).videos()]
+        tags, shown_in = host.workflow_tags(cls.hidden), showing_nodes(cls.hidden, VIDEO_SLOT)
+        videos = [_make(request, tags, shown_in) for request in SamplerInputs(model, **inputs).videos()]
         made = {"samples": torch.cat([samples for samples, _ in videos])}
         films = [film for _, film in videos if film is not None]
         if not films:
@@ -153,12 +156,12 @@ class FramePackSampler(io.ComfyNode):
         )
 
 
-def _make(request: SamplerInputs, tags: Tags) -> tuple[Tensor, Path | None]:
+def _make(request: SamplerInputs, tags: Tags, shown_in: Sequence[str]) -> tuple[Tensor, Path | None]:
     """One video's latents, and its file where it has one."""
     sampling = request.sampling()
     vae = request.vae if sampling.one_frame is None else None
     run_host = comfy_run_host(request, vae)
-    places = run_places(vae, request.resume and run_host.can_resume, request.filename_prefix, tags)
+    places = run_places(vae, request.resume and run_host.can_resume, request.filename_prefix, tags, shown_in)
     with FramePackRun.open(run_host, sampling, request.inputs(), places) as run, pausing(run):
         samples = request.patcher.model.process_latent_out(run.make())
     return samples, run.output.video if isinstance(run.output, GrowingVideo) else None

@@ -299,9 +299,54 @@ def test_bypassed_nodes_pass_on_what_they_are_given() -> None:
         "3": {"class_type": "KSampler", "inputs": {"seed": 5, "x": ["1", 0]}},
     }
     check_prompt(prompt, OBJECT_INFO, set())
-    for broken in ({}, {"nodes": []}, {"nodes": [], "links": [], "definitions": {"subgraphs": [{}]}}):
+    unnamed = {"nodes": [], "links": [], "definitions": {"subgraphs": [{}]}}
+    inner = {"id": "S", "nodes": [{"id": 1, "type": "S"}], "links": [], "inputs": [], "outputs": []}
+    endless = {"nodes": [{"id": 1, "type": "S"}], "links": [], "definitions": {"subgraphs": [inner]}}
+    for broken in ({}, {"nodes": []}, unnamed, endless):
         with pytest.raises(ValueError, match=r"workflow|subgraphs"):
             make_prompt(broken, OBJECT_INFO)
+
+
+def test_subgraphs_in_each_other_are_unfolded_as_the_page_does() -> None:
+    def link(number: int, origin: int, slot: int, target: int, to: int) -> dict[str, Any]:
+        keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+        return dict(zip(keys, (number, origin, slot, target, to, "T"), strict=True))
+
+    sampler = {
+        "id": 7, "type": "KSampler", "title": "Inner", "widgets_values": [5, "fixed"],
+        "inputs": [{"name": "x", "type": "T", "link": 1}, {"name": "seed", "type": "INT", "link": 2}],
+    }  # fmt: skip
+    deep = {
+        "id": "deep", "nodes": [sampler], "inputs": [{"name": "x"}, {"name": "seed"}], "outputs": [{"name": "out"}],
+        "links": [link(1, -10, 0, 7, 0), link(2, -10, 1, 7, 1), link(3, 7, 0, -20, 0)],
+    }  # fmt: skip
+    host = {
+        "id": 4, "type": "deep", "widgets_values": [9],
+        "inputs": [{"name": "x", "link": 1}, {"name": "seed", "link": 2, "widget": {"name": "seed"}}],
+    }  # fmt: skip
+    middle = {
+        "id": "middle", "nodes": [host], "inputs": [{"name": "x"}, {"name": "my seed"}], "outputs": [{"name": "out"}],
+        "links": [link(1, -10, 0, 4, 0), link(2, -10, 1, 4, 1), link(3, 4, 0, -20, 0)],
+    }  # fmt: skip
+    nodes = [
+        {"id": 1, "type": "CLIPTextEncode", "widgets_values": ["a"]},
+        {
+            "id": 2, "type": "middle", "widgets_values": [11], "properties": {"proxyWidgets": [["-1", "my seed"]]},
+            "inputs": [{"name": "x", "link": 1}, {"name": "my seed", "link": None, "widget": {"name": "my seed"}}],
+        },
+        {"id": 3, "type": "KSampler", "widgets_values": [6], "inputs": [{"name": "x", "type": "T", "link": 2}]},
+    ]  # fmt: skip
+    workflow = {
+        "nodes": nodes, "links": [[1, 1, 0, 2, 0, "T"], [2, 2, 0, 3, 0, "T"]],
+        "definitions": {"subgraphs": [middle, deep]},
+    }  # fmt: skip
+    prompt = make_prompt(workflow, OBJECT_INFO)
+    assert prompt.graph == {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
+        "2:4:7": {"class_type": "KSampler", "inputs": {"seed": 11, "x": ["1", 0]}},
+        "3": {"class_type": "KSampler", "inputs": {"seed": 6, "x": ["2:4:7", 0]}},
+    }
+    assert prompt.titles["2:4:7"] == "Inner"
 
 
 # --- servers that answer what no ComfyUI does ----------------------------------------------------------------

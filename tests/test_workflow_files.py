@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from .comfyui.build_workflows import WORKFLOWS
+from .comfyui.build_workflows import BLUEPRINT_FOLDER, BLUEPRINTS, WORKFLOWS
 from .comfyui.node_types import NODE_TYPES
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,25 @@ def workflow(request: pytest.FixtureRequest) -> dict[str, Any]:
     return load(request.param)
 
 
+def hosts_of(workflow: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The subgraphs by the type of the node that stands for each."""
+    return {each["id"]: each for each in workflow.get("definitions", {}).get("subgraphs", ())}
+
+
+def nodes_of(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    """All nodes, those inside subgraphs too, but for the nodes that stand for these."""
+    hosts = hosts_of(workflow)
+    inside = [node for host in hosts.values() for node in host["nodes"]]
+    return [node for node in (*workflow["nodes"], *inside) if node["type"] not in hosts]
+
+
+def subgraph_ends(subgraph: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """A subgraph's two ends as nodes: what it is given, and what it gives."""
+    given = [{"type": slot["type"], "links": slot["linkIds"]} for slot in subgraph["inputs"]]
+    taken = [{"type": slot["type"], "link": link} for slot in subgraph["outputs"] for link in slot["linkIds"]]
+    return {-10: {"inputs": [], "outputs": given}, -20: {"inputs": taken, "outputs": []}}
+
+
 def values_of(node: dict[str, Any]) -> dict[str, Any]:
     """A node's widget values by name."""
     values, named = list(node["widgets_values"]), {}
@@ -72,13 +91,34 @@ def test_a_file_is_what_its_builder_writes(name: str) -> None:
     assert load(name) == built, "run python -m tests.comfyui.build_workflows"
 
 
-def test_links_agree_with_both_of_their_ends(workflow: dict[str, Any]) -> None:
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    assert workflow["version"] == 0.4
-    assert workflow["last_node_id"] == max(nodes)
-    assert len(nodes) == len(workflow["nodes"])
+def test_the_blueprints_are_what_their_builders_write() -> None:
+    assert {path.name for path in BLUEPRINT_FOLDER.iterdir()} == {f"{name}.json" for name in BLUEPRINTS}
+    for name, build in BLUEPRINTS.items():
+        saved = json.loads((BLUEPRINT_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        assert saved == json.loads(json.dumps(build())), "run python -m tests.comfyui.build_workflows"
+
+
+@pytest.mark.parametrize("name", sorted(BLUEPRINTS))
+def test_a_blueprint_is_one_node_of_one_subgraph(name: str) -> None:
+    """As the page takes it from a pack (ComfyUI's app/subgraph_manager.py)."""
+    blueprint = json.loads((BLUEPRINT_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    (node,), (subgraph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert (node["type"], subgraph["name"]) == (subgraph["id"], name)
+    assert blueprint["links"] == [] and all(slot["link"] is None for slot in node["inputs"])
+    assert [(slot["name"], slot["type"]) for slot in node["outputs"]] == [("video", "VIDEO")]
+    assert subgraph["description"] and subgraph["category"] == "LowVRAM Video"
+    check_links({each["id"]: each for each in subgraph["nodes"]} | subgraph_ends(subgraph), links_inside(subgraph))
+
+
+def test_every_node_is_in_a_workflow() -> None:
+    used = {node["type"] for name in WORKFLOWS for node in nodes_of(load(name))}
+    assert {name for name in read_json("locales", "en", "nodeDefs.json") if name.startswith("LowVRAM")} <= used
+
+
+def check_links(nodes: dict[int, dict[str, Any]], links: list[list[Any]]) -> None:
+    """Every link is known to both of its ends, and no end knows another one."""
     seen = set()
-    for number, source, output, target, slot, kind in workflow["links"]:
+    for number, source, output, target, slot, kind in links:
         assert nodes[target]["inputs"][slot]["link"] == number
         assert number in nodes[source]["outputs"][output]["links"]
         assert nodes[source]["outputs"][output]["type"] == kind
@@ -86,18 +126,61 @@ def test_links_agree_with_both_of_their_ends(workflow: dict[str, Any]) -> None:
         seen.add(number)
     from_nodes = {slot["link"] for node in nodes.values() for slot in node["inputs"]} - {None}
     assert from_nodes == seen
-    assert workflow["last_link_id"] == max(seen)
+
+
+def links_inside(subgraph: dict[str, Any]) -> list[list[Any]]:
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    return [[link[key] for key in keys] for link in subgraph["links"]]
+
+
+def test_links_agree_with_both_of_their_ends(workflow: dict[str, Any]) -> None:
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    inside = [node["id"] for subgraph in hosts_of(workflow).values() for node in subgraph["nodes"]]
+    assert workflow["version"] == 0.4
+    assert workflow["last_node_id"] == max((*nodes, *inside))
+    assert len({*nodes, *inside}) == len(workflow["nodes"]) + len(inside)
+    check_links(nodes, workflow["links"])
+    assert workflow["last_link_id"] == max((link[0] for link in workflow["links"]), default=0)
+    for subgraph in hosts_of(workflow).values():
+        check_links({node["id"]: node for node in subgraph["nodes"]} | subgraph_ends(subgraph), links_inside(subgraph))
+
+
+def test_a_subgraphs_node_has_its_inputs_outputs_and_values(workflow: dict[str, Any]) -> None:
+    hosts = hosts_of(workflow)
+    found = [node for node in workflow["nodes"] if node["type"] in hosts]
+    samples = any(node["type"] == "LowVRAMBlockSwap" for node in nodes_of(workflow))
+    assert len(found) == len(hosts) == samples
+    for node in found:
+        for side in ("inputs", "outputs"):
+            inside = [(slot["name"], slot["type"]) for slot in hosts[node["type"]][side]]
+            assert [(slot["name"], slot["type"]) for slot in node[side]] == inside
+            assert len({name for name, _ in inside}) == len(inside)
+        widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+        assert len(widgets) == len(node["widgets_values"])
+        assert node["properties"]["proxyWidgets"] == [["-1", name] for name in widgets]
+
+
+def test_a_page_has_few_nodes_that_are_readable_where_it_opens(workflow: dict[str, Any]) -> None:
+    assert (5 if hosts_of(workflow) else 2) <= len(workflow["nodes"]) <= 7
+    scale, (left, top) = workflow["extra"]["ds"]["scale"], workflow["extra"]["ds"]["offset"]
+    assert scale == 1.0
+    shown = [node for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
+    assert max(node["pos"][0] + node["size"][0] for node in shown) + left <= 1920
+    assert max(node["pos"][1] + node["size"][1] for node in shown) + top <= 1080
 
 
 def test_sources_come_before_what_uses_them(workflow: dict[str, Any]) -> None:
-    order = {node["id"]: node["order"] for node in workflow["nodes"]}
-    assert all(order[source] < order[target] for _, source, _, target, _, _ in workflow["links"])
+    graphs = [(workflow["nodes"], workflow["links"])]
+    graphs += [(subgraph["nodes"], links_inside(subgraph)) for subgraph in hosts_of(workflow).values()]
+    for nodes, links in graphs:
+        order = {-10: -1, -20: len(nodes)} | {node["id"]: node["order"] for node in nodes}
+        assert all(order[source] < order[target] for _, source, _, target, _, _ in links)
 
 
 def test_only_known_nodes_each_with_its_pack(workflow: dict[str, Any]) -> None:
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert version is not None
-    for node in workflow["nodes"]:
+    for node in nodes_of(workflow):
         assert node["type"] in NODE_TYPES
         ours = node["type"].startswith("LowVRAM")
         properties = node["properties"]
@@ -106,14 +189,14 @@ def test_only_known_nodes_each_with_its_pack(workflow: dict[str, Any]) -> None:
 
 
 def test_each_widget_has_a_value_of_its_type(workflow: dict[str, Any]) -> None:
-    for node in workflow["nodes"]:
+    for node in nodes_of(workflow):
         values = values_of(node)
         for widget in NODE_TYPES[node["type"]].widgets:
             assert isinstance(values[widget.name], type(widget.default)), f"{node['type']}.{widget.name}"
 
 
 def test_loaders_link_to_the_file_that_they_name(workflow: dict[str, Any]) -> None:
-    for node in workflow["nodes"]:
+    for node in nodes_of(workflow):
         if node["type"] not in LOADERS:
             continue
         widgets, directory = LOADERS[node["type"]]
@@ -130,9 +213,9 @@ def test_loaders_link_to_the_file_that_they_name(workflow: dict[str, Any]) -> No
 
 
 def test_the_note_names_every_file(workflow: dict[str, Any]) -> None:
-    (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    (note,) = (node for node in nodes_of(workflow) if node["type"] == "MarkdownNote")
     text = note["widgets_values"][0]
-    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", ())]
+    models = [model for node in nodes_of(workflow) for model in node["properties"].get("models", ())]
     for model in models:
         assert f"[{model['name']}]({model['url']})" in text
     assert text.startswith("# ")
@@ -140,25 +223,32 @@ def test_the_note_names_every_file(workflow: dict[str, Any]) -> None:
 
 
 def test_a_group_is_around_every_node_and_nodes_do_not_overlap(workflow: dict[str, Any]) -> None:
-    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
-    for x, y, width, height in boxes:
-        assert any(
-            left <= x and top <= y and x + width <= left + w and y + height <= top + h
-            for left, top, w, h in (group["bounding"] for group in workflow["groups"])
-        )
-    for index, (x, y, width, height) in enumerate(boxes):
-        for left, top, w, h in boxes[index + 1 :]:
-            assert x + width <= left or left + w <= x or y + height <= top or top + h <= y
+    """Groups are inside of subgraphs."""
+    for subgraph in hosts_of(workflow).values():
+        for node in subgraph["nodes"]:
+            (x, y), (width, height) = node["pos"], node["size"]
+            assert any(
+                left <= x and top <= y and x + width <= left + w and y + height <= top + h
+                for left, top, w, h in (group["bounding"] for group in subgraph["groups"])
+            )
+    for nodes in (workflow["nodes"], *(subgraph["nodes"] for subgraph in hosts_of(workflow).values())):
+        boxes = [(*node["pos"], *node["size"]) for node in nodes]
+        for index, (x, y, width, height) in enumerate(boxes):
+            for left, top, w, h in boxes[index + 1 :]:
+                assert x + width <= left or left + w <= x or y + height <= top or top + h <= y
 
 
 def test_every_workflow_plans_streams_decodes_and_saves(workflow: dict[str, Any]) -> None:
-    kinds = {node["type"] for node in workflow["nodes"]}
+    kinds = {node["type"] for node in nodes_of(workflow)}
     if "LowVRAMUpscaleVideo" in kinds and "KSampler" not in kinds:  # plans, streams and saves by itself
         assert "LowVRAMLoadFlashVSRModel" in kinds
         return
+    if "LowVRAMDoctor" in kinds:  # makes no video
+        return
     assert {"LowVRAMBlockSwap", "LowVRAMPlan", "LowVRAMMemoryReport"} <= kinds
-    if "LowVRAMFramePackSampler" in kinds:  # saves the video as it grows
-        (sampler,) = (node for node in workflow["nodes"] if node["type"] == "LowVRAMFramePackSampler")
+    if "LowVRAMFramePackSampler" in kinds:  # saves the video as it grows, and a node shows it
+        assert "LowVRAMShowVideo" in kinds
+        (sampler,) = (node for node in nodes_of(workflow) if node["type"] == "LowVRAMFramePackSampler")
         assert "LowVRAMLoadFramePackModel" in kinds
         assert all(slot["link"] for slot in sampler["inputs"] if slot["name"] in ("vae", "image_embeds"))
         assert "fixed" in sampler["widgets_values"], "the seed of a run that may go on"

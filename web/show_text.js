@@ -1,7 +1,7 @@
 // Shows the text that VRAM Plan, Memory Report, Load LoRA and Doctor make on the nodes themselves.
 import { app } from "../../scripts/app.js";
 
-const HEIGHTS = { LowVRAMPlan: 280, LowVRAMMemoryReport: 280, LowVRAMLoadLora: 60, LowVRAMDoctor: 420 };
+const HEIGHTS = { LowVRAMPlan: 180, LowVRAMMemoryReport: 150, LowVRAMLoadLora: 60, LowVRAMDoctor: 420 };
 
 app.registerExtension({
     name: "LowVRAMVideo.ShowText",

@@ -30,6 +30,7 @@ from .framepack_engine import FramePackEngine
 from .framepack_request import SamplerInputs
 from .moving_preview import MovingPreview, sender
 from .native_vae import native_decoder, vae_fingerprint
+from .page import show_video
 from .patcher import StreamedModelPatcher
 
 logger = logging.getLogger(__name__)
@@ -129,15 +130,31 @@ def pausing(run: FramePackRun) -> Iterator[None]:
         raise
 
 
-def run_places(vae: Any, resume: bool, prefix: str, tags: Tags) -> RunPlaces:
-    """Where ComfyUI has sections and the video, which has `tags`; without a VAE there is none."""
+class ShownFilm(GrowingVideo):
+    """A film that the page shows, in the nodes of these ids, whenever more of it can be played."""
+
+    nodes: Sequence[str] = ()
+
+    def add(self, frames: Tensor, overlap: int) -> None:
+        shown = self.num_shown
+        super().add(frames, overlap)
+        if self.num_shown != shown:
+            show_video(self.nodes, self.video)
+
+
+def run_places(vae: Any, resume: bool, prefix: str, tags: Tags, shown_in: Sequence[str] = ()) -> RunPlaces:
+    """Where ComfyUI has sections and the video, which has `tags`; without a VAE there is none.
+
+    It is shown as it grows in the nodes with the ids `shown_in`.
+    """
 
     def film(folder: Path, grows: Grows) -> GrowingVideo:
         made_by, path = vae_fingerprint(vae), _film_path(folder, prefix)
-        film = GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by, tags=tags)
+        film = ShownFilm(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by, tags=tags)
         if not film.num_sections and path.exists() and not GrowingVideo.is_at(folder, path):  # what is there stays
             path = _new_place(folder, prefix)
-            film = GrowingVideo(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by, tags=tags)
+            film = ShownFilm(folder, path, FRAMES_PER_SECOND, grows=grows, made_by=made_by, tags=tags)
+        film.nodes = tuple(shown_in)
         return film
 
     runs = host.output_folder("framepack") if resume else None

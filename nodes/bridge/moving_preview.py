@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from protocol import BinaryEventTypes
 from torch import Tensor
+
+from .page import running_server
 
 LATENTS_PER_SECOND = 6.0  # Wan's latents are 4 a second of video, TI2V's 6, FramePack's 7.5
 SHARE = 0.01  # of a run's time, at most, goes into making previews
@@ -92,11 +93,6 @@ def rgb_frames(latent_format: Any, latent: Tensor) -> list[Image.Image]:
     rgb = torch.nn.functional.linear(frames, factors, None if bias is None else latent.new_tensor(bias))
     pixels = ((rgb + 1) / 2).clamp(0, 1).mul(255).to("cpu", torch.uint8).numpy()
     return [Image.fromarray(frame) for frame in pixels]
-
-
-def running_server() -> Any:
-    """ComfyUI's server, which is imported long before any node; None where nodes run without one."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def sender() -> Send | None:

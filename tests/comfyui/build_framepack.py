@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import model_files as files
-from .graph import GREEN_BOX, GREY_BOX, RED_BOX, Group, ModelFile, Node, Output, Workflow
+from .folding import Promoted
+from .graph import GREEN_BOX, RED_BOX, Group, ModelFile, Node, Output, Workflow
+from .layout import Parts, place, place_alone, promoted_of
 from .notes_framepack import FRAMEPACK_NOTES
 
+FRAMEPACK = "FramePack (Low VRAM)"
 SMALL_CARD_GB = 5.0  # of 6: the desktop and other programs have the rest
 
 
@@ -31,6 +34,17 @@ class Scene:
         node = self.graph.add(type, **given)
         self.pictures.append(node)
         return node
+
+    def folded(self, sampler: Node, groups: Sequence[Group] = ()) -> tuple[list[list[Group]], list[Promoted]]:
+        """The nodes that are one on the page, in columns, and what is set outside of them."""
+        columns = [
+            [Group("Model files", self.loading)],
+            [Group("Prompt", self.prompting, GREEN_BOX)],
+            *([group] for group in groups or [Group("Picture", self.pictures, GREEN_BOX)]),
+            [Group("Video", [sampler], RED_BOX)],
+        ]
+        prompts = [Promoted(node, "text", "prompt") for node in self.prompting]
+        return columns, [*prompts, *promoted_of([sampler, *self.pictures, *self.loading])]
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,14 @@ def add_start_image(scene: Scene) -> tuple[Bucket, dict[str, Output]]:
     return bucket, {"start_latent": latent, "image_embeds": seen}
 
 
+def add_sampler(scene: Scene, prompt: Output, prefix: str, **given: Any) -> Node:
+    """Its seed stays, so that the same request goes on where it stopped."""
+    return scene.graph.add(
+        "LowVRAMFramePackSampler", model=scene.model, positive=prompt, vae=scene.vae, keep_seed=True,
+        filename_prefix=prefix, **given,
+    )  # fmt: skip
+
+
 def finish(
     scene: Scene,
     bucket: Bucket,
@@ -96,25 +118,15 @@ def finish(
     groups: Sequence[Group] = (),
     **widgets: Any,
 ) -> dict[str, Any]:
-    """From the plan on: sampler, whose video grows as it is made, and report. `groups` are those of pictures."""
+    """From the plan on: sampler, the video that is shown as it grows, and report. `groups` are those of pictures."""
     graph = scene.graph
     plan = graph.add("LowVRAMPlan", model=scene.model, length=33, guidance=False, **bucket.size)
-    # the seed stays, so that the same request goes on where it stopped
-    sampler = graph.add(
-        "LowVRAMFramePackSampler", model=plan["MODEL"], positive=prompt, vae=scene.vae, keep_seed=True,
-        filename_prefix=f"video/{graph.name}", **given, **widgets,
-    )  # fmt: skip
-    report = graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=sampler["samples"])
-    note = graph.add("MarkdownNote", title="Read me", text=FRAMEPACK_NOTES[graph.name].text())
-    columns: Sequence[Sequence[Group]] = [
-        [Group("Notes", [note], GREY_BOX)],
-        [Group("1. Model files", scene.loading)],
-        [Group("2. Prompt", scene.prompting, GREEN_BOX), Group("What it would take", [plan], GREY_BOX)],
-        *([group] for group in groups or [Group("3. Picture", scene.pictures, GREEN_BOX)]),
-        [Group("4. Video", [sampler], RED_BOX)],
-        [Group("What it took", [report], GREY_BOX)],
-    ]
-    return graph.place(columns)
+    sampler = add_sampler(scene, prompt, f"video/{graph.name}", **given, **widgets)
+    report = graph.add("LowVRAMMemoryReport", model=scene.model, after=sampler["samples"])
+    film = graph.add("LowVRAMShowVideo", video=sampler["video"])
+    columns, promoted = scene.folded(sampler, groups)
+    note = FRAMEPACK_NOTES[graph.name].text()
+    return place(graph, Parts(FRAMEPACK, note, columns, promoted, film, plan, report))
 
 
 def from_picture(
@@ -125,6 +137,19 @@ def from_picture(
     positive = add_prompt(scene, prompt)
     bucket, pictures = add_start_image(scene)
     return finish(scene, bucket, positive, pictures)
+
+
+def framepack_blueprint() -> dict[str, Any]:
+    """A picture's video as one node, from which people build their own."""
+    scene = start(FRAMEPACK, files.FRAMEPACK)
+    prompt = add_prompt(scene, "The girl dances gracefully, with clear movements")
+    _, pictures = add_start_image(scene)
+    sampler = add_sampler(scene, prompt, "video/framepack", **pictures)
+    columns, promoted = scene.folded(sampler)
+    about = (
+        "A long video of a picture by FramePack on a card with little VRAM: its blocks are streamed within a budget."
+    )
+    return place_alone(scene.graph, FRAMEPACK, columns, promoted, {"video": sampler["video"]}, about)
 
 
 def i2v() -> dict[str, Any]:
@@ -156,8 +181,8 @@ def start_end() -> dict[str, Any]:
     latent, seen = add_encoders(scene, scaled[0], " (end)")
     end = scene.picture("LowVRAMFramePackEndImage", latent=latent, image_embeds=seen)
     groups = [
-        Group("3. Start image", scene.pictures[:num_of_start], GREEN_BOX),
-        Group("3. End image", scene.pictures[num_of_start:], GREEN_BOX),
+        Group("Start image", scene.pictures[:num_of_start], GREEN_BOX),
+        Group("End image", scene.pictures[num_of_start:], GREEN_BOX),
     ]
     return finish(scene, bucket, prompt, {**given, "end_image": end[0]}, groups)
 
@@ -184,7 +209,7 @@ def extend() -> dict[str, Any]:
     first = scene.picture("ImageFromBatch", title="Its first frame", image=bucket.images)
     seen = scene.picture("CLIPVisionEncode", clip_vision=scene.vision, image=first[0])
     wires = {"extend_samples": given[0], "image_embeds": seen[0]}
-    return finish(scene, bucket, prompt, wires, [Group("3. Video to extend", scene.pictures, GREEN_BOX)])
+    return finish(scene, bucket, prompt, wires, [Group("Video to extend", scene.pictures, GREEN_BOX)])
 
 
 FRAMEPACK_WORKFLOWS: dict[str, Callable[[], dict[str, Any]]] = {

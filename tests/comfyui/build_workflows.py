@@ -1,4 +1,7 @@
-"""Writes example_workflows/*.json: `python -m tests.comfyui.build_workflows` in the repository's folder."""
+"""Writes example_workflows/*.json and subgraphs/*.json, blueprints that ComfyUI's page lists under the pack's name.
+
+Run it as `python -m tests.comfyui.build_workflows` in the repository's folder.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from . import model_files as files
-from .build_framepack import FRAMEPACK_WORKFLOWS
-from .graph import BYPASSED, GREEN_BOX, GREY_BOX, RED_BOX, Group, ModelFile, Node, Output, Workflow
-from .notes import DEMO_NOTE, NOTES, UPSCALE_NOTE
+from .build_framepack import FRAMEPACK, FRAMEPACK_WORKFLOWS, framepack_blueprint
+from .folding import Promoted
+from .graph import BYPASSED, GREEN_BOX, Group, ModelFile, Node, Output, Workflow
+from .layout import Parts, place, place_alone, promoted_of
+from .notes import DEMO_NOTE, DOCTOR_NOTE, NOTES, UPSCALE_NOTE
 
-FOLDER = Path(__file__).parents[2] / "example_workflows"
+ROOT = Path(__file__).parents[2]
+FOLDER, BLUEPRINT_FOLDER = ROOT / "example_workflows", ROOT / "subgraphs"
 
 # Wan's own sample_neg_prompt (wan/configs/shared_config.py)
 NEGATIVE = (
@@ -81,10 +87,9 @@ def add_plan(graph: Workflow, model: Output, size: Size, guidance: bool) -> Node
     return graph.add("LowVRAMPlan", model=model, guidance=guidance, **size.wires)
 
 
-def add_output(graph: Workflow, samples: Output, vae: Output, **more: Any) -> list[Node]:
+def add_output(graph: Workflow, samples: Output, vae: Output, **more: Any) -> Node:
     """The video is written as it is decoded."""
-    prefix = f"video/{graph.name}"
-    return [graph.add("LowVRAMSaveVideo", samples=samples, vae=vae, filename_prefix=prefix, **more)]
+    return graph.add("LowVRAMSaveVideo", samples=samples, vae=vae, filename_prefix=f"video/{graph.name}", **more)
 
 
 def add_output_in_parts(graph: Workflow, samples: Output, vae: Output, name: str, fps: float) -> list[Node]:
@@ -126,36 +131,38 @@ def add_sampler(graph: Workflow, model: Output, prompts: Sequence[Output], laten
     return [shifted, sampler]
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What every workflow has, in the order of its groups; `pictures` may be empty."""
+WAN = "Wan video (Low VRAM)"
 
-    note: str
+
+@dataclass(frozen=True)
+class Folded:
+    """The nodes that are one on the page, in the order of their groups; `pictures` may be empty."""
+
     loading: list[Node]
     prompting: list[Node]
     sizing: list[Node]
     pictures: list[Node]
     sampling: list[Node]
-    saving: list[Node]
-    plan: Node
-    report: Node
 
-
-def place(graph: Workflow, parts: Parts) -> dict[str, Any]:
-    note = graph.add("MarkdownNote", title="Read me", text=parts.note)
-    pictures = [[Group("4. Picture", parts.pictures, GREEN_BOX)]] if parts.pictures else []
-    number = 4 + len(pictures)
-    return graph.place(
-        [
-            [Group("Notes", [note], GREY_BOX)],
-            [Group("1. Model files", parts.loading)],
-            [Group("2. Prompt", parts.prompting, GREEN_BOX), Group("3. Size and length", parts.sizing, GREEN_BOX)],
-            *pictures,
-            [Group(f"{number}. Sampling", parts.sampling), Group("What it would take", [parts.plan], GREY_BOX)],
-            [Group(f"{number + 1}. Video", parts.saving, RED_BOX)],
-            [Group("What it took", [parts.report], GREY_BOX)],
+    @property
+    def columns(self) -> list[list[Group]]:
+        return [
+            [Group("Model files", self.loading)],
+            [Group("Prompt", self.prompting, GREEN_BOX), Group("Size and length", self.sizing, GREEN_BOX)],
+            [Group("Picture", self.pictures, GREEN_BOX)],
+            [Group("Sampling", self.sampling)],
         ]
-    )
+
+    @property
+    def promoted(self) -> list[Promoted]:
+        """What is set outside: prompt, size, sampling, then what the special nodes have, memory and files."""
+        prompts = [
+            Promoted(node, "text", name) for node, name in zip(self.prompting, ("prompt", "negative"), strict=True)
+        ]
+        sizes = [
+            Promoted(node, "value", str(node.title).lower()) for node in self.sizing if node.type == "PrimitiveInt"
+        ]
+        return [*prompts, *sizes, *promoted_of(self.sampling), *promoted_of(self.loading)]
 
 
 @dataclass(frozen=True)
@@ -194,26 +201,22 @@ def finish(
     graph, names = scene.graph, [name for name, _ in latent.kind.outputs]
     prompts = [latent["positive"], latent["negative"]] if "positive" in names else [n[0] for n in scene.prompting]
     plan = add_plan(graph, scene.model[-1][0], scene.sizes, how.cfg != 1)
-    sampling = add_sampler(graph, plan["MODEL"], prompts, latent[_latent_of(names)], how)
+    sampling = add_sampler(graph, scene.model[-1][0], prompts, latent[_latent_of(names)], how)
     samples = sampling[-1][0]
     if "trim_latent" in names:
         sampling.append(graph.add("TrimVideoLatent", samples=samples, trim_amount=latent["trim_latent"]))
+    sizing = scene.sizes.nodes if pictures else [*scene.sizes.nodes, latent]
+    shown = [*pictures, latent] if pictures else []
+    folded = Folded([*scene.model, *scene.loaders.nodes], scene.prompting, sizing, shown, sampling)
     settings = {"fps": how.fps, **(source or {})}
-    save = add_larger_output if enlarges else add_output
-    return place(
-        graph,
-        Parts(
-            note=NOTES[graph.name].text(),
-            loading=[*scene.model, *scene.loaders.nodes],
-            prompting=scene.prompting,
-            sizing=scene.sizes.nodes if pictures else [*scene.sizes.nodes, latent],
-            pictures=[*pictures, latent] if pictures else [],
-            sampling=sampling,
-            saving=save(graph, sampling[-1][0], scene.loaders.vae, **settings),
-            plan=plan,
-            report=graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=samples),
-        ),
-    )
+    if enlarges:
+        *enlarging, saving = add_larger_output(graph, sampling[-1][0], scene.loaders.vae, **settings)
+        folded.sampling.extend(enlarging)
+    else:
+        saving = add_output(graph, sampling[-1][0], scene.loaders.vae, **settings)
+    report = graph.add("LowVRAMMemoryReport", model=scene.model[-1][0], after=samples)
+    note = NOTES[graph.name].text()
+    return place(graph, Parts(WAN, note, folded.columns, folded.promoted, saving, plan, report))
 
 
 def _latent_of(outputs: Sequence[str]) -> str:
@@ -270,6 +273,32 @@ def step_cache() -> dict[str, Any]:
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
 
 
+def compiled() -> dict[str, Any]:
+    scene = fox("wan2.1_t2v_1.3B_compiled")
+    scene.model.append(scene.graph.add("LowVRAMTorchCompile", model=scene.model[-1][0]))
+    return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+
+
+def several_gpus() -> dict[str, Any]:
+    scene = fox("wan2.1_t2v_1.3B_several_gpus")
+    scene.model.append(scene.graph.add("LowVRAMSeveralGPUs", model=scene.model[-1][0]))
+    return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+
+
+def wan_blueprint() -> dict[str, Any]:
+    """Text to video as one node, from which people build their own."""
+    scene = fox(WAN)
+    graph, latent = scene.graph, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires)
+    sampling = add_sampler(
+        graph, scene.model[-1][0], [n[0] for n in scene.prompting], latent[0], Sampling(8.0, 6.0, 30)
+    )
+    saving = graph.add("LowVRAMSaveVideo", samples=sampling[-1][0], vae=scene.loaders.vae, filename_prefix="video/wan")
+    loading = [*scene.model, *scene.loaders.nodes]
+    folded = Folded(loading, scene.prompting, [*scene.sizes.nodes, latent], [], [*sampling, saving])
+    about = "Text to video by Wan on a card with little VRAM: its blocks are streamed within a budget."
+    return place_alone(graph, WAN, folded.columns, folded.promoted, {"video": saving["video"]}, about)
+
+
 def t2v_upscaled() -> dict[str, Any]:
     scene = fox("wan2.1_t2v_1.3B_upscale")
     latent = scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires)
@@ -278,18 +307,18 @@ def t2v_upscaled() -> dict[str, Any]:
 
 def upscale_video() -> dict[str, Any]:
     graph = Workflow("flashvsr_upscale_video")
-    note = graph.add("MarkdownNote", title="Read me", text=UPSCALE_NOTE)
     loader, video = add_flashvsr(graph), graph.add("LoadVideo", title="Video to enlarge")
     prefix = f"video/{graph.name}"
     larger = graph.add("LowVRAMUpscaleVideo", flashvsr=loader[0], video=video[0], filename_prefix=prefix)
-    return graph.place(
-        [
-            [Group("Notes", [note], GREY_BOX)],
-            [Group("1. Model files", [loader])],
-            [Group("2. Video", [video], GREEN_BOX)],
-            [Group("3. Larger video", [larger], RED_BOX)],
-        ]
-    )
+    note = graph.add("MarkdownNote", title="Read me", text=UPSCALE_NOTE)
+    return graph.place([[note], [video], [loader], [larger]])
+
+
+def doctor() -> dict[str, Any]:
+    graph = Workflow("doctor")
+    check = graph.add("LowVRAMDoctor")
+    note = graph.add("MarkdownNote", title="Read me", text=DOCTOR_NOTE)
+    return graph.place([[note], [check]])
 
 
 def i2v_480p() -> dict[str, Any]:
@@ -347,8 +376,8 @@ def video_to_video() -> dict[str, Any]:
 def add_expert(graph: Workflow, name: str, file: ModelFile, lora: ModelFile) -> list[Node]:
     """Loader, Block Swap and the 4-step LoRA of one expert."""
     loader, swap = add_model(graph, file, f"Load the {name} expert")
-    merged = graph.add("LoraLoaderModelOnly", models=[lora], model=swap[0], lora_name=lora.name)
-    return [loader, swap, merged]
+    with_lora = graph.add("LowVRAMLoadLora", models=[lora], model=swap[0], lora_name=lora.name)
+    return [loader, swap, with_lora]
 
 
 def two_experts(
@@ -371,19 +400,12 @@ def two_experts(
         latent = graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires)
         prompts, noise = [node[0] for node in prompting], latent[0]
     plan = add_plan(graph, high[-1][0], scene.sizes, guidance=False)
-    sampling = add_expert_samplers(graph, [plan["MODEL"], low[-1][0]], prompts, noise)
-    parts = Parts(
-        note=NOTES[name].text(),
-        loading=[*high, *low, *loaders.nodes],
-        prompting=prompting,
-        sizing=scene.sizes.nodes if picture else [*scene.sizes.nodes, latent],
-        pictures=pictures,
-        sampling=sampling,
-        saving=add_output(graph, sampling[-1][0], loaders.vae, fps=16.0),
-        plan=plan,
-        report=graph.add("LowVRAMMemoryReport", model=low[-1][0], after=sampling[-1][0]),
-    )
-    return place(graph, parts)
+    sampling = add_expert_samplers(graph, [high[-1][0], low[-1][0]], prompts, noise)
+    sizing = scene.sizes.nodes if picture else [*scene.sizes.nodes, latent]
+    folded = Folded([*high, *low, *loaders.nodes], prompting, sizing, pictures, sampling)
+    saving = add_output(graph, sampling[-1][0], loaders.vae, fps=16.0)
+    report = graph.add("LowVRAMMemoryReport", model=low[-1][0], after=sampling[-1][0])
+    return place(graph, Parts(WAN, NOTES[name].text(), folded.columns, folded.promoted, saving, plan, report))
 
 
 def add_expert_samplers(
@@ -422,11 +444,11 @@ def demo() -> dict[str, Any]:
     sizes = add_size(graph, 96, 96, 17)
     latent = graph.add("EmptyHunyuanLatentVideo", **sizes.wires)
     plan = add_plan(graph, swap[0], sizes, guidance=True)
-    sampling = add_sampler(graph, plan["MODEL"], [prompts[0][0], prompts[1][0]], latent[0], Sampling(3.0, 4.0, 20))
-    saving = add_output_in_parts(graph, sampling[-1][0], loader["VAE"], "demo", 8.0)
-    report = graph.add("LowVRAMMemoryReport", model=plan["MODEL"], after=sampling[-1][0])
-    sizing = [*sizes.nodes, latent]
-    return place(graph, Parts(DEMO_NOTE, [loader, swap], prompts, sizing, [], sampling, saving, plan, report))
+    sampling = add_sampler(graph, swap[0], [prompts[0][0], prompts[1][0]], latent[0], Sampling(3.0, 4.0, 20))
+    decode, video, saving = add_output_in_parts(graph, sampling[-1][0], loader["VAE"], "demo", 8.0)
+    report = graph.add("LowVRAMMemoryReport", model=swap[0], after=sampling[-1][0])
+    folded = Folded([loader, swap], prompts, [*sizes.nodes, latent], [], [*sampling, decode, video])
+    return place(graph, Parts(WAN, DEMO_NOTE, folded.columns, folded.promoted, saving, plan, report))
 
 
 WORKFLOWS = {
@@ -437,6 +459,8 @@ WORKFLOWS = {
     "wan2.1_v2v_1.3B": video_to_video,
     "wan2.1_t2v_1.3B_sparse": sparse,
     "wan2.1_t2v_1.3B_step_cache": step_cache,
+    "wan2.1_t2v_1.3B_compiled": compiled,
+    "wan2.1_t2v_1.3B_several_gpus": several_gpus,
     "wan2.1_i2v_14B_480p_fp8": i2v_480p,
     "wan2.1_flf2v_14B_fp8": flf2v,
     "wan2.1_vace_1.3B": vace_small,
@@ -445,15 +469,20 @@ WORKFLOWS = {
     "wan2.2_ti2v_5B": ti2v,
     "wan2.1_t2v_1.3B_upscale": t2v_upscaled,
     "flashvsr_upscale_video": upscale_video,
+    "doctor": doctor,
     **FRAMEPACK_WORKFLOWS,
 }
 
 
+BLUEPRINTS = {WAN: wan_blueprint, FRAMEPACK: framepack_blueprint}
+
+
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
-    for name, build in WORKFLOWS.items():
-        text = json.dumps(build(), indent=1, ensure_ascii=False)
-        (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    for folder, builders in ((FOLDER, WORKFLOWS), (BLUEPRINT_FOLDER, BLUEPRINTS)):
+        folder.mkdir(exist_ok=True)
+        for name, build in builders.items():
+            text = json.dumps(build(), indent=1, ensure_ascii=False)
+            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ OURS = {"cnr_id": "lowvram-video", "aux_id": "lowvram-video/ComfyUI-LowVRAM-Vide
 NODE_WIDTH, COLUMN_GAP, NODE_GAP, TITLE = 340, 70, 30, 30
 GROUP_PADDING, GROUP_TITLE = 20, 50
 FOOTER, BADGES = 30, 50  # of Nodes 2.0: under each node, and under those of packs, which may have advanced widgets
-TEXT_HEIGHT, PREVIEW_HEIGHT, IMAGE_HEIGHT = 170, 330, 240
+TEXT_HEIGHT = 170
+NOTE_SIZE, HOST_WIDTH = (340, 560), 420
+HOST_WIDGET, HOST_TEXT = 34, 120  # of a subgraph's node, which Nodes 2.0 draws higher than the canvas
 BYPASSED = 4
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids of what a subgraph takes from outside and gives there
-OPENING = [60, 120]  # where a workflow's corner is on the page, beside its bars
+OPENING, ROOT_GAP = [75, 105], 30  # where a workflow's corner is on the page, beside its bars; between its columns
 RED_BOX, GREEN_BOX, GREY_BOX = "#8A3A3A", "#3A7A4A", "#555"  # of groups
 
 
@@ -119,7 +121,7 @@ class Workflow:
         values = {name: value for name, value in given.items() if not isinstance(value, Output)}
         known = {name for name, _ in kind.sockets} | {widget.name for widget in kind.widgets}
         assert set(given) <= known, f"{type} has no input {sorted(set(given) - known)}"
-        node = Node(len(self.nodes) + 1, type, kind, wires, values, title, tuple(models), mode, keep_seed)
+        node = Node(1 + self._last_id, type, kind, wires, values, title, tuple(models), mode, keep_seed)
         node.size = _size(node)
         self.nodes.append(node)
         return node
@@ -136,19 +138,20 @@ class Workflow:
             (node.id for nodes in (self.nodes, *(each.nodes for each in self.insides)) for node in nodes), default=0
         )
 
-    def place(self, columns: Sequence[Sequence[Group]], scale: float = 0.6) -> dict[str, Any]:
-        """The workflow as JSON, its groups stacked in columns from left to right, opening at that scale."""
-        groups, links = _lay_out(columns), _links(self.nodes)
+    def place(self, columns: Sequence[Sequence[Node]]) -> dict[str, Any]:
+        """The workflow as JSON, its nodes in columns from left to right; it opens at 100 %."""
+        _lay_out([[Group("", column)] for column in columns], ROOT_GAP)
+        links = _links(self.nodes)
         placed = {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"lowvram-video/{self.name}")),
             "revision": 0,
             "last_node_id": self._last_id,
             "last_link_id": len(links),
-            "nodes": [_node_json(node, order, links) for order, node in enumerate(self.nodes)],
+            "nodes": [_node_json(node, order, links) for order, node in enumerate(_in_order(self.nodes))],
             "links": links,
-            "groups": groups,
+            "groups": [],
             "config": {},
-            "extra": {"ds": {"scale": scale, "offset": OPENING}},
+            "extra": {"ds": {"scale": 1.0, "offset": OPENING}},
             "version": 0.4,
         }
         if self.insides:
@@ -156,7 +159,7 @@ class Workflow:
         return placed
 
 
-def _lay_out(columns: Sequence[Sequence[Group]]) -> list[dict[str, Any]]:
+def _lay_out(columns: Sequence[Sequence[Group]], gap: int = COLUMN_GAP) -> list[dict[str, Any]]:
     """Give nodes their places, groups below each other in their columns; the groups as JSON."""
     groups, x = [], 0
     for column in columns:
@@ -165,8 +168,19 @@ def _lay_out(columns: Sequence[Sequence[Group]]) -> list[dict[str, Any]]:
             y = _stack(group, x, y)
             groups.append((group, *_bounds(group)))
             y += GROUP_TITLE + GROUP_PADDING + NODE_GAP
-        x += max(node.size[0] for group in column for node in group.nodes) + COLUMN_GAP
+        x += max(node.size[0] for group in column for node in group.nodes) + gap
     return [_group_json(number + 1, *group) for number, group in enumerate(groups) if group[0].title]
+
+
+def _in_order(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes after those that they take something from, else as they come."""
+    waiting, found = list(nodes), []
+    while waiting:
+        feeding = {id(each) for each in waiting}
+        free = next(node for node in waiting if not any(id(wire.node) in feeding for wire in node.wires.values()))
+        waiting.remove(free)
+        found.append(free)
+    return found
 
 
 def _links(nodes: Sequence[Node]) -> list[list[Any]]:
@@ -208,7 +222,7 @@ def _inside_json(inside: Inside) -> dict[str, Any]:
             for slot, (name, kind) in enumerate(inside.sink.kind.sockets)
         ],
         "widgets": [],
-        "nodes": [_node_json(node, order, links) for order, node in enumerate(inside.nodes)],
+        "nodes": [_node_json(node, order, links) for order, node in enumerate(_in_order(inside.nodes))],
         "groups": groups,
         "links": [dict(zip(keys, link, strict=True)) for link in links],
         "extra": {},
@@ -222,23 +236,20 @@ def _slot_json(inside: Inside, name: str, kind: str, link_ids: list[int]) -> dic
 
 def _size(node: Node) -> tuple[int, int]:
     if node.type == "MarkdownNote":
-        return (560, _note_height(node.values["text"]))
+        return NOTE_SIZE  # its text scrolls
+    if node.is_host:
+        rows = max(len(node.kind.sockets), len(node.kind.outputs))
+        widgets = sum(HOST_TEXT if widget.multiline else HOST_WIDGET for widget in node.kind.widgets)
+        return (HOST_WIDTH, 20 * rows + widgets + 2 * FOOTER)
     rows = max(len(node.inputs), len(node.kind.outputs))
     widgets = sum(TEXT_HEIGHT if widget.multiline else 24 for widget in node.kind.widgets)
     footer = BADGES if node.type.startswith("LowVRAM") else FOOTER
     return (NODE_WIDTH + node.kind.extra_width, 20 * rows + widgets + footer + node.kind.extra_height)
 
 
-def _note_height(text: str) -> int:
-    lines = sum(1 + len(line) // 90 for line in text.splitlines())
-    return 60 + 21 * lines
-
-
 def _stack(group: Group, x: int, y: int) -> int:
     y += GROUP_TITLE if group.title else 0
     for node in group.nodes:
-        if node.type == "MarkdownNote":
-            node.size = (node.size[0], _note_height(str(node.values["text"])))
         y += TITLE
         node.pos = (x, y)
         y += node.size[1] + NODE_GAP

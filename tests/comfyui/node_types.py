@@ -119,6 +119,20 @@ NODE_TYPES: dict[str, NodeType] = {
         "end_image:LOWVRAM_END_IMAGE",
         optional=("latent", "image_embeds"),
     ),
+    "LowVRAMTorchCompile": _kind(
+        "model:MODEL",
+        {
+            "backend": "inductor",
+            "fullgraph": False,
+            "mode": "default",
+            "dynamic": "auto",
+            "compile_transformer_blocks_only": True,
+            "dynamo_cache_size_limit": 64,
+            "dynamo_recompile_limit": 128,
+            "force_parameter_static_shapes": False,
+        },
+        "MODEL",
+    ),
     "LowVRAMLoadLora": _kind("model:MODEL", {"lora_name": "", "strength": 1.0}, "MODEL", extra_width=100),
     "LowVRAMNag": _kind(
         "model:MODEL negative:CONDITIONING", {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}, "MODEL"
@@ -169,7 +183,7 @@ NODE_TYPES: dict[str, NodeType] = {
         {"width": 832, "height": 480, "length": 81, "guidance": True, "card_gb": 0.0},
         "MODEL plan:STRING",
         extra_width=160,
-        extra_height=300,
+        extra_height=180,
     ),
     "LowVRAMMemoryReport": _kind(
         "model:MODEL after:*",
@@ -177,9 +191,11 @@ NODE_TYPES: dict[str, NodeType] = {
         "report:STRING timeline:IMAGE",
         optional=("after",),
         extra_width=160,
-        extra_height=480,
+        extra_height=310,
     ),
-    "LowVRAMDoctor": _kind("", {"read_disk": False, "save_report": False}, "report:STRING", extra_height=440),
+    "LowVRAMDoctor": _kind(
+        "", {"read_disk": False, "save_report": False}, "report:STRING", extra_width=560, extra_height=440
+    ),
     "LowVRAMDecodeVideo": _kind(
         "samples:LATENT vae:VAE", {"tile_size": 0, "temporal_chunk": 0, "keep_latent": True}, "IMAGE"
     ),
@@ -195,8 +211,8 @@ NODE_TYPES: dict[str, NodeType] = {
         },
         "video:VIDEO",
         optional=("audio",),
-        extra_width=160,
-        extra_height=480,
+        extra_width=60,
+        extra_height=320,
     ),
     "LowVRAMLoadFlashVSRModel": _kind(
         "",
@@ -228,9 +244,10 @@ NODE_TYPES: dict[str, NodeType] = {
         },
         "video:VIDEO",
         optional=("video", "images", "audio"),
-        extra_width=160,
-        extra_height=480,
+        extra_width=60,
+        extra_height=300,
     ),
+    "LowVRAMShowVideo": _kind("video:VIDEO", {}, "video:VIDEO", extra_width=60, extra_height=400),
     "LowVRAMEncodeVideo": _kind("pixels:IMAGE vae:VAE", {"tile_size": 0}, "samples:LATENT"),
     # ComfyUI's
     "CLIPLoader": _kind("", {"clip_name": "", "type": "wan", "device": "default"}, "CLIP", extra_width=100),
@@ -247,7 +264,7 @@ NODE_TYPES: dict[str, NodeType] = {
     "LoadImage": _kind(
         "", {"image": Widget("image", "example.png", "COMBO", ("image",))}, "IMAGE MASK", extra_height=260
     ),
-    "LoadVideo": _kind("", {"file": Widget("file", "example.mp4", "COMBO", ("image",))}, "VIDEO", extra_height=400),
+    "LoadVideo": _kind("", {"file": Widget("file", "example.mp4", "COMBO", ("image",))}, "VIDEO", extra_height=320),
     "GetVideoComponents": _kind("video:VIDEO", {}, "images:IMAGE audio:AUDIO fps:FLOAT"),
     "ImageFromBatch": _kind("image:IMAGE", {"batch_index": 0, "length": 1}, "IMAGE"),
     "ImageScale": _kind(
@@ -325,8 +342,10 @@ NODE_TYPES: dict[str, NodeType] = {
             "codec": "auto",
         },
         "",
-        extra_width=160,
+        extra_width=60,
         extra_height=480,
     ),
-    "MarkdownNote": _kind("", {"text": Widget("text", "", "STRING", multiline=True)}, "", colour=("#432", "#653")),
+    "MarkdownNote": _kind(
+        "", {"text": Widget("text", "", "STRING", multiline=True)}, "", colour=("#322c24", "#25211b")
+    ),
 }

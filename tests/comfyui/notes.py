@@ -53,7 +53,7 @@ CHANGES_EXPERTS = (
 )
 
 
-SIZE = "- **Size and length** are set once, in group 3. Length is 4n + 1 frames."
+SIZE = "- **Size and length** are set on the large node. Length is 4n + 1 frames."
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Note:
                 "card set `card_gb`.",
                 self.ram,
                 "## What to change",
+                "- **All nodes:** the button at a corner of the large node opens it: files, *Block Swap*, sampler.",
                 self.size,
                 "- **Memory:** leave *Block Swap* alone at first: `-1` and `0` mean that it is planned.",
                 self.encoder,
@@ -142,7 +143,7 @@ NOTES: dict[str, Note] = {
         "Wan 2.1 video to video, 1.3B",
         "Makes a video anew by a prompt: *Encode Video* turns its frames into a latent, *KSampler* changes it at "
         "`denoise` 0.7, *Save Video* writes the result as it is decoded, with the sound and the rate of the old one. "
-        "Choose a video in group 4.",
+        "Choose a video.",
         (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
         FITS_SMALL,
         RAM_SMALL,
@@ -171,19 +172,40 @@ NOTES: dict[str, Note] = {
         "- **Other ways:** `method` magcache or first_block. With 8 steps or fewer nothing is skipped.",
         ENCODER_CPU,
     ),
+    "wan2.1_t2v_1.3B_compiled": Note(
+        "Blocks compiled by torch.compile",
+        "Wan 2.1 text to video with *Torch Compile Settings* behind *Block Swap*: the first step takes minutes, the "
+        "others less than before; measure it.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        RAM_SMALL,
+        "- **Needs** Triton: on Windows install `triton-windows`.\n"
+        "- **Several sizes:** with `dynamic` true the code is made once for all of them.",
+        ENCODER_CPU,
+    ),
+    "wan2.1_t2v_1.3B_several_gpus": Note(
+        "One video on several GPUs",
+        "Wan 2.1 text to video with *Several GPUs* behind *Block Swap*: each card computes part of every step, and one "
+        "copy of the weights in RAM feeds them all. With one GPU it runs there alone.",
+        (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
+        FITS_SMALL,
+        RAM_SMALL,
+        "- **Which cards:** `devices` auto takes all; or a list such as cuda:0,cuda:1 with the one ComfyUI runs on.\n"
+        "- **Other models:** put the node behind the last one that changes the MODEL; of two experts each takes one.",
+        ENCODER_CPU,
+    ),
     "wan2.1_t2v_1.3B_upscale": Note(
         "Wan 2.1 text to video, twice as large",
         "Wan 2.1 text to video at 832x480, and FlashVSR makes 1664x960 of it in one step before it is written.",
         (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
         FITS_SMALL,
         "- **RAM:** 32 GB is comfortable: FlashVSR remembers 10 GB of earlier frames. Fewer `kept_windows` take less.",
-        f"- **FlashVSR's files:**\n{FLASHVSR_LINKS}\n"
-        "- **Without it:** put *Save Video (Low VRAM)* in the place of the last three nodes.",
+        f"- **FlashVSR's files:**\n{FLASHVSR_LINKS}\n- **Without it:** open *wan2.1_t2v_1.3B*.",
         ENCODER_CPU,
     ),
     "wan2.1_i2v_14B_480p_fp8": Note(
         "Wan 2.1 image to video, 14B, 480p, fp8",
-        "Makes a picture move. Choose a picture in group 4, say in the prompt what happens, and press **Run**.",
+        "Makes a picture move. Choose a picture, say in the prompt what happens, and press **Run**.",
         (files.I2V_480P, files.TEXT_ENCODER, files.CLIP_VISION, files.VAE_21),
         FITS_480P,
         RAM_14B,
@@ -192,7 +214,7 @@ NOTES: dict[str, Note] = {
     ),
     "wan2.1_flf2v_14B_fp8": Note(
         "Wan 2.1 first and last frame to video, 14B",
-        "Makes the video between two pictures. Choose both in group 4; they should have the same shape.",
+        "Makes the video between two pictures. Choose both; they should have the same shape.",
         (files.FLF2V, files.TEXT_ENCODER, files.CLIP_VISION, files.VAE_21),
         FITS_720P,
         RAM_14B,
@@ -221,7 +243,7 @@ NOTES: dict[str, Note] = {
     "wan2.2_i2v_A14B_4steps": Note(
         "Wan 2.2 image to video, A14B, 4 steps",
         "Makes a picture move with two 14B experts: one for the coarse first steps, one for the details. With the "
-        "4-step LoRAs a video takes four passes. Choose a picture in group 4.",
+        "4-step LoRAs a video takes four passes. Choose a picture.",
         (files.I2V_HIGH, files.I2V_LOW, files.I2V_LORA_HIGH, files.I2V_LORA_LOW, files.TEXT_ENCODER, files.VAE_21),
         FITS_720P,
         RAM_EXPERTS,
@@ -229,7 +251,7 @@ NOTES: dict[str, Note] = {
     ),
     "wan2.2_ti2v_5B": Note(
         "Wan 2.2 text or image to video, 5B",
-        "Five seconds in 1280x704 at 24 frames per second. For a video of a picture select *First frame* in group 4 "
+        "Five seconds in 1280x704 at 24 frames per second. For a video of a picture select *First frame* "
         "and press **Ctrl+B**.",
         (files.TI2V, files.TEXT_ENCODER, files.VAE_22),
         (
@@ -245,7 +267,7 @@ NOTES: dict[str, Note] = {
 }
 
 UPSCALE_NOTE = f"""# A finished video, two to four times as large
-Choose a video in group 2 and press **Run**. FlashVSR makes it larger in one step; frames come from its file and go to
+Choose a video and press **Run**. FlashVSR makes it larger in one step; frames come from its file and go to
 another as they are made, so that length costs neither VRAM nor RAM. Rate and sound are kept.
 ## Files
 {FLASHVSR_LINKS}
@@ -262,6 +284,14 @@ mirror hf-mirror.com in its place. After a download by hand press **R**.
 - **Cancel** pauses: queue the same again and it goes on.
 - **Version 1:** with its files set `version` to 1.
 - Right-click a node and choose *Node Info* for its help page."""
+
+DOCTOR_NOTE = """# What of this machine works?
+Press **Run**. *Doctor* tries PyTorch, the driver, Triton, attention packages, memory and the link, and says how to mend
+what does not work. It takes about a minute. Nothing is downloaded, and nothing is changed.
+## What to change
+- **Disk:** `read_disk` reads a gigabyte of the largest model file too: how fast models stream from the disk.
+- **For a bug report:** `save_report` writes a file into the output folder, without prompts and user names.
+- On the command line the same is `lowvram-video doctor`."""
 
 DEMO_NOTE = """# Demo: does everything work here?
 Press **Run**. There is nothing to download: the tiny model comes with this pack and draws a coloured shape that

@@ -67,9 +67,9 @@ def _note(title: str, intro: str, model: files.ModelFile, *changes: str, **more:
 FRAMEPACK_NOTES: dict[str, Note] = {
     "framepack_i2v": _note(
         "FramePack image to video, fp8",
-        "Makes a picture move, for seconds or for minutes. Choose a picture in group 3, say in the prompt what "
+        "Makes a picture move, for seconds or for minutes. Choose a picture, say in the prompt what "
         "happens, and press **Run**. The video is made in sections of 1.2 seconds, the last one first: it grows "
-        "towards its start. It is saved after each section, and *FramePack Sampler* shows it at the end.",
+        "towards its start. It is saved after each section, and *Show Video* shows it as it grows.",
         files.FRAMEPACK,
         "- **Prompt:** short, and about motion: *The girl dances gracefully, with clear movements.*",
         QUALITY,
@@ -78,8 +78,8 @@ FRAMEPACK_NOTES: dict[str, Note] = {
     "framepack_f1": _note(
         "FramePack F1 image to video, fp8",
         "F1 makes a video from its start on, with larger motion than FramePack; the picture may drift in long videos. "
-        "Choose a picture in group 3, say in the prompt what happens, and press **Run**. The video is saved "
-        "after each section, and *FramePack Sampler* shows it at the end.",
+        "Choose a picture, say in the prompt what happens, and press **Run**. The video is saved "
+        "after each section, and *Show Video* shows it as it grows.",
         files.FRAMEPACK_F1,
         "- **Model type:** read from the file's name. If you renamed it, set `model_type` to `f1`.",
         QUALITY,
@@ -87,7 +87,7 @@ FRAMEPACK_NOTES: dict[str, Note] = {
     ),
     "framepack_start_end": _note(
         "FramePack start and end image, fp8",
-        "Makes the video between two pictures. Choose both in group 3; the end image is cut to the start's shape. "
+        "Makes the video between two pictures. Choose both; the end image is cut to the start's shape. "
         "Every section knows where it is heading, so the motion is spread over the whole video.",
         files.FRAMEPACK,
         "- **How strongly the end counts:** `embed_interpolation` in *FramePack End Image*. `linear` glides from the "
@@ -107,7 +107,7 @@ FRAMEPACK_NOTES: dict[str, Note] = {
     ),
     "framepack_extend": _note(
         "FramePack F1: extend a video, fp8",
-        "Goes on where a video ends. Choose the video in group 3, say in the prompt what happens next, and press "
+        "Goes on where a video ends. Choose the video, say in the prompt what happens next, and press "
         "**Run**. `total_second_length` is the length of what is added; the saved video has both.",
         files.FRAMEPACK_F1,
         "- **Frame rate:** the video is taken as it is, and plays at 30 frames a second. Videos of FramePack fit; "
@@ -119,7 +119,7 @@ FRAMEPACK_NOTES: dict[str, Note] = {
     "framepack_fp8_6gb": _note(
         "FramePack image to video on 6 GB",
         "FramePack on a small card: about two thirds of the blocks stream from RAM while the others compute, and "
-        "everything stays within 5 GB. Choose a picture in group 3, say in the prompt what happens, and press **Run**.",
+        "everything stays within 5 GB. Choose a picture, say in the prompt what happens, and press **Run**.",
         files.FRAMEPACK,
         "- **The limit:** `vram_budget_gb` in *Block Swap* is 5: half a GB less if your desktop uses more; 0 plans "
         "with what is free.",
@@ -131,7 +131,7 @@ FRAMEPACK_NOTES: dict[str, Note] = {
     "framepack_gguf": _note(
         "FramePack image to video, GGUF",
         "FramePack from a GGUF file, half as large as fp8: for less RAM and slow buses. Choose your file in *Load "
-        f"FramePack Model*, a picture in group 3, and press **Run**. GGUF files of FramePack are found by [a search on "
+        f"FramePack Model*, a picture, and press **Run**. GGUF files of FramePack are found by [a search on "
         f"Hugging Face]({files.FRAMEPACK_GGUF.url}); every type from Q2_K to Q8_0 works. Put the file (Q4_K_M: about "
         f"{files.SIZES[files.FRAMEPACK_GGUF]:.0f} GB) into `models/{files.FRAMEPACK_GGUF.directory}` or `models/unet`.",
         files.FRAMEPACK_GGUF,

@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 
 from .browser import QuietPage, find_chromium, open_page
+from .build_workflows import BLUEPRINTS
+from .conftest import ComfyUI
 from .server import PACK_FOLDER, Server
 from .workflows import FOLDER, NAMES, for_test, load, to_prompt
 
@@ -68,12 +70,15 @@ FIELDS = (
 COMPLAINTS = "[...document.querySelectorAll('[role=dialog], [role=alert], .p-dialog, .p-toast-message, \
 [data-testid=error-overlay]')]\
 .map(element => element.innerText.trim()).filter(text => text)"
-MISSING = "window.app.graph.nodes.filter(node => node.has_errors || !LiteGraph.registered_node_types[node.type])\
+MISSING = (
+    "[...window.app.graph.nodes, ...[...(window.app.graph.subgraphs?.values() ?? [])].flatMap(each => each.nodes)]\
+.filter(node => !node.isSubgraphNode?.() && (node.has_errors || !LiteGraph.registered_node_types[node.type]))\
 .map(node => node.type)"
+)
 BOUNDS = """(() => {
     const {scale, offset} = window.app.canvas.ds;
     const page = window.app.canvas.canvas.getBoundingClientRect();
-    const boxes = window.app.graph.groups.map(group => group.boundingRect ?? group._bounding);
+    const boxes = window.app.graph.nodes.map(node => node.boundingRect);
     const x = value => (value + offset[0]) * scale + page.left, y = value => (value + offset[1]) * scale + page.top;
     return [
         x(Math.min(...boxes.map(box => box[0]))), y(Math.min(...boxes.map(box => box[1]))),
@@ -95,8 +100,10 @@ PROMPT = "window.app.graphToPrompt().then(result => result.output)"
 
 
 @pytest.fixture(scope="module", params=list(RENDERERS))
-def page(server: Server, request: pytest.FixtureRequest) -> Iterator[QuietPage]:
-    """The page with one of the two things that draw its nodes."""
+def page(comfyui: ComfyUI, server: Server, request: pytest.FixtureRequest) -> Iterator[QuietPage]:
+    """The page with one of the two things that draw its nodes; an older ComfyUI's is the same one's."""
+    if request.param != "canvas" and not comfyui.is_newest:
+        pytest.skip("this page is tried in the newest ComfyUI")
     server.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": RENDERERS[request.param]})
     with open_page(f"http://127.0.0.1:{server.port}/", WINDOW) as page:
         page.wait_for(APP_IS_UP)
@@ -171,6 +178,17 @@ def test_the_demo_runs_from_the_page(page: QuietPage, server: Server, name: str,
     keep(screenshot(page), name, tmp_path)
 
 
+def test_blueprints_are_offered_and_open(page: QuietPage, server: Server, object_info: dict[str, Any]) -> None:
+    offered = {
+        entry["name"]: key for key, entry in server.get("/global_subgraphs").items() if entry["name"] in BLUEPRINTS
+    }
+    assert set(offered) == set(BLUEPRINTS)
+    for name, key in offered.items():
+        drop(page, name, json.loads(server.get(f"/global_subgraphs/{key}")["data"]))
+        assert page.evaluate(COMPLAINTS) == []
+        assert page.evaluate(MISSING) == []
+
+
 def test_framepacks_sampler_shows_its_video(page: QuietPage, server: Server, object_info: dict[str, Any]) -> None:
     drop(page, "framepack_i2v")
     graph = for_test(to_prompt(load("framepack_i2v"), object_info))
@@ -183,21 +201,30 @@ def test_framepacks_sampler_shows_its_video(page: QuietPage, server: Server, obj
     assert "filename=framepack_i2v_" in shown and ".mp4" in shown and "type=output" in shown
 
 
-@pytest.mark.parametrize("name", ["wan2.1_t2v_1.3B", "framepack_i2v"])
-def test_a_dropped_video_restores_its_workflow(
-    page: QuietPage, server: Server, object_info: dict[str, Any], name: str
-) -> None:
-    """Save Video's file, and FramePack Sampler's, which is joined of parts."""
+@pytest.fixture(scope="session")
+def saved_videos(server: Server, object_info: dict[str, Any]) -> dict[str, bytes]:
+    """Videos that the page's workflows made, which have these in them."""
+    return {name: saved_video(server, object_info, name) for name in ("wan2.1_t2v_1.3B", "framepack_i2v")}
+
+
+def saved_video(server: Server, object_info: dict[str, Any], name: str) -> bytes:
     graph = for_test(to_prompt(load(name), object_info))
     for node in graph.values():
         if "seed" in node["inputs"]:
             node["inputs"]["seed"] += 2  # a run of its own
     outputs = server.run(graph, extra={"extra_pnginfo": {"workflow": load(name)}})
     files = [file for output in outputs.values() for file in output.get("images", ())]
-    (saved,) = [file for file in files if file["filename"].endswith(".mp4")]
-    path = server.base / "output" / saved["subfolder"] / saved["filename"]
+    (saved,) = {(file["subfolder"], file["filename"]) for file in files if file["filename"].endswith(".mp4")}
+    return server.base.joinpath("output", *saved).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["wan2.1_t2v_1.3B", "framepack_i2v"])
+def test_a_dropped_video_restores_its_workflow(
+    page: QuietPage, saved_videos: dict[str, bytes], object_info: dict[str, Any], name: str
+) -> None:
+    """Save Video's file, and FramePack Sampler's, which is joined of parts."""
     page.evaluate("window.app.graph.clear()")
-    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    content = base64.b64encode(saved_videos[name]).decode("ascii")
     page.evaluate(f"{DROP_VIDEO}('film.mp4', {json.dumps(content)})")
     page.wait_for(f"window.app.graph.nodes.length === {len(load(name)['nodes'])}")
     page.settle()
@@ -209,7 +236,8 @@ def test_what_is_absent_is_complained_of(page: QuietPage) -> None:
     """So that no complaint means that nothing is absent."""
     for node_type, file_name in (("LowVRAMAbsent", None), ("VAELoader", "absent.safetensors")):
         workflow = load("wan2.1_t2v_1.3B")
-        node = next(node for node in workflow["nodes"] if node["type"] == "VAELoader")
+        (folded,) = workflow["definitions"]["subgraphs"]
+        node = next(node for node in folded["nodes"] if node["type"] == "VAELoader")
         node["type"] = node_type
         if file_name:
             node["widgets_values"] = [file_name]
@@ -226,7 +254,7 @@ def keep(picture: Image.Image, name: str, folder: Path) -> None:
 
 
 def screenshot(page: QuietPage) -> Image.Image:
-    """The groups of the graph, without the page's bars."""
+    """The nodes of the graph, without the page's bars."""
     page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.evaluate(STANDS_STILL)
     left, top, right, bottom = page.evaluate(BOUNDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FIXED_VAES = {files.VAE_22.name, files.HUNYUAN_VAE.name}  # of one size in core
 # of FramePack: two sections of 2 latents in 64x64
 SMALL = {
     "LowVRAMSparseAttention": {"error_bound": 0.0},  # a processor has no kernel for it
+    "LowVRAMTorchCompile": {"backend": "cudagraphs"},  # which a processor has nothing to compile for
     "LowVRAMStepCache": {"method": "first_block"},  # tiny models have no published table
     "LowVRAMFramePackNearestBucket": {"base_resolution": 64},
     "LowVRAMFramePackSampler": {"total_second_length": 0.5, "latent_window_size": 2, "steps": 2},
@@ -43,20 +45,69 @@ def load(name: str) -> dict[str, Any]:
 
 def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
     """The API format of a UI workflow, as the browser makes it; `object_info` is the server's /object_info."""
-    sources = {link[0]: (link[1], link[2]) for link in workflow["links"]}
-    running = {node["id"] for node in workflow["nodes"] if node["mode"] == 0 and node["type"] not in NOT_RUN}
     graph: Graph = {}
-    for node in workflow["nodes"]:
-        if node["id"] not in running:
-            continue
-        info = object_info[node["type"]]
-        inputs = _widget_inputs(info["input"], list(node["widgets_values"]))
-        for slot in node["inputs"]:
-            if slot["link"] is not None and sources[slot["link"]][0] in running:
-                source, output = sources[slot["link"]]
-                inputs[slot["name"]] = [str(source), output]
-        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    for number, node, sources in flat_nodes(workflow):
+        inputs = _widget_inputs(object_info[node["type"]]["input"], list(node["widgets_values"]))
+        inputs.update(sources)
+        graph[number] = {"class_type": node["type"], "inputs": inputs}
     return graph
+
+
+def flat_nodes(workflow: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(id, node, what its inputs are linked to) of all nodes that run, those in subgraphs in the place of these."""
+    folded = {each["id"]: each for each in workflow.get("definitions", {}).get("subgraphs", ())}
+    hosts = {node["id"]: (node, folded[node["type"]]) for node in workflow["nodes"] if node["type"] in folded}
+    running = {node["id"] for node in workflow["nodes"] if _runs(node)}
+    links = {link[0]: link for link in workflow["links"]}
+
+    def outside(link: int | None) -> list[Any] | None:
+        """Where a link on the page comes from."""
+        if link is None or links[link][1] not in running:
+            return None
+        origin, slot = links[link][1:3]
+        if origin not in hosts:
+            return [str(origin), slot]
+        inner = next(
+            each for each in hosts[origin][1]["links"] if (each["target_id"], each["target_slot"]) == (-20, slot)
+        )
+        return [f"{origin}:{inner['origin_id']}", inner["origin_slot"]]
+
+    found = []
+    for node in workflow["nodes"]:
+        if node["id"] in hosts:
+            found += _inner_nodes(node, hosts[node["id"]][1], outside)
+        elif _runs(node):
+            found.append((str(node["id"]), node, _sources(node, outside)))
+    return found
+
+
+def _inner_nodes(
+    host: dict[str, Any], folded: dict[str, Any], outside: Callable[[int | None], list[Any] | None]
+) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The nodes of one subgraph; a widget of its node on the page gives its value to those inside."""
+    links = {link["id"]: link for link in folded["links"]}
+    widgets = [slot["name"] for slot in host["inputs"] if "widget" in slot]
+    values = dict(zip(widgets, host["widgets_values"], strict=True))
+
+    def inside(link: int | None) -> Any:
+        if link is None:
+            return None
+        origin, slot = links[link]["origin_id"], links[link]["origin_slot"]
+        if origin != -10:
+            return [f"{host['id']}:{origin}", slot]
+        given = host["inputs"][slot]
+        return values[given["name"]] if given["name"] in values else outside(given["link"])
+
+    return [(f"{host['id']}:{node['id']}", node, _sources(node, inside)) for node in folded["nodes"] if _runs(node)]
+
+
+def _sources(node: dict[str, Any], source: Callable[[int | None], Any]) -> dict[str, Any]:
+    found = {slot["name"]: source(slot["link"]) for slot in node["inputs"]}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _runs(node: dict[str, Any]) -> bool:
+    return node["mode"] == 0 and node["type"] not in NOT_RUN
 
 
 def _widget_inputs(schema: dict[str, Any], values: list[Any], prefix: str = "") -> dict[str, Any]:
