@@ -6,18 +6,19 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
-from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.files.checkpoint import CheckpointError, TensorInfo
 from lowvram_video.weights.kernels.gemms import Int8Product, ReferenceGemm, int_mm, select_int8_gemm
 from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul, rotation_matrix
-from lowvram_video.weights.linear.kitchen import KITCHEN_QUANTS, KitchenFormat, KitchenInt8
+from lowvram_video.weights.linear.kitchen import KITCHEN_QUANTS, KitchenFormat, KitchenInt8, KitchenQuant
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -206,9 +207,10 @@ def four_bit_file(plain: Path, path: Path, name: str) -> Path:
     for full, tensor in tensors.items():
         if is_quantised(full, tensor):
             layer, (rows, columns) = full.removesuffix(".weight"), tensor.shape
-            halved = KITCHEN_QUANTS[name].halved
-            out[full] = torch.zeros(rows, columns // 2 if halved else columns, dtype=torch.uint8)
-            out |= {f"{layer}.weight_scale": torch.ones(rows, columns // 16), f"{layer}.comfy_quant": marker.clone()}
+            quant = KITCHEN_QUANTS[name]
+            out[full] = torch.zeros(rows, columns // 2 if quant.halved else columns, dtype=torch.uint8)
+            out |= {f"{layer}.{part}": torch.ones(rows, columns // 16, dtype=torch.uint8) for part in quant.needs}
+            out[f"{layer}.comfy_quant"] = marker.clone()
     save_file(out, path)
     return path
 
@@ -264,6 +266,35 @@ def test_comfy_kitchen_unpacks_its_formats() -> None:
         got = KitchenFormat(KITCHEN_QUANTS[name]).dequantize(tensors, torch.float32)
         print(f"{name}: {relative(got, weight):.3f}")
         assert relative(got, weight) < 0.2
+        stored = {leaf: info_of(leaf, tensor) for leaf, tensor in tensors.items()}
+        check_needs(KITCHEN_QUANTS[name], stored)
+
+
+def info_of(name: str, tensor: Tensor) -> TensorInfo:
+    return TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path("m.safetensors"), 0, tensor.nbytes)
+
+
+def check_needs(quant: KitchenQuant, stored: dict[str, TensorInfo]) -> None:
+    """What the package made is taken; without any part of it, or with others, it is refused before it is unpacked."""
+    weight = stored["weight"]
+    assert quant.problem(weight, stored) is None
+    for name in quant.needs:
+        problem = quant.problem(weight, {leaf: info for leaf, info in stored.items() if leaf != name})
+        assert problem == f"without its {name}"
+    assert "and not in bytes" in str(quant.problem(replace(weight, dtype=torch.float32), stored))
+    if quant.block:
+        short = replace(stored["weight_scale"], shape=(1,))
+        assert "which are not one byte for every" in str(quant.problem(weight, {**stored, "weight_scale": short}))
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8", "convrot_w4a4", "asym_w4a8_int8"])
+def test_a_marker_without_what_its_format_has_is_refused(tmp_path: Path, kind: str) -> None:
+    """Before anything runs: the package itself would fail with a KeyError as the layer is unpacked."""
+    path, layer = save_wan(tmp_path / "wan.safetensors"), "blocks.0.ffn.0"
+    marker = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    save_file({**load_file(path), f"{layer}.comfy_quant": marker}, path)
+    with pytest.raises(CheckpointError, match=rf"wan\.safetensors: {layer}\.weight .* is stored as '?{kind}'? without"):
+        open_wan(path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("comfy_kitchen") is None, reason="needs comfy-kitchen")

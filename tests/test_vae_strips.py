@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from lowvram_video.wanvideo.vae.model import VAEConfig, WanVAE
 from lowvram_video.wanvideo.vae.rows import StripPlan, cut_rows
 from lowvram_video.wanvideo.vae.strip import FrameRing, ring_rows
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = {
     "2.1": replace(vae_model.WAN21_VAE, encoder_dim=8, decoder_dim=8),
@@ -238,6 +240,38 @@ def test_what_was_made_before_an_error_is_passed_on():
     assert seen == [1, 4]
 
 
+@pytest.mark.parametrize("given_place", [True, False])
+def test_no_piece_passes_for_one_that_was_lost_on_its_way(given_place):
+    """Whatever operation memory runs out in, what was given before is the beginning of the video."""
+    video = torch.arange(9.0).view(1, 1, 9, 1, 1).expand(1, 3, 9, 2, 2).contiguous()
+    counted = OutOfMemoryAt(0)
+    with counted:
+        list(in_ram(iter(video.split(2, dim=2)), lambda piece: piece))
+    assert counted.count > 8
+    for at in range(1, counted.count + 1):
+        into = torch.full_like(video, -1.0) if given_place else None
+        seen = []
+        with OutOfMemoryAt(at), suppress(torch.cuda.OutOfMemoryError):
+            for piece in in_ram(iter(video.split(2, dim=2)), lambda piece: piece, into):
+                seen.append(piece)
+        frames = torch.cat(seen, dim=2) if seen else video[:, :, :0]
+        assert frames.equal(video[:, :, : frames.shape[2]]), at
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """The n-th operation finds no memory; 0 only counts."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at, self.count = at, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self._at:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return func(*args, **(kwargs or {}))
+
+
 # --- ways ------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +301,9 @@ def test_what_follows_a_way_that_failed(vae):
     rows = [way.rows for way in after if isinstance(way, Strips)]
     assert rows == list(thinner_strips(720)) and rows[0] == 360 and rows[-1] == LEAST_ROWS
     assert after[len(rows) :] == [Tile(256), Tile(128)] and all(way.in_ram for way in after[: len(rows)])
-    assert retry_ways(vae, Strips(48), size)[0] == Strips(24, True)
+    assert retry_ways(vae, Strips(48), size)[:2] == [Strips(48, True), Strips(24, True)]
+    assert retry_ways(vae, Strips(48, True), size)[0] == Strips(24, True)
+    assert retry_ways(vae, Strips(16), size)[0] == Strips(16, True)  # the thinnest: nothing but tiles is left
     by_hand = retry_ways(vae, Tile(512), size)
     assert isinstance(by_hand[0], Strips) and by_hand[0].rows * 1280 <= 512**2
 

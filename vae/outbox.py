@@ -95,13 +95,16 @@ def in_ram(pieces: Iterator[Tensor], finish: Finish, into: Tensor | None = None)
 
     def delivered() -> Tensor:
         nonlocal num_frames
-        piece = under_way.popleft()().permute(0, 4, 1, 2, 3)
-        frames = num_frames, num_frames + piece.shape[2]
-        num_frames = frames[1]
+        piece = under_way[0]().permute(0, 4, 1, 2, 3)
+        frames = slice(num_frames, num_frames + piece.shape[2])
         if into is None:
-            return piece.clone()
-        into[:, :, slice(*frames)] = piece
-        return into[:, :, slice(*frames)]
+            given = piece.clone()
+        else:
+            given = into[:, :, frames]
+            given.copy_(piece)
+        under_way.popleft()  # only now: the next one would pass for one that is lost here
+        num_frames = frames.stop
+        return given
 
     try:
         for piece in pieces:

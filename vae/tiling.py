@@ -113,6 +113,8 @@ def retry_ways(vae: VideoVae, failed: Way, size: tuple[int, int], registrar: Reg
         smallest = min(failed.pixels or max(size), max(size))
         rows = height if smallest == max(size) else min(height, smallest**2 // width)
     strips = [Strips(thinner, True, registrar) for thinner in thinner_strips(rows)]
+    if isinstance(failed, Strips) and not failed.in_ram:  # what waits between strips of this height leaves first
+        strips = [Strips(rows, True, registrar), *strips]
     return [*strips, *(Tile(pixels) for pixels in LAST_TILES if pixels < smallest)]
 
 

@@ -74,7 +74,8 @@ def plain_dialect(checkpoint: Checkpoint, names: Mapping[str, str | None] | None
         if marker is None and f"{layer}.weight_scale" in tensors:
             marker = LayerMarker(_format_by_dtype(checkpoint, info), full_precision)
         if marker is not None:
-            tensors[name] = _marked(checkpoint, info, marker, tensors.get(f"{layer}.weight_scale"))
+            beside = {part: tensors[f"{layer}.{part}"] for part in BESIDE if f"{layer}.{part}" in tensors}
+            tensors[name] = _marked(checkpoint, info, marker, beside)
     return Checkpoint(checkpoint.path, tensors, checkpoint.metadata)
 
 
@@ -195,8 +196,11 @@ def _format_by_dtype(checkpoint: Checkpoint, info: TensorInfo) -> str:
     )
 
 
-def _marked(checkpoint: Checkpoint, info: TensorInfo, marker: LayerMarker, scale: TensorInfo | None) -> TensorInfo:
+def _marked(
+    checkpoint: Checkpoint, info: TensorInfo, marker: LayerMarker, beside: Mapping[str, TensorInfo]
+) -> TensorInfo:
     """The weight's `TensorInfo` with its format's name and, where weights share bytes, its shape unpacked."""
+    scale = beside.get("weight_scale")
     if marker.format in ("float8_e4m3fn", "float8_e5m2"):
         if scale is None:
             return info  # a cast without a scale is a plain weight
@@ -222,6 +226,11 @@ def _marked(checkpoint: Checkpoint, info: TensorInfo, marker: LayerMarker, scale
         raise CheckpointError(
             f"{checkpoint.path}: {info.name} {list(info.shape)} is stored as {shown(marker.format)}; expected a "
             "matrix; choose the fp8 scaled or a GGUF version of the model"
+        )
+    if (problem := quant.problem(info, beside)) is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: {info.name} {list(info.shape)} is stored as {shown(marker.format)} {problem}; "
+            "expected what that format has; the file is damaged or incomplete: download it again"
         )
     rows, columns = info.shape
     shape = (rows, 2 * columns if quant.halved else columns)

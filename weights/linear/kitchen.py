@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,30 @@ PACKAGE = "comfy_kitchen"
 
 @dataclass(frozen=True)
 class KitchenQuant:
-    """A format's name in files, what it is, whether two weights share a byte, and what unpacks it."""
+    """A format's name in files, what it is, whether two weights share a byte, and what unpacks it.
+
+    `needs` are tensors beside the weight without which nothing does; where there is a scale of a byte for each so many
+    weights of a row, `block` is their number.
+    """
 
     name: str
     title: str
     halved: bool  # `weight` has half as many columns
     unpack: Callable[[Any, Mapping[str, Tensor], KitchenFormat, torch.dtype], Tensor]
+    needs: tuple[str, ...] = ("weight_scale",)
+    block: int = 0
+
+    def problem(self, weight: TensorInfo, beside: Mapping[str, TensorInfo]) -> str | None:
+        """Why a weight cannot be of this format by what lies beside it, or None; `beside` is by names."""
+        missing = [name for name in self.needs if name not in beside or not beside[name].nbytes]
+        if missing:
+            return f"without its {missing[0]}"
+        if weight.dtype.itemsize != 1:
+            return f"in {weight.dtype}, and not in bytes"
+        scale, wanted = beside[self.needs[0]], math.prod(weight.shape) * (1 + self.halved) // max(1, self.block)
+        if self.block and (scale.dtype.itemsize != 1 or math.prod(scale.shape) < wanted):
+            return f"with scales {list(scale.shape)} of {scale.dtype}, which are not one byte for every {self.block}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -170,11 +189,28 @@ def _w4a8(kitchen: Any, packed: Mapping[str, Tensor], how: KitchenFormat, dtype:
 KITCHEN_QUANTS: Mapping[str, KitchenQuant] = {
     quant.name: quant
     for quant in (
-        KitchenQuant("nvfp4", "4-bit floats (NVFP4), made for RTX 50 (compute capability 10)", True, _nvfp4),
         KitchenQuant(
-            "mxfp8", "block-scaled 8-bit floats (MXFP8), made for RTX 50 (compute capability 10)", False, _mxfp8
+            "nvfp4",
+            "4-bit floats (NVFP4), made for RTX 50 (compute capability 10)",
+            True,
+            _nvfp4,
+            ("weight_scale", "weight_scale_2"),
+            16,
+        ),
+        KitchenQuant(
+            "mxfp8",
+            "block-scaled 8-bit floats (MXFP8), made for RTX 50 (compute capability 10)",
+            False,
+            _mxfp8,
+            block=32,
         ),
         KitchenQuant("convrot_w4a4", "rotated 4-bit integers (W4A4), made for RTX 20 or later", True, _w4a4),
-        KitchenQuant("asym_w4a8_int8", "4-bit integers (W4A8), made for RTX 30 or later", True, _w4a8),
+        KitchenQuant(
+            "asym_w4a8_int8",
+            "4-bit integers (W4A8), made for RTX 30 or later",
+            True,
+            _w4a8,
+            ("weight_s_rel", "weight_s_channel"),
+        ),
     )
 }
