@@ -14,6 +14,7 @@ import torch
 
 from ..attention.select import ATTENTION_MODES
 from ..memory.plan.footprint import WorkSize
+from ..memory.plan.parking import ParkSpec, parse_parking
 from ..memory.report.report import RunReport
 from ..runtime.cards import with_devices
 from ..runtime.progress import Progress
@@ -99,6 +100,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--devices", metavar="LIST",
         help="cards that share each pass, such as cuda:0,cuda:1, or auto: all there are (in place of --device)",
     )  # fmt: skip
+    machine.add_argument(
+        "--park", type=parking, metavar="LIST",
+        help="where streamed blocks lie, such as 'cuda:1,8gb;cpu,*': another card's memory, then RAM, then the disk",
+    )  # fmt: skip
     machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
     machine.add_argument(
         "--quantization", choices=list(QUANTIZATIONS), default="none",
@@ -180,11 +185,19 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         batched_guidance=getattr(options, "batch_cfg", False),
         sparse=sparse_of(options),
         step_cache=step_cache_of(options),
+        parking=options.park,
     )
     return settings if options.devices is None else with_devices(settings, options.devices)
 
 
 # --- values ----------------------------------------------------------------------------------------------
+
+
+def parking(text: str) -> ParkSpec:
+    try:
+        return parse_parking(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> float:

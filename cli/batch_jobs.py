@@ -61,6 +61,8 @@ def generate_job(line: int, values: Mapping[str, Any], parser: JobParser) -> Rea
     options = parser.parse_args(words)
     if str(options.device).startswith("cuda:"):
         raise ValueError(f"device is {options.device}: workers have a card each, so give cuda, or leave it out")
+    if options.park is not None:
+        raise ValueError("park: other cards have workers of their own; leave it out, or make this video by generate")
     if options.devices is not None:
         raise ValueError("devices: workers have a card each; leave it out, or make this video by generate")
     request = {

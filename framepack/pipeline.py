@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory.plan.candidates import RAM_MARGIN_BYTES
 from ..memory.plan.footprint import Limits, WorkSize
+from ..memory.plan.host_memory import RAM_MARGIN_BYTES
 from ..memory.plan.plan import MemoryPlan
 from ..memory.report.report import RunReport
 from ..memory.stream.pinned import CudaRegistrar

@@ -116,6 +116,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             unpacked_bytes=self.unpacked_bytes(dtype),
             vae=None,
             num_double=config.num_layers,
+            home_bytes=tuple(layout.nbytes for layout in layouts),
             form=self.product_form,
             attention=self.model.execution.attention.name,
         )

@@ -7,15 +7,17 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..memory.plan.parking import Amount, ParkSpec, parse_parking
 from ..runtime.cards import AUTO, cards_beside
+from ..runtime.parked import find_parking
 from .bridge import host
-from .inputs import model_input, streamed_model
+from .inputs import ADVANCED, model_input, streamed_model
 
 logger = logging.getLogger(__name__)
 
 TITLE = "Several GPUs (Low VRAM)"
-SPLIT = "split the video"
-MODES = (AUTO, SPLIT)
+SPLIT, PARK = "split the video", "park blocks"
+MODES = (AUTO, SPLIT, PARK)
 
 
 class SeveralGPUs(io.ComfyNode):
@@ -39,16 +41,30 @@ class SeveralGPUs(io.ComfyNode):
                 io.Combo.Input(
                     "mode", options=list(MODES), default=AUTO,
                     tooltip="split the video: each card computes part of every step; with guidance on two cards one "
-                    "has the prompt and the other the negative prompt. auto: the same.",
+                    "has the prompt and the other the negative prompt. park blocks: ComfyUI's GPU computes alone, and "
+                    "the others' memory holds blocks in place of RAM. auto: split the video.",
+                ),
+                io.String.Input(
+                    "park", default="",
+                    tooltip="For park blocks: where blocks lie, as DisTorch2 writes it, such as cuda:1,8gb;cpu,*: in "
+                    "another card's memory, then in RAM (cpu), then on the disk. gb, mb, a percentage of the blocks, "
+                    "or *. Empty: all that is free of the devices above.", extra_dict=ADVANCED,
                 ),
             ],
             outputs=[io.Model.Output()],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, devices: str, mode: str) -> io.NodeOutput:
+    def execute(cls, model: Any, devices: str, mode: str, park: str = "") -> io.NodeOutput:
         patcher = streamed_model(model, TITLE)
+        if mode == PARK and park.strip():
+            parking = parse_parking(park)
+            find_parking(parking, patcher.engine.device, host.free_vram)  # all of them are there
+            return io.NodeOutput(patcher.with_options(others=(), parking=parking))
         others = cards_beside(patcher.engine.device, devices)
         if not others:
             logger.info("%s: there is one GPU, which makes the video alone", TITLE)
-        return io.NodeOutput(patcher.with_options(others=others))
+        if mode == PARK:
+            parking = ParkSpec(tuple((str(card), Amount()) for card in others)) if others else None
+            return io.NodeOutput(patcher.with_options(others=(), parking=parking))
+        return io.NodeOutput(patcher.with_options(others=others, parking=None))

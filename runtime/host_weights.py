@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..memory.plan.host_memory import MIN_STAGING
+from ..memory.plan.parking import Homes
 from ..memory.plan.plan import MemoryPlan
 from ..memory.stream.disk_blocks import DiskBlocks
 from ..memory.stream.host_blocks import HostBlocks
 from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
+from ..memory.stream.parked_blocks import ParkedBlocks
 from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..memory.stream.scratch_file import ScratchFile
 from ..memory.stream.shared_blocks import SharedBlocks
+from ..memory.stream.split_blocks import HomeOf, SplitBlocks
+from ..system.card_links import reaches
+from ..system.device_errors import is_out_of_memory
 from ..system.host_memory import allocate_bytes
 from ..system.sizes import in_gib
 from ..transformer.transformer import Transformer
@@ -23,6 +30,7 @@ from ..weights.linear.quantize import QuantizedSource
 from ..weights.lora.attach import AttachedLoras
 from ..weights.lora.file import Lora
 from ..weights.lora.merged_source import Source
+from .parked import numbered
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -61,7 +69,7 @@ class HostWeights:
         check: Callable[[], None] | None,
     ):
         self.checkpoint, self.parts = checkpoint, parts
-        self.blocks: HostBlocks | DiskBlocks | SharedBlocks | None = None
+        self.blocks: HostBlocks | DiskBlocks | SharedBlocks | SplitBlocks | None = None
         self.scratch_file: ScratchFile | None = None
         self.budget: PinnedBudget | None = None  # of everything that is pinned between `read` and `release`
         self._model, self._settings = model, settings
@@ -97,19 +105,91 @@ class HostWeights:
         What host memory holds stays there; what was read from the disk moves there when the plan has room for it.
         """
         cap = plan.limits.pinned_cap_bytes
+        if (plan.host.homes is None) == isinstance(self.blocks, SplitBlocks):  # parked, or no more
+            self.release()
         if isinstance(self.blocks, DiskBlocks) and not plan.host.from_disk:
             self.release()
+        if plan.host.homes is not None:
+            self._find_homes(plan, plan.host.homes)
+            return
         if self.blocks is not None:
             self._pin_more(cap)
             return
         self.budget = self._budget_of(plan)
         if plan.host.from_disk:
-            self._check_disk()
-            self.scratch_file = ScratchFile(self.source, self.layouts, self.checkpoint.path.parent, self._check)
-            self.blocks = DiskBlocks(self.scratch_file, self.layouts, self.budget, plan.host.num_staging)
+            self.blocks = self._open_disk(self.layouts, plan.host.num_staging)
         else:
             pin = _streamed(plan)
             self.blocks = HostBlocks(self.source, self.layouts, self.budget, pin=pin, check=self._check)
+
+    def _find_homes(self, plan: MemoryPlan, homes: Homes) -> None:
+        """Have every block that has no home in the one that was planned; a card that has no room after all is left."""
+        if not isinstance(self.blocks, SplitBlocks):
+            self.budget, self.blocks = self._budget_of(plan), SplitBlocks(self.layouts)
+        blocks = self.blocks
+        homeless = set(blocks.homeless)
+        ram, disk = homeless & set(homes.ram), homeless & set(homes.disk)
+        try:
+            for name, numbers in homes.cards:
+                parked = homeless & set(numbers)
+                if not self._park(blocks, parked, numbered(torch.device(name))):
+                    (ram if plan.limits.ram_budget_bytes is None else disk).update(parked)
+            pin = [place for place, index in enumerate(sorted(ram)) if index not in plan.blocks.resident]
+            blocks.settle(ram, lambda layouts: HostBlocks(self.source, layouts, self.budget, pin, check=self._check))
+            blocks.settle(disk, self._open_disk)
+        except BaseException:  # an interrupt too
+            self.release()
+            raise
+
+    def _park(self, blocks: SplitBlocks, numbers: Collection[int], card: torch.device) -> bool:
+        """Have these blocks on a card; False where it has no room."""
+        staged = not reaches(self._settings.device, card)
+
+        def park(layouts: Sequence[BlockLayout]) -> ParkedBlocks:
+            return ParkedBlocks(self.source, layouts, card, staged, self.budget, self._check)
+
+        try:
+            blocks.settle(numbers, park)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("%s has no room for the blocks that were to be parked there: they stay here", card)
+            return False
+        return True
+
+    def _open_disk(self, layouts: Sequence[BlockLayout], num_staging: int = MIN_STAGING) -> DiskBlocks:
+        self._check_disk(layouts)
+        if self.scratch_file is None:
+            self.scratch_file = ScratchFile(self.source, layouts, self.checkpoint.path.parent, self._check)
+        return DiskBlocks(self.scratch_file, layouts, self.budget, num_staging)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether blocks have different homes."""
+        return isinstance(self.blocks, SplitBlocks)
+
+    @property
+    def extents(self) -> Sequence[Tensor] | None:
+        """The blocks in RAM, where all of them are there."""
+        return None if self.blocks is None else self.blocks.extents
+
+    def parked_on(self, card: torch.device) -> int:
+        """Bytes of blocks in the memory of another card."""
+        return sum(parked.parked_bytes for parked in self._parked() if parked.card == card)
+
+    def unpark(self, card: torch.device) -> None:
+        """Give a card back what is parked there; the model must be stopped. `read` finds these blocks another home."""
+        for parked in self._parked():
+            if parked.card == card and isinstance(self.blocks, SplitBlocks):
+                self.blocks.leave(parked)
+
+    @property
+    def homes(self) -> Sequence[HomeOf]:
+        """Where the blocks lie, if not all in one place."""
+        return self.blocks.homes if isinstance(self.blocks, SplitBlocks) else ()
+
+    def _parked(self) -> list[ParkedBlocks]:
+        return [home.source for home in self.homes if isinstance(home.source, ParkedBlocks)]
 
     @property
     def held(self) -> HostBlocks | None:
@@ -163,7 +243,7 @@ class HostWeights:
 
     def unpin(self) -> None:
         """Give pinned memory back and keep the bytes; the model must be stopped."""
-        if isinstance(self.blocks, HostBlocks):
+        if isinstance(self.blocks, (HostBlocks, SplitBlocks)):
             self.blocks.unpin()
 
     def release(self) -> None:
@@ -235,11 +315,11 @@ class HostWeights:
             budget.cap_bytes = cap
             self.blocks.retry_pinning()
 
-    def _check_disk(self) -> None:
+    def _check_disk(self, layouts: Sequence[BlockLayout]) -> None:
         path = self.checkpoint.path
         logger.warning(
             "%s is read from the disk as it runs, which is slower: it has %s, more than the RAM budget or "
-            "what is free of RAM", path.name, in_gib(sum(each.nbytes for each in self.layouts)),
+            "what is free of RAM", path.name, in_gib(sum(each.nbytes for each in layouts)),
         )  # fmt: skip
         if isinstance(self.checkpoint, QuantizedSource):
             raise ValueError(

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from ..memory.plan.footprint import GIB, CardBudget, Limits
 from ..memory.plan.limits import hold_budget, limits_for
+from ..system.card_links import slowest_link
 from ..system.host_memory import available_ram_bytes
 from ..transformer.workspace import Execution
+from .parked import FreeOn, find_parking, free_for_parking
 from .settings import RunSettings
 
 
@@ -23,7 +25,7 @@ def hold_limits(settings: RunSettings, execution: Execution, held_bytes: int = 0
     limits = least_limits([str(device) for device in settings.cards], each)
     for device in settings.cards:
         hold_budget(device, limits)
-    return limits
+    return replace(limits, link_gbps=slowest_link(settings.cards, settings.staged_exchange))
 
 
 def least_limits(names: Sequence[str], each: Sequence[Limits]) -> Limits:
@@ -35,8 +37,13 @@ def least_limits(names: Sequence[str], each: Sequence[Limits]) -> Limits:
     return replace(least, cards=tuple(CardBudget(*card) for card in zip(names, budgets, strict=True)))
 
 
-def run_limits(settings: RunSettings, execution: Execution, measure: bool = True) -> Limits:
-    """The limits of a model that runs with these settings and backends; `measure` as in `limits_for`."""
+def run_limits(
+    settings: RunSettings, execution: Execution, measure: bool = True, free_on: FreeOn = free_for_parking
+) -> Limits:
+    """The limits of a model that runs with these settings and backends; `measure` as in `limits_for`.
+
+    `free_on` tells what blocks may have of a card on which they are parked.
+    """
     limits = limits_for(
         settings.device,
         vram_budget_gib=settings.vram_budget_gib,
@@ -47,4 +54,6 @@ def run_limits(settings: RunSettings, execution: Execution, measure: bool = True
         attention=execution.attention.workspace if execution.watch is None else execution.watch.workspace,
         measure=measure,
     )
+    if settings.parking is not None:
+        limits = replace(limits, parking=find_parking(settings.parking, settings.device, free_on))
     return limits if settings.pinned_memory else replace(limits, pinned_cap_bytes=0)

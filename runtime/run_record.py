@@ -16,7 +16,7 @@ from ..memory.report.report import MemoryMonitor, RunReport, card_report, outsid
 from ..memory.report.stream_log import StreamLog
 from ..memory.stream.streams import Span
 from ..sampling.caching.step_cache import CacheReading
-from .streamed import StreamedModel
+from .streamed import Parked, StreamedModel
 
 
 class RunRecord:
@@ -30,6 +30,7 @@ class RunRecord:
         self._monitor = MemoryMonitor(device)
         self._card_monitors: list[tuple[torch.device, MemoryMonitor]] = []
         self._stream = StreamLog()
+        self._parked: list[Parked] = []
         self._limits: Limits | None = None
         self._models: list[StreamedModel[Any]] = []
         self._pinned_bytes = 0
@@ -42,7 +43,7 @@ class RunRecord:
         self.end()
         self._monitor, self._stream = MemoryMonitor(self._device), StreamLog()
         self._card_monitors = [(device, MemoryMonitor(device)) for device in self.others]
-        self._limits, self._models, self._pinned_bytes = None, [], 0
+        self._limits, self._models, self._pinned_bytes, self._parked = None, [], 0, []
         self._outside_bytes = outside_bytes(self._device)
         self.running = True
         self._watching.enter_context(self._monitor)
@@ -84,6 +85,7 @@ class RunRecord:
             self._models.append(model)
             if (watch := model.model.execution.watch) is not None:
                 watch.forget_readings()
+        self._parked = model.parked_blocks() or self._parked
         self._outside_bytes = min(self._outside_bytes, outside_bytes(self._device))
         self._count_pinned()
 
@@ -109,6 +111,7 @@ class RunRecord:
             attention=self._attention(),
             cards=tuple(card_report(str(device), monitor.report().samples) for device, monitor in self._card_monitors),
             step_caches=self._step_caches(),
+            parked=tuple(self._stream.parked(*each) for each in self._parked),
         )
 
     def _attention(self) -> tuple[LayerReading, ...]:

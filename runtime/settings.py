@@ -10,6 +10,7 @@ from ..attention.backend import AttentionSpec
 from ..attention.select import select_attention
 from ..attention.sparse.settings import SparseSettings
 from ..fused.select import select_fused_ops
+from ..memory.plan.parking import ParkSpec
 from ..sampling.caching.settings import StepCacheSettings
 from ..system.dtypes import half_dtype
 from ..transformer.workspace import Execution
@@ -68,6 +69,7 @@ class RunSettings:
     keep_loaded: bool = False  # text encoder and VAE stay in RAM between videos
     keep_model: bool = False  # so do the transformer's weights, alone: the next video's plan counts what they hold
     others: tuple[torch.device, ...] = ()  # cards that share the device's passes
+    parking: ParkSpec | None = None  # where streamed blocks lie, beside RAM; None: in RAM or on the disk
     staged_exchange: bool = False  # cards exchange through pinned RAM, also where they reach each other
 
     @property

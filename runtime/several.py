@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
-from ..memory.plan.plan import MemoryPlan, plan_memory
+from ..memory.plan.plan import MemoryPlan, PlanError, plan_memory
+from ..team.heads import HIDING_GROUPS
 from ..team.link import links_for
 from ..team.spans import even_spans
 from ..team.team import Team
@@ -99,7 +100,35 @@ def plan_shared(model: ModelFootprint, work: WorkSize, limits: Limits, num_cards
     if num_cards == 1:
         return plan_memory(model, work, limits)
     whole = replace(model, streams_queries=False, packs_keys=False)  # as `Workspace` has a part of a pass
-    return plan_memory(whole, replace(work, cards=num_cards), limits)
+    plan = plan_memory(whole, replace(work, cards=num_cards), limits)
+    check_link(plan)
+    return plan
+
+
+def check_link(plan: MemoryPlan) -> None:
+    """PlanError where the way between the cards is so slow that a pass of all takes longer than one card's alone."""
+    link, cards, compute = plan.limits.link_gbps, plan.work.cards, plan.times.compute
+    if link is None or plan.work.batch % cards == 0:  # samples of their own: nothing is exchanged
+        return
+    exchange = plan.model.exchanged_bytes(plan.work) / (1e9 * link)
+    attention = compute * attention_share(plan)
+    ends = exchange / (1 + HIDING_GROUPS)
+    seen = ends + max(0.0, exchange - ends - attention)
+    if max(compute + seen, plan.times.transfer) <= max(cards * compute, plan.times.transfer):
+        return
+    raise PlanError(
+        f"{cards} cards that share a pass of {plan.model.name} at {plan.work} exchange "
+        f"{plan.model.exchanged_bytes(plan.work) / 1e9:.1f} GB each, and the slowest way between them carries "
+        f"{link:.2f} GB/s: it would take longer than on one card. Use one device and park blocks on the other cards, "
+        "or two cards with guidance and both prompts in one batch: then nothing is exchanged"
+    )
+
+
+def attention_share(plan: MemoryPlan) -> float:
+    """Attention's share of what a pass computes."""
+    products, attention = plan.model.pass_flops(plan.work, plan.choice.cache_text_kv)
+    products, attention = products / plan.limits.tflops_matmul, attention / plan.limits.tflops_attention
+    return attention / (products + attention)
 
 
 def shared_samples(batch: int, num_cards: int) -> list[tuple[slice, tuple[int, ...]]]:

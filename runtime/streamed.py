@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner
 from ..memory.stream.host_blocks import HostBlocks
 from ..memory.stream.layout import Part, in_one_piece
+from ..memory.stream.parked_blocks import ParkedBlocks
 from ..memory.stream.pinned import CudaRegistrar, Registrar
 from ..memory.stream.ring import DeviceRing
 from ..memory.stream.streamer import BlockStreamer
@@ -56,6 +57,18 @@ logger = logging.getLogger(__name__)
 NUM_READERS = 8  # threads
 SAFE_ATTENTION = "sdpa"
 NO_SPARSE_CARDS = "sparse attention runs on one card: use a single device, or leave sparse attention out"
+
+NO_PARKING_CARDS = "blocks are parked for one card that computes: share passes by several devices, or park blocks"
+
+
+class Parked(NamedTuple):
+    """Blocks in another card's memory: how many, their bytes, and their places in a pass (see `Span`)."""
+
+    card: str
+    num_blocks: int
+    parked_bytes: int
+    places: frozenset[int]
+
 
 M = TypeVar("M", bound=Transformer)
 T = TypeVar("T")
@@ -291,10 +304,21 @@ class StreamedModel(Generic[M]):
 
     def giver(self) -> StreamedModel[Any] | None:
         """The idle model whose host memory this one would be read over; None where it has its own or none suits."""
-        if self.weights.held is not None:
+        if self.weights.held is not None or self.weights.is_split:
             return None
         others = (other for other in self.partners if other is not self and other.idle)
         return next((other for other in others if self.weights.fits(other.weights)), None)
+
+    def parked_by_idle(self, card: torch.device) -> int:
+        """Bytes of a card that `clear_cards` would free."""
+        return sum(other.weights.parked_on(card) for other in self.partners if other is not self and other.idle)
+
+    def clear_cards(self) -> None:
+        """Have idle models give up what they parked, for this one's blocks; they are read again for their turn."""
+        for other in list(self.partners):
+            if other is not self and other.idle and other.weights.is_split:
+                other.make_way()
+                other.weights.release()
 
     def make_way(self) -> None:
         """Stop for another model, which will take the host memory."""
@@ -304,10 +328,12 @@ class StreamedModel(Generic[M]):
             told()
 
     def _read(self, plan: MemoryPlan) -> None:
+        if plan.host.homes is not None:
+            self.clear_cards()
         giver = self.giver()
         if giver is not None:
             giver.make_way()
-            if not plan.host.from_disk:
+            if plan.host.homes is None and not plan.host.from_disk and self.weights.fits(giver.weights):
                 self.weights.take(giver.weights, plan)
                 return
             giver.weights.release()  # the plan counts on its memory
@@ -373,6 +399,8 @@ class StreamedModel(Generic[M]):
         """Share passes with these cards, or with none, from the next start on. ValueError where it cannot be."""
         if devices and self.model.execution.is_sparse:
             raise ValueError(NO_SPARSE_CARDS)
+        if devices and self.settings.parking is not None:
+            raise ValueError(NO_PARKING_CARDS)
         self.stop()
         before, self.several = self.several, None
         if before is not None:
@@ -540,6 +568,17 @@ class StreamedModel(Generic[M]):
             packed_keys=plan.choice.packed_keys,
         )
 
+    def parked_blocks(self) -> list[Parked]:
+        """What lies in other cards' memory, by card; nothing unless started."""
+        if self.streamer is None:
+            return []
+        homes = ((home, home.source) for home in self.weights.homes)
+        return [
+            Parked(str(parked.card), len(home.blocks), parked.parked_bytes, self.streamer.places_of(home.blocks))
+            for home, parked in homes
+            if isinstance(parked, ParkedBlocks)
+        ]
+
     def settle(self) -> None:
         """Wait for the device; who is told of spans then knows of all that it did."""
         if self.streamer is not None:
@@ -628,7 +667,7 @@ class StreamedModel(Generic[M]):
 
     def _make_ring(self, plan: MemoryPlan) -> DeviceRing | None:
         device = self.settings.device
-        if device.type == "cpu" and not plan.host.from_disk:
+        if device.type == "cpu" and self.weights.extents is not None:
             return None  # the blocks run where they lie
         return DeviceRing(plan.blocks.ring_bytes, device, streams_for(device, self._on_spans))
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..system.card_links import CardStreams, reaches
+
 Mark = Any  # a point in the work of a card's stream, which only links understand
 
 
@@ -52,16 +54,12 @@ class HostLink:
 
 
 class CudaLink:
-    """Copies by the driver, from card to card where these reach each other.
-
-    PyTorch issues such a copy on the current stream of the card it is from and joins that with the current one of the
-    card it is to: both are made streams of our own, so that neither card's compute is waited for.
-    """
+    """Copies by the driver, from card to card where these reach each other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
-        self._there: dict[torch.device, torch.cuda.Stream] = {}  # a stream of ours on each other card
+        self._copies = CardStreams(self._stream)
 
     def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
         return tensors, self._mark(torch.cuda.current_stream(self.device))
@@ -70,8 +68,7 @@ class CudaLink:
         self._stream.wait_event(self._mark(torch.cuda.current_stream(self.device)))
         self._stream.wait_event(after)
         for own, other in pairs:
-            with torch.cuda.stream(self._stream_on(other.device)), torch.cuda.stream(self._stream):
-                own.copy_(other, non_blocking=True)
+            self._copies.copy(own, other)
         return self._mark(self._stream)
 
     def wait(self, mark: Mark) -> None:
@@ -80,13 +77,6 @@ class CudaLink:
     def synchronize(self) -> None:
         self._stream.synchronize()
         torch.cuda.current_stream(self.device).synchronize()
-
-    def _stream_on(self, device: torch.device) -> torch.cuda.Stream:
-        if device.type != "cuda":  # staged in RAM
-            return self._stream
-        if device not in self._there:
-            self._there[device] = torch.cuda.Stream(device)
-        return self._there[device]
 
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -123,6 +113,6 @@ def links_for(devices: Sequence[torch.device], staged: bool = False) -> list[Lin
     if any(device.type != "cuda" for device in devices):
         return [HostLink() for _ in devices]
     pairs = [(one, other) for one in devices for other in devices if one != other]
-    if staged or not all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
+    if staged or not all(reaches(one, other) for one, other in pairs):
         return [StagedLink(device) for device in devices]
     return [CudaLink(device) for device in devices]

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.footprint import Limits, WorkSize
+from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.memory.stream.ring import DeviceRing
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan

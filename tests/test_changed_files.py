@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.footprint import GIB
+from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.video.growing_state import read_state
 from lowvram_video.video.growing_video import GrowingVideo

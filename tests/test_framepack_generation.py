@@ -22,8 +22,8 @@ from lowvram_video.framepack.run.generation import Generation, MadeSection, OnSt
 from lowvram_video.framepack.sections import SectionMode
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
-from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.footprint import GIB
+from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.sampling.samplers import select_sampler

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.attention.sdpa import Sdpa
-from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.footprint import GIB, Limits, WorkSize
+from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.stream.disk_blocks import DiskBlocks

@@ -125,7 +125,8 @@ def test_a_run_within_a_run_is_a_part_of_it() -> None:
 def fake_model(pinned_bytes: int, denoise: int = 0, decode: int = 0) -> Any:
     limits = Limits(8 * GIB, context_bytes=GIB // 2)
     plan = SimpleNamespace(denoise=SimpleNamespace(total=denoise), decode=SimpleNamespace(total=decode), limits=limits)
-    return SimpleNamespace(pinned_bytes=pinned_bytes, plan=plan, model=SimpleNamespace(execution=Execution()))
+    network = SimpleNamespace(execution=Execution())
+    return SimpleNamespace(pinned_bytes=pinned_bytes, plan=plan, model=network, parked_blocks=list)
 
 
 def test_all_models_that_ran_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from lowvram_video.cli.main import main
 from lowvram_video.framepack.footprint import SectionSize
 from lowvram_video.framepack.network.model import Frames, History, Prompt, StepNag
 from lowvram_video.framepack.streamed import StreamedFramePack
-from lowvram_video.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.footprint import GIB, WorkSize
+from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.limits import limits_for
+from lowvram_video.memory.plan.plan import PlanError
 from lowvram_video.memory.plan.table import describe
 from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import Part
@@ -28,6 +29,7 @@ from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.several import shared_samples
 from lowvram_video.sampling.step_cache import TeaCache
+from lowvram_video.system.card_links import slowest_link
 from lowvram_video.team.exchange import Exchange
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.identity import WanFiles
@@ -265,6 +267,21 @@ class TestPipeline:
         assert "cpu beside it: VRAM peak" in pipeline.report().table()
         assert pipeline.plan is not None
         assert "on 2 cards" in describe(pipeline.plan) and "of each card" in describe(pipeline.plan)
+
+
+class TestLinks:
+    def test_a_link_that_is_too_slow_is_refused_with_its_figure(self, file):
+        """Unless nothing is exchanged: samples on cards of their own."""
+        model, slow = StreamedWan(file, on_cards(2)), replace(limits_for(CPU), link_gbps=0.05)
+        with pytest.raises(PlanError, match=r"between them carries 0\.05 GB/s: it would take longer than on one card"):
+            model.make_plan(WORK, slow)
+        assert model.make_plan(replace(WORK, batch=2), slow).work.cards == 2
+        told = describe(model.make_plan(WORK, replace(slow, link_gbps=300.0)))
+        assert "GB per pass from the others, at 300.0 GB/s." in told
+
+    def test_what_has_no_links_to_measure_has_none(self):
+        assert slowest_link((CPU, CPU)) is None
+        assert slowest_link((torch.device("cuda:0"),)) is None
 
 
 class TestCommandLine:

@@ -117,6 +117,7 @@ class StreamedWan(StreamedModel[WanModel]):
             control_streams=1 if config.vace_layers else 0,
             ray_channels=config.camera_channels * PIXELS**2,
             vae=WAN22_VAE if config.out_channels == 48 else WAN21_VAE,
+            home_bytes=tuple(layout.nbytes for layout in layouts),
             form=self.product_form,
             attention=self.model.execution.attention.name,
         )

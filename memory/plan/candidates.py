@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, takewhile
 
 from ..stream.ring import ring_bytes
 from .footprint import (
-    GIB,
     Choice,
     DenoiseMemory,
     Limits,
@@ -21,16 +19,15 @@ from .footprint import (
     WorkSize,
     denoise_memory,
 )
+from .host_memory import HostMemory, find_host_memory
 from .pass_times import FULL_SPEED_HEADS, compute_seconds
 
 TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
 DEFAULT_SLOTS = 2
-MIN_STAGING, MAX_STAGING = 3, 4
 FAIR_CHUNK, FAIR_PACKED_CHUNK = 8192, 4096  # rows at a time, from which on other things are worth more
 # A stage computes for less time than its successor may need to arrive: what is copied counts for more.
 STAGED_TRANSFER = 1.6
-RAM_MARGIN_BYTES = 3 * GIB // 2  # interpreter, libraries and buffers beside the weights
 
 
 @dataclass(frozen=True)
@@ -50,20 +47,6 @@ class BlockPlacement:
     @property
     def num_streamed(self) -> int:
         return self.num_blocks - self.num_resident
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """What holds the streamed blocks: pinned and pageable bytes.
-
-    `from_disk` means that RAM holds no block: the streamed ones are read again in every pass through `num_staging`
-    pinned buffers, the residents once.
-    """
-
-    pinned_bytes: int
-    pageable_bytes: int
-    from_disk: bool
-    num_staging: int
 
 
 @dataclass(frozen=True)
@@ -233,6 +216,9 @@ def _more_residents(candidate: Candidate) -> Choice | None:
     fewer = (streamed - 1) // slots * slots
     if fewer <= slots:  # a ring as large as what streams through it: rather keep everything
         fewer = 0
+    parking, num_blocks = candidate.limits.parking, candidate.model.num_blocks
+    if parking is not None and num_blocks - fewer > parking.most_resident(candidate.model.block_bytes):
+        return None
     return replace(candidate.choice, num_resident=candidate.model.num_blocks - fewer)
 
 
@@ -255,7 +241,7 @@ def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Ch
     streamed = tuple(size for index, size in enumerate(sizes) if index not in kept)
     num_slots = min(_num_slots(limits), len(streamed))
     total = sum(streamed)
-    host, transfer = _host_side(model, sizes, streamed, limits)
+    host, transfer = find_host_memory(model, sizes, [i for i in range(model.num_blocks) if i not in kept], limits)
     ring = ring_bytes(streamed, num_slots)
     if choice.in_stages and streamed:
         largest = max(size for index, size in enumerate(model.stage_bytes) if index not in kept)
@@ -271,27 +257,3 @@ def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Ch
         denoise_memory(model, work, choice, WeightBytes(sum(sizes) - total, ring, host.pinned_bytes), limits),
         PassTimes(compute_seconds(model, work, choice, limits), transfer),
     )
-
-
-def _host_side(
-    model: ModelFootprint, sizes: tuple[int, ...], streamed: tuple[int, ...], limits: Limits
-) -> tuple[HostMemory, float]:
-    """Where the streamed blocks, of all the blocks' sizes, come from, and the seconds that they take."""
-    ram, cap = limits.ram_budget_bytes, limits.pinned_cap_bytes
-    # all of it: residents stay in RAM too, and so do weights whose keys and values are cached, for the next prompt
-    host_bytes = model.per_run_bytes + sum(model.block_bytes)
-    if ram is None or host_bytes + RAM_MARGIN_BYTES <= ram:
-        pinned = _pinned_bytes(streamed, cap)
-        pageable = sum(streamed) - pinned
-        seconds = pinned / (1e9 * limits.h2d_gbps) + pageable / (1e9 * limits.pageable_gbps)
-        return HostMemory(pinned, pageable, False, 0), seconds
-    num_staging = MAX_STAGING if MAX_STAGING * max(sizes) + RAM_MARGIN_BYTES <= ram else MIN_STAGING
-    staging = (max(streamed),) * num_staging if streamed else ()
-    pinned = _pinned_bytes(staging, cap)
-    seconds = sum(streamed) / (1e9 * min(limits.disk_gbps, limits.h2d_gbps))
-    return HostMemory(pinned, sum(staging) - pinned, True, num_staging), seconds
-
-
-def _pinned_bytes(streamed: tuple[int, ...], cap: int | None) -> int:
-    """Whole blocks, in order, for as long as they stay under the cap."""
-    return max(takewhile(lambda total: cap is None or total <= cap, accumulate(streamed)), default=0)

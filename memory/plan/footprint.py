@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ...system.card_profile import CardProfile
 from .card_times import EAGER_PASSES, PLAIN, SDPA, PassWork
+from .parking import Parking
 
 MIB = 2**20
 GIB = 2**30
@@ -76,8 +77,9 @@ class ModelFootprint:
     `key_row_bytes` are those of a layer that makes keys. `product_bytes` come to it for a chunk of any size.
     `streams_queries`: q can be made for some rows at a time. `stage_bytes` are those of each block's largest stage,
     where blocks can be streamed in stages. `packs_keys`: keys and values may be kept in 8 bits, as the user computes in
-    8 bits anyway. `form` is the name of the format that most of the blocks' weights have, `attention` that of the
-    backend: by them a card's measurements are looked up.
+    8 bits anyway. `home_bytes` is what each block takes where it lies, with what is needed once per run. `form` is the
+    name of the format that most of the blocks' weights have, `attention` that of the backend: by them a card's
+    measurements are looked up.
     """
 
     name: str
@@ -104,6 +106,7 @@ class ModelFootprint:
     key_row_bytes: int = 0
     product_bytes: int = 0
     vae: VaeFootprint | None = None
+    home_bytes: tuple[int, ...] = ()
     form: str = PLAIN
     attention: str = SDPA
 
@@ -365,7 +368,8 @@ class Limits:
     run here, `attention` what its backend takes (None: next to nothing).
     The default rates are those of a small card in an old slot; measured ones make better plans. `card` is everything
     that was measured of this one; where it tells of a model, its times count and are shown. `cards` are all those that
-    share a pass, of which the least has the budget: one plan is for all of them.
+    share a pass, of which the least has the budget: one plan is for all of them. `link_gbps` is the
+    slowest way between two of them, where it was measured. `parking` says where streamed blocks lie.
     """
 
     vram_budget_bytes: int
@@ -383,6 +387,8 @@ class Limits:
     disk_gbps: float = 1.5
     card: CardProfile | None = None
     cards: tuple[CardBudget, ...] = ()
+    link_gbps: float | None = None
+    parking: Parking | None = None
 
     @property
     def ram_is_the_device(self) -> bool:

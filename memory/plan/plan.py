@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from ...system.sizes import in_gib
 from ..stream.layout import align
-from .candidates import MIN_STAGING, RAM_MARGIN_BYTES, Candidate, candidates, fastest_candidate
+from .candidates import Candidate, candidates, fastest_candidate
 from .decode import DecodeMemory, choose_decode, least_decode_bytes
 from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize
+from .host_memory import MIN_STAGING, RAM_MARGIN_BYTES
 from .pass_times import measured_parts
 
 BUDGET_STEP_BYTES = 64 * MIB
@@ -78,7 +79,8 @@ def plan_memory(model: ModelFootprint, work: WorkSize, limits: Limits) -> Memory
     decode = choose_decode(model.vae, work, model.latent_channels, limits)
     if candidate is None or decode is None:
         raise _refusal(model, work, limits)
-    if candidate.host.from_disk and limits.ram_is_the_device and limits.blocks_to_swap < 0:
+    away = candidate.host.from_disk or limits.parking is not None
+    if away and limits.ram_is_the_device and limits.blocks_to_swap < 0:
         return plan_memory(model, work, replace(limits, blocks_to_swap=model.num_blocks))  # no resident is for free
     _check_ram(model, candidate, limits)
     return MemoryPlan(**vars(candidate), decode=decode)

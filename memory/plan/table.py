@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from ...system.sizes import in_gb, in_gib
 from .footprint import DenoiseMemory, Limits
+from .parking import Homes
 from .plan import MemoryPlan
 
 ROWS = {
@@ -101,10 +102,11 @@ def reasons(plan: MemoryPlan) -> list[str]:
 def _card_reasons(plan: MemoryPlan) -> list[str]:
     if plan.work.cards == 1:
         return []
+    link = "" if plan.limits.link_gbps is None else f", at {plan.limits.link_gbps:.1f} GB/s"
     return [
         f"All figures are of each card: of {plan.work.cards}, each computes {plan.work.rows} of "
         f"{plan.work.batch * plan.work.tokens} tokens, streams every block that it does not hold, and gets up to "
-        f"{plan.model.exchanged_bytes(plan.work) / 1e9:.2f} GB per pass from the others."
+        f"{plan.model.exchanged_bytes(plan.work) / 1e9:.2f} GB per pass from the others{link}."
     ]
 
 
@@ -139,17 +141,45 @@ def _block_reasons(plan: MemoryPlan) -> list[str]:
 
 def _host_reasons(plan: MemoryPlan) -> list[str]:
     said, host = [], plan.host
-    if host.from_disk and plan.limits.ram_budget_bytes is not None:
+    if host.homes is None and host.from_disk and plan.limits.ram_budget_bytes is not None:
         ram, how = in_gib(plan.limits.ram_budget_bytes), "once, to the device"
         if plan.blocks.num_streamed:
             how = f"in every pass, through {host.num_staging} staging buffers"
         said.append(f"Blocks are read from the file {how}: {ram} of RAM cannot hold them all.")
+    if host.homes is not None:
+        said += _parked_reasons(plan, host.homes)
     if host.pageable_bytes and plan.limits.pinned_cap_bytes is not None:
         said.append(
             f"{in_gib(host.pageable_bytes)} of the streamed blocks stay in pageable memory, which copies more slowly: "
             f"pinned memory is capped at {in_gib(plan.limits.pinned_cap_bytes)}."
         )
     return said
+
+
+def _parked_reasons(plan: MemoryPlan, homes: Homes) -> list[str]:
+    """Where blocks are parked, what RAM is spared, and what is on the disk."""
+    said, sizes = [], plan.model.home_bytes or plan.model.block_bytes
+    parking = plan.limits.parking
+    assert parking is not None
+    if not plan.blocks.num_streamed:
+        return ["Nothing is parked on another card: all blocks stay."]
+    for place, (name, blocks) in zip(parking.cards, homes.cards, strict=True):
+        if not blocks:
+            said.append(f"Nothing is parked on {name}: {in_gib(place.free_bytes)} are free there for blocks.")
+            continue
+        through = " through RAM, as the cards do not reach each other" if place.staged else ""
+        said.append(
+            f"{_counted(len(blocks))} parked on {name}: {in_gib(sum(sizes[index] for index in blocks))} that RAM need "
+            f"not hold. They come at {place.gbps:.1f} GB/s{through}; from RAM at {plan.limits.h2d_gbps:.1f} GB/s."
+        )
+    again = [index for index in homes.disk if index not in plan.blocks.resident]
+    if again:
+        said.append(f"{_counted(len(again))} read from the file in every pass: neither cards nor RAM have room.")
+    return said
+
+
+def _counted(num_blocks: int) -> str:
+    return f"{num_blocks} block is" if num_blocks == 1 else f"{num_blocks} blocks are"
 
 
 def _piece_reasons(plan: MemoryPlan) -> list[str]:

@@ -20,7 +20,7 @@ from .attention import table as readings_table
 from .caching import CacheReading
 from .caching import lines as caching_lines
 from .intervals import Interval
-from .stream_log import StreamReport
+from .stream_log import ParkedReport, StreamReport
 
 MAX_SAMPLES = 2000
 
@@ -64,7 +64,7 @@ class RunReport:
     `other_bytes` of the device belonged to other processes all along; `copies`, `computes` and `passes` are of its last
     passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did, `step_caches` of
     each model that ran which passes were skipped. All of it is the first card's, where several shared the passes;
-    `cards` are the others.
+    `cards` are the others, `parked` those that only held blocks.
     """
 
     phases: tuple[PhaseReport, ...]
@@ -79,6 +79,7 @@ class RunReport:
     attention: tuple[LayerReading, ...] = ()
     cards: tuple[CardReport, ...] = ()
     step_caches: tuple[CacheReading, ...] = ()
+    parked: tuple[ParkedReport, ...] = ()
 
     @property
     def rss_peak_bytes(self) -> int:
@@ -114,6 +115,7 @@ class RunReport:
                 f"at {stream.gbps:.1f} GB/s, "
                 f"{stream.overlap_percent:.1f} % behind compute, stalled {stream.stall_ms_per_pass:.1f} ms per pass"
             )
+        lines += [parked.line() for parked in self.parked]
         lines += readings_table(self.attention)
         lines += caching_lines(self.step_caches)
         lines.append(f"pinned {_gib(self.pinned_bytes)}, RAM peak {_gib(self.rss_peak_bytes)}")

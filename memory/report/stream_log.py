@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from ...system.sizes import in_gb, in_gib
 from ..stream.streams import Span
 from .intervals import Interval, intersect, length, split, subtract
 
@@ -22,6 +23,32 @@ class StreamReport:
     gbps: float
     overlap_percent: float
     stall_ms_per_pass: float
+
+
+@dataclass(frozen=True)
+class ParkedReport:
+    """Blocks that lay in another card's memory: what RAM was spared, and how fast they and the others came.
+
+    A rate is 0 where nothing came so.
+    """
+
+    card: str
+    num_blocks: int
+    parked_bytes: int
+    bytes_streamed: int
+    gbps: float
+    other_gbps: float
+
+    def line(self) -> str:
+        """What it saved, and whether it was faster."""
+        told = f"parked on {self.card}: {self.num_blocks} blocks, {in_gib(self.parked_bytes)} of RAM spared"
+        if not self.gbps:
+            return told
+        told += f"; {in_gb(self.bytes_streamed, decimals=1)} came at {self.gbps:.1f} GB/s"
+        if not self.other_gbps:
+            return told
+        word = "faster" if self.gbps > self.other_gbps else "slower"
+        return f"{told}, {word} than the others ({self.other_gbps:.1f} GB/s)"
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,7 @@ class StreamLog:
         self._last_place = -1
         self._num_passes = self._bytes_streamed = 0
         self._before = CopyTimes()  # of what is no longer kept
+        self._of_place: dict[int, tuple[int, float]] = {}  # bytes and seconds of what was copied there
 
     @property
     def computes(self) -> list[Interval]:
@@ -80,6 +108,8 @@ class StreamLog:
             if span.kind == "copy":
                 self.copies.append(interval)
                 self._bytes_streamed += span.nbytes
+                nbytes, seconds = self._of_place.get(span.place, (0, 0.0))
+                self._of_place[span.place] = nbytes + span.nbytes, seconds + span.end - span.begin
                 continue
             if span.kind == "stall":  # the first thing noted of a block
                 self.stalls.append(interval)
@@ -95,6 +125,18 @@ class StreamLog:
             return None
         times = self._before + CopyTimes.of(self.copies, self.computes, self.passes)
         return times.report(self._num_passes, self._bytes_streamed)
+
+    def copied(self, places: Collection[int]) -> tuple[int, float]:
+        """Bytes that were copied to these places of a pass, and their GB/s; 0 where nothing was."""
+        found = [copied for place, copied in self._of_place.items() if place in places]
+        nbytes, seconds = sum(nbytes for nbytes, _ in found), sum(seconds for _, seconds in found)
+        return nbytes, nbytes / seconds / 1e9 if seconds else 0.0
+
+    def parked(self, card: str, num_blocks: int, parked_bytes: int, places: Collection[int]) -> ParkedReport:
+        """What is told of blocks that lay on a card, and were copied to these places."""
+        nbytes, gbps = self.copied(places)
+        _, other_gbps = self.copied(set(self._of_place) - set(places))
+        return ParkedReport(card, num_blocks, parked_bytes, nbytes, gbps, other_gbps)
 
     def _begin_pass(self, first: Interval) -> None:
         if len(self.passes) == 2 * KEPT_PASSES:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
@@ -199,7 +200,20 @@ class HostBlocks(HostExtents):
             )
 
 
-def stage_blocks(source: HostBlocks, order: Sequence[int], part: Part, in_stages: bool) -> Staging | None:
+class Staged(Protocol):
+    """Blocks that travel through a pinned pair."""
+
+    @property
+    def layouts(self) -> Sequence[BlockLayout]: ...
+    @property
+    def extents(self) -> Sequence[Tensor]: ...
+    @property
+    def budget(self) -> PinnedBudget | None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+
+def stage_blocks(source: Staged, order: Sequence[int], part: Part, in_stages: bool) -> Staging | None:
     """A pinned pair that reads ahead through these unpinned blocks; None where it cannot be pinned."""
     parts = {
         (index, stage): source.extents[index][start:stop]

@@ -14,7 +14,7 @@ from .streams import BlockEvents, Streams, streams_for
 
 
 class BlockSource(Protocol):
-    """Where weights come from: HostBlocks or DiskBlocks."""
+    """Where weights come from: RAM, the disk, another card, or some from each."""
 
     @property
     def layouts(self) -> Sequence[BlockLayout]: ...
@@ -175,6 +175,10 @@ class BlockStreamer:
         if unit != self._in_use and unit in self._position:
             self._release()
             self._acquire(unit)
+
+    def places_of(self, blocks: Collection[int]) -> frozenset[int]:
+        """The places in a pass of these blocks and their stages: those of timed streams' spans."""
+        return frozenset(events.place for unit, events in self._events.items() if unit.block in blocks)
 
     # State, in an order of updates that an interrupt cannot turn into a wrong one: a copy is trusted only if
     # `_held` says so, which is set last; bytes are overwritten only if `_in_use` allows, which is set first.

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...system.card_links import CardStreams
+
 Pair = tuple[Tensor, Tensor]  # (device bytes, host bytes), both uint8 of one length
 NOTES_AT_A_TIME = 256
 
@@ -63,6 +65,7 @@ class CudaStreams(Streams):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._copy_stream = torch.cuda.Stream(device)
+        self._copies = CardStreams(self._copy_stream)
 
     def events(self, place: int) -> BlockEvents:
         # Blocking: an I/O thread that waits for a copy should sleep, not spin.
@@ -73,7 +76,10 @@ class CudaStreams(Streams):
             self._copy_stream.wait_event(other.free)
         with torch.cuda.stream(self._copy_stream):
             for device_bytes, host_bytes in pairs:
-                device_bytes.copy_(host_bytes, non_blocking=True)
+                if host_bytes.device.type == "cuda":  # parked on another card
+                    self._copies.copy(device_bytes, host_bytes)
+                else:
+                    device_bytes.copy_(host_bytes, non_blocking=True)
         events.ready.record(self._copy_stream)
 
     def wait_ready(self, events: BlockEvents) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ...attention.backend import Backend
 from ...compilation.blocks import dynamo_limits
-from ...memory.plan.candidates import RAM_MARGIN_BYTES
 from ...memory.plan.footprint import Limits, WorkSize
+from ...memory.plan.host_memory import RAM_MARGIN_BYTES
 from ...memory.plan.limits import context_bound, hold_allocator, hold_budget, with_rates
 from ...memory.plan.plan import MemoryPlan, PlanError
 from ...memory.plan.rates import Rates, measure_rates
 from ...memory.plan.table import reasons
 from ...memory.report.report import RunReport
+from ...runtime.parked import find_parking
 from ...runtime.run_limits import least_limits, run_limits
 from ...runtime.run_record import RunRecord
 from ...runtime.settings import RunSettings
@@ -30,6 +31,7 @@ from ...runtime.several import plan_shared
 from ...runtime.streamed import StreamedModel
 from ...runtime.turns import Turns
 from ...sampling.caching.settings import StepCacheSettings
+from ...system.card_links import slowest_link
 from ...system.device_errors import is_out_of_memory
 from . import host
 from .options import StreamOptions
@@ -86,9 +88,9 @@ class Engine(Generic[S]):
 
     def bytes_on(self, card: torch.device) -> int:
         """Bytes of weights, and of the ring for them, on one of its devices."""
-        if card == self.device:
+        if card == self.device or card in self.options.others:
             return self.device_bytes
-        return self.device_bytes if card in self.options.others else 0
+        return self.streamed.weights.parked_on(card)
 
     @property
     def total_bytes(self) -> int:
@@ -137,7 +139,12 @@ class Engine(Generic[S]):
 
     def give_back(self, card: torch.device) -> None:
         """Free what is held of one of its devices, which something else wants."""
-        self.unload()
+        if card in self.options.others:
+            self.unload()
+        elif not self._running:  # only blocks are there, which the next pass has elsewhere
+            self.streamed.stop()
+            self.streamed.weights.unpark(card)
+            self._tell_owner()
 
     def unpin(self) -> None:
         """Give pinned memory back while nothing runs."""
@@ -213,6 +220,7 @@ class Engine(Generic[S]):
         each = [limits] * len(cards)
         if self.device.type == "cuda":
             budgets = (self._vram_budget(options, limits.context_bytes, card, evicting) for card in cards)
+            limits = replace(limits, link_gbps=slowest_link(cards))
             each = [replace(limits, vram_budget_bytes=budget) for budget in budgets]
         return least_limits([str(card) for card in cards], each)
 
@@ -240,6 +248,8 @@ class Engine(Generic[S]):
         limits = run_limits(settings, self.streamed.model.execution, measure=False)
         may_pin = options.pinned_memory and host.may_pin()
         limits = replace(limits, pinned_cap_bytes=host.pinnable_bytes() + self._holder.pinned_bytes if may_pin else 0)
+        if options.parking is not None:
+            limits = replace(limits, parking=find_parking(options.parking, self.device, self._free_to_park))
         if limits.card is not None:
             return limits
         if self._rates is None and self.device.type == "cuda":
@@ -255,6 +265,11 @@ class Engine(Generic[S]):
         others = max(0, torch.cuda.memory_allocated(card) - ours)  # ComfyUI keeps some outside PyTorch
         return max(0, min(int(options.vram_budget_gb * GIB) - others, free))
 
+    def _free_to_park(self, card: torch.device) -> int:
+        """Bytes of another card that blocks may have, those included that are there already."""
+        held = self.streamed.weights.parked_on(card) + self.streamed.parked_by_idle(card)
+        return max(0, host.free_vram(card) + held - host.reserved_vram())
+
     def _ram_budget(self, options: StreamOptions) -> float | None:
         """GiB; None while all blocks fit in the RAM that is free."""
         free = host.free_ram() + self._holder.host_bytes
@@ -268,6 +283,8 @@ class Engine(Generic[S]):
         """Before a run is planned: the weights carry their patches, and other models make room for a budget."""
         self.streamed.stop()
         self._apply_patches()  # first: whose host memory fits depends on them
+        if self.options.parking is not None:
+            self.streamed.clear_cards()
         giver = self.streamed.giver()
         if giver is not None:  # before the plan: what it has of the device is free then
             giver.make_way()

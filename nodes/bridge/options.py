@@ -8,6 +8,8 @@ import torch
 
 from ...attention.sparse.settings import SparseSettings
 from ...compilation.settings import CompileSettings
+from ...memory.plan.parking import ParkSpec
+from ...runtime.parked import numbered
 from ...sampling.caching.settings import StepCacheSettings
 
 
@@ -16,7 +18,8 @@ class StreamOptions:
     """The settings of Block Swap, Torch Compile, Sparse Attention, Step Cache and Several GPUs, as widgets have them.
 
     `blocks_to_swap` -1 is planned; `vram_budget_gb` 0 is what is free less ComfyUI's reserve; `prefetch` 0 is planned;
-    `ram_budget_gb` 0 is what is free. `others` are the cards that share each pass with ComfyUI's own.
+    `ram_budget_gb` 0 is what is free. `others` are the cards that share each pass with ComfyUI's own, `parking` says
+    which hold blocks for it.
     """
 
     blocks_to_swap: int = -1
@@ -28,7 +31,15 @@ class StreamOptions:
     sparse: SparseSettings | None = None
     step_cache: StepCacheSettings | None = None
     others: tuple[torch.device, ...] = ()
+    parking: ParkSpec | None = None
 
     def same_host_memory(self, other: StreamOptions) -> bool:
         """Whether weights in host memory may stay as they are."""
-        return (self.ram_budget_gb, self.pinned_memory) == (other.ram_budget_gb, other.pinned_memory)
+        budgets = [(each.ram_budget_gb, each.pinned_memory, each.parking) for each in (self, other)]
+        return budgets[0] == budgets[1]
+
+    @property
+    def cards(self) -> tuple[torch.device, ...]:
+        """All cards beside ComfyUI's own that have memory of the model."""
+        parked = () if self.parking is None else self.parking.cards
+        return *self.others, *(numbered(torch.device(name)) for name in parked)

@@ -93,7 +93,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """A clone that runs with these options of `StreamOptions` changed."""
         copy = self.clone()
         copy.options = dataclasses.replace(self.options, **changes)
-        copy.set_additional_models(CARDS_KEY, card_patchers(self.engine, copy.options.others))
+        copy.set_additional_models(CARDS_KEY, card_patchers(self.engine, copy.options.cards))
         return copy
 
     # Sizes and places, as core asks for them

@@ -162,7 +162,7 @@ NODE_TYPES: dict[str, NodeType] = {
         },
         "MODEL",
     ),
-    "LowVRAMSeveralGPUs": _kind("model:MODEL", {"devices": "auto", "mode": "auto"}, "MODEL"),
+    "LowVRAMSeveralGPUs": _kind("model:MODEL", {"devices": "auto", "mode": "auto", "park": ""}, "MODEL"),
     "LowVRAMResumableSampling": _kind("model:MODEL", {}, "MODEL"),
     "LowVRAMLoadClipGGUF": _kind("", {"clip_name": "", "device": "default"}, "CLIP", extra_width=100),
     "LowVRAMLoadDemo": _kind("", {}, "MODEL CLIP VAE"),

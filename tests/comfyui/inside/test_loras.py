@@ -13,8 +13,8 @@ import folder_paths
 import gguf
 import pytest
 import torch
-from lowvram_pack.memory.plan.candidates import RAM_MARGIN_BYTES
 from lowvram_pack.memory.plan.footprint import Limits, WorkSize
+from lowvram_pack.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_pack.nodes.block_swap import BlockSwap
 from lowvram_pack.nodes.bridge.patches import patched_source
 from lowvram_pack.nodes.demo import LoadDemo

@@ -21,7 +21,7 @@ from test_native_nodes import lora
 from tiny_models import empty_latent, ours, prompts, sample, save
 
 pytestmark = pytest.mark.newest
-OTHER = torch.device("cuda", 1)
+OTHER, PARKED = torch.device("cuda", 1), torch.device("cpu", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,12 @@ def nothing_loaded() -> Any:
     mm.unload_all_models()
 
 
-def on_cards(model: Any, devices: str = "cpu,cpu", mode: str = "auto") -> Any:
-    return SeveralGPUs.execute(model, devices, mode).result[0]
+def on_cards(model: Any, devices: str = "cpu,cpu", mode: str = "auto", park: str = "") -> Any:
+    return SeveralGPUs.execute(model, devices, mode, park).result[0]
+
+
+def parked(model: Any, park: str = "cpu:1,50%;cpu,*") -> Any:
+    return on_cards(model, mode="park blocks", park=park)
 
 
 def run(model: Any, **changes: Any) -> torch.Tensor:
@@ -132,3 +136,70 @@ def test_core_knows_what_another_card_holds_and_gets_it_back(models: Path, monke
     assert not engine.streamed.started and card.loaded_size() == 0
     mm.current_loaded_models[:] = [each for each in mm.current_loaded_models if each.model is not card]
     assert isinstance(card, CardPatcher) and torch.isfinite(run(model)).all()
+
+
+def test_parked_blocks_make_the_same_video(models: Path) -> None:
+    path = save(models, "t2v")
+    model = parked(ours(path))
+    assert torch.equal(run(model), run(ours(path)))
+    engine = model.engine
+    assert engine.bytes_on(PARKED) == 2 * engine.streamed.weights.layouts[0].nbytes
+    by_hand = model.with_options(blocks_to_swap=4)
+    assert "2 blocks are parked on cpu:1" in VramPlan.execute(by_hand, 832, 480, 81, True, 8.0).result[1]
+    assert "Nothing is parked on another card" in VramPlan.execute(model, 832, 480, 81, True, 8.0).result[1]
+    assert "parked on cpu:1: 2 blocks" in MemoryReport.execute(model).result[0]
+
+
+def test_core_gets_parked_memory_back_between_steps(models: Path) -> None:
+    """Another node's model wants the card in the middle of a run: the rest of it has the blocks from RAM."""
+    path = save(models, "t2v")
+    model = parked(ours(path))
+    (card,) = model.get_additional_models()
+    assert isinstance(card, CardPatcher) and card.load_device == PARKED
+    freed: list[float] = []
+
+    def wants_the_card(arguments: dict[str, Any]) -> torch.Tensor:
+        if not freed:
+            freed.append(card.partially_unload(host.CPU, 1e30))
+        return arguments["denoised"]
+
+    model.set_model_sampler_post_cfg_function(wants_the_card)
+    got = run(model)
+    assert freed[0] > 0 and torch.equal(got, run(ours(path)))
+    assert mm.loaded_models() != []
+
+
+def test_a_pass_keeps_what_is_parked(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parked(ours(save(models, "t2v")))
+    (card,) = model.get_additional_models()
+    freed: list[float] = []
+    monkeypatch.setattr(host, "stop_if_interrupted", lambda: freed.append(card.partially_unload(host.CPU, 1e30)))
+    streamed = model.engine.streamed
+    streamed.between_blocks = host.stop_if_interrupted
+    run(model)
+    assert freed and not any(freed) and card.loaded_size() > 0
+
+
+def test_parked_memory_goes_when_the_node_is_taken_out(models: Path) -> None:
+    alone = ours(save(models, "t2v"))
+    first = run(parked(alone))
+    assert alone.engine.bytes_on(PARKED) > 0
+    assert torch.equal(run(alone), first) and alone.engine.bytes_on(PARKED) == 0
+
+
+@pytest.mark.parametrize(
+    ("park", "said"),
+    [("cpu:1", "no place with an amount"), ("cuda:1,8gb", "device 'cuda:1'"), ("cpu:1,0gb", "no amount")],
+)
+def test_damaged_lists_are_refused_by_the_node(models: Path, park: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parked(ours(save(models, "t2v")), park)
+
+
+def test_two_models_park_in_turn(models: Path) -> None:
+    """Such as two experts: the one that runs has the room."""
+    high, low = (parked(ours(save(models, "t2v", seed=seed))) for seed in (0, 1))
+    for model in (high, low, high):
+        run(model)
+        assert model.engine.bytes_on(PARKED) > 0
+    assert low.engine.bytes_on(PARKED) == 0

@@ -1,0 +1,45 @@
+"""Parking on this machine: which of a list's cards there are, what is free there, and how fast blocks come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..memory.plan.footprint import UNLIMITED
+from ..memory.plan.limits import RESERVE_BYTES
+from ..memory.plan.parking import RAM, Amount, Parking, ParkPlace, ParkSpec
+from ..system.card_links import measured_gbps, reaches
+from .settings import find_device
+
+FreeOn = Callable[[torch.device], int]
+
+
+def find_parking(spec: ParkSpec, device: torch.device, free_on: FreeOn) -> Parking:
+    """The places of a list for a model that computes on `device`; ValueError for a card that this machine has not."""
+    device = numbered(device)
+    cards, stay = [], Amount()
+    for name in spec.cards:
+        amount, card = spec.amount(name), numbered(find_device(name))
+        assert amount is not None
+        if card == device:
+            stay = amount
+            continue
+        staged = not reaches(device, card)
+        cards.append(ParkPlace(name, amount, free_on(card), measured_gbps(device, card, staged), staged))
+    return Parking(tuple(cards), spec.amount(RAM) or Amount(), stay)
+
+
+def free_for_parking(card: torch.device) -> int:
+    """Bytes of a card that blocks may have, of what is free and of what PyTorch has of it here."""
+    if card.type != "cuda":
+        return UNLIMITED
+    free, _ = torch.cuda.mem_get_info(card)
+    return max(0, free + torch.cuda.memory_reserved(card) - RESERVE_BYTES)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The same device by its number, where it is a GPU."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
