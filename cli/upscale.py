@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ..video.writer import VideoError
@@ -12,7 +13,7 @@ from ..wanvideo.upscale.film import GOOD_CRF, FilmPlace, UpscaleFilm
 from ..wanvideo.upscale.request import LOCAL_RANGES, SCALES, VERSIONS, UpscaleRequest, files_of
 from ..wanvideo.upscale.run import Upscaler
 from ..wanvideo.upscale.source import VideoFile
-from .arguments import add_keeping, add_machine, add_seed, not_negative, runs_folder, settings_of
+from .arguments import add_keeping, add_machine, add_seed, lora_choice, not_negative, runs_folder, settings_of
 from .output import OutputFile, add_overwrite
 from .progress import TerminalProgress
 from .report import check_report, show_report
@@ -30,6 +31,10 @@ def add_upscale(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--projection", type=Path, help="LQ_proj_in (left out: the one beside the model)")
     files.add_argument("--decoder", type=Path, help="TCDecoder (left out: the one beside the model)")
     files.add_argument("--prompt-file", type=Path, help="Prompt.safetensors (left out: the one beside the model)")
+    files.add_argument(
+        "--lora", type=lora_choice, action="append", default=[], metavar="FILE:STRENGTH",
+        help="a LoRA for the transformer (strength left out: 1); may be given several times",
+    )  # fmt: skip
     files.add_argument("-o", "--output", type=Path, help="(output/NAME_x2.mp4, numbered where that is there)")
     what = parser.add_argument_group("what to make")
     what.add_argument("--scale", type=int, choices=SCALES, default=2, help="how many times as large (2)")
@@ -70,7 +75,10 @@ def upscale(options: argparse.Namespace) -> None:
     check_report(options.report)
     progress = TerminalProgress(sys.stderr)
     files = files_of(options.model, options.projection, options.decoder, options.prompt_file)
+    files = replace(files, loras=tuple(options.lora))
     upscaler = Upscaler(files, settings_of(options), progress, progress.block)
+    for lora in upscaler.lora_reports():
+        print(lora.summary)  # what was not applied is in the log
     default = Path("output") / f"{options.video.stem}_x{options.scale}.mp4"
     with OutputFile(options.output, default, options.overwrite) as output:
         _make(UpscaleFilm(upscaler, source, request), options, output)

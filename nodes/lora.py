@@ -49,7 +49,7 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, strength: float, **_: Any) -> str:
-        return f"{_stamp(lora_name)} {strength}"
+        return f"{lora_stamp(lora_name)} {strength}"
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
@@ -61,14 +61,14 @@ class LoadLora(io.ComfyNode):
         logger.log(logging.WARNING if lora.report.skipped else logging.INFO, "LoRA %s", lora.report)
         copy = patcher.clone()
         if strength:
-            file = (str(path), _stamp(lora_name))
+            file = (str(path), lora_stamp(lora_name))
             patches = LoraPatches(engine, lora, file)
             copy.add_patches(patches.updates(), strength)
             copy.add_patches(patches.changes(), strength)
         return io.NodeOutput(copy, ui=ui.PreviewText(str(lora.report)))
 
 
-def _stamp(name: str | None) -> str:
+def lora_stamp(name: str | None) -> str:
     """Changes when the LoRA does, or the configuration beside it that may say its scale."""
     stamp = host.model_stamp(name, host.LORA_FOLDER)
     if name is None or stamp == "missing":

@@ -17,12 +17,16 @@ from ..wanvideo.upscale.colour import COLOUR_FIXES
 from ..wanvideo.upscale.film import GOOD_CRF, FilmPlace, UpscaleFilm
 from ..wanvideo.upscale.request import LOCAL_RANGES, SCALES, VERSIONS, UpscaleRequest, files_of
 from ..weights.linear.compute import QUANTIZATIONS
+from ..weights.lora.file import LoraChoice
+from ..weights.lora.sound import check_strengths
 from .bridge import host
 from .bridge.upscaling import FlashVSR, FlashVSRModel, flashvsr_files, flashvsr_path, source_of, upscaler_at_work
 from .inputs import ADVANCED
 from .loaders import DTYPES
+from .lora import lora_stamp
 
 BESIDE = "beside the model"
+NO_LORA = "none"
 
 
 class LoadFlashVSRModel(io.ComfyNode):
@@ -67,13 +71,23 @@ class LoadFlashVSRModel(io.ComfyNode):
                     "quantization", options=list(QUANTIZATIONS), default="none",
                     tooltip="As in Load Wan Video Model: fp8 and int8 halve the weights in RAM.", extra_dict=ADVANCED,
                 ),
+                io.Combo.Input(
+                    "lora_name", options=[NO_LORA, *host.model_files(host.LORA_FOLDER, (".safetensors",))],
+                    default=NO_LORA, tooltip="A LoRA in models/loras for the transformer, of Wan 2.1 1.3B.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Float.Input(
+                    "lora_strength", default=1.0, min=-100.0, max=100.0, step=0.01,
+                    tooltip="1: as it was trained. 0: not at all.", extra_dict=ADVANCED,
+                ),
             ],
             outputs=[FlashVSR.Output("flashvsr")],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, projection: str, decoder: str, prompt: str, **_: str) -> str:
-        stamps = []
+    def fingerprint_inputs(cls, model_name: str, projection: str, decoder: str, prompt: str, **others: Any) -> str:
+        lora = others.get("lora_name", NO_LORA)
+        stamps = [lora_stamp(None if lora == NO_LORA else lora)]
         for name in (model_name, projection, decoder, prompt):
             with suppress(ValueError, OSError, AttributeError):  # beside the model, missing, or of another node
                 stat = flashvsr_path(name).stat()
@@ -91,6 +105,8 @@ class LoadFlashVSRModel(io.ComfyNode):
         compute_dtype: str,
         attention_mode: str,
         quantization: str,
+        lora_name: str = NO_LORA,
+        lora_strength: float = 1.0,
     ) -> io.NodeOutput:
         others = (None if name == BESIDE else flashvsr_path(name) for name in (projection, decoder, prompt))
         settings = RunSettings(
@@ -99,7 +115,16 @@ class LoadFlashVSRModel(io.ComfyNode):
             attention_mode=attention_mode,
             quantization=quantization,
         )
-        return io.NodeOutput(FlashVSRModel(files_of(flashvsr_path(model_name), *others), settings, version))
+        files = replace(files_of(flashvsr_path(model_name), *others), loras=chosen_lora(lora_name, lora_strength))
+        return io.NodeOutput(FlashVSRModel(files, settings, version))
+
+
+def chosen_lora(name: str, strength: float) -> tuple[LoraChoice, ...]:
+    """The LoRA of this name; none where it has no strength. ValueError where it is gone, or for NaN."""
+    if name == NO_LORA or not strength:
+        return ()
+    check_strengths([strength], [name])  # ComfyUI lets NaN by
+    return (LoraChoice(host.model_path(name, host.LORA_FOLDER), strength),)
 
 
 class UpscaleVideo(io.ComfyNode):

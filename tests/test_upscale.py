@@ -21,6 +21,7 @@ from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest,
 from lowvram_video.wanvideo.upscale.run import Upscaler
 from lowvram_video.wanvideo.upscale.stream import UpscaleStream
 from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.lora.file import LoraChoice
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -118,6 +119,24 @@ def test_dense_attention_sees_all(files: UpscaleFiles) -> None:
     # of the pairs the one with the least share is left out
     assert float((dense.float() - all_near.float()).abs().mean()) < 1.5
     assert not torch.equal(dense, upscaled(files, small))
+
+
+def test_a_lora_is_as_its_weights_merged(files: UpscaleFiles, tmp_path: Path) -> None:
+    small, name, strength = small_video(21, WIDTH, HEIGHT), "blocks.1.ffn.0", 0.5
+    down, up = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4, 96), (128, 4)))
+    path = tmp_path / "lora.safetensors"
+    save_file({f"diffusion_model.{name}.lora_down.weight": down, f"diffusion_model.{name}.lora_up.weight": up}, path)
+    weights = load_file(files.model)
+    weights[f"{name}.weight"] += strength * up @ down
+    merged = tmp_path / "merged.safetensors"
+    save_file(weights, merged, {"lowvram_video.num_heads": str(CONFIG.num_heads)})
+    with_lora = replace(files, loras=(LoraChoice(path, strength),))
+    made, want = upscaled(with_lora, small), upscaled(replace(files, model=merged), small)
+    assert int((made.int() - want.int()).abs().max()) <= 1
+    plain = upscaled(files, small)
+    assert float((made.float() - plain.float()).abs().mean()) > 5 * float((made.float() - want.float()).abs().mean())
+    keys = [Upscaler(each, RunSettings()).run_settings(REQUEST)["loras"] for each in (files, with_lora)]
+    assert keys[0] != keys[1]
 
 
 def test_quantised_weights_are_near(files: UpscaleFiles) -> None:

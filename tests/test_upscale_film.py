@@ -5,17 +5,22 @@ from __future__ import annotations
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import pytest
 import torch
 from lowvram_video.cli.main import main
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.vae.tiny import TinyVAE
+from lowvram_video.video.growing_video import GrowingVideo
 from lowvram_video.video.reader import read_video, video_rate, video_size
 from lowvram_video.video.sound import Sound
 from lowvram_video.video.writer import VideoWriter
+from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.upscale import film
 from lowvram_video.wanvideo.upscale.film import FilmPlace, UpscaleFilm
+from lowvram_video.wanvideo.upscale.projection import LowQualityProjection
 from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
 from lowvram_video.wanvideo.upscale.run import Upscaler
 from lowvram_video.wanvideo.upscale.source import Pictures, VideoFile
@@ -83,6 +88,57 @@ def test_rate_sound_and_number_of_frames_are_kept(uninterrupted: Path, video: Pa
     assert len(frames_of(uninterrupted)) == NUM_FRAMES
 
 
+STAGES = (
+    (LowQualityProjection, "forward", 8),  # of the second step's frames
+    (TinyVAE, "frames_of", 13),  # of the fourth step's second latent frame, in the middle of the first section
+    (GrowingVideo, "add", 1),  # a section is made and not encoded
+    (GrowingVideo, "finish", 0),
+    (film, "add_sound", 0),
+)
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), STAGES, ids=[name for _, name, _ in STAGES])
+def test_interrupted_at_any_stage_it_goes_on(
+    files: UpscaleFiles,
+    video: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    number: int,
+) -> None:
+    place, real, calls = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), getattr(owner, name), []
+
+    def stopping(*args: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == number + 1:
+            raise Stopped
+        return real(*args, **named)
+
+    monkeypatch.setattr(owner, name, stopping)
+    with pytest.raises(Stopped):
+        upscaled(files, video, place)
+    num_passes = count_passes(monkeypatch)
+    assert upscaled(files, video, place).num_frames == NUM_FRAMES
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted)) and has_sound(place.output)
+    assert not (tmp_path / "runs").exists()
+    if name == "add_sound":  # the pictures were whole
+        assert not num_passes
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    passes: list[None] = []
+    real = WanModel.forward
+
+    def counted(*args: Any, **named: Any) -> Tensor:
+        passes.append(None)
+        return real(*args, **named)
+
+    monkeypatch.setattr(WanModel, "forward", counted)
+    return passes
+
+
 @pytest.mark.parametrize("stop_after", [1, 5, 9])  # in the first window, in the first section, in the second
 def test_interrupted_and_resumed_is_uninterrupted(
     files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path, stop_after: int
@@ -131,6 +187,33 @@ def test_what_is_kept_is_saved_from_time_to_time_and_damage_is_found(
     upscaled(files, video, place)
     assert "is damaged" in caplog.text and "begun anew" in caplog.text
     assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
+
+
+MADE = {
+    # ffmpeg's arguments behind the small video -> size of what is made of it, how long it is
+    "pixels that are no squares": (["-vf", "setsar=4/3"], (170, 128), NUM_FRAMES / RATE),
+    "turned": (["-vf", "transpose=1,setsar=3/2"], (192, 128), NUM_FRAMES / RATE),
+    "rate that changes": (
+        ["-vf", "select='lt(n,12)+not(mod(n,4))'", "-fps_mode", "vfr"],
+        (128, 128),
+        NUM_FRAMES / RATE,
+    ),
+    "odd sides, one frame": (["-vf", "format=yuv444p,crop=35:27:exact=1", "-frames:v", "1", "-an"], (70, 54), 1 / RATE),
+    "nine frames without sound": (["-frames:v", "9", "-an"], (128, 128), 9 / RATE),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_videos_of_all_kinds_keep_their_look(files: UpscaleFiles, video: Path, tmp_path: Path, name: str) -> None:
+    how, size, seconds = MADE[name]
+    small, place = tmp_path / "small.mp4", FilmPlace(tmp_path / "large.mp4")
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(video), *how, str(small)], check=True)
+    made = upscaled(files, small, place)
+    assert video_size(place.output) == size
+    assert video_rate(place.output) == pytest.approx(video_rate(small))
+    assert made.num_frames == len(frames_of(place.output)) or name == "rate that changes"
+    assert made.num_frames / video_rate(small) == pytest.approx(seconds, abs=0.2)
+    assert has_sound(place.output) == has_sound(small)
 
 
 def test_pictures_are_made_larger_too(files: UpscaleFiles, tmp_path: Path) -> None:

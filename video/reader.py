@@ -20,10 +20,11 @@ from .stuck import Watched
 from .writer import last_line
 
 HOW = "give an MP4, MOV, MKV or WebM file"
+MOST_ASPECT = 4  # of a pixel's sides
 
 
 def video_size(path: Path) -> tuple[int, int]:
-    """Width and height of a video as it is shown. ValueError where there is none."""
+    """Width and height of a video as it is shown, in square pixels. ValueError where there is none."""
     return _told(path).size
 
 
@@ -80,7 +81,8 @@ def read_pieces(path: Path, width: int, height: int, fps: float, num_frames: int
 def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor, None, None]:
     """Frame after frame, uint8 `[height, width, 3]`; ffmpeg is gone when the iterator is closed."""
     _check_there(path)
-    fit = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos,crop={width}:{height}"
+    square = f"scale='if(between(sar,1/{MOST_ASPECT},{MOST_ASPECT}),round(iw*sar),iw)':ih:flags=lanczos,setsar=1"
+    fit = f"{square},scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos,crop={width}:{height}"
     filters, frame_bytes = f"fps={fps},{fit}", width * height * 3
     program = imageio_ffmpeg.get_ffmpeg_exe()
     source = ["-nostdin", "-v", "error", "-i", str(path.absolute()), "-map", "0:v:0"]
@@ -143,8 +145,15 @@ def _told(path: Path) -> _Told:
     rate = re.search(r" (\d+\.?\d*) fps", streams[0])
     lasts = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", text)
     hours, minutes, seconds = (float(part) for part in lasts.groups()) if lasts else (0.0, 0.0, 0.0)
-    size = int(sizes[-1][1]), int(sizes[-1][2])
+    size = round(int(sizes[-1][1]) * _pixel_aspect(streams[-1])), int(sizes[-1][2])
     return _Told(size, float(rate[1]) if rate else 0.0, 3600 * hours + 60 * minutes + seconds)
+
+
+def _pixel_aspect(stream: str) -> float:
+    """Width of a stream's pixels by their height; 1 where that is not told, or is nothing that anyone means."""
+    told = re.search(r"SAR (\d+):(\d+)", stream)
+    wide, high = (int(part) for part in told.groups()) if told else (1, 1)
+    return wide / high if wide <= MOST_ASPECT * high and high <= MOST_ASPECT * wide and high else 1.0
 
 
 def _check_there(path: Path) -> None:

@@ -223,6 +223,8 @@ NODE_TYPES: dict[str, NodeType] = {
             "decoder": "beside the model",
             "prompt": "beside the model",
             **COMPUTE,
+            "lora_name": "none",
+            "lora_strength": 1.0,
         },
         "flashvsr:LOWVRAM_FLASHVSR",
         extra_width=160,

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,15 +72,17 @@ class UpscaleFilm:
         """
         self._upscaler.planned(self._request, (self._source.width, self._source.height))
         with self._folder(place) as (folder, kept):
-            with ExitStack() as stack:
-                source = self._source
-                stream = stack.enter_context(self._upscaler.opened(self._request, (source.width, source.height)))
-                film = GrowingVideo(
-                    film_folder(folder), place.output, source.fps, place.crf, made_by="FlashVSR", tags=place.tags
-                )
-                _Making(stream, film, kept, self._source, self._said).run()
-            if self._source.sound is not None:
-                add_sound(film.video, self._source.sound)
+            source = self._source
+            film = GrowingVideo(
+                film_folder(folder), place.output, source.fps, place.crf, made_by="FlashVSR", tags=place.tags
+            )
+            if kept is not None and kept.has_whole(film):
+                self._said(film.num_frames)  # but for its sound
+            else:
+                with self._upscaler.opened(self._request, (source.width, source.height)) as stream:
+                    _Making(stream, film, kept, source, self._said).run()
+            if source.sound is not None:
+                add_sound(film.video, source.sound)
 
     def is_own(self, place: FilmPlace, path: Path) -> bool:
         """Whether this run, which was stopped, wrote the file that is at `path`."""
@@ -159,6 +161,8 @@ class _Making:
             self._film.leave()
             raise
         self._film.finish()
+        if self._kept is not None:
+            self._kept.note_whole(self._film)
 
     @property
     def _num_made(self) -> int:

@@ -7,6 +7,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...system.atomic_files import write_file
+from ...system.regular_files import read_regular
+from ...video.growing_video import GrowingVideo
 from ...weights.files.records import read_record
 from .stream import UpscaleStream
 
 STATE = re.compile(r"state_(\d{8})")
 OPEN = "open_frames"
+MOST_NOTE_BYTES = 1 << 12
 
 
 class KeptStream:
@@ -61,6 +65,24 @@ class KeptStream:
         open_frames = tensors.pop(OPEN, None)
         last = stream.take_up(num_steps, tensors, small)
         return last, open_frames
+
+    def note_whole(self, film: GrowingVideo) -> None:
+        """The film has all its frames: nothing of the stream is wanted any more."""
+        with suppress(OSError):  # else it is made again where what follows fails
+            write_file(self._whole, json.dumps({"key": self._key, "num_frames": film.num_frames}).encode())
+
+    def has_whole(self, film: GrowingVideo) -> bool:
+        """Whether that was noted, and the video still shows all of it."""
+        try:
+            told = json.loads(read_regular(self._whole, MOST_NOTE_BYTES))
+            whole = told["key"] == self._key and told["num_frames"] == film.num_frames == film.num_shown
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return whole and GrowingVideo.is_at(film.folder, film.video)
+
+    @property
+    def _whole(self) -> Path:
+        return self.folder / "whole.json"
 
     def forget(self, but: Path | None = None) -> None:
         """Remove what was kept."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...weights.files.checkpoint import CheckpointError
 from ...weights.files.kinds import file_kind
 from ...weights.files.open import open_checkpoint
+from ...weights.lora.file import LoraChoice
 from ..network.windows import WindowSettings
 from .colour import COLOUR_FIXES
 
@@ -73,12 +74,16 @@ def padded(size: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class UpscaleFiles:
-    """FlashVSR's four files: its Wan transformer, its projection, its decoder, and its encoded prompt."""
+    """FlashVSR's four files: its Wan transformer, its projection, its decoder, and its encoded prompt.
+
+    `loras` are for the transformer.
+    """
 
     model: Path
     projection: Path
     decoder: Path
     prompt: Path
+    loras: tuple[LoraChoice, ...] = ()
 
 
 PROJECTION, DECODER, PROMPT = "flashvsr projection", "flashvsr decoder", "encoded prompt"

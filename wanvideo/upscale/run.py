@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...attention.masked import MaskedAttention
 from ...attention.masked_select import select_masked
 from ...memory.plan.footprint import GIB, Limits, WorkSize
 from ...memory.plan.plan import MemoryPlan, PlanError
@@ -24,6 +25,8 @@ from ...vae.retries import at_work
 from ...weights.files.checkpoint import Checkpoint, CheckpointError
 from ...weights.files.fingerprint import fingerprint
 from ...weights.files.open import open_checkpoint
+from ...weights.lora.fingerprint import lora_fingerprint
+from ...weights.lora.report import LoraReport
 from .decoder import DECODER_FORMAT
 from .decoder_memory import DecoderMemory
 from .frames import in_order
@@ -53,7 +56,7 @@ class Upscaler:
         self._decoder = DECODER_FORMAT.open_file(files.decoder)
         self._prompt = open_checkpoint(files.prompt)
         configs = self._projection.config, self._decoder.config
-        self.model = StreamedUpscaler(files.model, settings, registrar, between_blocks, *configs)
+        self.model = StreamedUpscaler(files.model, settings, registrar, between_blocks, *configs, files.loras)
         self.model.beside_bytes = sum(
             each.weight_bytes(settings.compute_dtype, decode_only=True) for each in (self._projection, self._decoder)
         )
@@ -93,8 +96,7 @@ class Upscaler:
             stack.callback(windows.release)
             memory = DecoderMemory(settings.device, self.model.weights.budget, plan.model.parks_memory)
             stack.callback(memory.release)
-            masked = select_masked(settings.device, settings.compute_dtype, self.model.config.head_dim)
-            networks = Networks(self.model, self._text(), projection, decoder, masked)
+            networks = Networks(self.model, self._text(), projection, decoder, self._masked())
             self.progress.begin("upscale")
             yield UpscaleStream(networks, Remembered(windows, memory), request, large)
 
@@ -133,8 +135,13 @@ class Upscaler:
             "family": "flashvsr",
             "request": asdict(request),
             "files": [fingerprint(path) for path in files],
-            "arithmetic": self.model.arithmetic,
+            "loras": [[lora_fingerprint(lora.path), lora.strength] for lora in self.files.loras],
+            "arithmetic": {**self.model.arithmetic, "masked": self._masked().name},
         }
+
+    def lora_reports(self) -> list[LoraReport]:
+        """How much of each LoRA is applied."""
+        return [lora.report for lora in self.model.weights.loras.loras]
 
     def report(self) -> RunReport:
         """What the last video used."""
@@ -146,6 +153,9 @@ class Upscaler:
         else:
             self.model.release()
         torch.cuda.empty_cache()
+
+    def _masked(self) -> MaskedAttention:
+        return select_masked(self.settings.device, self.settings.compute_dtype, self.model.config.head_dim)
 
     def _text(self) -> Tensor:
         text = prompt_of(self._prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ...runtime.settings import RunSettings
 from ...vae.tiny import TinyConfig
 from ...weights.files.checkpoint import Checkpoint
 from ...weights.linear.adopt import adopt_tensors
+from ...weights.lora.file import LoraChoice
 from ..footprint import WanFootprint, WanWork, wan_work
 from ..network.config import WanConfig
 from ..network.upscaling import UpscalingModel, WindowExtras
@@ -104,6 +105,7 @@ class StreamedUpscaler(StreamedWan):
         between_blocks: Callable[[], None] | None,
         projection: ProjectionConfig,
         decoder: TinyConfig,
+        loras: Sequence[LoraChoice] = (),
     ):
         if settings.sparse is not None:
             raise ValueError("FlashVSR's attention is sparse in its own way: leave --sparse out, see --sparse-ratio")
@@ -112,7 +114,7 @@ class StreamedUpscaler(StreamedWan):
         self._projection, self._decoder = projection, decoder
         self.kept_windows, self.parks_memory = 3, False
         self.beside_bytes = 0  # weights of the two
-        super().__init__(path, settings, registrar, between_blocks)
+        super().__init__(path, settings, registrar, between_blocks, loras)
         # which blocks of keys count is chosen for all queries of a window together
         self.model.execution = replace(self.model.execution, all_queries=True, watch=None)
 

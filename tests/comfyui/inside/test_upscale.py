@@ -133,6 +133,25 @@ def test_paused_and_queued_again_it_is_the_same(
     assert not (tmp_path / "upscale").exists()
 
 
+def test_a_lora_changes_what_is_made(flashvsr: Any, tmp_path: Path, output: Path) -> None:
+    folder_paths.add_model_folder_path("loras", str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    name = "diffusion_model.blocks.0.ffn.0.lora"
+    parts = {
+        f"{name}_{part}.weight": torch.randn(128, 128, generator=generator)[:rows, :columns].clone()
+        for part, rows, columns in (("down", 4, 128), ("up", 128, 4))
+    }
+    save_file(parts, tmp_path / "style.safetensors")
+    model = str(Path("flashvsr") / "FlashVSR1_1.safetensors")
+    files = [model, "1.1", BESIDE, BESIDE, BESIDE, "fp32", "sdpa", "none"]
+    for strength in (0.0, 1.0):
+        loaded = LoadFlashVSRModel.execute(*files, "style.safetensors", strength).result[0]
+        upscaled(loaded, images=pictures(5), filename_prefix=f"video/By{strength:.0f}")
+    upscaled(flashvsr, images=pictures(5), filename_prefix="video/Plain")
+    plain, without, with_it = (read(next(output.glob(f"{name}*.mp4"))) for name in ("Plain", "By0", "By1"))
+    assert torch.equal(plain, without) and not torch.equal(plain, with_it)
+
+
 def test_what_is_connected_must_be_one_of_two(flashvsr: Any) -> None:
     with pytest.raises(ValueError, match="either a video or images"):
         upscaled(flashvsr)
