@@ -1,6 +1,7 @@
 """One pass on one card and on several in the same run: seconds, bits, RAM, and the VRAM of each card.
 
     python benchmarks/several_cards.py /tmp --out several_cards.json             # all rows, on all GPUs that there are
+    python benchmarks/several_cards.py /tmp --twice --out one_card_as_two.json   # one GPU that stands for two
     python benchmarks/several_cards.py /tmp --tiny --out /tmp/tiny.json          # a tiny model on 2 CPU "cards"
 
 Files of random weights are made in the folder where they are missing (14B fp8: 13.5 GiB, FramePack fp8: 12 GiB). All
@@ -8,6 +9,11 @@ blocks are streamed, from one copy in pinned RAM. "staged" rows exchange through
 access do. "speed-up" is the median of one card over that of several; a guided row makes cond and uncond in turn on one
 card. "bits" says whether the result is that of one card, bit for bit. The GIL's share is told by "host": seconds of a
 pass in which all that is asked of the devices has been asked, which is less than the pass where the host is ahead.
+
+One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB) computes all that two would: bits, memory and the
+host's work are theirs, speed is not. Each of two threads asks for what one asks for alone; what it takes them longer is
+waiting for each other and for the GIL: "GIL" is that, as a share of half of one card's time, which a pass on two such
+cards would take at best. A "parked" row has every block in the same card's memory in place of RAM.
 """
 
 from __future__ import annotations
@@ -30,7 +36,8 @@ from lowvram_video.framepack.request import EncodedInputs, Sampling
 from lowvram_video.framepack.run.generation import prepare, section_size
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
-from lowvram_video.memory.plan.footprint import GIB
+from lowvram_video.memory.plan.footprint import GIB, UNLIMITED
+from lowvram_video.memory.plan.parking import Amount, Parking, ParkPlace, parse_parking
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.run_limits import hold_limits
 from lowvram_video.runtime.settings import RunSettings
@@ -43,6 +50,7 @@ from torch import Tensor
 
 Pass = Callable[[], Tensor]
 TEXT_TOKENS, IMAGE_TOKENS = 256, 729
+PARKED_NAME = "cpu:1"  # stands for any: `started` has the real place
 TINY_FRAMEPACK = FramePackConfig(
     num_heads=3, head_dim=128, num_layers=2, num_single_layers=2, text_dim=64, pooled_dim=32, image_dim=48
 )
@@ -59,6 +67,7 @@ class Row:
     staged: bool = False
     rounds: int = 3
     framepack: bool = False
+    parked: bool = False  # one card, whose blocks lie in its own memory as in another's
 
 
 ROWS = (
@@ -70,9 +79,18 @@ ROWS = (
     Row("720p staged", (1280, 720, 81), 1.75, staged=True, rounds=2),
     Row("FramePack section", (640, 608, 33), 1.7, rounds=5, framepack=True),
 )
+TWICE_BLOCKS = 10
+TWICE_ROWS = (
+    Row("clip twice", (832, 480, 17), 0, rounds=9),
+    Row("clip twice staged", (832, 480, 17), 0, staged=True, rounds=9),
+    Row("clip twice guided", (832, 480, 17), 0, samples=2, rounds=9),
+    Row("480p twice", (832, 480, 81), 0, rounds=2),
+    Row("480p parked", (832, 480, 81), 0, rounds=2, parked=True),
+)
 TINY_ROWS = (
     Row("tiny", (96, 64, 9), 0, rounds=2),
     Row("tiny guided", (96, 64, 9), 0, samples=2, rounds=2),
+    Row("tiny parked", (96, 64, 9), 0, rounds=2, parked=True),
     Row("tiny FramePack", (128, 96, 33), 0, rounds=2, framepack=True),
 )
 
@@ -123,6 +141,9 @@ def started(model: StreamedWan | StreamedFramePack, row: Row) -> Pass:
     if isinstance(model, StreamedFramePack):
         return start_section(model, row)
     limits = hold_limits(model.settings, model.model.execution)
+    if model.settings.parking is not None:  # a list would take this card for the one that computes, which it is
+        place = ParkPlace(str(model.settings.device), Amount(), UNLIMITED, limits.h2d_gbps)
+        limits = replace(limits, parking=Parking((place,)))
     together = row.samples if model.several is not None else 1
     work = wan_work(model.config, row.size, together, row.samples // together)
     model.start_fitting(model.make_plan(work, limits))
@@ -166,12 +187,14 @@ def measure_row(path: Path, row: Row, cards: Sequence[torch.device], swap: int) 
     """One row: one card, then all of them."""
     found: dict[str, Any] = {**asdict(row), "cards": len(cards)}
     times: list[Times] = []
-    for others in ((), tuple(cards[1:])):
-        settings = RunSettings(cards[0], others, row.staged, blocks_to_swap=swap)
+    for others in ((), () if row.parked else tuple(cards[1:])):
+        settings = RunSettings(cards[0], others=others, staged_exchange=row.staged, blocks_to_swap=swap)
+        if row.parked and times:
+            settings = replace(settings, parking=parse_parking(f"{PARKED_NAME},*"))
         model = (StreamedFramePack if row.framepack else StreamedWan)(path, settings)
         reset_peaks(cards)
         times.append(timed(started(model, row), row.rounds, cards))
-        name = "several" if others else "one"
+        name = "several" if len(times) > 1 else "one"
         plan = model.plan
         assert plan is not None
         found[name] = {
@@ -191,9 +214,18 @@ def measure_row(path: Path, row: Row, cards: Sequence[torch.device], swap: int) 
     return {
         **found,
         "speed_up": one.median / several.median,
+        "gil": gil_share(row, one, several),
         "same_bits": one.result.equal(several.result),
         "error": error,
     }
+
+
+def gil_share(row: Row, one: Times, several: Times) -> float | None:
+    """What the hosts of two cards wait, of what a pass on two cards would take; None where one thread asks for all."""
+    if row.parked:
+        return None
+    alone = statistics.median(one.host) / row.samples  # two prompts in turn are asked for by one thread
+    return (statistics.median(several.host) - alone) / (one.median / 2)
 
 
 def reset_peaks(cards: Sequence[torch.device]) -> None:
@@ -216,14 +248,16 @@ def wait_for(cards: Sequence[torch.device]) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"{'row':<20}{'one s':>9}{'several s':>11}{'speed-up':>10}{'wanted':>8}{'bits':>6}{'host s':>9}{'RSS GiB':>9}"
+        f"{'row':<20}{'one s':>9}{'several s':>11}{'speed-up':>10}{'wanted':>8}{'bits':>6}{'host s':>9}{'GIL':>7}"
+        f"{'RSS GiB':>9}"
     ]
     for row in rows:
         one, several = row["one"], row["several"]
+        gil = "-" if row["gil"] is None else f"{100 * row['gil']:.1f}%"
         lines.append(
             f"{row['name']:<20}{statistics.median(one['seconds']):>9.3f}{statistics.median(several['seconds']):>11.3f}"
             f"{row['speed_up']:>9.2f}x{row['wanted']:>8.2f}{'same' if row['same_bits'] else 'NOT':>6}"
-            f"{statistics.median(several['host']):>9.3f}{several['rss_gib']:>9.2f}"
+            f"{statistics.median(several['host']):>9.3f}{gil:>7}{several['rss_gib']:>9.2f}"
         )
     return "\n".join(lines)
 
@@ -233,6 +267,8 @@ def file_of(row: Row, options: argparse.Namespace, device: torch.device) -> tupl
     tiny = {False: TINY["1.3b"], True: TINY_FRAMEPACK}[row.framepack]
     config = tiny if options.tiny else CONFIGS["framepack" if row.framepack else "14b"]
     name = ("tiny_" if options.tiny else "") + ("framepack_fp8" if row.framepack else "fp8")
+    if options.twice and not options.tiny:
+        config, name = replace(config, num_layers=TWICE_BLOCKS), f"fp8_{TWICE_BLOCKS}"
     path: Path = options.folder / f"{name}.safetensors"
     if not path.exists():
         write_checkpoint(path, config, "fp8", device.type)
@@ -245,13 +281,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--rows", help="names with commas between them (left out: all)")
+    parser.add_argument("--twice", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    cards = (torch.device("cpu"),) * 2 if options.tiny else parse_devices(options.devices)
+    if options.tiny or options.twice:
+        cards = (torch.device("cpu") if options.tiny else torch.device("cuda", 0),) * 2
+    else:
+        cards = parse_devices(options.devices)
     wanted = None if options.rows is None else options.rows.split(",")
     rows = []
-    for row in TINY_ROWS if options.tiny else ROWS:
+    for row in TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS:
         if wanted is None or row.name in wanted:
             path, num_blocks = file_of(row, options, cards[0])
             rows.append(measure_row(path, row, cards, -1 if options.tiny else num_blocks))
