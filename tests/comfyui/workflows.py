@@ -29,6 +29,7 @@ FIXED_VAES = {files.VAE_22.name, files.HUNYUAN_VAE.name}  # of one size in core
 SMALL = {
     "LowVRAMSparseAttention": {"error_bound": 0.0},  # a processor has no kernel for it
     "LowVRAMTorchCompile": {"backend": "cudagraphs"},  # which a processor has nothing to compile for
+    "LowVRAMSeveralGPUs": {"devices": "cpu,cpu"},  # threads of the processor stand for cards
     "LowVRAMStepCache": {"method": "first_block"},  # tiny models have no published table
     "LowVRAMFramePackNearestBucket": {"base_resolution": 64},
     "LowVRAMFramePackSampler": {"total_second_length": 0.5, "latent_window_size": 2, "steps": 2},
