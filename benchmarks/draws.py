@@ -6,10 +6,10 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lowvram_video.benchmarks.synthetic import CONFIGS
 from lowvram_video.memory.plan.footprint import GIB, WorkSize
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.config import WanConfig
-from synthetic import CONFIGS
 
 TINY = {
     name: replace(config, dim=128 * heads, ffn_dim=256 * heads, num_heads=heads, num_layers=layers, text_dim=64)

@@ -39,6 +39,7 @@ from measure import Ballast, Watch, machine
 VIDEO, HD, CLIP = (81, 480, 832), (81, 720, 1280), (17, 480, 832)
 FILES = {"fp8": "fp8.safetensors", "Q4_K": "q4_k.gguf", "bf16": "bf16.safetensors"}
 LIMIT_SECONDS = 0.8
+NUM_COPIES, COPIED_BYTES = 8, 600 << 20  # about what the blocks of a bf16 file have
 # Kinds of kernels, by what their names contain; the first that matches decides.
 KINDS = (
     ("copies from RAM", r"Memcpy HtoD"),
@@ -66,6 +67,7 @@ class Row:
     attention: str = "auto"
     steps: int = 3
     profile: bool = False
+    num_slots: int | None = None  # of the ring
 
 
 ROWS = (
@@ -78,7 +80,8 @@ ROWS = (
     Row("720p 8-bit k and v in 3.5", "fp8", HD, 3.5, quantization="fp8_fast", steps=1),
     Row("480p Q4_K", "Q4_K", VIDEO, profile=True),
     Row("480p Q4_K fp8_fast", "Q4_K", VIDEO, quantization="fp8_fast", profile=True),
-    Row("clip bf16 in 4", "bf16", CLIP, 4.0, steps=5),
+    Row("clip bf16 in 4", "bf16", CLIP, 4.0, steps=8),
+    Row("clip bf16 in 5, 4 slots", "bf16", CLIP, 5.0, steps=8, num_slots=4),
 )
 
 
@@ -105,6 +108,26 @@ def limit_seconds(config: WanConfig, work: WorkSize, products: str, device: torc
         torch.cuda.synchronize(device)
         count += 2
     return (time.perf_counter() - began) / count * config.num_layers
+
+
+def link_gbps(device: torch.device, busy: bool) -> float:
+    """What pinned memory is copied at, extent after extent as blocks are; while products run, where `busy`."""
+    host = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    multiply, copies = multiplier("bf16", device)(8192, 5120, 13824), torch.cuda.Stream(device)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    multiply()
+    torch.cuda.synchronize(device)
+    if busy:
+        for _ in range(NUM_COPIES * 20):  # of 1.5 ms each, so that they outlast the copies
+            multiply()
+    with torch.cuda.stream(copies):
+        start.record()
+        for _ in range(NUM_COPIES):
+            there.copy_(host, non_blocking=True)
+        stop.record()
+    torch.cuda.synchronize(device)
+    return NUM_COPIES * COPIED_BYTES / start.elapsed_time(stop) / 1e6
 
 
 def multiplier(products: str, device: torch.device) -> Callable[[int, int, int], Callable[[], object]]:
@@ -175,6 +198,7 @@ class Bench:
             self.rates,
             vram_budget_bytes=int((row.vram_gib or 120) * GIB),
             blocks_to_swap=WanConfig().num_layers if row.vram_gib else 0,
+            num_slots=row.num_slots,
         )
         hold(self.device, limits, row.vram_gib > 0)
         model, work = self._model(row), WorkSize(*row.size)
@@ -271,7 +295,8 @@ def run_file(path: Path, rows: Sequence[Row], out: Path) -> None:
 
 
 def _run_file(bench: Bench, rows: Sequence[Row], out: Path) -> None:
-    found: dict[str, Any] = {"limits": bench.limits(), "rows": []}
+    link = {name: link_gbps(bench.device, name == "busy") for name in ("alone", "busy")}
+    found: dict[str, Any] = {"link_gbps": link, "limits": bench.limits(), "rows": []}
     for row in rows:
         began = time.perf_counter()
         found["rows"].append(bench.run(row))
@@ -307,6 +332,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in row["kernels"]["kinds"].items())
             lines.append(f"    ms of {total:.0f}: {kinds}")
     lines += [f"limit {key}: {seconds:.3f} s" for key, seconds in limits.items()]
+    for result in results:
+        rates = ", ".join(f"{gbps:.1f} GB/s {name}" for name, gbps in result["link_gbps"].items())
+        lines.append(f"copies from pinned memory in the process of {result['file']}: {rates}")
     return "\n".join(lines)
 
 

@@ -57,20 +57,40 @@ class FramePackFootprint(ModelFootprint):
     num_double: int = 0
 
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """As Wan's; a single block's hidden rows, of attention and MLP together, lie in the bytes of k and v."""
-        rows, chunk = work.rows, min(choice.token_chunk, work.rows)
+        """As Wan's, and what a step cache keeps."""
         cached_steps = isinstance(work, SectionSize) and work.step_cache
-        hidden = chunk * (self.dim + self.ffn_dim)
-        beyond = max(0, hidden - 2 * rows * self.dim) * self.compute_bytes
         kept = 1 + work.cards  # what blocks added to a card's rows, and the signal of all
-        cached = kept * work.passes_per_step * rows * self.dim * self.compute_bytes if cached_steps else 0
-        opposed = guides(work) * rows * self.dim * self.compute_bytes  # attention with the negative prompt
-        return super().activation_bytes(work, choice, limits) + beyond + cached + opposed
+        cached = kept * work.passes_per_step * self._token_bytes(work) if cached_steps else 0
+        return super().activation_bytes(work, choice, limits) + cached
+
+    def pool_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """As Wan's; a single block's hidden rows, of attention and MLP together, lie in the bytes of k and v."""
+        joined = min(choice.token_chunk, work.rows) * (self.dim + self.ffn_dim) * self.compute_bytes
+        return max(super().pool_bytes(work, choice), self._token_bytes(work) + joined)
 
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """Several cards make all tokens, and the step cache's signal of all, before each has its own."""
-        whole = work.cards * work.rows * self.dim * self.compute_bytes if work.cards > 1 else 0
-        return max(whole, super().temporary_bytes(work, choice, limits))
+        """A single block's MLP norms its rows and widens them, and makes its output.
+
+        Where products quantise whole rows, or LoRAs run beside them, the widened ones come by a tensor twice as wide as
+        the norms. Several cards make all tokens, and the step cache's signal of all, before each has its own.
+        """
+        whole = work.cards * self._token_bytes(work) if work.cards > 1 else 0
+        chunk, row = min(choice.token_chunk, work.rows), self.dim * self.compute_bytes
+        widened = max(self._normed_bytes(limits), 3 * row if self.row_bytes else row) + self.key_row_bytes
+        joined = chunk * max(widened, row + self.row_bytes) + self.product_bytes
+        return max(whole, joined, super().temporary_bytes(work, choice, limits))
+
+    def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """Image rows attend to a negative prompt as well, of queries or beside an output that are kept meanwhile."""
+        opposed = self._token_bytes(work) if guides(work) else 0
+        return opposed + super()._attention_bytes(work, choice, limits)
+
+    def _attended_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """Guided attention lies in q's bytes."""
+        return 0 if guides(work) else super()._attended_bytes(work, choice)
+
+    def _token_bytes(self, work: WorkSize) -> int:
+        return work.rows * self.dim * self.compute_bytes
 
     def pass_flops(self, work: WorkSize, cache_text_kv: bool) -> tuple[float, float]:
         """Double and single blocks; modulation is made once per run."""

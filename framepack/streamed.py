@@ -112,6 +112,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             compute_bytes=dtype.itemsize,
             stage_bytes=self.stage_bytes(),
             row_bytes=self.row_bytes(dtype, config.mlp_dim),
+            key_row_bytes=self.key_row_bytes(dtype),
             product_bytes=self.product_bytes(),
             unpacked_bytes=self.unpacked_bytes(dtype),
             vae=None,

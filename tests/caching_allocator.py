@@ -20,6 +20,31 @@ class NoRoom(Exception):
     """A request for which nothing is left, even after all free segments were given back."""
 
 
+class Recording:
+    """What was asked for and given back, in order, to be asked for again of allocators."""
+
+    def __init__(self) -> None:
+        self._asked: list[int] = []  # bytes
+        self._steps: list[int | None] = []  # the next request, or which one was given back
+
+    def malloc(self, nbytes: int) -> int:
+        self._asked.append(nbytes)
+        self._steps.append(None)
+        return len(self._asked) - 1
+
+    def free(self, number: int) -> None:
+        self._steps.append(number)
+
+    def ask(self, allocator: CachingAllocator) -> None:
+        """NoRoom where it has none."""
+        pieces: list[Piece] = []
+        for step in self._steps:
+            if step is None:
+                pieces.append(allocator.malloc(self._asked[len(pieces)]))
+            else:
+                allocator.free(pieces[step])
+
+
 @dataclass(eq=False)
 class Piece:
     """Part of a segment."""

@@ -1,33 +1,28 @@
 """A pass of a full-size model without its numbers: what it allocates is counted, nothing is computed.
 
-Files are headers with nothing behind them, tensors are PyTorch's fakes (shapes, dtypes and lifetimes). GPU kernels are
-the operators that stand for them in compiled code.
+Tensors are PyTorch's fakes (shapes, dtypes and lifetimes). GPU kernels are the operators that stand for them in
+compiled code.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lowvram_video.attention.backend import EXACT_WORKSPACE
 from lowvram_video.attention.sage import WORKSPACE
-from lowvram_video.benchmarks.synthetic import block_number, tensors_of
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, unbind
+from lowvram_video.runtime.streamed import M, StreamedModel
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.footprint import WanWork
 from lowvram_video.wanvideo.network.blocks import Context, KeysValues
-from lowvram_video.wanvideo.network.config import WanConfig
-from lowvram_video.wanvideo.network.model import Extras, Nag, Visitor, WanModel
+from lowvram_video.wanvideo.network.model import Extras, Nag, Visitor
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.kernels.row_reference import QuantizedRows
 from lowvram_video.weights.kernels.rows import dequantize_rows, quantize_rows
@@ -37,27 +32,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .caching_allocator import CachingAllocator, Piece
+from .caching_allocator import Recording
 
 ALLOCATION_UNIT = 512  # of PyTorch's caching allocator
-DTYPES = {"bf16": (torch.bfloat16, "BF16"), "fp8": (torch.float8_e4m3fn, "F8_E4M3")}
-NUM_BLOCKS = 2  # all are alike, and each gives back what it took
 PASSES = 2
 BLAS_BYTES = 32 << 20  # cuBLAS's workspace on Hopper, which PyTorch's allocator has
 HELD_LATENTS = 8  # of a solver and guidance, in fp32
 
 
 class CountedMemory(TorchDispatchMode):
-    """Bytes of all tensors made under it that are still there: `now`, and the most there were at a time: `peak`.
+    """Bytes of all tensors made under it that are still there: `now`, and the most there were at a time: `peak`."""
 
-    Each of them has its place in every one of `allocators`.
-    """
-
-    def __init__(self, *allocators: CachingAllocator) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._allocators = allocators
-        self._living: dict[int, tuple[StorageWeakRef, int, list[Piece]]] = {}
+        self.recording = Recording()
+        self._living: dict[int, tuple[StorageWeakRef, int, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         self._forget_dead()
@@ -72,17 +62,15 @@ class CountedMemory(TorchDispatchMode):
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._living:
             nbytes = align(storage.nbytes(), ALLOCATION_UNIT)
-            pieces = [allocator.malloc(nbytes) for allocator in self._allocators]
-            self._living[storage._cdata] = StorageWeakRef(storage), nbytes, pieces
+            self._living[storage._cdata] = StorageWeakRef(storage), nbytes, self.recording.malloc(nbytes)
             self.now += nbytes
 
     def _forget_dead(self) -> None:
-        for key, (storage, nbytes, pieces) in list(self._living.items()):
+        for key, (storage, nbytes, number) in list(self._living.items()):
             if storage.expired():
                 del self._living[key]
                 self.now -= nbytes
-                for allocator, piece in zip(self._allocators, pieces, strict=True):
-                    allocator.free(piece)
+                self.recording.free(number)
 
 
 class DryAttention:
@@ -108,10 +96,10 @@ class DrySage(DryAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k = k.clone(memory_format=torch.contiguous_format)
         k -= k.mean(dim=1, keepdim=True)
-        v = v.to(torch.float16)
+        half = v.to(torch.float16)
         q8, k8 = (torch.empty(x.shape, dtype=torch.int8) for x in (q, k))
         out = q.new_empty(q.shape)
-        del q8, k8, v
+        del q8, k8, half
         return out
 
 
@@ -129,6 +117,16 @@ class DryRowOps:
         return out
 
 
+class DryOps(OpaqueOps):
+    """The kernels that are no part of compiled code: they write where they are told to, and nowhere else."""
+
+    def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
+        pass
+
+    def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
+        pass
+
+
 class DryGemm:
     """A product that takes nothing beside its operands."""
 
@@ -138,53 +136,9 @@ class DryGemm:
         pass
 
 
-def write_header(path: Path, config: WanConfig, stored: str) -> None:
-    """A file of a model whose blocks' products are stored as bf16, fp8 or a GGUF type; behind its header is a hole."""
-    if stored in DTYPES:
-        _write_safetensors(path, config, stored)
-    else:
-        _write_gguf(path, config, stored)
-
-
-def _write_safetensors(path: Path, config: WanConfig, stored: str) -> None:
-    header, end = {}, 0
-    for name, tensor in tensors_of(config).items():
-        product = block_number(name) is not None and tensor.ndim == 2
-        dtype, label = DTYPES[stored if product else "bf16"]
-        size = tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": label, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        file.truncate(8 + len(raw) + end)
-
-
-def _write_gguf(path: Path, config: WanConfig, stored: str) -> None:
-    import gguf
-
-    kind = gguf.GGMLQuantizationType[stored]
-    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    writer, end = gguf.GGUFWriter(path, "wan"), 0
-    for name, tensor in tensors_of(config).items():
-        product = block_number(name) is not None and tensor.ndim == 2
-        shape = (tensor.shape[0], tensor.shape[1] // elements * nbytes) if product else tuple(tensor.shape)
-        dtype = np.dtype(np.uint8 if product else np.float32)
-        size = int(np.prod(shape)) * dtype.itemsize
-        writer.add_tensor_info(name, shape, dtype, size, raw_dtype=kind if product else None)
-        end += align(size, 32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with open(path, "r+b") as file:
-        file.truncate(align(path.stat().st_size, 32) + end)
-
-
-def use_gpu_kernels(model: StreamedWan, attention: DryAttention) -> None:
+def use_gpu_kernels(model: StreamedModel[Any], attention: DryAttention) -> None:
     """Have a model that was opened for a CPU compute as on a GPU that has every kernel."""
-    model.model.execution = Execution(torch.bfloat16, attention, OpaqueOps())
+    model.model.execution = Execution(torch.bfloat16, attention, DryOps())
     for layer in model._busy_layers():
         for name, part in (("gemm", DryGemm()), ("ops", DryRowOps())):
             if hasattr(layer.format, name):
@@ -223,9 +177,9 @@ def extras_of(model: StreamedWan, plan: MemoryPlan, text: Tensor, context: Conte
     return Extras(nag=nag, visitor=Seeing() if work.seen_queries else Visitor())
 
 
-def room_for_run(model: StreamedWan, plan: MemoryPlan, *allocators: CachingAllocator) -> None:
-    """Weights, and then passes as a solver asks for them, in each allocator; NoRoom where something does not fit."""
-    with dry(model, plan) as network, CountedMemory(*allocators):
+def recorded_run(model: StreamedWan, plan: MemoryPlan) -> Recording:
+    """What weights, and then passes as a solver has them, ask of an allocator."""
+    with dry(model, plan) as network, CountedMemory() as memory:
         weights = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in weights_of(model, plan)]
         latent, timestep, text = inputs_of(model, plan)
         held = torch.empty(HELD_LATENTS, model.config.out_channels, *plan.work.latent_size)
@@ -234,11 +188,15 @@ def room_for_run(model: StreamedWan, plan: MemoryPlan, *allocators: CachingAlloc
         for _ in range(PASSES):
             velocity = network(latent, timestep, context)
         del weights, held, blas, kept, velocity
+    return memory.recording
 
 
 @contextmanager
-def dry(model: StreamedWan, plan: MemoryPlan) -> Iterator[WanModel]:
-    """The network with fakes for weights and with few blocks, set up as planned."""
+def dry(model: StreamedModel[M], plan: MemoryPlan) -> Iterator[M]:
+    """The network with fakes for weights, set up as planned; of its blocks there is one of each kind.
+
+    Those of a kind are alike, and each gives back what it took.
+    """
     choice, network = plan.choice, model.model
     network.execution = replace(
         network.execution,
@@ -247,7 +205,8 @@ def dry(model: StreamedWan, plan: MemoryPlan) -> Iterator[WanModel]:
         query_chunk=choice.query_chunk,
         packed_keys=choice.packed_keys,
     )
-    few = dict(list(network.ordered_blocks().items())[:NUM_BLOCKS])
+    first, *_, last = network.ordered_blocks().items()
+    few = dict([first, last])
     named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     meta = {name: tensor.detach() for name, tensor in named}
     bring = network.bring
@@ -260,7 +219,7 @@ def dry(model: StreamedWan, plan: MemoryPlan) -> Iterator[WanModel]:
         try:
             yield network
         finally:
-            network.forget_angles()
+            model.forget_contexts()
             network.bring = bring  # type: ignore[method-assign]
             del network.ordered_blocks
             for name, tensor in meta.items():
@@ -312,7 +271,7 @@ def assign(network: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor, requires_grad=False))
 
 
-def bringing(model: StreamedWan) -> Any:
+def bringing(model: StreamedModel[Any]) -> Any:
     """`TransientWeights` without bytes: into what is spare where that suffices, else into memory of their own."""
 
     @contextmanager

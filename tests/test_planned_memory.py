@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.benchmarks.synthetic import CONFIGS, write_lora
-from lowvram_video.memory.plan.footprint import GIB, MIB, Limits
+from lowvram_video.memory.plan.footprint import MIB
 from lowvram_video.memory.plan.plan import plan_memory
-from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.wanvideo.footprint import WanWork, wan_work
-from lowvram_video.wanvideo.network.config import WanConfig
-from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.linear import linear
-from lowvram_video.weights.linear.compute import select_compute
 from lowvram_video.weights.linear.linear import Linear
-from lowvram_video.weights.lora.file import LoraChoice
 
 from .caching_allocator import CachingAllocator, ExpandableAllocator
-from .dry_pass import DryAttention, DrySage, bytes_of_pass, room_for_run, use_gpu_kernels, write_header
-
-# An H200's rates: plans then keep as many blocks and cache the text where a short clip is bound by its copies.
-RATES = {"tflops_matmul": 800.0, "tflops_attention": 570.0, "h2d_gbps": 55.0}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and how it runs, one that an H200 ran out of memory with where its `budget_gib` has two decimals."""
-
-    name: str
-    stored: str
-    size: tuple[int, int, int]
-    budget_gib: float
-    quantization: str = "none"
-    attention: DryAttention = DryAttention()  # noqa: RUF009 - has no state
-    rank: int = 0
-    steered: str = ""  # by what
-
-    def __str__(self) -> str:
-        width, height, frames = self.size
-        words = [self.name, self.stored, self.quantization, self.attention.name, f"{width}x{height}x{frames}"]
-        more = ["lora"] if self.rank else []
-        return "-".join([*words, *more, *filter(None, [self.steered]), f"{self.budget_gib:g}"])
-
-    def work(self, config: WanConfig) -> WanWork:
-        work, seen = wan_work(config, self.size), self.steered == "seen"
-        return replace(work, nag=self.steered == "guided", seen_queries=seen, all_queries=seen)
-
+from .dry_models import Case, opened
+from .dry_pass import DrySage, bytes_of_pass, recorded_run
 
 CASES = [
     Case("14b", "Q4_K", (608, 464, 21), 5.53),
@@ -79,30 +45,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("headers")
 
 
-def opened(case: Case, folder: Path) -> StreamedWan:
-    config = CONFIGS[case.name]
-    assert isinstance(config, WanConfig)
-    path = folder / f"{case.name}_{case.stored}.{'gguf' if case.stored.startswith('Q') else 'safetensors'}"
-    if not path.exists():
-        write_header(path, config, case.stored)
-    loras = []
-    if case.rank:
-        loras = [LoraChoice(folder / f"{case.name}_lora.safetensors")]
-        write_lora(loras[0].path, config, case.rank)
-    read_as = case.quantization if case.stored == "bf16" else "none"
-    device = torch.device("cpu")
-    model = StreamedWan(path, RunSettings(device, torch.bfloat16, quantization=read_as), loras=loras)
-    busy = [module for block in model.blocks for module in block.busy_modules()]
-    select_compute(model.model, busy, case.quantization, device)
-    use_gpu_kernels(model, case.attention)
-    return model
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_pass_takes_what_was_planned(case: Case, files: Path) -> None:
     model = opened(case, files)
-    limits = Limits(int(case.budget_gib * GIB), attention=case.attention.workspace, **RATES)
-    plan = plan_memory(model.footprint(), case.work(model.config), limits)
+    plan = plan_memory(model.footprint(), case.work(model.config), case.limits)
     counted = bytes_of_pass(model, plan)
     denoise = plan.denoise
     planned = denoise.activations + denoise.scratch + denoise.text + denoise.latents
@@ -110,10 +56,11 @@ def test_a_pass_takes_what_was_planned(case: Case, files: Path) -> None:
     assert planned <= counted + 0.05 * denoise.total, f"{(planned - counted) / MIB:.1f} MiB less, by {plan.choice}"
 
 
-# With much of the budget in odd pieces; the first one is a draw that an H200 had no room for in fixed segments.
+# With much of the budget in odd pieces; those of two decimals are draws that an H200 had no room for in fixed segments.
 TIGHT = [
     Case("1.3b", "bf16", (688, 1200, 29), 1.33, attention=DrySage()),
     Case("14b", "fp8", (832, 480, 81), 2.6),
+    Case("14b", "Q4_K", (800, 1216, 17), 9.88, attention=DrySage()),
     Case("14b", "Q4_K", (384, 656, 69), 5.43),
 ]
 
@@ -121,11 +68,12 @@ TIGHT = [
 @pytest.mark.parametrize("case", TIGHT, ids=str)
 def test_an_allocator_of_the_budget_has_room_for_a_run(case: Case, files: Path) -> None:
     model = opened(case, files)
-    limits = Limits(int(case.budget_gib * GIB), attention=case.attention.workspace, **RATES)
-    plan = plan_memory(replace(model.footprint(), vae=None), case.work(model.config), limits)
-    left = limits.vram_budget_bytes - plan.denoise.context
+    plan = plan_memory(replace(model.footprint(), vae=None), case.work(model.config), case.limits)
+    left = plan.budget_bytes - plan.denoise.context
     fixed, expandable = CachingAllocator(left), ExpandableAllocator(left)
-    room_for_run(model, plan, fixed, expandable)
+    recording = recorded_run(model, plan)
+    for allocator in (fixed, expandable):
+        recording.ask(allocator)
     taken = f"{fixed.peak / MIB:.0f} taken in fixed segments, {expandable.peak / MIB:.0f} in expandable ones"
     print(f"{case}: {left / MIB:.0f} MiB, {(plan.denoise.total - plan.denoise.context) / MIB:.0f} planned, {taken}")
 

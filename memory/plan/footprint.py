@@ -125,13 +125,17 @@ class ModelFootprint:
 
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """x, the pool of q, k, v and FFN hidden, rotary angles, and the largest of the temporaries."""
-        dim, rows, element = self.dim, work.rows, self.compute_bytes
-        chunk = min(choice.token_chunk, rows)
-        kept = rows * (dim + 4 * self.num_heads) if choice.packed_keys else rows * dim * element  # of k, and of v
-        pool = max(2 * kept + choice.query_rows(work) * dim * element, chunk * self.ffn_dim * element)
-        angles = 2 * 4 * work.tokens * (dim // self.num_heads // 2)  # cos and sin, fp32
-        blocks = rows * dim * element + angles + self.temporary_bytes(work, choice, limits)
+        pool = self.pool_bytes(work, choice)
+        angles = 2 * 4 * work.tokens * (self.dim // self.num_heads // 2)  # cos and sin, fp32
+        blocks = work.rows * self.dim * self.compute_bytes + angles + self.temporary_bytes(work, choice, limits)
         return pool + max(blocks, self._embedding_bytes(pool, choice))
+
+    def pool_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """q, k and v; hidden rows of the FFN lie in the same bytes."""
+        dim, rows, element = self.dim, work.rows, self.compute_bytes
+        kept = rows * (dim + 4 * self.num_heads) if choice.packed_keys else rows * dim * element  # of k, and of v
+        hidden = min(choice.token_chunk, rows) * self.ffn_dim * element
+        return max(2 * kept + choice.query_rows(work) * dim * element, hidden)
 
     def _embedding_bytes(self, pool: int, choice: Choice) -> int:
         """What embeds the timestep, before there is x: weights that were brought, one of them unpacked."""
