@@ -76,6 +76,7 @@ class TritonOps:
         _pack_heads_kernel[(rows,)](
             x, values, scales, heads, dim, x.stride(0), values.stride(0), scales.stride(0), SMALLEST_SCALE,
             HEADS=triton.next_power_of_2(heads), DIM=triton.next_power_of_2(dim), num_warps=8,
+            enable_fp_fusion=False,  # products are rounded before they are rounded to integers
         )  # fmt: skip
 
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
