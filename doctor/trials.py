@@ -31,6 +31,7 @@ from ..weights.linear.kitchen import PACKAGE, KitchenInt8, kitchen_int8_availabl
 # What each package is used by.
 PARTS: Mapping[str, str] = {
     "triton": "jit", "sageattention": "sageattn", "flash_attn": "flash_attn_func",
+    "comfy_kitchen": "list_backends",
     "flash_attn_interface": "flash_attn_func",
 }  # fmt: skip
 Result = Literal["works", "missing", "broken", "unsuited", "untried"]

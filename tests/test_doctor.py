@@ -273,7 +273,8 @@ STAND_INS = {
     "deadly": ("import os\nos.abort()\n", "broken", "takes the process with it"),
     "quiet": ("import os\nos._exit(3)\n", "broken", "ended with status 3"),
     "broken": ("raise OSError('libcudart.so.11.0: cannot open')\n", "broken", "libcudart.so.11.0"),
-    "good": ("__version__ = '1'\n", "untried", "is installed"),
+    "good": ("def list_backends():\n    return {}\n", "untried", "is installed"),
+    "empty": ("__version__ = '1'\n", "broken", "is installed, but has no list_backends"),
 }
 
 

@@ -15,7 +15,7 @@ from .faults.fuzz import FINE, all_cases, fuzz
 from .faults.kills import cases, kill_everywhere
 from .faults.out_of_memory import out_of_memory
 from .faults.readers import readers
-from .faults.table import Row, as_json, as_markdown
+from .faults.table import Row, Tried, as_json, as_markdown
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +62,6 @@ def test_damaged_files_are_refused_in_one_line(files: Files, tmp_path: Path) -> 
 def test_a_table_counts_what_was_right() -> None:
     rows = [Row("kill", "1", True, "same"), Row("kill", "2", False, "lost"), Row("full", "1", True, "same")]
     assert as_markdown(rows).splitlines()[2:] == ["| kill | 2 | 1 | 1× same; 1× lost |", "| full | 1 | 1 | 1× same |"]
-    assert as_json(rows)["kinds"]["kill"] == {"faults": 2, "right": 1, "seen": {"same": 1, "lost": 1}}
+    found = as_json({"kills": Tried(3, rows[:2]), "disks": Tried(2, rows[2:])})
+    assert found["kinds"]["kill"] == {"faults": 2, "right": 1, "seen": {"same": 1, "lost": 1}}
+    assert (found["faults"], found["right"]) == (3, 2)

@@ -2,6 +2,7 @@
 
     python -m tests.faults.fuzz [--files 100000] [--readers "step record" ...] [--out fuzz.json]
     python -m tests.faults.fuzz --one "Wan" 17        what that file did, with its traceback
+    python -m tests.faults.fuzz --together A.json B.json --out fuzz.json      runs over files of other numbers, as one
 
 A case is a reader and a number, from which all of it follows. Cases run in processes of their own, some hundred in
 each: one that hangs or dies is told, and the rest goes on in another.
@@ -41,7 +42,7 @@ from .readers import readers
 
 HANG_SECONDS, MOST_BYTES = 5.0, 100 * 2**20
 WAITING = 6.0  # times as long a busy machine may take as it computes
-BATCH = 400  # cases in a process
+BATCH = 1000  # cases in a process
 FINE = ("refused", "accepted")
 MODELS = ("Wan", "FramePack", "GGUF", "VACE module", "GGUF of Wan", "tiny decoder", "jobs")
 SLOW = (
@@ -243,6 +244,24 @@ def summary(findings: Sequence[Finding], seconds: float) -> dict[str, Any]:
     }
 
 
+def together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several results as one; their files must be of other numbers (`--first`)."""
+    by_reader: dict[str, Counter[str]] = defaultdict(Counter)
+    for result in results:
+        for name, counts in result["readers"].items():
+            by_reader[name].update(counts)
+    sums = {key: sum(result[key] for result in results) for key in ("files", "readings", "seconds")}
+    most = {key: max(result[key] for result in results) for key in ("most_mib", "most_seconds")}
+    kinds = sum((Counter(result["kinds"]) for result in results), Counter[str]())
+    return {
+        **sums,
+        "kinds": dict(kinds.most_common()),
+        **most,
+        "readers": {name: dict(counts) for name, counts in by_reader.items()},
+        "wrong": [row for result in results for row in result["wrong"]],
+    }
+
+
 def show_one(files: Files, place: Path, name: str, number: int) -> None:
     """What one file did, with the whole traceback, and where its files are left to look at."""
     reader, folder = readers(files, place / "made")[name], place / "one"
@@ -271,8 +290,12 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first file of each reader")
     parser.add_argument("--readers", nargs="+")
     parser.add_argument("--one", nargs=2, metavar=("READER", "NUMBER"))
+    parser.add_argument("--together", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.together:
+        keep(options.out, together([json.loads(path.read_text(encoding="utf-8")) for path in options.together]))
+        return
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

@@ -1,9 +1,10 @@
 """Out of VRAM at every place of ours that touches the device: the run goes on, leaner, to the same video.
 
 The device is the CPU: an operation of PyTorch's raises what a full card does. A place is a line of the pack and the
-phase that it is reached in; each is struck once, at its first operation and at one drawn later. Models plan as on a
-card for a large video, so that there are leaner plans, and stream through a ring. Reading files is not struck, as it
-takes host memory, nor are operations on meta tensors, which take none.
+phase that it is reached in; each is struck at one of its operations, drawn, in the first kind of run that comes by it,
+and some are in further ones. Models plan as on a card for a large video, so that there are leaner plans, and stream
+through a ring. Reading files is not struck, as it takes host memory, nor are operations on meta tensors, which take
+none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .files import Files
 from .memory_cases import Case, Phase, cases
 from .table import Row
 
+AGAIN = 8  # every so many-th place that was struck in another kind of run is struck again
 MOST_PIXELS = 24  # of 255, that tiles of a VAE with random weights may differ by from a whole decoding
 # functions below which files are read, or weights held: host memory on a card
 HOST = {
@@ -82,7 +84,8 @@ def _place(frame: FrameType | None) -> str | None:
 
 
 def out_of_memory(files: Files, most_places: int | None = None, names: Sequence[str] = ()) -> Iterator[Row]:
-    """A row for each strike at each place; `most_places` of each case, spread over all. `names` are of cases."""
+    """A row for each place; `most_places` new ones of each case, spread over all. `names` are of cases."""
+    draw, seen = random.Random(5), set[tuple[str, str, str]]()
     for case in cases(files):
         if names and case.name not in names:
             continue
@@ -92,14 +95,18 @@ def out_of_memory(files: Files, most_places: int | None = None, names: Sequence[
         case.phase.title = "start"
         with torch.inference_mode(), case.entered(counter):
             assert torch.equal(case.run(pipeline), whole)
-        draw, places = random.Random(5), list(counter.places.items())
-        step = 1 if most_places is None else max(1, len(places) // most_places)
-        for (phase, place), counts in places[::step]:
-            for at in sorted({counts[0], draw.choice(counts)}):
-                yield _struck(case, whole, f"{phase}: {place}", at)
+        card = "another card's" if case.entered is not Case.entered else ""
+        places = list(counter.places.items())
+        new = [(place, counts) for place, counts in places if (card, *place) not in seen]
+        seen |= {(card, *place) for place, _ in places}
+        new += [each for each in places[::AGAIN] if each not in new]
+        step = 1 if most_places is None else max(1, len(new) // most_places)
+        for number, ((phase, place), counts) in enumerate(new[::step]):
+            yield _struck(case, whole, f"{phase}: {place}", draw.choice(counts), number % AGAIN == 0)
 
 
-def _struck(case: Case, whole: Tensor, where: str, at: int) -> Row:
+def _struck(case: Case, whole: Tensor, where: str, at: int, again: bool) -> Row:
+    """`again`: the next run of the same pipeline is looked at too."""
     case.phase.title = "start"
     pipeline = case.make()
     strike = Strike(case.phase, at)
@@ -115,8 +122,8 @@ def _struck(case: Case, whole: Tensor, where: str, at: int) -> Row:
     left = [model for model in case.models(pipeline) if model.started]
     case.phase.title = "start"
     with torch.inference_mode():
-        again = torch.equal(case.run(pipeline), whole)
-    if left or not again:
+        other = again and not torch.equal(case.run(pipeline), whole)
+    if left or other:
         seen += "; memory not given back" if left else "; the next run is another"
     right = seen in ("same bits", "same but for tiles") and strike.struck == where
     return Row(f"out of VRAM: {case.name}", where, right, seen, {"operation": at, "struck": strike.struck})

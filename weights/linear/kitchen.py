@@ -130,7 +130,8 @@ def kitchen_int8_available() -> bool:
     """Whether comfy-kitchen is installed and its CUDA kernels are usable (ComfyUI turns them off below CUDA 13)."""
     if kitchen_problem() is not None:
         return False
-    cuda = importlib.import_module(PACKAGE).list_backends().get("cuda", {})
+    listed = getattr(importlib.import_module(PACKAGE), "list_backends", dict)  # an empty folder has none
+    cuda = listed().get("cuda", {})
     return bool(cuda.get("available")) and not cuda.get("disabled")
 
 
