@@ -24,7 +24,8 @@ class PatientInterrupts:
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # a shell's `&` has Ctrl-C meant for others ignored
+                self._before[number] = signal.signal(number, self._note)
 
     def check(self) -> None:
         """A good moment to stop at."""

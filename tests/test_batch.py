@@ -1,5 +1,6 @@
 """Many videos by one command: the same bytes as one after the other, whatever is wrong, lost, killed or interrupted."""
 
+import functools
 import json
 import os
 import signal
@@ -71,7 +72,14 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def start(jobs: Path, *words: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "lowvram_video.cli", "batch", str(jobs), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=as_in_a_terminal()
+    )
+
+
+def as_in_a_terminal() -> Callable[[], object] | None:
+    """What a process begins with: it would inherit that tests run in the background, where Ctrl-C is ignored."""
+    return None if sys.platform == "win32" else functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

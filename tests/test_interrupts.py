@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from .tiny import save_files
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
     return save_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C is not ignored, as it is where tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -42,6 +51,20 @@ def test_the_first_one_waits_and_the_second_one_does_not(number: signal.Signals)
         interrupts.release()
     interrupts.release()
     assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_stays_so() -> None:
+    """As Ctrl-C is by what a script has begun in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts = PatientInterrupts()
+    try:
+        interrupts.hold()
+        signal.raise_signal(signal.SIGINT)
+        interrupts.check()
+        interrupts.release()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_finishes_the_block_and_the_run_goes_on(
