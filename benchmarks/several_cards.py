@@ -13,7 +13,8 @@ pass in which all that is asked of the devices has been asked, which is less tha
 One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB) computes all that two would: bits, memory and the
 host's work are theirs, speed is not. Each of two threads asks for what one asks for alone; what it takes them longer is
 waiting for each other and for the GIL: "GIL" is that, as a share of half of one card's time, which a pass on two such
-cards would take at best. A "parked" row has every block in the same card's memory in place of RAM.
+cards would take at best. There a "parked" row has every block in the same card's
+memory in place of RAM, elsewhere in the second card's, with 5 GiB of RAM.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ from synthetic import CONFIGS, write_checkpoint
 from torch import Tensor
 
 Pass = Callable[[], Tensor]
+Model = StreamedWan | StreamedFramePack
 TEXT_TOKENS, IMAGE_TOKENS = 256, 729
+PARKED_RAM_GIB = 5.0
 PARKED_NAME = "cpu:1"  # stands for any: `started` has the real place
 TINY_FRAMEPACK = FramePackConfig(
     num_heads=3, head_dim=128, num_layers=2, num_single_layers=2, text_dim=64, pooled_dim=32, image_dim=48
@@ -67,16 +70,17 @@ class Row:
     staged: bool = False
     rounds: int = 3
     framepack: bool = False
-    parked: bool = False  # one card, whose blocks lie in its own memory as in another's
+    parked: bool = False  # one card, whose blocks lie in another's memory (with --twice: in its own as in another's)
 
 
 ROWS = (
     Row("480p", (832, 480, 81), 1.85),
     Row("480p staged", (832, 480, 81), 1.5, staged=True),
-    Row("480p guided", (832, 480, 81), 1.95, samples=2, rounds=2),
+    Row("480p guided", (832, 480, 81), 1.95, samples=2, rounds=1),
+    Row("480p parked", (832, 480, 81), 1 / 1.03, parked=True),
     Row("clip", (832, 480, 17), 1.2, rounds=5),
-    Row("720p", (1280, 720, 81), 1.92, rounds=2),
-    Row("720p staged", (1280, 720, 81), 1.75, staged=True, rounds=2),
+    Row("720p", (1280, 720, 81), 1.92, rounds=1),
+    Row("720p staged", (1280, 720, 81), 1.75, staged=True, rounds=1),
     Row("FramePack section", (640, 608, 33), 1.7, rounds=5, framepack=True),
 )
 TWICE_BLOCKS = 10
@@ -136,12 +140,15 @@ def wan_pass(model: StreamedWan, row: Row) -> Pass:
     return lambda: torch.cat([model(latent, timestep[:1], each) for each in texts])
 
 
-def started(model: StreamedWan | StreamedFramePack, row: Row) -> Pass:
+def started(model: Model, row: Row) -> Pass:
     """The model on its cards, all blocks streamed, and a pass of it."""
     if isinstance(model, StreamedFramePack):
         return start_section(model, row)
     limits = hold_limits(model.settings, model.model.execution)
-    if model.settings.parking is not None:  # a list would take this card for the one that computes, which it is
+    spec = model.settings.parking
+    if (
+        spec is not None and PARKED_NAME in spec.cards
+    ):  # a list would take this card for the one that computes, as it is
         place = ParkPlace(str(model.settings.device), Amount(), UNLIMITED, limits.h2d_gbps)
         limits = replace(limits, parking=Parking((place,)))
     together = row.samples if model.several is not None else 1
@@ -183,41 +190,68 @@ def start_section(model: StreamedFramePack, row: Row) -> Pass:
     return lambda: model(noisy, history, conditions.prompts["any"][0], image)
 
 
-def measure_row(path: Path, row: Row, cards: Sequence[torch.device], swap: int) -> dict[str, Any]:
-    """One row: one card, then all of them."""
-    found: dict[str, Any] = {**asdict(row), "cards": len(cards)}
-    times: list[Times] = []
-    for others in ((), () if row.parked else tuple(cards[1:])):
-        settings = RunSettings(cards[0], others=others, staged_exchange=row.staged, blocks_to_swap=swap)
-        if row.parked and times:
-            settings = replace(settings, parking=parse_parking(f"{PARKED_NAME},*"))
-        model = (StreamedFramePack if row.framepack else StreamedWan)(path, settings)
-        reset_peaks(cards)
-        times.append(timed(started(model, row), row.rounds, cards))
-        name = "several" if len(times) > 1 else "one"
+class Bench:
+    """One file's model, read once for all its rows; what one card took is kept for the next row of that work."""
+
+    def __init__(self, path: Path, framepack: bool, cards: Sequence[torch.device], swap: int) -> None:
+        self.path, self.cards = path, cards
+        self.settings = RunSettings(cards[0], blocks_to_swap=swap)
+        self.model: Model = (StreamedFramePack if framepack else StreamedWan)(path, self.settings)
+        self._alone: dict[tuple[tuple[int, int, int], int], tuple[Times, dict[str, Any]]] = {}
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """One card, then all of them."""
+        key = row.size, row.samples
+        if key not in self._alone:
+            self._alone[key] = self._shared(row, ())
+        one, of_one = self._alone[key]
+        several, of_several = self._parked(row) if row.parked else self._shared(row, tuple(self.cards[1:]))
+        error = float((several.result - one.result).norm() / one.result.norm())
+        return {
+            **asdict(row),
+            "cards": len(self.cards),
+            "one": of_one,
+            "several": of_several,
+            "speed_up": one.median / several.median,
+            "gil": gil_share(row, one, several),
+            "same_bits": one.result.equal(several.result),
+            "error": error,
+        }
+
+    def _shared(self, row: Row, others: tuple[torch.device, ...]) -> tuple[Times, dict[str, Any]]:
+        model = self.model
+        model.stop()
+        model.settings = replace(self.settings, others=others, staged_exchange=row.staged)
+        model.use_cards(others)
+        return self._timed(row, model)
+
+    def _parked(self, row: Row) -> tuple[Times, dict[str, Any]]:
+        """By one card; no block fits in the RAM that is left."""
+        self.model.stop()
+        place = PARKED_NAME if self.cards[0] == self.cards[1] else str(self.cards[1])
+        settings = replace(self.settings, parking=parse_parking(f"{place},*"), ram_budget_gib=PARKED_RAM_GIB)
+        model = type(self.model)(self.path, settings)
+        try:
+            return self._timed(row, model)
+        finally:
+            model.release()
+
+    def _timed(self, row: Row, model: Model) -> tuple[Times, dict[str, Any]]:
+        reset_peaks(self.cards)
+        times = timed(started(model, row), row.rounds, self.cards)
         plan = model.plan
         assert plan is not None
-        found[name] = {
-            "seconds": times[-1].seconds,
-            "host": times[-1].host,
-            "vram_gib": peaks(cards),
+        return times, {
+            "seconds": times.seconds,
+            "host": times.host,
+            "vram_gib": peaks(self.cards),
             "planned_gib": plan.denoise.total / GIB,
             "budget_gib": plan.budget_bytes / GIB,
-            "exchanged_gb": plan.model.exchanged_bytes(plan.work) / 1e9 if others else 0.0,
+            "exchanged_gb": 0.0 if model.several is None else plan.model.exchanged_bytes(plan.work) / 1e9,
             "streamed": plan.blocks.num_streamed,
             "rss_gib": psutil.Process().memory_info().rss / GIB,
             "host_bytes_gib": model.host_bytes / GIB,
         }
-        model.release()
-    one, several = times
-    error = float((several.result - one.result).norm() / one.result.norm())
-    return {
-        **found,
-        "speed_up": one.median / several.median,
-        "gil": gil_share(row, one, several),
-        "same_bits": one.result.equal(several.result),
-        "error": error,
-    }
 
 
 def gil_share(row: Row, one: Times, several: Times) -> float | None:
@@ -290,13 +324,21 @@ def main() -> None:
     else:
         cards = parse_devices(options.devices)
     wanted = None if options.rows is None else options.rows.split(",")
-    rows = []
-    for row in TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS:
-        if wanted is None or row.name in wanted:
-            path, num_blocks = file_of(row, options, cards[0])
-            rows.append(measure_row(path, row, cards, -1 if options.tiny else num_blocks))
+    of_all = TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS
+    chosen = [row for row in of_all if wanted is None or row.name in wanted]
+    rows: list[dict[str, Any]] = []
+    for framepack in (False, True):
+        of_file = [row for row in chosen if row.framepack == framepack]
+        if not of_file:
+            continue
+        path, num_blocks = file_of(of_file[0], options, cards[0])
+        bench = Bench(path, framepack, cards, -1 if options.tiny else num_blocks)
+        for row in of_file:
+            rows.append(bench.measure(row))
+            print(table(rows[-1:]), flush=True)
             if options.out is not None:
                 write_file(options.out, json.dumps({"machine": machine(), "rows": rows}, indent=1).encode())
+        bench.model.release()
     print(table(rows))
 
 

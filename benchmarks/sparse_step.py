@@ -2,6 +2,7 @@
 
     python benchmarks/sparse_step.py /tmp --out /tmp/sparse_step.json
     python benchmarks/sparse_step.py /tmp --parts errors,480p,framepack --out /tmp/sparse_step.json
+    python benchmarks/sparse_step.py /tmp --parts denoise --out /tmp/sparse_step.json    # 20 steps at 720p, two minutes
 
 Wan 14B and FramePack of random weights, fp8 files with fp8 products, all blocks streamed; files are made in the folder
 where they are missing. FramePack has a quarter of its blocks: what is compared is sparse against dense. Beside "bound"
@@ -12,6 +13,7 @@ CPU, with the package's reference in place of its kernels.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -48,6 +50,8 @@ from synthetic import CONFIGS, write_checkpoint
 TOP_K = SparseSettings(top_k=0.15, bound=None, dense_percent=0)
 BOUND = replace(TOP_K, bound=1.0)
 TAU = SparseSettings(tau=1.0, bound=0.1, dense_percent=0)
+SCHEDULED = SparseSettings(top_k=0.15, bound=None)  # its first steps dense, as by default
+RUN_STEPS, SHIFT = 20, 5.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,38 @@ class Bench:
             timestep = torch.full((1,), 700.0, device=self.device)
             self.rows(f"wan {name}", model, work, partial(model, latent, timestep, text))
         model.release()
+
+    def denoise(self) -> None:
+        """A whole run by the default schedule, Euler's steps; nothing of it is left out of the time."""
+        config = WanConfig("t2v", 256, 512, 2, 3) if self.tiny else CONFIGS["14b"]
+        assert isinstance(config, WanConfig)
+        model = StreamedWan(self.file("fp8", config), self.settings)
+        width, height, frames = (256, 256, 5) if self.tiny else WAN_SIZES["720p"]
+        work = wan_work(model.config, (width, height, frames))
+        row = Row("20 steps, dense until 25 %, top-k 0.15", SCHEDULED)
+        with torch.inference_mode(), self.started(model, work, row) as planned:
+            generator = torch.Generator(self.device).manual_seed(0)
+            latent = torch.randn(1, 16, *work.latent_size, device=self.device, generator=generator)
+            text = torch.randn(1, 512, model.config.text_dim, device=self.device, generator=generator)
+            uniform = torch.linspace(1, 0, RUN_STEPS + 1).tolist()
+            sigmas = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in uniform]
+            seconds = []
+            for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+                model.at_step(step, RUN_STEPS)
+                timestep = torch.full((1,), 1000 * sigma, device=self.device)
+                self.settle()
+                began = time.perf_counter()
+                latent.add_(model(latent, timestep, text), alpha=following - sigma)
+                self.settle()
+                seconds.append(time.perf_counter() - began)
+            found = {
+                "name": row.name,
+                "seconds": seconds,
+                "denoise": sum(seconds),
+                "finite": bool(latent.isfinite().all()),
+            }
+        model.release()
+        self.keep("denoise 720p", [found | planned])
 
     def framepack(self, sizes: Sequence[str]) -> None:
         config = (
@@ -308,6 +344,9 @@ def table(found: dict[str, Any]) -> str:
             if "error" in row:
                 lines.append(f"  {row['name']:<28} FAILED {row['error']}")
                 continue
+            if "denoise" in row:
+                lines.append(f"  {row['name']:<28} whole denoise {row['denoise']:.1f} s")
+                continue
             error, largest = (row[name] or 0.0 for name in ("measured_error", "largest_error"))
             lines.append(
                 f"  {row['name']:<28}{row['step']:>9.3f}{error:>9.3f}{largest:>9.3f}{row['density']:>9.3f}"
@@ -336,6 +375,8 @@ def main() -> None:
             bench.keep("errors", bench.errors())
     if sizes := [part for part in parts if part in WAN_SIZES]:
         bench.wan(sizes)
+    if "denoise" in parts:
+        bench.denoise()
     if "framepack" in parts:
         bench.framepack(list(FRAMEPACK_SIZES))
     print(table(bench.found))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .device_errors import is_out_of_memory
+from .operators import on_device
 from .triton_errors import triton_errors
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def choose(trial: Trial[T], candidates: Sequence[T], fallback: T | None = None) 
     Without a fallback it raises what ran out of memory, or `trial.unavailable` with every reason.
     """
     tried = _Tried(trial)
-    best = tried.fastest(tried.agreeing(candidates))
+    with on_device(trial.device):
+        best = tried.fastest(tried.agreeing(candidates))
     if best is None and fallback is None:
         raise tried.short or trial.unavailable(f"{trial.what}: nothing can run {trial}: {'; '.join(tried.notes)}")
     chosen = best or fallback
@@ -128,7 +130,8 @@ class _Tried(Generic[T]):
 def reason_against(check: Callable[[], str | None], device: torch.device) -> str | None:
     """What `check` finds wrong, or how it fails, or None. An out-of-memory is no answer: it is raised."""
     try:
-        return check()
+        with on_device(device):
+            return check()
     except triton_errors() as error:
         if is_out_of_memory(error):
             raise
@@ -195,14 +198,15 @@ def cuda_seconds(
     call: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None, repeats: int = 7
 ) -> float:
     """Median time on the GPU of a call, after two for warming up; `before` runs ahead of each, untimed."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 2)]
-    for start, end in events:
-        if before is not None:
-            before()
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize(device)
+    with on_device(device):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 2)]
+        for start, end in events:
+            if before is not None:
+                before()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
     return sorted(start.elapsed_time(end) for start, end in events[2:])[repeats // 2] / 1e3
 
 

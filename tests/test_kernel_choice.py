@@ -17,7 +17,7 @@ from lowvram_video.attention.select import AttentionUnavailable, select_attentio
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.select import select_fused_ops
 from lowvram_video.memory.plan import limits, rates
-from lowvram_video.system.kernel_choice import Trial, choose
+from lowvram_video.system.kernel_choice import Trial, choose, cuda_seconds, reason_against
 from lowvram_video.weights.kernels import gemms, gguf_op, low_rank_ops, low_rank_reference
 from lowvram_video.weights.kernels.row_reference import TorchRowOps
 from lowvram_video.weights.linear import compute, kitchen
@@ -367,3 +367,46 @@ def test_an_explicit_choice_that_is_wrong_is_refused_even_on_a_full_card() -> No
     where = machine(flash_attn=flash(lambda q, k, v: torch.zeros_like(q)))
     with pytest.raises(AttentionUnavailable, match="differs from plain attention"):
         select_attention("flash_attn_2", SPEC, where)
+
+
+# --- on the card that is meant ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def current(gpu: pytest.MonkeyPatch) -> list[torch.device]:
+    """The current device, last; it is the first card's until somebody says otherwise."""
+    devices = [CUDA]
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            devices.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            devices.pop()
+
+    gpu.setattr(torch.backends.cuda, "is_built", lambda: True)
+    gpu.setattr(torch.cuda, "is_available", lambda: True)
+    gpu.setattr(torch.cuda, "device", Current)
+    return devices
+
+
+def test_kernels_are_tried_and_timed_on_the_card_that_is_meant(current: list[torch.device]) -> None:
+    """Triton launches on the current device: a second card's kernels failed there, or ran on the first one."""
+    second, seen = torch.device("cuda", 1), []
+
+    def look(what: str) -> None:
+        seen.append((what, current[-1]))
+
+    class Way:
+        name = "a way"
+
+    trial: Trial[Way] = Trial("steps", second, lambda _: look("checked"), lambda _: look("timed") or 1.0)  # type: ignore[func-returns-value]
+    choose(trial, [Way(), Way()])
+    reason_against(lambda: look("compared"), second)
+    cuda_seconds(lambda: look("called"), second, before=lambda: look("before"), repeats=1)
+    assert {what for what, _ in seen} == {"checked", "timed", "compared", "called", "before"}
+    assert {device for _, device in seen} == {second}
+    assert current == [CUDA]

@@ -77,6 +77,12 @@ def framepack_limit(file: str) -> float:
     return float(case["products_tflop"] / products + case["attention_tflop"] / attention)
 
 
+def bound_cost(part: str) -> float:
+    """Percent of a sparse step that measuring its error takes."""
+    rows = load("sparse_step_h200_2026-11-29.json")["parts"][part]
+    return 100 * (row(rows, "sparse top-k 0.15, bound") / row(rows, "sparse top-k 0.15") - 1)
+
+
 # What follows from figures of results files rather than being one of them.
 DERIVED: dict[str, Callable[[], float]] = {
     "0.803": lambda: framepack_limit("framepack_h200_2026-11-28.json"),
@@ -91,6 +97,9 @@ DERIVED: dict[str, Callable[[], float]] = {
     "1.114": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8"),
     "0.975": lambda: exact("480p Q4_K", "81x480x832 bf16", "exact_step_q4_k_h200_2026-11-29.json"),
     "1.004": lambda: exact("480p Q4_K fp8_fast", "81x480x832 fp8", "exact_step_q4_k_h200_2026-11-29.json"),
+    "1.95": lambda: bound_cost("wan 480p"),
+    "1.54": lambda: bound_cost("wan 720p"),
+    "1.019": lambda: 1 / row(load("several_cards_two_h200_2026-11-29.json")["rows"], "480p parked", "speed_up"),
     "0.854": lambda: form("fp8_fast"),
     "0.892": lambda: form("int8"),
     "0.977": lambda: form("Q8_0"),

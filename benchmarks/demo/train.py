@@ -3,6 +3,8 @@
     python -m lowvram_video.benchmarks.demo.train --out DIR --compile       about 9 minutes on an H200
     python -m lowvram_video.benchmarks.demo.train --out DIR --smoke         every phase for seconds, on a CPU
     python -m lowvram_video.benchmarks.demo.train --out DIR --init EARLIER  trains on from an earlier run's files
+    python -m lowvram_video.benchmarks.demo.train --out DIR --init demo --vae-seconds 0 --long
+                                                                            its sibling of 10,300 tokens, 4 minutes
 
 A VAE of Wan 2.1's architecture first; then a UMT5 encoder and a Wan transformer together, by flow matching
 (Lipman et al. 2023, arXiv:2210.02747) with Wan's shifted timesteps and prompts dropped for guidance
@@ -45,15 +47,17 @@ Module = TypeVar("Module", bound=nn.Module)
 DIT_FILE = "wan2.1_t2v_demo.safetensors"
 VAE_FILE = "wan_2.1_vae_demo.safetensors"
 TEXT_FILE = "umt5_demo_enc.safetensors"
+POOL_PIXELS = 150_000_000  # drawn and encoded at a time
 
 
 @dataclass(frozen=True)
 class DiTTraining:
-    """How the transformer and the text encoder are trained."""
+    """How the transformer and the text encoder are trained; with `init` only shortly warmed up."""
 
     pool_seconds: float = 25.0
     max_pool: int = 40_000
     seconds: float = 160.0
+    num_warmup: int = 500
     dim: int = 256
     ffn_dim: int = 768
     num_layers: int = 4
@@ -64,6 +68,29 @@ class DiTTraining:
     dropout: float = 0.12
     ema: float = 0.999
     compile: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Clips of one size, and how the transformer is trained on them."""
+
+    size: ClipSize
+    training: DiTTraining
+
+    @property
+    def tokens(self) -> int:
+        return ((self.size.num_frames - 1) // 4 + 1) * (self.size.height // 16) * (self.size.width // 16)
+
+
+def long_stages(training: DiTTraining) -> list[Stage]:
+    """From the demo model's size to 10,300 tokens: alike at first, then longer. More tokens show more of what is under
+    the noise, so the noise is stronger (Esser et al. 2024, arXiv:2403.03206, section 5.3.2)."""
+    training = replace(training, learning_rate=6e-4, num_warmup=50)
+    return [
+        Stage(ClipSize(33, 128, 128), replace(training, pool_seconds=5, seconds=25, batch=128, shift=4.0)),
+        Stage(ClipSize(129, 160, 160), replace(training, pool_seconds=8, seconds=40, batch=32, shift=7.0)),
+        Stage(ClipSize(409, 160, 160), replace(training, pool_seconds=16, seconds=75, batch=12, shift=10.0)),
+    ]
 
 
 def main() -> None:
@@ -84,9 +111,17 @@ def main() -> None:
     num_scored = 128
     if options.smoke:
         size = ClipSize(9, 48, 48)
-        vae_training = replace(vae_training, seconds=6, batch=2)
+        vae_training = replace(vae_training, seconds=min(6, options.vae_seconds), batch=2)
         training = replace(training, pool_seconds=2, seconds=6, batch=4)
         num_scored = 4
+    stages = [Stage(size, training)]
+    if options.long:
+        stages, num_scored = long_stages(training), 16
+        if options.smoke:
+            stages = [
+                Stage(ClipSize(9 + 4 * k, 48, 48), replace(each.training, pool_seconds=2, seconds=4, batch=4))
+                for k, each in enumerate(stages)
+            ]
 
     torch.manual_seed(0)
     spiece = train_tokenizer()
@@ -98,9 +133,14 @@ def main() -> None:
         vae = train_vae(vae, vae_training, size, device, log)
     vae = rounded(vae.to(device).eval().requires_grad_(False), torch.float16)
     save_vae(vae, options.out, vae_training)
-    latents, captions = encode_pool(vae, training, size, device)
-    models = train_dit(models.to(device), training, phrases, spiece, latents, captions, options.out)
-    evaluate(models, vae, spiece, size, num_scored, options.out)
+    models = models.to(device)
+    for stage in stages:
+        log(f"clips of {stage.size.num_frames} x {stage.size.height} x {stage.size.width}, {stage.tokens} tokens")
+        latents, captions = encode_pool(vae, stage.training, stage.size, device)
+        models = train_dit(models, stage.training, phrases, spiece, latents, captions, options.out)
+        models = models.train().requires_grad_(True)
+    models.eval().requires_grad_(False)
+    evaluate(models, vae, spiece, stages[-1], num_scored, options.out)
 
 
 def log(message: str) -> None:
@@ -118,7 +158,8 @@ def encode_pool(
     mean, deviation = latent_statistics(vae)
     known, generator = all_captions(), torch.Generator().manual_seed(2)
     latents, captions, began = [], [], time.perf_counter()
-    batch = 64 if device.type == "cuda" else 4
+    pixels = size.num_frames * size.height * size.width
+    batch = max(1, min(64, POOL_PIXELS // pixels)) if device.type == "cuda" else 4
     while time.perf_counter() - began < training.pool_seconds and batch * len(latents) < training.max_pool:
         index = torch.randint(len(known), (batch,), generator=generator)
         clips = render_clips(draw_scenes([known[i] for i in index], generator).to(device), size) * 2 - 1
@@ -195,7 +236,7 @@ def train_dit(
         elapsed = time.perf_counter() - began
         if elapsed > training.seconds:
             break
-        set_learning_rate(optimizer, training.learning_rate, elapsed / training.seconds, step, num_warmup=500)
+        set_learning_rate(optimizer, training.learning_rate, elapsed / training.seconds, step, training.num_warmup)
         loss = _flow_loss(models, training, latents[row].float(), *phrases.draw(captions[row], training.dropout))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -295,21 +336,25 @@ def _save(tensors: dict[str, Tensor], path: Path, how: object) -> None:
 
 
 @torch.inference_mode()
-def evaluate(models: Models, vae: AutoencoderKLWan, spiece: bytes, size: ClipSize, num_scored: int, out: Path) -> None:
+def evaluate(models: Models, vae: AutoencoderKLWan, spiece: bytes, stage: Stage, num_scored: int, out: Path) -> None:
     """Scores reconstructions and samples at a few settings; writes a contact sheet of both."""
-    captions = pick_captions(num_scored)
+    captions, size, shift = pick_captions(num_scored), stage.size, stage.training.shift
     drawn = render_clips(draw_scenes(captions, torch.Generator().manual_seed(9)).to(vae.device), size)
-    rebuilt = _decode(vae, vae.encode(drawn * 2 - 1).latent_dist.mean)
+    per_call = max(1, POOL_PIXELS // drawn[0].numel())
+    rebuilt = torch.cat([_decode(vae, vae.encode(part * 2 - 1).latent_dist.mean) for part in drawn.split(per_call)])
     log(f"reconstructions:\n{table(_judge_all(rebuilt, captions))}")
     shape = vae.encode(drawn[:1] * 2 - 1).latent_dist.mean.shape[1:]
     sheets = []
-    for guidance, shift, num_steps in ((4.0, 3.0, 20), (1.0, 3.0, 20), (6.0, 5.0, 20), (4.0, 3.0, 12)):
-        frames = _decode(vae, _sample(models, vae, spiece, captions, shape, guidance, shift, num_steps))
+    ways = ((4.0, shift, 20), (1.0, shift, 20), (6.0, shift + 2, 20), (4.0, shift, 12))
+    for guidance, shift, num_steps in ways[: 4 if stage.tokens < 1000 else 1]:
+        latents = _sample(models, vae, spiece, captions, shape, guidance, shift, num_steps)
+        frames = torch.cat([_decode(vae, part) for part in latents.split(per_call)])
         log(f"samples: guidance {guidance}, shift {shift}, {num_steps} Euler steps")
         log(table(_judge_all(frames, captions)))
         sheets.append(frames)
+    step = max(1, size.num_frames // 9)
     rows = [*drawn[:4].permute(0, 2, 3, 4, 1), *rebuilt[:4], *sheets[0][:16]]
-    _contact_sheet(rows, out / "contact_sheet.png")
+    _contact_sheet([row[::step] for row in rows], out / "contact_sheet.png")
 
 
 def _decode(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
@@ -340,15 +385,17 @@ def _sample(
     sigmas = shift * uniform / (1 + (shift - 1) * uniform)
     for sigma, following in pairwise(sigmas):
         timestep = (sigma * 1000).expand(2 * len(captions))
-        cond, uncond = models.dit(latent.repeat(2, 1, 1, 1, 1), timestep, context, return_dict=False)[0].chunk(2)
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
+            both = models.dit(latent.repeat(2, 1, 1, 1, 1), timestep, context, return_dict=False)[0].float()
+        cond, uncond = both.chunk(2)
         latent = latent + (following - sigma) * (uncond + guidance * (cond - uncond))
     mean, deviation = latent_statistics(vae)
     return latent * deviation + mean
 
 
 def _contact_sheet(clips: list[Tensor], path: Path) -> None:
-    """One row per clip, every other frame."""
-    rows = [torch.cat(list(clip[::2]), dim=1) for clip in clips]
+    """One row per clip."""
+    rows = [torch.cat(list(clip), dim=1) for clip in clips]
     pixels = (torch.cat(rows).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     Image.fromarray(np.asarray(pixels)).save(path)
 
@@ -366,6 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    parser.add_argument("--long", action="store_true", help="train on to clips of 10,300 tokens, by stages")
     parser.add_argument("--smoke", action="store_true", help="every phase for a few seconds, at a reduced size")
     return parser
 
