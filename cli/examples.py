@@ -47,6 +47,10 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
                 "http://192.168.1.21:8188",
             ),
         ),
+        "cache": (
+            ("what there is, and where", "cache"),
+            ("delete it: code is made anew when it is wanted", "cache --clear"),
+        ),
         "upscale": (
             (
                 "twice as large within 6 GiB; LQ_proj_in, TCDecoder and Prompt lie beside the model",

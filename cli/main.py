@@ -30,6 +30,7 @@ from ..weights.linear.convert import FILE_FORMATS, convert, parts_left_out
 from .arguments import add_device, add_seed, add_size, positive
 from .batch import add_batch
 from .bench import add_bench
+from .cache import add_cache
 from .calibrate import add_calibrate
 from .console import plain_console
 from .doctor import add_doctor
@@ -38,6 +39,7 @@ from .failure import failure
 from .generate import COMMANDS, add_generate, family_of_file
 from .output import OutputFile, add_overwrite
 from .progress import TerminalProgress
+from .step_cache import add_step_cache, step_cache_of
 from .upscale import add_upscale
 
 BAD_INPUT = 2
@@ -99,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_plan(command("plan", "show what a run would use, without a GPU"))
     add_bench(command("bench", "measure this card, so that plans tell its times"))
     add_calibrate(command("calibrate", "measure a Wan model for step caches, so that they know what to skip"))
+    add_cache(command("cache", "show what torch.compile and Triton have kept on the disk, or delete it"))
     add_doctor(command("doctor", "try what this machine has, and say what to install"))
     _add_inspect(command("inspect", "say what a checkpoint file is"))
     _add_convert(command("convert", "write a quantised copy of a checkpoint"))
@@ -122,6 +125,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     for commands in COMMANDS.values():
         commands.add_plan(parser)
+    add_step_cache(parser)
     parser.set_defaults(command=plan)
 
 
@@ -153,7 +157,7 @@ def plan(options: argparse.Namespace) -> None:
     """Print how a run would use a card that need not be in this machine."""
     family = family_of_file(options.model)
     COMMANDS[family].refuse_foreign(options)
-    model = COMMANDS[family].open_model(options, RunSettings(dtype=torch.bfloat16))
+    model = COMMANDS[family].open_model(options, RunSettings(dtype=torch.bfloat16, step_cache=step_cache_of(options)))
     limits = limits_for(
         torch.device("cuda"),
         vram_budget_gib=options.vram_budget,

@@ -5,6 +5,7 @@ Weights are bound once per load and only their bytes change, so neither streamin
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +16,20 @@ from ..system.torch_compiler import torch_compiler
 from .settings import CompileSettings
 
 
-def compile_modules(modules: Sequence[nn.Module], settings: CompileSettings) -> None:
-    """Let each module run as compiled code from its next call on. ValueError where that cannot be."""
+def compile_modules(modules: Sequence[nn.Module], settings: CompileSettings, any_size: bool = False) -> None:
+    """Let each module run as compiled code from its next call on. ValueError where that cannot be.
+
+    With `any_size` the modules say by themselves which dimensions vary (see `Execution.any_size`).
+    """
     settings.check()
     torch_compiler()
+    if settings.backend == "tensorrt":
+        importlib.import_module("torch_tensorrt")  # makes its backend known
     options: dict[str, Any] = {"options": inductor_options(settings.mode)} if settings.backend == "inductor" else {}
+    dynamic = None if any_size else settings.dynamic
     for module in modules:
         module.compile(
-            backend=settings.backend, fullgraph=settings.fullgraph, dynamic=settings.dynamic, **options
+            backend=settings.backend, fullgraph=settings.fullgraph, dynamic=dynamic, **options
         )  # fmt: skip
 
 

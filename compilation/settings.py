@@ -14,8 +14,10 @@ DYNAMIC = {"auto": None, "true": True, "false": False}
 class CompileSettings:
     """Arguments of torch.compile and limits of dynamo.
 
-    `dynamic` None lets dynamo decide after the second shape. Blocks are always compiled one by one, because weights
-    arrive between them; `transformer_blocks_only` False compiles the head as well.
+    `dynamic` None lets dynamo decide after the second shape; True is code for any size from the start. Blocks are
+    always compiled one by one, because weights arrive between them; `transformer_blocks_only` False compiles the head
+    as well.
+    `profile` is where the settings come from, `notes` say what of it was corrected and why (see `profiles.py`).
     """
 
     backend: str = "inductor"
@@ -26,6 +28,8 @@ class CompileSettings:
     cache_size_limit: int = 64
     recompile_limit: int = 128
     force_parameter_static_shapes: bool = False
+    profile: str = "custom"
+    notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """ValueError, with the fix, where this machine cannot compile so."""
@@ -36,3 +40,9 @@ class CompileSettings:
             )
         if self.backend != "inductor" and self.mode != "default":
             raise ValueError(f"mode {self.mode!r} is one of inductor's: set mode to default for {self.backend}")
+
+    def __str__(self) -> str:
+        sizes = {None: "one size at a time", True: "any size", False: "each size by itself"}[self.dynamic]
+        mode = f" {self.mode}" if self.backend == "inductor" else ""
+        whole = ", one graph a block" if self.fullgraph else ""
+        return f"profile {self.profile}: {self.backend}{mode}, code for {sizes}{whole}"

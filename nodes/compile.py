@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..compilation.profiles import CUSTOM, PROFILES, settings_of
 from ..compilation.settings import BACKENDS, DYNAMIC, MODES, CompileSettings
 from .bridge import host
 from .inputs import model_input, streamed_model
@@ -36,8 +37,8 @@ class TorchCompileSettings(io.ComfyNode):
                 io.Combo.Input("mode", options=list(MODES), default="default", tooltip="One of inductor's presets."),
                 io.Combo.Input(
                     "dynamic", options=list(DYNAMIC), default="auto",
-                    tooltip="auto: code for one size, made general at the second. true: general from the start. "
-                    "false: new code for each size.",
+                    tooltip="true: one code for videos of any size. auto, false: new code for each size, which may "
+                    "run a little faster.",
                 ),
                 io.Boolean.Input(
                     "compile_transformer_blocks_only", default=True,
@@ -53,6 +54,12 @@ class TorchCompileSettings(io.ComfyNode):
                 io.Boolean.Input(
                     "force_parameter_static_shapes", default=False,
                     tooltip="On: weights have fixed shapes in the code even where sizes are dynamic.",
+                ),
+                io.Combo.Input(
+                    "profile", options=list(PROFILES), default=CUSTOM,
+                    tooltip="custom: the widgets above. high, mid, low: settings for 24 GB of free VRAM and more, 12 "
+                    "to 24, and less; of the widgets above backend alone then counts. auto: by what is free, low where "
+                    "less than 30 % of the card is.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -70,6 +77,7 @@ class TorchCompileSettings(io.ComfyNode):
         dynamo_cache_size_limit: int,
         dynamo_recompile_limit: int,
         force_parameter_static_shapes: bool,
+        profile: str = CUSTOM,
     ) -> io.NodeOutput:
         patcher = streamed_model(model, "Torch Compile Settings (Low VRAM)")
         settings = CompileSettings(
@@ -82,5 +90,6 @@ class TorchCompileSettings(io.ComfyNode):
             recompile_limit=dynamo_recompile_limit,
             force_parameter_static_shapes=force_parameter_static_shapes,
         )
+        settings = settings_of(profile, settings, host.video_memory(patcher.engine.device))
         settings.check()
         return io.NodeOutput(patcher.with_options(compile=settings))

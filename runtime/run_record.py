@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..attention.sparse.readings import LayerReading
+from ..compilation.reading import CompileReading
 from ..memory.plan.footprint import Limits
 from ..memory.report.intervals import Interval
 from ..memory.report.report import MemoryMonitor, RunReport, card_report, outside_bytes
@@ -112,6 +113,7 @@ class RunRecord:
             cards=tuple(card_report(str(device), monitor.report().samples) for device, monitor in self._card_monitors),
             step_caches=self._step_caches(),
             parked=tuple(self._stream.parked(*each) for each in self._parked),
+            compiling=self._compiling(),
         )
 
     def _attention(self) -> tuple[LayerReading, ...]:
@@ -123,6 +125,11 @@ class RunRecord:
         """What was skipped of each model's steps."""
         caches = [getattr(model, "step_cache", None) for model in self._models]
         return tuple(cache.reading() for cache in caches if cache is not None)
+
+    def _compiling(self) -> tuple[CompileReading, ...]:
+        """What compiling did of each model that runs compiled."""
+        codes = [getattr(model, "compiled", None) for model in self._models]
+        return tuple(code.reading() for code in codes if code is not None)
 
     def _count_pinned(self) -> None:
         self._pinned_bytes = max(self._pinned_bytes, sum(model.pinned_bytes for model in self._models))

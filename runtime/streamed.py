@@ -20,7 +20,7 @@ from ..attention.select import AUTO, AUTO_FAST, select_attention, select_fastest
 from ..attention.sparse.run import AttentionRun
 from ..attention.sparse.settings import SparseSettings
 from ..attention.timing import AttentionSize
-from ..compilation.blocks import compile_modules, uncompile_modules
+from ..compilation.code import CompiledCode
 from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner
@@ -117,7 +117,7 @@ class StreamedModel(Generic[M]):
         self.transient: TransientWeights | None = None
         self.ring: DeviceRing | None = None
         self.forget_contexts()
-        self._compiling: CompileSettings | None = None
+        self.compiled: CompiledCode | None = None
         self._before_safe_path: tuple[torch.dtype, Backend, AttentionRun | None] | None = None
         self._on_spans: SpanSink | None = None
         self._attention_tokens = 0  # of the size that attention was chosen for
@@ -130,7 +130,7 @@ class StreamedModel(Generic[M]):
 
     @property
     def _compiled(self) -> bool:
-        return self._compiling is not None
+        return self.compiled is not None
 
     def open_file(self, path: str | Path) -> tuple[Any, Checkpoint]:
         """Its dimensions, and its tensors by their own names."""
@@ -291,7 +291,8 @@ class StreamedModel(Generic[M]):
 
     @property
     def pinned_bytes(self) -> int:
-        return self.weights.pinned_bytes + (0 if self.transient is None else self.transient.pinned_bytes)
+        residuals = 0 if self.step_cache is None else self.step_cache.pinned_bytes
+        return self.weights.pinned_bytes + residuals + (0 if self.transient is None else self.transient.pinned_bytes)
 
     # Taking turns in host memory
 
@@ -416,8 +417,8 @@ class StreamedModel(Generic[M]):
         """Have the LoRAs of the same model on another card, and code that is compiled as its is."""
         if first.weights.loras.loras or self.weights.loras.loras:
             self.weights.attach_loras(*first.weights.attached)
-        if first._compiling is not None:
-            self.compile(first._compiling)
+        if first.compiled is not None:
+            self.compile(first.compiled.settings)
 
     def start_beside(self, first: StreamedModel[M], plan: MemoryPlan) -> None:
         """`start` on a card of its own, from the first one's host memory where that holds the blocks."""
@@ -431,15 +432,26 @@ class StreamedModel(Generic[M]):
 
     def compile(self, settings: CompileSettings | None) -> None:
         """Let the blocks, and perhaps what is worth it beside them, run as compiled code; None: as plain PyTorch."""
-        others = self.model.outer_modules()
-        uncompile_modules([*self.blocks, *others])
-        self._compiling = settings
+        code, self.compiled = self.compiled, None
+        if code is not None:
+            code.close()
+        any_size = settings is not None and settings.dynamic is True and self.model.fits_any_size
+        self.model.execution = replace(self.model.execution, any_size=any_size)
+        if settings is not None:
+            others = () if settings.transformer_blocks_only else self.model.outer_modules()
+            self.compiled = CompiledCode(
+                [*self.blocks, *others], settings, self.settings.device, self._code_name, any_size
+            )
         watch = self.model.execution.watch
         self.use_sparse(None if watch is None else watch.settings)
-        if settings is not None:
-            compile_modules([*self.blocks, *(() if settings.transformer_blocks_only else others)], settings)
         for other in self._others:
             other.compile(settings)
+
+    @property
+    def _code_name(self) -> str:
+        """What compiled code depends on beside settings and machine: kept code of another is of no use."""
+        execution = self.model.execution
+        return f"{self.config}, {self.product_form}, {execution.dtype}, {execution.attention.name}"
 
     def set_lora_strengths(self, strengths: Sequence[float]) -> None:
         """Other strengths, one per LoRA; nothing is read again but what LoRAs are merged into."""
@@ -462,6 +474,8 @@ class StreamedModel(Generic[M]):
         """A run begins: no step of the last one is reused."""
         if self.step_cache is not None:
             self.step_cache.begin_run()
+        if self.compiled is not None:
+            self.compiled.begin_run()
 
     def end_steps(self) -> None:
         """The run is over, or given up: nothing of its steps is kept."""
@@ -514,13 +528,32 @@ class StreamedModel(Generic[M]):
             try:
                 if leaner is not None:
                     self.start(leaner)
-                return self._of_one_file(run)
+                return self._of_one_file(lambda: self._compiling(run))
             except RuntimeError as error:
                 if not is_out_of_memory(error) or (leaner := self._leaner_plan()) is None:
                     raise
             # outside the handler: its traceback holds the failed pass's activations
             self.stop()
             torch.cuda.empty_cache()
+
+    def _compiling(self, run: Callable[[], T]) -> T:
+        """A pass, before the first of which the code of each kind of block is made; told of and kept."""
+        code = self.compiled
+        if code is None or self.plan is None:
+            return run()
+        rows, stream = self.plan.work.rows, self.model.stream
+
+        def run_one_of_each() -> None:
+            self.model.stream = code.first_of_each(stream)
+            try:
+                run()
+            finally:
+                self.model.stream = stream
+
+        if self.several is None:
+            code.make_first(run_one_of_each, rows)
+        with code.watching(rows):
+            return run()
 
     def _of_one_file(self, run: Callable[[], T]) -> T:
         """A pass; CheckpointError where a file that it reads from was changed since it was opened."""

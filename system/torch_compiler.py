@@ -30,6 +30,12 @@ def torch_compiler(part: str = "_dynamo") -> ModuleType:
         ) from problem
 
 
+def mark_any_length(*tensors: torch.Tensor) -> None:
+    """Have code that is compiled for these tensors fit others that are longer or shorter in their first dimension."""
+    for tensor in tensors:
+        torch_compiler().maybe_mark_dynamic(tensor, 0)
+
+
 def outside_graphs(function: F) -> F:
     """The function as compiled blocks call it without looking into it; itself where nothing can be compiled."""
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..weights.linear.linear import Linear, project_gelu
-from .workspace import Workspace, even_step, within
+from .workspace import Workspace, within
 
 Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
 Add = Callable[[slice, Tensor], None]  # adds to those rows of x
@@ -15,13 +15,12 @@ Add = Callable[[slice, Tensor], None]  # adds to those rows of x
 
 def feed_forward(widen: Linear, narrow: Linear, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
     """Linear, tanh-GELU, linear over the rows of `span`, for as many at a time as there is room for hidden ones."""
-    step = even_step(span.stop - span.start, work.hidden_rows)
-    for start in range(span.start, span.stop, step):
-        stop = min(start + step, span.stop)
+    for part in work.ranges(span.start, span.stop, work.hidden_rows):
+        start, stop = part.start, part.stop
         work.scratch.reset()
         project = widen.prepare(work.dtype, work.scratch)
         for rows in work.chunks(start, stop):
-            project_gelu(project, normed(rows), work.hidden[within(rows, start)], work.ops.gelu_)
+            project_gelu(project, normed(rows), work.hidden_at(within(rows, start)), work.ops.gelu_)
         work.scratch.reset()
         project = narrow.prepare(work.dtype, work.scratch)
         for rows in work.chunks(start, stop):

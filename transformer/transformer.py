@@ -43,6 +43,7 @@ class Transformer(nn.Module):
     stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
     bring: Bring = staticmethod(here_already)  # or TransientWeights
     arrive: Arrive = staticmethod(all_there)  # or that of a BlockStreamer
+    fits_any_size = False  # whether its blocks can be compiled once for all sizes (`Execution.any_size`)
     share: Share | None = None  # of a pass that several cards make together; all of them begin it
 
     def __init__(self) -> None:

@@ -14,11 +14,13 @@ from ..attention.sdpa import Sdpa
 from ..attention.sparse.run import AttentionRun
 from ..fused.eager import EagerOps
 from ..fused.ops import FusedOps
+from ..system.torch_compiler import mark_any_length
 from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .packed_heads import PackedHeads
 
 TILE_ROWS = 256
+FEWEST_PARTS = 8  # of a pass in code for any size: 32,768 rows at 4096 at a time
 # fp16 ends at 65,504, which the residual stream of a model trained in bf16 may pass (HunyuanVideo's does). It is read
 # through norms alone, which do not see a factor, and a power of two costs no bits.
 FP16_RESIDUAL = 2.0**-5
@@ -40,7 +42,8 @@ class Execution:
     heads in turn, for the queries of at most `query_chunk` rows at a time (None: of all). They come from the memory
     plan, as does whether self-attention's keys and values are kept in 8 bits (`packed_keys`), which is not only
     rounding: a plan does so where the user chose to compute in 8 bits. `all_queries` overrules both, for attention that
-    must see all at once, whatever a leaner plan says in between.
+    must see all at once, whatever a leaner plan says in between. With `any_size` compiled code fits videos of any size:
+    row ranges are a number of parts, not a number of rows (see `Workspace.ranges`).
     """
 
     dtype: torch.dtype = torch.float32
@@ -52,6 +55,7 @@ class Execution:
     packed_keys: bool = False
     all_queries: bool = False
     watch: AttentionRun | None = None
+    any_size: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -103,12 +107,12 @@ class Workspace:
         if residual_scale is None:
             residual_scale = FP16_RESIDUAL if self.dtype == torch.float16 else 1.0
         self.residual_scale = residual_scale
-        self.rows = rows
-        self.num_rows, self.dim = rows.count, rows.dim
-        self.query_rows = self.num_rows
+        self.rows, self.dim = rows, rows.dim
+        # compiled code for any size knows the number of rows by a shape: other numbers are constants to it
+        self.extent = torch.empty(rows.count, 0, device=device) if execution.any_size and part is None else None
         all_queries = all_queries or execution.all_queries or execution.is_sparse or part is not None
-        if not all_queries and execution.query_chunk is not None and self.num_rows > execution.query_chunk:
-            self.query_rows = even_step(self.num_rows // rows.batch, execution.query_chunk)
+        chunks = None if all_queries else execution.query_chunk
+        self.query_chunk = chunks if chunks is not None and rows.count > chunks else None
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
         chunk = min(self.num_rows, execution.token_chunk)
         queries = self.query_rows * self.dim
@@ -117,7 +121,6 @@ class Workspace:
         keys_values = -(-2 * self.num_rows * self.dim // (self.dtype.itemsize if self.packs_keys else 1))
         size = max(queries + keys_values, chunk * rows.ffn_dim, queries + chunk * rows.joined_dim)
         self.pool = torch.empty(size, device=device, dtype=execution.dtype)
-        self.hidden_rows = min(self.num_rows, size // rows.ffn_dim)
         self.joined_rows = min(self.num_rows, (size - queries) // rows.joined_dim) if rows.joined_dim else 0
         self.hidden_after_q_rows = min(self.num_rows, (size - queries) // rows.ffn_dim)
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
@@ -130,9 +133,29 @@ class Workspace:
         return self.execution.ops.compiled() if torch.compiler.is_compiling() else self.execution.ops
 
     @property
+    def num_rows(self) -> int:
+        return self.rows.count if self.extent is None else self.extent.shape[0]
+
+    @property
+    def query_rows(self) -> int:
+        """Rows whose queries exist at a time."""
+        if self.query_chunk is None:
+            return self.num_rows
+        tokens = self.num_rows // self.rows.batch
+        if self.extent is None:
+            return even_step(tokens, self.query_chunk)
+        return -(-tokens // num_parts(tokens, self.query_chunk))
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows of the FFN's hidden activations that there is room for at a time."""
+        rows = self.pool.numel() // self.rows.ffn_dim
+        return min(self.num_rows, rows) if self.extent is None else rows
+
+    @property
     def streams_queries(self) -> bool:
         """Whether q exists for some rows at a time only."""
-        return self.query_rows < self.num_rows
+        return self.query_chunk is not None
 
     @property
     def all_there(self) -> bool:
@@ -152,6 +175,15 @@ class Workspace:
         """Whether attention leaves q's bytes to whoever goes on with it."""
         return self.execution.head_groups == 1 and self.part is None
 
+    @property
+    def first_key(self) -> int:
+        """The element of the pool that keys begin at; queries begin at 0."""
+        return self.query_rows * self.dim
+
+    @property
+    def first_value(self) -> int:
+        return (self.query_rows + self.num_rows) * self.dim
+
     # Views are made where they are used: torch.compile takes no inputs that share memory and are written to.
 
     @property
@@ -162,12 +194,12 @@ class Workspace:
     @property
     def keys(self) -> Tensor:
         """`[rows, dim]`."""
-        return rows_of(self.pool, self.query_rows * self.dim, self.num_rows, self.dim)
+        return rows_of(self.pool, self.first_key, self.num_rows, self.dim)
 
     @property
     def values(self) -> Tensor:
         """`[rows, dim]`."""
-        return rows_of(self.pool, (self.query_rows + self.num_rows) * self.dim, self.num_rows, self.dim)
+        return rows_of(self.pool, self.first_value, self.num_rows, self.dim)
 
     def packed_keys_values(self) -> tuple[PackedHeads, PackedHeads]:
         """k and v in 8 bits, over their bytes."""
@@ -197,19 +229,61 @@ class Workspace:
         """Hidden activations while q is still read: `[hidden_after_q_rows, ffn_dim]`, over the bytes of k and v."""
         return rows_of(self.pool, self.query_rows * self.dim, self.hidden_after_q_rows, self.rows.ffn_dim)
 
+    def fit_any_size(self, *tensors: Tensor) -> None:
+        """Have compiled code that takes these tensors of rows or tokens, and this workspace, fit other sizes too."""
+        if self.extent is not None:
+            mark_any_length(self.extent, self.pool, *tensors)
+
+    def rows_per_group(self, given: int, groups: Tensor) -> int:
+        """Rows that a group of `groups [groups, ...]` has: as given, which compiled code would take for a constant."""
+        return given if self.extent is None else self.num_rows // groups.shape[0]
+
+    def rows_at(self, first: int, rows: slice) -> Tensor:
+        """`[rows, dim]`, some of those that begin at element `first` of the pool.
+
+        Of the pool itself: of slices of a view that begins at a variable place, inductor gives operators a copy to
+        write to.
+        """
+        return rows_of(self.pool, first + rows.start * self.dim, rows.stop - rows.start, self.dim)
+
+    def rows_at_each(self, firsts: Sequence[int], rows: slice) -> list[Tensor]:
+        """`rows_at` of each; no comprehension, whose reference to `rows` makes constants of them in compiled code."""
+        found: list[Tensor] = []
+        for first in firsts:
+            found.append(self.rows_at(first, rows))
+        return found
+
+    def hidden_at(self, rows: slice) -> Tensor:
+        """`[rows, ffn_dim]`, some of `hidden`, as `rows_at`."""
+        width = self.rows.ffn_dim
+        return rows_of(self.pool, rows.start * width, rows.stop - rows.start, width)
+
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Row ranges of at most `token_chunk` rows that cover `start .. stop` about evenly."""
-        stop = self.num_rows if stop is None else stop
-        step = even_step(stop - start, self.execution.token_chunk)
-        for first in range(start, stop, step):
-            yield slice(first, min(first + step, stop))
+        return self.ranges(start, self.num_rows if stop is None else stop, self.execution.token_chunk, FEWEST_PARTS)
+
+    def ranges(self, start: int, stop: int, most: int, fewest: int = 1) -> Iterator[slice]:
+        """Row ranges of at most `most` rows that cover `start .. stop` about evenly.
+
+        For code of any size a number of parts that is a power of two, at least `fewest`: sizes that have as many share
+        their code, as its loops are unrolled.
+        """
+        if self.extent is None:
+            step = even_step(stop - start, most)
+            yield from (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+            return
+        count = stop - start
+        parts = num_parts(count, most, fewest)
+        yield from (slice(start + count * i // parts, start + count * (i + 1) // parts) for i in range(parts))
 
     def spans(self) -> Iterator[slice]:
         """Row ranges whose queries exist at a time: all rows, or some of one sample's."""
-        tokens = self.num_rows // self.rows.batch if self.streams_queries else self.num_rows
-        for sample in range(0, self.num_rows, tokens):
-            for first in range(sample, sample + tokens, self.query_rows):
-                yield slice(first, min(first + self.query_rows, sample + tokens))
+        if self.query_chunk is None:
+            yield slice(0, self.num_rows)
+            return
+        tokens = self.num_rows // self.rows.batch
+        for sample in range(self.rows.batch):
+            yield from self.ranges(sample * tokens, (sample + 1) * tokens, self.query_chunk)
 
     def in_heads(self, rows: Tensor) -> Tensor:
         """`[B, L, H, D]` of rows of all samples."""
@@ -285,6 +359,14 @@ def even_step(count: int, most: int) -> int:
         return most
     num_parts = -(-count // most)
     return min(most, -(-count // num_parts // TILE_ROWS) * TILE_ROWS)
+
+
+def num_parts(count: int, most: int, fewest: int = 1) -> int:
+    """A power of two: into so many parts `count` rows go, of at most `most` rows each."""
+    parts = fewest
+    while parts * most < count:
+        parts *= 2
+    return parts if count >= parts else 1
 
 
 def within(rows: slice, start: int) -> slice:

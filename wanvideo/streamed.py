@@ -166,25 +166,32 @@ class StreamedWan(StreamedModel[WanModel]):
         if cache is None or not isinstance(work, WanWork):
             return super().make_plan(work, limits)
         in_ram = with_residuals(work, False)
+        nbytes = self._residual_bytes(work)
+        beside = _less_pinned(limits, nbytes)
         if cache.settings.residuals == "ram":
-            return super().make_plan(in_ram, limits)
+            return super().make_plan(in_ram, beside)
         try:
             plan = super().make_plan(with_residuals(work, True), limits)
         except PlanError:
             if cache.settings.residuals == "vram":
                 raise
-            return super().make_plan(in_ram, limits)
+            return super().make_plan(in_ram, beside)
         if cache.settings.residuals == "vram" or limits.ram_is_the_device:
             return plan
-        leaner = super().make_plan(in_ram, limits)
-        nbytes = work.residual_count * work.tokens * self.config.dim * plan.model.compute_bytes
+        leaner = super().make_plan(in_ram, beside)
         copying = COPIES * nbytes / (limits.h2d_gbps * 1e9)
         return leaner if leaner.seconds_per_step + copying < plan.seconds_per_step else plan
+
+    def _residual_bytes(self, work: WanWork) -> int:
+        """Of all that a step cache keeps."""
+        return work.residual_count * work.tokens * self.config.dim * self.model.execution.dtype.itemsize
 
     def start(self, plan: MemoryPlan, ring: DeviceRing | None = None) -> None:
         super().start(plan, ring)
         if self.step_cache is not None and isinstance(plan.work, WanWork):
             self.step_cache.in_ram = self.settings.device.type != "cpu" and not plan.work.residuals
+            pins = self.settings.pinned_memory and plan.limits.pinned_cap_bytes != 0
+            self.step_cache.pinnable_bytes = self._residual_bytes(plan.work) if pins else 0
 
     def use_step_cache(self, settings: StepCacheSettings | None) -> None:
         """Skip passes as these settings say; None: compute them all.
@@ -198,8 +205,7 @@ class StreamedWan(StreamedModel[WanModel]):
         if settings is None:
             return
         table = choose_table(settings, self.config, self.checkpoint.path)
-        cuda = self.settings.device.type == "cuda"
-        self.step_cache = StepCache(settings, table, pins=cuda and self.settings.pinned_memory)
+        self.step_cache = StepCache(settings, table)
 
     def _velocity(
         self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
@@ -301,6 +307,12 @@ class _Shelf:
         parts = next(self._places).split(sizes)
         kept = [part.view(tensor.shape).copy_(tensor) for part, tensor in zip(parts, flat, strict=True)]
         return KeysValues(list(zip(kept[::2], kept[1::2], strict=True)))
+
+
+def _less_pinned(limits: Limits, nbytes: int) -> Limits:
+    """What the blocks may have pinned beside residuals of so many bytes."""
+    cap = limits.pinned_cap_bytes
+    return limits if cap is None else replace(limits, pinned_cap_bytes=max(0, cap - nbytes))
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -19,6 +19,8 @@ from .attention import LayerReading
 from .attention import table as readings_table
 from .caching import CacheReading
 from .caching import lines as caching_lines
+from .compiling import CompileReading
+from .compiling import lines as compiling_lines
 from .intervals import Interval
 from .stream_log import ParkedReport, StreamReport
 
@@ -62,9 +64,9 @@ class RunReport:
     """Everything shown after a run.
 
     `other_bytes` of the device belonged to other processes all along; `copies`, `computes` and `passes` are of its last
-    passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did, `step_caches` of
-    each model that ran which passes were skipped. All of it is the first card's, where several shared the passes;
-    `cards` are the others, `parked` those that only held blocks.
+    passes, `stream` is of all. `attention` tells what sparse or otherwise inexact self-attention did; of each model
+    that ran `step_caches` tells which passes were skipped, `compiling` what torch.compile did. All of it is the first
+    card's, where several shared the passes; `cards` are the others, `parked` those that only held blocks.
     """
 
     phases: tuple[PhaseReport, ...]
@@ -80,6 +82,7 @@ class RunReport:
     cards: tuple[CardReport, ...] = ()
     step_caches: tuple[CacheReading, ...] = ()
     parked: tuple[ParkedReport, ...] = ()
+    compiling: tuple[CompileReading, ...] = ()
 
     @property
     def rss_peak_bytes(self) -> int:
@@ -118,6 +121,7 @@ class RunReport:
         lines += [parked.line() for parked in self.parked]
         lines += readings_table(self.attention)
         lines += caching_lines(self.step_caches)
+        lines += compiling_lines(self.compiling)
         lines.append(f"pinned {_gib(self.pinned_bytes)}, RAM peak {_gib(self.rss_peak_bytes)}")
         return "\n".join(lines)
 

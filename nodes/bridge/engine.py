@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.backend import Backend
-from ...compilation.blocks import dynamo_limits
 from ...memory.plan.footprint import Limits, WorkSize
 from ...memory.plan.host_memory import RAM_MARGIN_BYTES
 from ...memory.plan.limits import context_bound, hold_allocator, hold_budget, with_rates
@@ -173,6 +172,8 @@ class Engine(Generic[S]):
             self.streamed.settle()
             self.record.end()
             self.report = self.record.report()
+            if self.streamed.compiled is not None:
+                self.streamed.compiled.end_run()
         self.streamed.forget_contexts()
 
     # Planning
@@ -397,18 +398,17 @@ class Engine(Generic[S]):
     @contextmanager
     def within_budget(self) -> Iterator[None]:
         """Passes go in here; a budget given by hand is held by PyTorch's allocator meanwhile."""
-        with dynamo_limits(self.options.compile):
-            if not self.options.vram_budget_gb or self.device.type != "cuda":
-                yield
-                return
-            cards, budget = self._cards(self.options), int(self.options.vram_budget_gb * GIB)
-            try:
-                for card in cards:
-                    hold_budget(card, Limits(budget, context_bytes=context_bound(card)))
-                yield
-            finally:
-                for card in cards:
-                    hold_allocator(card, None)
+        if not self.options.vram_budget_gb or self.device.type != "cuda":
+            yield
+            return
+        cards, budget = self._cards(self.options), int(self.options.vram_budget_gb * GIB)
+        try:
+            for card in cards:
+                hold_budget(card, Limits(budget, context_bytes=context_bound(card)))
+            yield
+        finally:
+            for card in cards:
+                hold_allocator(card, None)
 
     @property
     def _holder(self) -> StreamedModel[Any]:

@@ -21,6 +21,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ...compilation.profiles import VideoMemory
 from ...memory.stream.pinned import default_pinned_cap
 from ...system.host_memory import available_ram_bytes, return_freed_bytes
 
@@ -167,6 +168,11 @@ def text_encoder_device() -> torch.device:
 def free_vram(device: torch.device) -> int:
     """Bytes that may be used now beyond what is loaded: free ones and those that PyTorch holds unused."""
     return int(mm.get_free_memory(device))
+
+
+def video_memory(device: torch.device) -> VideoMemory:
+    """What of the card is free, or held by models that would leave it."""
+    return VideoMemory(free_vram(device) + evictable_vram(None, device), int(mm.get_total_memory(device)))
 
 
 def vram_without(preserved_gb: float, device: torch.device) -> float:

@@ -33,12 +33,15 @@ class CacheReading:
 
 @dataclass
 class StepCache:
-    """Of one model. Residuals are kept on the device of the tokens, or `in_ram`, pinned where `pins` says so."""
+    """Of one model. Residuals are kept on the device of the tokens, or `in_ram`.
+
+    At most `pinnable_bytes` of them are pinned there.
+    """
 
     settings: StepCacheSettings
     table: CacheTable
     in_ram: bool = False
-    pins: bool = False
+    pinnable_bytes: int = 0
     _caches: dict[Prompts, PassCache] = field(default_factory=dict)
     _moment: Moment | None = None
     _asked: dict[Prompts, PassCache] = field(default_factory=dict)  # since the last `decisions`
@@ -128,6 +131,12 @@ class StepCache:
         return CacheReading(str(self), passes, self._most_bytes, self.in_ram, self._why_off)
 
     @property
+    def pinned_bytes(self) -> int:
+        """Of residuals that are kept now."""
+        held = [each.residual for each in self._caches.values()]
+        return sum(each.nbytes for each in held if each is not None and each.is_pinned())
+
+    @property
     def _why_off(self) -> str:
         moment = self._moment
         if moment is None or moment.num_steps > FEW_STEPS:
@@ -144,8 +153,9 @@ class StepCache:
     def _room(self, tokens: Tensor) -> Tensor:
         if not self.in_ram or tokens.device.type == "cpu":
             return torch.empty_like(tokens)
+        pins = self.pinned_bytes + tokens.nbytes <= self.pinnable_bytes
         try:
-            return torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=self.pins)
+            return torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=pins)
         except RuntimeError:  # nothing more can be pinned
             return torch.empty(tokens.shape, dtype=tokens.dtype)
 

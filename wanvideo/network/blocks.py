@@ -151,6 +151,7 @@ class WanBlock(Block):
     ) -> None:
         """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
         x = writable(x)
+        rows_per_group = work.rows_per_group(rows_per_group, modulation)
         work.arrive(self, 0)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
         ops, eps = work.ops, work.eps(self.eps)
@@ -227,18 +228,18 @@ class SelfAttention(nn.Module):
 
     def fill(self, normed: Normed, rope: Rope, work: Workspace) -> Pair:
         """Make k and v of all rows; q too where it exists for all at once, of the same normed rows."""
-        k, v = work.keys, work.values
-        layers, outs = [self.k, self.v], [k, v]
+        layers, firsts = [self.k, self.v], [work.first_key, work.first_value]
         if not work.streams_queries:
-            layers, outs = [self.q, *layers], [work.queries, *outs]
+            layers, firsts = [self.q, *layers], [0, *firsts]
         work.scratch.reset()
         projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
         for rows in work.chunks():
-            project_together(projections, normed(rows), [out[rows] for out in outs])
+            outs = work.rows_at_each(firsts, rows)
+            project_together(projections, normed(rows), outs)
             if not work.streams_queries:
-                work.ops.rms_norm_(outs[0][rows], self.norm_q.weight, self.eps, rope, rows.start)
-            work.ops.rms_norm_(k[rows], self.norm_k.weight, self.eps, rope, rows.start)
-        return work.in_heads(k), work.in_heads(v)
+                work.ops.rms_norm_(outs[0], self.norm_q.weight, self.eps, rope, rows.start)
+            work.ops.rms_norm_(outs[-2], self.norm_k.weight, self.eps, rope, rows.start)
+        return work.in_heads(work.keys), work.in_heads(work.values)
 
     def fill_packed(self, normed: Normed, rope: Rope, work: Workspace) -> Pair:
         """The same with k and v in 8 bits."""
@@ -368,14 +369,13 @@ def make_queries(
 ) -> None:
     """The workspace's queries of the rows `span`, normed by `weight`, turned by `rope`."""
     for rows in work.chunks(span.start, span.stop):
-        q = work.queries[within(rows, span.start)]
+        q = work.rows_at(0, within(rows, span.start))
         to_q(normed(rows), out=q)
         work.ops.rms_norm_(q, weight, eps, rope, rows.start)
 
 
 def project_out(to_out: Projection, attended: Tensor, add: Add, span: slice, work: Workspace) -> None:
     """Add the projection of `attended`, which is of the rows `span`."""
-    spare = work.queries if work.queries_are_free else None
     for rows in work.chunks(span.start, span.stop):
         part = within(rows, span.start)
-        add(rows, to_out(attended[part], out=None if spare is None else spare[part]))
+        add(rows, to_out(attended[part], out=work.rows_at(0, part) if work.queries_are_free else None))

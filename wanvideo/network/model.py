@@ -129,6 +129,8 @@ class Extras:
 class WanModel(Transformer):
     """Velocity of the flow at a timestep, `[B, in, T, H, W] -> [B, out, T, H, W]`."""
 
+    fits_any_size = True
+
     def __init__(self, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
@@ -182,9 +184,11 @@ class WanModel(Transformer):
             rows_per_group = part.share.run_of(tokens, times)
             time, modulation = (part.of_runs(each, times, batch, rows_per_group) for each in (time, modulation))
         rope = self.angles(grid, extras, latent.device, part)
+        work.fit_any_size(rope.cos, rope.sin)
         x = self.embed_latent(latent, extras, work)  # [B * tokens, dim]
         if work.residual_scale != 1:
             x.mul_(work.residual_scale)  # in place: no plan has room for a second one
+        work.fit_any_size(x)
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
         state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor)
         blocks = self.run_blocks(state, context, replace(extras, nag=nag), grid)
@@ -302,6 +306,7 @@ class WanModel(Transformer):
             first = cast(VaceBlock, self.vace_blocks[0])
             tokens = self.vace_patch_embedding(frames, work, work.part)
             first.join_(tokens, x, work)
+            work.fit_any_size(tokens)
             streams.append(ControlStream(tokens, strength))
         return tuple(streams)
 
@@ -362,6 +367,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, rows_per_group: int, work: Workspace) -> Tensor:
         shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
+        rows_per_group = work.rows_per_group(rows_per_group, time)
         out = x.new_empty(x.shape[0], self.head.out_features)
         work.scratch.reset()
         project = self.head.prepare(work.dtype)

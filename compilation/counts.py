@@ -1,0 +1,70 @@
+"""What PyTorch's compiler has done so far, as numbers that are read before and after."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of this process: graphs and breaks of them, how often code was made anew, and what caches had of it."""
+
+    graphs: int = 0
+    breaks: int = 0
+    hits: int = 0
+    misses: int = 0
+    bypasses: int = 0
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+NONE = Counts()
+
+
+@dataclass(frozen=True)
+class Event:
+    """Dynamo looked at a function: when it began, how long all of its compiling took, why again (empty: the first)."""
+
+    began_us: int
+    function: str
+    seconds: float
+    why_again: str
+
+
+def counts() -> Counts:
+    """All zero while the compiler is not imported."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return Counts()
+    found = utils.counters
+    inductor, autograd = found["inductor"], found["aot_autograd"]
+    return Counts(
+        int(found["stats"]["unique_graphs"]),
+        sum(found["graph_break"].values()),
+        # code that is found with its graph is not looked for by itself
+        int(inductor["fxgraph_cache_hit"]) + int(autograd["autograd_cache_hit"]),
+        int(inductor["fxgraph_cache_miss"]),
+        int(inductor["fxgraph_cache_bypass"]),
+    )
+
+
+def events(since_us: int) -> list[Event]:
+    """What dynamo looked at from a moment on, in microseconds of `time.time`; it remembers the last 64."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    if utils is None or not hasattr(utils, "get_compilation_metrics"):
+        return []
+    found = []
+    for each in utils.get_compilation_metrics():
+        began = getattr(each, "start_time_us", None) or 0
+        if began >= since_us:
+            total = getattr(each, "duration_us", None)
+            seconds = total / 1e6 if total else float(getattr(each, "entire_frame_compile_time_s", None) or 0.0)
+            why = getattr(each, "recompile_reason", None) or ""
+            found.append(Event(began, getattr(each, "co_name", None) or "?", seconds, why))
+    return found

@@ -1,0 +1,62 @@
+"""What compiling did in a run, and what of it is worse than the last time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .counts import NONE, Counts
+
+SLOWER_PASS, SLOWER_CODE = 1.1, 1.5  # times the last run's
+NOTICED_SECONDS = 1.0  # of compiling; less is no news
+
+
+@dataclass(frozen=True)
+class CompileReading:
+    """One model's in a run.
+
+    `seconds` of making code, `graphs` of `Counts`, `again` why functions were compiled anew; VRAM in use before and
+    after the first code was made, in bytes (0 on a CPU); `saved_bytes` of code came from earlier starts. `pass_seconds`
+    is the median between passes (None: too few). `regressions` are words on what is worse than in the last run.
+    """
+
+    label: str
+    seconds: float = 0.0
+    counts: Counts = NONE
+    again: tuple[str, ...] = ()
+    vram_before: int = 0
+    vram_after: int = 0
+    saved_bytes: int = 0
+    pass_seconds: float | None = None
+    notes: tuple[str, ...] = ()
+    regressions: tuple[str, ...] = ()
+
+    def figures(self, rows: int) -> dict[str, Any]:
+        """What the next run is compared with."""
+        return {
+            "seconds": self.seconds,
+            "rows": rows,
+            "pass_seconds": self.pass_seconds,
+            "again": len(self.again),
+            **asdict(self.counts),
+        }
+
+
+def regressions(now: Mapping[str, Any], last: Mapping[str, Any]) -> tuple[str, ...]:
+    """Words on what of `now` is worse than `last`, both by `CompileReading.figures`; none for another or no last."""
+    found = []
+    if _grew(now, last, "seconds", SLOWER_CODE) and now["seconds"] - last["seconds"] > NOTICED_SECONDS:
+        why = ": the code was not found in the cache" if now["misses"] > last.get("misses", 0) else ""
+        found.append(f"compiling took {now['seconds']:.1f} s, {last['seconds']:.1f} s in the last run{why}")
+    for name, what in (("again", "recompiles"), ("breaks", "graph breaks")):
+        if isinstance(last.get(name), int) and now[name] > last[name]:
+            found.append(f"{now[name]} {what}, {last[name]} in the last run")
+    if now["rows"] == last.get("rows") and _grew(now, last, "pass_seconds", SLOWER_PASS):
+        found.append(f"a pass takes {now['pass_seconds']:.2f} s, {last['pass_seconds']:.2f} s in the last run")
+    return tuple(found)
+
+
+def _grew(now: Mapping[str, Any], last: Mapping[str, Any], name: str, factor: float) -> bool:
+    mine, other = now[name], last.get(name)
+    return isinstance(mine, float) and isinstance(other, float) and mine > factor * other

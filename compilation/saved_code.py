@@ -1,0 +1,158 @@
+"""Compiled code that outlives the process: what torch.compile made, in a file of the user's data folder.
+
+A file is of one torch, Triton, GPU, version of this package, settings and model; another's is never read. It begins
+with a line that says what it is, and the digest of the rest: what is damaged is made anew. PyTorch reads it by pickle,
+so it is trusted as the user's own files are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..system.atomic_files import write_file
+from ..system.card_profile import data_folder
+from ..system.sizes import in_gib
+from ..system.version import version
+from .settings import CompileSettings
+
+logger = logging.getLogger(__name__)
+
+START = b"lowvram-video compiled code 1 "  # and the SHA-256 of what follows the line
+MOST_BYTES = 2 << 30  # of all files together
+ENDING, LAST_ENDING = ".code", ".last.json"
+MOST_LAST_BYTES = 1 << 16
+TRITON_NAMES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm")
+
+
+@dataclass(frozen=True)
+class CodeKey:
+    """What compiled code is of. `model` tells networks apart whose code differs."""
+
+    torch: str
+    triton: str
+    gpu: str
+    package: str
+    settings: str
+    model: str
+
+    @property
+    def stem(self) -> str:
+        """The name of its files: the card's for people, and what tells the rest apart."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-") or "card"
+        return f"{name}-{hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def key_of(settings: CompileSettings, device: torch.device, model: str) -> CodeKey:
+    """The key of this machine's code for a model."""
+    gpu = "cpu"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        gpu = f"{torch.cuda.get_device_name(device)} {major}.{minor}"
+    told = {name: value for name, value in asdict(settings).items() if name not in ("profile", "notes")}
+    return CodeKey(str(torch.__version__), triton_version(), gpu, version(), json.dumps(told, sort_keys=True), model)
+
+
+def triton_version() -> str:
+    """Of the package that is installed, which need not work; "none" without one."""
+    for name in TRITON_NAMES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "none"
+
+
+def code_folder() -> Path:
+    """Where files of compiled code lie."""
+    return data_folder() / "compiled"
+
+
+@dataclass(frozen=True)
+class SavedCode:
+    """The file of one key's code, and what its last run was like."""
+
+    key: CodeKey
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.key.stem}{ENDING}"
+
+    def load(self) -> int:
+        """Have PyTorch's caches know what the file holds: its bytes, 0 where there is none or it is no use."""
+        load = getattr(torch.compiler, "load_cache_artifacts", None)
+        if load is None or not self.path.is_file():
+            return 0
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            logger.warning("%s cannot be read (%s): code is made anew", self.path, error)
+            return 0
+        head, _, code = content.partition(b"\n")
+        if head != START + hashlib.sha256(code).hexdigest().encode():
+            logger.warning("%s is damaged, or no compiled code: it is ignored, and code is made anew", self.path)
+            return 0
+        if load(code) is None:
+            logger.warning("%s is of another PyTorch: it is ignored, and code is made anew", self.path)
+            return 0
+        with suppress(OSError):
+            os.utime(self.path)  # what was used last is kept longest
+        return len(code)
+
+    def save(self) -> int:
+        """Keep what this process has compiled so far: its bytes, 0 where nothing could be kept, which is logged."""
+        save = getattr(torch.compiler, "save_cache_artifacts", None)
+        made = None if save is None else save()
+        if made is None:
+            return 0
+        code: bytes = made[0]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.path, START + hashlib.sha256(code).hexdigest().encode() + b"\n" + code)
+        except OSError as error:
+            logger.warning("compiled code cannot be kept in %s (%s): the next start makes it anew", self.folder, error)
+            return 0
+        prune(self.folder, self.path)
+        return len(code)
+
+    def last(self) -> dict[str, Any]:
+        """What `keep_last` was given; nothing where there is no such file, or it is damaged."""
+        path = self.folder / f"{self.key.stem}{LAST_ENDING}"
+        try:
+            with path.open("rb") as file:
+                found = json.loads(file.read(MOST_LAST_BYTES))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def keep_last(self, figures: dict[str, Any]) -> None:
+        """Remember a run's figures for the next one."""
+        with suppress(OSError):  # they are a convenience
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.folder / f"{self.key.stem}{LAST_ENDING}", json.dumps(figures).encode())
+
+
+def prune(folder: Path, kept: Path, most_bytes: int = MOST_BYTES) -> None:
+    """Delete the files that were used longest ago until all together have at most so many bytes; never `kept`."""
+    found = []
+    for path in folder.glob(f"*{ENDING}"):
+        with suppress(OSError):  # another process deletes too
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= most_bytes:
+            return
+        if path != kept:
+            with suppress(OSError):
+                path.unlink()
+                total -= size
+                logger.info("%s deleted: compiled code has at most %s", path, in_gib(most_bytes))

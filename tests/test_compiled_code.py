@@ -1,0 +1,330 @@
+"""Compiled code as a product: made once for everything that varies, kept over restarts, told of, by profile."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lowvram_video.cli.main import main
+from lowvram_video.compilation import profiles
+from lowvram_video.compilation.code import CodeMade, CompiledCode
+from lowvram_video.compilation.counts import Counts, counts
+from lowvram_video.compilation.profiles import GIB, VideoMemory, settings_of
+from lowvram_video.compilation.reading import CompileReading, regressions
+from lowvram_video.compilation.saved_code import ENDING, SavedCode, code_folder, key_of, prune
+from lowvram_video.compilation.settings import CompileSettings
+from lowvram_video.compilation.triton_cache import TritonCache
+from lowvram_video.memory.plan.footprint import Limits
+from lowvram_video.memory.report.compiling import lines
+from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.transformer import workspace
+from lowvram_video.transformer.workspace import Execution
+from lowvram_video.wanvideo.footprint import wan_work
+from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.weights.lora.file import LoraChoice
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+
+from .loras import make_factors, save_lora
+from .tiny import CONFIGS, TEXT_DIM, randomize, save_wan
+
+CPU = torch.device("cpu")
+ANY_SIZE = CompileSettings(backend="aot_eager", fullgraph=True, dynamic=True)
+SIZES = ((2, 12, 16), (2, 14, 16))  # latents [T, H, W]: 96 and 112 tokens
+LIMITS = Limits(1 << 40)
+STRENGTHS = (1.0, 0.5, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("LOWVRAM_VIDEO_DATA", str(tmp_path / "data"))
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        yield
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expert(path: Path, lora: Path, compiled: bool) -> StreamedWan:
+    model = StreamedWan(path, RunSettings(), loras=[LoraChoice(lora)])
+    if compiled:
+        model.compile(ANY_SIZE)
+    return model
+
+
+def start(model: StreamedWan, size: tuple[int, int, int]) -> None:
+    frames, height, width = size
+    work = wan_work(model.config, (8 * width, 8 * height, 4 * frames - 3))
+    model.start(model.make_plan(work, LIMITS))
+    assert model.plan is not None and model.plan.work.rows == frames * height * width // 4
+
+
+def test_no_break_and_no_recompile_over_all_that_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "FEWEST_PARTS", 2)  # of a pass: the graph is shorter
+    lora = save_lora(tmp_path / "lora.safetensors", make_factors())
+    files = [save_wan(tmp_path / "high.safetensors"), save_wan(tmp_path / "low.safetensors")]
+    plain, compiled = ([expert(path, lora, wanted) for path in files] for wanted in (False, True))
+    before, passes, largest = counts(), 0, 0.0
+    for size in SIZES:
+        for model in (*plain, *compiled):
+            start(model, size)
+        for strength in STRENGTHS:
+            for model in (*plain, *compiled):
+                model.set_lora_strengths([strength])
+            for prompt in (0, 1):
+                text = draw(prompt, 1, 16, TEXT_DIM)
+                for step in range(20):
+                    latent, timestep = draw(step, 1, 16, *size), torch.tensor([1000.0 - 49 * step])
+                    got = compiled[step >= 10](latent, timestep, text)
+                    passes += 1
+                    if step in (0, 19):
+                        want = plain[step >= 10](latent, timestep, text)
+                        largest = max(largest, float((got - want).abs().max() / want.abs().max()))
+    made = counts() - before
+    again = [reason for model in compiled for reason in model.compiled.reading().again]  # type: ignore[union-attr]
+    print(f"{passes} passes: {made}, recompiles {again}, largest relative error {largest:.1e}")
+    assert (made.graphs, made.breaks, again) == (1, 0, [])
+    assert largest <= 1e-5
+
+
+def test_sizes_of_other_numbers_of_parts_and_split_queries_are_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "FEWEST_PARTS", 2)
+    model = WanModel(CONFIGS["t2v"])
+    randomize(model).requires_grad_(False)
+    text = draw(0, 1, 16, TEXT_DIM)
+    ways = [Execution(token_chunk=60), Execution(token_chunk=60, query_chunk=70, head_groups=2)]
+    for own in ways:
+        for height, width in ((12, 16), (6, 8), (20, 16), (2, 2)):  # 96, 24, 160 and 2 tokens
+            latent = draw(1, 1, 16, 2, height, width)
+            model.execution = own
+            want = model(latent, torch.tensor([500.0]), text)
+            model.execution = Execution(**{**vars(own), "any_size": True})
+            got = model(latent, torch.tensor([500.0]), text)
+            assert float((got - want).abs().max() / want.abs().max()) < 1e-5, (own, height, width)
+
+
+def test_ranges_cover_all_rows_in_a_power_of_two_of_parts() -> None:
+    for count in (1, 7, 8, 9, 100, 32760, 75600):
+        parts = workspace.num_parts(count, 4096, 8)
+        bounds = [count * index // parts for index in range(parts + 1)]
+        sizes = [after - before for before, after in itertools.pairwise(bounds)]
+        assert sum(sizes) == count and min(sizes) > 0 and max(sizes) <= 4096 and parts & (parts - 1) == 0
+    assert workspace.num_parts(20280, 4096, 8) == workspace.num_parts(32760, 4096, 8) == 8
+    assert workspace.num_parts(75600, 4096, 8) == 32
+
+
+# --- one block first -------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+class Other(Layer):
+    pass
+
+
+def layers(*kinds: type[Layer]) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [kind().requires_grad_(False) for kind in kinds]
+
+
+def test_one_block_of_each_kind_runs_before_the_first_pass(tmp_path: Path) -> None:
+    blocks = layers(Layer, Layer, Layer, Other, Other)
+    code = CompiledCode(blocks, CompileSettings(backend="aot_eager"), CPU, "test", folder=tmp_path)
+    ran: list[int] = []
+
+    def passing(stream: object) -> None:
+        x = torch.ones(3, 8)
+        for index, block in enumerate(stream(blocks)):  # type: ignore[operator]
+            ran.append(index)
+            x = block(x)
+
+    code.make_first(lambda: passing(code.first_of_each(iter)), rows=3)
+    assert ran == [0, 1, 2, 3] and code.reading().counts.graphs == 2
+    with code.watching(3):
+        passing(iter)
+    assert code.reading().counts.graphs == 2, "the others share the code"
+    code.make_first(lambda: pytest.fail("it is made once"), rows=3)
+    with pytest.raises(CodeMade):
+        passing(code.first_of_each(iter))
+
+
+def test_why_code_was_made_again_is_told(tmp_path: Path) -> None:
+    blocks = layers(Layer)
+    code = CompiledCode(blocks, CompileSettings(backend="aot_eager", dynamic=False), CPU, "test", folder=tmp_path)
+    for rows in (3, 3, 5):
+        with code.watching(rows):
+            blocks[0](torch.ones(rows, 8))
+    reading = code.reading()
+    assert reading.counts.graphs == 2 and len(reading.again) == 1 and "expected 3, actual 5" in reading.again[0]
+    assert reading.seconds > 0 and any("recompiled, forward" in line for line in lines([reading]))
+
+
+# --- kept code -------------------------------------------------------------------------------------------
+
+
+def kept_code(folder: Path, settings: CompileSettings = CompileSettings()) -> CompiledCode:  # noqa: B008
+    """Code of a module, made (or taken from what is kept) as in a new process."""
+    torch._dynamo.reset()
+    blocks = layers(Layer)
+    code = CompiledCode(blocks, settings, CPU, "test", folder=folder)
+    code.make_first(lambda: blocks[0](torch.ones(3, 8)), rows=3)
+    return code
+
+
+def test_the_next_start_finds_the_code_and_what_is_damaged_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fresh_cache():
+        first = kept_code(tmp_path).reading()
+    (file,) = tmp_path.glob(f"*{ENDING}")
+    with fresh_cache():
+        second = kept_code(tmp_path).reading()
+    print(f"misses {first.counts.misses}, then hits {second.counts.hits} of {second.saved_bytes} bytes")
+    assert first.counts.hits == 0 < first.counts.misses and not first.saved_bytes
+    assert second.counts.misses == 0 < second.counts.hits and second.saved_bytes
+    content = file.read_bytes()
+    for damaged in (content[:-7], b"", content[:100] + bytes([content[100] ^ 1]) + content[101:], b"PK\x03\x04"):
+        file.write_bytes(damaged)
+        caplog.clear()
+        saved = SavedCode(key_of(CompileSettings(), CPU, "test"), tmp_path)
+        assert saved.path == file and saved.load() == 0
+        assert "ignored" in caplog.text
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_code_of_anything_else_is_another_file() -> None:
+    key = key_of(CompileSettings(), CPU, "a")
+    stems = {key.stem, key_of(CompileSettings(dynamic=True), CPU, "a").stem, key_of(CompileSettings(), CPU, "b").stem}
+    for name in ("torch", "triton", "gpu", "package"):
+        stems.add(type(key)(**{**vars(key), name: "another"}).stem)
+    assert len(stems) == 7
+    noted = CompileSettings(profile="high", notes=("a note",))
+    assert key_of(noted, CPU, "a") == key, "names of settings change no code"
+
+
+def test_files_used_longest_ago_go_first(tmp_path: Path) -> None:
+    for index in range(4):
+        path = tmp_path / f"{index}{ENDING}"
+        path.write_bytes(bytes(100))
+        os.utime(path, (1000 + index, 1000 + index))
+    prune(tmp_path, tmp_path / f"0{ENDING}", most_bytes=250)
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["0", "3"]
+
+
+def test_a_folder_that_cannot_be_written_costs_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    with fresh_cache():
+        kept_code(blocked / "below")
+    assert "cannot be kept" in caplog.text
+
+
+def kernel(folder: Path, name: str, version: str) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "kernel.json").write_text(json.dumps({"triton_version": version}))
+    (folder / name / "kernel.cubin").write_bytes(bytes(1000))
+
+
+def test_cache_shows_and_clears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triton = tmp_path / "triton"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(triton))
+    monkeypatch.setattr("lowvram_video.compilation.triton_cache.triton_version", lambda: "3.5.0")
+    kernel(triton, "old", "3.1.0")
+    kernel(triton, "new", "3.5.0+git1")
+    (triton / "unknown").mkdir()
+    (triton / "damaged").mkdir()
+    (triton / "damaged" / "a.json").write_text("[" * 100_000)
+    code_folder().mkdir(parents=True)
+    (code_folder() / f"a{ENDING}").write_bytes(bytes(5000))
+    assert main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 files" in shown and "1 of another version" in shown and str(triton) in shown
+    assert main(["cache", "--clear"]) == 0
+    assert "1 kernels of another Triton" in capsys.readouterr().out
+    assert sorted(path.name for path in triton.iterdir()) == ["damaged", "new", "unknown"]
+    assert not list(code_folder().iterdir())
+    monkeypatch.setattr("lowvram_video.compilation.triton_cache.triton_version", lambda: "none")
+    assert TritonCache.here().stale() == []
+
+
+# --- profiles --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "chosen"),
+    [(80, 140, "high"), (24, 24, "high"), (23, 24, "mid"), (12, 16, "mid"), (11, 12, "low"), (30, 141, "low")],
+)  # fmt: skip
+def test_auto_goes_by_free_memory(free: int, total: int, chosen: str) -> None:
+    made = settings_of("auto", CompileSettings(), VideoMemory(free * GIB, total * GIB))
+    by_hand = settings_of(chosen, CompileSettings(), VideoMemory(0, 1))
+    assert made.profile.startswith(f"auto ({chosen}:")
+    assert CompileSettings(**{**vars(made), "profile": chosen}) == by_hand
+
+
+def test_profiles_are_corrected_with_a_note_and_custom_is_not() -> None:
+    memory, own = VideoMemory(GIB, GIB), CompileSettings(mode="max-autotune", cache_size_limit=7)
+    assert settings_of("custom", own, memory) == own
+    high, mid, low = (settings_of(name, own, memory) for name in ("high", "mid", "low"))
+    assert (high.mode, high.fullgraph, high.transformer_blocks_only) == ("max-autotune-no-cudagraphs", True, False)
+    assert (mid.mode, mid.dynamic, low.mode) == ("default", True, "default")
+    limits = [(each.recompile_limit, each.cache_size_limit) for each in (high, mid, low)]
+    assert limits == [(128, 8), (64, 4), (32, 2)]
+    assert [len(each.notes) for each in (high, mid, low)] == [2, 1, 0]
+    assert "arrive one after the other" in high.notes[0] and "CUDA graphs" in mid.notes[0]
+    for name in profiles.PROFILES:
+        other = settings_of(name, CompileSettings(backend="cudagraphs"), memory)
+        other.check()
+        assert other.backend == "cudagraphs" and other.mode == "default"
+    with pytest.raises(ValueError, match="use one of custom, auto, high, mid, low"):
+        settings_of("huge", own, memory)
+
+
+def test_tensorrt_is_refused_with_the_command() -> None:
+    with pytest.raises(ValueError, match="pip install torch-tensorrt"):
+        CompiledCode(layers(Layer), CompileSettings(backend="tensorrt"), CPU, "test")
+
+
+# --- what is shown ---------------------------------------------------------------------------------------
+
+
+def test_what_is_worse_than_before_is_told() -> None:
+    last = CompileReading("a", 2.0, Counts(1, 0, 2, 0), pass_seconds=1.0)
+    now = CompileReading("a", 40.0, Counts(2, 1, 0, 2), ("forward: x",), pass_seconds=1.2)
+    words = " / ".join(regressions(now.figures(96), last.figures(96)))
+    assert "compiling took 40.0 s, 2.0 s in the last run: the code was not found in the cache" in words
+    assert "1 recompiles, 0" in words and "1 graph breaks, 0" in words and "a pass takes 1.20 s, 1.00 s" in words
+    assert regressions(last.figures(96), now.figures(96)) == ()
+    other_size = regressions(CompileReading("a", pass_seconds=9.0).figures(100), last.figures(96))
+    assert other_size == () == regressions(now.figures(96), {"seconds": "damaged", "rows": 96, "again": None})
+
+
+def test_a_run_is_compared_with_the_last_one(tmp_path: Path) -> None:
+    blocks = layers(Layer)
+    code = CompiledCode(blocks, CompileSettings(backend="aot_eager"), CPU, "test", folder=tmp_path)
+    for pause in (0.01, 0.05):
+        code.begin_run()
+        for _ in range(5):
+            with code.watching(3):
+                blocks[0](torch.ones(3, 8))
+                time.sleep(pause)
+        shown = lines([code.reading()])
+        code.end_run()
+    assert any("worse than before: a pass takes" in line for line in shown), shown
