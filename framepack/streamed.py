@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
 from ..sampling.schedules import NUM_TRAIN_TIMESTEPS
-from ..transformer.block_cache import BlockCache
+from ..transformer.block_cache import BlockCache, FollowedCache
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases
@@ -34,21 +34,6 @@ from .sections import SectionMode
 MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm.linear.")
 
 NAG_ON_CARDS = "FramePack guides attention by a negative prompt (NAG) on one card: use a single device, or no NAG"
-
-
-@dataclass
-class FollowedCache:
-    """What blocks added to one card's rows, of several; whether to add it again is asked of the first card's cache."""
-
-    residual: Tensor | None = None
-    probes: bool = False
-
-    def reuse(self, signal: Tensor) -> bool:
-        raise AssertionError("asked of the first card's cache")
-
-    def room(self, tokens: Tensor) -> Tensor:
-        held = self.residual
-        return held if held is not None and held.shape == tokens.shape else torch.empty_like(tokens)
 
 
 class StreamedFramePack(StreamedModel[FramePackModel]):

@@ -70,6 +70,10 @@ class Part:
         start, stop = (min(max(end - self.mine.start, 0), self.num_mine) for end in (tokens.start, tokens.stop))
         return slice(start, stop)
 
+    def every(self, step: int) -> Part:
+        """The same cards' parts of one in so many tokens; a card may have none of them."""
+        return Part(self.share, tuple(slice(-(-span.start // step), -(-span.stop // step)) for span in self.spans))
+
     def within(self, tokens: slice) -> Part:
         """The same cards' parts of some tokens alone; a card may have none of them."""
         ends = [min(max(span.stop, tokens.start), tokens.stop) - tokens.start for span in self.spans]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lowvram_video.attention.sparse.settings import SparseSettings
 from lowvram_video.cli.main import main
+from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.framepack.footprint import SectionSize
 from lowvram_video.framepack.network.model import Frames, History, Prompt, StepNag
 from lowvram_video.framepack.streamed import StreamedFramePack
@@ -28,13 +30,16 @@ from lowvram_video.memory.stream.streamer import BlockStreamer
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.several import shared_samples
+from lowvram_video.sampling.caching.moments import Moment
+from lowvram_video.sampling.caching.settings import StepCacheSettings
+from lowvram_video.sampling.caching.step_cache import StepCache
 from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.system.card_links import slowest_link
 from lowvram_video.team.exchange import Exchange
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
-from lowvram_video.wanvideo.network.model import WanModel
+from lowvram_video.wanvideo.network.model import Extras, WanModel
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
@@ -44,6 +49,7 @@ from torch import Tensor
 
 from .loras import make_factors, save_lora
 from .test_pipeline import latent_of
+from .test_step_caches import TABLE
 from .tiny import randomize, save_files
 from .tiny_framepack import save_framepack
 
@@ -156,12 +162,95 @@ class TestPasses:
         assert shared_samples(1, 2) == [(slice(0, 1), (0, 1))] * 2
 
 
+class TestStepCaches:
+    """A step cache decides on several cards as on one: by all tokens, for all cards that share them."""
+
+    @pytest.mark.parametrize(
+        ("num_cards", "batch", "method"),
+        [(2, 1, "teacache"), (3, 1, "first_block"), (2, 2, "teacache"), (4, 2, "first_block")],
+    )
+    def test_equal_to_one_card(self, file, num_cards, batch, method):
+        alone, made = (cached_steps(file, *how, method) for how in ((RunSettings(), 1), (on_cards(num_cards), batch)))
+        assert [skipped for skipped, _ in made] == [skipped for skipped, _ in alone]
+        assert 2 <= sum(skipped for skipped, _ in made) <= 2 * (STEPS - 2)
+        assert all(one.equal(other) for (_, one), (_, other) in zip(made, alone, strict=True))
+
+    def test_a_pass_that_failed_on_one_card_is_made_again(self, file, monkeypatch):
+        """Out of memory on the second card behind its last block, when the first is done: no half is used."""
+        want, left = cached_steps(file, RunSettings(), 1), [3]
+
+        def fails(model: StreamedWan) -> None:
+            assert model.several is not None
+            head = model.several.others[0].model.head
+            project = head.forward
+
+            def full(*arguments: Any) -> Tensor:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+                return project(*arguments)
+
+            monkeypatch.setattr(head, "forward", full)
+
+        made = cached_steps(file, on_cards(2), 1, prepare=fails)
+        assert left[0] < 0 and made[0][1].equal(want[0][1])
+        assert all(velocity.isfinite().all() for _, velocity in made)
+
+
+STEPS = 10
+
+
+@torch.inference_mode()
+def cached_steps(
+    path: Path, settings: RunSettings, batch: int, method: str = "first_block", prepare: Any = None
+) -> list[tuple[int, Tensor]]:
+    """Of each step how many of its two prompts were skipped, and both velocities; in turn, or `batch` at once."""
+    model = StreamedWan(path, settings)
+    threshold = 1.0 if method == "teacache" else 0.35
+    model.step_cache = StepCache(StepCacheSettings(method, threshold, 0.0, 1.0), TABLE)
+    work = replace(WORK, batch=batch, passes_per_step=2 // batch)
+    model.start_fitting(model.make_plan(work, limits_for(CPU)))
+    if prepare is not None:
+        prepare(model)
+    model.begin_steps()
+    latent, _, text = inputs(2)
+    parts, prompts, made = [slice(first, first + batch) for first in range(0, 2, batch)], ((0, "a"), (1, "b")), []
+    for step in range(STEPS):
+        model.at_moment(Moment(step / STEPS, (STEPS - 1) / STEPS, STEPS, step))
+        time, moved = torch.full((2,), 1000.0 - 40 * step), latent * (1 - 0.02 * step)
+        velocity = torch.cat([model(moved[at], time[at], text[at], extras=Extras(prompts=prompts[at])) for at in parts])
+        skipped = {each: skips for each, _, skips in model.step_cache.reading().passes}
+        made.append((skipped[step], velocity))
+    model.release()
+    return made
+
+
 class TestFramePack:
     @pytest.mark.parametrize("cached", [False, True])
     def test_equal_to_one_card(self, tmp_path, cached):
         path = save_framepack(tmp_path / "framepack.safetensors")
         expected, made = (framepack_steps(path, settings, cached) for settings in (RunSettings(), on_cards(2)))
         assert all(one.equal(other) for one, other in zip(made, expected, strict=True))
+
+    def test_a_step_that_failed_on_one_card_is_made_again(self, tmp_path, monkeypatch):
+        """Out of memory on the second card behind its last exchange, when the first is done: no half is added."""
+        path, left = save_framepack(tmp_path / "framepack.safetensors"), [1]
+
+        def fails(model: StreamedFramePack) -> None:
+            assert model.several is not None
+            network = model.several.others[0].model
+            run_blocks = network.run_blocks
+
+            def full(*arguments: Any) -> Iterator[None]:
+                yield from run_blocks(*arguments)
+                if left and left.pop():
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+            monkeypatch.setattr(network, "run_blocks", full)
+
+        made = framepack_steps(path, on_cards(2), True, prepare=fails)
+        want = framepack_steps(path, RunSettings(), True)
+        assert not left and all(one.equal(other) for one, other in zip(made, want, strict=True))
 
     def test_guidance_in_attention_is_refused_with_the_way_out(self, tmp_path):
         path = save_framepack(tmp_path / "framepack.safetensors")
@@ -172,7 +261,9 @@ class TestFramePack:
 
 
 @torch.inference_mode()
-def framepack_steps(path: Path, settings: RunSettings, cached: bool, nag: bool = False) -> list[Tensor]:
+def framepack_steps(
+    path: Path, settings: RunSettings, cached: bool, nag: bool = False, prepare: Any = None
+) -> list[Tensor]:
     """Four steps, of which a cache that changes hardly reach skips two."""
     generator = torch.Generator().manual_seed(7)
 
@@ -184,6 +275,8 @@ def framepack_steps(path: Path, settings: RunSettings, cached: bool, nag: bool =
     prompt = Prompt(torch.randn(1, 7, 24, generator=generator), torch.randn(1, 12, generator=generator))
     (steps,), _ = model.prepared(plan, [prompt], [], torch.tensor([900.0, 880.0, 860.0, 500.0]), 6000.0)
     model.start_fitting(plan)
+    if prepare is not None:
+        prepare(model)
     history, noisy = History(frames(0, 10), frames(11, 12), frames(13, 14, 15, 16)), frames(1, 2, 3)
     made = []
     for index, step in enumerate(steps):
@@ -193,6 +286,25 @@ def framepack_steps(path: Path, settings: RunSettings, cached: bool, nag: bool =
         made.append(model(noisy, history, shown, None, cache))
     model.release()
     return made
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_compiled_on_every_card(file: Path) -> None:
+    """Blocks compiled before and after the cards join: attention's exchange stays outside their graphs."""
+    made = []
+    for settings in (RunSettings(), on_cards(2)):
+        model = StreamedWan(file, settings)
+        model.compile(CompileSettings(backend="eager"))
+        if settings.others:
+            model.use_cards((CPU,))  # anew, as a node does that comes later
+        model.start_fitting(model.make_plan(WORK, limits_for(CPU)))
+        assert all(block._compiled_call_impl is not None for block in model.blocks)
+        made.append(model(*inputs()))
+        if model.several is not None:
+            assert all(block._compiled_call_impl is not None for block in model.several.others[0].blocks)
+        model.release()
+    assert made[0].equal(made[1])
 
 
 class TestFailures:

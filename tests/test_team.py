@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt
-from lowvram_video.framepack.streamed import FollowedCache
 from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.team.heads import HeadExchange
 from lowvram_video.team.link import HostLink, Link, Mark
 from lowvram_video.team.mail import Mail, TeamError, TeamStopped
 from lowvram_video.team.spans import even_spans, head_spans, length, run_length
 from lowvram_video.team.team import Team
+from lowvram_video.transformer.block_cache import FollowedCache
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import Extras, WanModel
 from torch import Tensor

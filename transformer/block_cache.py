@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -44,17 +46,19 @@ def run_cached(
     spare: Tensor,
     batch: int = 1,
     reuse: Callable[[Tensor], bool] | None = None,
+    probe: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Take tokens `x [rows, dim]` of `batch` samples through the blocks, each of which runs when `blocks` goes on.
 
     Or add what they added when they last ran; `spare` are bytes on the device that nobody needs between blocks. A cache
-    that `probes` looks at what the first block adds in place of `signal`; `reuse` asks it where others decide too.
+    that `probes` looks at what the first block adds in place of `signal`; `reuse` asks it where others decide too, and
+    `probe` takes the rows that it then looks at.
     """
     if cache.probes:
-        probed = _probe(x, batch)
-        before = probed.clone()
+        probe = probe or partial(probed_rows, batch=batch)
+        before = probe(x).clone()
         next(blocks)
-        signal = _probe(x, batch).to(torch.float32, copy=True).sub_(before)
+        signal = probe(x).to(torch.float32, copy=True).sub_(before)
     if (reuse or cache.reuse)(signal) and cache.residual is not None:
         _add_(x, cache.residual, spare)
         blocks.close()
@@ -69,10 +73,34 @@ def run_cached(
     cache.residual = kept
 
 
-def _probe(x: Tensor, batch: int) -> Tensor:
-    """Some rows of each sample, evenly: `[B * n, dim]`."""
+@dataclass
+class FollowedCache:
+    """What blocks added to one card's rows, of several; whether to add it again is asked of the first card's cache."""
+
+    probes: bool = False
+    make_room: Callable[[Tensor], Tensor] = torch.empty_like
+    residual: Tensor | None = None
+
+    def reuse(self, signal: Tensor) -> bool:
+        raise AssertionError("asked of the first card's cache")
+
+    def room(self, tokens: Tensor) -> Tensor:
+        held = self.residual
+        if held is not None and held.shape == tokens.shape:
+            return held
+        self.residual = None  # before another is made: no plan has room for both
+        return self.make_room(tokens)
+
+
+def probed_step(num_tokens: int) -> int:
+    """One in so many tokens of a sample is looked at."""
+    return -(-num_tokens // PROBED_ROWS)
+
+
+def probed_rows(x: Tensor, batch: int, first: int = 0, step: int | None = None) -> Tensor:
+    """Some rows of each sample, evenly: `[B * n, dim]`, from the `first` on."""
     samples = x.view(batch, -1, x.shape[1])
-    return samples[:, :: -(-samples.shape[1] // PROBED_ROWS)].flatten(0, 1)
+    return samples[:, first :: step or probed_step(samples.shape[1])].flatten(0, 1)
 
 
 def _add_(x: Tensor, residual: Tensor, spare: Tensor) -> None:

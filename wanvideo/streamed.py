@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,9 +18,12 @@ from ..memory.stream.pinned import Registrar
 from ..memory.stream.ring import DeviceRing
 from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
+from ..runtime.several import shared_samples
 from ..runtime.streamed import StreamedModel
+from ..sampling.caching.pass_cache import PassCache
 from ..sampling.caching.settings import StepCacheSettings
-from ..sampling.caching.step_cache import StepCache
+from ..sampling.caching.step_cache import Prompts, StepCache
+from ..transformer.block_cache import BlockCache, FollowedCache
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases
@@ -39,7 +43,6 @@ TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img"
 # Used once, before the blocks: with them it would have to stay until their tokens are embedded.
 NOT_STREAMED = "before_proj."
 TIME = ("time_embedding.", "time_projection.")  # in the passes' beginning; other transient ones are for prompts
-NO_CACHE_CARDS = "a step cache skips steps of Wan on one card: use a single device, or no step cache"
 NO_PATCHES_CARDS = (
     "another node patches this model's blocks, and sees all tokens there, of which several GPUs have some each: use a "
     "single device, or take that node out"
@@ -70,6 +73,7 @@ class StreamedWan(StreamedModel[WanModel]):
         vace_module: Path | None = None,
     ):
         self.vace_module = vace_module
+        self._followed: WeakKeyDictionary[PassCache, FollowedCache] = WeakKeyDictionary()
         super().__init__(path, settings, registrar, between_blocks, loras)
         self.use_step_cache(settings.step_cache)
 
@@ -135,12 +139,11 @@ class StreamedWan(StreamedModel[WanModel]):
         if self.several is not None and (hooks.sees_attention or hooks.sees_stream or hooks.sees_text):
             raise ValueError(NO_PATCHES_CARDS)
         self._plan_for(text, image_tokens)
-        steps = self.step_cache
-        cache = None if steps is None else steps.of(extras.prompts)
+        caches = self._caches_of(extras.prompts, len(latent))
 
         def run() -> Tensor:
-            shown = replace(extras, cache=cache)
             if self.several is None:
+                shown = replace(extras, cache=caches.get(0))
                 return self._velocity(latent, timestep, text, image_tokens, shown)
             return self.several.run(len(latent), make)
 
@@ -148,17 +151,41 @@ class StreamedWan(StreamedModel[WanModel]):
             assert isinstance(model, StreamedWan)
             image = None if image_tokens is None else image_tokens[part]
             own = extras.cut(part).to(model.settings.device)
-            return model._velocity(latent[part], timestep[part], text[part], image, own)
+            shown = replace(own, cache=model._own_cache(caches.get(part.start), self))
+            return model._velocity(latent[part], timestep[part], text[part], image, shown)
 
         velocity = self.retrying(run)
-        if steps is not None and cache is not None:
-            steps.done(extras.prompts, cache)
+        for part in self._parts(len(latent)):
+            cache = caches.get(part.start)
+            if self.step_cache is not None and cache is not None:
+                self.step_cache.done(extras.prompts[part], cache)
         return velocity
 
-    def use_cards(self, devices: Sequence[torch.device]) -> None:
-        if devices and self.step_cache is not None:
-            raise ValueError(NO_CACHE_CARDS)
-        super().use_cards(devices)
+    def _parts(self, batch: int) -> list[slice]:
+        """The samples of a batch that are decided on by themselves: all, or those that cards have."""
+        if self.several is None:
+            return [slice(0, batch)]
+        parts = {part.start: part for part, _ in shared_samples(batch, self.several.num_cards)}
+        return list(parts.values())
+
+    def _caches_of(self, prompts: Prompts, batch: int) -> dict[int, PassCache]:
+        """By the first of its samples, the step cache of each part that may be skipped."""
+        if self.step_cache is None:
+            return {}
+        caches = {part.start: self.step_cache.of(prompts[part]) for part in self._parts(batch)}
+        return {start: cache for start, cache in caches.items() if cache is not None}
+
+    def _own_cache(self, cache: PassCache | None, first: StreamedWan) -> BlockCache | None:
+        """This card's: the decision's, or what goes with it where another card of the same samples decides."""
+        share, steps = self.model.share, first.step_cache
+        if cache is None or steps is None or share is None or share.exchange.rank == share.ranks[0]:
+            return cache
+        return self._followed.setdefault(cache, FollowedCache(cache.probes, steps.room))
+
+    def end_steps(self) -> None:
+        super().end_steps()
+        for followed in self._followed.values():
+            followed.residual = None
 
     def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
         """As `StreamedModel.make_plan`; a step cache's residuals are in VRAM where that is no slower than in RAM."""
@@ -196,10 +223,8 @@ class StreamedWan(StreamedModel[WanModel]):
     def use_step_cache(self, settings: StepCacheSettings | None) -> None:
         """Skip passes as these settings say; None: compute them all.
 
-        ValueError where the method has no table for this model, and where several cards share its passes.
+        ValueError where the method has no table for this model.
         """
-        if settings is not None and self.several is not None:
-            raise ValueError(NO_CACHE_CARDS)
         self.stop()
         self.step_cache = None
         if settings is None:

@@ -231,7 +231,7 @@ class FramePackModel(Transformer):
         if part is None:
             return cache.reuse(signal)
         whole = part.within(slice(0, state.all_images)).gather(signal)
-        return part.share.agree(lambda: cache.reuse(whole))
+        return part.share.agree(lambda: cache.reuse(whole) and cache.residual is not None)
 
     def signal(self, state: Pass, condition: StepCondition) -> Tensor:
         """What tells a step cache how far this step is from the last, in q's bytes: the first block's image rows."""

@@ -41,7 +41,8 @@ class ParkedReport:
 
     def line(self) -> str:
         """What it saved, and whether it was faster."""
-        told = f"parked on {self.card}: {self.num_blocks} blocks, {in_gib(self.parked_bytes)} of RAM spared"
+        blocks = "1 block" if self.num_blocks == 1 else f"{self.num_blocks} blocks"
+        told = f"parked on {self.card}: {blocks}, {in_gib(self.parked_bytes)} of RAM spared"
         if not self.gbps:
             return told
         told += f"; {in_gb(self.bytes_streamed, decimals=1)} came at {self.gbps:.1f} GB/s"

@@ -148,9 +148,10 @@ class StepCache:
     def _new(self, prompts: Prompts) -> PassCache:
         settings = self.settings
         rule = self.table.rule(settings.method, [kind for kind, _ in prompts])
-        return PassCache(rule, self.table.threshold(settings), self.table.max_skips(settings), self._room)
+        return PassCache(rule, self.table.threshold(settings), self.table.max_skips(settings), self.room)
 
-    def _room(self, tokens: Tensor) -> Tensor:
+    def room(self, tokens: Tensor) -> Tensor:
+        """Bytes for what blocks added to `tokens`, where residuals are kept."""
         if not self.in_ram or tokens.device.type == "cpu":
             return torch.empty_like(tokens)
         pins = self.pinned_bytes + tokens.nbytes <= self.pinnable_bytes

@@ -19,7 +19,7 @@ from ...attention.backend import Backend, PassAttention
 from ...attention.sparse.order import video_order
 from ...fused.ops import Rope
 from ...team.share import Part
-from ...transformer.block_cache import BlockCache, run_cached
+from ...transformer.block_cache import BlockCache, probed_rows, probed_step, run_cached
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.nag import NagSettings
 from ...transformer.transformer import Transformer
@@ -179,7 +179,7 @@ class WanModel(Transformer):
         work = self.workspace(num_rows, latent.device, batch, extras.visitor, part)
         with self.bring((self.time_embedding, self.time_projection), work.pool):
             time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
-        rows_per_group = num_rows // time.shape[0]
+        rows_per_group, signal = num_rows // time.shape[0], time
         if part is not None and times > 1:
             rows_per_group = part.share.run_of(tokens, times)
             time, modulation = (part.of_runs(each, times, batch, rows_per_group) for each in (time, modulation))
@@ -196,7 +196,7 @@ class WanModel(Transformer):
             for _ in blocks:
                 pass
         else:
-            run_cached(x, blocks, extras.cache, time, work.pool, batch)
+            self.run_cached(x, blocks, extras.cache, signal, work)
         patches = self.head(x, time, rows_per_group, work)
         if part is not None:
             patches = part.gather(patches, batch)
@@ -227,6 +227,24 @@ class WanModel(Transformer):
             yield
         if watched is not None:
             watched.end(x, work.pool)
+
+    def run_cached(
+        self, x: Tensor, blocks: Generator[None, None, None], cache: BlockCache, signal: Tensor, work: Workspace
+    ) -> None:
+        """Take tokens through the blocks, or skip them: of several cards one decides for all, by all cards' tokens."""
+        part, batch = work.part, work.rows.batch
+        if part is None:
+            run_cached(x, blocks, cache, signal, work.pool, batch)
+            return
+        step = probed_step(part.spans[-1].stop)
+        probed = part.every(step)
+
+        def reuse(seen: Tensor) -> bool:
+            whole = probed.gather(seen, batch) if cache.probes else seen
+            return part.share.agree(lambda: cache.reuse(whole) and cache.residual is not None)
+
+        probe = partial(probed_rows, batch=batch, first=-part.mine.start % step, step=step)
+        run_cached(x, blocks, cache, signal, work.pool, batch, reuse, probe)
 
     def begin_attention(
         self, grid: tuple[int, int, int], rows_per_group: int, extras: Extras, work: Workspace
