@@ -14,6 +14,8 @@ import pytest
 from lowvram_video.benchmarks.card_table import LANGUAGES, MARKS, card_table
 from lowvram_video.cli.main import make_parser
 
+from .faults.table import MARKS as FAULT_MARKS
+from .faults.table import readme_table
 from .test_help import commands
 from .test_search_words import found_by
 
@@ -139,6 +141,27 @@ def test_figures_are_those_of_the_results_files_that_are_named(heading: str, tex
 def test_the_table_of_cards_is_what_plans_say(language: str) -> None:
     shown = ALL_LANGUAGES[language].partition(MARKS[0])[2].partition(MARKS[1])[0]
     assert shown == card_table(language), "run python benchmarks/card_table.py --write"
+
+
+def test_the_table_of_faults_is_that_of_its_results_file() -> None:
+    shown = README.partition(FAULT_MARKS[0])[2].partition(FAULT_MARKS[1])[0]
+    (named,) = re.findall(r"`(faults_cpu_[\d-]+\.json)`", shown)
+    assert shown == readme_table(RESULTS / named), "run python -m tests.faults --readme --out FILE"
+
+
+def test_what_is_said_of_fuzzing_and_queueing_is_in_their_results_files() -> None:
+    section = next(text for heading, text in sections() if heading == "When something goes wrong")
+    fuzz, queue = (
+        load(re.search(rf"`({name}_cpu_[\d-]+\.json)`", section)[1])  # type: ignore[index]
+        for name in ("fuzz", "long_queue")
+    )
+    said = " ".join(section.split())
+    refused, readers = fuzz["kinds"]["refused"], len(fuzz["readers"])
+    assert f"{fuzz['files']:,} damaged files through {readers} readers" in said and f"{refused:,} refusals" in said
+    assert not fuzz["wrong"] and set(fuzz["kinds"]) == {"refused", "accepted"} and fuzz["files"] >= 10**5
+    counts = {kind["kind"]: kind["count"] for kind in queue["kinds"]}
+    assert "{runs} runs, {interrupts} interrupts, {frees} frees and {pauses} pauses".format(**counts) in said
+    assert all(kind["flat"] for kind in queue["kinds"]) and not queue["tracebacks_in_the_log"]
 
 
 # --- links, files, names ---------------------------------------------------------------------------------
