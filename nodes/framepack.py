@@ -149,11 +149,9 @@ class FramePackSampler(io.ComfyNode):
         films = [film for _, film in videos if film is not None]
         if not films:
             return io.NodeOutput(made, ExecutionBlocker(NO_VIDEO))
-        return io.NodeOutput(
-            made,
-            InputImpl.VideoFromFile(str(films[0])),
-            ui=ui.PreviewVideo([host.saved_result(film) for film in films]),
-        )
+        # a node that shows the film leaves the sampler's place to its previews; it is given the first of several
+        shown = None if shown_in and len(films) == 1 else ui.PreviewVideo([host.saved_result(film) for film in films])
+        return io.NodeOutput(made, InputImpl.VideoFromFile(str(films[0])), ui=shown)
 
 
 def _make(request: SamplerInputs, tags: Tags, shown_in: Sequence[str]) -> tuple[Tensor, Path | None]:

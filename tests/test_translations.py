@@ -9,10 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from lowvram_video.memory.plan.table import ROWS
+from lowvram_video.memory.plan.footprint import GIB, WorkSize
+from lowvram_video.memory.plan.table import ROWS, describe
 from lowvram_video.memory.report.report import PhaseReport, RunReport
+from lowvram_video.memory.report.stream_log import StreamReport
 
 from .test_packaging import sources
+from .test_plan import BF16, FP8, H200, LONG_480P, limits, plan_or_none
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "web" / "docs"
@@ -109,6 +112,85 @@ def _strings(value: object) -> list[str]:
     if isinstance(value, dict):
         return [text for each in value.values() for text in _strings(each)]
     return [value] if isinstance(value, str) else []
+
+
+# --- texts that the page translates -----------------------------------------------------------------------
+
+
+def plans_and_reports() -> list[str]:
+    """Texts of VRAM Plan and Memory Report in their cases."""
+    swapped = [limits(gib, **H200, **more) for gib in (4, 8, 12, 24) for more in ({}, {"blocks_to_swap": 40})]
+    from_disk = [limits(gib, ram_budget_bytes=6 * GIB) for gib in (4, 24)]
+    allowed = [*swapped, *from_disk, limits(4, pinned_cap_bytes=2 * GIB)]
+    works = [
+        (model, work) for model in (FP8, BF16) for work in (LONG_480P, WorkSize(17, 480, 832), WorkSize(1, 480, 832))
+    ]
+    plans = [plan_or_none(model, work, each) for model, work in works for each in allowed]
+    texts = [describe(plan) for plan in plans if plan is not None]
+    assert len(texts) > 30
+    phases = tuple(PhaseReport("denoise", 0.0, 1.0, GIB, GIB, predicted, GIB) for predicted in (0, GIB))
+    report = RunReport(phases, stream=StreamReport(*range(1, 7)), budget_bytes=GIB, pinned_bytes=GIB)
+    return [*texts, report.table(), RunReport((PhaseReport("decode", 0.0, 1.0, 0, 0, 0, GIB),)).table()]
+
+
+def page_texts(language: str) -> dict[str, dict[str, str]]:
+    return dict(json.loads((ROOT / "web" / "texts" / f"{language}.json").read_text(encoding="utf-8")))
+
+
+def in_page(text: str, language: str) -> list[str]:
+    """The lines of a text that `web/texts.js` knows no translation of."""
+    lines = page_texts(language)["lines"]
+    patterns = [
+        re.compile(
+            " *" + "(.+?)".join(re.escape(re.sub(" +", " ", part)).replace("\\ ", " +") for part in key.split("{}"))
+        )
+        for key in (each.strip() for each in lines)
+    ]
+    return [
+        line
+        for line in text.splitlines()
+        if len(re.findall(r"[A-Za-z]{3,}", line.replace("GiB", ""))) > 1
+        and line not in lines
+        and not any(each.fullmatch(line) for each in patterns)
+    ]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_note_is_translated(language: str) -> None:
+    left = set()
+    for path in sorted((ROOT / "example_workflows").glob("*.json")):
+        nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+        left |= {line for line in in_page(note, language) if not line.startswith("- [")}  # links to files
+    assert not left, f"web/texts/{language}.json lacks {sorted(left)}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_plan_and_report_is_translated(language: str) -> None:
+    left = {line for text in plans_and_reports() for line in in_page(text, language)}
+    assert not left, f"web/texts/{language}.json lacks {sorted(left)}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_english_sentence_is_left_in_the_pages_texts(language: str) -> None:
+    texts = page_texts(language)
+    every = [*texts["lines"].items(), *texts["messages"].items()]
+    prompts = "The girl dances gracefully, with clear movements.", "a blue square moves quickly right in the snow"
+    left = [
+        key for key, text in every if SENTENCE.search(QUOTED.sub(" ", text)) and not any(p in text for p in prompts)
+    ]
+    left += [key for key, text in every if not re.search(r"[぀-鿿：，、]", text)]
+    assert left == []
+    swapped = [key for key, text in every if key.count("{}") != text.count("{}")]
+    assert swapped == [], "a value is missing"
+    words = [f"{wrong}: {text}" for wrong in WRONG_WORDS[language] for _, text in every if wrong in NAMES.sub("", text)]
+    assert words == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_page_explains_the_messages_that_the_readme_does(language: str) -> None:
+    readme = (ROOT / f"README.{language}.md").read_text(encoding="utf-8")
+    assert page_texts(language)["messages"] == dict(re.findall(r"^\| “(.+?)” \| (.+?) \|$", readme, re.MULTILINE))
 
 
 # --- texts that stay English in the program and are explained ---------------------------------------------

@@ -31,6 +31,7 @@ LOADERS = {
 SPLIT_FILES = r"Comfy-Org/(Wan_2\.[12]_ComfyUI_[rR]epackaged|HunyuanVideo_repackaged)/resolve/main/split_files/"
 REPOSITORIES = "Kijai/HunyuanVideo_comfy|kabachuha/FramePack_F1_I2V_HY_20250503_comfy|Comfy-Org/sigclip_vision_384"
 REPOSITORIES += "|1038lab/FlashVSR"
+PREVIEWING = {"KSampler", "KSamplerAdvanced", "LowVRAMFramePackSampler"}
 PICTURE_SIDE = 400  # pixels at least
 
 
@@ -157,7 +158,11 @@ def test_a_subgraphs_node_has_its_inputs_outputs_and_values(workflow: dict[str, 
             assert len({name for name, _ in inside}) == len(inside)
         widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
         assert len(widgets) == len(node["widgets_values"])
-        assert node["properties"]["proxyWidgets"] == [["-1", name] for name in widgets]
+        own = [["-1", name] for name in widgets]
+        samplers = [each for each in hosts[node["type"]]["nodes"] if "Sampler" in each["type"]]
+        previews = [[str(each["id"]), "$$canvas-image-preview"] for each in samplers if each["type"] in PREVIEWING]
+        assert node["properties"]["proxyWidgets"] == own + previews
+        assert previews
 
 
 def test_a_page_has_few_nodes_that_are_readable_where_it_opens(workflow: dict[str, Any]) -> None:

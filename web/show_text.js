@@ -1,7 +1,8 @@
 // Shows the text that VRAM Plan, Memory Report, Load LoRA and Doctor make on the nodes themselves.
 import { app } from "../../scripts/app.js";
+import { translated } from "./texts.js";
 
-const HEIGHTS = { LowVRAMPlan: 180, LowVRAMMemoryReport: 150, LowVRAMLoadLora: 60, LowVRAMDoctor: 420 };
+const HEIGHTS = { LowVRAMPlan: 130, LowVRAMMemoryReport: 150, LowVRAMLoadLora: 60, LowVRAMDoctor: 420 };
 
 app.registerExtension({
     name: "LowVRAMVideo.ShowText",
@@ -13,7 +14,7 @@ app.registerExtension({
         }
         const text = document.createElement("pre");
         text.className = "lowvram-text";
-        text.textContent = "(press Run)";
+        text.textContent = translated("(press Run)");
         Object.assign(text.style, {
             margin: "0", padding: "6px", overflow: "auto", fontSize: "11px", lineHeight: "1.3", userSelect: "text",
             color: "var(--input-text)", background: "var(--comfy-input-bg)", borderRadius: "4px", whiteSpace: "pre-wrap",
@@ -31,7 +32,7 @@ app.registerExtension({
         node.onExecuted = function (output) {
             executed?.apply(this, arguments);
             if (output?.text) {
-                text.textContent = [].concat(output.text).join("\n");
+                text.textContent = translated([].concat(output.text).join("\n"));
             }
         };
     },

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import latent_preview
-import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy_api import feature_flags
 from comfy_execution.progress import get_progress_state
@@ -17,6 +16,7 @@ from PIL import Image
 from protocol import BinaryEventTypes
 from torch import Tensor
 
+from ...video.latent_pictures import latent_pictures
 from .page import running_server
 
 LATENTS_PER_SECOND = 6.0  # Wan's latents are 4 a second of video, TI2V's 6, FramePack's 7.5
@@ -87,12 +87,7 @@ def rgb_frames(latent_format: Any, latent: Tensor) -> list[Image.Image]:
     """Each frame of the first latent of `[B, C, T, h, w]` in its own small size, as core's Latent2RGB makes one."""
     reshape = getattr(latent_format, "latent_rgb_factors_reshape", None)
     latent = latent if reshape is None else reshape(latent)
-    factors = latent.new_tensor(latent_format.latent_rgb_factors).T
-    bias = latent_format.latent_rgb_factors_bias
-    frames = latent[0].movedim(0, -1)  # [T, h, w, C]
-    rgb = torch.nn.functional.linear(frames, factors, None if bias is None else latent.new_tensor(bias))
-    pixels = ((rgb + 1) / 2).clamp(0, 1).mul(255).to("cpu", torch.uint8).numpy()
-    return [Image.fromarray(frame) for frame in pixels]
+    return latent_pictures(latent[0], latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
 
 
 def sender() -> Send | None:

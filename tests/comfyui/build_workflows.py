@@ -16,7 +16,7 @@ from .build_framepack import FRAMEPACK, FRAMEPACK_WORKFLOWS, framepack_blueprint
 from .folding import Promoted
 from .graph import BYPASSED, GREEN_BOX, Group, ModelFile, Node, Output, Workflow
 from .layout import Parts, place, place_alone, promoted_of
-from .notes import DEMO_NOTE, DOCTOR_NOTE, NOTES, UPSCALE_NOTE
+from .notes import DEMO_NOTE, DOCTOR_NOTE, NOTES, UPSCALE_NOTE, unwrapped
 
 ROOT = Path(__file__).parents[2]
 FOLDER, BLUEPRINT_FOLDER = ROOT / "example_workflows", ROOT / "subgraphs"
@@ -310,14 +310,14 @@ def upscale_video() -> dict[str, Any]:
     loader, video = add_flashvsr(graph), graph.add("LoadVideo", title="Video to enlarge")
     prefix = f"video/{graph.name}"
     larger = graph.add("LowVRAMUpscaleVideo", flashvsr=loader[0], video=video[0], filename_prefix=prefix)
-    note = graph.add("MarkdownNote", title="Read me", text=UPSCALE_NOTE)
+    note = graph.add("MarkdownNote", title="Read me", text=unwrapped(UPSCALE_NOTE))
     return graph.place([[note], [video], [loader], [larger]])
 
 
 def doctor() -> dict[str, Any]:
     graph = Workflow("doctor")
     check = graph.add("LowVRAMDoctor")
-    note = graph.add("MarkdownNote", title="Read me", text=DOCTOR_NOTE)
+    note = graph.add("MarkdownNote", title="Read me", text=unwrapped(DOCTOR_NOTE))
     return graph.place([[note], [check]])
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from .graph import INPUT_NODE, OUTPUT_NODE, Group, Inside, Node, Output, Workflow
 from .node_types import NodeType, Widget
 
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "LowVRAMFramePackSampler")
+
 
 @dataclass(frozen=True)
 class Promoted:
@@ -59,6 +61,7 @@ def fold(
     )
     made = str(uuid.uuid5(uuid.NAMESPACE_URL, f"lowvram-video/{graph.name}/{title}"))
     host = graph.add_host(made, kind, title, arriving, {each.name: each.value for each in promoted})
+    host.previewing = [node for node in inside if node.type in SAMPLERS]
     _rewire(outside, leaving, host)
     taken = (*kind.sockets, *((widget.name, widget.kind) for widget in kind.widgets))
     source = Node(INPUT_NODE, "", NodeType((), (), taken), {}, {})

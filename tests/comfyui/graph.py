@@ -18,6 +18,7 @@ TEXT_HEIGHT = 170
 NOTE_SIZE, HOST_WIDTH = (340, 560), 420
 HOST_WIDGET, HOST_TEXT = 34, 120  # of a subgraph's node, which Nodes 2.0 draws higher than the canvas
 BYPASSED = 4
+PREVIEW = "$$canvas-image-preview"  # a widget of the page's: the pictures that a node is sent while it runs
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids of what a subgraph takes from outside and gives there
 OPENING, ROOT_GAP = [75, 105], 30  # where a workflow's corner is on the page, beside its bars; between its columns
 RED_BOX, GREEN_BOX, GREY_BOX = "#8A3A3A", "#3A7A4A", "#555"  # of groups
@@ -64,6 +65,7 @@ class Node:
     mode: int = 0
     keep_seed: bool = False  # its seed stays as it is after each run
     is_host: bool = False  # a subgraph, all of whose widgets have slots
+    previewing: list[Node] = field(default_factory=list)  # of its nodes, those whose previews it shows
     size: tuple[int, int] = (0, 0)
     pos: tuple[int, int] = (0, 0)
 
@@ -293,6 +295,11 @@ def _node_json(node: Node, order: int, links: list[list[Any]]) -> dict[str, Any]
     properties: dict[str, Any] = {"Node name for S&R": node.type, **origin}
     if node.is_host:
         properties["proxyWidgets"] = [["-1", widget.name] for widget in node.kind.widgets]
+        properties["proxyWidgets"] += [[str(inner.id), PREVIEW] for inner in node.previewing]
+        properties["previewExposures"] = [  # what newer pages have instead
+            {"name": f"{PREVIEW}_{inner.id}", "sourceNodeId": str(inner.id), "sourcePreviewName": PREVIEW}
+            for inner in node.previewing
+        ]
         properties.pop("Node name for S&R")
     if node.models:
         properties["models"] = [model.entry() for model in node.models]

@@ -8,6 +8,7 @@ from typing import Any
 
 from .folding import Promoted, fold
 from .graph import Group, Node, Output, Workflow
+from .notes import unwrapped
 
 SHOWN = {"LoadImage", "LoadVideo"}  # what people bring
 # what is set outside, by the type of its node; of several nodes of a type, all
@@ -58,7 +59,7 @@ def place(graph: Workflow, parts: Parts) -> dict[str, Any]:
     folded = [[_without(group, brought) for group in column] for column in parts.columns]
     columns = [[group for group in column if group.nodes] for column in folded]
     host = fold(graph, parts.title, [column for column in columns if column], parts.promoted)
-    note = graph.add("MarkdownNote", title="Read me", text=parts.note)
+    note = graph.add("MarkdownNote", title="Read me", text=unwrapped(parts.note))
     left, third = [*brought], [parts.saving]
     (left if len(brought) < 2 else third).append(note)  # where it is seen
     return graph.place([left, [host], third, [parts.plan, parts.report]])

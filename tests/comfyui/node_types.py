@@ -130,6 +130,7 @@ NODE_TYPES: dict[str, NodeType] = {
             "dynamo_cache_size_limit": 64,
             "dynamo_recompile_limit": 128,
             "force_parameter_static_shapes": False,
+            "profile": "custom",
         },
         "MODEL",
     ),
@@ -183,7 +184,7 @@ NODE_TYPES: dict[str, NodeType] = {
         {"width": 832, "height": 480, "length": 81, "guidance": True, "card_gb": 0.0},
         "MODEL plan:STRING",
         extra_width=160,
-        extra_height=180,
+        extra_height=130,
     ),
     "LowVRAMMemoryReport": _kind(
         "model:MODEL after:*",

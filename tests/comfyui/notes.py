@@ -56,6 +56,18 @@ CHANGES_EXPERTS = (
 SIZE = "- **Size and length** are set on the large node. Length is 4n + 1 frames."
 
 
+def unwrapped(text: str) -> str:
+    """A line for each paragraph: the page breaks lines by itself, and translates whole ones."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        goes_on = lines and lines[-1] and not lines[-1].startswith(("#", "|")) and not line.startswith(("#", "-", "|"))
+        if goes_on and line and "](http" not in lines[-1]:
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Note:
     """`fits` are (VRAM, what runs there); `changes` and `size` are lines of their own."""

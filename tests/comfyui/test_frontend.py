@@ -26,6 +26,7 @@ from .workflows import FOLDER, NAMES, for_test, load, to_prompt
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium (set CHROMIUM to its path)")
 
+ROOT = Path(__file__).parents[2]
 THUMBNAILS = bool(os.environ.get("LOWVRAM_THUMBNAILS"))
 WINDOW, THUMBNAIL = (2800, 1575), (1280, 720)
 RENDERERS = {"canvas": False, "Nodes 2.0": True}
@@ -95,6 +96,11 @@ STANDS_STILL = """new Promise(done => {
     };
     requestAnimationFrame(watch);
 })"""
+# ids of the nodes that previews are of
+COUNT_PREVIEWS = """window.previewed = [], window.app.api.addEventListener(
+    'b_preview_with_metadata', event => window.previewed.push(event.detail.displayNodeId)
+)"""
+NOTE = "window.app.graph.nodes.find(node => node.type === 'MarkdownNote').widgets[0].value"
 CLIENT = "window.app.api.clientId"
 PROMPT = "window.app.graphToPrompt().then(result => result.output)"
 
@@ -104,7 +110,10 @@ def page(comfyui: ComfyUI, server: Server, request: pytest.FixtureRequest) -> It
     """The page with one of the two things that draw its nodes; an older ComfyUI's is the same one's."""
     if request.param != "canvas" and not comfyui.is_newest:
         pytest.skip("this page is tried in the newest ComfyUI")
-    server.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": RENDERERS[request.param]})
+    # Nodes 2.0 complains of pictures that it has itself discarded while it loads them, at the end of short runs
+    previews = "auto" if request.param == "canvas" else "none"
+    renderer = {"Comfy.VueNodes.Enabled": RENDERERS[request.param], "Comfy.Execution.PreviewMethod": previews}
+    server.post("/settings", SETTINGS | renderer)
     with open_page(f"http://127.0.0.1:{server.port}/", WINDOW) as page:
         page.wait_for(APP_IS_UP)
         page.settle()
@@ -160,9 +169,12 @@ def test_help_translations_and_templates_are_served(page: QuietPage, server: Ser
 
 
 @pytest.mark.parametrize("name", ["demo"])
-def test_the_demo_runs_from_the_page(page: QuietPage, server: Server, name: str, tmp_path: Path) -> None:
+def test_the_demo_runs_from_the_page(
+    page: QuietPage, server: Server, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     drop(page, name)
     server.post("/history", {"clear": True})
+    page.evaluate(COUNT_PREVIEWS)
     page.evaluate("window.app.queuePrompt(0)")
     end = time.monotonic() + 120
     while not (history := server.get("/history")) and time.monotonic() < end:
@@ -173,6 +185,10 @@ def test_the_demo_runs_from_the_page(page: QuietPage, server: Server, name: str,
     plan, report = page.evaluate("[...document.querySelectorAll('.lowvram-text')].map(element => element.innerText)")
     assert "predicted peak" in plan
     assert "denoise" in report
+    if request.node.callspec.params["page"] == "canvas":
+        host = page.evaluate("window.app.graph.nodes.find(node => node.isSubgraphNode?.()).id")
+        shown = page.evaluate("window.previewed")
+        assert len(shown) > 2 and all(node.startswith(f"{host}:") for node in shown)
     assert overlapping(page) == []  # what came into the nodes included
     assert page.evaluate(FIELDS) == []
     keep(screenshot(page), name, tmp_path)
@@ -187,6 +203,57 @@ def test_blueprints_are_offered_and_open(page: QuietPage, server: Server, object
         drop(page, name, json.loads(server.get(f"/global_subgraphs/{key}")["data"]))
         assert page.evaluate(COMPLAINTS) == []
         assert page.evaluate(MISSING) == []
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_a_page_in_another_language_has_its_texts(
+    comfyui: ComfyUI, page: QuietPage, server: Server, request: pytest.FixtureRequest, language: str
+) -> None:
+    if not comfyui.is_newest or request.node.callspec.params["page"] != "canvas":
+        pytest.skip("tried once, in the newest ComfyUI")
+    texts = json.loads((ROOT / "web" / "texts" / f"{language}.json").read_text(encoding="utf-8"))
+    server.post("/settings", {"Comfy.Locale": language})
+    try:
+        reload(page)
+        check_texts(page, texts["lines"])
+    finally:
+        server.post("/settings", {"Comfy.Locale": "en"})
+        reload(page)
+
+
+def reload(page: QuietPage) -> None:
+    page.page.reload()
+    page.wait_for(APP_IS_UP)
+    page.settle()
+
+
+def check_texts(page: QuietPage, lines: dict[str, str]) -> None:
+    """A note, what stands in plan and report before a run, a line with values, one in columns, and one of others."""
+    name = "wan2.1_t2v_1.3B"
+    drop(page, name)
+    note = page.evaluate(NOTE).splitlines()
+    assert note[0] == lines["# Wan 2.1 text to video, 1.3B"]
+    links = [line for line in load_note(name).splitlines() if line.startswith("- [")]
+    known = {*lines.values(), *links, "", "|---|---|"}
+    assert [line for line in note if line not in known] == []
+    shown = page.evaluate("[...document.querySelectorAll('.lowvram-text')].map(each => each.textContent)")
+    assert set(shown) == {lines["(press Run)"]}
+    row = f"  {'resident blocks':<38}{'0.01 GiB':>12}"
+    text = f"Fits in 7.50 GiB: 12 blocks stay, 28 stream behind compute.\n{row}\na line that nobody knows"
+    module = f"import('/extensions/{PACK_FOLDER}/texts.js')"
+    first, second, third = page.evaluate(f"{module}.then(module => module.translated({json.dumps(text)}))").splitlines()
+    wanted = lines["Fits in {}: {} blocks stay, {} stream behind compute."]
+    for value in ("7.50 GiB", "12", "28"):
+        wanted = wanted.replace("{}", value, 1)
+    assert first == wanted
+    assert second.startswith("  " + lines["  resident blocks {}"].split("{}")[0].strip()) and second.endswith(
+        "  0.01 GiB"
+    )
+    assert third == "a line that nobody knows"
+
+
+def load_note(name: str) -> str:
+    return str(next(node for node in load(name)["nodes"] if node["type"] == "MarkdownNote")["widgets_values"][0])
 
 
 def test_framepacks_sampler_shows_its_video(page: QuietPage, server: Server, object_info: dict[str, Any]) -> None:
