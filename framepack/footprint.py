@@ -69,7 +69,7 @@ class FramePackFootprint(ModelFootprint):
         return max(super().pool_bytes(work, choice), self._token_bytes(work) + joined)
 
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """A single block's MLP norms its rows and widens them, and makes its output.
+        """What attention made stays while a single block's MLP norms its rows and widens them, and makes its output.
 
         Where products quantise whole rows, or LoRAs run beside them, the widened ones come by a tensor twice as wide as
         the norms. Several cards make all tokens, and the step cache's signal of all, before each has its own.
@@ -78,7 +78,8 @@ class FramePackFootprint(ModelFootprint):
         chunk, row = min(choice.token_chunk, work.rows), self.dim * self.compute_bytes
         widened = max(self._normed_bytes(limits), 3 * row if self.row_bytes else row) + self.key_row_bytes
         joined = chunk * max(widened, row + self.row_bytes) + self.product_bytes
-        return max(whole, joined, super().temporary_bytes(work, choice, limits))
+        attended = self._attended_bytes(work, choice)
+        return max(whole, attended + joined, super().temporary_bytes(work, choice, limits))
 
     def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """Image rows attend to a negative prompt as well, of queries or beside an output that are kept meanwhile."""

@@ -2,8 +2,8 @@
 
 Source: Tencent/HunyuanVideo (`hyvideo/modules/models.py`) and lllyasviel/FramePack; parameter names are diffusers'. The
 residual stream `x` (image rows, then text rows) and q, k, v are the only token-sized tensors: norms are made chunk by
-chunk inside the projections, attention writes over q, what the MLPs widen lives in the bytes of q, k and v (in those of
-k and v where q is still read), and residuals are added in place.
+chunk inside the projections, attention writes over q or leaves it to the products after it, what the MLPs widen lives
+in the bytes of q, k and v (in those of k and v where q's are in use), and residuals are added in place.
 """
 
 from __future__ import annotations
@@ -127,9 +127,11 @@ class DoubleBlock(FramePackBlock):
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), norm_image, image, rope, eps, work)
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         project_qkv(added, attn.added_norms(), norm_text, text, rope, eps, work)
-        attn.attend(num_image, negative, work)
-        project_out(cast(Linear, attn.to_out[0]), add_image, image, work)
-        project_out(attn.to_add_out, add_text, text, work)
+        attended = attn.attend(num_image, negative, work)
+        spare = spare_rows(negative, work)
+        project_out(cast(Linear, attn.to_out[0]), attended, spare, add_image, image, work)
+        project_out(attn.to_add_out, attended, spare, add_text, text, work)
+        del attended  # there is room for the rest without it
 
         work.arrive(self, 1)
         self.ff(*modulated(x, modulation[3:6], eps, work), image, work)
@@ -179,20 +181,22 @@ class SingleBlock(FramePackBlock):
         normed, add = modulated_text(x, modulation, slice(0, 3), negative, eps, work)
         everything = slice(0, x.shape[0])
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), normed, everything, rope, eps, work)
-        attn.attend(num_image, negative, work)
+        attended = attn.attend(num_image, negative, work)
+        spare = spare_rows(negative, work)
         work.arrive(self, 1)
         dense = self.proj_out.is_dense(work.dtype)
         step = work.hidden_after_q_rows if dense else work.joined_rows
         for start in range(0, work.num_rows, step):
             span = slice(start, min(start + step, work.num_rows))
             if dense:
-                self.add_both(normed, add, span, work)
+                self.add_both(attended, spare, normed, add, span, work)
             else:
-                self.join(normed, add, span, work)
+                self.join(attended, normed, add, span, work)
 
-    def add_both(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
+    def add_both(
+        self, attended: Tensor, spare: Tensor | None, normed: Normed, add: Add, span: slice, work: Workspace
+    ) -> None:
         """MLP and output of some rows; the two halves of the output's weight are multiplied one after the other."""
-        attended = work.queries
         work.scratch.reset()
         project = self.proj_mlp.prepare(work.dtype, work.scratch)
         for rows in work.chunks(span.start, span.stop):
@@ -201,17 +205,19 @@ class SingleBlock(FramePackBlock):
         work.scratch.reset()
         of_attention, of_mlp = cast(DenseProjection, self.proj_out.prepare(work.dtype, work.scratch)).split(work.dim)
         for rows in work.chunks(span.start, span.stop):
-            out = of_mlp(work.hidden_after_q[rows.start - span.start : rows.stop - span.start])
+            hidden = work.hidden_after_q[rows.start - span.start : rows.stop - span.start]
+            out = of_mlp(hidden, out=None if spare is None else spare[rows])
             add(rows, out.addmm_(attended[rows], of_attention.weight.t()))
+            del out  # before there are the next rows
 
-    def join(self, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
+    def join(self, attended: Tensor, normed: Normed, add: Add, span: slice, work: Workspace) -> None:
         """The same, joined in one row for a product that quantises whole rows."""
-        q, dim = work.queries, work.dim
+        dim = work.dim
         work.scratch.reset()
         project = self.proj_mlp.prepare(work.dtype, work.scratch)
         for rows in work.chunks(span.start, span.stop):
             joined = work.joined[rows.start - span.start : rows.stop - span.start]
-            joined[:, :dim].copy_(q[rows])
+            joined[:, :dim].copy_(attended[rows])
             widen_into(project, normed(rows), joined[:, dim:], work)
         work.scratch.reset()
         project = self.proj_out.prepare(work.dtype, work.scratch)
@@ -234,20 +240,22 @@ class Attention(nn.Module):
     def norms(self) -> tuple[Scale, Scale]:
         return self.norm_q, self.norm_k
 
-    def attend(self, num_image: int, negative: Negative | None, work: Workspace) -> None:
-        """Replace the workspace's q by its attention to k and v."""
-        if negative is not None:
-            self.attend_guided(num_image, negative, work)
-            return
-        q, k, v = (self.in_heads(rows) for rows in (work.queries, work.keys, work.values))
-        attended = work.attend_tokens(work.queries, slice(0, work.num_rows), (k, v))
-        if work.queries_are_free:
-            q.copy_(self.in_heads(attended))
+    def attend(self, num_image: int, negative: Negative | None, work: Workspace) -> Tensor:
+        """The attention `[rows, dim]` of q to k and v.
+
+        Over q where heads go in groups, cards share the pass or a negative prompt guides, else a tensor of its own.
+        """
+        if negative is None:
+            keys_values = self.in_heads(work.keys), self.in_heads(work.values)
+            return work.attend_tokens(work.queries, slice(0, work.num_rows), keys_values)
+        self.attend_guided(num_image, negative, work)
+        return work.queries
 
     def attend_guided(self, num_image: int, negative: Negative, work: Workspace) -> None:
-        """The same of either prompt beside the image rows, whose attention with the one guides that with the other.
+        """Replace q by attention of either prompt beside the image rows; one guides the other's.
 
-        The negative prompt's rows of q, k and v take the place of the prompt's once those are read.
+        The image rows' attention with the prompt is guided by that with the negative one. Its rows
+        of q, k and v take the place of the prompt's once those are read.
         """
         q, k, v = work.queries, work.keys, work.values
         first = negative.first
@@ -374,13 +382,17 @@ def project_qkv(
         work.ops.rms_norm_(k[rows], norm_k.weight, eps, rope, rows.start)
 
 
-def project_out(layer: Linear, add: Add, span: slice, work: Workspace) -> None:
-    """Add the projection of those rows of q, where attention wrote."""
-    attended = work.queries
+def spare_rows(negative: Negative | None, work: Workspace) -> Tensor | None:
+    """q's bytes where what attention made does not lie in them."""
+    return work.queries if work.queries_are_free and negative is None else None
+
+
+def project_out(layer: Linear, attended: Tensor, spare: Tensor | None, add: Add, span: slice, work: Workspace) -> None:
+    """Add the projection of those rows of what attention made; the product is in `spare` rows where there are any."""
     work.scratch.reset()
     project = layer.prepare(work.dtype, work.scratch)
     for rows in work.chunks(span.start, span.stop):
-        add(rows, project(attended[rows]))
+        add(rows, project(attended[rows], out=None if spare is None else spare[rows]))
 
 
 def widen_into(project: Projection, x: Tensor, out: Tensor, work: Workspace) -> None:
