@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,10 @@ from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.system.card_links import slowest_link
 from lowvram_video.team.exchange import Exchange
 from lowvram_video.transformer.nag import NagSettings
+from lowvram_video.wanvideo.footprint import WanWork
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
-from lowvram_video.wanvideo.network.model import Extras, WanModel
+from lowvram_video.wanvideo.network.model import Extras, Nag, WanModel
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
@@ -140,6 +141,22 @@ class TestPasses:
                     made.append(model(*inputs()))
             model.release()
         assert made[0].equal(made[2]) and made[1].equal(made[3]) and not made[0].equal(made[1])
+
+    @pytest.mark.parametrize(("num_cards", "batch"), [(2, 1), (3, 1), (2, 2)])
+    def test_a_negative_prompt_guides_attention_on_every_card(self, file, num_cards, batch):
+        latent, timestep, text = inputs(batch)
+        negative = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(7))
+        work = WanWork(**{each.name: getattr(WORK, each.name) for each in fields(WORK)}, nag=True)
+        extras = Extras(nag=Nag(negative, NagSettings()))
+        with torch.inference_mode():
+            alone = started(file, RunSettings(), work)
+            samples = [part for part in zip(*(each.chunk(batch) for each in (latent, timestep, text)), strict=True)]
+            expected = torch.cat([alone(*part, extras=extras) for part in samples])
+            assert not expected.equal(torch.cat([alone(*part) for part in samples]))
+            alone.release()
+            model = started(file, on_cards(num_cards), replace(work, batch=batch))
+            assert model(latent, timestep, text, extras=extras).equal(expected)
+        model.release()
 
     def test_samples_go_to_cards_of_their_own_first(self, file, monkeypatch):
         """Guidance on two cards exchanges nothing."""
