@@ -31,9 +31,14 @@ HOST = {
     "read", "read_into", "_read", "read_tensor", "load_image", "load_tensors", "open_tokenizer", "state_dict",
     "_unload", "build", "_sections", "noise_levels", "section_noise", "flow_sigmas", "framepack_sigmas",
     "check_sigmas", "_place", "save_section", "_look", "HostCopy", "randn", "to_uint8", "_meta", "bind", "plain",
-    "read_video",
+    "read_video", "from_uint8",
 }  # fmt: skip
 
+# functions whose own lines are in host memory, and not what they call
+HOST_LINES = {
+    ("wanvideo/conditioning.py", name)
+    for name in ("image_channels", "control_channels", "vace_frames", "_with_frames", "_mask")
+}
 HOST_PLACES = {("framepack/run/generation.py", "run")}  # latents of sections are in host memory
 
 
@@ -78,6 +83,8 @@ def _place(frame: FrameType | None) -> str | None:
         if ours and (function in HOST or (name[len(PACK) + 1 :], function) in HOST_PLACES):
             return None
         if ours and found is None:
+            if (name[len(PACK) + 1 :], function) in HOST_LINES:
+                return None
             found = f"{name[len(PACK) + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back
     return found
