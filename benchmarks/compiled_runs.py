@@ -48,7 +48,7 @@ TINY = WanConfig("t2v", 256, 512, 2, 3, text_dim=32, freq_dim=32)
 TABLE_SIZE, ONCE_SIZES, RESTART_SIZE = (832, 480, 33), ((832, 480, 17), (832, 480, 21)), (832, 480, 81)
 TINY_SIZES = ((128, 96, 5), (128, 112, 5))
 REPEATS, STRENGTHS, PROMPTS, STEPS = 3, (1.0, 0.5, 0.0), 2, 20
-SECONDS = 140  # what still runs then is stopped
+SECONDS = 110  # what still runs then is stopped
 
 
 @dataclass(frozen=True)
