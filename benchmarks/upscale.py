@@ -12,6 +12,7 @@ too. What fails is told, and the rest is measured. --tiny tries all of it on a C
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -95,6 +96,7 @@ class Bench:
         if time.perf_counter() - self.began > self.options.seconds:
             self._note(where, {**told, "error": f"left out after {self.options.seconds:g} s"})
             return
+        hold_if(self.device)  # what files were written with, or the last case had, is no part of this one
         began = time.perf_counter()
         try:
             found = run_public(self) if case is None else run(self, case)
@@ -207,6 +209,7 @@ class Marks(Progress):
 
 
 def hold_if(device: torch.device) -> None:
+    gc.collect()
     if device.type == "cuda":
         hold_allocator(device, None)
         torch.cuda.empty_cache()
@@ -297,6 +300,7 @@ def main() -> None:
         bench.results["size"] = bench.size
         bench.files = write_files(Path(folder), bench.config, options.tiny, device)
         bench.results["writing_seconds"] = time.perf_counter() - bench.began
+        hold_if(device)  # the ballast leaves what is given beside what this process has by then
         given = max(case.gib for case in LIMITED)
         with Ballast(given) if device.type == "cuda" else nullcontext():
             for case in LIMITED:

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def allocate_extent(nbytes: int) -> Tensor:
             f"free some RAM or set a RAM budget so that weights are read from disk"
         ) from error
     # I/O threads write to it, and those are never in inference mode.
+    with torch.inference_mode(False):
+        return torch.frombuffer(area, dtype=torch.uint8)
+
+
+def allocate_on_disk(path: Path, nbytes: int) -> Tensor:
+    """Memory whose pages are those of a new file, [nbytes] uint8, which the system takes from RAM as it needs that.
+
+    All of the file's place on the disk is taken now: OSError where there is not so much. The file goes with its folder.
+    """
+    with open(path, "w+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:
+            file.truncate(nbytes)
+        area = mmap.mmap(file.fileno(), nbytes)
     with torch.inference_mode(False):
         return torch.frombuffer(area, dtype=torch.uint8)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from lowvram_video.wanvideo.network.embeddings import AxisPositions
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.network.upscaling import UpscalingModel, WindowExtras
 from lowvram_video.wanvideo.network.windows import WindowPass
-from lowvram_video.wanvideo.upscale import stream
+from lowvram_video.wanvideo.upscale import host_windows, stream
 from lowvram_video.wanvideo.upscale.decoder import CONDITIONAL, decode_next
 from lowvram_video.wanvideo.upscale.decoder_memory import DecoderMemory
 from lowvram_video.wanvideo.upscale.frames import coloured, enlarged
@@ -222,6 +223,21 @@ def test_memory_that_never_suffices_is_told(files: UpscaleFiles, full_at: Callab
     assert len(calls) == len(stream.ROOMS)
 
 
+def test_a_run_that_parks_from_the_start_has_one_try_less(
+    files: UpscaleFiles, full_at: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = DecoderMemory.__init__
+
+    def parked(self: DecoderMemory, device: torch.device, budget: Any, parked: bool) -> None:
+        given(self, device, budget, True)
+
+    monkeypatch.setattr(DecoderMemory, "__init__", parked)
+    calls = full_at(TinyVAE, "frames_of", range(100))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        upscaled(files)
+    assert len(calls) == len(stream.ROOMS) - 1
+
+
 def test_what_sufficed_is_kept_to(files: UpscaleFiles, full_at: Callable[..., list[int]]) -> None:
     calls = full_at(TinyVAE, "frames_of", range(2))
     upscaled(files)
@@ -231,6 +247,30 @@ def test_what_sufficed_is_kept_to(files: UpscaleFiles, full_at: Callable[..., li
 def test_what_is_parked_is_the_same(files: UpscaleFiles, undisturbed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "ROOMS", stream.ROOMS[1:])
     assert torch.equal(upscaled(files), undisturbed)
+
+
+def test_what_ram_has_no_room_for_is_on_the_disk(
+    files: UpscaleFiles, undisturbed: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = property(lambda size: 1 << 60)
+    monkeypatch.setattr(WindowSize, "host_bytes", large)
+    upscaler = Upscaler(files, RunSettings())
+    with upscaler.opened(REQUEST, (64, 64), tmp_path) as opened:
+        (place,) = tmp_path.iterdir()
+        layers = list(place.glob("windows_*"))
+        assert len(layers) == 2 and all(layer.stat().st_size for layer in layers)
+        made = torch.cat(list(stream.made(opened, iter(small_video(29, 64, 64)))))
+    assert torch.equal(made, undisturbed)
+    assert not list(tmp_path.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(host_windows, "allocate_on_disk", full)
+    said = r"has no room for it either \(No space left on device\): free some of the disk"
+    with pytest.raises(ValueError, match=said), upscaler.opened(REQUEST, (64, 64), tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def steps(memory: DecoderMemory, num_steps: int) -> Iterator[Tensor]:

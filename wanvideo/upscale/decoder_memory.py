@@ -24,6 +24,11 @@ class DecoderMemory(MutableMapping[int, Tensor]):
         self._spare: dict[int, Tensor] = {}  # in RAM, of the step before
         self._pinned: list[Tensor] = []
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether they are in RAM."""
+        return self._parked
+
     def __getitem__(self, place: int) -> Tensor:
         tensor = self._new[place] if place in self._new else self._kept[place]
         if not self._parked:

@@ -79,7 +79,7 @@ class UpscaleFilm:
             if kept is not None and kept.has_whole(film):
                 self._said(film.num_frames)  # but for its sound
             else:
-                with self._upscaler.opened(self._request, (source.width, source.height)) as stream:
+                with self._upscaler.opened(self._request, (source.width, source.height), folder) as stream:
                     _Making(stream, film, kept, source, self._said).run()
             if source.sound is not None:
                 add_sound(film.video, source.sound)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...memory.stream.pinned import PinnedBudget
 from ...memory.stream.streams import BlockEvents, streams_for
-from ...system.host_memory import allocate_extent
+from ...system.host_memory import allocate_extent, allocate_on_disk
 
 FIRST_WINDOWS = 3  # that a video's first pass has
 FEWEST = 2  # windows that are kept at least
@@ -56,10 +57,13 @@ class WindowSize:
 class HostWindows:
     """A `WindowMemory`; what a pass adds counts from `commit` on, so that one that failed can be done again.
 
-    `budget` pins the memory, as far as it may.
+    `budget` pins the memory, as far as it may. With a `folder` it is files there instead. MemoryError, or OSError,
+    where there is not so much.
     """
 
-    def __init__(self, size: WindowSize, device: torch.device, budget: PinnedBudget | None = None) -> None:
+    def __init__(
+        self, size: WindowSize, device: torch.device, budget: PinnedBudget | None = None, folder: Path | None = None
+    ) -> None:
         self.size, self._device, self._budget = size, device, budget
         self.windows = range(0)  # those that are kept, by their numbers in the video
         self._streams = streams_for(device)
@@ -71,8 +75,12 @@ class HostWindows:
         self._new = 0  # windows of this pass
         self._room = 0  # windows that a buffer has room for
         try:
-            for _ in range(size.num_layers):
-                area = allocate_extent(2 * size.slots * size.nbytes)
+            for layer in range(size.num_layers):
+                nbytes = 2 * size.slots * size.nbytes
+                if folder is not None:
+                    self._extents.append(allocate_on_disk(folder / f"windows_{layer:03d}", nbytes))
+                    continue
+                area = allocate_extent(nbytes)
                 self._extents.append(area)
                 if budget is not None and budget.pin(area) is None:
                     self._pinned.append(area)

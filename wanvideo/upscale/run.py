@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ from ...runtime.progress import Progress
 from ...runtime.run_limits import hold_limits
 from ...runtime.run_record import RunRecord
 from ...runtime.settings import RunSettings
+from ...system.scratch_folders import scratch_folder
+from ...system.sizes import in_gib
 from ...vae.retries import at_work
 from ...weights.files.checkpoint import Checkpoint, CheckpointError
 from ...weights.files.fingerprint import fingerprint
@@ -30,11 +36,13 @@ from ...weights.lora.report import LoraReport
 from .decoder import DECODER_FORMAT
 from .decoder_memory import DecoderMemory
 from .frames import in_order
-from .host_windows import HostWindows
+from .host_windows import HostWindows, WindowSize
 from .projection import PROJECTION_FORMAT
 from .request import UpscaleFiles, UpscaleRequest, padded
 from .stream import Networks, Remembered, UpscaleStream, made
 from .streamed import StreamedUpscaler, UpscaleFootprint, upscale_work
+
+log = logging.getLogger(__name__)
 
 
 class Upscaler:
@@ -74,8 +82,14 @@ class Upscaler:
             yield from made(stream, in_order(source, 0))
 
     @contextmanager
-    def opened(self, request: UpscaleRequest, size: tuple[int, int]) -> Iterator[UpscaleStream]:
-        """A video's stream, for as long as its networks are on the device."""
+    def opened(
+        self, request: UpscaleRequest, size: tuple[int, int], folder: Path | None = None
+    ) -> Iterator[UpscaleStream]:
+        """A video's stream, for as long as its networks are on the device.
+
+        What RAM has no room for is in `folder` meanwhile (None: the system's for temporary files). ValueError where
+        that has none either.
+        """
         request.check()
         large = request.size(*size)
         self.plan = plan = self.planned(request, size)
@@ -92,8 +106,7 @@ class Upscaler:
             self.record.uses(self.model)
             assert isinstance(plan.model, UpscaleFootprint)
             window = replace(plan.model.window_size(plan.work), dtype=settings.compute_dtype)
-            windows = HostWindows(window, settings.device, self.model.weights.budget)
-            stack.callback(windows.release)
+            windows = self._windows(stack, window, plan.model.windows_on_disk, folder)
             memory = DecoderMemory(settings.device, self.model.weights.budget, plan.model.parks_memory)
             stack.callback(memory.release)
             networks = Networks(self.model, self._text(), projection, decoder, self._masked())
@@ -105,12 +118,34 @@ class Upscaler:
         self.model.kept_windows = request.kept_windows
         work = upscale_work(self.model.config, *padded(request.size(*size)))
         limits = hold_limits(self.settings, self.model.model.execution, self.model.host_bytes)
-        self.model.parks_memory = False
+        refusals = []
+        for self.model.windows_on_disk, self.model.parks_memory in product((False, True), repeat=2):
+            try:
+                return self.model.make_plan(work, self._less_remembered(work, limits))
+            except PlanError as error:
+                refusals.append(error)
+        raise refusals[-1]
+
+    def _windows(self, stack: ExitStack, size: WindowSize, on_disk: bool, folder: Path | None) -> HostWindows:
+        """What the transformer remembers, in RAM or on the disk, until the stack is closed."""
+        place = None
+        if on_disk:
+            folder = folder or Path(tempfile.gettempdir())
+            log.warning(
+                "what is remembered of earlier frames takes %s, for which there is too little RAM: it is kept in %s, "
+                "which takes longer", in_gib(size.host_bytes), folder,
+            )  # fmt: skip
+            place = stack.enter_context(scratch_folder(folder))
         try:
-            return self.model.make_plan(work, self._less_remembered(work, limits))
-        except PlanError:
-            self.model.parks_memory = True
-            return self.model.make_plan(work, self._less_remembered(work, limits))
+            windows = HostWindows(size, self.settings.device, self.model.weights.budget, place)
+        except OSError as error:
+            raise ValueError(
+                f"what is remembered of earlier frames takes {in_gib(size.host_bytes)}, and {folder} has no room for "
+                f"it either ({error.strerror or error}): free some of the disk or of RAM, remember fewer windows, or "
+                "upscale less"
+            ) from error
+        stack.callback(windows.release)
+        return windows
 
     def _less_remembered(self, work: WorkSize, limits: Limits) -> Limits:
         """The same limits without the RAM that a run remembers in; PlanError where there is less."""
@@ -124,7 +159,7 @@ class Upscaler:
             raise PlanError(
                 f"what {self.model.checkpoint.path.name} remembers of {work.width}x{work.height} takes "
                 f"{remembered / GIB:.2f} GiB of RAM, and {limits.ram_budget_bytes / GIB:.2f} GiB are free: "
-                "remember fewer windows, upscale less, or close other programs"
+                "upscale less, or close other programs"
             )
         return replace(limits, ram_budget_bytes=left)
 

@@ -84,7 +84,8 @@ class UpscaleStream:
         self.networks, self.windows, self.request = networks, remembered.windows, request
         self.size, self._padded = size, padded(size)
         self._memory = remembered.decoder
-        self._rooms: tuple[Room, ...] = ROOMS  # the first is what sufficed last
+        # the first is what sufficed last; one that parks what is parked is no other
+        self._rooms: tuple[Room, ...] = ROOMS[1:] if remembered.decoder.is_parked else ROOMS
         self.num_steps = 0
         self._small: list[Tensor] = []  # frames [h, w, 3] that were projected and are not made yet
         self._seen: Seen = ()

@@ -45,13 +45,14 @@ class UpscaleWork(WanWork):
 class UpscaleFootprint(WanFootprint):
     """`projection` and `decoder` work between passes, `kept_windows` are remembered.
 
-    `parks_memory`: what the decoder remembers is in RAM.
+    `parks_memory`: what the decoder remembers is in RAM. `windows_on_disk`: what the transformer remembers is not.
     """
 
     projection: ProjectionConfig = ProjectionConfig()  # noqa: RUF009 - immutable
     decoder: TinyConfig = TinyConfig("", "", "", 0)  # noqa: RUF009 - immutable
     kept_windows: int = 3
     parks_memory: bool = False
+    windows_on_disk: bool = False
 
     def window_size(self, work: WorkSize) -> WindowSize:
         """What is remembered of each window."""
@@ -62,7 +63,7 @@ class UpscaleFootprint(WanFootprint):
         """What a run remembers in RAM."""
         # of this step and of the one before, which a step that failed begins with again
         parked = 2 * memory_bytes(self.decoder, work.height, work.width, self.compute_bytes) * self.parks_memory
-        return self.window_size(work).host_bytes + parked
+        return parked if self.windows_on_disk else self.window_size(work).host_bytes + parked
 
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The most of a pass, of the projection and of the decoder, which take turns, and frames that wait."""
@@ -112,7 +113,7 @@ class StreamedUpscaler(StreamedWan):
         if settings.others:
             raise ValueError("FlashVSR runs on one card: give one device")
         self._projection, self._decoder = projection, decoder
-        self.kept_windows, self.parks_memory = 3, False
+        self.kept_windows, self.parks_memory, self.windows_on_disk = 3, False, False
         self.beside_bytes = 0  # weights of the two
         super().__init__(path, settings, registrar, between_blocks, loras)
         # which blocks of keys count is chosen for all queries of a window together
@@ -151,6 +152,7 @@ class StreamedUpscaler(StreamedWan):
             decoder=self._decoder,
             kept_windows=self.kept_windows,
             parks_memory=self.parks_memory,
+            windows_on_disk=self.windows_on_disk,
         )
 
 
