@@ -29,7 +29,8 @@ def unfolded(workflow: Mapping[str, Any]) -> dict[str, Any]:
     nodes: list[dict[str, Any]] = []
     links: list[list[Any]] = []
     for level, node in top.plain_nodes():
-        slots, values = [], {}
+        slots: list[Any] = []
+        values: dict[str, Any] = {}
         for slot in node.get("inputs", []):
             source = level.source(slot.get("link"))
             if isinstance(source, _Value):
@@ -105,7 +106,7 @@ class _Level:
     def _from_outside(self, slot: int) -> Source | _Value | None:
         assert self.parent is not None
         name = self.definitions[self.host["type"]]["inputs"][slot]["name"]
-        wired = next((each for each in self.host.get("inputs", []) if each["name"] == name), {})
+        wired: dict[str, Any] = next((each for each in self.host.get("inputs", []) if each["name"] == name), {})
         if wired.get("link") is not None:
             return self.parent.source(wired["link"])
         values = self._widgets()

@@ -58,9 +58,9 @@ class SeveralGPUs(io.ComfyNode):
     def execute(cls, model: Any, devices: str, mode: str, park: str = "") -> io.NodeOutput:
         patcher = streamed_model(model, TITLE)
         if mode == PARK and park.strip():
-            parking = parse_parking(park)
-            find_parking(parking, patcher.engine.device, host.free_vram)  # all of them are there
-            return io.NodeOutput(patcher.with_options(others=(), parking=parking))
+            given = parse_parking(park)
+            find_parking(given, patcher.engine.device, host.free_vram)  # all of them are there
+            return io.NodeOutput(patcher.with_options(others=(), parking=given))
         others = cards_beside(patcher.engine.device, devices)
         if not others:
             logger.info("%s: there is one GPU, which makes the video alone", TITLE)

@@ -221,6 +221,7 @@ def test_flags_are_those_of_the_command_line(language: str) -> None:
         "--work",
         "--out",
         "--write",
+        "--readme",
         "--disable-metadata",
         "--preview-method",
         "--reserve-vram",

@@ -135,7 +135,8 @@ def find_homes(sizes: Sequence[int], streamed: Sequence[int], parking: Parking, 
         cards.append((place.name, parked))
     room = parking.ram.of(total) if ram_bytes is None else min(ram_bytes, parking.ram.of(total))
     settled = {*left, *(index for _, parked in cards for index in parked)}
-    ram, disk = [], []
+    ram: list[int] = []
+    disk: list[int] = []
     for index in [*left, *(index for index in range(len(sizes)) if index not in settled)]:
         fits = sizes[index] <= room
         room -= sizes[index] if fits else 0

@@ -131,7 +131,8 @@ def kitchen_int8_available() -> bool:
     if kitchen_problem() is not None:
         return False
     listed = getattr(importlib.import_module(PACKAGE), "list_backends", dict)  # an empty folder has none
-    cuda = listed().get("cuda", {})
+    backends: dict[str, dict[str, Any]] = listed()
+    cuda = backends.get("cuda", {})
     return bool(cuda.get("available")) and not cuda.get("disabled")
 
 
