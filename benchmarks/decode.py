@@ -81,6 +81,7 @@ class Bench:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.whole: dict[tuple[bool, tuple[int, int, int]], Tensor] = {}
         self.way = ""
+        self.built = self.made = 0.0
         self.native: Any = None
 
     def size(self, case: Case) -> tuple[int, int, int]:
@@ -119,12 +120,15 @@ class Bench:
         planned = choose_decode(WAN21_VAE, WorkSize(*size), 16, limits)
         assert planned is not None
         latent = self.latent(case)
-        with at_work(lambda: self.opened.build(self.dtype, self.device)) as vae:
+        with at_work(lambda: self.opened.build(self.dtype, self.device, decode_only=True)) as vae:
+            self.built = time.perf_counter()
 
             def frames(way: Way) -> Iterator[Tensor]:
                 return map(to_uint8, decode_in(vae, latent, way, None, to_levels))
 
-            return torch.cat(list(pieces_fitting(self.ways(vae, planned, size), frames, "decoding")))
+            pieces = list(pieces_fitting(self.ways(vae, planned, size), frames, "decoding"))
+            self.made = time.perf_counter()
+        return torch.cat(pieces)
 
     def encode(self, case: Case) -> Tensor:
         size, limits = self.size(case), self.limits()
@@ -176,6 +180,8 @@ class Bench:
                         raise
                     return {**row, "error": "out of memory"}
                 row["seconds"].append(round(time.perf_counter() - began, 3))
+                if case.path == "command line":
+                    row["parts"] = [round(self.built - began, 3), round(self.made - self.built, 3)]
             row |= {"rss_mib": (watch.rss_peak - before) >> 20, "least_free_mib": watch.min_free >> 20}
             if self.device.type == "cuda":
                 row |= {"allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
@@ -248,7 +254,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        file = save_vae(Path(folder) / "vae.safetensors")
+        file = save_vae(Path(folder) / "vae.safetensors", torch.bfloat16)  # as the released file
         with Ballast(0) if not options.tiny else NoWatch() as ballast:
             device = torch.device("cpu") if options.tiny else torch.device("cuda", 0)
             bench = Bench(file, device, options.repeats, 16 if options.tiny else 1)

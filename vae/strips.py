@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,45 +39,13 @@ class Strips:
         return f"in strips of {self.rows} rows" + (", with their borders in RAM" if self.in_ram else "")
 
 
-class Pages(Protocol):
-    """Where rows wait for the strip below."""
-
-    def begin(self, step: int, is_first: bool) -> None:
-        """Go to a step's page; `is_first`: of the first strip, so that nothing is there yet."""
-
-    def slot(self, num_elements: int) -> Tensor:
-        """The next so many numbers of the page; the same ones where it is asked for in the same order."""
-
-    def end(self, step: int) -> None:
-        """The step has written what it leaves."""
-
-
-class DevicePages:
-    """Every page on the device."""
-
-    def __init__(self, num_steps: int, num_elements: int, like: Tensor) -> None:
-        self._memory = like.new_empty(num_steps, num_elements)
-        self._page, self._used = self._memory[0], 0
-
-    def begin(self, step: int, is_first: bool) -> None:
-        self._page, self._used = self._memory[step], 0
-
-    def slot(self, num_elements: int) -> Tensor:
-        slot = self._page[self._used : self._used + num_elements]
-        self._used += aligned(num_elements)
-        return slot
-
-    def end(self, step: int) -> None:
-        pass
-
-
-class RamPages:
-    """Pages in RAM, of which those of three steps are on the device too."""
+class Pages:
+    """A page for each step, on the device or in RAM; those at work lie on the device, always in the same places."""
 
     def __init__(self, num_steps: int, num_elements: int, like: Tensor, allocate: Allocate) -> None:
-        size = num_steps * num_elements
-        self._ram = allocate(size * like.element_size())[: size * like.element_size()].view(like.dtype)
-        self._ram = self._ram.view(num_steps, num_elements)
+        """`allocate` gives the memory in which pages wait, one at a time."""
+        self._num_steps, self._like, self._allocate = num_steps, like, allocate
+        self._waiting: list[Tensor] = []
         self._memory = like.new_empty(NUM_PAGES_AT_WORK, num_elements)
         self._stream = torch.cuda.Stream(like.device) if like.is_cuda else None
         self._arrived: dict[int, torch.cuda.Event | None] = {}  # by step
@@ -86,6 +53,7 @@ class RamPages:
         self._page, self._used = self._memory[0], 0
 
     def begin(self, step: int, is_first: bool) -> None:
+        """Go to a step's page; `is_first`: of the first strip, so that nothing is there yet."""
         self._page, self._used = self._memory[step % NUM_PAGES_AT_WORK], 0
         if is_first:
             # Nothing arrives that would wait for what leaves the same place.
@@ -93,19 +61,24 @@ class RamPages:
                 event.wait()
             return
         for wanted in (step, step + 1):
-            if wanted < len(self._ram) and wanted not in self._arrived:
-                self._arrived[wanted] = self._copy(self._memory[wanted % NUM_PAGES_AT_WORK], self._ram[wanted])
+            if wanted < self._num_steps and wanted not in self._arrived:
+                self._arrived[wanted] = self._copy(self._memory[wanted % NUM_PAGES_AT_WORK], self._waiting[wanted])
         event = self._arrived.pop(step)
         if event is not None:
             event.wait()
 
     def slot(self, num_elements: int) -> Tensor:
+        """The next so many numbers of the page; the same ones where it is asked for in the same order."""
         slot = self._page[self._used : self._used + num_elements]
         self._used += aligned(num_elements)
         return slot
 
     def end(self, step: int) -> None:
-        self._left.append(self._copy(self._ram[step], self._page))
+        """The step has written what it leaves."""
+        if step == len(self._waiting):
+            nbytes = self._page.nbytes
+            self._waiting.append(self._allocate(nbytes)[:nbytes].view(self._like.dtype))
+        self._left.append(self._copy(self._waiting[step], self._page))
 
     def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
         """Copy behind all work so far, and behind all other copies."""

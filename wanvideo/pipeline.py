@@ -326,7 +326,7 @@ class WanPipeline:
         if self._draft is not None:
             yield from self._draft.frames(latent, self.settings, self.progress.update)
             return
-        with self._vae_at_work() as vae:
+        with self._vae_at_work(decode_only=True) as vae:
 
             def frames(way: Way) -> Iterator[Tensor]:
                 return map(to_uint8, decode_in(vae, latent, way, self.progress.update, to_levels))
@@ -342,13 +342,14 @@ class WanPipeline:
         way: Way = Strips(decode.rows, decode.in_ram, registrar) if decode.rows else Tile(decode.tile)
         return [way, *retry_ways(vae, way, (plan.work.height, plan.work.width), registrar)]
 
-    def _vae_at_work(self) -> AbstractContextManager[WanVAE]:
-        """The VAE on the device; in RAM afterwards if it is kept."""
+    def _vae_at_work(self, decode_only: bool = False) -> AbstractContextManager[WanVAE]:
+        """The VAE on the device; in RAM afterwards if it is kept, and then not without its encoder."""
         settings = self.settings
 
         def load() -> WanVAE:
             if self._vae is None:
-                vae = self._opened_vae.build(settings.compute_dtype, settings.device)
+                part = decode_only and not settings.keep_loaded
+                vae = self._opened_vae.build(settings.compute_dtype, settings.device, part)
                 self._vae = vae if settings.keep_loaded else None
                 return vae
             try:

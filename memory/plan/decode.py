@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .footprint import SLACK_BYTES, SLACK_FRACTION, Limits, VaeFootprint, WorkSize, decode_memory
 from .tiles import TILES, fitting_tile, strip_rows
 
+RECORDED_SHARE = 1.5  # of the working memory: what recorded steps work in is fitted together less well
 PAGES_AT_WORK = 3  # of what strips leave to each other, on the device where the others are in RAM
 
 
@@ -68,7 +69,8 @@ def strip_memory(
     frames, height, width = work.latent_size
     page = work.width * vae.seam_bytes_per_column
     waiting = frames * (page + height * width * vae.waiting_bytes_per_position)
-    moving = rows * work.width * (vae.cache_bytes_per_pixel + vae.working_bytes_per_pixel)
+    working = int(RECORDED_SHARE * vae.working_bytes_per_pixel)
+    moving = rows * work.width * (vae.cache_bytes_per_pixel + working)
     moving += work.width * vae.strip_bytes_per_column
     moving += 2 * 4 * work.latent_positions * latent_channels
     moving += PAGES_AT_WORK * page if in_ram else waiting

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...fused.frame_ops import rms_norm
 from .rows import Level, StripPlan, seen_by_3x3
-from .strip import Seam, Strip, Write
+from .strip import Seam, Strip, Write, copy_rows
 
 
 class FrameChanger(nn.Module):
@@ -48,10 +48,6 @@ def frames_through(layers: Sequence[nn.Module], x: Tensor, strip: Strip) -> Iter
     yield x
 
 
-def copy(rows: Tensor, out: Tensor) -> None:
-    out.copy_(rows)
-
-
 class CausalConv3d(nn.Conv3d):
     """A convolution over a frame and the two before it; zeros stand for what is before the first, and at the edges."""
 
@@ -66,7 +62,7 @@ class CausalConv3d(nn.Conv3d):
     # Every layer takes the strip, a convolution too.
     def forward(self, x: Tensor, strip: Strip) -> Tensor:  # type: ignore[override]
         """The frame's convolution with its bias, of rows as they are."""
-        out = self.see([x], strip, copy, strip.seam(self, x) if strip.has_seam(self) else None)
+        out = self.see([x], strip, copy_rows, strip.seam(self, x) if strip.has_seam(self) else None)
         return self.add_bias(out)
 
     def add_bias(self, x: Tensor) -> Tensor:
@@ -86,11 +82,11 @@ class CausalConv3d(nn.Conv3d):
         rows = strip.rows(self)
         if not rows.out:
             return
-        slot = strip.ring(self, blocks[0]).next()
-        first = row = rows.start - rows.out_start + self.kernel_size[1] // 2
+        slot = strip.ring(self).next()
+        first = row = rows.offset + self.kernel_size[1] // 2
         if seam is not None:
             for above in seam.with_above(blocks[0][:, :, :0]):
-                slot[:, :, row : row + above.shape[2]].copy_(above)
+                copy_rows(above, slot[:, :, row : row + above.shape[2]])
                 row += above.shape[2]
         for block in blocks:
             if block.shape[2]:
@@ -103,7 +99,7 @@ class CausalConv3d(nn.Conv3d):
         """The convolution of the frame that was placed last, and those before it."""
         if not strip.rows(self).out:
             return strip.new_frame(like, self.out_channels, 0, like.shape[3])
-        return strip.ring(self, like).convolve(self.weight)
+        return strip.ring(self).convolve(self.weight)
 
 
 class RMSNorm(nn.Module):

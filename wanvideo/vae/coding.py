@@ -1,8 +1,9 @@
 """One encoding or decoding by a Wan VAE: whole frames, each all the way through, or strips of them.
 
 The layers at the latent's size (the middle, whose attention sees a frame, and what is beside it) always have whole
-frames. The others see what is nearby: frames pass them whole where they fit, else in strips of rows over the whole
-time. Both are the same layers on the same numbers, so results are the same but for the rounding of other kernels.
+frames: for strips of so few rows cuDNN has other kernels, which are slower and round otherwise. The others see what is
+nearby: frames pass them whole where they fit, else in strips of rows over the whole time. Both are the same layers on
+the same numbers, so results are the same but for the rounding of other kernels.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from ...fused.frame_select import select_frame_ops
 from ...vae.outbox import Finish, Outbox
-from ...vae.strips import Allocate, DevicePages, Pages, RamPages, Shelf, Strips, aligned, waiting_memory
+from ...vae.recording import select_recorder
+from ...vae.strips import Allocate, Pages, Shelf, Strips, aligned, waiting_memory
 from .blocks import frames_through, plan_layers
-from .rows import Level, StripPlan, cut_rows
+from .rows import Level, StripPlan, cut_alike
+from .steps import Steps
 from .strip import Rings, Strip
 
 OnChunk = Callable[[int, int], None]  # (parts done, parts in all); may raise to stop
@@ -61,7 +64,7 @@ class Coding:
 
     def strips(self, plan: StripPlan, pages: Pages | None = None) -> list[Strip]:
         """The strips of a plan, from the top down, which share their memory."""
-        rings = Rings(plan, self.batch, self._channels_last)
+        rings = Rings(plan, self.batch, self.weight, self._channels_last)
         return [Strip(plan, index, rings, self._ops, pages) for index in range(plan.num_strips)]
 
     def whole_frames(self) -> Strip:
@@ -71,10 +74,8 @@ class Coding:
         (strip,) = self.strips(plan)
         return strip
 
-    def pages(self, plan: StripPlan, way: Strips, allocate: Allocate) -> Pages:
-        if way.in_ram:
-            return RamPages(self.num_latents, page_elements(plan, self.batch), self.weight, allocate)
-        return DevicePages(self.num_latents, page_elements(plan, self.batch), self.weight)
+    def pages(self, plan: StripPlan, allocate: Allocate) -> Pages:
+        return Pages(self.num_latents, page_elements(plan, self.batch), self.weight, allocate)
 
     def shelf(self, channels: int, allocate: Allocate) -> Shelf:
         shape = self.num_latents, self.batch, channels, self.height, self.width
@@ -87,7 +88,7 @@ class Decoding(Coding):
     def plan(self, rows: int | None = None) -> tuple[StripPlan, Level]:
         """Strips of at most so many rows of pixels (None: whole frames), and the rows that each needs at first."""
         height, width = (self.side.stride * size for size in (self.height, self.width))
-        ends = cut_rows(height, height if rows is None else rows // self.side.patch)
+        ends = cut_alike(height, height if rows is None else rows // self.side.patch, self.side.stride)
         plan = StripPlan()
         return plan, plan_layers(self.side.local, plan, Level(ends, width, self.side.frames_per_latent))
 
@@ -102,15 +103,16 @@ class Decoding(Coding):
     ) -> Iterator[Tensor]:
         """The same pieces on the CPU, `finish`ed, in `into` where given; none is whole before the last strip."""
         plan, needed = self.plan(way.rows)
-        done, last = 0, plan.num_strips - 1
+        done, last, given = 0, plan.num_strips - 1, 0
         with waiting_memory(way, self.weight) as allocate:
             shelf, outbox = self._fill_shelf(latent, allocate), Outbox(into)
-            pages = self.pages(plan, way, allocate)
+            pages = self.pages(plan, allocate)
+            steps = Steps(self._piece, select_recorder(self.weight.device))
             for index, strip in enumerate(self.strips(plan, pages)):
                 for step in range(self.num_latents):
                     pages.begin(step, index == 0)
                     features = shelf.rows(step, needed.begins[index], needed.ends[index])
-                    piece = finish(self._piece(features, strip))
+                    piece = finish(steps.made(features, strip, step))
                     if index < last:
                         pages.end(step)
                     outbox.send(piece, (self.frames_of(step).start, done), self._video_shape(piece))
@@ -118,10 +120,12 @@ class Decoding(Coding):
                     del piece
                     if on_chunk is not None:
                         on_chunk(index * self.num_latents + step + 1, plan.num_strips * self.num_latents)
-                    if index == last and step:
-                        yield outbox.frames(self.frames_of(step - 1))
+                    while index == last and given < step and outbox.has(self.frames_of(given)):
+                        yield outbox.frames(self.frames_of(given))
+                        given += 1
                 done += height
-            yield outbox.frames(self.frames_of(self.num_latents - 1))
+            for step in range(given, self.num_latents):
+                yield outbox.frames(self.frames_of(step))
 
     def _video_shape(self, piece: Tensor) -> tuple[int, ...]:
         return *piece.shape[:2], self.num_frames, self.height * self.side.stride * self.side.patch, piece.shape[4]
@@ -152,7 +156,8 @@ class Encoding(Coding):
 
     def plan(self, rows: int | None = None) -> tuple[StripPlan, Level]:
         """Strips of at most so many rows of pixels (None: whole frames), and the rows that each needs at first."""
-        ends = cut_rows(self.height, self.height if rows is None else rows // (self.side.stride * self.side.patch))
+        most = self.height if rows is None else rows // (self.side.stride * self.side.patch)
+        ends = cut_alike(self.height, most, 1)
         plan = StripPlan()
         return plan, plan_layers(self.side.local, plan, Level(ends, self.width, 1))
 
@@ -166,29 +171,36 @@ class Encoding(Coding):
     @torch.inference_mode()
     def in_strips(self, video: Tensor, way: Strips, on_chunk: OnChunk | None = None) -> Tensor:
         """The same, in the memory of one strip."""
-        plan, needed = self.plan(way.rows)
-        patch, done, shelf = self.side.patch, 0, None
         with waiting_memory(way, self.weight) as allocate:
-            pages = self.pages(plan, way, allocate)
-            for index, strip in enumerate(self.strips(plan, pages)):
-                rows = video[:, :, :, needed.begins[index] * patch : needed.ends[index] * patch]
-                for step in range(self.num_latents):
-                    pages.begin(step, index == 0)
-                    (features,) = (
-                        each for frame in rows[:, :, self.frames_of(step)].unbind(2)
-                        for each in self._features(frame, strip)
-                    )  # fmt: skip
-                    if index + 1 < plan.num_strips:
-                        pages.end(step)
-                    shelf = shelf or self.shelf(features.shape[1], allocate)
-                    shelf.put(step, done, features)
-                    if on_chunk is not None:
-                        on_chunk(index * self.num_latents + step + 1, plan.num_strips * self.num_latents)
-                done += features.shape[2]
-            assert shelf is not None
-            last = self.whole_frames()
+            shelf, last = self._fill_shelf(video, way, allocate, on_chunk), self.whole_frames()
             latents = [self._latent(shelf.rows(step, 0, self.height), last) for step in range(self.num_latents)]
             return torch.stack(latents, dim=2)
+
+    def _fill_shelf(self, video: Tensor, way: Strips, allocate: Allocate, on_chunk: OnChunk | None) -> Shelf:
+        """What the layers in strips make of every step; what they remember is gone afterwards."""
+        plan, needed = self.plan(way.rows)
+        patch, done, shelf = self.side.patch, 0, None
+        pages, steps = self.pages(plan, allocate), Steps(self._local, select_recorder(self.weight.device))
+        for index, strip in enumerate(self.strips(plan, pages)):
+            rows = video[:, :, :, needed.begins[index] * patch : needed.ends[index] * patch]
+            for step in range(self.num_latents):
+                pages.begin(step, index == 0)
+                frames = rows[:, :, self.frames_of(step)].to(self.weight.device)
+                features = steps.made(frames, strip, step)
+                if index + 1 < plan.num_strips:
+                    pages.end(step)
+                shelf = shelf or self.shelf(features.shape[1], allocate)
+                shelf.put(step, done, features)
+                if on_chunk is not None:
+                    on_chunk(index * self.num_latents + step + 1, plan.num_strips * self.num_latents)
+            done += features.shape[2]
+        assert shelf is not None
+        return shelf
+
+    def _local(self, frames: Tensor, strip: Strip) -> Tensor:
+        """What the layers in strips make of a step's frames."""
+        (features,) = (each for frame in frames.unbind(2) for each in self._features(frame, strip))
+        return features
 
     def _features(self, frame: Tensor, strip: Strip) -> Iterator[Tensor]:
         return frames_through(self.side.local, self.side.enter(frame), strip)

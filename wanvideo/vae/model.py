@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...vae.checks import check_latent, check_video
 from ...vae.outbox import Finish
 from ...vae.strips import Strips
-from .blocks import CausalConv3d, Head, ResidualBlock, SpatialAttention
+from .blocks import CausalConv3d, FrameChanger, Head, ResidualBlock, SpatialAttention
 from .coding import Decoding, Encoding, OnChunk, Side
 from .resampling import Downsample, Upsample
 from .stages import DownStage, UpStage
@@ -254,12 +254,19 @@ class Encoder(nn.Module):
     @property
     def local(self) -> list[nn.Module]:
         """The layers that see pixels nearby, which may run in strips."""
-        return [self.conv1, *self.downsamples]
+        return [self.conv1, *list(self.downsamples)[: self._num_local]]
 
     @property
     def whole(self) -> list[nn.Module]:
         """The layers that follow, on whole frames of the latent's size."""
-        return [*self.middle, self.head]
+        return [*list(self.downsamples)[self._num_local :], *self.middle, self.head]
+
+    @property
+    def _num_local(self) -> int:
+        """Stages up to the last that halves frames."""
+        changers = [index for index, stage in enumerate(self.downsamples) if isinstance(stage, FrameChanger)]
+        halving = [index for index in changers if getattr(self.downsamples[index], "space_factor", 2) > 1]
+        return halving[-1] + 1
 
 
 class Decoder(nn.Module):
@@ -293,12 +300,17 @@ class Decoder(nn.Module):
     @property
     def whole(self) -> list[nn.Module]:
         """The first layers, on whole frames of the latent's size."""
-        return [self.conv1, *self.middle]
+        return [self.conv1, *self.middle, *list(self.upsamples)[: self._num_whole]]
 
     @property
     def local(self) -> list[nn.Module]:
         """The layers that follow and see what is nearby, which may run in strips."""
-        return [*self.upsamples, self.head]
+        return [*list(self.upsamples)[self._num_whole :], self.head]
+
+    @property
+    def _num_whole(self) -> int:
+        """Residual blocks before the first stage that doubles frames."""
+        return next(index for index, stage in enumerate(self.upsamples) if isinstance(stage, FrameChanger))
 
 
 def pointwise(conv: nn.Conv3d, x: Tensor) -> Tensor:

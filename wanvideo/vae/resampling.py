@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import CausalConv3d, FrameChanger, copy
+from .blocks import CausalConv3d, FrameChanger
 from .rows import Level, StripPlan, seen_by_3x3
-from .strip import Strip
+from .strip import Strip, copy_rows, in_words
 
 
 class Downsample(FrameChanger):
@@ -42,7 +42,7 @@ class Downsample(FrameChanger):
             yield halved
             return
         number = strip.count(self)
-        self.time_conv.place([halved], strip, copy)
+        self.time_conv.place([halved], strip, copy_rows)
         if number == 0:
             yield halved
         elif number % 2 == 0:
@@ -58,7 +58,7 @@ class Downsample(FrameChanger):
         row = 0
         for block in blocks:
             seen = block[:, :, : padded.shape[2] - row]
-            padded[:, :, row : row + seen.shape[2], :-1] = seen
+            copy_rows(seen, padded[:, :, row : row + seen.shape[2], :-1])
             row += seen.shape[2]
         padded[:, :, row:].zero_()
         seam.keep(blocks)
@@ -104,7 +104,7 @@ class Upsample(FrameChanger):
         if not rows.out:
             return strip.new_frame(x, conv.out_channels, 0, 2 * x.shape[3])
         enlarged = strip.new_frame(x, x.shape[1], rows.out + 2, 2 * x.shape[3])
-        row = 2 * rows.start - rows.out_start + 1
+        row = rows.offset + 1
         for block in blocks:
             enlarge(block, row, enlarged)
             row += 2 * block.shape[2]
@@ -121,6 +121,7 @@ def enlarge(block: Tensor, first: int, out: Tensor) -> None:
 
     Rows that fall outside are left out.
     """
+    block, out = in_words(block, out)
     for half in range(2):
         row = first + half
         skipped = (1 - row) // 2 if row < 0 else 0

@@ -37,16 +37,16 @@ class Level:
 class Rows:
     """What a layer sees and makes in one strip, in rows.
 
-    Its input is `above` rows that the strip above left and `new` ones, the first of them row `start` of the frame; its
-    result is `out` rows from row `out_start` on. The last `kept` rows of its input are left for the strip below.
+    Its input is `above` rows that the strip above left and `new` ones; its result is `out` rows. The first row of the
+    input lies `offset` rows below the first of the result, in rows of the result. The last `kept` rows of the input
+    are left for the strip below. Strips whose rows are equal in all layers do the same work.
     """
 
     above: int
     new: int
     out: int
     kept: int
-    start: int
-    out_start: int
+    offset: int
     is_top: bool
     is_bottom: bool
 
@@ -77,7 +77,8 @@ class LayerRows:
         out_begin, out_end = self.outputs.begins[index], self.outputs.ends[index]
         kept = end - self.starts[index + 1] if index + 1 < self.num_strips else 0
         at_edges = out_begin == 0, out_end == self.outputs.height
-        return Rows(begin - start, end - begin, out_end - out_begin, kept, start, out_begin, *at_edges)
+        offset = start * self.outputs.height // self.inputs.height - out_begin
+        return Rows(begin - start, end - begin, out_end - out_begin, kept, offset, *at_edges)
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,12 @@ def cut_rows(height: int, rows: int) -> tuple[int, ...]:
     """The ends of the fewest strips of at most `rows` rows, evenly high."""
     count = -(-height // max(rows, 1))
     return tuple(height * (index + 1) // count for index in range(count))
+
+
+def cut_alike(height: int, rows: int, unit: int) -> tuple[int, ...]:
+    """The same of strips that are multiples of `unit` and equal but for the last, where `rows` are as many."""
+    count = -(-height // max(rows, 1))
+    step = -(-height // (count * unit)) * unit
+    if step > rows or step * (count - 1) >= height:
+        return cut_rows(height, rows)
+    return tuple(min(step * (index + 1), height) for index in range(count))

@@ -90,7 +90,7 @@ class UpStage(FrameChanger):
         # The first frame leads to one, the last of those that it would spread to.
         time = self.time_factor - 1 if strip.count(self) == 0 else 0
         for out in frames_through(list(self.upsamples), x, strip):
-            row = self.space_factor * rows.start - rows.out_start
+            row = rows.offset
             for block in blocks:
                 self._add_spread(out, block, row, time)
                 row += self.space_factor * block.shape[2]

@@ -7,7 +7,7 @@ side in one tensor, so that it is a two-dimensional convolution over three frame
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...fused.frame_ops import FrameOps
-from .rows import Rows, StripPlan
+from .rows import LayerRows, Rows, StripPlan
 
+WORD = torch.complex128  # 16 bytes
 NUM_FRAMES = 3  # that a causal convolution sees
 
 Write = Callable[[Tensor, Tensor], None]  # (rows, out): what a convolution sees of them, into `out`
@@ -32,18 +33,23 @@ class Borders(Protocol):
 class Rings:
     """The memory of the convolutions' last frames, which all strips use in turn."""
 
-    def __init__(self, plan: StripPlan, batch: int, channels_last: bool) -> None:
+    def __init__(self, plan: StripPlan, batch: int, like: Tensor, channels_last: bool) -> None:
         self._plan, self._batch, self.channels_last = plan, batch, channels_last
-        self._memory: dict[nn.Module, Tensor] = {}
+        self._memory = {
+            layer: like.new_empty(batch * ring_elements(layer, rows))
+            for layer, rows in plan.layers.items()
+            if isinstance(layer, nn.Conv3d)
+        }
 
-    def frames(self, conv: nn.Conv3d, like: Tensor, rows: int) -> Tensor:
+    def frames(self, conv: nn.Conv3d, rows: int) -> Tensor:
         """Zeros [B, 3 C, rows, W] in a convolution's memory, which has room for the thickest strip."""
-        channels, width = NUM_FRAMES * conv.in_channels, like.shape[3]
-        memory = self._memory.get(conv)
-        if memory is None:
-            most = ring_rows(conv, self._plan.layers[conv].most_out)
-            memory = self._memory[conv] = like.new_empty(self._batch * channels * most * width)
-        return laid_out(memory, (self._batch, channels, rows, width), self.channels_last).zero_()
+        shape = self._batch, NUM_FRAMES * conv.in_channels, rows, self._plan.layers[conv].inputs.width
+        return laid_out(self._memory[conv], shape, self.channels_last).zero_()
+
+
+def ring_elements(conv: nn.Conv3d, rows: LayerRows) -> int:
+    """Numbers of one video that a convolution remembers."""
+    return NUM_FRAMES * conv.in_channels * ring_rows(conv, rows.most_out) * rows.inputs.width
 
 
 def ring_rows(conv: nn.Conv3d, out_rows: int) -> int:
@@ -58,19 +64,41 @@ def laid_out(memory: Tensor, shape: tuple[int, int, int, int], channels_last: bo
     return flat.view(b, h, w, c).permute(0, 3, 1, 2) if channels_last else flat.view(b, c, h, w)
 
 
+def copy_rows(rows: Tensor, out: Tensor) -> None:
+    """Copy rows of a frame to another place of the same shape."""
+    rows, out = in_words(rows, out)
+    out.copy_(rows)
+
+
+def in_words(*frames: Tensor) -> tuple[Tensor, ...]:
+    """Frames [B, C, h, w] as the widest numbers that GPUs copy at once, where all lie channels last; else as they are.
+
+    Copies of them are the same bits, in a third of the time where channels are 2 bytes and pixels have gaps.
+    """
+    if not all(_is_of_words(frame) for frame in frames):
+        return frames
+    return tuple(frame.permute(0, 2, 3, 1).view(WORD).permute(0, 3, 1, 2) for frame in frames)
+
+
+def _is_of_words(frame: Tensor) -> bool:
+    size = WORD.itemsize // frame.element_size()
+    strides = (frame.stride(0), *frame.stride()[2:], frame.storage_offset(), frame.shape[1])
+    return frame.numel() > 0 and frame.stride(1) == 1 and not any(each % size for each in strides)
+
+
 class FrameRing:
     """The last frames that a causal convolution saw in one strip, the newest in the place of the oldest."""
 
     def __init__(self, frames: Tensor) -> None:
         self._frames = frames
-        self._channels = frames.shape[1] // NUM_FRAMES
-        self._num_seen = 0
+        self._slots = frames.chunk(NUM_FRAMES, dim=1)
+        self._taps: list[Tensor] = []
+        self.num_seen = 0
 
     def next(self) -> Tensor:
         """The place [B, C, rows, W] of the next frame, whose rows outside the frame are zeros."""
-        slot = self._num_seen % NUM_FRAMES
-        self._num_seen += 1
-        return self._frames[:, slot * self._channels : (slot + 1) * self._channels]
+        self.num_seen += 1
+        return self._slots[(self.num_seen - 1) % NUM_FRAMES]
 
     def convolve(self, weight: Tensor) -> Tensor:
         """[B, O, rows, W] of the newest frame, without a bias; rows beyond it are part of the ring."""
@@ -78,11 +106,12 @@ class FrameRing:
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """[O, C, 3, h, w] as [O, 3 C, h, w], its taps where their frames are."""
-        order = [(slot - self._num_seen) % NUM_FRAMES for slot in range(NUM_FRAMES)]
-        if weight.is_contiguous():
-            return torch.stack([weight[:, :, tap] for tap in order], dim=1).flatten(1, 2)
-        taps = weight.permute(0, 3, 4, 2, 1)  # as channels last lies in memory
-        return torch.stack([taps[:, :, :, tap] for tap in order], dim=3).flatten(3).permute(0, 3, 1, 2)
+        as_it_is = weight.is_contiguous()
+        if not self._taps:
+            # [O, C, h, w], or [O, h, w, C] as channels last lie in memory
+            self._taps = list(weight.unbind(2) if as_it_is else weight.permute(0, 3, 4, 1, 2).unbind(4))
+        taps = [self._taps[(slot - self.num_seen) % NUM_FRAMES] for slot in range(NUM_FRAMES)]
+        return torch.cat(taps, dim=1) if as_it_is else torch.cat(taps, dim=3).permute(0, 3, 1, 2)
 
 
 class Seam:
@@ -106,7 +135,7 @@ class Seam:
             tail = torch.cat([block[:, :, -kept:] for block in blocks], dim=2)[:, :, -kept:]
         elif tail.untyped_storage().data_ptr() == self._slot.untyped_storage().data_ptr():
             tail = tail.clone()  # of what is about to be written over
-        self._slot[:, :, :kept].copy_(tail)
+        copy_rows(tail, self._slot[:, :, :kept])
 
 
 class Strip:
@@ -116,7 +145,8 @@ class Strip:
         self, plan: StripPlan, index: int, rings: Rings, ops: FrameOps, borders: Borders | None = None
     ) -> None:
         self.ops = ops
-        self._plan, self._index, self._rings, self._borders = plan, index, rings, borders
+        self._plan, self._rings, self._borders = plan, rings, borders
+        self._rows = {layer: rows.strip(index) for layer, rows in plan.layers.items()}
         self._running: dict[nn.Module, FrameRing] = {}
         self._num_seen: Counter[nn.Module] = Counter()
         self._set_aside: dict[nn.Module, Tensor | None] = {}
@@ -125,20 +155,43 @@ class Strip:
     def channels_last(self) -> bool:
         return self._rings.channels_last
 
+    @property
+    def work(self) -> Hashable:
+        """What all strips have in common that are the same work."""
+        return tuple(self._rows.values())
+
+    def begin(self) -> None:
+        """Have seen no frame yet, in every layer."""
+        for layer in self._rows:
+            if isinstance(layer, nn.Conv3d):
+                self.ring(layer)
+
+    def from_here(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as if the strip had seen no more frames than by now, each time that it is called."""
+        rings = {ring: ring.num_seen for ring in self._running.values()}
+        num_seen, set_aside = self._num_seen.copy(), dict(self._set_aside)
+
+        def again() -> None:
+            for ring, num in rings.items():
+                ring.num_seen = num
+            self._num_seen, self._set_aside = num_seen.copy(), dict(set_aside)
+            work()
+
+        return again
+
     def rows(self, layer: nn.Module) -> Rows:
-        return self._plan.layers[layer].strip(self._index)
+        return self._rows[layer]
 
     def count(self, layer: nn.Module) -> int:
         """How many frames a layer has seen before this one."""
         self._num_seen[layer] += 1
         return self._num_seen[layer] - 1
 
-    def ring(self, conv: nn.Conv3d, like: Tensor) -> FrameRing:
-        """What a convolution remembers, of frames as wide as `like`."""
+    def ring(self, conv: nn.Conv3d) -> FrameRing:
+        """What a convolution remembers."""
         ring = self._running.get(conv)
         if ring is None:
-            rows = ring_rows(conv, self.rows(conv).out)
-            ring = self._running[conv] = FrameRing(self._rings.frames(conv, like, rows))
+            ring = self._running[conv] = FrameRing(self._rings.frames(conv, ring_rows(conv, self.rows(conv).out)))
         return ring
 
     def swap(self, layer: nn.Module, frame: Tensor | None) -> Tensor | None:

@@ -1,0 +1,197 @@
+"""What a step of the Wan VAE's decoder is made of on a GPU: convolutions whole and in strips, copies, recorded steps.
+
+    python benchmarks/decode_parts.py --out results.json
+
+`equal` says whether a convolution of some rows has the bits of the whole frame's, which is a matter of the kernels that
+cuDNN takes for each height. Takes half a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lowvram_video.memory.stream.pinned import CudaRegistrar
+from lowvram_video.system.host_memory import allocate_extent
+from lowvram_video.vae.files import to_channels_last
+from lowvram_video.vae.strips import Strips
+from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
+from lowvram_video.wanvideo.vae.resampling import enlarge
+from torch import Tensor
+
+# in (of three frames), out, rows and columns at 720x1280, padding to the sides
+CONVOLUTIONS = (
+    (288, 96, 720, 1280, 3), (192, 96, 720, 1280, 3), (576, 192, 360, 640, 3), (384, 192, 360, 640, 3),
+    (576, 384, 180, 320, 3), (1152, 384, 180, 320, 3), (1152, 384, 90, 160, 3), (1152, 768, 180, 320, 1),
+    (288, 3, 720, 1280, 3), (288, 8, 720, 1280, 3), (288, 16, 720, 1280, 3), (288, 32, 720, 1280, 3),
+)  # fmt: skip
+SHARES = (2, 3, 4, 5, 6)  # of a frame's rows
+
+
+class Parts:
+    def __init__(self, device: torch.device, scale: int) -> None:
+        self.device, self.scale = device, scale
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.rows: list[dict[str, Any]] = []
+
+    def note(self, **row: Any) -> None:
+        self.rows.append(row)
+        print(row, flush=True)
+
+    def rand(self, *shape: int) -> Tensor:
+        made = torch.randn(*shape, device=self.device, dtype=torch.float32).to(self.dtype)
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def seconds(self, work: Callable[[], object], repeats: int = 8) -> float:
+        work()
+        self.wait()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        self.wait()
+        return (time.perf_counter() - began) / repeats
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def kernels(self, work: Callable[[], object]) -> str:
+        if self.device.type != "cuda":
+            return ""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            work()
+            self.wait()
+        return "; ".join(sorted({each.key[:110] for each in found.key_averages()} - {"cudaDeviceSynchronize"}))
+
+    def convolutions(self) -> None:
+        """Each of a whole frame, and of the rows that strips of it have, one more and one less."""
+        for inward, outward, height, width, kernel in CONVOLUTIONS:
+            height, width = height // self.scale, width // self.scale
+            edge = kernel // 2
+            x = self.rand(1, inward, height + 2 * edge, width)
+            weight = (self.rand(outward, inward, kernel, kernel) / inward**0.5).contiguous(
+                memory_format=torch.channels_last)  # fmt: skip
+
+            def convolve(first: int, count: int) -> Tensor:
+                return F.conv2d(x[:, :, first : first + count + 2 * edge], weight, padding=(0, edge))  # noqa: B023
+
+            whole = convolve(0, height)
+            what = f"{inward}->{outward} {height}x{width} {kernel}x{kernel}"
+            self.note(what=what, rows=height, ms=1e3 * self.seconds(lambda: convolve(0, height)),  # noqa: B023
+                      kernels=self.kernels(lambda: convolve(0, height)))  # noqa: B023  # fmt: skip
+            for share in SHARES:
+                for more in (0, 1, -2):
+                    rows = max(1, height // share + more)
+                    first = (height - rows) // 2
+                    part = convolve(first, rows)
+                    different = int((part != whole[:, :, first : first + rows]).sum())
+                    row = {"what": what, "rows": rows, "equal": not different, "different": different / part.numel()}
+                    if not more:
+                        each = self.seconds(lambda: convolve(first, rows))  # noqa: B023
+                        row |= {"ms_of_all_rows": 1e3 * each * height / rows,
+                                "kernels": self.kernels(lambda: convolve(first, rows))}  # noqa: B023  # fmt: skip
+                    self.note(**row)
+
+    def copies(self) -> None:
+        for channels, height, width in ((192, 360, 640), (384, 180, 320)):
+            height, width = height // self.scale, width // self.scale
+            x, out = self.rand(1, channels, height, width), self.rand(1, channels, 2 * height + 2, 2 * width)
+            each = self.seconds(lambda: enlarge(x, 1, out))  # noqa: B023
+            self.note(what=f"enlarge {channels} {height}x{width}", ms=1e3 * each, gbps=5 * x.nbytes / each / 1e9)
+
+    def pinning(self) -> None:
+        """A page of rows in RAM for 81 frames, one at a time and all at once."""
+        if self.device.type != "cuda":
+            return
+        registrar = CudaRegistrar(self.device)
+        for count, nbytes in ((21, 36 << 20), (1, 756 << 20)):
+            began = time.perf_counter()
+            extents = [allocate_extent(nbytes) for _ in range(count)]
+            pinned = [registrar.pin(extent) for extent in extents]
+            middle = time.perf_counter()
+            for extent in extents:
+                registrar.unpin(extent)
+            self.note(what=f"pin {count} x {nbytes >> 20} MiB", s=middle - began, pinned=all(pinned),
+                      unpin_s=time.perf_counter() - middle)  # fmt: skip
+
+    def steps(self) -> None:
+        """Steps of strips of 144 rows: the calls' own time, and the device's where it waits for nobody."""
+        vae = self.vae()
+        latent = torch.randn(1, 16, 12, 90 // self.scale or 1, 160 // self.scale)
+        for recorded in (False, True):
+            os.environ["LOWVRAM_RECORD_STEPS"] = str(int(recorded))
+            marks: list[float] = []
+            way = Strips(144 // self.scale, True, CudaRegistrar(self.device) if self.device.type == "cuda" else None)
+
+            def mark(done: int, of: int) -> None:
+                marks.append(time.perf_counter())  # noqa: B023
+
+            for _ in range(2):
+                marks.clear()
+                self.wait()
+                began = time.perf_counter()
+                pieces = list(vae.decode_strips(latent, way, torch.clone, None, mark))
+                self.wait()
+                ended = time.perf_counter()
+            gaps = sorted(1e3 * (b - a) for a, b in pairwise(marks))
+            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0
+            reserved = torch.cuda.max_memory_reserved() / 2**30 if self.device.type == "cuda" else 0
+            shares = [round(gaps[int(q * (len(gaps) - 1))], 2) for q in (0, 0.25, 0.5, 0.75, 0.9, 1)]
+            checksum = float(sum(piece.float().abs().sum() for piece in pieces))
+            self.note(what="12 latents in strips of 144 rows", recorded=recorded, s=ended - began, steps=len(marks),
+                      until_first=marks[0] - began, ms_between=shares, checksum=checksum, allocated=peak,
+                      reserved=reserved)  # fmt: skip
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        if self.device.type == "cuda":
+            from torch.profiler import ProfilerActivity, profile
+
+            os.environ["LOWVRAM_RECORD_STEPS"] = "0"
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+                list(vae.decode_strips(latent[:, :, :4], way, torch.clone))
+            print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=100))
+            print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=60))
+
+    def vae(self) -> WanVAE:
+        vae = WanVAE(WAN21_VAE, device=self.device, dtype=self.dtype)
+        for parameter in vae.parameters():
+            torch.nn.init.normal_(parameter, std=(parameter[0].numel() if parameter.ndim > 1 else 1) ** -0.5)
+        if self.device.type == "cuda":
+            vae.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
+        return vae
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--only", nargs="*", help="what to measure")
+    parser.add_argument("--tiny", action="store_true", help="on the CPU, with small pictures")
+    options = parser.parse_args()
+    parts = Parts(torch.device("cpu") if options.tiny else torch.device("cuda", 0), 30 if options.tiny else 1)
+    with torch.inference_mode():
+        for work in (parts.steps, parts.copies, parts.pinning, parts.convolutions):
+            if options.only and work.__name__ not in options.only:
+                continue
+            began = time.perf_counter()
+            try:
+                work()
+            except RuntimeError:  # what was measured is kept, and the error with it
+                parts.note(what=work.__name__, error=traceback.format_exc()[-3000:])
+            print(work.__name__, f"took {time.perf_counter() - began:.1f} s", flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(parts.rows, indent=1))
+    for row in parts.rows:
+        print(" ".join(f"{key}={value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
