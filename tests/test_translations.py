@@ -30,6 +30,7 @@ WRONG_WORDS = {
     "ja": {"ビデオ": "動画", "メモリー": "メモリ"},
 }
 FEWEST_MESSAGES = 20
+LONGEST_NAME = 4  # words, such as those of a card
 NAMES = re.compile(r"Low ?VRAM|LowVRAM|VRAM Plan|VRAM プラン")  # of the pack and its nodes
 
 
@@ -133,26 +134,47 @@ def plans_and_reports() -> list[str]:
     return [*texts, report.table(), RunReport((PhaseReport("decode", 0.0, 1.0, 0, 0, 0, GIB),)).table()]
 
 
+@cache
 def page_texts(language: str) -> dict[str, dict[str, str]]:
     return dict(json.loads((ROOT / "web" / "texts" / f"{language}.json").read_text(encoding="utf-8")))
 
 
+VALUE = "((?:(?!  ).)+?)"  # as in `web/texts.js`: two spaces end it
+MARK = re.compile("^ *[✓✗·→] ")
+
+
+@cache
+def patterns(language: str) -> tuple[re.Pattern[str], ...]:
+    keys = [key.strip().split("{}") for key in page_texts(language)["lines"] if "{}" in key]
+    return tuple(
+        re.compile(" *" + VALUE.join(re.escape(part).replace("\\ ", " +") for part in parts)) for parts in keys
+    )
+
+
+def words(text: str) -> int:
+    return len(re.findall(r"[A-Za-z]{3,}", text.replace("GiB", "")))
+
+
 def in_page(text: str, language: str) -> list[str]:
-    """The lines of a text that `web/texts.js` knows no translation of."""
-    lines = page_texts(language)["lines"]
-    patterns = [
-        re.compile(
-            " *" + "(.+?)".join(re.escape(re.sub(" +", " ", part)).replace("\\ ", " +") for part in key.split("{}"))
-        )
-        for key in (each.strip() for each in lines)
-    ]
-    return [
-        line
-        for line in text.splitlines()
-        if len(re.findall(r"[A-Za-z]{3,}", line.replace("GiB", ""))) > 1
-        and line not in lines
-        and not any(each.fullmatch(line) for each in patterns)
-    ]
+    """The lines of a text that `web/texts.js` knows no translation of, or no whole one."""
+    return [line for line in text.splitlines() if words(line) > 1 and left_of(line, language)]
+
+
+def left_of(line: str, language: str) -> list[str]:
+    """What of a line stays English: all of it, columns, or values of more words than a name has."""
+    if MARK.match(line) or not found_in(line, language):
+        cells = re.findall(r"\S+(?: \S+)*", MARK.sub("", line))
+        return [cell for cell in cells if words(cell) > 1 and not found_in(cell, language)]
+    return []
+
+
+def found_in(text: str, language: str) -> bool:
+    if text in page_texts(language)["lines"]:
+        return True
+    found = next(filter(None, (each.fullmatch(text) for each in patterns(language))), None)
+    values = found.groups() if found else ()
+    parts = [part for value in values for part in value.split("; ")]
+    return found is not None and all(words(part) <= LONGEST_NAME or found_in(part, language) for part in parts)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -4,27 +4,71 @@ import { api } from "../../scripts/api.js";
 
 const LANGUAGES = { zh: "zh", "zh-TW": "zh", ja: "ja" };
 const ESCAPED = /[.*+?^$()|[\]\\]/g;
+const MARK = /^ *[✓✗·→] /; // of what Doctor found, and of what to do
 let texts = null; // {lines: {English: translated}, messages: {English: what it means}}, {} standing for anything
 let patterns = [];
 
-// "{} of {}" -> what finds it; spaces at its ends and before a {} may be more, for columns
+// "{} of {}" -> what finds it; before a {} may be more spaces, and in a value are no two of them: it ends at its column
 function pattern(english) {
     const parts = english.trim().split("{}").map((part) => part.replace(ESCAPED, "\\$&").replace(/ +/g, " +"));
-    return new RegExp(`^( *)${parts.join("(.+?)")}$`);
+    return new RegExp(`^( *)${parts.join("((?:(?!  ).)+?)")}$`);
+}
+
+function exact(text) {
+    return Object.hasOwn(texts.lines, text) ? texts.lines[text] : null;
+}
+
+// What a line or a part of one is in the page's language, or null.
+function known(text) {
+    const same = exact(text);
+    if (same !== null) {
+        return same;
+    }
+    for (const [finds, translated] of patterns) {
+        const found = finds.exec(text);
+        if (found) {
+            const values = found.slice(2);
+            const whole = found[1] + translated.trim().replace(/\{\}/g, () => knownValue(values.shift()));
+            return found.length === 3 ? inColumns(whole, found[2], text) : whole;
+        }
+    }
+    return null;
+}
+
+// A value of a line: most stay as they are; some are words, or a list of them.
+function knownValue(value) {
+    for (const [separator, translated] of [["; ", "；"], [null, null], [", ", "、"]]) {
+        const parts = separator ? value.split(separator) : [value];
+        const them = parts.length > 1 || !separator ? parts.map(known) : [];
+        if (them.some((each) => each !== null)) {
+            return them.map((each, index) => each ?? parts[index]).join(translated ?? "");
+        }
+    }
+    return value;
+}
+
+// A row of a table, whose columns stand apart by two spaces and more; its mark stays. Null where no column is known.
+function knownRow(line) {
+    const mark = MARK.exec(line)?.[0] ?? "";
+    const cells = [...line.slice(mark.length).matchAll(/\S+(?: \S+)*/g)].map((cell) => {
+        return { text: cell[0], start: mark.length + cell.index };
+    });
+    const them = cells.map((cell) => known(cell.text));
+    if (them.every((each) => each === null)) {
+        return null;
+    }
+    const figures = cells.length > 2; // to the right, behind what they are of
+    return cells.reduce((row, cell, index) => {
+        const text = them[index] ?? cell.text;
+        const start = figures && index ? cell.start + cell.text.length - width(text) : cell.start;
+        return row + " ".repeat(Math.max(index ? 1 : 0, start - width(row))) + text;
+    }, mark);
 }
 
 function translatedLine(line) {
-    const exact = texts.lines[line];
-    if (exact !== undefined) {
-        return exact;
-    }
-    for (const [finds, translated] of patterns) {
-        const found = finds.exec(line);
-        if (found) {
-            let next = 2;
-            const text = found[1] + translated.trim().replace(/\{\}/g, () => found[next++]);
-            return found.length === 3 ? inColumns(text, found[2], line) : text;
-        }
+    const found = (MARK.test(line) ? null : known(line)) ?? knownRow(line);
+    if (found !== null) {
+        return found;
     }
     const means = meaning(line);
     return means ? `${means}\n${line}` : line;
@@ -63,7 +107,8 @@ function translateNotes(nodes) {
     for (const node of nodes) {
         const widget = node.type === "MarkdownNote" && node.widgets?.find((each) => typeof each.value === "string");
         if (widget) {
-            widget.value = translated(widget.value);
+            const lines = widget.value.split("\n").map((line) => exact(line) ?? line); // a note may be the user's own
+            widget.value = lines.join("\n");
         }
     }
 }
@@ -82,9 +127,10 @@ app.registerExtension({
             .filter(([english]) => english.includes("{}"))
             .map(([english, text]) => [pattern(english), text]);
         api.addEventListener("execution_error", ({ detail }) => {
-            const means = texts && meaning(detail.exception_message ?? "");
-            if (means && !detail.exception_message.includes(means)) {
-                detail.exception_message = `${means}\n\n${detail.exception_message}`;
+            const message = detail.exception_message ?? "";
+            const means = texts && (known(message.trim()) ?? meaning(message));
+            if (means && !message.includes(means)) {
+                detail.exception_message = `${means}\n\n${message}`;
             }
         });
     },
