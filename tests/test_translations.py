@@ -31,7 +31,8 @@ WRONG_WORDS = {
 }
 FEWEST_MESSAGES = 20
 LONGEST_NAME = 4  # words, such as those of a card
-NAMES = re.compile(r"Low ?VRAM|LowVRAM|VRAM Plan|VRAM プラン")  # of the pack and its nodes
+# of the pack and its nodes, and of ComfyUI's own, which have the words that it chose
+NAMES = re.compile(r"Low ?VRAM|LowVRAM|VRAM Plan|VRAM プラン|ビデオを(?:読み込む|保存)|ビデオコンポーネントの取得")
 
 
 def page(node: str, language: str) -> str:
