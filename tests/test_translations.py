@@ -14,6 +14,7 @@ from lowvram_video.memory.plan.table import ROWS, describe
 from lowvram_video.memory.report.report import PhaseReport, RunReport
 from lowvram_video.memory.report.stream_log import StreamReport
 
+from .shown_texts import examinations, loras, plans_of_several_cards, refusals, reports
 from .test_packaging import sources
 from .test_plan import BF16, FP8, H200, LONG_480P, limits, plan_or_none
 
@@ -30,7 +31,7 @@ WRONG_WORDS = {
     "ja": {"ビデオ": "動画", "メモリー": "メモリ"},
 }
 FEWEST_MESSAGES = 20
-LONGEST_NAME = 4  # words, such as those of a card
+LONGEST_NAME = 2  # words, such as those of a model
 # of the pack and its nodes, and of ComfyUI's own, which have the words that it chose
 NAMES = re.compile(r"Low ?VRAM|LowVRAM|VRAM Plan|VRAM プラン|ビデオを(?:読み込む|保存)|ビデオコンポーネントの取得")
 
@@ -141,6 +142,7 @@ def page_texts(language: str) -> dict[str, dict[str, str]]:
 
 
 VALUE = "((?:(?!  ).)+?)"  # as in `web/texts.js`: two spaces end it
+NO_WORDS = re.compile(r"\S+ -m pip install [^(]*|sudo apt install [^(]*|\S*[-_/\\=\d.]\S+")
 MARK = re.compile("^ *[✓✗·→] ")
 
 
@@ -153,7 +155,8 @@ def patterns(language: str) -> tuple[re.Pattern[str], ...]:
 
 
 def words(text: str) -> int:
-    return len(re.findall(r"[A-Za-z]{3,}", text.replace("GiB", "")))
+    """How many there are, but for commands, addresses, flags, files and versions."""
+    return len(re.findall(r"[A-Za-z]{3,}", NO_WORDS.sub("", text).replace("GiB", "")))
 
 
 def in_page(text: str, language: str) -> list[str]:
@@ -174,8 +177,15 @@ def found_in(text: str, language: str) -> bool:
         return True
     found = next(filter(None, (each.fullmatch(text) for each in patterns(language))), None)
     values = found.groups() if found else ()
-    parts = [part for value in values for part in value.split("; ")]
-    return found is not None and all(words(part) <= LONGEST_NAME or found_in(part, language) for part in parts)
+    return found is not None and all(value_in(part, language) for value in values for part in value.split("; "))
+
+
+def value_in(text: str, language: str) -> bool:
+    """Whether a value is known, has no more words than a name, or is a list of such."""
+    if words(text) <= LONGEST_NAME or found_in(text, language):
+        return True
+    parts = text.split(", ")
+    return len(parts) > 1 and all(value_in(part, language) for part in parts)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -190,7 +200,8 @@ def test_every_note_is_translated(language: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_plan_and_report_is_translated(language: str) -> None:
-    left = {line for text in plans_and_reports() for line in in_page(text, language)}
+    shown = [*plans_and_reports(), *plans_of_several_cards(), *refusals(), *reports(), *loras(), *examinations()]
+    left = {line for text in shown for line in in_page(text, language)}
     assert not left, f"web/texts/{language}.json lacks {sorted(left)}"
 
 
