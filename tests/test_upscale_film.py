@@ -18,8 +18,9 @@ from lowvram_video.video.reader import read_video, video_rate, video_size
 from lowvram_video.video.sound import Sound
 from lowvram_video.video.writer import VideoWriter
 from lowvram_video.wanvideo.network.model import WanModel
-from lowvram_video.wanvideo.upscale import film
+from lowvram_video.wanvideo.upscale import film, kept_stream
 from lowvram_video.wanvideo.upscale.film import FilmPlace, UpscaleFilm
+from lowvram_video.wanvideo.upscale.host_windows import HostWindows
 from lowvram_video.wanvideo.upscale.projection import LowQualityProjection
 from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
 from lowvram_video.wanvideo.upscale.run import Upscaler
@@ -187,6 +188,45 @@ def test_what_is_kept_is_saved_from_time_to_time_and_damage_is_found(
     upscaled(files, video, place)
     assert "is damaged" in caplog.text and "begun anew" in caplog.text
     assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
+
+
+def test_a_full_disk_keeps_no_half_of_what_is_kept(
+    files: UpscaleFiles, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept_stream, "write_file", full)
+    with pytest.raises(Stopped):
+        upscaled(files, video, FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), 9)
+    assert "the run cannot be kept" in caplog.text
+    assert not list((tmp_path / "runs").glob("*/state_*"))
+
+
+def test_a_step_that_is_half_noted_is_not_kept(
+    files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, commits = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), []
+    real = HostWindows.commit
+
+    def stopped(self: HostWindows) -> None:
+        real(self)
+        commits.append(None)
+        if len(commits) == 2:
+            raise Stopped  # as a second Ctrl-C may
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostWindows, "commit", stopped)
+        with pytest.raises(Stopped):
+            upscaled(files, video, place)
+    upscaled(files, video, place)
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
+
+
+@pytest.mark.parametrize("crf", [-1, 52])
+def test_a_quality_that_there_is_not_is_told_at_once(tmp_path: Path, crf: int) -> None:
+    with pytest.raises(ValueError, match=f"crf is {crf}; expected 0 to 51"):
+        FilmPlace(tmp_path / "large.mp4", crf=crf)
 
 
 MADE = {

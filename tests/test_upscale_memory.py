@@ -21,7 +21,7 @@ from lowvram_video.wanvideo.network.embeddings import AxisPositions
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.network.upscaling import UpscalingModel, WindowExtras
 from lowvram_video.wanvideo.network.windows import WindowPass
-from lowvram_video.wanvideo.upscale import host_windows, stream
+from lowvram_video.wanvideo.upscale import decoder_memory, host_windows, stream
 from lowvram_video.wanvideo.upscale.decoder import CONDITIONAL, decode_next
 from lowvram_video.wanvideo.upscale.decoder_memory import DecoderMemory
 from lowvram_video.wanvideo.upscale.frames import coloured, enlarged
@@ -283,6 +283,28 @@ def steps(memory: DecoderMemory, num_steps: int) -> Iterator[Tensor]:
                 if attempt:
                     yield torch.tensor([]) if seen is None else seen
         memory.commit()
+
+
+def test_ram_that_does_not_suffice_for_parking_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = DecoderMemory(torch.device("cpu"))
+    memory.begin()
+    for place in range(3):
+        memory[place] = torch.full((4,), float(place))
+    memory.commit()
+    allocated: list[int] = []
+
+    def full(nbytes: int) -> Tensor:
+        allocated.append(nbytes)
+        if len(allocated) == 2:
+            raise MemoryError("no more RAM")
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(decoder_memory, "allocate_extent", full)
+    with pytest.raises(MemoryError):
+        memory.park()
+    assert not memory.is_parked and sorted(memory) == [0, 1, 2]
+    memory.park()
+    assert memory.is_parked and [memory[place][0].item() for place in range(3)] == [0, 1, 2]
 
 
 def test_a_step_that_failed_changes_nothing_and_parking_takes_two_places() -> None:

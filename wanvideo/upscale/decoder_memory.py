@@ -61,13 +61,12 @@ class DecoderMemory(MutableMapping[int, Tensor]):
         self._kept, self._new = {**self._kept, **self._new}, {}
 
     def park(self) -> None:
-        """Be in RAM from now on."""
+        """Be in RAM from now on. MemoryError where there is not so much: then nothing has changed."""
         if self._parked:
             return
-        kept, self._kept, self._new, self._parked = self._kept, {}, {}, True
-        while kept:  # one at a time: what is left of them on the device goes as they come
-            place, seen = kept.popitem()
-            self._kept[place] = self._in_ram(place, seen)
+        self._new = {}
+        self._kept = {place: self._in_ram(place, seen) for place, seen in self._kept.items()}
+        self._parked = True
 
     def tensors(self) -> dict[int, Tensor]:
         """What counts, on the CPU or on the device."""

@@ -33,17 +33,24 @@ log = logging.getLogger(__name__)
 
 SECTION_STEPS = 4  # whose frames are encoded together: 32 frames
 SAVE_SECONDS = 600.0  # of work that a killed process may lose
-GOOD_CRF = 16
+GOOD_CRF, MOST_CRF = 16, 51
 
 
 @dataclass(frozen=True)
 class FilmPlace:
-    """Where the large video goes, and where what a stopped run goes on from is kept (None: nowhere)."""
+    """Where the large video goes, and where what a stopped run goes on from is kept (None: nowhere).
+
+    ValueError for a `crf` that H.264 has not.
+    """
 
     output: Path
     runs: Path | None = None
     crf: int = GOOD_CRF
     tags: Tags = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= MOST_CRF:
+            raise ValueError(f"crf is {self.crf}; expected 0 to {MOST_CRF}: 16 is good, lower is better and larger")
 
 
 class UpscaleFilm:
@@ -198,7 +205,7 @@ class _Making:
         """Keep all there is, where that is whole and of frames that are no end's repetition."""
         stream, kept = self._stream, self._kept
         num_open = sum(map(len, self._open))
-        whole = num_open == stream.num_made - frames_of(self._num_sections * SECTION_STEPS)
+        whole = stream.is_whole and num_open == stream.num_made - frames_of(self._num_sections * SECTION_STEPS)
         is_begun = stream.num_steps and self._num_sections <= self._film.num_sections
         if kept is None or not is_begun or not whole or self._small.count < stream.num_taken:
             return

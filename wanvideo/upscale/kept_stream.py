@@ -40,12 +40,16 @@ class KeptStream:
         windows = stream.windows.windows
         tensors = {**stream.tensors(), **({} if open_frames is None else {OPEN: open_frames})}
         told = {"num_steps": stream.num_steps, "windows": [windows.start, windows.stop]}
-        for layer, state in stream.windows.state():
-            self._write(unfinished / _layer_name(layer), {"windows": state}, str(layer))
-        self._write(unfinished / "stream.safetensors", tensors, json.dumps(told))
-        if place.exists():
-            shutil.rmtree(place)
-        unfinished.rename(place)
+        try:
+            for layer, state in stream.windows.state():
+                self._write(unfinished / _layer_name(layer), {"windows": state}, str(layer))
+            self._write(unfinished / "stream.safetensors", tensors, json.dumps(told))
+            if place.exists():
+                shutil.rmtree(place)
+            unfinished.rename(place)
+        except BaseException:  # gigabytes, on a disk that may be full
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         self.forget(but=place)
 
     def restore(self, stream: UpscaleStream, small: Iterator[Tensor]) -> tuple[Tensor, Tensor | None] | None:

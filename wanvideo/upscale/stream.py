@@ -105,6 +105,11 @@ class UpscaleStream:
         """How many it has made."""
         return frames_of(self.num_steps)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that it remembers is of the same step: not where the last one was cut off as it was noted."""
+        return self.windows.windows.stop == (self.num_steps + FIRST_WINDOWS - 1 if self.num_steps else 0)
+
     def step(self, frames: Sequence[Tensor]) -> Tensor:
         """The next frames, uint8 `[t, H, W, 3]`, of `wanted` small ones `[h, w, 3]`; nothing has changed if it fails.
 
