@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import imageio_ffmpeg
 import pytest
 import torch
 from lowvram_video.cli.main import main
+from lowvram_video.runtime.latent_watch import BadLatents
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.vae.tiny import TinyVAE
 from lowvram_video.video.growing_video import GrowingVideo
@@ -223,6 +225,16 @@ def test_a_step_that_is_half_noted_is_not_kept(
     assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
 
 
+def test_a_network_that_makes_no_numbers_is_told_and_no_black_video_made(
+    files: UpscaleFiles, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, real = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), WanModel.forward
+    monkeypatch.setattr(WanModel, "forward", lambda *args, **named: real(*args, **named) * float("nan"))
+    with pytest.raises(BadLatents, match=r"NaN or infinite numbers .* likely damaged weights in"):
+        upscaled(files, video, place)
+    assert not place.output.exists()
+
+
 @pytest.mark.parametrize("crf", [-1, 52])
 def test_a_quality_that_there_is_not_is_told_at_once(tmp_path: Path, crf: int) -> None:
     with pytest.raises(ValueError, match=f"crf is {crf}; expected 0 to 51"):
@@ -254,6 +266,21 @@ def test_videos_of_all_kinds_keep_their_look(files: UpscaleFiles, video: Path, t
     assert made.num_frames == len(frames_of(place.output)) or name == "rate that changes"
     assert made.num_frames / video_rate(small) == pytest.approx(seconds, abs=0.2)
     assert has_sound(place.output) == has_sound(small)
+
+
+@pytest.mark.skipif(not hasattr(os, "getsid"), reason="Windows has no sessions")
+def test_ctrl_c_of_the_terminal_does_not_end_the_reading(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for a block to end, and what reads frames meanwhile is the terminal's, too, unless told otherwise."""
+    sessions, real = [], subprocess.Popen
+
+    def noted(*args: Any, **named: Any) -> Any:
+        process = real(*args, **named)
+        sessions.append(os.getsid(process.pid))
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    assert next(VideoFile(video).frames()).shape[0]
+    assert len(sessions) >= 2 and os.getsid(0) not in sessions
 
 
 def test_pictures_are_made_larger_too(files: UpscaleFiles, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import IO
 
 import imageio_ffmpeg
 import torch
@@ -88,7 +89,7 @@ def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor
     source = ["-nostdin", "-v", "error", "-i", str(path.absolute()), "-map", "0:v:0"]
     target = ["-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen([program, *source, *target], stdout=subprocess.PIPE, stderr=complaints)
+        process = _started([program, *source, *target], subprocess.PIPE, complaints)
         assert process.stdout is not None
         watched = Watched(process)
         try:
@@ -102,6 +103,17 @@ def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor
             process.kill()
             process.stdout.close()
             process.wait()
+
+
+def _started(command: list[str], stdout: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdout=stdout,
+        stderr=stderr,
+        # as in `writer.py`: Ctrl-C, which may wait for a block, would end the reading in the middle of it
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
 
 
 def _read(watched: Watched, nbytes: int) -> bytearray:
@@ -125,9 +137,7 @@ def _told(path: Path) -> _Told:
         try:
             program = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner"]
             one_frame = ["-map", "0:v:0", "-frames:v", "1", "-f", "null", "-"]  # turned as phones mean it
-            process = subprocess.Popen(
-                [*program, "-i", str(path.absolute()), *one_frame], stdout=subprocess.DEVNULL, stderr=said
-            )
+            process = _started([*program, "-i", str(path.absolute()), *one_frame], subprocess.DEVNULL, said)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: ffmpeg cannot be started ({error}): reinstall imageio-ffmpeg") from error
         watched = Watched(process)

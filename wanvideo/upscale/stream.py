@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...attention.masked import MaskedAttention
+from ...runtime.latent_watch import LatentWatch
 from ...vae.retries import first_fitting
 from ...vae.tiny import TinyVAE
 from ..network.embeddings import AxisPositions
@@ -113,7 +114,7 @@ class UpscaleStream:
     def step(self, frames: Sequence[Tensor]) -> Tensor:
         """The next frames, uint8 `[t, H, W, 3]`, of `wanted` small ones `[h, w, 3]`; nothing has changed if it fails.
 
-        Of the first 25 frames it makes 21, then 8 of 8.
+        Of the first 25 frames it makes 21, then 8 of 8. BadLatents where the transformer makes no numbers.
         """
         assert len(frames) == self.wanted
         small = [*self._small, *frames]
@@ -196,7 +197,9 @@ class UpscaleStream:
         time = torch.tensor([TIMESTEP], device=noise.device)
         velocity = networks.model.begun_again(self.windows.begin_pass, noise, time, networks.text, extras)
         self.windows.end_pass()  # their place on the device is the decoder's next
-        return noise - velocity
+        latents = noise - velocity
+        LatentWatch(networks.model.likely_cause()).step(0, 1, latents, latents)
+        return latents
 
     def noise(self, num_latents: int) -> Tensor:
         """That of the next latent frames, the same whenever the run was begun: `[1, 16, T, h, w]`."""
