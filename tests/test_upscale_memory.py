@@ -118,6 +118,37 @@ def test_a_pass_takes_what_its_footprint_says(num_kept: int, num_latents: int) -
     assert 0.9 * (planned + latents) < memory.peak <= 1.02 * (planned + latents)
 
 
+def test_what_the_projection_saw_last_is_counted_beside_passes_and_decoding() -> None:
+    """Of this step and of the one before, which stays until the step is done."""
+    width, height = SIZES[4]
+    projection = LowQualityProjection(ProjectionConfig(), "meta", torch.bfloat16)
+    seen = projection.begin(torch.empty(1, 3, 1, height, width, device="meta"), causal=True)
+    nbytes = sum(each.nbytes for each in seen)
+    said, work = footprint(parks_memory=True), upscale_work(CONFIG, width, height)
+    assert said.projection.seen_bytes(height, width, 2) == nbytes
+    for parked in (False, True):
+        said = footprint(parks_memory=parked)
+        most = said.activation_bytes(work, Choice(256, 12, False, 0, False), Limits(1 << 40))
+        beside = 0 if parked else 2 * nbytes
+        assert 0 <= most - said.decode_bytes(work) - beside < 1 << 26
+
+
+def test_projecting_takes_what_its_footprint_says() -> None:
+    width, height = SIZES[4]
+    projection = LowQualityProjection(ProjectionConfig(), "meta", torch.bfloat16)
+    config = projection.config
+    with FakeTensorMode(), torch.inference_mode():
+        for name, tensor in list(projection.named_parameters()):
+            assign(projection, name, torch.empty(tensor.shape, dtype=tensor.dtype))
+        clip = torch.empty(1, 3, 4, height, width, dtype=torch.bfloat16)
+        seen = projection.begin(clip[:, :, :1], causal=True)
+        with CountedMemory() as memory:
+            projection(clip, seen, causal=True)
+    planned = config.clip_bytes(height, width, 2) + config.seen_bytes(height, width, 2)
+    print(f"{memory.peak / GIB:.2f} GiB, planned {planned / GIB:.2f}")
+    assert memory.peak <= planned
+
+
 def test_decoding_takes_what_its_footprint_says() -> None:
     width, height = SIZES[4]
     decoder = TinyVAE(CONDITIONAL, "meta", torch.bfloat16)

@@ -55,6 +55,11 @@ class ProjectionConfig:
         second = self.hidden[0] * (2 + SEEN_BEFORE) + 2 * self.hidden[1]
         return 3 * positions * max(first, second) * itemsize
 
+    def seen_bytes(self, height: int, width: int, itemsize: int) -> int:
+        """What both convolutions saw last."""
+        positions = (height // PIXELS) * (width // PIXELS)
+        return SEEN_BEFORE * positions * (3 * PIXELS**2 + self.hidden[0]) * itemsize
+
 
 # What a convolution saw last: [1, C, 2, h, w] each; none before the first clip.
 Seen = tuple[Tensor, ...]

@@ -24,7 +24,7 @@ from .decoder import FRAMES, decode_next
 from .decoder_memory import DecoderMemory
 from .frames import coloured, enlarged
 from .host_windows import FIRST_WINDOWS, HostWindows
-from .projection import CLIP, LowQualityProjection, Seen
+from .projection import CLIP, PIXELS, LowQualityProjection, Seen
 from .request import UpscaleRequest, padded
 from .streamed import AHEAD, FIRST_FRAMES, NEXT_FRAMES, StreamedUpscaler
 
@@ -164,8 +164,7 @@ class UpscaleStream:
 
         The last one of those. ValueError where there are fewer than there were.
         """
-        device = self.networks.projection.conv1.weight.device
-        self._seen = tuple(tensors[f"seen_{number}"].to(device) for number in range(2))
+        self._seen = tuple(tensors[f"seen_{number}"] for number in range(2))
         self._memory.take_up({int(name.split("_")[1]): each for name, each in tensors.items() if name[:7] == "memory_"})
         self.num_steps = num_steps
         last = list(islice(small, self.num_made, self.num_taken))
@@ -185,6 +184,8 @@ class UpscaleStream:
     def _latents(self, frames: Sequence[Tensor]) -> tuple[Tensor, Seen]:
         """The next latent frames, and what the projection saw last."""
         additions, seen = self._fitting(lambda: self._projected(frames), "looking at the small video")
+        if self._memory.is_parked:
+            seen = tuple(each.cpu() for each in seen)
         return self._fitting(lambda: self._denoised(additions), "denoising", beside=True), seen
 
     def _denoised(self, additions: tuple[Tensor, ...]) -> Tensor:
@@ -212,14 +213,18 @@ class UpscaleStream:
 
     def _projected(self, new: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Seen]:
         """What is added to the tokens before the first layers, of frames that nobody has seen yet."""
-        projection, causal, seen = self.networks.projection, self.request.is_causal, self._seen
+        projection, causal = self.networks.projection, self.request.is_causal
+        config, weight, (width, height) = projection.config, projection.conv1.weight, self._padded
+        # first of all, in one piece: small ones that stay would cut up the memory that convolutions leave for the pass
+        added = weight.new_empty(config.num_layers, len(new) // CLIP, width * height // PIXELS**2, config.dim)
+        seen: Seen = tuple(each.to(weight.device) for each in self._seen)
         if not self.num_steps:
             seen, new = projection.begin(self.shown(new[:1]), causal), new[1:]
-        clips: list[list[Tensor]] = []
-        for first in range(0, len(new), CLIP):
+        for number, first in enumerate(range(0, len(new), CLIP)):
             tokens, seen = projection(self.shown(new[first : first + CLIP]), seen, causal)
-            clips.append(tokens)
-        return tuple(torch.cat(layer) for layer in zip(*clips, strict=True)), seen
+            for layer, rows in enumerate(tokens):
+                added[layer, number] = rows
+        return tuple(added.flatten(1, 2)), seen
 
     def _pictures(self, latents: Tensor, small: Sequence[Tensor]) -> Tensor:
         """Frames uint8 of latents, one latent frame after the other; the video's first is of a single frame."""

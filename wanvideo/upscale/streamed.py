@@ -45,7 +45,7 @@ class UpscaleWork(WanWork):
 class UpscaleFootprint(WanFootprint):
     """`projection` and `decoder` work between passes, `kept_windows` are remembered.
 
-    `parks_memory`: what the decoder remembers is in RAM. `windows_on_disk`: what the transformer remembers is not.
+    `parks_memory`: what decoder and projection remember is in RAM. `windows_on_disk`: what the transformer does is not.
     """
 
     projection: ProjectionConfig = ProjectionConfig()  # noqa: RUF009 - immutable
@@ -62,11 +62,12 @@ class UpscaleFootprint(WanFootprint):
     def remembered_bytes(self, work: WorkSize) -> int:
         """What a run remembers in RAM."""
         # of this step and of the one before, which a step that failed begins with again
-        parked = 2 * memory_bytes(self.decoder, work.height, work.width, self.compute_bytes) * self.parks_memory
+        size = work.height, work.width, self.compute_bytes
+        parked = 2 * (memory_bytes(self.decoder, *size) + self.projection.seen_bytes(*size)) * self.parks_memory
         return parked if self.windows_on_disk else self.window_size(work).host_bytes + parked
 
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """The most of a pass, of the projection and of the decoder, which take turns, and frames that wait."""
+        """The most of a pass, of the projection and of the decoder, which take turns, and what was seen last."""
         work = replace(work, frames=FIRST_FRAMES)  # a video of any length has such a pass
         element, size = self.compute_bytes, (work.height, work.width)
         windows = self.window_size(work)
@@ -74,9 +75,13 @@ class UpscaleFootprint(WanFootprint):
         first_pass = self.pass_bytes(work, choice, limits) + windows.device_bytes(first=True)
         later_pass = self.pass_bytes(later, choice, limits) + windows.device_bytes(first=False)
         remembered = 0 if self.parks_memory else memory_bytes(self.decoder, *size, element)
-        added = 2 * self.projection.num_layers * work.rows * self.dim * element
-        projecting = self.projection.clip_bytes(*size, element) + added
-        return max(first_pass, remembered + max(later_pass, projecting), self.decode_bytes(work))
+        clip_rows = work.rows // work.latent_size[0]
+        added = self.projection.num_layers * (work.rows + clip_rows) * self.dim * element
+        # what the projection saw last: of this step, and of the one before until it is done; one more while it works
+        one_seen = self.projection.seen_bytes(*size, element)
+        seen = 0 if self.parks_memory else 2 * one_seen
+        projecting = self.projection.clip_bytes(*size, element) + added + one_seen
+        return seen + max(first_pass, remembered + max(later_pass, projecting), self.decode_bytes(work))
 
     def decode_bytes(self, work: WorkSize) -> int:
         """The most while frames are decoded, and coloured one after the other."""
