@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from lowvram_video.memory.plan.plan import plan_memory
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.vae.tiny import TinyVAE
+from lowvram_video.wanvideo.network import windows
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.embeddings import AxisPositions
 from lowvram_video.wanvideo.network.model import WanModel
@@ -245,6 +248,32 @@ def test_out_of_memory_costs_time_alone(
         assert "out of VRAM" in caplog.text
     # a leaner plan multiplies other numbers of rows at a time
     assert int((made.int() - undisturbed.int()).abs().max()) <= (owner is WanModel)
+
+
+def test_nothing_of_a_pass_stays_until_cycles_are_looked_for(
+    files: UpscaleFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, added, alive = stream.UpscaleStream._denoised, [], []
+
+    def watched(self: stream.UpscaleStream, additions: tuple[Tensor, ...]) -> Tensor:
+        added.extend(map(weakref.ref, additions))
+        return real(self, additions)
+
+    def pictures(self: stream.UpscaleStream, *given: Any) -> Tensor:
+        alive.extend(each for each in added if each() is not None)
+        return shown(self, *given)
+
+    shown = stream.UpscaleStream._pictures
+    monkeypatch.setattr(stream.UpscaleStream, "_denoised", watched)
+    monkeypatch.setattr(stream.UpscaleStream, "_pictures", pictures)
+    # as `torch.compiler.disable` does where it can: a function that keeps the one that was given
+    monkeypatch.setattr(windows, "outside_graphs", lambda function: lambda *given: function(*given))
+    gc.disable()
+    try:
+        upscaled(files)
+    finally:
+        gc.enable()
+    assert added and not alive
 
 
 def test_memory_that_never_suffices_is_told(files: UpscaleFiles, full_at: Callable[..., list[int]]) -> None:
