@@ -6,7 +6,9 @@ compiled then; everything else runs.
 
 from __future__ import annotations
 
+import gc
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import TypeVar
@@ -38,8 +40,12 @@ def mark_any_length(*tensors: torch.Tensor) -> None:
 
 def outside_graphs(function: F) -> F:
     """The function as compiled blocks call it without looking into it; itself where nothing can be compiled."""
+    is_first = "torch._dynamo" not in sys.modules
     try:
         disabled: F = torch.compiler.disable(function)
     except triton_errors():
         return function
+    finally:
+        if is_first:  # its import leaves cycles that hold all callers' frames, and so what a pass has on the card
+            gc.collect()
     return disabled

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -375,3 +377,24 @@ def test_a_step_that_failed_changes_nothing_and_parking_takes_two_places() -> No
     assert said == [each.flatten()[:1].tolist() for each in steps(DecoderMemory(torch.device("cpu")), 4)]
     assert said == [[], [0], [1], [10], [11], [20], [21], [30]]
     assert len(pinned) == 2
+
+
+IMPORTED_IN_A_PASS = """
+import gc, weakref, torch
+from lowvram_video.system.torch_compiler import outside_graphs
+
+class Pool: pass
+
+def run_pass():
+    pool = Pool()
+    outside_graphs(lambda: None)
+    return weakref.ref(pool)
+
+gc.collect(); gc.freeze(); gc.disable()
+assert run_pass()() is None
+"""
+
+
+def test_the_first_pass_of_a_process_keeps_nothing() -> None:
+    """PyTorch's compiler, when it is imported, leaves cycles that hold the frames of all its callers."""
+    subprocess.run([sys.executable, "-c", IMPORTED_IN_A_PASS], check=True)
