@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import importlib
+import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -39,7 +41,12 @@ def mark_any_length(*tensors: torch.Tensor) -> None:
 
 
 def outside_graphs(function: F) -> F:
-    """The function as compiled blocks call it without looking into it; itself where nothing can be compiled."""
+    """The function as compiled blocks call it without looking into it; itself where nothing can be compiled.
+
+    A bound method's object may keep the result: that does not hold the object, whose memory would stay until Python
+    looks for cycles.
+    """
+    function = _not_holding(function)
     is_first = "torch._dynamo" not in sys.modules
     try:
         disabled: F = torch.compiler.disable(function)
@@ -49,3 +56,17 @@ def outside_graphs(function: F) -> F:
         if is_first:  # its import leaves cycles that hold all callers' frames, and so what a pass has on the card
             gc.collect()
     return disabled
+
+
+def _not_holding(function: F) -> F:
+    """The same, of a bound method one that does not hold its object."""
+    if not inspect.ismethod(function):
+        return function
+    held = weakref.WeakMethod(function)
+
+    def call(*args: Any) -> Any:
+        method = held()
+        assert method is not None, "whoever calls this has the object"
+        return method(*args)
+
+    return cast(F, call)

@@ -20,7 +20,6 @@ from lowvram_video.memory.plan.plan import plan_memory
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.vae.tiny import TinyVAE
-from lowvram_video.wanvideo.network import windows
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.embeddings import AxisPositions
 from lowvram_video.wanvideo.network.model import WanModel
@@ -268,8 +267,8 @@ def test_nothing_of_a_pass_stays_until_cycles_are_looked_for(
     shown = stream.UpscaleStream._pictures
     monkeypatch.setattr(stream.UpscaleStream, "_denoised", watched)
     monkeypatch.setattr(stream.UpscaleStream, "_pictures", pictures)
-    # as `torch.compiler.disable` does where it can: a function that keeps the one that was given
-    monkeypatch.setattr(windows, "outside_graphs", lambda function: lambda *given: function(*given))
+    # as it does where it can: a function that keeps the one that was given
+    monkeypatch.setattr(torch.compiler, "disable", lambda function: lambda *given: function(*given))
     gc.disable()
     try:
         upscaled(files)

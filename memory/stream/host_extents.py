@@ -23,6 +23,16 @@ class HostExtents:
         self._staged: frozenset[int] = frozenset()
         self._part, self._in_stages = Part.ALL, False
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes pinned for this source alone."""
+        return self._staging.pinned_bytes if self._staging is not None else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory held by this source alone."""
+        return self._staging.host_bytes if self._staging is not None else 0
+
     def available(self, index: int, stage: int = 0) -> bool:
         """Whether `pieces` would return at once."""
         if self._staging is None or index not in self._staged:

@@ -45,16 +45,6 @@ class ParkedBlocks(HostExtents):
         """Bytes of the card."""
         return sum(extent.numel() for extent in self.extents)
 
-    @property
-    def pinned_bytes(self) -> int:
-        """Bytes pinned for these blocks."""
-        return self._staging.pinned_bytes if self._staging is not None else 0
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory held for these blocks."""
-        return self._staging.host_bytes if self._staging is not None else 0
-
     def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
         """Blocks `order` will be copied to the device over and over, this part of each, whole or stage by stage."""
         self.pause()

@@ -20,16 +20,6 @@ class SharedBlocks(HostExtents):
         super().__init__(owner.layouts, owner.extents)
         self._owner = owner
 
-    @property
-    def pinned_bytes(self) -> int:
-        """Bytes pinned for this source alone."""
-        return self._staging.pinned_bytes if self._staging is not None else 0
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory held by this source alone."""
-        return self._staging.host_bytes if self._staging is not None else 0
-
     def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
         """As `HostBlocks.prepare`, but that nothing more is pinned."""
         self.pause()

@@ -261,28 +261,27 @@ def negative_guidance() -> dict[str, Any]:
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 1.0, 30))
 
 
-def sparse() -> dict[str, Any]:
-    scene = fox("wan2.1_t2v_1.3B_sparse")
-    scene.model.append(scene.graph.add("LowVRAMSparseAttention", model=scene.model[-1][0]))
+def with_node(name: str, node: str) -> dict[str, Any]:
+    """Text to video with one more node between loader and sampler."""
+    scene = fox(name)
+    scene.model.append(scene.graph.add(node, model=scene.model[-1][0]))
     return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+
+
+def sparse() -> dict[str, Any]:
+    return with_node("wan2.1_t2v_1.3B_sparse", "LowVRAMSparseAttention")
 
 
 def step_cache() -> dict[str, Any]:
-    scene = fox("wan2.1_t2v_1.3B_step_cache")
-    scene.model.append(scene.graph.add("LowVRAMStepCache", model=scene.model[-1][0]))
-    return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+    return with_node("wan2.1_t2v_1.3B_step_cache", "LowVRAMStepCache")
 
 
 def compiled() -> dict[str, Any]:
-    scene = fox("wan2.1_t2v_1.3B_compiled")
-    scene.model.append(scene.graph.add("LowVRAMTorchCompile", model=scene.model[-1][0]))
-    return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+    return with_node("wan2.1_t2v_1.3B_compiled", "LowVRAMTorchCompile")
 
 
 def several_gpus() -> dict[str, Any]:
-    scene = fox("wan2.1_t2v_1.3B_several_gpus")
-    scene.model.append(scene.graph.add("LowVRAMSeveralGPUs", model=scene.model[-1][0]))
-    return finish(scene, scene.graph.add("EmptyHunyuanLatentVideo", **scene.sizes.wires), Sampling(8.0, 6.0, 30))
+    return with_node("wan2.1_t2v_1.3B_several_gpus", "LowVRAMSeveralGPUs")
 
 
 def wan_blueprint() -> dict[str, Any]:

@@ -9,7 +9,6 @@ keys and values in every layer.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -96,14 +95,7 @@ class WindowAttention:
         self._near: Tensor | None = None
         self._layer, self._heads_done = 0, 0
         self._kept: tuple[Tensor, Tensor] | None = None  # of the layer
-        here = weakref.ref(self)  # else all that is added stays until Python looks for cycles
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            this = here()
-            assert this is not None
-            return this.attend_now(q, k, v)
-
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = outside_graphs(attend)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = outside_graphs(self.attend_now)
 
     def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
         """The next layer has its turn; before the first, all `tokens [rows, ...]` come in the order of blocks."""
