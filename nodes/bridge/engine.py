@@ -278,6 +278,14 @@ class Engine(Generic[S]):
             return min(options.ram_budget_gb, free / GIB)
         return free / GIB if free < self.total_bytes + RAM_MARGIN_BYTES else None
 
+    def vram_left(self) -> int | None:
+        """Bytes that a budget given by hand leaves beside what PyTorch holds now; None without one."""
+        if not self.options.vram_budget_gb or self.device.type != "cuda":
+            return None
+        limits = Limits(int(self.options.vram_budget_gb * GIB))
+        used = limits.context_bytes + torch.cuda.memory_allocated(self.device)
+        return max(0, limits.vram_budget_bytes - used)
+
     # Running
 
     def prepare(self) -> None:

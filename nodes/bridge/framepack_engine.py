@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ...framepack.footprint import SectionSize
 from ...framepack.streamed import StreamedFramePack
-from ...memory.plan.footprint import GIB, Limits, WorkSize
+from ...memory.plan.footprint import WorkSize
 from ...runtime.settings import RunSettings
 from ...runtime.turns import Turns
 from . import host
@@ -62,11 +61,3 @@ class FramePackEngine(Engine[StreamedFramePack]):
         self._tell_owner()
         # others count against a budget, also where no section is made any more
         self.evict_others() if self.options.vram_budget_gb else host.empty_cache()
-
-    def vram_left(self) -> int | None:
-        """Bytes that a budget given by hand leaves beside what PyTorch holds now; None without one."""
-        if not self.options.vram_budget_gb or self.device.type != "cuda":
-            return None
-        limits = Limits(int(self.options.vram_budget_gb * GIB))
-        used = limits.context_bytes + torch.cuda.memory_allocated(self.device)
-        return max(0, limits.vram_budget_bytes - used)

@@ -28,7 +28,7 @@ from ...video.tags import Tags
 from . import host
 from .framepack_engine import FramePackEngine
 from .framepack_request import SamplerInputs
-from .moving_preview import MovingPreview, sender
+from .moving_preview import MovingPreview, moving_preview
 from .native_vae import native_decoder, vae_fingerprint
 from .page import show_video
 from .patcher import StreamedModelPatcher
@@ -63,7 +63,7 @@ class ComfyRunHost:
         host.load_model(self._patcher)
         self._engine.begin_run(phase=None)
         try:
-            with MovingPreview(self._patcher.model.latent_format, sender()) as self._moving:
+            with moving_preview(self._patcher.model.latent_format, self._engine) as self._moving:
                 yield
         finally:
             self._engine.end_run()

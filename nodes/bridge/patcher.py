@@ -24,7 +24,7 @@ from .carried import BYPASS, HOOKED, OWN, check_carried
 from .compile_patches import COMPILE_KEY, compile_settings
 from .engine import Engine
 from .inside import check_dtype, is_inside
-from .moving_preview import MovingPreview, sender
+from .moving_preview import moving_preview
 from .native_model import NativeModel, PartValueError, absent
 from .options import StreamOptions
 
@@ -262,7 +262,7 @@ def _watched(
                 callback(step, denoised, latent, num_steps)
                 preview.show(denoised)
 
-        with MovingPreview(patcher.model.latent_format, sender()) as preview:
+        with moving_preview(patcher.model.latent_format, engine) as preview:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *more, **named)
 
     try:
