@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from .faults.fuzz import FINE, all_cases, fuzz
 from .faults.kills import cases, kill_everywhere
 from .faults.out_of_memory import out_of_memory
 from .faults.readers import readers
-from .faults.table import Row, Tried, as_json, as_markdown
+from .faults.record import Known, Record
+from .faults.table import Row, Tried, as_json, as_markdown, from_json
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,30 @@ def test_a_table_counts_what_was_right() -> None:
     found = as_json({"kills": Tried(3, rows[:2]), "disks": Tried(2, rows[2:])})
     assert found["kinds"]["kill"] == {"faults": 2, "right": 1, "seen": {"same": 1, "lost": 1}}
     assert (found["faults"], found["right"]) == (3, 2)
+
+
+def test_a_part_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    points = [Row("kill", f"change {at}", True, "same") for at in range(4)]
+    tried: list[str] = []
+
+    def rows(known: Known, until: int = 4) -> Iterator[Row]:
+        for row in points[:until]:
+            if (row.fault, row.where) not in known:
+                tried.append(row.where)
+            yield known.get((row.fault, row.where), row)
+
+    def cut_off(known: Known) -> Iterator[Row]:
+        yield from rows(known, 2)
+        raise KeyboardInterrupt
+
+    out, order = tmp_path / "faults.json", ["kills", "disks"]
+    with pytest.raises(KeyboardInterrupt):
+        list(Record(out, order).fill("kills", cut_off))
+    other = Record(out, order)
+    assert (other.parts["kills"].whole, len(other.parts["kills"].rows)) == (False, 2)
+    list(Record(out, order).fill("disks", lambda known: iter([Row("full", "1", True, "same")])))  # another process
+    assert list(other.fill("kills", rows)) == points and tried == [row.where for row in points]
+    found = from_json(out)
+    assert list(found) == order and found["kills"].whole and list(found["kills"].rows) == points
+    list(Record(out, order).fill("kills", rows))  # it was whole: all of it anew
+    assert len(tried) == 8

@@ -3,25 +3,23 @@
     make faults                                     all of it, 20 minutes of one core
     python -m tests.faults [PART ...] [--points N] [--out FILE] [--readme]
 
-The server's part wants a ComfyUI in COMFYUI_DIR or ~/ComfyUI. Prints the table of the README, and writes JSON with each
-fault; parts that a FILE has already, and that are not tried now, stay in it. `--readme` tries nothing: it puts the
-table of FILE into the README. Exit code 1 where something is not as it should be.
+The server's part wants a ComfyUI in COMFYUI_DIR or ~/ComfyUI. Prints the table of the README, and writes each fault to
+FILE as it is found, as JSON. Parts that FILE has already, and that are not tried now, stay in it; long ones that were
+cut off go on where they were. `--readme` tries nothing: it puts the table of FILE into the README. Exit code 1 where
+something is not as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from lowvram_video.system.atomic_files import write_file
 
 from ..comfyui.conftest import installations
 from .at_once import interrupts, two_at_once
@@ -29,26 +27,27 @@ from .disks import broken_folders, changed_models, full_disks
 from .files import Files, make_files
 from .kills import cases, kill_everywhere
 from .out_of_memory import out_of_memory
+from .record import Known, Record
 from .servers import kill_servers
-from .table import Row, Tried, as_json, as_markdown, from_json, write_readme
+from .table import Row, as_markdown, write_readme
 
-Part = Callable[[Files, Path, int], Iterator[Row]]
+Part = Callable[[Files, Path, int, Known], Iterator[Row]]
 
 
-def kills(files: Files, place: Path, points: int) -> Iterator[Row]:
+def kills(files: Files, place: Path, points: int, known: Known) -> Iterator[Row]:
     for case in cases(files):
-        yield from kill_everywhere(case, place, points)
+        yield from kill_everywhere(case, place, points, known)
 
 
-def disks(files: Files, place: Path, points: int) -> Iterator[Row]:
+def disks(files: Files, place: Path, points: int, _: Known) -> Iterator[Row]:
     yield from full_disks(files, place, max(2, points // 6))
     yield from broken_folders(files, place)
 
 
-def servers(files: Files, place: Path, points: int) -> Iterator[Row]:
+def servers(files: Files, place: Path, points: int, known: Known) -> Iterator[Row]:
     found = installations()
     if found:
-        yield from kill_servers(found[0], place, points)
+        yield from kill_servers(found[0], place, points, known)
     else:
         print("no ComfyUI in COMFYUI_DIR or ~/ComfyUI: its server was not killed", file=sys.stderr)
 
@@ -56,18 +55,12 @@ def servers(files: Files, place: Path, points: int) -> Iterator[Row]:
 PARTS: Mapping[str, Part] = {
     "kills": kills,
     "disks": disks,
-    "models": lambda files, place, points: changed_models(files, place),
-    "interrupts": lambda files, place, points: interrupts(files, place, max(2, points // 3)),
-    "two": lambda files, place, points: two_at_once(files, place, max(1, points // 25)),
-    "memory": lambda files, place, points: out_of_memory(files, 2 * points),
+    "models": lambda files, place, points, _: changed_models(files, place),
+    "interrupts": lambda files, place, points, _: interrupts(files, place, max(2, points // 3)),
+    "two": lambda files, place, points, _: two_at_once(files, place, max(1, points // 25)),
+    "memory": lambda files, place, points, known: out_of_memory(files, 2 * points, known=known),
     "servers": servers,
 }
-
-
-def keep(out: Path, parts: Mapping[str, Tried]) -> None:
-    """What was found so far: all of it takes long, and may be cut off."""
-    machine = {"system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
-    write_file(out, json.dumps({"machine": machine, **as_json(parts)}, indent=1).encode())
 
 
 def main() -> int:
@@ -84,21 +77,15 @@ def main() -> int:
         return 0
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    parts = {} if options.out is None or not options.out.exists() else from_json(options.out)
-    rows: list[Row] = []
+    record, rows = Record(options.out, list(PARTS)), list[Row]()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         files = make_files(Path(folder) / "files")
         for name in options.parts or PARTS:
-            began, tried = time.monotonic(), []
-            for row in PARTS[name](files, Path(folder) / name, options.points):
-                tried.append(row)
+            for row in record.fill(name, partial(PARTS[name], files, Path(folder) / name, options.points)):
+                rows.append(row)
                 if not row.right:
                     print(row, file=sys.stderr, flush=True)
-            rows += tried
-            parts[name] = Tried(round(time.monotonic() - began), tried)
-            print(f"{name}: {parts[name].seconds} s, {len(rows)} faults so far", file=sys.stderr, flush=True)
-            if options.out is not None:
-                keep(options.out, {each: parts[each] for each in PARTS if each in parts})
+            print(f"{name}: {record.parts[name].seconds} s, {len(rows)} faults so far", file=sys.stderr, flush=True)
     print(as_markdown(rows))
     return int(not all(row.right for row in rows))
 

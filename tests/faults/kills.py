@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .command import Ended, Fault, kill, run
 from .files import Files, frames_of, left_beside, tensors_of
+from .record import NOTHING, Known
 from .table import Row
 
 
@@ -64,13 +65,16 @@ def cases(files: Files) -> list[Case]:
     ]
 
 
-def kill_everywhere(case: Case, place: Path, points: int) -> Iterator[Row]:
+def kill_everywhere(case: Case, place: Path, points: int, known: Known = NOTHING) -> Iterator[Row]:
     """A row for each of so many points, spread over the changes of files, the passes, and the calls of functions."""
     reference = _fresh(place / "reference")
     first = run(case.words(reference), Fault(reference, "calls"))
     assert first.status == 0, first.err
     wanted = case.made(reference)
     for kind, at in points_of(first.counts, points):
+        if (case.name, f"{kind} {at}") in known:
+            yield known[case.name, f"{kind} {at}"]
+            continue
         folder = _fresh(place / "killed")
         killed = run(case.words(folder), Fault(folder, kind, at, kill))
         kept = case.kept(folder)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .command import OUR_OWN, PACK
 from .files import Files
 from .memory_cases import Case, Phase, cases
+from .record import NOTHING, Known
 from .table import Row
 
 AGAIN = 8  # every so many-th place that was struck in another kind of run is struck again
@@ -90,7 +91,9 @@ def _place(frame: FrameType | None) -> str | None:
     return found
 
 
-def out_of_memory(files: Files, most_places: int | None = None, names: Sequence[str] = ()) -> Iterator[Row]:
+def out_of_memory(
+    files: Files, most_places: int | None = None, names: Sequence[str] = (), known: Known = NOTHING
+) -> Iterator[Row]:
     """A row for each place; `most_places` new ones of each case, spread over all. `names` are of cases."""
     draw, seen = random.Random(5), set[tuple[str, str, str]]()
     for case in cases(files):
@@ -109,7 +112,13 @@ def out_of_memory(files: Files, most_places: int | None = None, names: Sequence[
         new += [each for each in places[::AGAIN] if each not in new]
         step = 1 if most_places is None else max(1, len(new) // most_places)
         for number, ((phase, place), counts) in enumerate(new[::step]):
-            yield _struck(case, whole, f"{phase}: {place}", draw.choice(counts), number % AGAIN == 0)
+            where, at = f"{phase}: {place}", draw.choice(counts)
+            found = known.get((_fault(case), where))
+            yield found or _struck(case, whole, where, at, number % AGAIN == 0)
+
+
+def _fault(case: Case) -> str:
+    return f"out of VRAM: {case.name}"
 
 
 def _struck(case: Case, whole: Tensor, where: str, at: int, again: bool) -> Row:
@@ -133,4 +142,4 @@ def _struck(case: Case, whole: Tensor, where: str, at: int, again: bool) -> Row:
     if left or other:
         seen += "; memory not given back" if left else "; the next run is another"
     right = seen in ("same bits", "same but for tiles") and strike.struck == where
-    return Row(f"out of VRAM: {case.name}", where, right, seen, {"operation": at, "struck": strike.struck})
+    return Row(_fault(case), where, right, seen, {"operation": at, "struck": strike.struck})

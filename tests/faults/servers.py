@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ..comfyui.conftest import ComfyUI
-from ..comfyui.server import Graph, PromptError, Server
+from ..comfyui.server import PROMPT_SECONDS, Graph, PromptError, Server
 from .files import tensors_of
 from .graphs import SAMPLERS, framepack, make_models, two_experts, wan
+from .record import Known
 from .table import Row
 
 SEED = 7
@@ -38,28 +39,37 @@ WHOLE: Mapping[str, Graph] = {
 }
 
 
-def kill_servers(comfyui: ComfyUI, place: Path, points: int) -> Iterator[Row]:
+def kill_servers(comfyui: ComfyUI, place: Path, points: int, known: Known) -> Iterator[Row]:
     """So many kills, by turns of samplers, two experts and FramePack, each at another change of a file."""
     base = place / "server"
     shutil.rmtree(base, ignore_errors=True)
     make_models(base)
-    names = list(JOBS)
     with Server(comfyui.folder, comfyui.python, base) as server:
-        for name in names:
+        for name in JOBS:
             server.run(WHOLE[name])
-    wanted = {name: _made(base, name, whole=True) for name in names}
-    pending: tuple[str, int, str] | None = None
-    for number in range(points + 1):
+    wanted = {name: _made(base, name, whole=True) for name in JOBS}
+    yield from (known[point] for point in map(_point, range(points)) if point in known)
+    left = [number for number in range(points) if _point(number) not in known]
+    pending: tuple[int, str] | None = None
+    for number in [*left, None]:
         with Server(comfyui.folder, comfyui.python, base) as server:
             if pending is not None:
-                yield _go_on(server, *pending, wanted[pending[0]])
-                pending = None
-            if number == points:
-                return
-            name = names[number % len(names)]
-            turn = number // len(names)
-            at = 2 + (turn * 5 + number * 3) % (LONGEST.get(name, CHANGES) - 1)
-            pending = name, at, _killed(server, name, at)
+                yield _go_on(server, *pending, wanted[_job(pending[0])[0]])
+            if number is not None:
+                pending = number, _killed(server, *_job(number))
+
+
+def _job(number: int) -> tuple[str, int]:
+    """What is killed, and at which change of a file."""
+    name = list(JOBS)[number % len(JOBS)]
+    turn = number // len(JOBS)
+    return name, 2 + (turn * 5 + number * 3) % (LONGEST.get(name, CHANGES) - 1)
+
+
+def _point(number: int) -> tuple[str, str]:
+    """The fault, and where: as a row says it."""
+    name, at = _job(number)
+    return f"kill: ComfyUI's server, {name}", f"change {at}"
 
 
 def _killed(server: Server, name: str, at: int) -> str:
@@ -68,7 +78,7 @@ def _killed(server: Server, name: str, at: int) -> str:
     graph = JOBS[name](_title(name), kill_at=at)
     try:
         prompt = server.queue(graph)
-        end = time.monotonic() + 60
+        end = time.monotonic() + PROMPT_SECONDS
         while time.monotonic() < end:
             if server.process_ended(0.05) is not None:
                 return "killed"
@@ -79,7 +89,8 @@ def _killed(server: Server, name: str, at: int) -> str:
     return "killed" if server.process_ended(10) is not None else "hung"
 
 
-def _go_on(server: Server, name: str, at: int, how: str, wanted: str) -> Row:
+def _go_on(server: Server, number: int, how: str, wanted: str) -> Row:
+    name, _ = _job(number)
     kept = len(list(server.base.glob("output/wan/*/step_*"))) + len(list(server.base.glob("output/framepack/*/sec*")))
     began = time.monotonic()
     try:
@@ -91,7 +102,7 @@ def _go_on(server: Server, name: str, at: int, how: str, wanted: str) -> Row:
     if how != "killed":
         seen = f"{how}, {seen}"
     more = {"kept": kept, "seconds": round(time.monotonic() - began, 2)}
-    return Row(f"kill: ComfyUI's server, {name}", f"change {at}", same and how != "hung", seen, more)
+    return Row(*_point(number), same and how != "hung", seen, more)
 
 
 def _title(name: str) -> str:

@@ -26,10 +26,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Tried:
-    """A part, how long it took, and what it found."""
+    """A part, how long it took, what it found, and whether it came to its end."""
 
     seconds: int
     rows: Sequence[Row]
+    whole: bool = True
 
 
 def as_json(parts: Mapping[str, Tried]) -> dict[str, Any]:
@@ -46,7 +47,10 @@ def as_json(parts: Mapping[str, Tried]) -> dict[str, Any]:
 def from_json(path: Path) -> dict[str, Tried]:
     """The parts of such a file."""
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
-    return {name: Tried(part["seconds"], [Row(**row) for row in part["rows"]]) for name, part in parts.items()}
+    return {
+        name: Tried(part["seconds"], [Row(**row) for row in part["rows"]], part.get("whole", True))
+        for name, part in parts.items()
+    }
 
 
 def _kind(rows: Sequence[Row]) -> dict[str, Any]:
