@@ -30,7 +30,7 @@ def wrong(rows: list[Row]) -> list[Row]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_a_killed_command_goes_on_to_the_same(files: Files, tmp_path: Path, number: int) -> None:
     rows = list(kill_everywhere(cases(files)[number], tmp_path, 2))
     assert rows and wrong(rows) == []

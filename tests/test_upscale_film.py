@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imageio_ffmpeg
@@ -23,6 +27,7 @@ from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.upscale import film, kept_stream
 from lowvram_video.wanvideo.upscale.film import FilmPlace, UpscaleFilm
 from lowvram_video.wanvideo.upscale.host_windows import HostWindows
+from lowvram_video.wanvideo.upscale.kept_stream import KeptStream
 from lowvram_video.wanvideo.upscale.projection import LowQualityProjection
 from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
 from lowvram_video.wanvideo.upscale.run import Upscaler
@@ -177,7 +182,7 @@ def test_what_is_kept_is_saved_from_time_to_time_and_damage_is_found(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(film, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(KeptStream, "is_due", lambda self, stream: True)
     place = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs")
     with pytest.raises(Stopped):
         upscaled(files, video, place, 9)
@@ -203,6 +208,80 @@ def test_a_full_disk_keeps_no_half_of_what_is_kept(
         upscaled(files, video, FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), 9)
     assert "the run cannot be kept" in caplog.text
     assert not list((tmp_path / "runs").glob("*/state_*"))
+
+
+def test_a_state_is_written_the_less_often_the_larger_it_is(
+    files: UpscaleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(kept_stream, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    kept = KeptStream(tmp_path, "key")
+    with Upscaler(files, RunSettings()).opened(REQUEST, (64, 64)) as stream:
+        stream.step(list(small_video(25, 64, 64)))
+        size = stream.windows.size.kept_bytes + sum(tensor.nbytes for tensor in stream.tensors().values())
+        wait = size / kept_stream.BYTES_PER_SECOND
+        assert 27 * 2**30 / kept_stream.BYTES_PER_SECOND > 1500  # half an hour for 27 GB
+        for later, due in ((0.9, False), (0.2, True)):
+            now[0] += later * wait
+            assert kept.is_due(stream) == due
+
+        def slow(*_: object) -> None:
+            now[0] += 10
+
+        monkeypatch.setattr(kept_stream, "write_file", slow)
+        kept.save(stream, None)  # three files, 30 s: no more than a twentieth of the time is spent so
+        for later, due in ((590, False), (20, True)):
+            now[0] += later
+            assert kept.is_due(stream) == due
+        written = list(tmp_path.iterdir())
+        kept.save(stream, None)  # as an interrupt at once may want it
+        assert list(tmp_path.iterdir()) == written and now[0] == pytest.approx(100 + 1.1 * wait + 30 + 610)
+
+
+def test_a_disk_without_room_for_what_is_kept_is_told_before_and_nothing_written(
+    files: UpscaleFiles, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used(0, 0, 1000))
+    begun: list[str] = []
+    monkeypatch.setattr(kept_stream, "write_file", lambda path, data: begun.append(path))
+    with pytest.raises(Stopped):
+        upscaled(files, video, FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), 3)
+    said = r"the run cannot be kept in .* \(it takes [\d.]+ .iB, and 1.0 KiB of the disk are free: free some of it, or"
+    assert re.search(said, caplog.text)
+    caplog.clear()
+    with pytest.raises(Stopped):
+        upscaled(files, video, FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), 9)
+    assert len(re.findall(said, caplog.text)) >= 2 and not begun
+    assert not list((tmp_path / "runs").glob("*/state_*"))
+
+
+def test_an_interrupt_while_frames_are_passed_over_loses_nothing(
+    files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs")
+    with pytest.raises(Stopped):
+        upscaled(files, video, place, 9)
+    states = list((tmp_path / "runs").glob("*/state_*"))
+    place.output.unlink()  # what was made by then plays after this stop too
+    read: list[int] = []
+    real = VideoFile.frames
+
+    def counted(self: VideoFile) -> Iterator[Tensor]:
+        for piece in real(self):
+            read.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(VideoFile, "frames", counted)
+    for stop_after in (5, 20):
+        read.clear()
+        with pytest.raises(Stopped):
+            upscaled(files, video, place, stop_after)
+        assert 0 < sum(read) <= stop_after + 8  # it stops at the next frame, not when all are passed over
+        assert list((tmp_path / "runs").glob("*/state_*")) == states and place.output.exists()
+    num_passes = count_passes(monkeypatch)
+    upscaled(files, video, place)
+    assert len(num_passes) == 2 and torch.equal(frames_of(place.output), frames_of(uninterrupted))
 
 
 def test_a_step_that_is_half_noted_is_not_kept(

@@ -54,7 +54,7 @@ def full_disks(files: Files, place: Path, points: int) -> Iterator[Row]:
         wanted = case.made(reference)
         name = case.name.replace("kill", "disk full")
         for at in spread(first.counts["files"], points):
-            with small_disk(place / "disk", "6m") as real:
+            with small_disk(place / "disk", "12m") as real:
                 folder = place / "disk"
                 fault = Fault(folder, "files", at, fill) if real else Fault(folder, "files", at, refuse=errno.ENOSPC)
                 ended = run(case.words(folder), fault)
@@ -67,7 +67,7 @@ def broken_folders(files: Files, place: Path) -> Iterator[Row]:
     """Folders that are read-only from the start, from some change on, or deleted meanwhile."""
     for case in cases(files):
         what = case.name.split(":")[1].strip()
-        with small_disk(place / "disk", "6m") as real:
+        with small_disk(place / "disk", "12m") as real:
             folder = place / "disk"
             real = real and _mount("-o", "remount,ro", str(folder))
             ended = run(case.words(folder), None if real else Fault(folder, "files", 1, refuse=errno.EROFS))

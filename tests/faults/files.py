@@ -12,20 +12,23 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
+from lowvram_video.video.writer import VideoWriter
 from lowvram_video.wanvideo.network.model import WanModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ..test_cli_framepack import CONFIG, TEXT_DIM, save_encoders
 from ..tiny import CONFIGS, randomize, save_files, save_wan
+from ..tiny_flashvsr import save_flashvsr, small_video
 from ..tiny_framepack import save_framepack
 
 WIDTH, HEIGHT = 48, 32
+SMALL_FRAMES, SMALL_SIDE = 79, 64  # of a video that is made larger: sections of 45 and 32 frames, and some more
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where they are: `wan` and `framepack` models with what belongs to them, and a larger one to convert."""
+    """Where they are: models of every family with what belongs to them, and a larger one to convert."""
 
     folder: Path
 
@@ -75,6 +78,14 @@ class Files:
             "--image", folder / "girl.png", "--seconds", seconds, *more,
         )  # fmt: skip
 
+    def upscale(self, output: Path, *more: Any) -> list[str]:
+        """The command that makes a video twice as large."""
+        return _words(
+            "upscale", self.folder / "small.mp4", "--model", self.folder / "flashvsr" / "FlashVSR1_1.safetensors",
+            "--output", output, "--device", "cpu", "--seed", 1, "--sparse-ratio", 0.1, "--local-range", 9,
+            "--kept-windows", 2, *more,
+        )  # fmt: skip
+
     def convert(self, target: Path, kind: str = "fp8") -> list[str]:
         """The command that writes a quantised copy."""
         return _words("convert", self.large, target, "--to", kind, "--device", "cpu")
@@ -91,6 +102,9 @@ def make_files(folder: Path) -> Files:
     pixels = np.random.default_rng(1).integers(0, 255, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(folder / "girl.png")
     save_files(folder, experts=True)
+    save_flashvsr(folder / "flashvsr")
+    with VideoWriter(folder / "small.mp4", 16) as writer:
+        writer.write(small_video(SMALL_FRAMES, SMALL_SIDE, SMALL_SIDE))
     files = Files(folder)
     save_wan(files.picture_model, "i2v")
     large = randomize(WanModel(replace(CONFIGS["t2v"], dim=512, ffn_dim=2048, num_heads=4, num_layers=16)))
@@ -108,7 +122,7 @@ def _words(*words: Any) -> list[str]:
 
 
 def frames_of(video: Path) -> tuple[str, int]:
-    """A hash of its decoded frames, and their number; ("", 0) where nothing plays."""
+    """A hash of its decoded frames, and how many of WIDTH x HEIGHT they are; ("", 0) where nothing plays."""
     if not video.is_file():
         return "", 0
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(video), "-f", "rawvideo", "-pix_fmt", "rgb24"]

@@ -29,7 +29,7 @@ class Case:
 
 
 def cases(files: Files) -> list[Case]:
-    """Wan with two experts, FramePack, and a conversion."""
+    """Wan with two experts, FramePack, a conversion, and a video that is made larger."""
 
     def wan(folder: Path) -> list[str]:
         low = ["--model-low", files.model_low, "--boundary", 0.8]
@@ -62,7 +62,19 @@ def cases(files: Files) -> list[Case]:
             lambda folder: files.convert(folder / "c.safetensors"),
             lambda folder: tensors_of(folder / "c.safetensors"),
         ),
+        Case(
+            "kill: upscale",
+            lambda folder: files.upscale(folder / "a.mp4"),
+            lambda folder: frames_of(folder / "a.mp4"),
+            _kept_steps,
+            passes_each=1,
+        ),
     ]
+
+
+def _kept_steps(folder: Path) -> int:
+    """Of FlashVSR: one pass each."""
+    return max((int(path.name[6:]) for path in folder.glob("upscale/*/state_????????")), default=0)
 
 
 def kill_everywhere(case: Case, place: Path, points: int, known: Known = NOTHING) -> Iterator[Row]:

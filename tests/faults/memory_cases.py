@@ -42,7 +42,7 @@ from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
+from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest, files_of
 from lowvram_video.wanvideo.upscale.run import Upscaler
 from lowvram_video.wanvideo.upscale.streamed import StreamedUpscaler, upscale_work
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
@@ -52,7 +52,7 @@ from torch import Tensor
 from ..test_sparse_attention import Sol
 from ..tiny import randomize
 from ..tiny_flashvsr import CONFIG as UPSCALER
-from ..tiny_flashvsr import save_flashvsr, small_video
+from ..tiny_flashvsr import small_video
 from .files import HEIGHT, Files
 from .parts import VACE
 
@@ -323,7 +323,7 @@ def framepack_case(files: Files) -> Case:
 def upscale_case(files: Files) -> Case:
     """A small video made twice as large, in two windows."""
     phase, source = Phase(), small_video(29, *SMALL)
-    flashvsr: UpscaleFiles = save_flashvsr(files.folder / "flashvsr")
+    flashvsr: UpscaleFiles = files_of(files.folder / "flashvsr" / "FlashVSR1_1.safetensors")
     request = UpscaleRequest(scale=2, seed=1, sparse_ratio=0.1, local_range=1, kept_windows=2)
 
     def make() -> Upscaler:

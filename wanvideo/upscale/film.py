@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,8 +31,8 @@ from .stream import UpscaleStream, frames_of, made
 log = logging.getLogger(__name__)
 
 SECTION_STEPS = 4  # whose frames are encoded together: 32 frames
-SAVE_SECONDS = 600.0  # of work that a killed process may lose
 GOOD_CRF, MOST_CRF = 16, 51
+NOT_KEPT = "the run cannot be kept in %s (%s)"
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class UpscaleFilm:
                 self._said(film.num_frames)  # but for its sound
             else:
                 with self._upscaler.opened(self._request, (source.width, source.height), folder) as stream:
-                    _Making(stream, film, kept, source, self._said).run()
+                    _Making(stream, film, kept, source, self._said, self._upscaler.model.between_blocks).run()
             if source.sound is not None:
                 add_sound(film.video, source.sound)
 
@@ -142,34 +141,51 @@ class _Making:
         kept: KeptStream | None,
         source: VideoSource,
         on_frames: Callable[[int], None],
+        look_up: Callable[[], None] | None,
     ) -> None:
+        """`look_up` may raise to stop, and is called while frames that were made before are passed over."""
         self._stream, self._film, self._kept, self._on_frames = stream, film, kept, on_frames
-        self._source = source
+        self._source, self._look_up = source, look_up
         self._small = _Counted(in_order(source.frames(), 0))
         self._open: list[Tensor] = []  # frames of the section that is being made
         self._num_sections = 0
-        self._saved = time.monotonic()
 
     def run(self) -> None:
-        last = self._take_up()
+        try:
+            self._make(self._take_up())
+        except BaseException:  # an interrupt too
+            self._film.leave()
+            raise
+        self._film.finish()
+        if self._kept is not None:
+            self._kept.note_whole(self._film)
+
+    def _make(self, last: Tensor | None) -> None:
+        """All frames that are wanted still, `last` the small one before them."""
         self._on_frames(self._num_made)
+        self._warn_of_room()
         try:
             for frames in made(self._stream, self._small, last):
                 self._open.append(frames)
                 if self._stream.num_steps % SECTION_STEPS == 0:
                     self._end_section()
                 self._on_frames(self._num_made)
-                if not self._open and time.monotonic() - self._saved > SAVE_SECONDS:
+                if not self._open and self._kept is not None and self._kept.is_due(self._stream):
                     self._save()
             if self._open:
                 self._end_section()
-        except BaseException:  # an interrupt too
+        except BaseException:
             self._save()
-            self._film.leave()
             raise
-        self._film.finish()
-        if self._kept is not None:
-            self._kept.note_whole(self._film)
+
+    def _warn_of_room(self) -> None:
+        """Say it before hours are spent where there is no room for what a stopped run goes on from."""
+        if self._kept is None:
+            return
+        try:
+            self._kept.check_room(self._stream)
+        except OSError as error:
+            log.warning(NOT_KEPT, self._kept.folder, error)
 
     @property
     def _num_made(self) -> int:
@@ -180,7 +196,7 @@ class _Making:
         if self._kept is None:
             return None
         try:
-            found = self._kept.restore(self._stream, self._small)
+            found = self._kept.restore(self._stream, self._passed_over())
             if found is None:
                 return None
             num_sections = self._stream.num_steps // SECTION_STEPS
@@ -194,6 +210,13 @@ class _Making:
         last, open_frames = found
         self._open, self._num_sections = [] if open_frames is None else [open_frames], num_sections
         return last
+
+    def _passed_over(self) -> Iterator[Tensor]:
+        """The small frames, of a video of an hour maybe, with a look whether to stop before each."""
+        for frame in self._small:
+            if self._look_up is not None:
+                self._look_up()
+            yield frame
 
     def _end_section(self) -> None:
         """The section's frames into the film, unless it has them: a run that was killed made more than it kept."""
@@ -212,8 +235,7 @@ class _Making:
         try:
             kept.save(stream, torch.cat(self._open) if self._open else None)
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
-            log.warning("the run cannot be kept in %s (%s)", kept.folder, error)
-        self._saved = time.monotonic()
+            log.warning(NOT_KEPT, kept.folder, error)
 
 
 class _Counted:

@@ -46,6 +46,11 @@ class WindowSize:
     def host_bytes(self) -> int:
         return 2 * self.num_layers * self.slots * self.nbytes
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of those that are kept."""
+        return 2 * self.num_layers * self.most * self.nbytes
+
     def device_bytes(self, first: bool) -> int:
         """Of keys and values of the pass, the `first` or a later one.
 

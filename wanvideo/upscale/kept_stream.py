@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ...system.atomic_files import write_file
 from ...system.regular_files import read_regular
+from ...system.sizes import in_gib
 from ...video.growing_video import GrowingVideo
 from ...weights.files.records import read_record
 from .stream import UpscaleStream
@@ -23,6 +25,8 @@ from .stream import UpscaleStream
 STATE = re.compile(r"state_(\d{8})")
 OPEN = "open_frames"
 MOST_NOTE_BYTES = 1 << 12
+BYTES_PER_SECOND = 16 << 20  # of states, at most: 58 GB an hour, which is nothing to a disk, and its wear
+MOST_OF_TIME = 0.05  # that they may take of a run
 
 
 class KeptStream:
@@ -30,10 +34,41 @@ class KeptStream:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self._key = folder, key
+        self._sound: Path | None = None  # the state that this process has written, or has gone on from
+        self._ended, self._took = time.monotonic(), 0.0  # of the last writing, done or not: when, and seconds
+
+    def is_due(self, stream: UpscaleStream) -> bool:
+        """Whether a state is worth its writing by now: the larger it is, the longer a run goes on before."""
+        wait = max(_state_bytes(stream, None) / BYTES_PER_SECOND, self._took / MOST_OF_TIME)
+        return time.monotonic() - self._ended > wait
+
+    def check_room(self, stream: UpscaleStream, open_frames: Tensor | None = None) -> None:
+        """OSError where the disk has no room for a state beside what is there."""
+        wanted, free = _state_bytes(stream, open_frames), shutil.disk_usage(self.folder).free
+        if wanted > free:
+            raise OSError(
+                f"it takes {in_gib(wanted)}, and {in_gib(free)} of the disk are free: free some of it, or a stop loses "
+                "what was made",
+            )
 
     def save(self, stream: UpscaleStream, open_frames: Tensor | None) -> None:
-        """Keep what the stream remembers, and frames uint8 that are in no video yet. OSError as the system's."""
+        """Keep what the stream remembers, and frames uint8 that are in no video yet. OSError as the system's.
+
+        Nothing is written where that is kept already, as after a stop that follows at once.
+        """
         place = self.folder / f"state_{stream.num_steps:08d}"
+        if place == self._sound and place.exists():
+            return
+        began = time.monotonic()
+        try:
+            self.check_room(stream, open_frames)
+            self._save(place, stream, open_frames)
+        finally:
+            self._ended = time.monotonic()
+            self._took = self._ended - began
+        self._sound = place
+
+    def _save(self, place: Path, stream: UpscaleStream, open_frames: Tensor | None) -> None:
         unfinished = place.with_suffix(".partial")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -68,6 +103,7 @@ class KeptStream:
         stream.windows.restore(windows, layers)
         open_frames = tensors.pop(OPEN, None)
         last = stream.take_up(num_steps, tensors, small)
+        self._sound = places[-1]
         return last, open_frames
 
     def note_whole(self, film: GrowingVideo) -> None:
@@ -112,6 +148,12 @@ class KeptStream:
         if metadata.get("checksum") != _checksum(tensors):
             raise ValueError(f"{path} is damaged")
         return tensors, metadata["said"]
+
+
+def _state_bytes(stream: UpscaleStream, open_frames: Tensor | None) -> int:
+    """What a state takes on the disk, once all windows are there that are kept."""
+    tensors = [*stream.tensors().values(), *([] if open_frames is None else [open_frames])]
+    return stream.windows.size.kept_bytes + sum(tensor.nbytes for tensor in tensors)
 
 
 def _layer_name(layer: int) -> str:
