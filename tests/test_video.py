@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.system.atomic_files import replace_file
+from lowvram_video.video.reader import video_rate, video_seconds
 from lowvram_video.video.sound import Sound
 from lowvram_video.video.stuck import Watched
 from lowvram_video.video.writer import VideoError, VideoWriter, add_sound, check_writable
@@ -230,3 +231,67 @@ def test_protected_places(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyP
         message = r"cannot be written \(Permission denied\): choose another output path"
     with pytest.raises(ValueError, match=message):
         check_writable(path)
+
+
+# what ffmpeg's makers write as a fraction -> the same as a number
+RATES = {"24000/1001": 24000 / 1001, "30000/1001": 30000 / 1001, "15000/1001": 15000 / 1001, "50/3": 50 / 3, "16": 16}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_rate_is_read_as_the_fraction_that_it_is(tmp_path: Path, rate: str) -> None:
+    """Of two decimals 16.67 would be a frame too many after five minutes."""
+    small, made = tmp_path / "a.mkv", tmp_path / "b.mp4"
+    ffmpeg("-f", "lavfi", "-i", f"testsrc=s=32x32:r={rate}:d=1", small)
+    assert video_rate(small) == pytest.approx(RATES[rate], abs=1e-9)
+    with VideoWriter(made, video_rate(small)) as writer:
+        writer.write(clip(5))
+    assert video_rate(made) == pytest.approx(RATES[rate], abs=1e-9)
+
+
+def test_a_rate_that_changes_is_its_mean(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    changing = ["-vf", "select='lt(n,12)+not(mod(n,4))'", "-fps_mode", "vfr"]
+    ffmpeg("-f", "lavfi", "-i", "testsrc=s=32x32:r=24:d=2", *changing, path)
+    seconds = video_seconds(path)
+    assert video_rate(path) == pytest.approx(imageio_ffmpeg.count_frames_and_secs(str(path))[0] / seconds, rel=0.02)
+
+
+# ffmpeg's encoder -> the kinds of file that have its sound as it was; others have it as AAC
+SOUNDS = {
+    "aac": (".mp4", ".mov", ".mkv"),
+    "libmp3lame": (".mp4", ".mov", ".mkv"),
+    "ac3": (".mp4", ".mov", ".mkv"),
+    "flac": (".mp4", ".mkv"),
+    "libopus": (".mp4", ".mkv"),
+    "libvorbis": (".mp4", ".mov", ".mkv"),
+    "pcm_s16le": (".mp4", ".mov", ".mkv"),
+}
+
+
+@pytest.mark.parametrize("codec", SOUNDS)
+def test_sound_is_copied_where_a_file_may_have_it_so(tmp_path: Path, codec: str) -> None:
+    heard = tmp_path / "heard.mkv"
+    ffmpeg("-f", "lavfi", "-i", "sine=f=440:d=0.5:r=48000", "-c:a", codec, heard)
+    for suffix in (".mp4", ".mov", ".mkv"):
+        path = tmp_path / f"silent{suffix}"
+        with VideoWriter(path, 16) as writer:
+            writer.write(clip(8))
+        add_sound(path, heard)
+        kept = packets(path) == packets(heard)
+        assert kept == (suffix in SOUNDS[codec]), suffix
+        assert kept or b"Audio: aac" in ffmpeg_told(path)
+
+
+def packets(path: Path) -> bytes:
+    """A hash of a file's sound as it is encoded."""
+    return ffmpeg("-i", path, "-map", "0:a:0", "-c", "copy", "-f", "md5", "-")
+
+
+def ffmpeg(*words: object) -> bytes:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, words)]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def ffmpeg_told(path: Path) -> bytes:
+    told = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(path)]
+    return subprocess.run(told, capture_output=True, check=False).stderr

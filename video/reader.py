@@ -22,6 +22,7 @@ from .writer import last_line
 
 HOW = "give an MP4, MOV, MKV or WebM file"
 MOST_ASPECT = 4  # of a pixel's sides
+ROUNDED = 0.006  # what two decimals of a rate may be off, and a bit
 
 
 def video_size(path: Path) -> tuple[int, int]:
@@ -37,13 +38,12 @@ def video_seconds(path: Path) -> float:
 def video_rate(path: Path) -> float:
     """Frames a second of a video. ValueError where there is none, or its file does not say.
 
-    ffmpeg tells two decimals: those of television are meant exactly, such as 30000 / 1001.
+    As a fraction has it, 24000 / 1001 say, where all its frames last as long; else the mean, to two decimals.
     """
-    told = _told(path).fps
-    if not told > 0:
+    fps = _told(path).fps
+    if not fps > 0:
         raise ValueError(f"{path}: this video does not say how many frames a second it has; {HOW}")
-    exact = round(told) * 1000 / 1001
-    return exact if abs(told - exact) < 0.006 and told != round(told) else told
+    return fps
 
 
 def read_video(path: Path, width: int, height: int, fps: float, first: int | None = None) -> Tensor:
@@ -105,7 +105,7 @@ def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor
             process.wait()
 
 
-def _started(command: list[str], stdout: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+def _started(command: list[str], stdout: int | IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command,
         stdout=stdout,
@@ -135,9 +135,10 @@ def _told(path: Path) -> _Told:
     _check_there(path)
     with tempfile.TemporaryFile() as said:
         try:
-            program = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner"]
-            one_frame = ["-map", "0:v:0", "-frames:v", "1", "-f", "null", "-"]  # turned as phones mean it
-            process = _started([*program, "-i", str(path.absolute()), *one_frame], subprocess.DEVNULL, said)
+            program = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-nostats", "-hide_banner"]
+            # a frame is turned as phones mean it, and its checksum comes with the rate as a fraction
+            one_frame = ["-map", "0:v:0", "-frames:v", "1", "-f", "framecrc", "-"]
+            process = _started([*program, "-i", str(path.absolute()), *one_frame], said, said)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: ffmpeg cannot be started ({error}): reinstall imageio-ffmpeg") from error
         watched = Watched(process)
@@ -152,11 +153,22 @@ def _told(path: Path) -> _Told:
     sizes = [match for line in streams if (match := re.search(r" (\d+)x(\d+)[ ,\n]", f"{line}\n"))]
     if not sizes:
         raise ValueError(f"{path}: cannot be read as a video ({watched.stuck or last_line(text)}); {HOW}")
-    rate = re.search(r" (\d+\.?\d*) fps", streams[0])
     lasts = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", text)
     hours, minutes, seconds = (float(part) for part in lasts.groups()) if lasts else (0.0, 0.0, 0.0)
     size = round(int(sizes[-1][1]) * _pixel_aspect(streams[-1])), int(sizes[-1][2])
-    return _Told(size, float(rate[1]) if rate else 0.0, 3600 * hours + 60 * minutes + seconds)
+    return _Told(size, _rate(streams[0], text), 3600 * hours + 60 * minutes + seconds)
+
+
+def _rate(stream: str, text: str) -> float:
+    """The rate of a stream, 0 where it has none; `text` is all that ffmpeg says."""
+    told = re.search(r" (\d+\.?\d*) fps", stream)
+    exact = re.search(r"^#tb 0: (\d+)/(\d+)", text, re.MULTILINE)  # of the frame: how long it is shown
+    mean = float(told[1]) if told else 0.0
+    frames, seconds = (int(exact[2]), int(exact[1])) if exact else (0, 1)
+    if seconds and abs(frames / seconds - mean) < ROUNDED:
+        return frames / seconds
+    television = round(mean) * 1000 / 1001
+    return television if abs(television - mean) < ROUNDED and mean != round(mean) else mean
 
 
 def _pixel_aspect(stream: str) -> float:
