@@ -3,6 +3,7 @@
 python benchmarks/compiled_runs.py /tmp --part table     # x streaming x fp8, GGUF, LoRA, fused kernels or not
 python benchmarks/compiled_runs.py /tmp --part once      # graphs, breaks and recompiles over all that varies in runs
 python benchmarks/compiled_runs.py /tmp --part restart   # a second process with the code that the first one kept
+python benchmarks/compiled_runs.py /tmp --part profiles  # high, mid and low, all blocks streamed
 python benchmarks/compiled_runs.py /tmp --part table --cpu   # tiny sizes, to see that it works
 
 Files of random weights of Wan 14B, of as many blocks as `--blocks`, are made in the folder where they are missing; code
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from lowvram_video.compilation.counts import counts
+from lowvram_video.compilation.profiles import HIGH, LOW, MID, VideoMemory, settings_of
 from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.memory.plan.limits import limits_for
@@ -48,7 +51,11 @@ TINY = WanConfig("t2v", 256, 512, 2, 3, text_dim=32, freq_dim=32)
 TABLE_SIZE, ONCE_SIZES, RESTART_SIZE = (832, 480, 33), ((832, 480, 17), (832, 480, 21)), (832, 480, 81)
 TINY_SIZES = ((128, 96, 5), (128, 112, 5))
 REPEATS, STRENGTHS, PROMPTS, STEPS = 3, (1.0, 0.5, 0.0), 2, 20
-SECONDS = 110  # what still runs then is stopped
+SECONDS = 140  # what a process may take; then it is ended
+CASES = {
+    "table": [["table", *weights, ops] for weights in TABLE_WEIGHTS for ops in ("fused", "plain")],
+    "profiles": [["profiles", profile] for profile in ("plain", HIGH, MID, LOW)],
+}
 FILES = {"table": (*WEIGHTS.values(), "lora32.safetensors"), "once": (WEIGHTS["fp8"], "lora32.safetensors")}
 
 
@@ -205,6 +212,25 @@ def key(result: dict[str, Any]) -> tuple[Any, ...]:
     return result["weights"], result["lora"], result["fused"], result["streamed"]
 
 
+# --- profiles ----------------------------------------------------------------------------------------------
+
+
+def profile_case(bench: Bench, profile: str) -> list[dict[str, Any]]:
+    """As `table_case`, of fp8 weights that stream, by the settings of one profile; `plain` is without torch.compile."""
+    size = bench.size(TABLE_SIZE)
+    own = CompileSettings(backend=backend(bench))
+    settings = None if profile == "plain" else settings_of(profile, own, VideoMemory(0, 0))
+    model = bench.open("fp8", False, settings)
+    bench.start(model, size, streamed=True)
+    _, first = bench.run(model, size)
+    ready()
+    seconds = [bench.run(model, size)[1] for _ in range(REPEATS)]
+    return [
+        {"profile": profile, "settings": str(settings or "not compiled"), "first_pass_seconds": first,
+         "seconds": statistics.median(seconds), "peak_gib": bench.peak_gib()}
+    ]  # fmt: skip
+
+
 # --- what makes code anew ----------------------------------------------------------------------------------
 
 
@@ -265,7 +291,7 @@ def run_restart(bench: Bench) -> list[dict[str, Any]]:
             place = f"{folder}/{len(results)}"
             own = {"TORCHINDUCTOR_CACHE_DIR": f"{place}/inductor", "TRITON_CACHE_DIR": f"{place}/triton"}
             worker = Worker(bench, ["restart"], {"LOWVRAM_VIDEO_DATA": f"{folder}/data", **own})
-            results += [{"start": start, **each} for each in worker.results(time.monotonic() + SECONDS)]
+            results += [{"start": start, **each} for each in worker.results()]
     return results
 
 
@@ -289,6 +315,9 @@ class Worker:
             [sys.executable, __file__, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
+        self.limit = threading.Timer(SECONDS, self.process.kill)
+        self.limit.daemon = True
+        self.limit.start()
 
     def wait_until_ready(self) -> None:
         assert self.process.stdout is not None
@@ -296,13 +325,13 @@ class Worker:
             if line.startswith('{"ready"'):
                 return
 
-    def results(self, deadline: float) -> list[dict[str, Any]]:
+    def results(self) -> list[dict[str, Any]]:
         """Let it measure; what it found, nothing where it failed or was late."""
         try:
-            said, _ = self.process.communicate("go\n", timeout=max(1.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self.process.kill()
+            said, _ = self.process.communicate("go\n")
+        except BrokenPipeError:
             said, _ = self.process.communicate()
+        self.limit.cancel()
         found = [json.loads(line) for line in said.splitlines() if line.startswith('{"result"')]
         if not found:
             print(f"{self.case}: no result, exit code {self.process.returncode}", file=sys.stderr)
@@ -314,24 +343,24 @@ def apart(folder: str) -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "LOWVRAM_VIDEO_DATA": f"{folder}/data"}
 
 
-def run_table(bench: Bench) -> list[dict[str, Any]]:
+def run_together(bench: Bench, cases: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """All compile at once, then each measures while the others wait."""
     began = time.monotonic()
-    cases = [[*weights, fused] for weights in TABLE_WEIGHTS for fused in ("fused", "plain")]
     results = []
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        workers = [Worker(bench, ["table", *case], apart(f"{folder}/{index}")) for index, case in enumerate(cases)]
+        workers = [Worker(bench, case, apart(f"{folder}/{index}")) for index, case in enumerate(cases)]
         for worker in workers:
             worker.wait_until_ready()
         print(f"all compiled by {time.monotonic() - began:.0f} s", file=sys.stderr)
         for worker in workers:
-            results += worker.results(began + SECONDS)
+            results += worker.results()
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where files of weights are made, several GB")
-    parser.add_argument("--part", choices=["table", "once", "restart"], default="table")
+    parser.add_argument("--part", choices=["table", "once", "restart", "profiles"], default="table")
     parser.add_argument("--blocks", type=int, default=6, help="of 40")
     parser.add_argument("--out", type=Path, help="the JSON")
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU")
@@ -344,11 +373,9 @@ def main() -> None:
     began = time.monotonic()
     bench.write_files(FILES.get(options.part, (WEIGHTS["fp8"],)))
     if options.part == "once":
-        results = Worker(bench, ["once"], {"LOWVRAM_VIDEO_DATA": str(options.folder / "no-data")}).results(
-            began + SECONDS
-        )
+        results = Worker(bench, ["once"], {"LOWVRAM_VIDEO_DATA": str(options.folder / "no-data")}).results()
     else:
-        results = run_table(bench) if options.part == "table" else run_restart(bench)
+        results = run_restart(bench) if options.part == "restart" else run_together(bench, CASES[options.part])
     found = {"machine": machine(), "part": options.part, "blocks": bench.blocks, "results": results}
     if options.out is not None:
         write_file(options.out, json.dumps(found, indent=1).encode())
@@ -361,6 +388,8 @@ def run_case(bench: Bench, case: Sequence[str]) -> None:
     with torch.inference_mode():
         if case[0] == "table":
             results = table_case(bench, case[1], case[2] == "lora", case[3] == "fused")
+        elif case[0] == "profiles":
+            results = profile_case(bench, case[1])
         else:
             results = once_case(bench) if case[0] == "once" else restart_case(bench)
     for result in results:
