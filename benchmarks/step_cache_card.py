@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from compiled_runs import WEIGHTS, Bench, draw
-from lowvram_video.memory.plan.limits import limits_for
+from compiled_runs import WEIGHTS, Bench, card_limits, draw
 from lowvram_video.sampling.caching.measure import SKIPPED_SHARE
 from lowvram_video.sampling.caching.moments import Moment
 from lowvram_video.sampling.caching.settings import METHODS, StepCacheSettings
@@ -58,7 +57,7 @@ def measure(bench: Bench, model: StreamedWan, method: str, residuals: str) -> Ro
     model.forget_contexts()
     bench.free()
     work = wan_work(bench.config, size, 1, 2)
-    model.start(model.make_plan(work, limits_for(bench.device, measure=False)))
+    model.start(model.make_plan(work, replace(card_limits(bench.device), fused=bench.on_gpu)))
     one_pass(bench, model, size, 0)  # kernels are chosen
     bench.free()
     times: dict[bool, list[float]] = {False: [], True: []}
