@@ -1,4 +1,4 @@
-"""What nodes show as text beside plans that fit, in its cases: refusals, parked blocks, reports, LoRAs and Doctor."""
+"""What nodes show as text beside plans that fit: refusals, parked blocks, reports, LoRAs, Doctor, runs that go on."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ from lowvram_video.memory.plan.table import describe
 from lowvram_video.memory.report.report import CardReport, PhaseReport, RunReport
 from lowvram_video.memory.report.stream_log import ParkedReport
 from lowvram_video.runtime.several import plan_shared
+from lowvram_video.runtime.status_texts import (
+    PHASES,
+    PREPARING,
+    decoding,
+    loading,
+    loading_for,
+    section_step,
+    sections_done,
+)
 from lowvram_video.sampling.caching.moments import Moment
 from lowvram_video.sampling.caching.settings import FEW_STEPS, METHODS, StepCacheSettings
 from lowvram_video.sampling.caching.step_cache import CacheReading, StepCache
@@ -157,6 +166,13 @@ def loras() -> list[str]:
         **{f"more.{index}": "the model has no such layer" for index in range(9)},
     }  # fmt: skip
     return [str(LoraReport(Path("style.safetensors"), 20, skipped, "")) for skipped in ({}, left)]
+
+
+def statuses() -> list[str]:
+    """What is said of a run while it goes on."""
+    read = [loading(GIB, merges) for merges in (True, False)]
+    sections = [section_step(1, 5, 7, 25), decoding(1, 5), decoding(0, 0), sections_done(5)]
+    return [PREPARING, *PHASES.values(), *read, *(loading_for(each, 3.4) for each in read), *sections]
 
 
 def examinations() -> list[str]:

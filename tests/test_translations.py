@@ -14,7 +14,7 @@ from lowvram_video.memory.plan.table import ROWS, describe
 from lowvram_video.memory.report.report import PhaseReport, RunReport
 from lowvram_video.memory.report.stream_log import StreamReport
 
-from .shown_texts import examinations, loras, plans_of_several_cards, refusals, reports
+from .shown_texts import examinations, loras, plans_of_several_cards, refusals, reports, statuses
 from .test_packaging import sources
 from .test_plan import BF16, FP8, H200, LONG_480P, limits, plan_or_none
 
@@ -202,6 +202,12 @@ def test_every_note_is_translated(language: str) -> None:
 def test_every_plan_and_report_is_translated(language: str) -> None:
     shown = [*plans_and_reports(), *plans_of_several_cards(), *refusals(), *reports(), *loras(), *examinations()]
     left = {line for text in shown for line in in_page(text, language)}
+    assert not left, f"web/texts/{language}.json lacks {sorted(left)}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_is_said_of_a_run_is_translated(language: str) -> None:
+    left = {text for text in statuses() if not found_in(text, language)}
     assert not left, f"web/texts/{language}.json lacks {sorted(left)}"
 
 

@@ -20,22 +20,25 @@ from ...memory.plan.host_memory import RAM_MARGIN_BYTES
 from ...memory.plan.limits import context_bound, hold_allocator, hold_budget, with_rates
 from ...memory.plan.plan import MemoryPlan, PlanError
 from ...memory.plan.rates import Rates, measure_rates
-from ...memory.plan.table import reasons
+from ...memory.plan.table import reasons, verdict
 from ...memory.report.report import RunReport
 from ...runtime.parked import find_parking
 from ...runtime.run_limits import least_limits, run_limits
 from ...runtime.run_record import RunRecord
 from ...runtime.settings import RunSettings
 from ...runtime.several import plan_shared
+from ...runtime.status_texts import loading
 from ...runtime.streamed import StreamedModel
 from ...runtime.turns import Turns
 from ...sampling.caching.settings import StepCacheSettings
 from ...system.card_links import slowest_link
 from ...system.device_errors import is_out_of_memory
+from ...weights.lora.merged_source import MergedSource
 from . import host
 from .options import StreamOptions
 from .patch_shapes import fitting
 from .patches import SortedPatches, patched_source, sort_patches
+from .status import Loading, teller
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ class Engine(Generic[S]):
     def __init__(self, open_model: Callable[..., S], path: Path, settings: RunSettings, turns: Turns | None = None):
         settings = replace(settings, pinned_memory=host.may_pin())
         registrar = host.HostRegistrar(settings.device) if settings.device.type == "cuda" else None
-        self.streamed: S = open_model(path, settings, registrar, host.stop_if_interrupted)
+        self._loading = Loading()
+        self.streamed: S = open_model(path, settings, registrar, self._loading.check)
         if turns is not None:
             turns.add(self.streamed)
         self.streamed.on_yield = weakref.WeakMethod(self._tell_owner)
@@ -300,6 +304,8 @@ class Engine(Generic[S]):
         if self.options.vram_budget_gb:
             self.evict_others()
         self._apply_patches()
+        weights = self.streamed.weights
+        self._loading.expect(loading(weights.total_bytes, isinstance(weights.source, MergedSource)))
 
     def evict_others(self) -> None:
         """Have all other models leave its devices, and PyTorch's cache, where earlier nodes left something."""
@@ -313,6 +319,8 @@ class Engine(Generic[S]):
             self.streamed.start_fitting(plan, self.record.add_spans)
         self.record.uses(self.streamed)
         self._tell_owner()
+        if self.device.type == "cuda":
+            teller()(verdict(plan))
         logger.info("%s\n%s", plan.model.name, "\n".join(reasons(plan)))
 
     def check_step_cache(self, settings: StepCacheSettings) -> None:

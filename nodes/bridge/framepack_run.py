@@ -20,6 +20,7 @@ from ...framepack.vae.decoding import DecodeBudget
 from ...framepack.vae.model import HunyuanVAE
 from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan
+from ...runtime.status_texts import PREPARING, decoding, section_step, sections_done
 from ...sampling.solver import StepInfo
 from ...system.atomic_files import write_file
 from ...system.bounded_json import read_json_object
@@ -32,6 +33,7 @@ from .moving_preview import MovingPreview, moving_preview
 from .native_vae import native_decoder, vae_fingerprint
 from .page import show_video
 from .patcher import StreamedModelPatcher
+from .status import Tell, teller
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class ComfyRunHost:
         self._engine = cast(FramePackEngine, patcher.engine)
         self._preview: host.SamplingPreview | None = None
         self._moving: MovingPreview | None = None
+        self._at: Section | None = None  # the last one of which a step was made
+        self._tell: Tell = teller()
 
     @property
     def model(self) -> StreamedFramePack:
@@ -62,14 +66,19 @@ class ComfyRunHost:
         self._preview = host.SamplingPreview(self._patcher, max(1, num_steps))
         host.load_model(self._patcher)
         self._engine.begin_run(phase=None)
+        self._tell, self._at = teller(), None
         try:
             with moving_preview(self._patcher.model.latent_format, self._engine) as self._moving:
                 yield
         finally:
             self._engine.end_run()
+        if self._at is not None:
+            self._tell(sections_done(self._at.num_sections))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if name == "prepare":
+            self._tell(PREPARING)
         with self._engine.record.phase(name), self._engine.returning_memory():
             yield
 
@@ -89,7 +98,8 @@ class ComfyRunHost:
 
     @contextmanager
     def decoder(self, latents: Tensor) -> Iterator[tuple[HunyuanVAE, DecodeBudget | None]]:
-        engine = self._engine
+        engine, at = self._engine, self._at
+        self._tell(decoding(*((0, 0) if at is None else (at.number + 1, at.num_sections))))
         with engine.within_budget():
             engine.leave_device()
             with native_decoder(self._vae, latents, engine.vram_left) as decoder:
@@ -99,6 +109,8 @@ class ComfyRunHost:
 
     def on_step(self, section: Section, step: StepInfo) -> None:
         assert self._preview is not None
+        self._at = section
+        self._tell(section_step(section.number + 1, section.num_sections, step.index + 1, step.num_steps))
         self._preview.step(step.denoised)
         if self._moving is not None:
             self._moving.show(step.denoised)

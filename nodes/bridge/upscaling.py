@@ -14,12 +14,14 @@ from torch import Tensor
 from ...memory.plan.limits import hold_allocator
 from ...runtime.progress import Progress
 from ...runtime.settings import RunSettings
+from ...runtime.status_texts import PHASES
 from ...video.reader import video_seconds
 from ...wanvideo.upscale.request import UpscaleFiles
 from ...wanvideo.upscale.run import Upscaler
 from ...wanvideo.upscale.source import Pictures, VideoFile, VideoSource
 from . import host
 from .saving import sound_of
+from .status import teller
 
 OWN_FOLDER = "FlashVSR"  # models/FlashVSR, where other packs have these files
 FOLDERS = (host.MODEL_FOLDER, "vae")
@@ -83,10 +85,14 @@ def _whole_file(video: Any) -> Path | None:
 
 
 class _BarProgress(Progress):
-    """ComfyUI's progress bar of the node."""
+    """ComfyUI's progress bar and text of the node."""
 
     def __init__(self, total: int) -> None:
         self._bar = host.Progress(max(1, total))
+        self._tell = teller()
+
+    def begin(self, title: str) -> None:
+        self._tell(PHASES.get(title, title))
 
     def update(self, done: int, total: int) -> None:
         self._bar.update(done, max(1, total))

@@ -100,6 +100,16 @@ STANDS_STILL = """new Promise(done => {
 COUNT_PREVIEWS = """window.previewed = [], window.app.api.addEventListener(
     'b_preview_with_metadata', event => window.previewed.push(event.detail.displayNodeId)
 )"""
+# what was said of nodes
+KEEP_TEXTS = """window.said = [], window.app.api.addEventListener(
+    'progress_text', event => window.said.push(event.detail.text)
+)"""
+SAY = """((node, text) => window.app.api.dispatchEvent(
+    new CustomEvent('progress_text', {detail: {nodeId: node, text}})
+))"""
+SAID_BELOW = """[...document.querySelectorAll('.lowvram-progress')].map(
+    each => [each.parentNode.dataset.nodeId, each.textContent]
+)"""
 NOTE = "window.app.graph.nodes.find(node => node.type === 'MarkdownNote').widgets[0].value"
 CLIENT = "window.app.api.clientId"
 PROMPT = "window.app.graphToPrompt().then(result => result.output)"
@@ -185,13 +195,26 @@ def test_the_demo_runs_from_the_page(
     plan, report = page.evaluate("[...document.querySelectorAll('.lowvram-text')].map(element => element.innerText)")
     assert "predicted peak" in plan
     assert "denoise" in report
+    host = page.evaluate("window.app.graph.nodes.find(node => node.isSubgraphNode?.()).id")
     if request.node.callspec.params["page"] == "canvas":
-        host = page.evaluate("window.app.graph.nodes.find(node => node.isSubgraphNode?.()).id")
         shown = page.evaluate("window.previewed")
         assert len(shown) > 2 and all(node.startswith(f"{host}:") for node in shown)
     assert overlapping(page) == []  # what came into the nodes included
     assert page.evaluate(FIELDS) == []
     keep(screenshot(page), name, tmp_path)
+
+
+def test_what_runs_in_a_subgraph_is_said_at_its_node(page: QuietPage, request: pytest.FixtureRequest) -> None:
+    drop(page, "demo")
+    host = page.evaluate("window.app.graph.nodes.find(node => node.isSubgraphNode?.()).id")
+    page.evaluate(f"{SAY}('{host}:3', 'decoding')")
+    page.settle()
+    drawn = request.node.callspec.params["page"] == "canvas"
+    assert page.evaluate(SAID_BELOW) == ([] if drawn else [[str(host), "decoding"]])
+    assert overlapping(page) == []
+    page.evaluate("window.app.api.dispatchEvent(new CustomEvent('execution_success', {detail: {}}))")
+    page.settle()
+    assert page.evaluate(SAID_BELOW) == []
 
 
 def test_blueprints_are_offered_and_open(page: QuietPage, server: Server, object_info: dict[str, Any]) -> None:
@@ -256,13 +279,19 @@ def load_note(name: str) -> str:
     return str(next(node for node in load(name)["nodes"] if node["type"] == "MarkdownNote")["widgets_values"][0])
 
 
-def test_framepacks_sampler_shows_its_video(page: QuietPage, server: Server, object_info: dict[str, Any]) -> None:
+def test_framepacks_sampler_shows_its_video(
+    page: QuietPage, server: Server, object_info: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
     drop(page, "framepack_i2v")
     graph = for_test(to_prompt(load("framepack_i2v"), object_info))
     sampler = next(node for node in graph.values() if node["class_type"] == "LowVRAMFramePackSampler")
     sampler["inputs"]["seed"] += 1  # a run of its own: test_workflows makes the other one
+    page.evaluate(KEEP_TEXTS)
     server.run(graph, page.evaluate(CLIENT))
     page.wait_for("document.querySelector('video')", 30)
+    said = page.evaluate("window.said")
+    if request.node.callspec.params["page"] == "canvas":  # the first of the two: then the run is there already
+        assert any(text.startswith("section 1 of ") and text.endswith(", decoding") for text in said)
     assert page.evaluate(COMPLAINTS) == []
     (shown,) = page.evaluate("[...document.querySelectorAll('video')].map(element => element.src)")
     assert "filename=framepack_i2v_" in shown and ".mp4" in shown and "type=output" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,14 @@ import folder_paths
 import imageio_ffmpeg
 import pytest
 import torch
+from comfy_execution.utils import CurrentNodeContext
 from lowvram_pack.framepack.checkpoint import ROPE_AXES_KEY
 from lowvram_pack.framepack.network.config import FramePackConfig
 from lowvram_pack.framepack.network.model import FramePackModel
 from lowvram_pack.framepack.streamed import StreamedFramePack
 from lowvram_pack.memory.stream.streams import Span
 from lowvram_pack.nodes.block_swap import BlockSwap
-from lowvram_pack.nodes.bridge import host
+from lowvram_pack.nodes.bridge import host, status
 from lowvram_pack.nodes.bridge.framepack_request import SamplerInputs
 from lowvram_pack.nodes.compile import TorchCompileSettings
 from lowvram_pack.nodes.framepack import FramePackSampler
@@ -29,6 +31,7 @@ from lowvram_pack.nodes.framepack_inputs import FramePackEndImage, NearestBucket
 from lowvram_pack.nodes.loaders import LoadFramePackModel
 from lowvram_pack.nodes.plan import VramPlan
 from lowvram_pack.nodes.report import MemoryReport
+from lowvram_pack.runtime.status_texts import PREPARING, sections_done
 from safetensors.torch import save_file
 from tiny_models import empty_latent, prompts, sample
 from torch import Tensor
@@ -466,8 +469,21 @@ def test_the_model_is_off_the_card_while_a_section_is_decoded(
         mm.unload_all_models()  # as ComfyUI may, to make room
         return decode(*given)
 
+    texts: list[str] = []
+    monkeypatch.setattr(status, "TELLS_AFTER", 0.0)
+    server = SimpleNamespace(client_id="page", send_progress_text=lambda text, node, client: texts.append(text))
+    server.sockets_metadata = {}
+    server.send_sync = lambda *_: None
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     monkeypatch.setattr(section_run, "decode_section", watched)
-    FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE"}))
+    model.engine.release()
+    with CurrentNodeContext("prompt", "7"):
+        FramePackSampler.execute(model, **(WIDGETS | given() | {"vae": "a VAE"}))
+    steps = [[f"section {section} of 3, step {step} of 3" for step in (1, 2, 3)] for section in (1, 2, 3)]
+    made = [*steps[0], "section 1 of 3, decoding", *steps[1], "section 2 of 3, decoding", *steps[2]]
+    loading = [text for text in texts if text.startswith("loading 1.3 MiB of weights, ")]
+    assert texts[0] == PREPARING and texts[1] in loading and texts[-1] == sections_done(3)
+    assert [text for text in texts[1:-1] if text not in loading] == [*made, "section 3 of 3, decoding"]
     assert [started for started, _ in seen] == [False] * 3
     known = [getattr(loaded.model, "engine", None) for loaded in mm.current_loaded_models]
     assert model.engine in known, "ComfyUI can still evict it"
