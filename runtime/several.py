@@ -33,6 +33,9 @@ class CardModel(Protocol):
 
 S = TypeVar("S", bound=CardModel)
 
+# A further group of heads takes a block so much longer: its hosts' calls, and attention of fewer heads at a time.
+GROUP_SECONDS = 3e-4
+
 
 class Several(Generic[S]):
     """The cards of `first` and of `open_other`'s models, which run under one plan.
@@ -50,6 +53,7 @@ class Several(Generic[S]):
         # another card's failure ends this one's pass at its next block
         self.others: list[S] = [open_other(device, self.team.mail.check) for device in devices]
         self._first = first
+        self._hiding_groups = HIDING_GROUPS
 
     @property
     def num_cards(self) -> int:
@@ -57,13 +61,13 @@ class Several(Generic[S]):
 
     def start(self, plan: MemoryPlan) -> None:
         """Have the others on their cards as planned; the first is on its own."""
-        first = self._first
+        first, self._hiding_groups = self._first, hiding_groups(plan)
 
         def start(rank: int) -> None:
             if rank:
                 self.others[rank - 1].start_beside(first, plan)
 
-        self.team.run(start)
+        self.team.run(start, in_turns=False)
 
     def stop(self) -> None:
         """Take the others from their cards, and from the first one's host memory."""
@@ -73,17 +77,18 @@ class Several(Generic[S]):
     def run(self, batch: int, make: Callable[[S, slice], Tensor]) -> Tensor:
         """A pass over so many samples: `make` is given each card's model and its samples. `[batch, ...]`."""
         places = shared_samples(batch, self.num_cards)
+        shares = len(places[0][1]) > 1  # as many cards have each sample
 
         def run(rank: int) -> Tensor:
             model = self.others[rank - 1] if rank else self._first
             samples, ranks = places[rank]
-            model.model.share = self.team.share(rank, ranks) if len(ranks) > 1 else None
+            model.model.share = self.team.share(rank, ranks, self._hiding_groups) if shares else None
             try:
                 return make(model, samples)
             finally:
                 model.model.share = None
 
-        made = self.team.run(run)
+        made = self.team.run(run, in_turns=shares)
         if len(places[0][1]) == self.num_cards:
             return made[0]
         firsts = sorted({ranks[0] for _, ranks in places})
@@ -110,10 +115,7 @@ def check_link(plan: MemoryPlan) -> None:
     link, cards, compute = plan.limits.link_gbps, plan.work.cards, plan.times.compute
     if link is None or plan.work.batch % cards == 0:  # samples of their own: nothing is exchanged
         return
-    exchange = plan.model.exchanged_bytes(plan.work) / (1e9 * link)
-    attention = compute * attention_share(plan)
-    ends = exchange / (1 + HIDING_GROUPS)
-    seen = ends + max(0.0, exchange - ends - attention)
+    seen = seen_seconds(plan, hiding_groups(plan))
     if max(compute + seen, plan.times.transfer) <= max(cards * compute, plan.times.transfer):
         return
     raise PlanError(
@@ -122,6 +124,23 @@ def check_link(plan: MemoryPlan) -> None:
         f"{link:.2f} GB/s: it would take longer than on one card. Use one device and park blocks on the other cards, "
         "or two cards with guidance and both prompts in one batch: then nothing is exchanged"
     )
+
+
+def hiding_groups(plan: MemoryPlan) -> int:
+    """The groups of heads in which attention and its exchange take the least time, where the way was measured."""
+    if plan.limits.link_gbps is None:
+        return HIDING_GROUPS
+    asked = plan.model.num_blocks * GROUP_SECONDS
+    return min(range(1, 1 + HIDING_GROUPS), key=lambda groups: seen_seconds(plan, groups) + groups * asked)
+
+
+def seen_seconds(plan: MemoryPlan, groups: int) -> float:
+    """What of a pass's exchange hides behind nothing: that of a first and last group, and what outlasts attention."""
+    link = plan.limits.link_gbps
+    assert link is not None
+    exchange = plan.model.exchanged_bytes(plan.work) / (1e9 * link)
+    ends, attention = exchange / groups, plan.times.compute * attention_share(plan)
+    return ends + max(0.0, exchange - ends - attention * (groups - 1) / groups)
 
 
 def attention_share(plan: MemoryPlan) -> float:

@@ -30,8 +30,9 @@ class Arrival:
 class Exchange:
     """Tensors to and from the other cards, by their numbers in the team.
 
-    What is sent is held until the other has it; what is received is there once it was waited for. The host waits for
-    other hosts alone, never for a device. All methods belong to the card's own thread.
+    What is sent is held until the other has it, which is looked at when something is sent again: the host does not
+    wait for that but at the end (`settle`), and never for a device. What is received is there once it was waited for.
+    All methods belong to the card's own thread.
     """
 
     def __init__(self, rank: int, mail: Mail, link: Link) -> None:
@@ -61,7 +62,7 @@ class Exchange:
         self._arriving = deque(other for other in self._arriving if other is not arrival)
 
     def settle(self) -> None:
-        """The end of a pass: all that was sent has been taken."""
+        """Wait until all that was sent has been taken: then its bytes may be written to."""
         while self._sent:
             self._forget(self._sent[0])
 

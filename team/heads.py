@@ -16,15 +16,23 @@ from torch import Tensor
 from .exchange import Arrival, Exchange
 from .spans import head_spans, length
 
-# So many groups hide most of the exchange behind attention; smaller ones than these heads make attention slower.
-HIDING_GROUPS, LEAST_HEADS = 4, 4
+HIDING_GROUPS = 4  # hide most of an exchange behind attention
+LEAST_HEADS = 4  # of a card in a group: fewer make attention slower
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, L, H, D] each
 
 
+def num_hiding(num_heads: int, num_cards: int, most: int = HIDING_GROUPS) -> int:
+    """Groups of heads that hide the exchange, at most so many."""
+    return max(1, min(most, num_heads // num_cards // LEAST_HEADS))
+
+
 @dataclass(frozen=True)
 class Gathered:
-    """One group's heads of this card, over all tokens: `qkv [3, B, N, heads, D]`, and what of it is on its way."""
+    """One group's heads of this card, over all tokens: q, k, v as `[B, N, 3, heads, D]`, and what of it is on its way.
+
+    A token's three lie side by side, so that another card's come in one copy.
+    """
 
     qkv: Tensor
     arrivals: list[Arrival]
@@ -42,8 +50,7 @@ class GivenBack:
 class HeadExchange:
     """One attention: `tokens` are those that each of the `ranks` has of a sample, `index` is this card's place there.
 
-    `qkv` are q, k and v `[B, n, H, D]` of this card's tokens; attention replaces q. Heads go in `num_groups` groups, or
-    in more where that hides what is exchanged.
+    `qkv` are q, k and v `[B, n, H, D]` of this card's tokens; attention replaces q. Heads go in `num_groups` groups.
     """
 
     def __init__(
@@ -57,9 +64,8 @@ class HeadExchange:
         self.exchange, self.ranks, self.tokens, self.qkv = exchange, ranks, tokens, qkv
         self.index = ranks.index(exchange.rank)
         self.others = [index for index in range(len(ranks)) if index != self.index]
-        num_heads = qkv[0].shape[2]
-        hiding = min(HIDING_GROUPS, num_heads // len(ranks) // LEAST_HEADS)
-        self.groups = head_spans(num_heads, len(ranks), max(num_groups, hiding))
+        self.groups = head_spans(qkv[0].shape[2], len(ranks), num_groups)
+        self._samples = list(zip(*(tensor.unbind(0) for tensor in qkv), strict=True))  # q, k, v [n, H, D] of each
 
     def run(self, attend: Attend) -> None:
         """Replace q by its attention to all cards' keys and values, by `attend`."""
@@ -73,22 +79,20 @@ class HeadExchange:
             self._keep(before)
             before = given
         self._keep(before)
-        self.exchange.settle()
 
     def _gather(self, group: int) -> Gathered:
         """Send the others their heads of this card's tokens; have this card's heads of theirs come."""
         heads, q = self.groups[group], self.qkv[0]
         for other in self.others:
             if length(heads[other]):
-                packed = torch.stack([tensor[:, :, heads[other]] for tensor in self.qkv])
-                self.exchange.send(self.ranks[other], "qkv", [*packed.flatten(0, 1)])
+                self.exchange.send(self.ranks[other], "qkv", [packed(each, heads[other]) for each in self._samples])
         mine, arrivals = heads[self.index], []
-        qkv = q.new_empty(3, q.shape[0], self.tokens[-1].stop, length(mine), q.shape[3])
+        qkv = q.new_empty(q.shape[0], self.tokens[-1].stop, 3, length(mine), q.shape[3])
         if length(mine):
-            for tensor, whole in zip(self.qkv, qkv, strict=True):
-                whole[:, self.tokens[self.index]].copy_(tensor[:, :, mine])
+            for each, whole in zip(self._samples, qkv[:, self.tokens[self.index]], strict=True):
+                packed(each, mine, whole)
             for other in self.others:
-                outs = [*(row for each in qkv for row in each[:, self.tokens[other]])]
+                outs = [*qkv[:, self.tokens[other]]]
                 arrivals.append(self.exchange.receive(self.ranks[other], "qkv", outs))
         return Gathered(qkv, arrivals)
 
@@ -98,16 +102,16 @@ class HeadExchange:
         for arrival in gathered.arrivals:
             self.exchange.wait(arrival)
         if length(heads[self.index]):
-            attended = attend(*gathered.qkv)
+            attended = attend(*gathered.qkv.unbind(2))
             for other in self.others:
-                packed = attended[:, self.tokens[other]].clone(memory_format=torch.contiguous_format)
-                self.exchange.send(self.ranks[other], "attended", [packed])
+                theirs = [each.contiguous() for each in attended[:, self.tokens[other]]]
+                self.exchange.send(self.ranks[other], "attended", theirs)
             q[:, :, heads[self.index]].copy_(attended[:, self.tokens[self.index]])
         given = []
         for other in self.others:
             if length(heads[other]):
                 out = q.new_empty(q.shape[0], q.shape[1], length(heads[other]), q.shape[3])
-                arrival = self.exchange.receive(self.ranks[other], "attended", [out])
+                arrival = self.exchange.receive(self.ranks[other], "attended", [*out])
                 given.append(GivenBack(heads[other], out, arrival))
         return given
 
@@ -116,3 +120,8 @@ class HeadExchange:
         for each in given:
             self.exchange.wait(each.arrival)
             self.qkv[0][:, :, each.heads].copy_(each.attended)
+
+
+def packed(tensors: Sequence[Tensor], heads: slice, out: Tensor | None = None) -> Tensor:
+    """Some heads of each tensor `[n, H, D]` side by side: `[n, tensors, heads, D]`, by one kernel."""
+    return torch.stack([tensor[:, heads] for tensor in tensors], 1, out=out)

@@ -1,15 +1,23 @@
-"""Letters between the threads of several cards; whoever waits for one is woken when the team is stopped."""
+"""Letters between the threads of several cards, which take turns; whoever waits is woken when the team is stopped.
+
+Threads that ask their cards for work at the same time wake each other for Python's lock at every call: two took four
+times as long as one (`benchmarks/results/several_cards_two_h200_2026-11-29.json`, 17 frames). So one runs at a time,
+until what it needs of another is not there: cards are some milliseconds behind their threads, and none runs dry.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 TIMEOUT_SECONDS = 600.0  # between two letters lies a block at most, and once a compilation
 _POLL_SECONDS = 0.1  # waits are cut into such slices so that Ctrl-C works on every system
+
+Key = tuple[int, int, Hashable]  # sender, receiver, subject
+Choose = Callable[[Sequence[int]], int]
 
 
 class TeamError(RuntimeError):
@@ -22,60 +30,115 @@ class TeamStopped(TeamError):
     """Another card failed, or the run was interrupted: this one's part of the pass is of no use."""
 
 
-class Mail:
-    """What `num_cards` threads tell each other, in order for each sender, receiver and subject."""
+def first_of(ranks: Sequence[int]) -> int:
+    return ranks[0]
 
-    def __init__(self, num_cards: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        self.num_cards, self.timeout_seconds = num_cards, timeout_seconds
-        self._changed = threading.Condition()
-        self._letters: dict[tuple[int, int, Hashable], deque[Any]] = defaultdict(deque)
-        self._stopped = False
+
+class Mail:
+    """What `num_cards` threads tell each other, in order for each sender, receiver and subject.
+
+    Where they take turns, one that waits for a letter, or leaves, gives its turn to the next one that can go on:
+    `choose` has them in the order of their numbers behind its own.
+    """
+
+    def __init__(self, num_cards: int, timeout_seconds: float = TIMEOUT_SECONDS, choose: Choose = first_of) -> None:
+        self.num_cards, self.timeout_seconds, self.choose = num_cards, timeout_seconds, choose
+        self._lock = threading.Lock()
+        self._woken = [threading.Condition(self._lock) for _ in range(num_cards)]
+        self.begin(in_turns=False)
+
+    def begin(self, in_turns: bool) -> None:
+        """Forget all letters: another pass begins, and nobody is in one. The first has the first turn."""
+        with self._lock:
+            self._letters: dict[Key, deque[Any]] = defaultdict(deque)
+            self._awaited: list[Key | None] = [None] * self.num_cards
+            self._inside = [True] * self.num_cards  # not yet gone
+            self._turn = 0 if in_turns else None  # whose it is; None: nobody waits for one
+            self.num_turns = 0  # given so far
+            self._stopped = False
+
+    def enter(self, rank: int) -> None:
+        """Wait for one's first turn. Raises TeamStopped, and TeamError where another's does not end in time."""
+        with self._lock:
+            self._wait(rank)
+
+    def leave(self, rank: int) -> None:
+        """This card's part of the pass is over."""
+        with self._lock:
+            self._inside[rank] = False
+            self._pass_turn(rank)
 
     def put(self, sender: int, receiver: int, subject: Hashable, letter: Any) -> None:
         """Send a letter; nobody waits. Raises TeamStopped."""
-        with self._changed:
-            self._check()
+        with self._lock:
+            self.check()
             self._letters[sender, receiver, subject].append(letter)
-            self._changed.notify_all()
+            if self._turn is None:
+                self._woken[receiver].notify_all()
 
     def take(self, sender: int, receiver: int, subject: Hashable) -> Any:
-        """The next such letter; waits for it. Raises TeamStopped, and TeamError where none comes in time."""
-        deadline = time.monotonic() + self.timeout_seconds
-        with self._changed:
-            while True:
-                self._check()
-                if waiting := self._letters.get((sender, receiver, subject)):
-                    return waiting.popleft()
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TeamError(
-                        f"card {sender} has sent nothing to card {receiver} for {self.timeout_seconds:g} s: it hangs "
-                        "or has gone; look at nvidia-smi, and leave that card out of the devices"
-                    )
-                self._changed.wait(min(left, _POLL_SECONDS))
+        """The next such letter; waits for it. Raises TeamStopped, and TeamError where none comes (in time)."""
+        key = sender, receiver, subject
+        with self._lock:
+            self.check()
+            if not self._letters[key]:
+                self._awaited[receiver] = key
+                self._pass_turn(receiver)
+                self._wait(receiver)
+                self._awaited[receiver] = None
+            return self._letters[key].popleft()
 
     def has(self, sender: int, receiver: int, subject: Hashable) -> bool:
         """Whether `take` would return at once."""
-        with self._changed:
+        with self._lock:
             return bool(self._letters.get((sender, receiver, subject)))
 
     def check(self) -> None:
         """Raises TeamStopped where the team was stopped."""
-        with self._changed:
-            self._check()
+        if self._stopped:
+            raise TeamStopped("another card failed or was stopped in the middle of a pass")
 
     def stop(self) -> None:
         """Wake everyone who waits, and let nobody go on."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
-            self._changed.notify_all()
+            for woken in self._woken:
+                woken.notify_all()
 
-    def begin(self) -> None:
-        """Forget all letters: another pass begins, and nobody is in one."""
-        with self._changed:
-            self._letters.clear()
-            self._stopped = False
+    def _goes_on(self, rank: int) -> bool:
+        awaited = self._awaited[rank]
+        return self._inside[rank] and (awaited is None or bool(self._letters.get(awaited)))
 
-    def _check(self) -> None:
-        if self._stopped:
-            raise TeamStopped("another card failed or was stopped in the middle of a pass")
+    def _pass_turn(self, rank: int) -> None:
+        if self._turn != rank:
+            return
+        behind = ((rank + step) % self.num_cards for step in range(1, self.num_cards))
+        ready = [other for other in behind if self._goes_on(other)]
+        if ready:
+            self._turn = self.choose(ready)
+            self.num_turns += 1
+            self._woken[self._turn].notify_all()
+        elif any(self._inside):
+            sender, receiver, subject = next(key for key in self._awaited if key is not None)
+            raise TeamError(f"card {receiver} waits for {subject!r} of card {sender}, which will send none")
+
+    def _wait(self, rank: int) -> None:
+        """Until it is this card's turn, or where there are none, until the letter is there that it waits for."""
+        turns, deadline = self.num_turns, time.monotonic() + self.timeout_seconds
+        while not (self._goes_on(rank) if self._turn is None else self._turn == rank):
+            self.check()
+            if self.num_turns != turns:  # the others get on
+                turns, deadline = self.num_turns, time.monotonic() + self.timeout_seconds
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TeamError(self._hanging(rank))
+            self._woken[rank].wait(min(left, _POLL_SECONDS))
+        self.check()
+
+    def _hanging(self, rank: int) -> str:
+        awaited = self._awaited[rank]
+        silent = self._turn if self._turn is not None or awaited is None else awaited[0]
+        return (
+            f"card {silent} has sent nothing to card {rank} for {self.timeout_seconds:g} s: it hangs or has gone; look "
+            "at nvidia-smi, and leave that card out of the devices"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..system.torch_compiler import outside_graphs
 from .exchange import Exchange
-from .heads import Attend, HeadExchange
+from .heads import HIDING_GROUPS, Attend, HeadExchange, num_hiding
 from .spans import even_spans, length, run_length
 
 T = TypeVar("T")
@@ -19,10 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """A card's place among those that share a pass: `ranks` of the team, of which the exchange's own is one."""
+    """A card's place among those that share a pass: `ranks` of the team, of which the exchange's own is one.
+
+    Attention goes by about `hiding_groups` groups of heads, to hide what is exchanged.
+    """
 
     exchange: Exchange
     ranks: tuple[int, ...]
+    hiding_groups: int = HIDING_GROUPS
 
     def part(self, num_tokens: int, run: int = 1) -> Part:
         """This card's tokens of a pass over so many of each sample, shared out in whole runs of `run`."""
@@ -107,4 +111,5 @@ class Part:
 
     def attend_now(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, num_groups: int) -> None:
         """Replace `q [B, mine, H, D]` by its attention to all cards' tokens, of which k and v are this one's."""
-        HeadExchange(self.share.exchange, self.share.ranks, self.spans, (q, k, v), num_groups).run(attend)
+        groups = max(num_groups, num_hiding(q.shape[2], len(self.spans), self.share.hiding_groups))
+        HeadExchange(self.share.exchange, self.share.ranks, self.spans, (q, k, v), groups).run(attend)

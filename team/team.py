@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from .exchange import Exchange
+from .heads import HIDING_GROUPS
 from .link import Link, links_for
-from .mail import TIMEOUT_SECONDS, Mail, TeamError, TeamStopped
+from .mail import TIMEOUT_SECONDS, Choose, Mail, TeamError, TeamStopped, first_of
 from .share import Share
 
 T = TypeVar("T")
@@ -43,7 +44,8 @@ class _Job:
 class Team:
     """Cards by their numbers: 0 works on the caller's thread, each other one on a thread of its own.
 
-    The threads are there between the first pass and `close`. `links` are the cards' copies, chosen where not given.
+    The threads are there between the first pass and `close`. `links` are the cards' copies, chosen where not given;
+    `choose` is who goes on, where several could (see `Mail`).
     """
 
     def __init__(
@@ -51,27 +53,30 @@ class Team:
         devices: Sequence[torch.device],
         links: Sequence[Link] | None = None,
         timeout_seconds: float = TIMEOUT_SECONDS,
+        choose: Choose = first_of,
     ) -> None:
         self.devices = tuple(devices)
-        self.mail = Mail(len(devices), timeout_seconds)
+        self.mail = Mail(len(devices), timeout_seconds, choose)
         chosen = links_for(devices) if links is None else links
         self.exchanges = [Exchange(rank, self.mail, link) for rank, link in enumerate(chosen)]
         self._jobs: list[queue.SimpleQueue[_Job | None]] = []
         self._hung = False
 
-    def share(self, rank: int, ranks: Sequence[int]) -> Share:
+    def share(self, rank: int, ranks: Sequence[int], hiding_groups: int = HIDING_GROUPS) -> Share:
         """A card's place among those of the team that share a pass."""
-        return Share(self.exchanges[rank], tuple(ranks))
+        return Share(self.exchanges[rank], tuple(ranks), hiding_groups)
 
-    def run(self, task: Callable[[int], T]) -> list[T]:
-        """What `task` makes of each number, all at once. Where one fails all stop, and its error is raised.
+    def run(self, task: Callable[[int], T], in_turns: bool = True) -> list[T]:
+        """What `task` makes of each number. Where one fails all stop, and its error is raised.
 
-        TeamError where a card does not stop in time: nothing else can be done with that one.
+        Threads take turns, so that each asks its card for work without waiting for Python's lock at every call; or run
+        all at once, where nothing is exchanged. TeamError where a card does not stop in time: nothing else can be done
+        with that one.
         """
         if self._hung:
             raise TeamError("a card of this team hung before: start the program anew, without that card")
         self._start()
-        self.mail.begin()
+        self.mail.begin(in_turns)
         jobs = [
             _Job(self._stopping(task, rank), torch.is_inference_mode_enabled()) for rank in range(len(self.devices))
         ]
@@ -111,7 +116,10 @@ class Team:
     def _stopping(self, task: Callable[[int], T], rank: int) -> Callable[[], T]:
         def run() -> T:
             try:
-                return task(rank)
+                self.mail.enter(rank)
+                made = task(rank)
+                self.mail.leave(rank)
+                return made
             except BaseException:
                 self.mail.stop()
                 raise

@@ -29,13 +29,14 @@ from lowvram_video.memory.stream.shared_blocks import SharedBlocks
 from lowvram_video.memory.stream.streamer import BlockStreamer
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.runtime.several import shared_samples
+from lowvram_video.runtime.several import hiding_groups, plan_shared, shared_samples
 from lowvram_video.sampling.caching.moments import Moment
 from lowvram_video.sampling.caching.settings import StepCacheSettings
 from lowvram_video.sampling.caching.step_cache import StepCache
 from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.system.card_links import slowest_link
 from lowvram_video.team.exchange import Exchange
+from lowvram_video.team.heads import HIDING_GROUPS
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.footprint import WanWork
 from lowvram_video.wanvideo.identity import WanFiles
@@ -50,6 +51,8 @@ from torch import Tensor
 
 from .loras import make_factors, save_lora
 from .test_pipeline import latent_of
+from .test_plan import FP8, LONG_480P
+from .test_plan import limits as gpu_limits
 from .test_step_caches import TABLE
 from .tiny import randomize, save_files
 from .tiny_framepack import save_framepack
@@ -407,6 +410,17 @@ class TestLinks:
         assert model.make_plan(replace(WORK, batch=2), slow).work.cards == 2
         told = describe(model.make_plan(WORK, replace(slow, link_gbps=300.0)))
         assert "GB per pass from the others, at 300.0 GB/s." in told
+
+    def test_groups_of_heads_hide_what_is_exchanged_where_that_takes_long(self):
+        """Each is asked for by all cards' hosts: a fast link, or a short clip, has fewer."""
+        clip = replace(LONG_480P, frames=17)
+
+        def groups(work: WorkSize, gbps: float) -> int:
+            rates = {"tflops_matmul": 790.0, "tflops_attention": 570.0}
+            return hiding_groups(plan_shared(FP8, work, gpu_limits(80, link_gbps=gbps, **rates), 2))
+
+        assert [groups(clip, 320.0), groups(LONG_480P, 320.0), groups(LONG_480P, 20.0)] == [1, 2, 4]
+        assert hiding_groups(plan_shared(FP8, clip, gpu_limits(80), 2)) == HIDING_GROUPS  # unknown
 
     def test_what_has_no_links_to_measure_has_none(self):
         assert slowest_link((CPU, CPU)) is None

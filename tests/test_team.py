@@ -198,13 +198,15 @@ class TestAnyOrder:
         groups=st.integers(1, 4),
         batch=st.integers(1, 2),
         seed=st.integers(0, 1000),
+        in_turns=st.booleans(),
     )
-    def test_attention_is_that_of_one_device(self, num_cards, num_heads, tokens, groups, batch, seed):
+    def test_attention_is_that_of_one_device(self, num_cards, num_heads, tokens, groups, batch, seed, in_turns):
         q, k, v = (random_like((batch, tokens, num_heads, 8), seed + each) for each in range(3))
         attend = Sdpa(CPU).attend
         expected = attend(q, k, v)
         spans, lock = even_spans(tokens, num_cards), threading.Lock()
-        team = team_of(num_cards, [LazyLink(seed + rank, lock) for rank in range(num_cards)])
+        links = [LazyLink(seed + rank, lock) for rank in range(num_cards)]
+        team = Team([CPU] * num_cards, links, TIMEOUT, random.Random(seed).choice)
 
         def layer(rank: int) -> Tensor:
             own = [tensor[:, spans[rank]].clone() for tensor in (q, k, v)]
@@ -216,7 +218,51 @@ class TestAnyOrder:
 
         with torch.inference_mode():
             for _ in range(2):
-                assert torch.cat(team.run(layer), 1).equal(expected)
+                assert torch.cat(team.run(layer, in_turns), 1).equal(expected)
+        team.close()
+
+
+class TestTurns:
+    def test_one_runs_at_a_time(self):
+        team, inside = team_of(3), 0
+
+        def task(rank: int) -> None:
+            nonlocal inside
+            for _ in range(5):
+                for other in {0, 1, 2} - {rank}:
+                    team.mail.put(rank, other, "any", None)
+                inside += 1
+                time.sleep(0.001)
+                assert inside == 1
+                inside -= 1
+                for other in {0, 1, 2} - {rank}:
+                    team.mail.take(other, rank, "any")
+
+        team.run(task)
+        team.close()
+
+    @pytest.mark.parametrize(("num_cards", "most"), [(2, 1), (4, 2)])
+    def test_a_block_has_few_of_them(self, num_cards, most):
+        """Each is a thread that sleeps and is woken: of two cards each needs one for a block."""
+        turns = []
+        latent, timestep, text = random_like((1, 16, 2, 4, 6), 1), torch.tensor([700.0]), random_like((1, 8, 32), 2)
+        for num_layers in (1, 4):
+            models, team = [wan(1, replace(WAN, num_layers=num_layers)) for _ in range(num_cards)], team_of(num_cards)
+            share_pass(models, team)
+            with torch.inference_mode():
+                team.run(lambda rank, models=models: models[rank](latent, timestep, text))
+            turns.append(team.mail.num_turns)
+            team.close()
+        assert turns[1] - turns[0] <= 3 * num_cards * most
+
+    def test_a_letter_that_nobody_will_send_is_an_error_at_once(self):
+        team, begun = team_of(2, timeout=60), time.monotonic()
+        with pytest.raises(TeamError, match=r"card \d waits for 'any' of card \d, which will send none"):
+            team.run(lambda rank: team.mail.take(1 - rank, rank, "any"))
+        with pytest.raises(TeamError, match="card 0 waits for 'any' of card 1, which will send none"):
+            team.run(lambda rank: None if rank else team.mail.take(1, 0, "any"))
+        assert time.monotonic() - begun < 10
+        assert team.run(lambda rank: rank) == [0, 1]
         team.close()
 
 
