@@ -11,9 +11,9 @@ from ..card.picture import draw_card
 from ..card.table import describe_card
 from ..runtime.settings import use_device
 from ..system.atomic_files import write_file
-from ..system.card_profile import CardProfile, save_profile
-from ..video.writer import check_writable
+from ..system.card_profile import CardProfile, ProfileError, load_profile, save_profile
 from .arguments import add_device
+from .output import check_replaced
 from .progress import TerminalProgress
 
 
@@ -33,7 +33,7 @@ def bench(options: argparse.Namespace) -> None:
     """Measure the card, show the table and keep it for plans; after Ctrl-C what there is is shown, and not kept."""
     output: Path | None = options.output
     if output is not None:
-        check_writable(output)
+        check_replaced(output, "profile", _is_profile, picture="picture")
     if options.models is not None and not options.models.exists():
         raise ValueError(f"{options.models}: no such folder; expected the folder with your models, such as models/")
     progress = TerminalProgress(sys.stderr)
@@ -46,6 +46,14 @@ def bench(options: argparse.Namespace) -> None:
         raise KeyboardInterrupt("interrupted: what was measured is shown, and not kept for plans") from None
     _show(measured.profile, output)
     print(f"\nkept for plans on this card: {save_profile(measured.profile)}")
+
+
+def _is_profile(path: Path) -> bool:
+    try:
+        load_profile(path)
+    except (OSError, ProfileError):
+        return False
+    return True
 
 
 def _show(profile: CardProfile, output: Path | None) -> None:

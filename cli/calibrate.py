@@ -7,14 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ..sampling.caching.tables import CacheTable
-from ..video.writer import check_writable
+from ..sampling.caching.tables import CacheTable, TableError, read_table
 from ..wanvideo.calibrate import calibrate as measure
 from ..wanvideo.identity import WanFiles
 from ..wanvideo.pipeline import WanPipeline
 from ..wanvideo.request import WanRequest
 from ..wanvideo.step_tables import own_table
 from .arguments import add_machine, add_seed, add_size, is_given, lora_choice, settings_of
+from .output import check_replaced
 from .progress import TerminalProgress
 from .wan import TEXT_ENCODER, VAE
 
@@ -51,10 +51,10 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Measure the model and write its table, which step caches find beside its file."""
-    if is_given(options, "output"):
-        check_writable(options.output)
-        if options.model_low is not None:
-            raise ValueError("--output is one file, and two experts have a table each: leave it out, or --model-low")
+    if is_given(options, "output") and options.model_low is not None:
+        raise ValueError("--output is one file, and two experts have a table each: leave it out, or --model-low")
+    for path in filter(None, (options.model, options.model_low)):
+        check_replaced(options.output or own_table(path), "table of a step cache", _is_table)
     files = WanFiles(
         options.model,
         TEXT_ENCODER.required(options, options.model.name),
@@ -68,6 +68,14 @@ def calibrate(options: argparse.Namespace) -> None:
         target = options.output or own_table(path)
         table.save(target)
         print(_told(target, table))
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        read_table(path)
+    except TableError:
+        return False
+    return True
 
 
 def _requests(options: argparse.Namespace) -> list[WanRequest]:

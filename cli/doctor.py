@@ -11,8 +11,8 @@ import torch
 from ..doctor.bug_report import bug_report
 from ..doctor.examine import Examination
 from ..system.atomic_files import write_file
-from ..video.writer import check_writable
 from .arguments import add_device
+from .output import check_replaced
 from .progress import TerminalProgress
 
 CANNOT_GENERATE = 1
@@ -35,9 +35,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Try everything and print it; the exit status is 1 where nothing can be generated before something is mended."""
     report: Path | None = options.report
     if report is not None:
-        check_writable(report)
-        if report.exists() and not _is_report(report):
-            raise ValueError(f"{report} is no report of doctor's, and is not replaced by one: choose another name")
+        check_replaced(report, "report of doctor's", _is_report)
     if options.models is not None and not options.models.exists():
         raise ValueError(f"{options.models}: no such folder; expected the folder with your models, such as models/")
     findings = Examination(_device(options.device), options.models).run(TerminalProgress(sys.stderr))

@@ -361,10 +361,7 @@ def _places(options: argparse.Namespace) -> Files:
     if output.suffix.lower() not in suffixes:
         kind = "picture" if picture else "video"
         raise ValueError(f"{output} is no {kind} file name: end it in {' or '.join(suffixes)}")
-    for option in ("extend", "video", "image", "end_image"):
-        given: Path | None = getattr(options, option)
-        if given is not None and output.exists() and output.samefile(given):
-            raise ValueError(f"{output} is the file of {flag(option)} too, which is needed until the end: name another")
+    chosen.check_sources(options)
     check_report(options.report)
     check_writable(output)
     runs, tags = runs_folder(options, output, "framepack"), settings_tags(options)

@@ -196,7 +196,7 @@ def convert_file(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     """Make a few videos with the pack's own tiny model: one mp4 and a contact sheet beside it."""
     torch.set_num_threads(1)  # its tensors are so small that threads cost more than they give
-    with OutputFile(options.output, Path("output/demo.mp4"), options.overwrite) as output:
+    with OutputFile(options.output, Path("output/demo.mp4"), options.overwrite, beside=".png") as output:
         path = output.pick()
         print(make_demo(path, options.seed, use_device(options.device), TerminalProgress(sys.stderr)))
 

@@ -9,23 +9,15 @@ from pathlib import Path
 from ..memory.report.report import RunReport
 from ..memory.report.timeline import draw_timeline
 from ..system.atomic_files import write_file
-from ..video.writer import check_writable
+from .output import check_replaced
 
 BEGINNING = b'{"phases"'  # of every report
 
 
 def check_report(path: Path | None) -> None:
     """ValueError where `--report` cannot be written, or would replace what is no report or timeline of one."""
-    if path is None:
-        return
-    check_writable(path)
-    picture = path.with_suffix(".png")
-    if path == picture:
-        raise ValueError(f"{path} is the timeline's name: end the report's in .json")
-    if path.exists() and not _is_report(path):
-        raise ValueError(f"{path} is no report, and is not replaced by one: choose another name for --report")
-    if picture.exists() and not path.exists():
-        raise ValueError(f"{picture}, where the timeline goes, is there without a report: choose another name")
+    if path is not None:
+        check_replaced(path, "report", _is_report, picture="timeline")
 
 
 def show_report(report: RunReport, options: argparse.Namespace) -> None:

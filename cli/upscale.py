@@ -89,7 +89,7 @@ def _make(film: UpscaleFilm, options: argparse.Namespace, chosen: OutputFile) ->
     runs, tags = runs_folder(options, chosen.path, "upscale"), settings_tags(options)
     wanted = FilmPlace(chosen.path, runs, options.crf, tags)
     path = chosen.pick(lambda path: film.is_own(wanted, path))
-    if path.resolve() == options.video.resolve():
+    if path.exists() and path.samefile(options.video):
         raise ValueError(f"{path} is the video itself: choose another name for --output")
     try:
         film.make(FilmPlace(path, runs, options.crf, tags))

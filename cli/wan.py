@@ -158,7 +158,9 @@ def make(pipeline: WanPipeline, options: argparse.Namespace) -> RunReport:
 
 
 def _output_of(options: argparse.Namespace) -> OutputFile:
-    return OutputFile(options.output, Path("output/video.mp4"), options.overwrite)
+    chosen = OutputFile(options.output, Path("output/video.mp4"), options.overwrite)
+    chosen.check_sources(options)
+    return chosen
 
 
 def _is_own(options: argparse.Namespace, chosen: OutputFile) -> Callable[[Path], bool]:

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lowvram_video.cli.main import main
+from lowvram_video.cli.main import main, make_parser
 from lowvram_video.cli.output import OutputFile, numbered
 from lowvram_video.system import atomic_files
 from lowvram_video.system.atomic_files import write_file
@@ -22,6 +23,7 @@ from lowvram_video.video.growing_video import GrowingVideo
 from lowvram_video.video.writer import VideoWriter
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.pipeline import WanPipeline
+from PIL import Image
 
 from .test_cli import arguments, num_frames, refusal
 from .tiny import save_files, save_wan
@@ -122,6 +124,64 @@ def test_a_report_replaces_nothing_but_a_report(
     )
     for number in range(2):
         assert main(arguments(files, tmp_path / f"{number}.mp4", "--report", report)) == 0
+
+
+NOT_REPLACED = (
+    (["bench", "--device", "cpu", "-o"], "model.safetensors", "is no profile, and is not replaced by one"),
+    (["bench", "--device", "cpu", "-o"], "card.json", "is no profile, and is not replaced by one"),
+    (["bench", "--device", "cpu", "-o"], "card.png", "is there without a profile"),
+    (["doctor", "--device", "cpu", "--report"], "model.safetensors", "is no report of doctor's, and is not replaced"),
+    (["calibrate", "-o"], "model.safetensors", "is no table of a step cache, and is not replaced by one"),
+    (["calibrate"], "own.step_cache.json", "is no table of a step cache, and is not replaced by one"),
+    (["demo", "-o"], "a.png", "a.png exists already: choose another name, or give --overwrite"),
+)
+
+
+@pytest.mark.parametrize(("words", "name", "expected"), NOT_REPLACED)
+def test_no_command_replaces_what_it_did_not_make(
+    files: WanFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], name: str, expected: str
+) -> None:
+    there = tmp_path / name
+    there.write_bytes(b'{"precious": 1}')
+    if words[0] == "calibrate":
+        model = save_wan(tmp_path / "own.safetensors")
+        own = ["--model", model, "--text-encoder", files.text_encoder, "--vae", files.vae, "--device", "cpu"]
+        words = [words[0], *map(str, own), *words[1:]]
+    target = there.with_suffix(".json" if words[0] == "bench" else ".mp4") if there.suffix == ".png" else there
+    line = refusal(capsys, [*words, str(target)] if words[-1] in ("-o", "--report") else words)
+    assert f"{there}" in line and expected in line
+    assert there.read_bytes() == b'{"precious": 1}'
+
+
+def test_a_default_name_leaves_a_picture_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "demo.png").write_bytes(b"precious")
+    with OutputFile(None, tmp_path / "demo.mp4", beside=".png") as output:
+        assert output.pick() == tmp_path / "demo_2.mp4"
+
+
+@pytest.mark.parametrize("how", ["the same name", "a link", "a hard link"])
+def test_what_is_read_is_not_written_over(
+    files: WanFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    read = tmp_path / "output" / "video.mp4"
+    read.parent.mkdir()
+    Image.new("RGB", (64, 48)).save(read, "PNG")
+    before = read.read_bytes()
+    other = read if how == "the same name" else tmp_path / "other.mp4"
+    if how == "a link":
+        other.symlink_to(read)
+    elif how == "a hard link":
+        os.link(read, other)
+    said = "is the file of --image too, which is needed until the end"
+    model = save_wan(tmp_path / "model.safetensors", "i2v")
+    assert said in refusal(capsys, arguments(replace(files, model=model), other, "--image", read, "--overwrite"))
+    monkeypatch.chdir(tmp_path)
+    options = make_parser().parse_args(["generate", "--model", "m", "--prompt", "p", "--image", str(read)])
+    default = Path("output/video.mp4")
+    OutputFile(None, default).check_sources(options)  # another name is found
+    with pytest.raises(ValueError, match=said):
+        OutputFile(None, default, overwrite=True).check_sources(options)
+    assert read.read_bytes() == before
 
 
 # --- two at once -----------------------------------------------------------------------------------------

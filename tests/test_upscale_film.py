@@ -396,6 +396,10 @@ def test_the_command(
     assert "exists already" in capsys.readouterr().err
     assert main([*command[:4], "-o", str(video), "--overwrite", "--device", "cpu"]) == 2
     assert "is the video itself" in capsys.readouterr().err
+    other = tmp_path / "other.mp4"
+    os.link(video, other)
+    assert main([*command[:4], "-o", str(other), "--overwrite", "--device", "cpu"]) == 2
+    assert "is the video itself" in capsys.readouterr().err
     missing = tmp_path / "none.mp4"
     assert main(["upscale", str(missing), "--model", str(files.model)]) == 2
     assert "there is no such video" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Every fault that a run can meet, for real: kills, disks, files that change, full cards, interrupts, two at once.
 
-    make faults                                     all of it, 20 minutes of one core
+    make faults                                     all of it, an hour or more of one core
     python -m tests.faults [PART ...] [--points N] [--out FILE] [--readme]
 
 The server's part wants a ComfyUI in COMFYUI_DIR or ~/ComfyUI. Prints the table of the README, and writes each fault to
