@@ -3,7 +3,7 @@
 #   make test    lint, types and the test suite
 # and when what must never be lost is touched:
 #   make slow    tests of kills, broken packages and what else takes long
-#   make faults  kills, full disks, full cards, interrupts, two at once: 20 minutes of one core
+#   make faults  kills, full disks, full cards, interrupts, two at once: an hour or more of one core
 PYTHON ?= python3
 BIN := .venv/bin
 
