@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..system.card_links import CardStreams, reaches
-
-Mark = Any  # a point in the work of a card's stream, which only links understand
+from .staging import CudaLegs, Mark, StagedCopies
 
 
 class Link(Protocol):
@@ -85,26 +84,19 @@ class CudaLink:
 
 
 class StagedLink(CudaLink):
-    """Copies through pinned RAM, for cards that do not reach each other, as most GeForce cards do not.
-
-    PyTorch's allocator keeps the pinned bytes until the last copy from them is done.
-    """
+    """Copies through pinned RAM, for cards that do not reach each other, as most GeForce cards do not."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._away = torch.cuda.Stream(device)
+        self._legs = CudaLegs(self._stream)
+        self._staged = StagedCopies(self._legs)
 
-    def offer(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Mark]:
-        self._away.wait_event(self._mark(torch.cuda.current_stream(self.device)))
-        staged = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-        with torch.cuda.stream(self._away):
-            for host, tensor in zip(staged, tensors, strict=True):
-                host.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._away)
-        return staged, self._mark(self._away)
+    def fetch(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Mark) -> Mark:
+        self._stream.wait_event(self._mark(torch.cuda.current_stream(self.device)))
+        return self._staged.copy(pairs, after)
 
     def synchronize(self) -> None:
-        self._away.synchronize()
+        self._legs.synchronize()
         super().synchronize()
 
 
