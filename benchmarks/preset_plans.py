@@ -67,6 +67,7 @@ def wan_footprint(
     """
     rest = 2 * (10 * dim + ffn_dim + 11 * dim)  # biases, norms and modulation, bf16
     block = int((8 * dim**2 + 2 * dim * ffn_dim) * bytes_per_weight) + rest
+    attention, feed_forward = (int(2 * dim * width * bytes_per_weight) for width in (2 * dim, ffn_dim))
     embeddings = 4096 * dim + 256 * dim + 2 * dim**2 + 6 * dim**2 + 4 * (in_channels + latent_channels) * dim
     return WanFootprint(
         name=name,
@@ -81,7 +82,7 @@ def wan_footprint(
         in_channels=in_channels,
         latent_channels=latent_channels,
         streams_queries=True,
-        stage_bytes=(int(2 * dim * max(ffn_dim, 2 * dim) * bytes_per_weight) + rest,) * num_layers,
+        stage_bytes=((attention, attention, feed_forward + rest),) * num_layers,
         vae=vae,
     )
 

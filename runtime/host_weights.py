@@ -41,12 +41,14 @@ class WeightParts:
     """How a family's tensors are treated, by how their names begin (within their block where they have one).
 
     `optional` ones of a block make what can be kept in their place, `unstreamed` ones stay on the device. Outside the
-    blocks, `transient` modules are needed for a moment before them in each pass, and `per_run` ones once in each run.
+    blocks, `transient` modules are needed for a moment before them in each pass, those `in_pieces` some rows of a layer
+    at a time, and `per_run` ones once in each run.
     """
 
     optional: tuple[str, ...] = ()
     unstreamed: tuple[str, ...] = ()
     transient: tuple[str, ...] = ()
+    in_pieces: tuple[str, ...] = ()
     per_run: tuple[str, ...] = ()
 
 

@@ -37,7 +37,7 @@ from ..sampling.caching.step_cache import StepCache
 from ..system.device_errors import is_out_of_memory
 from ..system.dtypes import half_dtype
 from ..system.sizes import in_gib
-from ..transformer.transformer import Block, Transformer, here_already
+from ..transformer.transformer import Block, HereAlready, Transformer
 from ..transformer.workspace import all_there
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.stamps import FileStamps
@@ -176,10 +176,23 @@ class StreamedModel(Generic[M]):
         return max((layer.format.product_bytes for layer in self._busy_layers()), default=0)
 
     def unpacked_bytes(self, dtype: torch.dtype) -> int:
-        """See `ModelFootprint`."""
+        """See `ModelFootprint`; layers that are brought are unpacked some rows at a time."""
         inside = {layer for block in self.blocks for layer in block.modules()}
+        brought = self._brought_layers()
         outside = (layer for layer in self.model.modules() if isinstance(layer, Linear) and layer not in inside)
-        return max((layer.unpacked_bytes(dtype) for layer in outside), default=0)
+        return max(
+            (layer.piece_bytes(dtype)[1] if layer in brought else layer.unpacked_bytes(dtype) for layer in outside),
+            default=0,
+        )
+
+    def brought_bytes(self, dtype: torch.dtype) -> int:
+        """See `ModelFootprint`."""
+        return max((layer.piece_bytes(dtype)[0] for layer in self._brought_layers()), default=0)
+
+    def _brought_layers(self) -> set[Linear]:
+        """Linear layers outside the blocks that are brought some rows at a time where memory is short."""
+        modules = (getattr(self.model, name) for name in self.parts.in_pieces)
+        return {layer for module in modules for layer in module.modules() if isinstance(layer, Linear)}
 
     @property
     def computes_in_8_bits(self) -> bool:
@@ -188,14 +201,14 @@ class StreamedModel(Generic[M]):
         by_attention = not execution.attention.exact and not execution.all_queries  # another pack's is nobody's choice
         return self.settings.quantization in ("fp8_fast", "int8", "4bit_fast") or by_attention
 
-    def stage_bytes(self) -> tuple[int, ...]:
+    def stage_bytes(self) -> tuple[tuple[int, ...], ...]:
         """See `ModelFootprint`; compiled code takes its block as a whole."""
         if self._compiled:
             return ()
         spans = [
             layout.spans(Part.ALL if not self.parts.per_run else Part.STREAM, True) for layout in self.weights.layouts
         ]
-        return tuple(max(stop - start for start, stop in each) for each in spans)
+        return tuple(tuple(stop - start for start, stop in each) for each in spans)
 
     def forget_contexts(self) -> None:
         """Free what was made of prompts."""
@@ -620,7 +633,7 @@ class StreamedModel(Generic[M]):
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Calling it again does nothing."""
         self.model.stream = iter
-        self.model.bring = here_already
+        self.model.bring = HereAlready()
         self.model.arrive = all_there
         transient, self.transient = self.transient, None
         if transient is not None:

@@ -26,6 +26,7 @@ from lowvram_video.wanvideo.network.model import Extras, Nag, Visitor
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.kernels.row_reference import QuantizedRows
 from lowvram_video.weights.kernels.rows import dequantize_rows, quantize_rows
+from lowvram_video.weights.linear.linear import Linear, Piece
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -215,12 +216,12 @@ def dry(model: StreamedModel[M], plan: MemoryPlan) -> Iterator[M]:
             assign(network, name, torch.empty(tensor.shape, dtype=tensor.dtype))
         network.ordered_blocks = lambda: few  # type: ignore[method-assign]
         if choice.transient_fixed:
-            network.bring = bringing(model)  # type: ignore[method-assign]
+            network.bring = Bringing(model)
         try:
             yield network
         finally:
             model.forget_contexts()
-            network.bring = bring  # type: ignore[method-assign]
+            network.bring = bring
             del network.ordered_blocks
             for name, tensor in meta.items():
                 assign(network, name, tensor)
@@ -271,23 +272,40 @@ def assign(network: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor, requires_grad=False))
 
 
-def bringing(model: StreamedModel[Any]) -> Any:
+class Bringing:
     """`TransientWeights` without bytes: into what is spare where that suffices, else into memory of their own."""
 
+    def __init__(self, model: StreamedModel[Any]):
+        self._source = model.weights.source
+        self._names = {id(module): name for name, module in model.model.named_children()}
+
     @contextmanager
-    def bring(modules: Sequence[nn.Module], spare: Tensor | None) -> Iterator[None]:
-        names = {id(module): name for name, module in model.model.named_children()}
+    def __call__(self, modules: Sequence[nn.Module], spare: Tensor | None) -> Iterator[None]:
         layouts = [
-            layout_block(model.weights.source, names[id(module)], module.state_dict().keys()) for module in modules
+            layout_block(self._source, self._names[id(module)], module.state_dict().keys()) for module in modules
         ]
         sizes = [align(layout.nbytes) for layout in layouts]
-        flat = None if spare is None else spare.flatten().view(torch.uint8)
-        if flat is None or flat.numel() < sum(sizes):
-            flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        flat = room_for(sum(sizes), spare)
         for module, layout, part in zip(modules, layouts, flat[: sum(sizes)].split(sizes), strict=True):
             bind(module, layout, part)
         yield
         for module, layout in zip(modules, layouts, strict=True):
             unbind(module, layout)
 
-    return bring
+    def pieces(self, layer: Linear, spare: Tensor | None) -> Iterator[Piece]:
+        flat: Tensor | None = None
+        for rows, piece in layer.pieces():
+            sizes = [align(tensor.nbytes) for tensor in piece.values()]
+            if flat is None:
+                flat = room_for(sum(sizes), spare)
+            parts = zip(piece.items(), flat[: sum(sizes)].split(sizes), strict=True)
+            yield (
+                rows,
+                {name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for (name, tensor), part in parts},
+            )
+
+
+def room_for(nbytes: int, spare: Tensor | None) -> Tensor:
+    """So many bytes."""
+    flat = None if spare is None else spare.flatten().view(torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8) if flat is None or flat.numel() < nbytes else flat

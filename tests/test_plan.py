@@ -121,6 +121,20 @@ class TestMonotonicity:
             assert plan.host.pinned_bytes <= allowed.pinned_cap_bytes
         assert model.num_heads % plan.choice.head_groups == 0
 
+    def test_what_is_too_little_for_more_weights_goes_into_larger_pieces(self):
+        eight_bit = replace(FP8, packs_keys=True, row_bytes=13828, key_row_bytes=5124, vae=None)
+        rest = {"blocks_to_swap": 40, "attention": EXACT_WORKSPACE, **H200}
+        plan = plan_memory(eight_bit, LONG_720P, limits(3.5, **rest))
+        assert plan.choice.token_chunk >= 8192 and plan.model.num_heads // plan.choice.head_groups >= 8
+        lean = plan_memory(eight_bit, LONG_720P, limits(3.3, **rest))
+        assert plan.times.compute < lean.times.compute
+
+    def test_whole_blocks_and_what_passes_begin_with_are_there_where_they_fit(self):
+        for gib in (4, 6, 12):
+            plan = plan_memory(replace(FP8, vae=None), LONG_480P, limits(gib, blocks_to_swap=40, **H200))
+            assert plan.times.total == plan.times.compute, "nothing is gained by either, as far as rates are right"
+            assert not plan.choice.in_stages and not plan.choice.transient_fixed
+
     def test_work_whose_attention_is_looked_at_has_all_queries_as_they_were_computed(self):
         model = replace(FP8, packs_keys=True, vae=None)
         plan = plan_memory(model, replace(LONG_480P, all_queries=True), limits(6))

@@ -37,6 +37,7 @@ CASES = [
     Case("14b", "fp8", (832, 480, 81), 2.5, "fp8_fast", steered="guided"),
     Case("14b", "fp8", (832, 480, 81), 3.5, steered="seen"),
     Case("14b", "fp8", (832, 480, 81), 8, steered="seen"),
+    Case("14b", "Q4_K", (256, 256, 17), 1.28),
 ]
 
 
@@ -62,6 +63,11 @@ TIGHT = [
     Case("14b", "fp8", (832, 480, 81), 2.6),
     Case("14b", "Q4_K", (800, 1216, 17), 9.88, attention=DrySage()),
     Case("14b", "Q4_K", (384, 656, 69), 5.43),
+    # the leanest: of short clips what embeds the timestep is the largest, of others what a pass before left
+    Case("14b", "fp8", (256, 256, 17), 1.37, attention=DrySage()),
+    Case("14b", "Q4_K", (416, 304, 21), 1.35),
+    Case("14b", "Q4_K", (832, 480, 81), 2.36),
+    Case("14b", "fp8", (704, 976, 45), 2.46),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowvram_video.memory.plan.candidates import spread_residents
-from lowvram_video.memory.stream.ring import DeviceRing, plan_ring, ring_bytes
+from lowvram_video.memory.stream.ring import DeviceRing, pair_bytes, plan_ring, ring_bytes
 
 SIZES = st.lists(st.integers(1, 40).map(lambda n: 256 * n), min_size=1, max_size=14)
 
@@ -49,6 +49,20 @@ def test_framepack_blocks_of_two_sizes() -> None:
     print(f"FramePack: depth {plan.depth}, {len(singles)} places for singles, planned in {seconds * 1e3:.0f} ms")
     assert plan.depth == 2
     assert len(singles) >= 4  # a byte ring holds more of the smaller blocks than two slots would
+
+
+def test_stages_of_unequal_size_lie_at_the_rings_ends_in_turn() -> None:
+    sizes = [100 << 20, 100 << 20, 135 << 20] * 40
+    assert pair_bytes(sizes) == 235 << 20 < ring_bytes(sizes, 2)
+    assert plan_ring(sizes, pair_bytes(sizes)).depth == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES)
+def test_a_ring_for_pairs_holds_any_two_that_follow_each_other(sizes: list[int]) -> None:
+    plan = plan_ring(sizes, max(pair_bytes(sizes), ring_bytes(sizes, 1)))
+    if len(sizes) % 2 == 0:
+        assert plan.depth >= 2 or len(sizes) == 1
 
 
 def test_too_small_a_ring_is_refused_with_the_size_it_needs() -> None:

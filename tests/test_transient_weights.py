@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_video.memory.stream.transient_weights import TransientWeights
+from lowvram_video.transformer.transformer import HereAlready
 from lowvram_video.wanvideo.checkpoint import load_wan, open_wan
 from lowvram_video.wanvideo.streamed import StreamedWan
+from lowvram_video.weights.linear import linear
+from lowvram_video.weights.linear.fp8 import Fp8Dequantized
+from lowvram_video.weights.linear.linear import Linear
+from torch import nn
 
 from . import tiny
 
@@ -66,3 +71,74 @@ def test_an_error_in_between_takes_the_weights_back(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), weights((model.text_embedding,), None):
         raise KeyboardInterrupt
     assert model.text_embedding[0].weight.is_meta
+
+
+class Stored:
+    """A checkpoint of a module's own tensors."""
+
+    def __init__(self, prefix: str, module: nn.Module):
+        self._tensors = {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+    @property
+    def tensors(self) -> dict[str, object]:
+        return {name: Info(tensor) for name, tensor in self._tensors.items()}
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        out.copy_(self._tensors[name].flatten().view(torch.uint8))
+
+
+class Info:
+    """What a header says of a tensor."""
+
+    file, offset = Path("any"), 0
+
+    def __init__(self, tensor: torch.Tensor):
+        self.dtype, self.shape, self.nbytes = tensor.dtype, tuple(tensor.shape), tensor.nbytes
+
+
+def layer_of(kind: str) -> Linear:
+    """A layer of 100 rows as files store such, with a LoRA of as many ranks as it has rows where so named."""
+    randn = torch.Generator().manual_seed(0)
+    layer = Linear(48, 100, bias=kind != "no bias", dtype=torch.float32)
+
+    def normal(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(*shape, generator=randn), requires_grad=False)
+
+    layer.weight = normal(100, 48)
+    if layer.bias is not None:
+        layer.bias = normal(100)
+    if kind.startswith("fp8"):
+        layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        layer.format = Fp8Dequantized()
+        shape = {"fp8": (), "fp8 one": (1,), "fp8 rows": (100,), "fp8 columns": (100, 1)}[kind]
+        layer.register_parameter("weight_scale", nn.Parameter(torch.rand(shape, generator=randn), requires_grad=False))
+    if kind == "lora":
+        layer.register_parameter("lora_down", normal(100, 48))
+        layer.register_parameter("lora_up", normal(100, 100))
+        layer.register_buffer("lora_scale", torch.rand(100, generator=randn), persistent=False)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["plain", "no bias", "fp8", "fp8 one", "fp8 rows", "fp8 columns", "lora"])
+@pytest.mark.parametrize("spare_bytes", [0, 1 << 16])
+def test_a_layer_brought_some_rows_at_a_time_multiplies_as_the_whole_one(
+    kind: str, spare_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "PIECE_ROWS", 32)
+    layer, x = layer_of(kind), torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(1))
+    whole = layer(x)
+    module = nn.Sequential(nn.SiLU(), layer)
+    here = layer.multiply_pieces(x, HereAlready().pieces(layer, None))
+    weights = TransientWeights(Stored("module", module), {"module": module}, CPU, None)
+    seen = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for name in list(layer._parameters):
+        if layer._parameters[name] is not None:
+            layer._parameters[name] = nn.Parameter(seen[name].to("meta"), requires_grad=False)
+    spare = torch.zeros(spare_bytes, dtype=torch.uint8)
+    brought = layer.multiply_pieces(x, weights.pieces(layer, spare))
+    assert torch.equal(brought, here), "the same bits wherever it lies"
+    torch.testing.assert_close(here, whole)
+    assert all(tensor.is_meta for tensor in layer.parameters())
+    largest, _ = layer.piece_bytes(torch.float32)
+    assert (spare.count_nonzero() > 0) == (largest <= spare_bytes)
+    weights.release()

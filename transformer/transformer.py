@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..team.share import Share
+from ..weights.linear.linear import Linear, Piece
 from .workspace import Arrive, Execution, all_there
 
-# Brings modules to the device for a `with` block, into the bytes of a tensor that nobody needs meanwhile (or None).
-Bring = Callable[[Sequence[nn.Module], Tensor | None], AbstractContextManager[None]]
+
+class Bring(Protocol):
+    """Brings weights to the device, into `spare`: bytes of a tensor that nobody needs meanwhile, where there is one."""
+
+    def __call__(self, modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
+        """Whole modules, for a `with` block."""
+        ...
+
+    def pieces(self, layer: Linear, spare: Tensor | None) -> Iterable[Piece]:
+        """A layer some rows at a time: those of a piece are gone when the next one is asked for."""
+        ...
 
 
-def here_already(modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
-    return nullcontext()
+class HereAlready:
+    """See `Bring`; all weights are on the device."""
+
+    def __call__(self, modules: Sequence[nn.Module], spare: Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def pieces(self, layer: Linear, spare: Tensor | None) -> Iterable[Piece]:
+        return layer.pieces()
 
 
 class Block(nn.Module):
@@ -41,7 +58,7 @@ class Transformer(nn.Module):
     """A model that is a sequence of blocks, with a little before and behind them."""
 
     stream: Callable[[Sequence[nn.Module]], Iterator[nn.Module]] = iter  # or a BlockStreamer
-    bring: Bring = staticmethod(here_already)  # or TransientWeights
+    bring: Bring = HereAlready()  # or TransientWeights
     arrive: Arrive = staticmethod(all_there)  # or that of a BlockStreamer
     fits_any_size = False  # whether its blocks can be compiled once for all sizes (`Execution.any_size`)
     share: Share | None = None  # of a pass that several cards make together; all of them begin it
@@ -57,6 +74,13 @@ class Transformer(nn.Module):
     def outer_modules(self) -> list[nn.Module]:
         """Modules beside the blocks that are worth compiling."""
         return []
+
+    def brought_through(self, layers: nn.Sequential, x: Tensor, spare: Tensor | None) -> Tensor:
+        """`layers(x)`, the weights of each brought some rows at a time: the same rows wherever they lie, so the same
+        bits."""
+        for layer in layers:
+            x = layer.multiply_pieces(x, self.bring.pieces(layer, spare)) if isinstance(layer, Linear) else layer(x)
+        return x
 
     def scratch_elements(self) -> int:
         """The most weight elements that are unpacked at a time."""

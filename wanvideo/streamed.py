@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 TEXT_KV = tuple(f"cross_attn.{layer}." for layer in ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img"))
 # Used once, before the blocks: with them it would have to stay until their tokens are embedded.
 NOT_STREAMED = "before_proj."
-TIME = ("time_embedding.", "time_projection.")  # in the passes' beginning; other transient ones are for prompts
+EMBEDDINGS = ("text_embedding", "time_embedding", "time_projection")
 NO_PATCHES_CARDS = (
     "another node patches this model's blocks, and sees all tokens there, of which several GPUs have some each: use a "
     "single device, or take that node out"
@@ -60,7 +60,8 @@ class StreamedWan(StreamedModel[WanModel]):
     parts = WeightParts(
         optional=TEXT_KV,
         unstreamed=(NOT_STREAMED,),
-        transient=("text_embedding", "time_embedding", "time_projection", "img_emb"),
+        transient=(*EMBEDDINGS, "img_emb"),
+        in_pieces=EMBEDDINGS,
     )
 
     def __init__(
@@ -117,7 +118,7 @@ class StreamedWan(StreamedModel[WanModel]):
             key_row_bytes=self.key_row_bytes(dtype),
             product_bytes=self.product_bytes(),
             unpacked_bytes=self.unpacked_bytes(dtype),
-            brought_bytes=sum(size for name, size in fixed.items() if name.startswith(TIME)),
+            brought_bytes=self.brought_bytes(dtype),
             control_streams=1 if config.vace_layers else 0,
             ray_channels=config.camera_channels * PIXELS**2,
             vae=WAN22_VAE if config.out_channels == 48 else WAN21_VAE,

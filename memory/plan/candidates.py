@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ..stream.ring import ring_bytes
+from ..stream.ring import pair_bytes, ring_bytes
 from .footprint import (
     Choice,
     DenoiseMemory,
@@ -126,26 +126,51 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
 def fastest_candidate(
     model: ModelFootprint, work: WorkSize, limits: Limits, budget_bytes: int, spare_bytes: int = 0
 ) -> Candidate | None:
-    """The last candidate that denoises in so many bytes, None where none does.
+    """The fastest way to denoise in so many bytes, None where there is none.
 
     `spare_bytes` of them are left where a leaner way than that does: the leanest ones may take all.
+    Of the candidates that fit the last one holds most weights; what is too little for the next one goes into larger
+    pieces, for which others that hold fewer weights, and compute no faster by it, may have more room.
     """
     known = list(candidates(model, work, limits))
     leanest = min(each.denoise.total for each in known)
     if leanest > budget_bytes:
         return None
     budget_bytes = max(budget_bytes - spare_bytes, leanest)
-    fitting = [each for each in known if each.denoise.total <= budget_bytes][-1]
-    if not fitting.times.transfer_bound:
-        return fitting
-    # what is too little for another resident goes into larger pieces: the predicted rates may be wrong
-    for step in (_larger_chunk, _fewer_groups, _more_queries):
-        while choice := step(fitting):
-            candidate = _candidate(model, work, limits, choice)
-            if candidate.denoise.total > budget_bytes:
-                break
-            fitting = candidate
-    return fitting
+    fitting = [each for each in known if each.denoise.total <= budget_bytes]
+    first_of_weights = {_weights_of(each.choice): each for each in reversed(fitting) if not each.times.transfer_bound}
+    starts = [fitting[-1], *first_of_weights.values()]
+    ways = [way for start in starts for way in _in_larger_pieces(start) if way.denoise.total <= budget_bytes]
+    return min(ways, key=_slowness)
+
+
+def _weights_of(choice: Choice) -> tuple[int, bool, bool, bool]:
+    """Which weights are on the device."""
+    return choice.num_resident, choice.cache_text_kv, choice.transient_fixed, choice.in_stages
+
+
+def _in_larger_pieces(candidate: Candidate) -> Iterator[Candidate]:
+    """The same weights on the device, with all or larger pieces of everything else."""
+    steps: tuple[Step, ...] = (_exact_keys, _fewer_groups, _more_queries, _larger_chunk)
+    known = {candidate.choice}
+    ways = [candidate]
+    while ways:
+        way = ways.pop()
+        yield way
+        for step in steps:
+            if (choice := step(way)) is not None and choice not in known:
+                known.add(choice)
+                ways.append(_candidate(way.model, way.work, way.limits, choice))
+
+
+def _slowness(candidate: Candidate) -> tuple[float, int, float, float, bool, int]:
+    """By time; by what would be faster if the predicted rates are wrong; then by memory.
+
+    Of rings those of whole blocks: stages computed in less time than predicted would be waited for.
+    """
+    times, choice = candidate.times, candidate.choice
+    residents = candidate.blocks.num_resident
+    return times.total, -residents, times.compute, times.transfer, choice.transient_fixed, candidate.denoise.total
 
 
 def _larger_chunk(candidate: Candidate) -> Choice | None:
@@ -244,8 +269,8 @@ def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Ch
     host, transfer = find_host_memory(model, sizes, [i for i in range(model.num_blocks) if i not in kept], limits)
     ring = ring_bytes(streamed, num_slots)
     if choice.in_stages and streamed:
-        largest = max(size for index, size in enumerate(model.stage_bytes) if index not in kept)
-        ring = min(ring, ring_bytes((largest,) * DEFAULT_SLOTS, DEFAULT_SLOTS))
+        stages = [size for index, each in enumerate(model.stage_bytes) if index not in kept for size in each]
+        ring = min(ring, pair_bytes(stages))
         transfer *= STAGED_TRANSFER
     return Candidate(
         model,

@@ -72,10 +72,10 @@ class ModelFootprint:
     `fixed_bytes` are the weights outside the blocks. `scratch_elements` are the most weight elements unpacked at a
     time: 0 where weights are stored in the compute dtype. `transient_bytes` of the fixed ones are needed only for a
     moment before the blocks, and can be brought for it; `brought_bytes` of them at a time, in the bytes of q, k and v
-    where these suffice. `unpacked_bytes` are the most that is made of one of the fixed ones when it is used.
+    where these suffice. `unpacked_bytes` are the most that is unpacked at a time of one of the fixed ones.
     `row_bytes` of a row of a chunk are there beside what is normed or added of it: in 8 bits what is multiplied;
     `key_row_bytes` are those of a layer that makes keys. `product_bytes` come to it for a chunk of any size.
-    `streams_queries`: q can be made for some rows at a time. `stage_bytes` are those of each block's largest stage,
+    `streams_queries`: q can be made for some rows at a time. `stage_bytes` are those of each block's stages in order,
     where blocks can be streamed in stages. `packs_keys`: keys and values may be kept in 8 bits, as the user computes in
     8 bits anyway. `home_bytes` is what each block takes where it lies, with what is needed once per run. `form` is the
     name of the format that most of the blocks' weights have, `attention` that of the backend: by them a card's
@@ -98,7 +98,7 @@ class ModelFootprint:
     image_tokens: int = 0
     compute_bytes: int = 2
     streams_queries: bool = False
-    stage_bytes: tuple[int, ...] = ()
+    stage_bytes: tuple[tuple[int, ...], ...] = ()
     packs_keys: bool = False
     brought_bytes: int = 0
     unpacked_bytes: int = 0
@@ -128,7 +128,7 @@ class ModelFootprint:
         pool = self.pool_bytes(work, choice)
         angles = 2 * 4 * work.tokens * (self.dim // self.num_heads // 2)  # cos and sin, fp32
         blocks = work.rows * self.dim * self.compute_bytes + angles + self.temporary_bytes(work, choice, limits)
-        return pool + max(blocks, self._embedding_bytes(pool, choice))
+        return max(pool + max(blocks, self._embedding_bytes(pool, choice)), self._prompt_bytes(work, choice))
 
     def pool_bytes(self, work: WorkSize, choice: Choice) -> int:
         """q, k and v; hidden rows of the FFN lie in the same bytes."""
@@ -138,9 +138,14 @@ class ModelFootprint:
         return max(2 * kept + choice.query_rows(work) * dim * element, hidden)
 
     def _embedding_bytes(self, pool: int, choice: Choice) -> int:
-        """What embeds the timestep, before there is x: weights that were brought, one of them unpacked."""
+        """What embeds the timestep, before there is x: rows of a weight that were brought, and unpacked."""
         brought = self.brought_bytes if choice.transient_fixed and self.brought_bytes > pool else 0
         return brought + self.unpacked_bytes
+
+    def _prompt_bytes(self, work: WorkSize, choice: Choice) -> int:
+        """What embeds a prompt, before a pass has anything: the same, and the text between two layers."""
+        text = work.batch * self.text_tokens * self.dim * self.compute_bytes
+        return self._embedding_bytes(0, choice) + 2 * text
 
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The largest of what is needed for a moment of a block."""

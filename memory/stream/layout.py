@@ -196,9 +196,13 @@ def bind_span(block: nn.Module, layout: BlockLayout, flat: Tensor, start: int, s
             f"{layout.prefix} needs a flat uint8 tensor of {stop - start} bytes, got {flat.dtype} {tuple(flat.shape)}"
         )
     for place in layout.places_in(start, stop):
-        at = place.offset - start
-        view = flat[at : at + place.nbytes].view(place.dtype).view(place.shape)
-        _assign(block, layout, place, view)
+        _assign(block, layout, place, view_of(place, flat, start))
+
+
+def view_of(place: TensorPlace, flat: Tensor, start: int = 0) -> Tensor:
+    """A tensor of a block whose bytes from `start` on are `flat`."""
+    at = place.offset - start
+    return flat[at : at + place.nbytes].view(place.dtype).view(place.shape)
 
 
 def unbind(block: nn.Module, layout: BlockLayout, part: Part = Part.ALL) -> None:

@@ -34,12 +34,18 @@ def ring_bytes(sizes: Sequence[int], num_slots: int) -> int:
     return min(num_slots, len(sizes)) * max((align(size) for size in sizes), default=0)
 
 
+def pair_bytes(sizes: Sequence[int]) -> int:
+    """Bytes for a ring in which any two consecutive blocks, the last and the first too, lie side by side."""
+    aligned = [align(size) for size in sizes]
+    return max((size + after for size, after in zip(aligned, [*aligned[1:], *aligned[:1]], strict=True)), default=0)
+
+
 def plan_ring(sizes: Sequence[int], capacity: int) -> RingSchedule:
     """Place blocks of `sizes` bytes, in pass order, in a ring of `capacity` bytes.
 
-    Every block gets the place that was used longest ago and will be needed latest. Where that ends in
-    fragments, equal slots are used instead. Either is only a matter of speed: the streamer makes every copy
-    wait for all blocks that overlap it. Raises ValueError when the largest block does not fit.
+    Every block gets the place that was used longest ago and will be needed latest. Where that ends in fragments, equal
+    slots are used instead, or the ring's two ends in turn. Either is only a matter of speed: the streamer makes every
+    copy wait for all blocks that overlap it. Raises ValueError when the largest block does not fit.
     """
     sizes = tuple(align(size) for size in sizes)
     largest = max(sizes, default=0)
@@ -52,6 +58,7 @@ def plan_ring(sizes: Sequence[int], capacity: int) -> RingSchedule:
     # More slots are not always better: with 3 for 4 blocks the pass would end in the slot where it begins.
     for num_slots in range(2, min(capacity // max(largest, 1), len(sizes)) + 1):
         plans.append(_schedule(sizes, tuple(k % num_slots * largest for k in range(len(sizes)))))
+    plans.append(_schedule(sizes, tuple(k % 2 * (capacity - size) for k, size in enumerate(sizes))))
     return max(plans, key=lambda plan: plan.depth)
 
 

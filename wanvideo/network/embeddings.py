@@ -67,13 +67,12 @@ class PatchEmbedding(nn.Module):
         t, h, w = (n // p for n, p in zip(size, self.patch_size, strict=True))
         return t, h, w
 
-    def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        (t, h, w), (pt, ph, pw) = grid, self.patch_size
-        return rearrange(
-            patches,
-            "(b t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-            t=t, h=h, w=w, pt=pt, ph=ph, pw=pw,
-        )  # fmt: skip
+    def unpatchify_into(self, out: Tensor, patches: Tensor) -> Tensor:
+        """Write `patches [rows, out * patch volume]` into `out [B, out, T, H, W]`, and return that."""
+        pt, ph, pw = self.patch_size
+        there = rearrange(out, "b c (t pt) (h ph) (w pw) -> b t h w pt ph pw c", pt=pt, ph=ph, pw=pw)
+        there.copy_(patches.view(there.shape))
+        return out
 
 
 class ImageEmbedding(nn.Module):

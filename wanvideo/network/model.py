@@ -172,13 +172,14 @@ class WanModel(Transformer):
         grid = self.patch_embedding.grid(latent)  # (t, h, w) in tokens
         if extras.reference is not None:
             grid = (grid[0] + 1, *grid[1:])
+        # first of all: a later one would lie in bytes that something larger was in, and will be in the next pass
+        velocity = latent.new_empty(latent.shape[0], self.config.out_channels, *latent.shape[2:])
         batch, tokens = latent.shape[0], math.prod(grid)
         times = timestep.numel() // batch  # of a sample
         part = None if self.share is None else self.share.part(tokens, self.share.run_of(tokens, times))
         num_rows = batch * (tokens if part is None else part.num_mine)
         work = self.workspace(num_rows, latent.device, batch, extras.visitor, part)
-        with self.bring((self.time_embedding, self.time_projection), work.pool):
-            time, modulation = self.embed_time(timestep)  # [groups, dim], [groups, 6, dim]
+        time, modulation = self.embed_time(timestep, work.pool)  # [groups, dim], [groups, 6, dim]
         rows_per_group, signal = num_rows // time.shape[0], time
         if part is not None and times > 1:
             rows_per_group = part.share.run_of(tokens, times)
@@ -202,8 +203,7 @@ class WanModel(Transformer):
             patches = part.gather(patches, batch)
         if extras.reference is not None:
             patches = patches.view(latent.shape[0], grid[0], -1)[:, 1:].reshape(-1, patches.shape[-1])
-            grid = (grid[0] - 1, *grid[1:])
-        return self.patch_embedding.unpatchify(patches, grid).to(latent.dtype)
+        return self.patch_embedding.unpatchify_into(velocity, patches)
 
     def run_blocks(
         self, state: Pass, context: Context, extras: Extras, grid: tuple[int, int, int]
@@ -338,8 +338,7 @@ class WanModel(Transformer):
         if self.img_emb is not None and image_tokens is not None:
             with self.bring((self.img_emb,), None):
                 image = self.img_emb(image_tokens.to(dtype).reshape(text.shape[0], -1, image_tokens.shape[-1]))
-        with self.bring((self.text_embedding,), None):
-            embedded = self.text_embedding(text.to(dtype))
+        embedded = self.brought_through(self.text_embedding, text.to(dtype), None)
         return Context(embedded, embedded if self.img_emb is not None and image is None else image)
 
     def embed_nag(self, nag: Nag) -> Nag:
@@ -348,14 +347,14 @@ class WanModel(Transformer):
             return nag
         return replace(nag, context=Context(nag.text) if nag.embedded else self.embed_context(nag.text))
 
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_time(self, timestep: Tensor, spare: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embedding `[groups, dim]` and block modulation `[groups, 6, dim]`; one group per timestep.
 
         They are made in the compute dtype, as ComfyUI makes them, and given in fp32, in which blocks add to them.
         """
         angles = sinusoidal_embedding(self.config.freq_dim, timestep.flatten())
-        time = self.time_embedding(angles.to(self.execution.dtype))
-        modulation = self.time_projection(time)
+        time = self.brought_through(self.time_embedding, angles.to(self.execution.dtype), spare)
+        modulation = self.brought_through(self.time_projection, time, spare)
         return time.float(), modulation.float().unflatten(1, (6, -1))
 
     def workspace(

@@ -30,6 +30,8 @@ class Fp8Dequantized(WeightFormat):
     full_precision: bool = False
     ops: RowOps = field(default_factory=TorchRowOps)
 
+    splits = True
+
     @property
     def name(self) -> str:
         return FP8_FULL_PRECISION if self.full_precision else FP8

@@ -13,20 +13,22 @@ Formats that multiply 8-bit numbers quantise their rows first; layers that read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.low_rank_reference import TORCH, LowRankOps
-from .low_rank import LowRank, SideBranch, hidden_of
+from .low_rank import DOWN, LowRank, SideBranch, hidden_of
 from .projection import DenseProjection, Projection, Scratch
 from .weight_format import PLAIN, Plain, WeightFormat
 
 UNPACKED_BYTES = 64 << 20  # of a weight that is used once: the timestep's projection of Wan 14B has 300 MiB in 16 bits
+PIECE_ROWS = 2048  # of a layer outside the blocks that is multiplied as it comes: 20 MiB of Wan 14B's in 16 bits
 MOST_TOGETHER = 3  # layers of one size that read the same rows: those of q, k and v
 
+Piece = tuple[slice, dict[str, Tensor]]  # some rows of a weight, and what is stored of them and of their bias
 SharedRows = tuple[Any, Tensor | None]  # rows as a form multiplies them, and what a low-rank update made of them
 
 
@@ -112,6 +114,16 @@ class Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         packed = self.packed()
         update = LowRank.take_from(packed)
+        return self._prepared(packed, bias, update, dtype, scratch)
+
+    def _prepared(
+        self,
+        packed: dict[str, Tensor],
+        bias: Tensor | None,
+        update: LowRank | None,
+        dtype: torch.dtype,
+        scratch: Scratch | None,
+    ) -> Projection:
         project = self.format.prepare(packed, bias, dtype, scratch)
         if isinstance(project, DenseProjection):
             project = DenseProjection(project.weight, bias, self.fuses_gelu)
@@ -152,18 +164,41 @@ class Linear(nn.Module):
         nbytes = self.scratch_elements(dtype) * dtype.itemsize
         return min(nbytes, UNPACKED_BYTES) if self._multiplies_in_pieces(dtype) else nbytes
 
+    def piece_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of the largest of its `pieces` as it is stored, and of what is unpacked of it in `dtype`."""
+        rows, packed = next(self.pieces())
+        unpacked = self.scratch_elements(dtype) * dtype.itemsize * (rows.stop - rows.start) // self.out_features
+        return sum(tensor.nbytes for tensor in packed.values()), unpacked
+
     def forward(self, x: Tensor) -> Tensor:
         """The product by itself; a large weight is unpacked and multiplied some of its rows at a time."""
         if not self._multiplies_in_pieces(x.dtype):
             return self.prepare(x.dtype)(x)
+        return self.multiply_pieces(x, self.pieces(max(1, UNPACKED_BYTES // (x.dtype.itemsize * self.in_features))))
+
+    def pieces(self, step: int | None = None, stored: Mapping[str, Tensor] | None = None) -> Iterator[Piece]:
+        """The layer `step` rows at a time (None: `PIECE_ROWS`), or whole where its format does not split.
+
+        `stored` are its parameters by name where they are not the layer's own.
+        """
+        rest = {name: tensor for name, tensor in (stored or self._parameters).items() if tensor is not None}
+        shared = {name: rest.pop(name) for name in (DOWN,) if name in rest}  # its rows are none of the weight's
+        step = (step or PIECE_ROWS) if self.format.splits else self.out_features
+        for rows, piece in self.format.pieces(rest, step):
+            yield rows, {**piece, **shared}
+
+    def multiply_pieces(self, x: Tensor, pieces: Iterable[Piece]) -> Tensor:
+        """The product by a weight of which the rows of one piece are there at a time."""
         out = x.new_empty(*x.shape[:-1], self.out_features)
-        step = max(1, UNPACKED_BYTES // (x.dtype.itemsize * self.in_features))
-        for rows, packed in self.format.pieces(self.packed(), step):
-            bias = None if self.bias is None else self.bias[rows].to(x.dtype)
-            out[..., rows] = self.format.prepare(packed, bias, x.dtype, None)(x)
+        buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        for rows, piece in pieces:
+            packed = {**piece, **buffers}
+            bias = packed.pop("bias", None)
+            update = LowRank.take_from(packed)
+            project = self._prepared(packed, None if bias is None else bias.to(x.dtype), update, x.dtype, None)
+            out[..., rows] = project(x)
+            del bias, packed, piece, project, update  # what is unpacked of them goes before the next ones come
         return out
 
     def _multiplies_in_pieces(self, dtype: torch.dtype) -> bool:
-        packed = self.packed()
-        nbytes = self.format.scratch_elements(packed, dtype) * dtype.itemsize
-        return self.format.splits and nbytes > UNPACKED_BYTES and LowRank.take_from(packed) is None
+        return self.format.splits and self.scratch_elements(dtype) * dtype.itemsize > UNPACKED_BYTES
