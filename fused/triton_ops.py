@@ -13,6 +13,11 @@ from torch import Tensor
 
 from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
 
+# Measured on an H200 (`benchmarks/results/norms_h200_2026-11-29.json`): what a multiprocessor has in flight counts, and
+# registers that hold nothing take as much of its room as others. Not where rows are narrow, or normed head by head.
+NORM_WARPS, NARROW = 4, 2048
+HEADS_AT_ONCE, HEADS_WARPS = 8, 2
+
 
 class TritonOps:
     """See `FusedOps` for what each step computes; `compiled` are the same steps for torch.compile."""
@@ -30,10 +35,17 @@ class TritonOps:
     ) -> Tensor:
         rows, dim = x.shape
         out = torch.empty_like(x)
-        # the two are slices of one [groups, 6, dim] tensor: same strides
+        # shift and scale are slices of one [groups, 6, dim] tensor: same strides
+        if dim <= NARROW:
+            _narrow_norm_kernel[(rows,)](
+                x, out, scale, shift, first_row, rows_per_group, scale.stride(0), eps, dim, x.stride(0),
+                BLOCK=triton.next_power_of_2(dim), num_warps=NORM_WARPS,
+            )  # fmt: skip
+            return out
+        most, rest = _two_parts(dim)
         _norm_kernel[(rows,)](
             x, out, scale, shift, first_row, rows_per_group, scale.stride(0), eps, dim, x.stride(0),
-            MODULATED=True, BLOCK=triton.next_power_of_2(dim), num_warps=_num_warps(dim),
+            MODULATED=True, MOST=most, REST=rest, num_warps=NORM_WARPS,
         )  # fmt: skip
         return out
 
@@ -41,9 +53,10 @@ class TritonOps:
         rows, dim = x.shape
         out = torch.empty_like(x)
         weight, bias = _readable(weight, x), _readable(bias, x)
+        most, rest = _two_parts(dim)
         _norm_kernel[(rows,)](
             x, out, weight, bias, 0, 1, 0, eps, dim, x.stride(0),
-            MODULATED=False, BLOCK=triton.next_power_of_2(dim), num_warps=_num_warps(dim),
+            MODULATED=False, MOST=most, REST=rest, num_warps=NORM_WARPS,
         )  # fmt: skip
         return out
 
@@ -61,9 +74,10 @@ class TritonOps:
                 HALF_BLOCK=triton.next_power_of_2(run) // 2, num_warps=_num_warps(dim),
             )  # fmt: skip
             return
+        most, rest = _two_parts(dim)
         _rms_norm_kernel[(rows,)](
             x, weight, cos, sin, first_row, num_tokens, half, eps, dim, x.stride(0),
-            ROTATE=rope is not None, HALF_BLOCK=triton.next_power_of_2(dim) // 2, num_warps=_num_warps(dim),
+            ROTATE=rope is not None, MOST=most, REST=rest, num_warps=NORM_WARPS,
         )  # fmt: skip
 
     def gelu_(self, x: Tensor) -> None:
@@ -73,9 +87,9 @@ class TritonOps:
 
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
         rows, heads, dim = x.shape
-        _pack_heads_kernel[(rows,)](
+        _pack_heads_kernel[(rows, triton.cdiv(heads, HEADS_AT_ONCE))](
             x, values, scales, heads, dim, x.stride(0), values.stride(0), scales.stride(0), SMALLEST_SCALE,
-            HEADS=triton.next_power_of_2(heads), DIM=triton.next_power_of_2(dim), num_warps=8,
+            HEADS=HEADS_AT_ONCE, DIM=triton.next_power_of_2(dim), num_warps=HEADS_WARPS,
             enable_fp_fusion=False,  # products are rounded before they are rounded to integers
         )  # fmt: skip
 
@@ -105,10 +119,16 @@ def _num_warps(dim: int) -> int:
     return 8 if dim > 2048 else 4
 
 
+def _two_parts(dim: int) -> tuple[int, int]:
+    """Powers of two that hold a row one after the other: 5120 is 4096 and 1024, where one power would be 8192."""
+    most = triton.next_power_of_2(dim) // 2
+    return most, triton.next_power_of_2(dim - most)
+
+
 @triton.jit(do_not_specialize=["first_row"])
-def _norm_kernel(
+def _narrow_norm_kernel(
     x_ptr, out_ptr, scale_ptr, shift_ptr, first_row, rows_per_group, group_stride, eps, dim, row_stride,
-    MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     col = tl.arange(0, BLOCK)
@@ -119,31 +139,67 @@ def _norm_kernel(
     group = ((first_row + row) // rows_per_group) * group_stride
     scale = tl.load(scale_ptr + group + col, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + group + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * dim + col, normed * (1.0 + scale) + shift, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _norm_kernel(
+    x_ptr, out_ptr, scale_ptr, shift_ptr, first_row, rows_per_group, group_stride, eps, dim, row_stride,
+    MODULATED: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    col, rest = tl.arange(0, MOST), MOST + tl.arange(0, REST)
+    inside = rest < dim
+    x_ptr += row.to(tl.int64) * row_stride
+    x = tl.load(x_ptr + col).to(tl.float32)
+    y = tl.load(x_ptr + rest, mask=inside, other=0.0).to(tl.float32)
+    mean = (tl.sum(x, 0) + tl.sum(y, 0)) / dim
+    x -= mean
+    y = tl.where(inside, y - mean, 0.0)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / dim + eps))
+    group = ((first_row + row) // rows_per_group) * group_stride
+    scale = tl.load(scale_ptr + group + col).to(tl.float32)
+    shift = tl.load(shift_ptr + group + col).to(tl.float32)
+    rest_scale = tl.load(scale_ptr + group + rest, mask=inside, other=0.0).to(tl.float32)
+    rest_shift = tl.load(shift_ptr + group + rest, mask=inside, other=0.0).to(tl.float32)
     if MODULATED:
         scale += 1.0
-    tl.store(out_ptr + row.to(tl.int64) * dim + col, normed * scale + shift, mask=inside)
+        rest_scale += 1.0
+    out_ptr += row.to(tl.int64) * dim
+    tl.store(out_ptr + col, x * inverse * scale + shift)
+    tl.store(out_ptr + rest, y * inverse * rest_scale + rest_shift, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def _rms_norm_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, first_row, num_tokens, half, eps, dim, row_stride,
-    ROTATE: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    ROTATE: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    col = tl.arange(0, 2 * HALF_BLOCK)
-    inside = col < dim
-    address = x_ptr + row.to(tl.int64) * row_stride + col
-    x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    x = x / tl.sqrt(tl.sum(x * x, 0) / dim + eps) * weight
+    col, rest = tl.arange(0, MOST), MOST + tl.arange(0, REST)
+    inside = rest < dim
+    x_ptr += row.to(tl.int64) * row_stride
+    x = tl.load(x_ptr + col).to(tl.float32)
+    y = tl.load(x_ptr + rest, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / dim + eps))
+    x *= inverse * tl.load(weight_ptr + col).to(tl.float32)
+    y *= inverse * tl.load(weight_ptr + rest, mask=inside, other=0.0).to(tl.float32)
     if ROTATE:
-        pair = tl.arange(0, HALF_BLOCK)
-        angle = ((first_row + row) % num_tokens) * half + pair % half
-        cos = tl.load(cos_ptr + angle, mask=pair < dim // 2, other=0.0)
-        sin = tl.load(sin_ptr + angle, mask=pair < dim // 2, other=0.0)
-        real, imag = tl.split(tl.reshape(x, (HALF_BLOCK, 2)))
-        x = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (2 * HALF_BLOCK,))
-    tl.store(address, x, mask=inside)
+        angles = ((first_row + row) % num_tokens) * half
+        x = _turned(x, 0, cos_ptr + angles, sin_ptr + angles, half, dim // 2, MOST // 2)
+        y = _turned(y, MOST // 2, cos_ptr + angles, sin_ptr + angles, half, dim // 2, REST // 2)
+    tl.store(x_ptr + col, x)
+    tl.store(x_ptr + rest, y, mask=inside)
+
+
+@triton.jit
+def _turned(x, first_pair, cos_ptr, sin_ptr, half, num_pairs, PAIRS: tl.constexpr):
+    """Pairs of a row from `first_pair` on, turned by the angle of their place in their head."""
+    pair = first_pair + tl.arange(0, PAIRS)
+    cos = tl.load(cos_ptr + pair % half, mask=pair < num_pairs, other=0.0)
+    sin = tl.load(sin_ptr + pair % half, mask=pair < num_pairs, other=0.0)
+    real, imag = tl.split(tl.reshape(x, (PAIRS, 2)))
+    return tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (2 * PAIRS,))
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -176,7 +232,7 @@ def _pack_heads_kernel(
     HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, DIM)
     place = head[:, None] * head_dim + col[None, :]
     inside = (head < num_heads)[:, None] & (col < head_dim)[None, :]

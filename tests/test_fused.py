@@ -150,7 +150,9 @@ def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
 def test_triton_interpreted_on_the_cpu() -> None:
     # the interpreter is chosen when kernels are defined: a process of its own
     code = f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_fused as t; "
-    code += "[t.check_triton('cpu', torch.float32, *sizes, 1e-5) for sizes in ((24, 4), (64, 4), (36, 6))]; "
+    code += (
+        "[t.check_triton('cpu', torch.float32, *sizes, 1e-5) for sizes in ((24, 4), (64, 4), (36, 6), (2304, 64))]; "
+    )
     code += "t.check_triton('cpu', torch.float16, 24, 4, 2e-3); "
     code += "t.check_packing('cpu', torch.float32)"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
