@@ -18,7 +18,7 @@ class Layer(Protocol):
     """A layer of the modules that can be had some rows at a time."""
 
     def pieces(self, *, stored: Mapping[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Which rows, and views of what is `stored` of them, by its parameters' names; no piece larger than the first."""
+        """Which rows, and views of what is `stored` of them by parameters' names; no piece larger than the first."""
         ...
 
 
