@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..compilation.profiles import CUSTOM, PROFILES, settings_of
 from ..compilation.settings import BACKENDS, DYNAMIC, MODES, CompileSettings
 from .bridge import host
-from .inputs import model_input, streamed_model
+from .inputs import ADVANCED, model_input, streamed_model
 
 
 class TorchCompileSettings(io.ComfyNode):
@@ -32,7 +32,7 @@ class TorchCompileSettings(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "fullgraph", default=False,
-                    tooltip="On: an error where a block is not one graph. Off: it may be cut.",
+                    tooltip="On: an error where a block is not one graph. Off: it may be cut.", extra_dict=ADVANCED,
                 ),
                 io.Combo.Input("mode", options=list(MODES), default="default", tooltip="One of inductor's presets."),
                 io.Combo.Input(
@@ -43,17 +43,20 @@ class TorchCompileSettings(io.ComfyNode):
                 io.Boolean.Input(
                     "compile_transformer_blocks_only", default=True,
                     tooltip="On: the blocks, which are nearly all of the work. Off: the output head as well.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "dynamo_cache_size_limit", default=64, min=1, max=1024,
-                    tooltip="Versions of the code per function.",
+                    tooltip="Versions of the code per function.", extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "dynamo_recompile_limit", default=128, min=1, max=4096, tooltip="Versions of the code in all.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Boolean.Input(
                     "force_parameter_static_shapes", default=False,
                     tooltip="On: weights have fixed shapes in the code even where sizes are dynamic.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Combo.Input(
                     "profile", options=list(PROFILES), default=CUSTOM,

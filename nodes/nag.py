@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..transformer.nag import NagSettings
 from .bridge import host
 from .bridge.nag_options import NAG_KEY, NagOptions, check_negative
-from .inputs import model_input, streamed_model
+from .inputs import ADVANCED, model_input, streamed_model
 
 TITLE = "Negative Guidance (NAG, Low VRAM)"
 
@@ -34,11 +34,11 @@ class NegativeGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "nag_tau", default=2.5, min=0.0, max=100.0, step=0.1,
-                    tooltip="How many times as long as before a token's result may become.",
+                    tooltip="How many times as long as before a token's result may become.", extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
                     "nag_alpha", default=0.25, min=0.0, max=1.0, step=0.01,
-                    tooltip="How much of the guided result is mixed in. 0 switches it off.",
+                    tooltip="How much of the guided result is mixed in. 0 switches it off.", extra_dict=ADVANCED,
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -46,3 +46,50 @@ def test_forks_test_on_linux_and_windows_what_make_test_does() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in ("ruff check .", "ruff format --check .", "not slow and not comfyui"):
         assert line in WORKFLOW and line in makefile
+
+
+def test_scripts_of_the_page_are_in_the_packs_own_namespace() -> None:
+    """As comfy-test's level "javascript" asks: another pack's extension of the same name would drop ours."""
+    namespace = re.sub(r"\W", "", PROJECT["tool"]["comfy"]["DisplayName"]).lower()
+    scripts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "web").glob("*.js"))]
+    names = [name for script in scripts for name in re.findall(r"registerExtension\(\{\s*name: \"(.+?)\"", script)]
+    assert len(names) == sum(script.count("registerExtension") for script in scripts) == len(set(names)) > 2
+    assert [name for name in names if not name.startswith(f"{namespace}.")] == []
+
+
+# of every node that was ever in a workflow
+NODE_IDS = [
+    "BlockSwap",
+    "DecodeVideo",
+    "Doctor",
+    "EncodeVideo",
+    "FramePackEndImage",
+    "FramePackNearestBucket",
+    "FramePackSampler",
+    "FramePackTimedPrompt",
+    "LoadClipGGUF",
+    "LoadDemo",
+    "LoadFlashVSRModel",
+    "LoadFramePackModel",
+    "LoadLora",
+    "LoadWanModel",
+    "MemoryReport",
+    "Nag",
+    "Plan",
+    "ResumableSampling",
+    "SaveVideo",
+    "SeveralGPUs",
+    "ShowVideo",
+    "SparseAttention",
+    "StepCache",
+    "TorchCompile",
+    "UpscaleVideo",
+]
+
+
+def test_no_node_id_is_lost() -> None:
+    nodes = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nodes").glob("*.py"))
+    ids = set(re.findall(r'node_id="LowVRAM(\w+)"', nodes))
+    lost = sorted(set(NODE_IDS) - ids)
+    assert not lost, f"saved workflows name {lost}: register an io.NodeReplace for each in LowVRAMExtension.on_load"
+    assert ids == set(NODE_IDS), "add the new id to NODE_IDS: from now on workflows name it"

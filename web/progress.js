@@ -102,7 +102,7 @@ function clear() {
 }
 
 app.registerExtension({
-    name: "LowVRAMVideo.Progress",
+    name: "lowvramvideo.Progress",
 
     setup() {
         api.addEventListener("b_preview_with_metadata", async ({ detail }) => {

@@ -5,7 +5,7 @@ import { translated } from "./texts.js";
 const HEIGHTS = { LowVRAMPlan: 130, LowVRAMMemoryReport: 150, LowVRAMLoadLora: 60, LowVRAMDoctor: 420 };
 
 app.registerExtension({
-    name: "LowVRAMVideo.ShowText",
+    name: "lowvramvideo.ShowText",
 
     nodeCreated(node) {
         const height = HEIGHTS[node.comfyClass];

@@ -114,7 +114,7 @@ function translateNotes(nodes) {
 }
 
 app.registerExtension({
-    name: "LowVRAMVideo.Texts",
+    name: "lowvramvideo.Texts",
 
     async init() {
         const language = LANGUAGES[app.ui?.settings?.getSettingValue("Comfy.Locale")];

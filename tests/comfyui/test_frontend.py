@@ -37,7 +37,7 @@ SETTINGS = {
 }
 APP_IS_UP = """window.app && window.app.graph && window.app.rootGraph !== null
 && document.querySelector('#graph-canvas')
-&& window.app.extensions.some(extension => extension.name === 'LowVRAMVideo.ShowText')"""
+&& window.app.extensions.some(extension => extension.name === 'lowvramvideo.ShowText')"""
 DROP = """((name, text) => {
     const data = new DataTransfer();
     data.items.add(new File([text], name, {type: 'application/json'}));
