@@ -3,7 +3,8 @@
     python benchmarks/decode_parts.py --out results.json
 
 `equal` says whether a convolution of some rows has the bits of the whole frame's, which is a matter of the kernels that
-cuDNN takes for each height. Takes half a minute.
+cuDNN takes for each height. `different` are numbers that recorded strips have and strips by calls have not: none is
+right. Takes a minute.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.system.host_memory import allocate_extent
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.strips import Strips
+from lowvram_video.video.pictures import to_levels
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from lowvram_video.wanvideo.vae.resampling import enlarge
 from torch import Tensor
@@ -32,8 +34,9 @@ from torch import Tensor
 CONVOLUTIONS = (
     (288, 96, 720, 1280, 3), (192, 96, 720, 1280, 3), (576, 192, 360, 640, 3), (384, 192, 360, 640, 3),
     (576, 384, 180, 320, 3), (1152, 384, 180, 320, 3), (1152, 384, 90, 160, 3), (1152, 768, 180, 320, 1),
-    (288, 3, 720, 1280, 3), (288, 8, 720, 1280, 3), (288, 16, 720, 1280, 3), (288, 32, 720, 1280, 3),
+    (288, 3, 720, 1280, 3), (384, 192, 180, 320, 3), (1152, 768, 90, 160, 1), (192, 384, 180, 320, 1),
 )  # fmt: skip
+STEPS = (((480, 832), 96, 21), ((720, 1280), 144, 21))  # pictures, rows of a strip, latents
 SHARES = (2, 3, 4, 5, 6)  # of a frame's rows
 
 
@@ -124,44 +127,59 @@ class Parts:
                       unpin_s=time.perf_counter() - middle)  # fmt: skip
 
     def steps(self) -> None:
-        """Steps of strips of 144 rows: the calls' own time, and the device's where it waits for nobody."""
+        """Strips by calls and as recorded: whether they are the same, and what they take, each twice."""
         vae = self.vae()
-        latent = torch.randn(1, 16, 12, 90 // self.scale or 1, 160 // self.scale)
-        for recorded in (False, True):
-            os.environ["LOWVRAM_RECORD_STEPS"] = str(int(recorded))
-            marks: list[float] = []
-            way = Strips(144 // self.scale, True, CudaRegistrar(self.device) if self.device.type == "cuda" else None)
+        for size, rows, latents in STEPS:
+            case, pieces = (size, rows, latents if self.scale == 1 else 3), None
+            for recorded in (False, True):
+                os.environ["LOWVRAM_RECORD_STEPS"] = str(int(recorded))
+                for turn in range(2):
+                    row, made = self._strips(vae, *case)
+                    pieces = pieces or made
+                    differ = sum(int((one != other).sum()) for one, other in zip(made, pieces, strict=True))
+                    self.note(**row, recorded=recorded, turn=turn, different=differ)
+        os.environ.pop("LOWVRAM_RECORD_STEPS")
 
-            def mark(done: int, of: int) -> None:
-                marks.append(time.perf_counter())  # noqa: B023
+    def profile(self) -> None:
+        """Strips by calls: which take what of the device and of Python."""
+        from torch.profiler import ProfilerActivity, profile
 
-            for _ in range(2):
-                marks.clear()
-                self.wait()
-                began = time.perf_counter()
-                pieces = list(vae.decode_strips(latent, way, torch.clone, None, mark))
-                self.wait()
-                ended = time.perf_counter()
-            gaps = sorted(1e3 * (b - a) for a, b in pairwise(marks))
-            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0
-            reserved = torch.cuda.max_memory_reserved() / 2**30 if self.device.type == "cuda" else 0
-            shares = [round(gaps[int(q * (len(gaps) - 1))], 2) for q in (0, 0.25, 0.5, 0.75, 0.9, 1)]
-            checksum = float(sum(piece.float().abs().sum() for piece in pieces))
-            self.note(what="12 latents in strips of 144 rows", recorded=recorded, s=ended - began, steps=len(marks),
-                      until_first=marks[0] - began, ms_between=shares, checksum=checksum, allocated=peak,
-                      reserved=reserved)  # fmt: skip
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+        os.environ["LOWVRAM_RECORD_STEPS"] = "0"
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            self._strips(self.vae(), (480, 832), 96, 4)
+        print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=100))
+        print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=60))
+        os.environ.pop("LOWVRAM_RECORD_STEPS")
+
+    def _strips(
+        self, vae: WanVAE, size: tuple[int, int], rows: int, latents: int
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """One decode in strips, as eight-bit levels: `until` says when each strip's steps had been asked for."""
+        height, width = (-(-side // (8 * self.scale)) for side in size)
+        latent = torch.randn(1, 16, latents, height, width, generator=torch.Generator().manual_seed(0))
+        registrar = CudaRegistrar(self.device) if self.device.type == "cuda" else None
+        way, marks = Strips(max(8, rows // self.scale // 8 * 8), True, registrar), [0.0]
         if self.device.type == "cuda":
-            from torch.profiler import ProfilerActivity, profile
-
-            os.environ["LOWVRAM_RECORD_STEPS"] = "0"
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-                list(vae.decode_strips(latent[:, :, :4], way, torch.clone))
-            print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=100))
-            print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=22, max_name_column_width=60))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.wait()
+        began = time.perf_counter()
+        pieces = list(
+            vae.decode_strips(latent, way, to_levels, None, lambda *_: marks.append(time.perf_counter() - began))
+        )
+        self.wait()
+        ended = time.perf_counter() - began
+        gaps = sorted(1e3 * (b - a) for a, b in pairwise(marks))
+        row = {"what": f"{latents} latents of {size[1]}x{size[0]} {way}", "s": round(ended, 4),
+               "ms_between": [round(gaps[int(share * (len(gaps) - 1))], 2) for share in (0, 0.1, 0.5, 0.9, 1)],
+               "until": [round(each, 3) for each in marks[1::latents]]}  # fmt: skip
+        if self.device.type == "cuda":
+            row |= {"allocated": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+                    "reserved": round(torch.cuda.max_memory_reserved() / 2**30, 3)}  # fmt: skip
+        return row, pieces
 
     def vae(self) -> WanVAE:
+        torch.manual_seed(0)
         vae = WanVAE(WAN21_VAE, device=self.device, dtype=self.dtype)
         for parameter in vae.parameters():
             torch.nn.init.normal_(parameter, std=(parameter[0].numel() if parameter.ndim > 1 else 1) ** -0.5)
@@ -178,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     parts = Parts(torch.device("cpu") if options.tiny else torch.device("cuda", 0), 30 if options.tiny else 1)
     with torch.inference_mode():
-        for work in (parts.steps, parts.copies, parts.pinning, parts.convolutions):
+        for work in (parts.steps, parts.profile, parts.copies, parts.pinning, parts.convolutions):
             if options.only and work.__name__ not in options.only:
                 continue
             began = time.perf_counter()

@@ -5,16 +5,17 @@ A step of a strip is hundreds of small operations, for which Python takes longer
 
 from __future__ import annotations
 
-import logging
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
-
-logger = logging.getLogger(__name__)
+from torch import Tensor
 
 Work = Callable[[], None]
+
+WORDS_AT_ONCE = 1 << 20  # whose sum is a number of a fingerprint
 
 
 class Recorder(Protocol):
@@ -26,6 +27,9 @@ class Recorder(Protocol):
         RuntimeError where the device cannot record it.
         """
 
+    def forget(self) -> None:
+        """Leave room to others, now that nothing of what was recorded is used any more."""
+
 
 class CudaRecorder:
     """CUDA graphs, which share one pool of memory as they run one after the other."""
@@ -34,10 +38,10 @@ class CudaRecorder:
         self._device = device
         self._pool: Any = None  # PyTorch's handle, whose type its versions name otherwise
         self._stream = torch.cuda.Stream(device)
+        torch.cuda.empty_cache()  # what the device did so far leaves its room to the pool
 
     def record(self, work: Work) -> Work:
         if self._pool is None:
-            torch.cuda.empty_cache()  # what the device did so far leaves its room to the pool
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -47,48 +51,55 @@ class CudaRecorder:
             try:
                 work()
             finally:
-                graph.capture_end()
+                self._end(graph)
         return graph.replay
+
+    def forget(self) -> None:
+        self._pool = None
+        torch.cuda.empty_cache()
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # PyTorch (2.11) takes itself for recording ever after, and then neither gives memory back nor reuses what
+            # was copied on another stream.
+            end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+            if end is not None:
+                end(self._stream.device_index, self._pool)
+            raise
 
 
 def select_recorder(device: torch.device, hip: str | None = torch.version.hip) -> Recorder | None:
-    """The recorder of a device, where it has one and LOWVRAM_RECORD_STEPS=1 asks for it; else None.
+    """The recorder of a device, or None where it has none that is known to work, or LOWVRAM_RECORD_STEPS=0.
 
-    On an H200 strips took half the time with it, but it has yet to be compared there, bit for bit, with the calls.
+    The driver's own allocator (cudaMallocAsync, ComfyUI's default) keeps the memory of recorded work outside of what
+    budgets are held by and after its end; and what cuDNN times cannot be recorded.
     """
-    wanted = os.environ.get("LOWVRAM_RECORD_STEPS") == "1"
-    return CudaRecorder(device) if wanted and device.type == "cuda" and hip is None else None
+    if device.type != "cuda" or hip is not None or os.environ.get("LOWVRAM_RECORD_STEPS") == "0":
+        return None
+    if torch.cuda.get_allocator_backend() != "native" or torch.backends.cudnn.benchmark:
+        return None
+    return CudaRecorder(device)
 
 
-class Replays:
-    """Work that comes again under the same key: done, and from its second time on as it was recorded.
+@functools.cache
+def proven_kinds(device: torch.device) -> set[Hashable]:
+    """Kinds of work that this process has seen a device do as recorded, bit for bit: tried once, as kernels are."""
+    return set()
 
-    Where recording fails all of it is done call by call from then on.
+
+def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
+    """Numbers on the device that are equal where all bits of some tensors are, and otherwise only by design.
+
+    Sums of their words of 8 bytes, each times an odd number of its own, so that no bit can change and none can move.
+    Dense tensors are read where they lie, some at a time.
     """
+    factors = torch.arange(1, 2 * WORDS_AT_ONCE, 2, device=tensors[0].device)
+    return torch.cat([_sums(each.contiguous().view(-1).view(torch.uint8), factors) for each in tensors])
 
-    def __init__(self, recorder: Recorder | None) -> None:
-        self._recorder = recorder
-        self._recorded: dict[object, Work] = {}
 
-    @property
-    def records(self) -> bool:
-        return self._recorder is not None
-
-    def do(self, key: object, work: Callable[[], Work]) -> None:
-        """Do what `work` gives, which must do the same on the same memory whenever the key is the same."""
-        play = self._recorded.get(key)
-        if play is None:
-            play = self._record(key, work())
-        play()
-
-    def _record(self, key: object, work: Work) -> Work:
-        if self._recorder is None:
-            return work
-        try:
-            self._recorded[key] = self._recorder.record(work)
-        except RuntimeError as error:
-            logger.warning("steps of the VAE are not recorded: %s", error)
-            self._recorder = None
-            self._recorded.clear()  # whoever called them has not noted what they did
-            return work
-        return self._recorded[key]
+def _sums(bits: Tensor, factors: Tensor) -> Tensor:
+    whole = len(bits) // 8 * 8
+    parts = bits[:whole].view(torch.int64).split(len(factors)) if whole else ()
+    return torch.cat([*((part * factors[: len(part)]).sum()[None] for part in parts), bits[whole:].long()])

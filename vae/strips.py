@@ -53,7 +53,14 @@ class Pages:
         self._page, self._used = self._memory[0], 0
 
     def begin(self, step: int, is_first: bool) -> None:
-        """Go to a step's page; `is_first`: of the first strip, so that nothing is there yet."""
+        """Go to a step's page; `is_first`: of the first strip, which finds zeros.
+
+        Steps are begun in order. From the first on they may be begun again, as long as none of the strip's has ended.
+        """
+        if step == 0:
+            self._arrived.clear()
+            if is_first:
+                self._memory.zero_()
         self._page, self._used = self._memory[step % NUM_PAGES_AT_WORK], 0
         if is_first:
             # Nothing arrives that would wait for what leaves the same place.
@@ -66,6 +73,11 @@ class Pages:
         event = self._arrived.pop(step)
         if event is not None:
             event.wait()
+
+    @property
+    def page(self) -> Tensor:
+        """The step's, flat."""
+        return self._page
 
     def slot(self, num_elements: int) -> Tensor:
         """The next so many numbers of the page; the same ones where it is asked for in the same order."""
@@ -121,7 +133,11 @@ class Shelf:
 def waiting_memory(way: Strips, like: Tensor) -> Iterator[Allocate]:
     """What gives the memory in which a way has its strips wait, uint8 of so many bytes or more; free afterwards."""
     if not way.in_ram:
-        yield lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+        try:
+            yield lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+        finally:
+            if like.is_cuda:  # of a pass that ends early copies are under way to memory that others have next
+                torch.cuda.synchronize(like.device)
         return
     with pinned_memory(way.registrar) as allocate:
         yield allocate

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ...fused.frame_select import select_frame_ops
 from ...vae.outbox import Finish, Outbox
-from ...vae.recording import select_recorder
+from ...vae.recording import proven_kinds, select_recorder
 from ...vae.strips import Allocate, Pages, Shelf, Strips, aligned, waiting_memory
 from .blocks import frames_through, plan_layers
 from .rows import Level, StripPlan, cut_alike
-from .steps import Steps
+from .steps import Make, Steps
 from .strip import Rings, Strip
 
 OnChunk = Callable[[int, int], None]  # (parts done, parts in all); may raise to stop
@@ -74,6 +75,10 @@ class Coding:
         (strip,) = self.strips(plan)
         return strip
 
+    def steps(self, make: Make, strips: Sequence[Strip]) -> Steps:
+        device = self.weight.device
+        return Steps(make, strips, self.num_latents, select_recorder(device), proven_kinds(device))
+
     def pages(self, plan: StripPlan, allocate: Allocate) -> Pages:
         return Pages(self.num_latents, page_elements(plan, self.batch), self.weight, allocate)
 
@@ -107,12 +112,17 @@ class Decoding(Coding):
         with waiting_memory(way, self.weight) as allocate:
             shelf, outbox = self._fill_shelf(latent, allocate), Outbox(into)
             pages = self.pages(plan, allocate)
-            steps = Steps(self._piece, select_recorder(self.weight.device))
-            for index, strip in enumerate(self.strips(plan, pages)):
+            strips = self.strips(plan, pages)
+            steps = self.steps(self._piece, strips)
+
+            def features(index: int, step: int) -> Tensor:
+                pages.begin(step, index == 0)
+                return shelf.rows(step, needed.begins[index], needed.ends[index])
+
+            for index, strip in enumerate(strips):
+                steps.prepare(index, partial(features, index))
                 for step in range(self.num_latents):
-                    pages.begin(step, index == 0)
-                    features = shelf.rows(step, needed.begins[index], needed.ends[index])
-                    piece = finish(steps.made(features, strip, step))
+                    piece = finish(steps.made(features(index, step), strip, step))
                     if index < last:
                         pages.end(step)
                     outbox.send(piece, (self.frames_of(step).start, done), self._video_shape(piece))
@@ -180,13 +190,19 @@ class Encoding(Coding):
         """What the layers in strips make of every step; what they remember is gone afterwards."""
         plan, needed = self.plan(way.rows)
         patch, done, shelf = self.side.patch, 0, None
-        pages, steps = self.pages(plan, allocate), Steps(self._local, select_recorder(self.weight.device))
-        for index, strip in enumerate(self.strips(plan, pages)):
-            rows = video[:, :, :, needed.begins[index] * patch : needed.ends[index] * patch]
+        pages = self.pages(plan, allocate)
+        strips = self.strips(plan, pages)
+        steps = self.steps(self._local, strips)
+
+        def frames(index: int, step: int) -> Tensor:
+            pages.begin(step, index == 0)
+            rows = slice(needed.begins[index] * patch, needed.ends[index] * patch)
+            return video[:, :, self.frames_of(step), rows].to(self.weight.device)
+
+        for index, strip in enumerate(strips):
+            steps.prepare(index, partial(frames, index))
             for step in range(self.num_latents):
-                pages.begin(step, index == 0)
-                frames = rows[:, :, self.frames_of(step)].to(self.weight.device)
-                features = steps.made(frames, strip, step)
+                features = steps.made(frames(index, step), strip, step)
                 if index + 1 < plan.num_strips:
                     pages.end(step)
                 shelf = shelf or self.shelf(features.shape[1], allocate)

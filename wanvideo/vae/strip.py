@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,17 +30,26 @@ class Borders(Protocol):
     def slot(self, num_elements: int) -> Tensor:
         """The next so many numbers of this step's, flat: what the strip above left there, to be replaced."""
 
+    @property
+    def page(self) -> Tensor:
+        """All numbers of this step's, flat."""
+
 
 class Rings:
     """The memory of the convolutions' last frames, which all strips use in turn."""
 
     def __init__(self, plan: StripPlan, batch: int, like: Tensor, channels_last: bool) -> None:
         self._plan, self._batch, self.channels_last = plan, batch, channels_last
+        self.like = batch, channels_last, like.dtype, like.device
         self._memory = {
             layer: like.new_empty(batch * ring_elements(layer, rows))
             for layer, rows in plan.layers.items()
             if isinstance(layer, nn.Conv3d)
         }
+
+    @property
+    def memory(self) -> list[Tensor]:
+        return list(self._memory.values())
 
     def frames(self, conv: nn.Conv3d, rows: int) -> Tensor:
         """Zeros [B, 3 C, rows, W] in a convolution's memory, which has room for the thickest strip."""
@@ -155,29 +165,34 @@ class Strip:
     def channels_last(self) -> bool:
         return self._rings.channels_last
 
-    @property
-    def work(self) -> Hashable:
-        """What all strips have in common that are the same work."""
-        return tuple(self._rows.values())
+    @cached_property
+    def kind(self) -> Hashable:
+        """What all strips have in common, of any video, that are the same work on memory of the same shapes."""
+        layers = tuple(
+            (type(layer).__name__, *(tuple(each.shape) for each in layer.parameters()), rows.inputs, self._rows[layer])
+            for layer, rows in self._plan.layers.items()
+        )
+        seams = tuple(self._plan.seams.values())
+        return layers, seams, self._rings.like, self.ops.name, self._borders is not None
 
     def begin(self) -> None:
         """Have seen no frame yet, in every layer."""
+        self._running.clear()
+        self._num_seen.clear()
+        self._set_aside.clear()
         for layer in self._rows:
             if isinstance(layer, nn.Conv3d):
                 self.ring(layer)
 
-    def from_here(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as if the strip had seen no more frames than by now, each time that it is called."""
-        rings = {ring: ring.num_seen for ring in self._running.values()}
-        num_seen, set_aside = self._num_seen.copy(), dict(self._set_aside)
+    @property
+    def left(self) -> list[Tensor]:
+        """The memory in which a step finds rows of the strip above and leaves those for the strip below."""
+        return [] if self._borders is None else [self._borders.page]
 
-        def again() -> None:
-            for ring, num in rings.items():
-                ring.num_seen = num
-            self._num_seen, self._set_aside = num_seen.copy(), dict(set_aside)
-            work()
-
-        return again
+    @property
+    def remembered(self) -> list[Tensor]:
+        """The memory of all convolutions' last frames."""
+        return self._rings.memory
 
     def rows(self, layer: nn.Module) -> Rows:
         return self._rows[layer]
