@@ -6,17 +6,25 @@
 #   make faults  kills, full disks, full cards, interrupts, two at once: an hour or more of one core
 PYTHON ?= python3
 BIN := .venv/bin
+# containers' images often set it: each of the suite's many processes would compile all sources anew
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint check slow faults format clean
+.PHONY: demo test lint style types check slow faults format clean
 
 demo: .venv/ready
 	$(BIN)/lowvram-video demo --output output/demo.mp4
 
-test: lint check
+# types beside the tests, whose two workers wait for files and processes now and then
+test: style
+	$(MAKE) -j 2 types check
 
-lint: .venv/ready
+lint: style types
+
+style: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/ready
 	# mypy wants the package under its import name; the checkout's folder may have any
 	rm -rf .mypy_cache/tree && mkdir -p .mypy_cache/tree && ln -s ../.. .mypy_cache/tree/lowvram_video
 	cd .mypy_cache/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p lowvram_video
@@ -40,6 +48,7 @@ clean:
 
 .venv/ready: requirements.txt requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	# of the 230 MB of sources few are ever imported: those are compiled then
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -675,7 +675,6 @@ def test_clip_tokenizer_matches_tokenizers(tmp_path, fast_clip):
     print(f"CLIP's tokenizer: {len(texts)} texts identical from both kinds of file")
 
 
-@pytest.mark.comfyui
 def test_the_real_tokenizers():
     comfyui = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI")) / "comfy"
     vocab = comfyui / "sd1_tokenizer" / "vocab.json"

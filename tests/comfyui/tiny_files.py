@@ -154,10 +154,11 @@ def _any_size(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     made = {}
     for name, tensor in tensors.items():
-        values = noise.repeat(tensor.numel() // noise.numel() + 1)[: tensor.numel()].view(tensor.shape)
         fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
         is_norm = "gamma" in name or (name.endswith("weight") and tensor.ndim == 1)
-        made[name] = (torch.ones(tensor.shape) if is_norm else values * (0.7 / fan_in**0.5)).half()
+        values = torch.ones(1).half() if is_norm else (noise * (0.7 / fan_in**0.5)).half()
+        times = tensor.numel() // values.numel() + 1
+        made[name] = values.repeat(times)[: tensor.numel()].view(tensor.shape).contiguous()
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -55,6 +56,14 @@ def inference_mode():
     """ComfyUI runs every node so."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """ComfyUI collects garbage wherever a MODEL was dropped: not through all that this process has imported."""
+    gc.unfreeze()  # what the module before has left
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ class Conditioning(io.ComfyNode):
 
 
 class TextEncoder:
-    """Random text of a prompt's own: umt5-xxl's, or with `pooled` HunyuanVideo's."""
+    """Random text of a prompt's own: umt5-xxl's, of fewer tokens than its 512, or with `pooled` HunyuanVideo's."""
 
     def __init__(self, pooled: bool):
         self._pooled = pooled
@@ -44,7 +44,7 @@ class TextEncoder:
     def encode_from_tokens_scheduled(self, text: str) -> list[Any]:
         generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
         if not self._pooled:
-            return [[torch.randn(1, 512, 4096, generator=generator), {}]]
+            return [[torch.randn(1, 48, 4096, generator=generator), {}]]
         tokens = torch.randn(1, 12 + len(text) % 8, 4096, generator=generator)
         return [[tokens, {"pooled_output": torch.randn(1, 768, generator=generator)}]]
 
