@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import allocator  # noqa: F401  first: torch reads what it sets
 import psutil
 import torch
 from lowvram_video.attention.masked_select import select_masked

@@ -18,6 +18,7 @@ from ..memory.stream.pinned import CudaRegistrar, default_pinned_cap
 from ..system.card_profile import D2H_PINNED, H2D_PAGEABLE, H2D_PINNED, profile_of
 from ..system.host_memory import allocate_extent, available_ram_bytes, total_ram_bytes
 from ..system.kernel_choice import brief
+from ..system.sizes import in_gib
 from .finding import Finding
 from .installed import Installed
 
@@ -49,7 +50,7 @@ def check_memory(here: Installed, device: torch.device, models: Path | None) -> 
 
 def _vram(device: torch.device) -> Finding:
     free, total = free_bytes(device), memory_bytes(device)
-    text = f"{free / GIB:.2f} of {total / GIB:.2f} GiB free"
+    text = f"{in_gib(free)} of {in_gib(total)} free"
     if free < LEAST_VRAM:
         return Finding(PART, "VRAM", "bad", text, "close what else uses the GPU: games, browsers, other Pythons")
     return Finding(PART, "VRAM", "good", text)
@@ -69,7 +70,7 @@ def _ram() -> Finding:
     swap = 0
     with suppress(OSError, RuntimeError):
         swap = psutil.swap_memory().total
-    text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {swap / GIB:.1f} GiB of swap"
+    text = f"{in_gib(free)} of {in_gib(total)} free, {in_gib(swap)} of swap"
     if total < LEAST_RAM:
         return Finding(PART, "RAM", "bad", text, "models are read from the disk in every step then: take a fast one")
     return Finding(PART, "RAM", "good", text)
@@ -124,7 +125,7 @@ def _disk(models: Path) -> Iterator[Finding]:
 def _room() -> Finding:
     """Where weights that are made while reading go, and FramePack's frames."""
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    text = f"{free / GIB:.1f} GiB free for temporary files"
+    text = f"{in_gib(free)} free for temporary files"
     if free < 2 * GIB:
         return Finding(PART, "temporary folder", "bad", text, "free some space, or set TMPDIR (on Windows TEMP)")
     return Finding(PART, "temporary folder", "good", text)

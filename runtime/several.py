@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_memory
+from ..system.sizes import in_gb
 from ..team.heads import HIDING_GROUPS
 from ..team.link import links_for
 from ..team.spans import even_spans
@@ -120,7 +121,7 @@ def check_link(plan: MemoryPlan) -> None:
         return
     raise PlanError(
         f"{cards} cards that share a pass of {plan.model.name} at {plan.work} exchange "
-        f"{plan.model.exchanged_bytes(plan.work) / 1e9:.1f} GB each, and the slowest way between them carries "
+        f"{in_gb(plan.model.exchanged_bytes(plan.work), decimals=1)} each, and the slowest way between them carries "
         f"{link:.2f} GB/s: it would take longer than on one card. Use one device and park blocks on the other cards, "
         "or two cards with guidance and both prompts in one batch: then nothing is exchanged"
     )

@@ -106,7 +106,7 @@ def _card_reasons(plan: MemoryPlan) -> list[str]:
     return [
         f"All figures are of each card: of {plan.work.cards}, each computes {plan.work.rows} of "
         f"{plan.work.batch * plan.work.tokens} tokens, streams every block that it does not hold, and gets up to "
-        f"{plan.model.exchanged_bytes(plan.work) / 1e9:.2f} GB per pass from the others{link}."
+        f"{in_gb(plan.model.exchanged_bytes(plan.work))} per pass from the others{link}."
     ]
 
 

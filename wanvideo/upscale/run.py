@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...attention.masked import MaskedAttention
 from ...attention.masked_select import select_masked
-from ...memory.plan.footprint import GIB, Limits, WorkSize
+from ...memory.plan.footprint import Limits, WorkSize
 from ...memory.plan.plan import MemoryPlan, PlanError
 from ...memory.report.report import RunReport
 from ...memory.stream.pinned import Registrar
@@ -158,7 +158,7 @@ class Upscaler:
         if left < 0:
             raise PlanError(
                 f"what {self.model.checkpoint.path.name} remembers of {work.width}x{work.height} takes "
-                f"{remembered / GIB:.2f} GiB of RAM, and {limits.ram_budget_bytes / GIB:.2f} GiB are free: "
+                f"{in_gib(remembered)} of RAM, and {in_gib(limits.ram_budget_bytes)} are free: "
                 "upscale less, or close other programs"
             )
         return replace(limits, ram_budget_bytes=left)
