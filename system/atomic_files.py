@@ -7,7 +7,8 @@ import os
 import secrets
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # seconds; elsewhere a refusal does not pass
@@ -28,11 +29,22 @@ def name_beside(path: Path, ending: str) -> Path:
     return path.with_name(name + ending)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have errors of the system name the file: those of writing, on a full disk say, do not as those of opening do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write `path` so that it holds the old bytes or the new ones, whole, at any moment. OSError as the system's."""
     partial = partial_name(path)
     try:
-        with partial.open("xb") as file:  # never through a link that somebody has put there
+        with naming(path), partial.open("xb") as file:  # never through a link that somebody has put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

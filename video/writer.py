@@ -16,7 +16,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
-from ..system.atomic_files import partial_name, replace_file
+from ..system.atomic_files import naming, partial_name, replace_file
 from ..system.scratch_folders import scratch_folder
 from .codecs import H264, Codec
 from .sound import Sound
@@ -193,12 +193,13 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float, tags:
     try:
         for place in (listing, told, path):  # what lies there may be a link, and neither ffmpeg nor Python minds
             place.unlink(missing_ok=True)
-        with listing.open("x", encoding="ascii") as file:
+        with naming(listing), listing.open("x", encoding="ascii") as file:
             file.write("\n".join(["ffconcat version 1.0", *lines, ""]))
         # from within the folder no path has to be quoted
         sources = ["-f", "concat", "-i", listing.name]
         if tags:
-            sources += ["-f", "ffmetadata", "-i", write_tags(tags, told).name]
+            with naming(told):
+                sources += ["-f", "ffmetadata", "-i", write_tags(tags, told).name]
         options = _joined(path, frames_before, tags or {})
         with tempfile.TemporaryFile() as complaints:
             process = _launch([*sources, *options, str(path.absolute())], path, subprocess.DEVNULL, complaints, folder)

@@ -16,6 +16,7 @@ from filelock import BaseFileLock
 from torch import Tensor
 from tqdm import tqdm
 
+from ...system.atomic_files import naming
 from ...system.direct_reads import PAGE
 from ...system.scratch_folders import PREFIX, lock_of, remove_left_behind
 from ...system.sizes import in_gib
@@ -96,6 +97,7 @@ class ScratchFile:
         infos: dict[str, TensorInfo] = {}
         logger.warning("%s of weights are made for streaming and put into %s", in_gib(self.num_bytes), path.parent)
         with (
+            naming(path),
             open(path, "wb") as file,
             # `disable` of None: where stderr is no terminal
             tqdm(desc="weights", total=self.num_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar,

@@ -70,8 +70,8 @@ class Ended:
 
     @property
     def one_line(self) -> bool:
-        """Whether what is said of the failure is one line of ours."""
-        return not self.traceback and self.last_line.startswith("lowvram-video: ")
+        """Whether what is said of the failure is one line of ours, not Python's way of telling the system's errors."""
+        return not self.traceback and self.last_line.startswith("lowvram-video: ") and "[Errno" not in self.last_line
 
 
 def run(words: Sequence[Any], fault: Fault | None = None, cwd: Path | None = None, seconds: float = SECONDS) -> Ended:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from ...system.atomic_files import partial_name, replace_file
+from ...system.atomic_files import naming, partial_name, replace_file
 from ...system.host_memory import allocate_bytes
 from ...system.sizes import in_gib
 from ..files.checkpoint import Checkpoint, CheckpointError, TensorInfo
@@ -72,7 +72,7 @@ def convert(
         raise ValueError(f"{out_path}: needs {in_gib(total)}, the disk has {in_gib(free)} free")
     part = partial_name(out_path)
     try:
-        with open(part, "xb") as file:
+        with naming(out_path), open(part, "xb") as file:
             _write(file, source, entries, progress, total)
             file.flush()
             os.fsync(file.fileno())
