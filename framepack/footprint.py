@@ -82,8 +82,13 @@ class FramePackFootprint(ModelFootprint):
         return max(whole, attended + joined, super().temporary_bytes(work, choice, limits))
 
     def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """Image rows attend to a negative prompt as well, of queries or beside an output that are kept meanwhile."""
+        """Image rows attend to a negative prompt as well, of queries or beside an output that are kept meanwhile.
+
+        Several cards have a group's queries, keys and values beside either prompt, and two results of them.
+        """
         opposed = self._token_bytes(work) if guides(work) else 0
+        if work.cards > 1:
+            opposed += 7 * opposed // choice.head_groups
         return opposed + super()._attention_bytes(work, choice, limits)
 
     def _attended_bytes(self, work: WorkSize, choice: Choice) -> int:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
+from ..memory.plan.footprint import ModelFootprint
 from ..memory.plan.plan import MemoryPlan
 from ..memory.stream.layout import Part
 from ..memory.stream.pinned import Registrar
@@ -24,7 +24,7 @@ from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases
 from .checkpoint import build_framepack, open_framepack
-from .footprint import FramePackFootprint, guides
+from .footprint import FramePackFootprint
 from .lora_names import framepack_aliases
 from .network.config import FramePackConfig
 from .network.model import FramePackModel, Frames, History, Prompt, StepCondition
@@ -32,8 +32,6 @@ from .sections import SectionMode
 
 # Modulation: a quarter of all weights, which act on one vector per step.
 MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm.linear.")
-
-NAG_ON_CARDS = "FramePack guides attention by a negative prompt (NAG) on one card: use a single device, or no NAG"
 
 
 class StreamedFramePack(StreamedModel[FramePackModel]):
@@ -107,12 +105,6 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             attention=self.model.execution.attention.name,
         )
 
-    def make_plan(self, work: WorkSize, limits: Limits) -> MemoryPlan:
-        """See `StreamedModel`; ValueError where several cards would have to guide attention."""
-        if self.several is not None and guides(work):
-            raise ValueError(NAG_ON_CARDS)
-        return super().make_plan(work, limits)
-
     def prepared(
         self,
         plan: MemoryPlan,
@@ -155,8 +147,6 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         if self.several is None:
             condition = condition.to(self.settings.device)
             return self.retrying(lambda: self.model(noisy, history, condition, image, cache))
-        if condition.nag is not None:
-            raise ValueError(NAG_ON_CARDS)
         several = self.several
 
         def make(model: StreamedModel[FramePackModel], _: slice) -> Tensor:

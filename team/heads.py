@@ -20,6 +20,7 @@ HIDING_GROUPS = 4  # hide most of an exchange behind attention
 LEAST_HEADS = 4  # of a card in a group: fewer make attention slower
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, L, H, D] each
+AttendMany = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]  # results of the shape of q
 
 
 def num_hiding(num_heads: int, num_cards: int, most: int = HIDING_GROUPS) -> int:
@@ -40,17 +41,18 @@ class Gathered:
 
 @dataclass(frozen=True)
 class GivenBack:
-    """What attention made of one group of another card's heads, for this card's tokens: `[B, n, heads, D]`."""
+    """What attention made of one group of another card's heads, for this card's tokens: `[B, n, heads, D]` each."""
 
     heads: slice
-    attended: Tensor
+    attended: Sequence[Tensor]
     arrival: Arrival
 
 
 class HeadExchange:
     """One attention: `tokens` are those that each of the `ranks` has of a sample, `index` is this card's place there.
 
-    `qkv` are q, k and v `[B, n, H, D]` of this card's tokens; attention replaces q. Heads go in `num_groups` groups.
+    `qkv` are q, k and v `[B, n, H, D]` of this card's tokens. What attention makes of them replaces q, and comes to
+    `more_outs` of its shape where it makes several results. Heads go in `num_groups` groups.
     """
 
     def __init__(
@@ -60,15 +62,17 @@ class HeadExchange:
         tokens: Sequence[slice],
         qkv: tuple[Tensor, Tensor, Tensor],
         num_groups: int,
+        more_outs: Sequence[Tensor] = (),
     ) -> None:
         self.exchange, self.ranks, self.tokens, self.qkv = exchange, ranks, tokens, qkv
+        self.outs = [qkv[0], *more_outs]
         self.index = ranks.index(exchange.rank)
         self.others = [index for index in range(len(ranks)) if index != self.index]
         self.groups = head_spans(qkv[0].shape[2], len(ranks), num_groups)
         self._samples = list(zip(*(tensor.unbind(0) for tensor in qkv), strict=True))  # q, k, v [n, H, D] of each
 
-    def run(self, attend: Attend) -> None:
-        """Replace q by its attention to all cards' keys and values, by `attend`."""
+    def run(self, attend: AttendMany) -> None:
+        """Fill `outs` by what `attend` makes of queries, keys and values of all cards' tokens."""
         ahead = self._gather(0)
         before: list[GivenBack] = []
         for group in range(len(self.groups)):
@@ -96,30 +100,33 @@ class HeadExchange:
                 arrivals.append(self.exchange.receive(self.ranks[other], "qkv", outs))
         return Gathered(qkv, arrivals)
 
-    def _attend(self, group: int, gathered: Gathered, attend: Attend) -> list[GivenBack]:
+    def _attend(self, group: int, gathered: Gathered, attend: AttendMany) -> list[GivenBack]:
         """Compute this card's heads; send the others their tokens of it, and have theirs come."""
         heads, q = self.groups[group], self.qkv[0]
         for arrival in gathered.arrivals:
             self.exchange.wait(arrival)
         if length(heads[self.index]):
-            attended = attend(*gathered.qkv.unbind(2))
+            made = attend(*gathered.qkv.unbind(2))
             for other in self.others:
-                theirs = [each.contiguous() for each in attended[:, self.tokens[other]]]
+                theirs = [each.contiguous() for attended in made for each in attended[:, self.tokens[other]]]
                 self.exchange.send(self.ranks[other], "attended", theirs)
-            q[:, :, heads[self.index]].copy_(attended[:, self.tokens[self.index]])
+            for out, attended in zip(self.outs, made, strict=True):
+                out[:, :, heads[self.index]].copy_(attended[:, self.tokens[self.index]])
         given = []
         for other in self.others:
             if length(heads[other]):
-                out = q.new_empty(q.shape[0], q.shape[1], length(heads[other]), q.shape[3])
-                arrival = self.exchange.receive(self.ranks[other], "attended", [*out])
-                given.append(GivenBack(heads[other], out, arrival))
+                outs = [q.new_empty(*q.shape[:2], length(heads[other]), q.shape[3]) for _ in self.outs]
+                rows = [each for out in outs for each in out]
+                arrival = self.exchange.receive(self.ranks[other], "attended", rows)
+                given.append(GivenBack(heads[other], outs, arrival))
         return given
 
     def _keep(self, given: Sequence[GivenBack]) -> None:
-        """Put what came back in q's place."""
+        """Put what came back in its place."""
         for each in given:
             self.exchange.wait(each.arrival)
-            self.qkv[0][:, :, each.heads].copy_(each.attended)
+            for out, attended in zip(self.outs, each.attended, strict=True):
+                out[:, :, each.heads].copy_(attended)
 
 
 def packed(tensors: Sequence[Tensor], heads: slice, out: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..system.torch_compiler import outside_graphs
 from .exchange import Exchange
-from .heads import HIDING_GROUPS, Attend, HeadExchange, num_hiding
+from .heads import HIDING_GROUPS, Attend, AttendMany, HeadExchange, num_hiding
 from .spans import even_spans, length, run_length
 
 T = TypeVar("T")
+
+QKV = tuple[Tensor, Tensor, Tensor]
+AttendShared = Callable[[QKV, Sequence[Tensor], AttendMany, int], None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Part:
         self.mine = spans[self.index]
         # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
         self.attend: Callable[[Tensor, Tensor, Tensor, Attend, int], None] = outside_graphs(self.attend_now)
+        self.attend_many: AttendShared = outside_graphs(self.attend_many_now)
 
     @property
     def num_mine(self) -> int:
@@ -111,5 +115,9 @@ class Part:
 
     def attend_now(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, num_groups: int) -> None:
         """Replace `q [B, mine, H, D]` by its attention to all cards' tokens, of which k and v are this one's."""
-        groups = max(num_groups, num_hiding(q.shape[2], len(self.spans), self.share.hiding_groups))
-        HeadExchange(self.share.exchange, self.share.ranks, self.spans, (q, k, v), groups).run(attend)
+        self.attend_many_now((q, k, v), (), lambda *qkv: [attend(*qkv)], num_groups)
+
+    def attend_many_now(self, qkv: QKV, outs: Sequence[Tensor], attend: AttendMany, num_groups: int) -> None:
+        """The same where `attend` makes several results: the first replaces q, others come to `outs` of its shape."""
+        share, groups = self.share, num_hiding(qkv[0].shape[2], len(self.spans), self.share.hiding_groups)
+        HeadExchange(share.exchange, share.ranks, self.spans, qkv, max(num_groups, groups), outs).run(attend)

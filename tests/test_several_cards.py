@@ -272,12 +272,13 @@ class TestFramePack:
         want = framepack_steps(path, RunSettings(), True)
         assert not left and all(one.equal(other) for one, other in zip(made, want, strict=True))
 
-    def test_guidance_in_attention_is_refused_with_the_way_out(self, tmp_path):
+    @pytest.mark.parametrize(("num_cards", "cached"), [(2, True), (3, False)])
+    def test_a_negative_prompt_guides_attention(self, tmp_path, num_cards, cached):
         path = save_framepack(tmp_path / "framepack.safetensors")
-        with pytest.raises(ValueError, match=r"NAG.* on one card: use a single device, or no NAG"):
-            framepack_steps(path, on_cards(2), False, nag=True)
-        with pytest.raises(ValueError, match="use a single device, or no NAG"):  # before anything is read
-            StreamedFramePack(path, on_cards(2)).make_plan(SectionSize(9, 64, 96, nag=True), limits_for(CPU))
+        alone = framepack_steps(path, RunSettings(), cached, nag=True)
+        assert not alone[0].equal(framepack_steps(path, RunSettings(), cached)[0])
+        made = framepack_steps(path, on_cards(num_cards), cached, nag=True)
+        assert all(one.equal(other) for one, other in zip(made, alone, strict=True))
 
 
 @torch.inference_mode()
@@ -291,9 +292,11 @@ def framepack_steps(
         return Frames(torch.randn(1, 16, len(indices), 8, 12, generator=generator), torch.tensor(indices))
 
     model, cache = StreamedFramePack(path, settings), TeaCache(4, threshold=1e9) if cached else None
-    plan = model.make_plan(SectionSize(9, 64, 96), limits_for(CPU))
+    plan = model.make_plan(SectionSize(9, 64, 96, nag=nag), limits_for(CPU))
     prompt = Prompt(torch.randn(1, 7, 24, generator=generator), torch.randn(1, 12, generator=generator))
-    (steps,), _ = model.prepared(plan, [prompt], [], torch.tensor([900.0, 880.0, 860.0, 500.0]), 6000.0)
+    other = Prompt(-prompt.text[:, 2:], prompt.pooled)
+    times = torch.tensor([900.0, 880.0, 860.0, 500.0])
+    (steps, negative), _ = model.prepared(plan, [prompt, other], [], times, 6000.0)
     model.start_fitting(plan)
     if prepare is not None:
         prepare(model)
@@ -302,7 +305,7 @@ def framepack_steps(
     for index, step in enumerate(steps):
         if cache is not None:
             cache.begin_step(index)
-        shown = replace(step, nag=StepNag(step, NagSettings())) if nag else step
+        shown = replace(step, nag=StepNag(negative[index], NagSettings())) if nag else step
         made.append(model(noisy, history, shown, None, cache))
     model.release()
     return made

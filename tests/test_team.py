@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.framepack.network.config import FramePackConfig
-from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt
+from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepNag
 from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.team.heads import HeadExchange
 from lowvram_video.team.link import HostLink, Link, Mark
@@ -24,6 +24,7 @@ from lowvram_video.team.mail import Mail, TeamError, TeamStopped
 from lowvram_video.team.spans import even_spans, head_spans, length, run_length
 from lowvram_video.team.team import Team
 from lowvram_video.transformer.block_cache import FollowedCache
+from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import Extras, WanModel
 from torch import Tensor
@@ -117,14 +118,22 @@ class TestWan:
 
 
 class TestFramePack:
-    @pytest.mark.parametrize(("num_cards", "cached"), [(2, True), (3, False), (4, True)])
-    def test_equal_to_one_device(self, num_cards, cached):
+    @pytest.mark.parametrize(
+        ("num_cards", "cached", "nag"), [(2, True, False), (3, False, False), (4, True, False), (3, False, True)]
+    )
+    def test_equal_to_one_device(self, num_cards, cached, nag):
         models = [framepack() for _ in range(num_cards)]
         history = History(frames_of(2, [0, 10], 1), frames_of(2, [11, 12], 2), frames_of(4, [13, 14, 15, 16], 3))
         noisy, image = frames_of(3, [1, 2, 3], 4), random_like((6, FRAMEPACK.dim), 5)
         prompt = Prompt(random_like((1, 7, 24), 6), random_like((1, 12), 7))
         with torch.inference_mode():
-            steps = models[0].conditions(prompt, torch.tensor([900.0, 880.0, 860.0, 500.0]), 6000.0)
+            times = torch.tensor([900.0, 880.0, 860.0, 500.0])
+            steps = models[0].conditions(prompt, times, 6000.0)
+            if nag:
+                other = Prompt(-prompt.text[:, 3:], prompt.pooled)
+                negative = models[0].conditions(other, times, 6000.0)
+                guided = zip(steps, negative, strict=True)
+                steps = [replace(step, nag=StepNag(against, NagSettings())) for step, against in guided]
             alone = TeaCache(len(steps), threshold=1e9) if cached else None
             shared: list[Any] = [TeaCache(len(steps), threshold=1e9), *(FollowedCache() for _ in models[1:])]
             expected = []
@@ -211,7 +220,9 @@ class TestAnyOrder:
         def layer(rank: int) -> Tensor:
             own = [tensor[:, spans[rank]].clone() for tensor in (q, k, v)]
             exchange = team.exchanges[rank]
-            HeadExchange(exchange, range(num_cards), spans, (own[0], own[1], own[2]), groups).run(attend)
+            HeadExchange(exchange, range(num_cards), spans, (own[0], own[1], own[2]), groups).run(
+                lambda *qkv: [attend(*qkv)]
+            )
             own[1].fill_(float("nan"))  # the next layer's
             own[2].fill_(float("nan"))
             return own[0]
@@ -361,7 +372,7 @@ class TestFailures:
         def layer(rank: int) -> None:
             own = q[:, spans[rank]].clone()
             HeadExchange(team.exchanges[rank], range(2), spans, (own, own.clone(), own.clone()), 2).run(
-                Sdpa(CPU).attend
+                lambda *qkv: [Sdpa(CPU).attend(*qkv)]
             )
 
         with pytest.raises(Stumble):

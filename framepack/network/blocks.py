@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,7 +23,7 @@ from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Scale
 from ...transformer.nag import NagSettings, guide_
 from ...transformer.transformer import Block
-from ...transformer.workspace import Workspace, rows_of, writable
+from ...transformer.workspace import Attend, Workspace, rows_of, writable
 from ...weights.linear.linear import Linear, project_gelu, project_together
 from ...weights.linear.projection import DenseProjection, Projection
 from .config import FramePackConfig
@@ -48,12 +49,28 @@ class Pass:
 class Negative:
     """A negative prompt in a block: its text has the rows from `first` on, and guides what the image rows attend to.
 
-    `modulation [k, dim]` fp32 is the block's, made of that prompt: for the rows of its text alone.
+    `modulation [k, dim]` fp32 is the block's, made of that prompt: for the rows of its text alone. Of the rows of all
+    cards that share the pass the first `all_images` are image, and its text's those from `all_first` on.
     """
 
     first: int
     modulation: Tensor
     settings: NagSettings
+    all_images: int = 0
+    all_first: int = 0
+
+    def attend_all(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What all rows make of attention beside their own prompt, and the image rows beside the negative one.
+
+        `[1, rows, heads, D]` each; of the second one other rows are of no use.
+        """
+        images, first = self.all_images, self.all_first
+        made, opposed = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+        made[:, :first] = attend(q[:, :first], k[:, :first], v[:, :first])
+        beside = [torch.cat([rows[:, :images], rows[:, first:]], 1) for rows in (q, k, v)]
+        attended = attend(beside[0], beside[1], beside[2])
+        opposed[:, :images], made[:, first:] = attended[:, :images], attended[:, images:]
+        return made, opposed
 
 
 class Modulation(nn.Module):
@@ -248,8 +265,20 @@ class Attention(nn.Module):
         if negative is None:
             keys_values = self.in_heads(work.keys), self.in_heads(work.values)
             return work.attend_tokens(work.queries, slice(0, work.num_rows), keys_values)
-        self.attend_guided(num_image, negative, work)
+        if work.part is None:
+            self.attend_guided(num_image, negative, work)
+        else:
+            self.attend_shared(num_image, negative, work)
         return work.queries
+
+    def attend_shared(self, num_image: int, negative: Negative, work: Workspace) -> None:
+        """`attend_guided` where several cards share the pass: all heads of a row are needed to guide it."""
+        part, q, opposed = work.part, work.queries, torch.empty_like(work.queries)
+        assert part is not None
+        qkv = self.in_heads(q), self.in_heads(work.keys), self.in_heads(work.values)
+        attend = partial(negative.attend_all, work.self_attend)
+        part.attend_many(qkv, (self.in_heads(opposed),), attend, work.execution.head_groups)
+        guide_(q[:num_image], opposed[:num_image], negative.settings, work.chunks(0, num_image))
 
     def attend_guided(self, num_image: int, negative: Negative, work: Workspace) -> None:
         """Replace q by attention of either prompt beside the image rows; one guides the other's.

@@ -208,8 +208,13 @@ class FramePackModel(Transformer):
         nag = condition.nag
         if nag is None:
             return None
-        first = state.x.shape[0] - state.num_negative
-        return Negative(first, nag.negative.blocks[index].float(), nag.settings)
+        modulation, part = nag.negative.blocks[index].float(), state.work.part
+        if part is None:
+            return Negative(state.x.shape[0] - state.num_negative, modulation, nag.settings)
+        num_rows = part.spans[-1].stop
+        all_first = num_rows - state.num_negative
+        first = part.own(slice(all_first, num_rows)).start
+        return Negative(first, modulation, nag.settings, state.all_images, all_first)
 
     def begin_attention(self, shown: Sequence[Shown], work: Workspace) -> AttentionPass | None:
         """Self-attention of this pass where it is sparse or watched; history and text are always attended."""
