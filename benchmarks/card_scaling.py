@@ -4,9 +4,17 @@
 
 Assumptions: products and attention reach the given rates whatever a card's share of rows and heads is; blocks stream
 in each pass over a bus that each card has for itself, while the machine's RAM gives all of them `ram_gbps` together;
-attention goes by `groups` of heads, of which the first one's exchange and the last one's way back are seen, and the
-rest hides behind attention where that takes longer; a block costs `sync_ms` of waiting for the slowest of the cards.
-None of this was measured on more than two cards: `benchmarks/several_cards.py` measures.
+attention goes by as many groups of heads as a model takes (`runtime/several.py`), of which the first one's exchange and
+the last one's way back are seen, and the rest hides behind attention where that takes longer.
+
+Corrected by what two H200s took (`several_cards_two_h200_2026-11-29.json`): 623 and 584 TFLOP/s are what one card's
+three passes fit within 1.7 %. Two cards took longer than half of that and the exchange: 4.7 % of what they compute
+(less of everything at a time, and copies) and `sync_ms` = 1.7 ms a block (waiting for each other), by 720x1280x81 and
+480x832x81 through RAM, whose link then comes out at 45 GB/s; 720x1280x81 through RAM follows within 1 %. Before, 0.1 ms
+and no loss were assumed, which promised 1.98 times where 1.90 came out.
+`host_ms` is what one card's thread takes for a block: threads take turns, so a pass takes at least P times as long. It
+is an assumption; those measured ran at once and took 8 ms a block and card at 480x832x17. None of this was measured on
+more than two cards: `benchmarks/several_cards.py` measures.
 """
 
 from __future__ import annotations
@@ -17,7 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowvram_video.memory.plan.footprint import ModelFootprint, WorkSize
+from lowvram_video.runtime.several import GROUP_SECONDS
 from lowvram_video.system.atomic_files import write_file
+from lowvram_video.team.heads import HIDING_GROUPS
 from preset_plans import wan_footprint
 
 COUNTS = (1, 2, 4, 8)
@@ -38,15 +48,16 @@ class Machine:
     bus_gbps: float
     link_gbps: float
     ram_gbps: float
-    groups: int = 5
-    sync_ms: float = 0.1
+    loss: float = 0.047
+    sync_ms: float = 1.7
+    host_ms: float = 1.5
 
 
 MACHINES = (
     Machine("24 GB GeForce, PCIe 4, through RAM", 160, 140, 25, 12, 80),
     Machine("24 GB GeForce, PCIe 5, through RAM", 160, 140, 50, 25, 160),
-    Machine("data centre, PCIe 5, card to card", 790, 570, 55, 45, 300),
-    Machine("data centre, NVLink", 790, 570, 55, 390, 300),
+    Machine("data centre, PCIe 5, card to card", 623, 584, 55, 45, 300),
+    Machine("data centre, NVLink", 623, 584, 55, 390, 300),
 )
 
 
@@ -72,11 +83,23 @@ def predict(model: ModelFootprint, machine: Machine, work: WorkSize, name: str, 
     rows = work.tokens / cards
     exchanged = model.num_blocks * 4 * rows * model.dim * model.compute_bytes * (cards - 1) / cards
     exchange = exchanged / machine.link_gbps / 1e9
-    ends = exchange / machine.groups
-    sync = model.num_blocks * machine.sync_ms / 1e3 if cards > 1 else 0.0
-    seen = ends + max(0.0, exchange - ends - attention_s) + sync
     compute = products_s + attention_s
-    return Prediction(machine.name, name, cards, compute, stream, seen, max(compute + seen, stream))
+    seen = 0.0
+    if cards > 1:
+        compute *= 1 + machine.loss
+        seen = least_seen(exchange, attention_s, model.num_blocks) + model.num_blocks * machine.sync_ms / 1e3
+    host = model.num_blocks * cards * machine.host_ms / 1e3
+    return Prediction(machine.name, name, cards, compute, stream, seen, max(compute + seen, stream, host))
+
+
+def least_seen(exchange: float, attention: float, num_blocks: int) -> float:
+    """What of the exchange is seen, by the number of groups that takes the least time."""
+
+    def seen(groups: int) -> float:
+        ends = exchange / groups
+        return ends + max(0.0, exchange - ends - attention * (groups - 1) / groups)
+
+    return min(seen(groups) + (groups - 1) * num_blocks * GROUP_SECONDS for groups in range(1, 1 + HIDING_GROUPS))
 
 
 def main() -> None:

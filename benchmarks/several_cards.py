@@ -5,21 +5,26 @@
     python benchmarks/several_cards.py /tmp --tiny --out /tmp/tiny.json          # a tiny model on 2 CPU "cards"
 
 Files of random weights are made in the folder where they are missing (14B fp8: 13.5 GiB, FramePack fp8: 12 GiB). All
-blocks are streamed, from one copy in pinned RAM. "staged" rows exchange through pinned RAM, as cards without peer
-access do. "speed-up" is the median of one card over that of several; a guided row makes cond and uncond in turn on one
-card. "bits" says whether the result is that of one card, bit for bit. The GIL's share is told by "host": seconds of a
-pass in which all that is asked of the devices has been asked, which is less than the pass where the host is ahead.
+blocks are streamed, from one copy in pinned RAM. All rows take about 300 s on two H200s, and 120 s more where the files
+are missing; each row is written when it is done. `--rows` takes some of them: those that changed since they were last
+measured come first.
 
-One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB) computes all that two would: bits, memory and the
-host's work are theirs, speed is not. Each of two threads asks for what one asks for alone; what it takes them longer is
-waiting for each other and for the GIL: "GIL" is that, as a share of half of one card's time, which a pass on two such
-cards would take at best. There a "parked" row has every block in the same card's
-memory in place of RAM, elsewhere in the second card's, with 5 GiB of RAM.
+"staged" rows exchange through pinned RAM, as cards without peer access do. "speed-up" is the median of one card over
+that of several; a guided row makes cond and uncond in turn on one card. "bits" says whether the result is that of one
+card, bit for bit. "host" is when all that is asked of the devices has been asked: less than the pass where the host is
+ahead. Threads take turns (see `team/mail.py`), "turns" of them in a pass, and "GIL" is what handing these over takes, a
+share of the pass: their number times the time of one between threads that do nothing else. "RAM" is what the process
+has beside the blocks, in GiB.
+
+One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB, about 90 s) computes all that two would: bits,
+memory and the host's work are theirs, speed is not. There a "parked" row has every block in the same card's memory in
+place of RAM, elsewhere in the second card's, with 5 GiB of RAM.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -43,6 +48,7 @@ from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.run_limits import hold_limits
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.system.atomic_files import write_file
+from lowvram_video.team.team import Team
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import machine
@@ -74,14 +80,16 @@ class Row:
 
 
 ROWS = (
+    Row("clip", (832, 480, 17), 1.2, rounds=5),
     Row("480p", (832, 480, 81), 1.85),
+    Row("720p", (1280, 720, 81), 1.92, rounds=1),
     Row("480p staged", (832, 480, 81), 1.5, staged=True),
+    Row("720p staged", (1280, 720, 81), 1.75, staged=True, rounds=1),
+    Row("clip staged", (832, 480, 17), 0, staged=True, rounds=5),
+    Row("FramePack section", (640, 608, 33), 1.7, rounds=5, framepack=True),
+    Row("clip guided", (832, 480, 17), 0, samples=2, rounds=5),
     Row("480p guided", (832, 480, 81), 1.95, samples=2, rounds=1),
     Row("480p parked", (832, 480, 81), 1 / 1.03, parked=True),
-    Row("clip", (832, 480, 17), 1.2, rounds=5),
-    Row("720p", (1280, 720, 81), 1.92, rounds=1),
-    Row("720p staged", (1280, 720, 81), 1.75, staged=True, rounds=1),
-    Row("FramePack section", (640, 608, 33), 1.7, rounds=5, framepack=True),
 )
 TWICE_BLOCKS = 10
 TWICE_ROWS = (
@@ -94,8 +102,8 @@ TWICE_ROWS = (
 TINY_ROWS = (
     Row("tiny", (96, 64, 9), 0, rounds=2),
     Row("tiny guided", (96, 64, 9), 0, samples=2, rounds=2),
-    Row("tiny parked", (96, 64, 9), 0, rounds=2, parked=True),
     Row("tiny FramePack", (128, 96, 33), 0, rounds=2, framepack=True),
+    Row("tiny parked", (96, 64, 9), 0, rounds=2, parked=True),
 )
 
 
@@ -197,6 +205,7 @@ class Bench:
         self.path, self.cards = path, cards
         self.settings = RunSettings(cards[0], blocks_to_swap=swap)
         self.model: Model = (StreamedFramePack if framepack else StreamedWan)(path, self.settings)
+        self.hand_over = hand_over_seconds(cards)
         self._alone: dict[tuple[tuple[int, int, int], int], tuple[Times, dict[str, Any]]] = {}
 
     def measure(self, row: Row) -> dict[str, Any]:
@@ -213,7 +222,7 @@ class Bench:
             "one": of_one,
             "several": of_several,
             "speed_up": one.median / several.median,
-            "gil": gil_share(row, one, several),
+            "gil": of_several["turns"] * self.hand_over / several.median,
             "same_bits": one.result.equal(several.result),
             "error": error,
         }
@@ -249,17 +258,26 @@ class Bench:
             "budget_gib": plan.budget_bytes / GIB,
             "exchanged_gb": 0.0 if model.several is None else plan.model.exchanged_bytes(plan.work) / 1e9,
             "streamed": plan.blocks.num_streamed,
+            "turns": 0 if model.several is None else model.several.team.mail.num_turns,
             "rss_gib": psutil.Process().memory_info().rss / GIB,
             "host_bytes_gib": model.host_bytes / GIB,
         }
 
 
-def gil_share(row: Row, one: Times, several: Times) -> float | None:
-    """What the hosts of two cards wait, of what a pass on two cards would take; None where one thread asks for all."""
-    if row.parked:
-        return None
-    alone = statistics.median(one.host) / row.samples  # two prompts in turn are asked for by one thread
-    return (statistics.median(several.host) - alone) / (one.median / 2)
+def hand_over_seconds(cards: Sequence[torch.device], count: int = 500) -> float:
+    """What it takes to hand a turn to another thread."""
+    team = Team(cards[:2])
+
+    def task(rank: int) -> None:
+        for _ in range(count):
+            team.mail.put(rank, 1 - rank, "turn", None)
+            team.mail.take(1 - rank, rank, "turn")
+
+    began = time.perf_counter()
+    team.run(task)
+    seconds = (time.perf_counter() - began) / team.mail.num_turns
+    team.close()
+    return seconds
 
 
 def reset_peaks(cards: Sequence[torch.device]) -> None:
@@ -282,16 +300,16 @@ def wait_for(cards: Sequence[torch.device]) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"{'row':<20}{'one s':>9}{'several s':>11}{'speed-up':>10}{'wanted':>8}{'bits':>6}{'host s':>9}{'GIL':>7}"
-        f"{'RSS GiB':>9}"
+        f"{'row':<20}{'one s':>9}{'several s':>11}{'speed-up':>10}{'wanted':>8}{'bits':>6}{'host s':>9}{'turns':>7}"
+        f"{'GIL':>7}{'RAM':>7}"
     ]
     for row in rows:
         one, several = row["one"], row["several"]
-        gil = "-" if row["gil"] is None else f"{100 * row['gil']:.1f}%"
+        beside = several["rss_gib"] - several["host_bytes_gib"]
         lines.append(
             f"{row['name']:<20}{statistics.median(one['seconds']):>9.3f}{statistics.median(several['seconds']):>11.3f}"
             f"{row['speed_up']:>9.2f}x{row['wanted']:>8.2f}{'same' if row['same_bits'] else 'NOT':>6}"
-            f"{statistics.median(several['host']):>9.3f}{gil:>7}{several['rss_gib']:>9.2f}"
+            f"{statistics.median(several['host']):>9.3f}{several['turns']:>7}{100 * row['gil']:>6.1f}%{beside:>7.2f}"
         )
     return "\n".join(lines)
 
@@ -327,10 +345,8 @@ def main() -> None:
     of_all = TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS
     chosen = [row for row in of_all if wanted is None or row.name in wanted]
     rows: list[dict[str, Any]] = []
-    for framepack in (False, True):
-        of_file = [row for row in chosen if row.framepack == framepack]
-        if not of_file:
-            continue
+    for framepack, group in itertools.groupby(chosen, lambda row: row.framepack):
+        of_file = list(group)
         path, num_blocks = file_of(of_file[0], options, cards[0])
         bench = Bench(path, framepack, cards, -1 if options.tiny else num_blocks)
         for row in of_file:
