@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..system.atomic_files import write_file
+from ..system.bounded_json import read_json_object
 from ..system.card_profile import data_folder
 from ..system.sizes import in_gib
 from ..system.version import version
@@ -125,14 +126,12 @@ class SavedCode:
         return len(code)
 
     def last(self) -> dict[str, Any]:
-        """What `keep_last` was given; nothing where there is no such file, or it is damaged."""
-        path = self.folder / f"{self.key.stem}{LAST_ENDING}"
+        """Numbers that `keep_last` was given; nothing where there is no such file, or it is damaged."""
         try:
-            with path.open("rb") as file:
-                found = json.loads(file.read(MOST_LAST_BYTES))
-        except (OSError, ValueError):
+            found = read_json_object(self.folder / f"{self.key.stem}{LAST_ENDING}", MOST_LAST_BYTES)
+        except (OSError, ValueError):  # the other where it is no file at all
             return {}
-        return found if isinstance(found, dict) else {}
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def keep_last(self, figures: dict[str, Any]) -> None:
         """Remember a run's figures for the next one."""

@@ -208,6 +208,18 @@ def test_the_next_start_finds_the_code_and_what_is_damaged_is_made_anew(
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
+@pytest.mark.parametrize("text", ["[" * 60000, '{"a":' * 9000, '{"misses": 1' + "0" * 5000 + "}", "[]", "\0", '"x"'])
+def test_figures_of_the_last_run_that_were_damaged_are_none(tmp_path: Path, text: str) -> None:
+    saved = SavedCode(key_of(CompileSettings(), CPU, "test"), tmp_path)
+    saved.keep_last({"seconds": 2.0, "misses": 3})
+    assert saved.last() == {"seconds": 2.0, "misses": 3}
+    (file,) = tmp_path.iterdir()
+    file.write_text(text)
+    assert saved.last() == {}
+    file.write_text(json.dumps({"misses": "3", "seconds": [1], "rows": 4}))
+    assert saved.last() == {"rows": 4}
+
+
 def test_code_of_anything_else_is_another_file() -> None:
     key = key_of(CompileSettings(), CPU, "a")
     stems = {key.stem, key_of(CompileSettings(dynamic=True), CPU, "a").stem, key_of(CompileSettings(), CPU, "b").stem}

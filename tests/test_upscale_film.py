@@ -32,8 +32,11 @@ from lowvram_video.wanvideo.upscale.projection import LowQualityProjection
 from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
 from lowvram_video.wanvideo.upscale.run import Upscaler
 from lowvram_video.wanvideo.upscale.source import Pictures, VideoFile
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .faults.kept_upscaling import KEY, KeptUpscaling
 from .tiny_flashvsr import save_flashvsr, small_video
 
 REQUEST = UpscaleRequest(seed=1, sparse_ratio=0.1, local_range=1, kept_windows=2)
@@ -403,3 +406,48 @@ def test_the_command(
     missing = tmp_path / "none.mp4"
     assert main(["upscale", str(missing), "--model", str(files.model)]) == 2
     assert "there is no such video" in capsys.readouterr().err
+
+
+EDITS = {  # what a state says of itself -> how it is refused
+    '{"num_steps": 3, "windows": [2, 5]}': "are no use here",
+    '{"num_steps": 3, "windows": [0, 99]}': "not those of",
+    '{"num_steps": -1, "windows": [0, 1]}': "not those of",
+    '{"num_steps": 9000000000000000000, "windows": [0, 9000000000000000002]}': "not those of",
+    '{"num_steps": "3", "windows": [3, 5]}': "no whole numbers",
+    '{"num_steps": 3, "windows": [3.0, 5]}': "no whole numbers",
+    '{"num_steps": 2, "windows": [2, 4]}': "is of another layer or step",
+    "[" * 4000: "nested",
+}
+
+
+def test_an_edited_state_is_never_gone_on_from(files: UpscaleFiles, tmp_path: Path) -> None:
+    kept = KeptUpscaling(files, tmp_path)
+    (state,) = (tmp_path / "kept").glob("state_*")
+    (earlier,) = (tmp_path / "earlier").glob("state_*")
+    stream, layer = state / "stream.safetensors", state / "layer_001.safetensors"
+    sound = {path: path.read_bytes() for path in (stream, layer)}
+    kept.take_up(tmp_path / "kept")
+
+    def refused(said: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            kept.take_up(tmp_path / "kept")
+        for path, data in sound.items():
+            path.write_bytes(data)
+
+    tensors = load_file(stream)
+    for text, said in EDITS.items():
+        kept_stream.write_signed(stream, tensors, {"key": KEY, "said": text})
+        refused(said)
+    with safe_open(stream, "pt") as file:
+        metadata = file.metadata()
+    for changed in (
+        {name: tensor.reshape(-1) if name.startswith("memory") else tensor for name, tensor in tensors.items()},
+        {name: tensor.view(torch.int16) if tensor.element_size() == 2 else tensor for name, tensor in tensors.items()},
+        dict(zip(tensors, list(tensors.values())[::-1], strict=True)),
+    ):
+        save_file(changed, stream, metadata)
+        refused("is damaged")
+    layer.write_bytes((earlier / layer.name).read_bytes())
+    refused("is of another layer or step")
+    layer.write_bytes((state / "layer_000.safetensors").read_bytes())
+    refused("is of another layer or step")

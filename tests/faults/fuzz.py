@@ -47,7 +47,7 @@ FINE = ("refused", "accepted")
 MODELS = ("Wan", "FramePack", "GGUF", "VACE module", "GGUF of Wan", "tiny decoder", "jobs")
 SLOW = (
     "Wan VAE", "Hunyuan VAE", "LoRA for Wan", "LoRA for FramePack", "shards", "adapter_config.json", "video",
-    "FlashVSR", "FlashVSR's projection", "FlashVSR's decoder", "FlashVSR's prompt",
+    "FlashVSR", "FlashVSR's projection", "FlashVSR's decoder", "FlashVSR's prompt", "FlashVSR's kept run",
 )  # fmt: skip
 
 Case = tuple[str, int]

@@ -25,6 +25,7 @@ from ..tiny import CONFIGS, randomize
 from ..tiny_flashvsr import save_flashvsr
 from . import mutations
 from .files import Files
+from .kept_upscaling import KeptUpscaling
 from .reader import CPU, SETTINGS, Read, Reader, inspect, mutated
 
 VISION = ClipVisionConfig(dim=64, ffn_dim=96, num_heads=1, num_layers=2, image_size=28)
@@ -49,7 +50,11 @@ def parts_of_models(files: Files, place: Path) -> Mapping[str, Reader]:
     }
     found = {name: Reader(mutated(path, mutations.safetensors), reads) for name, (path, reads) in tensors.items()}
     gguf = _wan_gguf(place / "wan.gguf")
-    return {**found, "GGUF of Wan": Reader(mutated(gguf, mutations.gguf), (inspect, open_wan))}
+    return {
+        **found,
+        "GGUF of Wan": Reader(mutated(gguf, mutations.gguf), (inspect, open_wan)),
+        "FlashVSR's kept run": KeptUpscaling(flashvsr, place / "kept_upscaling").reader,
+    }
 
 
 def as_tiny_decoder(path: Path) -> None:

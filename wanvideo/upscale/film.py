@@ -202,6 +202,9 @@ class _Making:
             num_sections = self._stream.num_steps // SECTION_STEPS
             if num_sections > self._film.num_sections:
                 raise ValueError("the beginning of the film is gone")
+            num_open = 0 if found[1] is None else len(found[1])
+            if num_open != self._stream.num_made - frames_of(num_sections * SECTION_STEPS):
+                raise ValueError("frames are gone")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("what %s keeps is no use (%s): the video is begun anew", self._kept.folder, error)
             self._stream.begin_anew()

@@ -16,15 +16,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...system.atomic_files import write_file
-from ...system.regular_files import read_regular
+from ...system.bounded_json import parse_json, read_json_object
 from ...system.sizes import in_gib
 from ...video.growing_video import GrowingVideo
 from ...weights.files.records import read_record
+from .host_windows import FIRST_WINDOWS
 from .stream import UpscaleStream
 
 STATE = re.compile(r"state_(\d{8})")
 OPEN = "open_frames"
 MOST_NOTE_BYTES = 1 << 12
+MOST_STEPS = 1 << 32  # of 8 frames
 BYTES_PER_SECOND = 16 << 20  # of states, at most: 58 GB an hour, which is nothing to a disk, and its wear
 MOST_OF_TIME = 0.05  # that they may take of a run
 
@@ -77,7 +79,7 @@ class KeptStream:
         told = {"num_steps": stream.num_steps, "windows": [windows.start, windows.stop]}
         try:
             for layer, state in stream.windows.state():
-                self._write(unfinished / _layer_name(layer), {"windows": state}, str(layer))
+                self._write(unfinished / _layer_name(layer), {"windows": state}, _layer_said(layer, stream.num_steps))
             self._write(unfinished / "stream.safetensors", tensors, json.dumps(told))
             if place.exists():
                 shutil.rmtree(place)
@@ -97,9 +99,9 @@ class KeptStream:
         if not places:
             return None
         tensors, said = self._read(places[-1] / "stream.safetensors")
-        told = json.loads(said)
-        num_steps, windows = int(told["num_steps"]), range(*map(int, told["windows"]))
-        layers = ((layer, self._windows(places[-1], layer)) for layer in range(stream.windows.size.num_layers))
+        num_steps, windows = _told(said)
+        all_layers = range(stream.windows.size.num_layers)
+        layers = ((layer, self._windows(places[-1], layer, num_steps)) for layer in all_layers)
         stream.windows.restore(windows, layers)
         open_frames = tensors.pop(OPEN, None)
         last = stream.take_up(num_steps, tensors, small)
@@ -114,7 +116,7 @@ class KeptStream:
     def has_whole(self, film: GrowingVideo) -> bool:
         """Whether that was noted, and the video still shows all of it."""
         try:
-            told = json.loads(read_regular(self._whole, MOST_NOTE_BYTES))
+            told = read_json_object(self._whole, MOST_NOTE_BYTES)
             whole = told["key"] == self._key and told["num_frames"] == film.num_frames == film.num_shown
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -130,24 +132,40 @@ class KeptStream:
             if path.name.startswith("state_") and path != but:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _windows(self, place: Path, layer: int) -> Tensor:
+    def _windows(self, place: Path, layer: int, num_steps: int) -> Tensor:
         tensors, said = self._read(place / _layer_name(layer))
-        if said != str(layer):
-            raise ValueError("it is of another layer")
+        if said != _layer_said(layer, num_steps):
+            raise ValueError(f"{place / _layer_name(layer)} is of another layer or step")
         return tensors["windows"]
 
     def _write(self, path: Path, tensors: dict[str, Tensor], said: str) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"key": self._key, "said": said, "checksum": _checksum(tensors)}
-        write_file(path, save(tensors, metadata))
+        write_signed(path, tensors, {"key": self._key, "said": said})
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], str]:
         tensors, metadata = read_record(path)
         if metadata.get("key") != self._key:
             raise ValueError(f"{path} is of another run")
-        if metadata.get("checksum") != _checksum(tensors):
+        said = metadata.get("said", "")
+        if metadata.get("checksum") != _checksum(tensors, said):
             raise ValueError(f"{path} is damaged")
-        return tensors, metadata["said"]
+        return tensors, said
+
+
+def write_signed(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A file of a state: tensors, and texts "key" and "said", with a checksum of all that counts. OSError."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, save(tensors, {**metadata, "checksum": _checksum(tensors, metadata["said"])}))
+
+
+def _told(said: str) -> tuple[int, range]:
+    """How many steps a state is of, and which windows are kept after them. ValueError for what no stream has said."""
+    told = parse_json(said, MOST_NOTE_BYTES)
+    (first, stop), num_steps = told["windows"], told["num_steps"]
+    if not all(isinstance(each, int) for each in (first, stop, num_steps)):
+        raise ValueError("its steps or windows are no whole numbers")
+    if not (0 <= first < stop == num_steps + FIRST_WINDOWS - 1 and 1 <= num_steps <= MOST_STEPS):
+        raise ValueError(f"windows {first} to {stop} are not those of {num_steps} steps")
+    return num_steps, range(first, stop)
 
 
 def _state_bytes(stream: UpscaleStream, open_frames: Tensor | None) -> int:
@@ -160,8 +178,13 @@ def _layer_name(layer: int) -> str:
     return f"layer_{layer:03d}.safetensors"
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    total = 0
-    for _, tensor in sorted(tensors.items()):
+def _layer_said(layer: int, num_steps: int) -> str:
+    return f"layer {layer} after {num_steps} steps"
+
+
+def _checksum(tensors: dict[str, Tensor], said: str) -> str:
+    total = zlib.crc32(said.encode(errors="replace"))
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(errors="replace"), total)
         total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
