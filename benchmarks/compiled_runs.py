@@ -163,14 +163,13 @@ def table_case(bench: Bench, weights: str, lora: bool, fused: bool) -> list[dict
     take_ops(compiled, fused)
     bench.start(compiled, size, streamed=False, fused=fused)
     _, first = bench.run(compiled, size)
+    compiled.stop()
     ready()
     results, wanted = [], {}
     plain = bench.open(weights, lora, None)
     take_ops(plain, fused)
     for name, model in (("plain", plain), ("compiled", compiled)):
         for streamed in (False, True):
-            if model is compiled and not streamed:
-                plain.stop()
             bench.start(model, size, streamed, fused)
             velocity, _ = bench.run(model, size)
             seconds = [bench.run(model, size)[1] for _ in range(REPEATS)]

@@ -21,6 +21,7 @@ from .packed_heads import PackedHeads
 
 TILE_ROWS = 256
 FEWEST_PARTS = 8  # of a pass in code for any size: 32,768 rows at 4096 at a time
+ANY_NUMBER = 2**40  # of rows
 # fp16 ends at 65,504, which the residual stream of a model trained in bf16 may pass (HunyuanVideo's does). It is read
 # through norms alone, which do not see a factor, and a power of two costs no bits.
 FP16_RESIDUAL = 2.0**-5
@@ -113,6 +114,9 @@ class Workspace:
         all_queries = all_queries or execution.all_queries or execution.is_sparse or part is not None
         chunks = None if all_queries else execution.query_chunk
         self.query_chunk = chunks if chunks is not None and rows.count > chunks else None
+        self.chunk_rows = execution.token_chunk
+        if self.extent is not None and num_parts(rows.count, self.chunk_rows, FEWEST_PARTS) <= FEWEST_PARTS:
+            self.chunk_rows = ANY_NUMBER  # a constant of the code, and plans of larger videos have larger chunks
         # short clips of models with a wide FFN: never less than one chunk of hidden rows
         chunk = min(self.num_rows, execution.token_chunk)
         queries = self.query_rows * self.dim
@@ -260,7 +264,7 @@ class Workspace:
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Row ranges of at most `token_chunk` rows that cover `start .. stop` about evenly."""
-        return self.ranges(start, self.num_rows if stop is None else stop, self.execution.token_chunk, FEWEST_PARTS)
+        return self.ranges(start, self.num_rows if stop is None else stop, self.chunk_rows, FEWEST_PARTS)
 
     def ranges(self, start: int, stop: int, most: int, fewest: int = 1) -> Iterator[slice]:
         """Row ranges of at most `most` rows that cover `start .. stop` about evenly.
