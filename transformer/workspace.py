@@ -238,9 +238,13 @@ class Workspace:
         if self.extent is not None:
             mark_any_length(self.extent, self.pool, *tensors)
 
-    def rows_per_group(self, given: int, groups: Tensor) -> int:
-        """Rows that a group of `groups [groups, ...]` has: as given, which compiled code would take for a constant."""
-        return given if self.extent is None else self.num_rows // groups.shape[0]
+    def as_given(self, number: int) -> int | None:
+        """What a module is given for a number that varies with the size: compiled code would take it for a constant."""
+        return number if self.extent is None else None
+
+    def rows_per_group(self, given: int | None, groups: Tensor) -> int:
+        """Rows that a group of `groups [groups, ...]` has: as given, or all groups as many."""
+        return self.num_rows // groups.shape[0] if given is None else given
 
     def rows_at(self, first: int, rows: slice) -> Tensor:
         """`[rows, dim]`, some of those that begin at element `first` of the pool.

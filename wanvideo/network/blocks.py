@@ -137,13 +137,14 @@ class WanBlock(Block):
         keys_values = shown
         if isinstance(shown, Context) and state.work.all_there:  # compiled code is given no other
             keys_values = self.cross_attn.keys_values(shown)
-        self(x, state.modulation, state.rows_per_group, state.rope, keys_values, state.work, state.hooks)
+        work = state.work
+        self(x, state.modulation, work.as_given(state.rows_per_group), state.rope, keys_values, work, state.hooks)
 
     def forward(
         self,
         x: Tensor,
         modulation: Tensor,
-        rows_per_group: int,
+        group_rows: int | None,
         rope: Rope,
         keys_values: Context | KeysValues,
         work: Workspace,
@@ -151,7 +152,7 @@ class WanBlock(Block):
     ) -> None:
         """`x [rows, dim]` in place; `modulation [groups, 6, dim]` fp32."""
         x = writable(x)
-        rows_per_group = work.rows_per_group(rows_per_group, modulation)
+        rows_per_group = work.rows_per_group(group_rows, modulation)
         work.arrive(self, 0)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)
         ops, eps = work.ops, work.eps(self.eps)

@@ -198,7 +198,7 @@ class WanModel(Transformer):
                 pass
         else:
             self.run_cached(x, blocks, extras.cache, signal, work)
-        patches = self.head(x, time, rows_per_group, work)
+        patches = self.head(x, time, work.as_given(rows_per_group), work)
         if part is not None:
             patches = part.gather(patches, batch)
         if extras.reference is not None:
@@ -382,9 +382,9 @@ class Head(nn.Module):
         self.head = Linear(config.dim, config.out_channels * patch, device=device, dtype=dtype)
         self.modulation = parameter(1, 2, config.dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, time: Tensor, rows_per_group: int, work: Workspace) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, group_rows: int | None, work: Workspace) -> Tensor:
         shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
-        rows_per_group = work.rows_per_group(rows_per_group, time)
+        rows_per_group = work.rows_per_group(group_rows, time)
         out = x.new_empty(x.shape[0], self.head.out_features)
         work.scratch.reset()
         project = self.head.prepare(work.dtype)
