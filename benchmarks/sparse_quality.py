@@ -131,7 +131,7 @@ class Bench:
         pipeline.release()
         return torch.stack(clips), {
             "name": row.name,
-            "density": statistics.mean(each.density for each in readings) if readings else 1.0,
+            "density": statistics.mean(each.density for each in readings) if readings else None,  # None: not looked at
             "error": statistics.mean(errors) if errors else None,
             "largest_error": max(errors, default=None),
         }
@@ -199,10 +199,11 @@ def table(found: dict[str, Any]) -> str:
         if "failed" in row:
             lines.append(f"{row['name']:<32} FAILED {row['failed']}")
             continue
-        error, largest = (row[name] or 0.0 for name in ("error", "largest_error"))
+        density, error, largest = (
+            "-" if row[name] is None else f"{row[name]:.3f}" for name in ("density", "error", "largest_error")
+        )
         lines.append(
-            f"{row['name']:<32}{row['right']:>4} of {found['num']:<3}{row['psnr']:>6.1f}{row['density']:>9.3f}"
-            f"{error:>8.3f}{largest:>9.3f}"
+            f"{row['name']:<32}{row['right']:>4} of {found['num']:<3}{row['psnr']:>6.1f}{density:>9}{error:>8}{largest:>9}"
         )
     lines += [
         f"call {row['call']}, {row['tokens']} tokens, {row['blocks']:<12} true {row['true']:.4f}  measured "
