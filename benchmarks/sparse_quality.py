@@ -203,7 +203,8 @@ def table(found: dict[str, Any]) -> str:
             "-" if row[name] is None else f"{row[name]:.3f}" for name in ("density", "error", "largest_error")
         )
         lines.append(
-            f"{row['name']:<32}{row['right']:>4} of {found['num']:<3}{row['psnr']:>6.1f}{density:>9}{error:>8}{largest:>9}"
+            f"{row['name']:<32}{row['right']:>4} of {found['num']:<3}{row['psnr']:>6.1f}{density:>9}"
+            f"{error:>8}{largest:>9}"
         )
     lines += [
         f"call {row['call']}, {row['tokens']} tokens, {row['blocks']:<12} true {row['true']:.4f}  measured "

@@ -225,6 +225,7 @@ def test_flags_are_those_of_the_command_line(language: str) -> None:
         "--disable-metadata",
         "--preview-method",
         "--reserve-vram",
+        "--fast",
         "--local-dir",
     }
     text = ALL_LANGUAGES[language]
