@@ -8,7 +8,7 @@ const GAP = 10;
 const LINE = 16;
 const HEIGHT = 240; // of a picture, at most
 const CORES = "$$node-text-preview"; // the widget in which ComfyUI shows a text
-const shown = new Map(); // the subgraph's node -> {picture, text, element}
+const shown = new Map(); // the subgraph's node -> {picture, text, element, caption}
 
 function hostOf(nodeId) {
     const [outer, inner] = String(nodeId ?? "").split(":");
@@ -92,10 +92,21 @@ function showText({ nodeId, text }) {
     app.graph.setDirtyCanvas(true, false);
 }
 
+// Nodes 2.0 forgets a picture's size with each new one, and says "Calculating dimensions" until it is drawn: at the pace
+// of a moving preview that blinks, so the line below it is not shown meanwhile.
+function hideSize(node) {
+    const caption = document.querySelector(`[data-node-id="${node.id}"] .image-preview > .text-center:last-child`);
+    if (caption) {
+        caption.style.visibility = "hidden";
+        below(node).caption = caption;
+    }
+}
+
 function clear() {
-    for (const { picture, element } of shown.values()) {
+    for (const { picture, element, caption } of shown.values()) {
         picture?.close();
         element?.remove();
+        caption?.style.removeProperty("visibility");
     }
     shown.clear();
     app.graph.setDirtyCanvas(true, false);
@@ -107,7 +118,11 @@ app.registerExtension({
     setup() {
         api.addEventListener("b_preview_with_metadata", async ({ detail }) => {
             const node = hostOf(detail.displayNodeId);
-            if (!node || !detail.blob || LiteGraph.vueNodesMode) {
+            if (!node || !detail.blob) {
+                return;
+            }
+            if (LiteGraph.vueNodesMode) {
+                requestAnimationFrame(() => hideSize(node)); // once it is there
                 return;
             }
             const picture = await createImageBitmap(detail.blob);

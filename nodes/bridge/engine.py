@@ -317,6 +317,7 @@ class Engine(Generic[S]):
         """Have the model on the device."""
         with self.within_budget():
             self.streamed.start_fitting(plan, self.record.add_spans)
+        self._loading.expect("")
         self.record.uses(self.streamed)
         self._tell_owner()
         if self.device.type == "cuda":

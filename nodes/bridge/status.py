@@ -39,7 +39,7 @@ class Loading:
         self._told = 0.0
 
     def expect(self, text: str) -> None:
-        """What to say on the node that runs now if anything is read from here on."""
+        """What to say on the node that runs now while anything is read; "" from the first pass on, which checks too."""
         self._text, self._tell, self._began = text, teller(), None
 
     def check(self) -> None:
@@ -48,6 +48,6 @@ class Loading:
         now = self._clock()
         if self._began is None:
             self._began = self._told = now
-        if now - self._told >= TELLS_AFTER:
+        if self._text and now - self._told >= TELLS_AFTER:
             self._told = now
             self._tell(loading_for(self._text, now - self._began))

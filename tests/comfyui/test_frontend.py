@@ -107,6 +107,17 @@ KEEP_TEXTS = """window.said = [], window.app.api.addEventListener(
 SAY = """((node, text) => window.app.api.dispatchEvent(
     new CustomEvent('progress_text', {detail: {nodeId: node, text}})
 ))"""
+PREVIEW = """(async node => {
+    const canvas = new OffscreenCanvas(8, 8);
+    canvas.getContext('2d').fillRect(0, 0, 8, 8);
+    const blob = await canvas.convertToBlob();
+    const at = {nodeId: node, displayNodeId: node, realNodeId: node, parentNodeId: node.split(':')[0]};
+    window.app.api.dispatchEvent(new CustomEvent('b_preview_with_metadata', {detail: {blob, ...at}}));
+    await new Promise(done => setTimeout(done, 200));
+})"""
+CAPTIONS = """[...document.querySelectorAll('[data-node-id] .image-preview > .text-center:last-child')].map(
+    each => each.style.visibility
+)"""
 SAID_BELOW = """[...document.querySelectorAll('.lowvram-progress')].map(
     each => [each.parentNode.dataset.nodeId, each.textContent]
 )"""
@@ -212,9 +223,19 @@ def test_what_runs_in_a_subgraph_is_said_at_its_node(page: QuietPage, request: p
     drawn = request.node.callspec.params["page"] == "canvas"
     assert page.evaluate(SAID_BELOW) == ([] if drawn else [[str(host), "decoding"]])
     assert overlapping(page) == []
+    sampler = next(node["id"] for node in folded_nodes("demo") if node["type"] == "KSampler")
+    for _ in range(2):
+        page.evaluate(f"{PREVIEW}('{host}:{sampler}')")
+    assert page.evaluate(CAPTIONS) == ([] if drawn else ["hidden"])
     page.evaluate("window.app.api.dispatchEvent(new CustomEvent('execution_success', {detail: {}}))")
     page.settle()
     assert page.evaluate(SAID_BELOW) == []
+    assert page.evaluate(CAPTIONS) == ([] if drawn else [""])
+
+
+def folded_nodes(name: str) -> list[dict[str, Any]]:
+    (folded,) = load(name)["definitions"]["subgraphs"]
+    return list(folded["nodes"])
 
 
 def test_blueprints_are_offered_and_open(page: QuietPage, server: Server, object_info: dict[str, Any]) -> None:
