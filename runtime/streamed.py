@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention.backend import AttentionSpec, Backend
 from ..attention.select import AUTO, AUTO_FAST, select_attention, select_fastest, select_sparse
@@ -25,30 +23,29 @@ from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner
 from ..memory.stream.host_blocks import HostBlocks
-from ..memory.stream.layout import Part, in_one_piece
+from ..memory.stream.layout import Part
 from ..memory.stream.parked_blocks import ParkedBlocks
 from ..memory.stream.pinned import CudaRegistrar, Registrar
 from ..memory.stream.ring import DeviceRing
 from ..memory.stream.streamer import BlockStreamer
 from ..memory.stream.streams import SpanSink, streams_for
-from ..memory.stream.transient_weights import TransientWeights
 from ..sampling.caching.moments import Moment
 from ..sampling.caching.step_cache import StepCache
 from ..system.device_errors import is_out_of_memory
 from ..system.dtypes import half_dtype
 from ..system.sizes import in_gib
-from ..transformer.transformer import Block, HereAlready, Transformer
+from ..transformer.transformer import Block, Transformer
 from ..transformer.workspace import all_there
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.stamps import FileStamps
 from ..weights.linear.compute import select_compute
-from ..weights.linear.linear import Linear
 from ..weights.linear.quantize import quantize_checkpoint
-from ..weights.linear.weight_format import PLAIN
 from ..weights.lora.file import Lora, LoraChoice, open_loras
 from ..weights.lora.merged_source import Source
 from ..weights.lora.names import Aliases
+from .fixed_weights import FixedWeights
 from .host_weights import HostWeights, WeightParts
+from .layer_costs import LayerCosts
 from .settings import RunSettings
 from .several import Several, plan_shared
 
@@ -102,10 +99,12 @@ class StreamedModel(Generic[M]):
         self.settings, self.between_blocks = settings, between_blocks
         self.model.execution = settings.execution(self.config.head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())
-        select_compute(self.model, self._busy_modules(), settings.quantization, settings.device)
+        self.costs = LayerCosts(self.model, self.blocks, self.parts)
+        select_compute(self.model, self.costs.busy_modules, settings.quantization, settings.device)
         if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
             registrar = CudaRegistrar(settings.device)
         self.weights = HostWeights(self.model, checkpoint, self.parts, settings, registrar, between_blocks)
+        self.fixed = FixedWeights(self.model, self.weights, self.parts, settings.device)
         if loras:
             opened = open_loras(loras, checkpoint.tensors, self.aliases)
             self.weights.attach_loras(opened, [choice.strength for choice in loras])
@@ -114,7 +113,6 @@ class StreamedModel(Generic[M]):
         self.in_run = False  # set by what runs it: its host memory is wanted again, also while it is stopped
         self.plan: MemoryPlan | None = None
         self.streamer: BlockStreamer | None = None
-        self.transient: TransientWeights | None = None
         self.ring: DeviceRing | None = None
         self.forget_contexts()
         self.compiled: CompiledCode | None = None
@@ -154,61 +152,11 @@ class StreamedModel(Generic[M]):
         raise NotImplementedError
 
     @property
-    def product_form(self) -> str:
-        """The name of the format that most of the blocks' weights have: a card's measurements are by it."""
-        sizes: Counter[str] = Counter()
-        for layer in self._busy_layers():
-            sizes[layer.format.name] += layer.in_features * layer.out_features
-        return max(sizes, key=lambda name: sizes[name], default=PLAIN.name)
-
-    def row_bytes(self, dtype: torch.dtype, ffn_dim: int) -> int:
-        """See `ModelFootprint`; compiled code makes products in a tensor of their own and copies them."""
-        copied = ffn_dim * dtype.itemsize if self._compiled else 0
-        return copied + max((layer.row_bytes(dtype) for layer in self._busy_layers()), default=0)
-
-    def key_row_bytes(self, dtype: torch.dtype) -> int:
-        """See `ModelFootprint`."""
-        from_rows = (layer for layer in self._busy_layers() if layer.in_features == self.config.dim)
-        return max((layer.row_bytes(dtype) for layer in from_rows), default=0)
-
-    def product_bytes(self) -> int:
-        """See `ModelFootprint`."""
-        return max((layer.format.product_bytes for layer in self._busy_layers()), default=0)
-
-    def unpacked_bytes(self, dtype: torch.dtype) -> int:
-        """See `ModelFootprint`; layers that are brought are unpacked some rows at a time."""
-        inside = {layer for block in self.blocks for layer in block.modules()}
-        brought = self._brought_layers()
-        outside = (layer for layer in self.model.modules() if isinstance(layer, Linear) and layer not in inside)
-        return max(
-            (layer.piece_bytes(dtype)[1] if layer in brought else layer.unpacked_bytes(dtype) for layer in outside),
-            default=0,
-        )
-
-    def brought_bytes(self, dtype: torch.dtype) -> int:
-        """See `ModelFootprint`."""
-        return max((layer.piece_bytes(dtype)[0] for layer in self._brought_layers()), default=0)
-
-    def _brought_layers(self) -> set[Linear]:
-        """Linear layers outside the blocks that are brought some rows at a time where memory is short."""
-        modules = (getattr(self.model, name) for name in self.parts.in_pieces)
-        return {layer for module in modules for layer in module.modules() if isinstance(layer, Linear)}
-
-    @property
     def computes_in_8_bits(self) -> bool:
         """Whether the user chose products or attention of 8-bit numbers, or of smaller ones."""
         execution = self.model.execution
         by_attention = not execution.attention.exact and not execution.all_queries  # another pack's is nobody's choice
         return self.settings.quantization in ("fp8_fast", "int8", "4bit_fast") or by_attention
-
-    def stage_bytes(self) -> tuple[tuple[int, ...], ...]:
-        """See `ModelFootprint`; compiled code takes its block as a whole."""
-        if self._compiled:
-            return ()
-        spans = [
-            layout.spans(Part.ALL if not self.parts.per_run else Part.STREAM, True) for layout in self.weights.layouts
-        ]
-        return tuple(tuple(stop - start for start, stop in each) for each in spans)
 
     def forget_contexts(self) -> None:
         """Free what was made of prompts."""
@@ -305,7 +253,7 @@ class StreamedModel(Generic[M]):
     @property
     def pinned_bytes(self) -> int:
         residuals = 0 if self.step_cache is None else self.step_cache.pinned_bytes
-        return self.weights.pinned_bytes + residuals + (0 if self.transient is None else self.transient.pinned_bytes)
+        return self.weights.pinned_bytes + residuals + self.fixed.pinned_bytes
 
     # Taking turns in host memory
 
@@ -464,7 +412,7 @@ class StreamedModel(Generic[M]):
     def _code_name(self) -> str:
         """What compiled code depends on beside settings and machine: kept code of another is of no use."""
         execution = self.model.execution
-        return f"{self.config}, {self.product_form}, {execution.dtype}, {execution.attention.name}"
+        return f"{self.config}, {self.costs.form}, {execution.dtype}, {execution.attention.name}"
 
     def set_lora_strengths(self, strengths: Sequence[float]) -> None:
         """Other strengths, one per LoRA; nothing is read again but what LoRAs are merged into."""
@@ -570,7 +518,7 @@ class StreamedModel(Generic[M]):
 
     def _of_one_file(self, run: Callable[[], T]) -> T:
         """A pass; CheckpointError where a file that it reads from was changed since it was opened."""
-        if self.transient is None and (self.plan is None or not self.plan.host.from_disk):
+        if self.fixed.transient is None and (self.plan is None or not self.plan.host.from_disk):
             return run()
         self._stamps.check()
         made = run()
@@ -584,7 +532,7 @@ class StreamedModel(Generic[M]):
         self._read(plan)
         assert self.weights.blocks is not None
         try:
-            self._load_fixed(plan)
+            self.fixed.load_for_passes(plan.choice.transient_fixed)
             self.weights.loras.place(self.settings.device)
             self.ring = ring or self._make_ring(plan)
             self.streamer = BlockStreamer(
@@ -633,17 +581,13 @@ class StreamedModel(Generic[M]):
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Calling it again does nothing."""
         self.model.stream = iter
-        self.model.bring = HereAlready()
         self.model.arrive = all_there
-        transient, self.transient = self.transient, None
-        if transient is not None:
-            transient.release()
         self.forget_contexts()
         self.end_steps()
         streamer, self.streamer, self.ring = self.streamer, None, None
         if streamer is not None:
             streamer.unload()
-        self._unload(self.weights.fixed_names())
+        self.fixed.unload()
         if self.several is not None:
             self.several.stop()
 
@@ -660,13 +604,13 @@ class StreamedModel(Generic[M]):
         """
         self.stop()
         self._read(plan)
-        names = [name for name in self.weights.fixed_names() if name.startswith(self.parts.per_run)]
+        names = self.fixed.per_run_names
         try:
-            self._load(names)
+            self.fixed.load(names)
             self.weights.loras.place(self.settings.device)
             yield
         finally:
-            self._unload(names)
+            self.fixed.unload(names)
 
     def visit(self, make: Callable[[Block], T]) -> list[T]:
         """What `make` makes of each block in a pass with only its optional weights; they then stay at home."""
@@ -691,12 +635,6 @@ class StreamedModel(Generic[M]):
     def _others(self) -> Sequence[StreamedModel[M]]:
         return () if self.several is None else self.several.others
 
-    def _busy_modules(self) -> list[nn.Module]:
-        return [module for block in self.blocks for module in block.busy_modules()]
-
-    def _busy_layers(self) -> list[Linear]:
-        return [layer for module in self._busy_modules() for layer in module.modules() if isinstance(layer, Linear)]
-
     def _leaner_plan(self) -> MemoryPlan | None:
         if self.plan is None:
             return None
@@ -716,28 +654,3 @@ class StreamedModel(Generic[M]):
         if device.type == "cpu" and self.weights.extents is not None:
             return None  # the blocks run where they lie
         return DeviceRing(plan.blocks.ring_bytes, device, streams_for(device, self._on_spans))
-
-    def _load_fixed(self, plan: MemoryPlan) -> None:
-        away = self.parts.transient if plan.choice.transient_fixed and self.settings.device.type != "cpu" else ()
-        if away:
-            self._keep_away(away)
-        self._load([name for name in self.weights.fixed_names() if not name.startswith(away + self.parts.per_run)])
-
-    def _keep_away(self, names: Sequence[str]) -> None:
-        modules = {name: module for name in names if (module := getattr(self.model, name)) is not None}
-        self.transient = TransientWeights(self.weights.source, modules, self.settings.device, self.weights.budget)
-        self.model.bring = self.transient
-
-    def _load(self, names: Sequence[str]) -> None:
-        device = self.settings.device
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            read = zip(names, readers.map(self.weights.read_tensor, names), strict=True)
-            sizes = [self.weights.source.tensors[name].nbytes for name in names]
-            self._place(dict(read) if device.type == "cpu" else in_one_piece(read, sizes, device))
-
-    def _unload(self, names: Sequence[str]) -> None:
-        infos = {name: self.weights.source.tensors[name] for name in names}
-        self._place({name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in infos.items()})
-
-    def _place(self, tensors: Mapping[str, Tensor]) -> None:
-        self.model.load_state_dict(tensors, strict=False, assign=True)

@@ -140,7 +140,7 @@ class DryGemm:
 def use_gpu_kernels(model: StreamedModel[Any], attention: DryAttention) -> None:
     """Have a model that was opened for a CPU compute as on a GPU that has every kernel."""
     model.model.execution = Execution(torch.bfloat16, attention, DryOps())
-    for layer in model._busy_layers():
+    for layer in model.costs.busy_layers:
         for name, part in (("gemm", DryGemm()), ("ops", DryRowOps())):
             if hasattr(layer.format, name):
                 layer.format = replace(layer.format, **{name: part})

@@ -32,9 +32,7 @@ from ..vae.retries import at_work, once_more, pieces_fitting
 from ..vae.strips import Strips
 from ..vae.tiling import Tile, Way, decode_in, retry_ways
 from ..video.pictures import to_levels, to_uint8
-from ..weights.files.checkpoint import CheckpointError
 from ..weights.lora.report import LoraReport
-from .clip_vision import FILE_NAME as CLIP_FILE
 from .clip_vision import ClipVisionEncoder
 from .conditioning import Conditions, Pictures, with_latents
 from .draft import DraftDecoder
@@ -42,10 +40,11 @@ from .footprint import wan_work
 from .given import check_pictures, load_pictures
 from .guided import guided
 from .identity import WanFiles, run_settings
+from .matching import check_experts_given, check_files_match
 from .network.model import Nag
 from .request import WanDefaults, WanRequest, check_experts, check_request, check_size, defaults_for
 from .streamed import StreamedWan
-from .text.checkpoint import load_text_encoder, open_text_encoder
+from .text.checkpoint import load_text_encoder
 from .text.encoder import TextEncoder
 from .vae.checkpoint import WAN_FORMAT
 from .vae.model import VAEConfig, WanVAE
@@ -72,16 +71,7 @@ class WanPipeline:
         `between_blocks` is called before each block of the transformer, and may raise to stop.
         """
         self.files, self.settings, self.progress, self.runs = files, settings, progress, runs
-        if files.loras_low and not files.model_low:
-            raise ValueError(
-                f"{files.loras_low[0].path}: a LoRA for the low-noise expert, but there is only {files.model.name}: "
-                "give it as the model's LoRA, or give the low-noise model too"
-            )
-        if files.vace_module_low and not files.model_low:
-            raise ValueError(
-                f"{files.vace_module_low}: a VACE module for the low-noise expert, but there is only "
-                f"{files.model.name}: give it as the model's VACE module, or give the low-noise model too"
-            )
+        check_experts_given(files)
         hook = between_blocks
         self.high = StreamedWan(files.model, settings, None, hook, files.loras, vace_module=files.vace_module)
         self.low: StreamedWan | None = None
@@ -97,7 +87,8 @@ class WanPipeline:
         self._clip_vision = (
             ClipVisionEncoder(files.clip_vision, settings.device, settings.compute_dtype) if files.clip_vision else None
         )
-        self._check_files()
+        experts = [model.config for model in self.models]
+        check_files_match(files, experts, self.vae_config, self._clip_vision)
         self.config = self.high.config
         self.defaults: WanDefaults = defaults_for(self.config, files.model_low is not None)
         self.plan: MemoryPlan | None = None
@@ -380,39 +371,6 @@ class WanPipeline:
             else:
                 model.release()
         torch.cuda.empty_cache()
-
-    def _check_files(self) -> None:
-        config, files = self.high.config, self.files
-        if config.out_channels != self.vae_config.z_dim:
-            raise CheckpointError(
-                f"{files.vae}: this VAE has {self.vae_config.z_dim} latent channels but {files.model.name} makes "
-                f"{config.out_channels}: use wan_2.1_vae.safetensors for Wan 2.1 and 2.2 A14B, "
-                "wan2.2_vae.safetensors for TI2V 5B"
-            )
-        if self.vae_config.decoded_channels != 3:
-            raise CheckpointError(
-                f"{files.vae}: this VAE decodes {self.vae_config.decoded_channels} channels of a pixel, which nodes of "
-                f"ComfyUI can use; expected the 3 of a video; use {self.vae_config.file_name}"
-            )
-        if self._clip_vision is not None and self._clip_vision.config.dim != config.image_dim:
-            wanted = f"reads features of width {config.image_dim}" if config.image_dim else "reads no CLIP features"
-            raise CheckpointError(
-                f"{files.clip_vision}: makes features of width {self._clip_vision.config.dim} but {files.model.name} "
-                f"{wanted}: leave it out, or choose {CLIP_FILE} for Wan 2.1 image-to-video models"
-            )
-        text_file = open_text_encoder(files.text_encoder)
-        text_file.tokenizer(config.text_tokens)  # its lack would only show after the start
-        text_dim = text_file.config.dim
-        if text_dim != config.text_dim:
-            raise CheckpointError(
-                f"{files.text_encoder}: makes text of width {text_dim} but {files.model.name} takes "
-                f"{config.text_dim}: choose the text encoder that belongs to the model (umt5-xxl: 4096)"
-            )
-        if self.low is not None and self.low.config != config:
-            raise CheckpointError(
-                f"{files.model_low}: its dimensions differ from those of {files.model.name}: "
-                "give the high- and the low-noise expert of one model"
-            )
 
 
 class _Begun:

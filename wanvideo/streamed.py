@@ -111,19 +111,19 @@ class StreamedWan(StreamedModel[WanModel]):
             text_tokens=config.text_tokens,
             image_tokens=config.image_pos_tokens or (257 if config.image_dim else 0),
             compute_bytes=dtype.itemsize,
-            stage_bytes=self.stage_bytes(),
+            stage_bytes=() if self._compiled else self.costs.stage_bytes(layouts),
             packs_keys=self.computes_in_8_bits and not self._compiled and not self.model.execution.is_sparse,
             streams_queries=not self.model.execution.is_sparse,
-            row_bytes=self.row_bytes(dtype, config.ffn_dim),
-            key_row_bytes=self.key_row_bytes(dtype),
-            product_bytes=self.product_bytes(),
-            unpacked_bytes=self.unpacked_bytes(dtype),
-            brought_bytes=self.brought_bytes(dtype),
+            row_bytes=self.costs.row_bytes(dtype, config.ffn_dim if self._compiled else 0),
+            key_row_bytes=self.costs.key_row_bytes(dtype, config.dim),
+            product_bytes=self.costs.product_bytes,
+            unpacked_bytes=self.costs.unpacked_bytes(dtype),
+            brought_bytes=self.costs.brought_bytes(dtype),
             control_streams=1 if config.vace_layers else 0,
             ray_channels=config.camera_channels * PIXELS**2,
             vae=WAN22_VAE if config.out_channels == 48 else WAN21_VAE,
             home_bytes=tuple(layout.nbytes for layout in layouts),
-            form=self.product_form,
+            form=self.costs.form,
             attention=self.model.execution.attention.name,
         )
 
@@ -276,10 +276,10 @@ class StreamedWan(StreamedModel[WanModel]):
             return self.model.embed_context(text).text
         names = [name for name in self.weights.fixed_names() if name.startswith("text_embedding.")]
         try:
-            self._load(names)
+            self.fixed.load(names)
             return self.model.embed_context(text).text
         finally:
-            self._unload(names)
+            self.fixed.unload(names)
 
     def forget_contexts(self) -> None:
         self._contexts, self._dropped = [], []

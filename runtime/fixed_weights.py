@@ -1,0 +1,68 @@
+"""A model's weights outside its blocks: on its device during runs, or brought there in each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ..memory.stream.layout import in_one_piece
+from ..memory.stream.transient_weights import TransientWeights
+from ..transformer.transformer import HereAlready, Transformer
+from .host_weights import HostWeights, WeightParts
+
+NUM_READERS = 8  # threads
+
+
+class FixedWeights:
+    """What of a model on the meta device is neither streamed nor resident blocks; nothing is loaded at first."""
+
+    def __init__(self, model: Transformer, weights: HostWeights, parts: WeightParts, device: torch.device):
+        self._model, self._weights, self._parts, self._device = model, weights, parts, device
+        self.transient: TransientWeights | None = None  # where they are brought in each pass
+
+    @property
+    def pinned_bytes(self) -> int:
+        return 0 if self.transient is None else self.transient.pinned_bytes
+
+    @property
+    def per_run_names(self) -> list[str]:
+        """Those that are needed once per run."""
+        return [name for name in self._weights.fixed_names() if name.startswith(self._parts.per_run)]
+
+    def load_for_passes(self, brought: bool) -> None:
+        """Load what passes need; with `brought`, some of it stays in host memory and is brought in each pass."""
+        away = self._parts.transient if brought and self._device.type != "cpu" else ()
+        if away:
+            self.keep_away(away)
+        names = self._weights.fixed_names()
+        self.load([name for name in names if not name.startswith(away + self._parts.per_run)])
+
+    def keep_away(self, names: Sequence[str]) -> None:
+        """Bring these modules in each pass."""
+        modules = {name: module for name in names if (module := getattr(self._model, name)) is not None}
+        self.transient = TransientWeights(self._weights.source, modules, self._device, self._weights.budget)
+        self._model.bring = self.transient
+
+    def load(self, names: Sequence[str]) -> None:
+        """Read parameters to the device."""
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            read = zip(names, readers.map(self._weights.read_tensor, names), strict=True)
+            sizes = [self._weights.source.tensors[name].nbytes for name in names]
+            self._place(dict(read) if self._device.type == "cpu" else in_one_piece(read, sizes, self._device))
+
+    def unload(self, names: Sequence[str] | None = None) -> None:
+        """Give the memory of these, or of all and of what is brought, back; calling it again does nothing."""
+        if names is None:
+            self._model.bring = HereAlready()
+            transient, self.transient = self.transient, None
+            if transient is not None:
+                transient.release()
+        gone = self._weights.fixed_names() if names is None else names
+        infos = {name: self._weights.source.tensors[name] for name in gone}
+        self._place({name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in infos.items()})
+
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
+        self._model.load_state_dict(tensors, strict=False, assign=True)
