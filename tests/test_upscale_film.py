@@ -408,6 +408,38 @@ def test_the_command(
     assert "there is no such video" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["overwritten", "deleted"])
+def test_a_video_that_changes_while_it_is_read_is_told_and_nothing_of_it_kept(
+    files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Frames that were read after the change are in no state and no section that a later run goes on from."""
+    small, place, data = (
+        tmp_path / "small.mp4",
+        FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"),
+        video.read_bytes(),
+    )
+    small.write_bytes(data)
+    passes, real = [], WanModel.forward
+
+    def changing(*args: Any, **named: Any) -> Tensor:
+        passes.append(None)
+        if len(passes) == 5:  # in the second section
+            if how == "deleted":
+                small.unlink()
+            else:
+                small.write_bytes(data[: len(data) // 2])
+        return real(*args, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WanModel, "forward", changing)
+        with pytest.raises(ValueError, match=r"small\.mp4 was (deleted|changed) while it was read"):
+            upscaled(files, small, place)
+    assert place.output.exists() and not list((tmp_path / "runs").glob("*/state_00000005"))
+    small.write_bytes(data)
+    upscaled(files, small, place)
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted)) and has_sound(place.output)
+
+
 EDITS = {  # what a state says of itself -> how it is refused
     '{"num_steps": 3, "windows": [2, 5]}': "are no use here",
     '{"num_steps": 3, "windows": [0, 99]}': "not those of",

@@ -67,6 +67,12 @@ def two_at_once(files: Files, place: Path, repeats: int) -> Iterator[Row]:
         alone = [_alone(files.make_framepack(folder / "alone.mp4", "--runs", folder / "others"))]
         yield _of_two("two at once: one run", f"FramePack {number}", *_both(words), frames_of(folder / "a.mp4"), alone)
         folder = _fresh(place / "two")
+        words = [files.upscale(folder / name, "--runs", folder / "runs") for name in ("a.mp4", "b.mp4")]
+        alone = [_alone(files.upscale(folder / "alone.mp4", "--no-resume"))]
+        ended = _both(words)
+        (made,) = (frames_of(path) for path in (folder / "a.mp4", folder / "b.mp4") if path.exists())
+        yield _of_two("two at once: one run", f"upscale {number}", *ended, made, alone)
+        folder = _fresh(place / "two")
         words = [files.convert(folder / "c.safetensors", kind) for kind in ("fp8", "int8")]
         made = [files.convert(folder / f"{kind}.safetensors", kind) for kind in ("fp8", "int8")]
         for each in made:

@@ -88,6 +88,7 @@ class UpscaleFilm:
                 with self._upscaler.opened(self._request, (source.width, source.height), folder) as stream:
                     _Making(stream, film, kept, source, self._said, self._upscaler.model.between_blocks).run()
             if source.sound is not None:
+                source.check()
                 add_sound(film.video, source.sound)
 
     def is_own(self, place: FilmPlace, path: Path) -> bool:
@@ -223,12 +224,17 @@ class _Making:
 
     def _end_section(self) -> None:
         """The section's frames into the film, unless it has them: a run that was killed made more than it kept."""
+        self._source.check()
         if self._num_sections == self._film.num_sections:
             self._film.add(torch.cat(self._open), 0)
         self._num_sections, self._open = self._num_sections + 1, []
 
     def _save(self) -> None:
-        """Keep all there is, where that is whole and of frames that are no end's repetition."""
+        """Keep all there is, where that is whole, of one video, and of frames that are no end's repetition."""
+        try:
+            self._source.check()
+        except ValueError:  # what was kept before is sound
+            return
         stream, kept = self._stream, self._kept
         num_open = sum(map(len, self._open))
         whole = stream.is_whole and num_open == stream.num_made - frames_of(self._num_sections * SECTION_STEPS)

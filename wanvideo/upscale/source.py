@@ -11,6 +11,7 @@ from torch import Tensor
 from ...system.output_lock import file_sha256
 from ...video.reader import read_pieces, video_rate, video_seconds, video_size
 from ...video.sound import Sound
+from ...weights.files.stamps import stamp_of
 
 AT_ONCE = 8  # frames
 
@@ -36,12 +37,17 @@ class VideoSource(Protocol):
         """What tells it from other videos."""
         ...
 
+    def check(self) -> None:
+        """ValueError where it is not what it was any more: frames that were read since then may be of another."""
+        ...
+
 
 class VideoFile:
     """A video file; ValueError where there is none."""
 
     def __init__(self, path: Path) -> None:
         self.path = self.sound = path
+        self._stamp = stamp_of(path)
         self.width, self.height = video_size(path)
         self.fps = video_rate(path)
         self.num_frames = round(video_seconds(path) * self.fps)
@@ -51,6 +57,15 @@ class VideoFile:
 
     def identity(self) -> Any:
         return file_sha256(self.path)
+
+    def check(self) -> None:
+        now = stamp_of(self.path)
+        if now != self._stamp:
+            what = "deleted" if now is None else "changed"
+            raise ValueError(
+                f"{self.path} was {what} while it was read, and the large video would be of two: put the file back and "
+                "start again, and leave it alone meanwhile"
+            )
 
 
 class Pictures:
@@ -68,3 +83,5 @@ class Pictures:
 
     def identity(self) -> Any:
         return self._images
+
+    def check(self) -> None: ...

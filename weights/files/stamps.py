@@ -14,13 +14,13 @@ class FileStamps:
     """Sizes and times of files as they are now; those that are not there yet are left out."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        found = {file: _stamp(file) for file in set(files)}
+        found = {file: stamp_of(file) for file in set(files)}
         self._stamps = {file: stamp for file, stamp in found.items() if stamp is not None}
 
     def check(self) -> None:
         """CheckpointError where a file was changed, replaced or deleted since."""
         for file, stamp in self._stamps.items():
-            now = _stamp(file)
+            now = stamp_of(file)
             if now != stamp:
                 what = "deleted" if now is None else "changed"
                 raise CheckpointError(
@@ -29,7 +29,8 @@ class FileStamps:
                 )
 
 
-def _stamp(file: Path) -> Stamp | None:
+def stamp_of(file: Path) -> Stamp | None:
+    """Size and time of change of a file; None where it is not there."""
     try:
         stat = file.stat()
     except OSError:
