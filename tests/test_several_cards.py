@@ -35,6 +35,7 @@ from lowvram_video.sampling.caching.settings import StepCacheSettings
 from lowvram_video.sampling.caching.step_cache import StepCache
 from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.system.card_links import slowest_link
+from lowvram_video.system.sizes import in_gb
 from lowvram_video.team.exchange import Exchange
 from lowvram_video.team.heads import HIDING_GROUPS
 from lowvram_video.transformer.nag import NagSettings
@@ -411,8 +412,9 @@ class TestLinks:
         with pytest.raises(PlanError, match=r"between them carries 0\.05 GB/s: it would take longer than on one card"):
             model.make_plan(WORK, slow)
         assert model.make_plan(replace(WORK, batch=2), slow).work.cards == 2
-        told = describe(model.make_plan(WORK, replace(slow, link_gbps=300.0)))
-        assert "GB per pass from the others, at 300.0 GB/s." in told
+        plan = model.make_plan(WORK, replace(slow, link_gbps=300.0))
+        exchanged = in_gb(plan.model.exchanged_bytes(plan.work))
+        assert f"{exchanged} per pass from the others, at 300.0 GB/s." in describe(plan)
 
     def test_groups_of_heads_hide_what_is_exchanged_where_that_takes_long(self):
         """Each is asked for by all cards' hosts: a fast link, or a short clip, has fewer."""
