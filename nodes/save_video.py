@@ -8,6 +8,7 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..video.codecs import CODECS, H264, available_codecs
+from ..video.writer import check_rate
 from .bridge import host
 from .bridge.decoding import decode_frames, num_frames
 from .bridge.saving import NewVideo, sound_of
@@ -81,6 +82,7 @@ class SaveVideo(io.ComfyNode):
         keep_latent: bool,
         audio: Any = None,
     ) -> io.NodeOutput:
+        check_rate(fps)
         latent: Tensor = samples["samples"]
         wanted = next(each for each in CODECS if each.title == codec)
         wanted.check(crf)

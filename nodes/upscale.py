@@ -21,7 +21,7 @@ from ..weights.lora.file import LoraChoice
 from ..weights.lora.sound import check_strengths
 from .bridge import host
 from .bridge.upscaling import FlashVSR, FlashVSRModel, flashvsr_files, flashvsr_path, source_of, upscaler_at_work
-from .inputs import ADVANCED
+from .inputs import ADVANCED, check_numbers
 from .loaders import DTYPES
 from .lora import lora_stamp
 
@@ -212,6 +212,8 @@ class UpscaleVideo(io.ComfyNode):
             int(scale), seed, flashvsr.version, how["colour"], how["sparse_ratio"], int(how["local_range"]),
             how["kept_windows"],
         )  # fmt: skip
+        request.check()
+        check_numbers(vram_budget_gb=vram_budget_gb)
         source = source_of(video, images, audio, fps)
         settings = replace(flashvsr.settings, vram_budget_gib=vram_budget_gb or None)
         runs = host.output_folder("upscale") if resume else None

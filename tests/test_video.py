@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.system.atomic_files import replace_file
+from lowvram_video.video.growing_video import GrowingVideo
 from lowvram_video.video.reader import video_rate, video_seconds
 from lowvram_video.video.sound import Sound
 from lowvram_video.video.stuck import Watched
 from lowvram_video.video.writer import VideoError, VideoWriter, add_sound, check_writable
+from lowvram_video.wanvideo.upscale.source import Pictures
 from torch import Tensor
 
 
@@ -231,6 +233,16 @@ def test_protected_places(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyP
         message = r"cannot be written \(Permission denied\): choose another output path"
     with pytest.raises(ValueError, match=message):
         check_writable(path)
+
+
+@pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0.0, -16.0, 1e9])
+def test_a_rate_that_is_none_is_told_before_anything_is_made(tmp_path: Path, fps: float) -> None:
+    for make in (VideoWriter, lambda path, fps: GrowingVideo(tmp_path / "film", path, fps)):
+        with pytest.raises(ValueError, match=r"fps is .*: use a number above 0, up to 1000"):
+            make(tmp_path / "a.mp4", fps)
+    with pytest.raises(ValueError, match="fps is"):
+        Pictures(torch.zeros(1, 8, 8, 3), fps)
+    assert not list(tmp_path.iterdir())
 
 
 # what ffmpeg's makers write as a fraction -> the same as a number

@@ -25,7 +25,7 @@ from ..system.regular_files import read_regular
 from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
 from .tags import Tags
-from .writer import SUFFIXES, VideoError, VideoWriter, check_writable, join_videos
+from .writer import SUFFIXES, VideoError, VideoWriter, check_rate, check_writable, join_videos
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class GrowingVideo:
     ) -> None:
         if grows not in ("front", "back"):
             raise ValueError(f'grows is {grows!r}; a film grows at its "front" or at its "back"')
+        check_rate(fps)
         self.folder, self.path, self.tags = folder, check_writable(path), tags or {}
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")

@@ -24,6 +24,7 @@ from .stuck import Watched
 from .tags import Tags, index_bytes, tag_options, write_tags
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
+MOST_FPS = 1000.0
 JOIN_SECONDS = 3600.0  # for a whole film, which is only copied
 INDEX_BYTES, INDEX_BYTES_PER_FRAME = 2048, 40  # of an MP4, at most: every frame with its time, size, place and kind
 
@@ -41,7 +42,7 @@ class VideoWriter:
     then plays. Nothing is left behind when no frame came. `crf` is the encoder's quality, 0 (best) to 51 or 63.
     An MP4 has `tags`, and its index, at its beginning, where ComfyUI's page looks for a workflow. `is_part` makes a
     file that `join_videos` can join with others: H.264 without tags and `sound`.
-    Raises ValueError where `path` cannot be written and VideoError where ffmpeg cannot go on.
+    Raises ValueError where `path` cannot be written or the rate is none, and VideoError where ffmpeg cannot go on.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class VideoWriter:
         tags: Tags | None = None,
         sound: Sound | None = None,
     ):
+        check_rate(fps)
         self.path = check_video(path)
         self.partial = partial_name(self.path, self.path.suffix)
         self.fps, self.crf, self.is_part = fps, crf, is_part
@@ -316,6 +318,12 @@ def check_writable(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another output path") from error
     return path
+
+
+def check_rate(fps: float) -> None:
+    """ValueError for what is no rate of a video, NaN too."""
+    if not 0 < fps <= MOST_FPS:
+        raise ValueError(f"fps is {fps}: use a number above 0, up to {MOST_FPS:g}, such as 16")
 
 
 def check_video(path: str | Path) -> Path:

@@ -16,6 +16,7 @@ from ...runtime.progress import Progress
 from ...runtime.settings import RunSettings
 from ...runtime.status_texts import PHASES
 from ...video.reader import video_seconds
+from ...video.writer import check_rate
 from ...wanvideo.upscale.request import UpscaleFiles
 from ...wanvideo.upscale.run import Upscaler
 from ...wanvideo.upscale.source import Pictures, VideoFile, VideoSource
@@ -63,6 +64,7 @@ def source_of(video: Any, images: Tensor | None, audio: Any, fps: float) -> Vide
     if (video is None) == (images is None):
         raise ValueError("Upscale Video (Low VRAM) enlarges either a video or images: connect one of the two inputs")
     if images is not None:
+        check_rate(fps)
         return Pictures(images, fps, sound_of(audio, 1, len(images) / fps)[0])
     file = _whole_file(video)
     if file is not None:

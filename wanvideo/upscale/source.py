@@ -11,6 +11,7 @@ from torch import Tensor
 from ...system.output_lock import file_sha256
 from ...video.reader import read_pieces, video_rate, video_seconds, video_size
 from ...video.sound import Sound
+from ...video.writer import check_rate
 from ...weights.files.stamps import stamp_of
 
 AT_ONCE = 8  # frames
@@ -74,6 +75,7 @@ class Pictures:
     def __init__(self, images: Tensor, fps: float, sound: Sound | None = None) -> None:
         if images.ndim != 4 or images.shape[3] < 3 or not len(images):
             raise ValueError(f"the pictures are {list(images.shape)}; expected [frames, height, width, 3]")
+        check_rate(fps)
         self._images, self.fps, self.sound = images[..., :3], fps, sound
         self.num_frames, self.height, self.width = images.shape[:3]
 

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from lowvram_pack.nodes.block_swap import BlockSwap
+from lowvram_pack.nodes.bridge.upscaling import FlashVSRModel
 from lowvram_pack.nodes.lora import LoadLora
 from lowvram_pack.nodes.nag import NegativeGuidance
 from lowvram_pack.nodes.plan import VramPlan
+from lowvram_pack.nodes.save_video import SaveVideo
+from lowvram_pack.nodes.upscale import UpscaleVideo
+from lowvram_pack.runtime.settings import RunSettings
 from safetensors.torch import save_file
 from tiny_models import empty_latent, ours, prompts, sample, save
 
@@ -57,3 +61,25 @@ def test_nag(models: Path, name: str, value: float) -> None:
     numbers = {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25, name: value}
     with pytest.raises(ValueError, match=rf"{name} is .*: use a number from 0"):
         NegativeGuidance.execute(ours(save(models, "t2v")), prompts()[1], **numbers)
+
+
+@pytest.mark.parametrize("value", [*BAD, 0.0, -1.0])
+def test_rates_of_videos(value: float) -> None:
+    """Also those that another node gives, whose range nobody checks."""
+    with pytest.raises(ValueError, match=r"fps is .*: use a number above 0"):
+        SaveVideo.execute({"samples": torch.zeros(1, 16, 1, 4, 4)}, None, "a", value, "H.264", 12, 0, False)
+    with pytest.raises(ValueError, match=r"fps is .*: use a number above 0"):
+        _upscale(images=torch.zeros(1, 8, 8, 3), fps=value)
+
+
+@pytest.mark.parametrize(("name", "value"), [*(("vram_budget_gb", value) for value in BAD), ("sparse_ratio", math.nan)])
+def test_upscaling(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is"):
+        _upscale(**{name: value})
+
+
+def _upscale(**given: Any) -> None:
+    numbers: dict[str, Any] = {"fps": 16.0, "vram_budget_gb": 0.0, "sparse_ratio": 2.0, "local_range": "11"}
+    others = {"filename_prefix": "a", "crf": 16, "resume": False, "colour": "adain", "kept_windows": 3, "seed": 0}
+    settings = RunSettings()
+    UpscaleVideo.execute(FlashVSRModel(None, settings, "1.1"), scale="2", **{**numbers, **others, **given})
