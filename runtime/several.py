@@ -79,18 +79,20 @@ class Several(Generic[S]):
         """A pass over so many samples: `make` is given each card's model and its samples. `[batch, ...]`."""
         places = shared_samples(batch, self.num_cards)
         shares = len(places[0][1]) > 1  # as many cards have each sample
+        apart = len(places[0][1]) < self.num_cards
 
         def run(rank: int) -> Tensor:
             model = self.others[rank - 1] if rank else self._first
             samples, ranks = places[rank]
             model.model.share = self.team.share(rank, ranks, self._hiding_groups) if shares else None
+            model.model.sample = samples.start if apart else None
             try:
                 return make(model, samples)
             finally:
-                model.model.share = None
+                model.model.share = model.model.sample = None
 
         made = self.team.run(run, in_turns=shares)
-        if len(places[0][1]) == self.num_cards:
+        if not apart:
             return made[0]
         firsts = sorted({ranks[0] for _, ranks in places})
         return torch.cat([made[rank].to(self._first.settings.device) for rank in firsts])

@@ -53,8 +53,6 @@ logger = logging.getLogger(__name__)
 
 NUM_READERS = 8  # threads
 SAFE_ATTENTION = "sdpa"
-NO_SPARSE_CARDS = "sparse attention runs on one card: use a single device, or leave sparse attention out"
-
 NO_PARKING_CARDS = "blocks are parked for one card that computes: share passes by several devices, or park blocks"
 
 
@@ -120,6 +118,7 @@ class StreamedModel(Generic[M]):
         self._on_spans: SpanSink | None = None
         self._attention_tokens = 0  # of the size that attention was chosen for
         self.several: Several[StreamedModel[M]] | None = None
+        self.is_beside = False  # whether it is another card's part of such
         self.use_sparse(settings.sparse)
         if settings.others:
             self.use_cards(settings.others)
@@ -317,39 +316,48 @@ class StreamedModel(Generic[M]):
         chosen = select_fastest(mode, spec, size)
         if chosen.name == execution.attention.name:
             return
-        watch = execution.watch
         self.stop()
         self.model.execution = replace(execution, attention=chosen)
-        self.use_sparse(None if watch is None else watch.settings)
+        self.use_sparse(self._sparse_settings)
 
     @property
     def _may_time(self) -> bool:
         return self.settings.device.type == "cuda"
 
+    @property
+    def _sparse_settings(self) -> SparseSettings | None:
+        watch = self.model.execution.watch
+        return None if watch is None else watch.settings
+
     def check_sparse(self, settings: SparseSettings) -> None:
         """AttentionUnavailable (a ValueError), with what is missing, where sparse attention cannot run here."""
         if settings.bound != 0:
             select_sparse(AttentionSpec(self.settings.device, self.model.execution.dtype, self.config.head_dim))
+        for other in self._others:
+            other.check_sparse(settings)
 
-    def use_sparse(self, settings: SparseSettings | None) -> None:
+    def use_sparse(self, settings: SparseSettings | None, leader: AttentionRun | None = None) -> None:
         """Leave out of self-attention what these settings say; None, or a bound of 0: nothing.
 
         AttentionUnavailable (a ValueError) where sparse attention cannot run here, with what is missing. What is
-        inexact is compared with dense attention in every run, but for code that is compiled in one piece.
+        inexact is compared with dense attention in every run, but for code that is compiled in one piece. Several cards
+        do as the first one's `leader` says, which learns for all; what is inexact alone is compared on one card only.
         """
         execution, device = self.model.execution, self.settings.device
         if settings is not None and settings.bound == 0:
             settings = None
-        if settings is not None and self.several is not None:
-            raise ValueError(NO_SPARSE_CARDS)
         self.stop()
-        watch = None
-        watches = not execution.attention.exact and not self._compiled and self.several is None
+        watch, alone = None, self.several is None and not self.is_beside
+        watches = not execution.attention.exact and not self._compiled and alone
         if settings is not None or watches:
             spec = AttentionSpec(device, execution.dtype, self.config.head_dim)
             kernel = None if settings is None else select_sparse(spec)
-            watch = AttentionRun(execution.attention, len(self.blocks), self.config.num_heads, kernel, settings)
+            watch = AttentionRun(
+                execution.attention, len(self.blocks), self.config.num_heads, kernel, settings, leader, not alone
+            )
         self.model.execution = replace(execution, watch=watch)
+        for other in self._others:
+            other.use_sparse(settings, watch)
 
     def at_step(self, step: int, num_steps: int) -> None:
         """The passes that follow are of this step of a run's; what attention leaves out depends on it."""
@@ -359,8 +367,6 @@ class StreamedModel(Generic[M]):
 
     def use_cards(self, devices: Sequence[torch.device]) -> None:
         """Share passes with these cards, or with none, from the next start on. ValueError where it cannot be."""
-        if devices and self.model.execution.is_sparse:
-            raise ValueError(NO_SPARSE_CARDS)
         if devices and self.settings.parking is not None:
             raise ValueError(NO_PARKING_CARDS)
         self.stop()
@@ -372,10 +378,11 @@ class StreamedModel(Generic[M]):
             for other in self._others:
                 other.resemble(self)
         if devices or before is not None:
-            self.use_sparse(None)  # what is inexact is watched on one card alone
+            self.use_sparse(self._sparse_settings)
 
     def resemble(self, first: StreamedModel[M]) -> None:
         """Have the LoRAs of the same model on another card, and code that is compiled as its is."""
+        self.is_beside = True
         if first.weights.loras.loras or self.weights.loras.loras:
             self.weights.attach_loras(*first.weights.attached)
         if first.compiled is not None:
@@ -384,10 +391,13 @@ class StreamedModel(Generic[M]):
     def start_beside(self, first: StreamedModel[M], plan: MemoryPlan) -> None:
         """`start` on a card of its own, from the first one's host memory where that holds the blocks."""
         ours, theirs = self.model.execution, first.model.execution
-        if (ours.dtype, ours.attention.name) != (theirs.dtype, theirs.attention.name):
+        is_other = (ours.dtype, ours.attention.name) != (theirs.dtype, theirs.attention.name)
+        if is_other:
             spec = AttentionSpec(self.settings.device, theirs.dtype, self.config.head_dim)
             attention = select_attention(theirs.attention.name, spec)
             self.model.execution = replace(ours, dtype=theirs.dtype, attention=attention)
+        if is_other or (ours.watch is None) != (theirs.watch is None):
+            self.use_sparse(first._sparse_settings, theirs.watch)
         self.weights.share(first.weights)
         self.start(plan)
 
@@ -403,10 +413,10 @@ class StreamedModel(Generic[M]):
             self.compiled = CompiledCode(
                 [*self.blocks, *others], settings, self.settings.device, self._code_name, any_size
             )
-        watch = self.model.execution.watch
-        self.use_sparse(None if watch is None else watch.settings)
         for other in self._others:
             other.compile(settings)
+        if not self.is_beside:
+            self.use_sparse(self._sparse_settings)
 
     @property
     def _code_name(self) -> str:

@@ -113,6 +113,12 @@ class Part:
         exchange.settle()
         return whole.flatten(0, 1)
 
+    def total(self, own: Tensor) -> Tensor:
+        """The sum of all cards' tensors of one shape, added up in the order of the ranks."""
+        num_cards = len(self.spans)
+        parts = Part(self.share, even_spans(num_cards * len(own), num_cards))
+        return parts.gather(own).unflatten(0, (num_cards, -1)).sum(0)
+
     def attend_now(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, num_groups: int) -> None:
         """Replace `q [B, mine, H, D]` by its attention to all cards' tokens, of which k and v are this one's."""
         self.attend_many_now((q, k, v), (), lambda *qkv: [attend(*qkv)], num_groups)

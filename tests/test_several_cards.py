@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lowvram_video.attention.sparse.settings import SparseSettings
 from lowvram_video.cli.main import main
 from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.framepack.footprint import SectionSize
@@ -27,6 +27,7 @@ from lowvram_video.memory.stream.layout import Part
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
 from lowvram_video.memory.stream.shared_blocks import SharedBlocks
 from lowvram_video.memory.stream.streamer import BlockStreamer
+from lowvram_video.runtime import streamed
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.several import hiding_groups, plan_shared, shared_samples
@@ -54,6 +55,7 @@ from .loras import make_factors, save_lora
 from .test_pipeline import latent_of
 from .test_plan import FP8, LONG_480P
 from .test_plan import limits as gpu_limits
+from .test_sparse_attention import ALWAYS, Sol
 from .test_step_caches import TABLE
 from .tiny import randomize, save_files
 from .tiny_framepack import save_framepack
@@ -374,10 +376,82 @@ class TestFailures:
                 assert model(*inputs()).equal(expected)
                 model.release()
 
-    def test_sparse_attention_is_refused_with_the_way_out(self, file):
-        model = StreamedWan(file, on_cards(2))
-        with pytest.raises(ValueError, match="sparse attention runs on one card: use a single device"):
-            model.use_sparse(SparseSettings())
+
+class TestSparse:
+    """Each card leaves out of its heads what one card would; the first one learns for all."""
+
+    @pytest.fixture(autouse=True)
+    def kernel(self, monkeypatch):
+        monkeypatch.setattr(streamed, "select_sparse", Sol)
+
+    @pytest.mark.parametrize("bound", [None, 0.2])
+    def test_equal_to_one_card(self, file, bound):
+        sparse = replace(ALWAYS, bound=bound, dense_layers=1, dense_percent=25)
+        alone, dense = (sparse_steps(file, RunSettings(sparse=each), 1) for each in (sparse, None))
+        same = [one.equal(other) for one, other in zip(alone.velocities, dense.velocities, strict=True)]
+        assert same == [True, False, False]
+        for num_cards, batch in ((2, 1), (3, 1), (2, 2), (4, 2)):
+            made = sparse_steps(file, on_cards(num_cards, sparse=sparse), batch)
+            assert all(one.equal(other) for one, other in zip(made.velocities, alone.velocities, strict=True))
+            if bound is not None:
+                assert made.learnt is not None and alone.learnt is not None
+                torch.testing.assert_close(made.learnt, alone.learnt)
+                assert not alone.learnt[1:, 0].eq(0.5).all(), "nothing was learnt"
+
+    def test_framepack(self, tmp_path):
+        path = save_framepack(tmp_path / "framepack.safetensors")
+        alone, made = (
+            framepack_steps(path, how(sparse=ALWAYS), False, nag=True) for how in (RunSettings, partial(on_cards, 2))
+        )
+        assert not alone[0].equal(framepack_steps(path, RunSettings(), False, nag=True)[0])
+        assert all(one.equal(other) for one, other in zip(made, alone, strict=True))
+
+    def test_cards_come_and_go(self, file):
+        """The settings stay; so they do on the safe path and back."""
+
+        def last(model: StreamedWan) -> Tensor:
+            return sparse_steps(model, None, 2, 1).velocities[0]
+
+        model = StreamedWan(file, RunSettings(sparse=ALWAYS))
+        want = last(model)
+        for cards in ((CPU, CPU), ()):
+            model.use_cards(cards)
+            made = last(model)
+            assert made.equal(want)
+        model.use_cards((CPU, CPU))
+        assert model.take_safe_path()
+        dense = last(model)
+        model.leave_safe_path()
+        assert last(model).equal(want) and not dense.equal(want)
+        model.use_sparse(None)
+        assert last(model).equal(dense)
+        model.release()
+
+
+@dataclass(frozen=True)
+class SparseRun:
+    velocities: list[Tensor]
+    learnt: Tensor | None
+
+
+@torch.inference_mode()
+def sparse_steps(path: Path | StreamedWan, settings: RunSettings | None, batch: int, num_steps: int = 3) -> SparseRun:
+    """Both velocities of each step, of 240 tokens; in turn, or `batch` at once."""
+    model = path if isinstance(path, StreamedWan) else StreamedWan(path, settings)
+    model.start_fitting(model.make_plan(replace(WORK, batch=batch, passes_per_step=2 // batch), limits_for(CPU)))
+    generator = torch.Generator().manual_seed(4)
+    latent, text = torch.randn(2, 16, 5, 12, 16, generator=generator), torch.randn(2, 6, 32, generator=generator)
+    made = []
+    for step in range(num_steps):
+        model.at_step(step, num_steps)
+        time, moved = torch.full((2,), 1000.0 - 100 * step), latent * (1 - 0.1 * step)
+        parts = [slice(first, first + batch) for first in range(0, 2, batch)]
+        made.append(torch.cat([model(moved[part], time[part], text[part]) for part in parts]))
+    watch = model.model.execution.watch
+    learnt = None if watch is None else watch.state()
+    if model is not path:
+        model.release()
+    return SparseRun(made, learnt)
 
 
 class TestPipeline:

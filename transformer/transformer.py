@@ -62,6 +62,7 @@ class Transformer(nn.Module):
     arrive: Arrive = staticmethod(all_there)  # or that of a BlockStreamer
     fits_any_size = False  # whether its blocks can be compiled once for all sizes (`Execution.any_size`)
     share: Share | None = None  # of a pass that several cards make together; all of them begin it
+    sample: int | None = None  # the first of those that it has of a batch, where other cards have others
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -84,8 +85,8 @@ class Clock(AbstractContextManager["Clock"]):
 class PassReadings:
     """One pass's sums `[layers, 4]`, on the device until it is over, then on their way through pinned memory."""
 
-    def __init__(self, step: int, num_layers: int, device: torch.device) -> None:
-        self.step = step
+    def __init__(self, step: int, num_layers: int, device: torch.device, place: int = 0) -> None:
+        self.step, self.place = step, place  # the place of a pass among those of its step
         self._sums = torch.zeros(num_layers, 4, device=device, dtype=torch.float32)
         self._clocks: list[list[Clock]] = [[] for _ in range(num_layers)]
         self.sparse = [False] * num_layers
@@ -102,7 +103,11 @@ class PassReadings:
     def add(self, layer: int, compared: Tensor) -> None:
         """What `samples.compare` found."""
         self._sums[layer, :3] += compared
-        self._sums[layer, 3] += 1
+        self._sums[layer, 3] += (compared[1] > 0).float()  # of some heads of a card none may be looked at
+
+    def together(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Several cards had some heads each: what `total` makes of one's sums is of all."""
+        self._sums = total(self._sums)
 
     def send(self) -> None:
         """The pass is over: its sums go to the host, and nobody waits for them."""

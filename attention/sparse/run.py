@@ -5,8 +5,10 @@ A pass asks for nothing that is on the device: what a step measured is read when
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +18,48 @@ from ..backend import AttentionWorkspace, Backend, SparseBackend
 from .bound import Bound
 from .order import TokenOrder, reorder_
 from .readings import LayerReading, PassReadings, Sums, readings
-from .samples import Samples, compare
+from .samples import LayerSamples, Samples, compare
 from .settings import SparseSettings
 
 # What a dense layer of an ordered pass has: keys and values as they were before.
 IN_PLACE = AttentionWorkspace(per_key=2.0 + 2.0)
+
+
+# Several cards' queries, keys and values come in the order that tokens elsewhere are in, and the result goes back.
+GATHERED = AttentionWorkspace(per_query=2.0 + 2.0, per_key=2.0 + 2.0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pass does: what each layer leaves out, (tau, top-k) or None for nothing, and what is looked at of it.
+
+    `place` is the pass's among those of its step.
+    """
+
+    step: int
+    place: int
+    sparse: bool
+    chosen: tuple[tuple[float, float] | None, ...]
+
+    @property
+    def seed(self) -> int:
+        return (self.step * 64 + self.place) * 8191
+
+
+class Together(Protocol):
+    """What cards that share a pass have of it: each some heads of all tokens, which stay in their places."""
+
+    @property
+    def heads(self) -> slice: ...
+    @property
+    def is_first(self) -> bool: ...
+    def agree(self, decide: Callable[[], Decision | None]) -> Decision | None:
+        """What the first of the cards decides."""
+        ...
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum of all cards' tensors."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +73,10 @@ class LargerOf:
 
 
 class AttentionRun:
-    """The runs of a model, one after the other, by its own `dense` attention and a sparse one."""
+    """The runs of a model, one after the other, by its own `dense` attention and a sparse one.
+
+    On several cards each has its own; `leader` is the first one's, which decides and learns for all.
+    """
 
     def __init__(
         self,
@@ -43,8 +85,11 @@ class AttentionRun:
         num_heads: int,
         sparse: SparseBackend | None = None,
         settings: SparseSettings | None = None,
+        leader: AttentionRun | None = None,
+        on_cards: bool = False,
     ) -> None:
         assert (sparse is None) == (settings is None)
+        self._leader, self._on_cards, self._lock = leader, on_cards, threading.Lock()
         self.dense, self.sparse, self.settings = dense, sparse, settings
         self.num_layers, self.num_heads = num_layers, num_heads
         self._step, self._num_steps, self._passes = 0, 0, 0
@@ -60,7 +105,8 @@ class AttentionRun:
         if self.sparse is None:
             return own
         in_place = AttentionWorkspace(own.per_query, own.per_key + IN_PLACE.per_key, own.per_row, own.per_pair)
-        return LargerOf((in_place, self.sparse.workspace))
+        parts = (in_place, self.sparse.workspace)
+        return LargerOf(tuple(_beside(part, GATHERED) for part in parts) if self._on_cards else parts)
 
     @property
     def watches(self) -> bool:
@@ -78,14 +124,31 @@ class AttentionRun:
             self._passes = 0
         self._step, self._num_steps = step, num_steps
 
-    def begin_pass(self, tokens: int, device: torch.device) -> AttentionPass | None:
-        """The attention of a pass over so many tokens of each sample; None where it is the model's own alone."""
-        self.collect(all_steps=not self._num_steps)
-        sparse = self._is_sparse(tokens)
-        if not sparse and not self.watches and self.settings is None:
-            return None
-        self._passes += 1
-        return AttentionPass(self, device, sparse, seed=(self._step * 64 + self._passes) * 8191)
+    def begin_pass(
+        self, tokens: int, device: torch.device, together: Together | None = None, sample: int | None = None
+    ) -> AttentionPass | None:
+        """The attention of a pass over so many tokens of each sample; None where it is the model's own alone.
+
+        `sample` is the first of a batch that cards share, where others make passes of other samples at the same time.
+        """
+        leader = self._leader or self
+
+        def decide() -> Decision | None:
+            return leader.decide(tokens, sample)
+
+        decision = decide() if together is None else together.agree(decide)
+        return None if decision is None else AttentionPass(self, device, decision, together)
+
+    def decide(self, tokens: int, sample: int | None = None) -> Decision | None:
+        """What the next pass does; None where nothing is left out or looked at."""
+        with self._lock:
+            self.collect(all_steps=not self._num_steps)
+            sparse = self._is_sparse(tokens)
+            if not sparse and not self.watches and self.settings is None:
+                return None
+            self._passes += sample is None
+            place = self._passes if sample is None else 1 + sample
+            return Decision(self._step, place, sparse, tuple(map(self.chosen, range(self.num_layers))))
 
     def order_of(self, key: Hashable, device: torch.device, make: Callable[[], TokenOrder]) -> TokenOrder:
         """The order of this key on a device, made once."""
@@ -97,7 +160,7 @@ class AttentionRun:
     def collect(self, all_steps: bool = True) -> None:
         """Read what earlier steps measured, and learn from it; with `all_steps` this one too."""
         later = []
-        for each in self._pending:
+        for each in sorted(self._pending, key=lambda done: (done.step, done.place)):
             if not all_steps and each.step == self._step:
                 later.append(each)
                 continue
@@ -138,10 +201,9 @@ class AttentionRun:
     def add(self, done: PassReadings) -> None:
         """A pass is over."""
         done.send()
-        self._pending.append(done)
-
-    def new_readings(self, device: torch.device) -> PassReadings:
-        return PassReadings(self._step, self.num_layers, device)
+        keeper = self._leader or self
+        with keeper._lock:  # other cards' passes of other samples end, and begin, at the same time
+            keeper._pending.append(done)
 
     def _is_sparse(self, tokens: int) -> bool:
         settings = self.settings
@@ -155,30 +217,40 @@ class AttentionRun:
 class AttentionPass:
     """Self-attention of one pass, whose layers say that they begin."""
 
-    def __init__(self, run: AttentionRun, device: torch.device, sparse: bool, seed: int) -> None:
-        self.run, self.sparse = run, sparse
+    def __init__(
+        self, run: AttentionRun, device: torch.device, decision: Decision, together: Together | None = None
+    ) -> None:
+        self.run, self.decision, self.together = run, decision, together
         self.order: TokenOrder | None = None
         self.orders = True  # whether tokens are brought in their order: not where somebody is shown them
         self.ordered = False  # whether they are in it
         self.layer = 0
-        self._readings = run.new_readings(device)
-        self._samples = Samples(device, seed) if run.watches else None
+        self._heads = slice(0, run.num_heads) if together is None else together.heads
+        self._readings = PassReadings(decision.step, run.num_layers, device, decision.place)
+        self._samples = LayerSamples(Samples(device, decision.seed), run.num_heads) if run.watches else None
         self._heads_left = 0  # of the layer, to be looked at
         # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = outside_graphs(self.attend_now)
 
     @property
+    def sparse(self) -> bool:
+        return self.decision.sparse
+
+    @property
     def reorders(self) -> bool:
-        return self.sparse and self.orders
+        return self.sparse and self.orders and self.together is None
 
     def begin_layer(self, layer: int, tokens: Sequence[Tensor], spare: Tensor) -> None:
         """The next layer has its turn. Before the first that may be sparse, all `tokens [B * L, ...]` come in order.
 
-        They do so in place, through the bytes of `spare`, which nobody needs meanwhile.
+        They do so in place, through the bytes of `spare`, which nobody needs meanwhile; cards that share a pass order
+        what they attend instead.
         """
-        self.layer, self._heads_left = layer, self.run.num_heads
-        waits = self.sparse and self.orders and not self.ordered
-        if waits and self.order is not None and self.run.chosen(layer) is not None:
+        self.layer, self._heads_left = layer, self._heads.stop - self._heads.start
+        if self._samples is not None:
+            self._samples.begin_layer(self._heads.start)
+        waits = self.reorders and not self.ordered
+        if waits and self.order is not None and self.decision.chosen[layer] is not None:
             for each in tokens:
                 reorder_(each, self.order.index, spare)
             self.ordered = True
@@ -187,19 +259,27 @@ class AttentionPass:
         """All layers are done: the tokens come back to their places."""
         if self.ordered and self.order is not None:
             reorder_(tokens, self.order.inverse, spare)
+        if self.together is not None:
+            self._readings.together(self.together.total)
+            if not self.together.is_first:
+                return
         self.run.add(self._readings)
 
     def attend_now(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `Backend.attend`, of some heads of the layer."""
         run, order = self.run, self.order
-        chosen = run.chosen(self.layer) if self.sparse and q.shape[1] == k.shape[1] else None
-        blocks = None
+        chosen = self.decision.chosen[self.layer] if self.sparse and q.shape[1] == k.shape[1] else None
+        blocks, back = None, None
         with self._readings.time(self.layer, chosen is not None):
             if chosen is not None and run.sparse is not None and order is not None:
                 blocks = order.choice(*chosen, k.shape[1])
+                if self.together is not None and self.orders:
+                    # rows that are left out are text, which is in its place
+                    places, back = order.index[: k.shape[1]], order.inverse[: k.shape[1]]
+                    q, k, v = (each.index_select(1, places) for each in (q, k, v))
                 out = run.sparse.attend(q, k, v, blocks)
             elif self.ordered and order is not None:  # bit for bit as if tokens were never ordered
-                places = order.inverse[: k.shape[1]]  # rows that are left out are text, which is in its place
+                places = order.inverse[: k.shape[1]]
                 out = run.dense.attend(q, k.index_select(1, places), v.index_select(1, places))
             else:
                 out = run.dense.attend(q, k, v)
@@ -208,4 +288,10 @@ class AttentionPass:
             self._heads_left -= q.shape[2]  # every head once, not for all rows that are attended by themselves
             one = self.layer % q.shape[0]
             self._readings.add(self.layer, compare(q[one], k[one], v[one], out[one], self._samples, blocks))
-        return out
+        return out if back is None else out.index_select(1, back)
+
+
+def _beside(workspace: AttentionWorkspace, more: AttentionWorkspace) -> AttentionWorkspace:
+    """What a call has with something else beside it; rows' own bytes are the call's."""
+    queries, keys = workspace.per_query + more.per_query, workspace.per_key + more.per_key
+    return AttentionWorkspace(queries, keys, workspace.per_row, workspace.per_pair)

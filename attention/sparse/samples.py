@@ -37,15 +37,48 @@ class Samples:
         return slice(self._calls % min(HEADS_APART, num_heads), num_heads, HEADS_APART)
 
 
+class LayerSamples:
+    """The samples of one layer after the other, of `all_heads`: the same whatever calls, on however many cards, it has.
+
+    What is drawn for a layer is drawn by its first call.
+    """
+
+    def __init__(self, samples: Samples, all_heads: int) -> None:
+        self._samples, self._all_heads = samples, all_heads
+        self.begin_layer(0)
+
+    def begin_layer(self, first_head: int) -> None:
+        """The calls that follow have heads of the next layer, from this one on."""
+        self._next_head = first_head
+        self._first: int | None = None
+        self._rows: dict[int, Tensor] = {}
+
+    def rows(self, tokens: int) -> Tensor:
+        """As those of `Samples`."""
+        if tokens not in self._rows:
+            self._rows[tokens] = self._samples.rows(tokens)
+        return self._rows[tokens]
+
+    def heads(self, num_heads: int) -> slice:
+        """Of a call's heads, which follow those of the call before; there may be none."""
+        if self._first is None:
+            self._first = self._samples.heads(self._all_heads).start
+        first, self._next_head = self._next_head, self._next_head + num_heads
+        return slice((self._first - first) % HEADS_APART, num_heads, HEADS_APART)
+
+
 def compare(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, samples: Samples, blocks: BlockChoice | None = None
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, samples: Samples | LayerSamples, blocks: BlockChoice | None = None
 ) -> Tensor:
     """`[3]`: the squared difference of `out` to the dense answer over the sampled rows, the square of that, density.
 
     All are `[L, H, D]` of one sample, `out` and `q` of the same rows. `blocks` are those that were chosen (None: all).
-    Density is the share of keys' blocks that the sampled queries attended exactly. fp32.
+    Density is the share of keys' blocks that the sampled queries attended exactly. fp32; zeros where no head
+    is sampled.
     """
     heads, rows = samples.heads(q.shape[1]), samples.rows(q.shape[0])
+    if heads.start >= q.shape[1]:
+        return torch.zeros(3, device=q.device)
     keys, values = _padded(k[:, heads]), _padded(v[:, heads])  # [h, P, L, D]
     dense = _attend(q[:, heads].index_select(0, rows).float().transpose(0, 1), keys, values, k.shape[0])
     given = out[:, heads].index_select(0, rows).float().transpose(0, 1)

@@ -22,6 +22,7 @@ from ...fused.ops import Rope
 from ...team.share import Part
 from ...transformer.block_cache import BlockCache, run_cached
 from ...transformer.nag import NagSettings
+from ...transformer.together import CardsTogether
 from ...transformer.transformer import Block, Transformer
 from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
@@ -219,13 +220,15 @@ class FramePackModel(Transformer):
     def begin_attention(self, shown: Sequence[Shown], work: Workspace) -> AttentionPass | None:
         """Self-attention of this pass where it is sparse or watched; history and text are always attended."""
         watch, device = self.execution.watch, work.pool.device
-        if watch is None or watch.dense is not self.execution.attention or work.part is not None:
+        if watch is None or watch.dense is not self.execution.attention:
             return None
-        begun = watch.begin_pass(work.num_rows, device)
+        num_rows = work.num_rows if work.part is None else work.part.spans[-1].stop
+        together = CardsTogether.of(work.part, self.config.num_heads)
+        begun = watch.begin_pass(num_rows, device, together, self.sample)
         if begun is not None and begun.sparse:
             *history, noisy = shown
             parts, grid = tuple(part.num_rows for part in history), noisy.patches.grid(noisy.frames.latents)
-            num_text = work.num_rows - sum(part.num_rows for part in shown)
+            num_text = num_rows - sum(part.num_rows for part in shown)
             key = (parts, grid, num_text)
             begun.order = watch.order_of(key, device, lambda: shown_order(parts, grid, num_text))
         return begun

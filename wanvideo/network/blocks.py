@@ -100,7 +100,8 @@ class BlockHooks:
 class Pass:
     """What the blocks of one forward pass share: `x [rows, dim]`, changed in place, and what steers them.
 
-    `time [groups, dim]` is the embedding that `modulation [groups, 6, dim]` is made of.
+    `time [groups, dim]` is the embedding that `modulation [groups, 6, dim]` is made of. `frames_apart`: frames have
+    timesteps of their own.
     """
 
     x: Tensor
@@ -111,6 +112,7 @@ class Pass:
     work: Workspace
     controls: tuple[ControlStream, ...] = ()
     hooks: BlockHooks = field(default_factory=BlockHooks)
+    frames_apart: bool = False
 
 
 class WanBlock(Block):

@@ -22,6 +22,7 @@ from ...team.share import Part
 from ...transformer.block_cache import BlockCache, probed_rows, probed_step, run_cached
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.nag import NagSettings
+from ...transformer.together import CardsTogether
 from ...transformer.transformer import Transformer
 from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
@@ -191,7 +192,7 @@ class WanModel(Transformer):
             x.mul_(work.residual_scale)  # in place: no plan has room for a second one
         work.fit_any_size(x)
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
-        state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor)
+        state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor, frames_apart=times > 1)
         blocks = self.run_blocks(state, context, replace(extras, nag=nag), grid)
         if extras.cache is None:
             for _ in blocks:
@@ -211,7 +212,7 @@ class WanModel(Transformer):
         """Take a pass through the blocks, one after the other: it yields when one is done."""
         x, work, nag, visitor = state.x, state.work, extras.nag, extras.visitor
         state = replace(state, controls=self.embed_controls(x, extras, work))
-        work.watched = watched = self.begin_attention(grid, state.rows_per_group, extras, work)
+        work.watched = watched = self.begin_attention(grid, state.frames_apart, extras, work)
         if watched is not None and watched.reorders:
             self.forget_angles()  # in place: they are this pass's alone
         per_token = [x, state.rope.cos, state.rope.sin, *(control.tokens for control in state.controls)]
@@ -247,21 +248,22 @@ class WanModel(Transformer):
         run_cached(x, blocks, cache, signal, work.pool, batch, reuse, probe)
 
     def begin_attention(
-        self, grid: tuple[int, int, int], rows_per_group: int, extras: Extras, work: Workspace
+        self, grid: tuple[int, int, int], apart: bool, extras: Extras, work: Workspace
     ) -> PassAttention | None:
         """Self-attention of this pass where it is sparse or watched; a reference picture's tokens are always attended.
 
         Tokens stay in their places where a host or a step cache is shown them, and those of a frame together where
-        timesteps differ.
+        timesteps differ (`apart`).
         """
         watch, tokens = self.execution.watch, math.prod(grid)
-        if watch is None or watch.dense is not self.execution.attention or work.part is not None:
+        if watch is None or watch.dense is not self.execution.attention:
             return None
-        begun = watch.begin_pass(tokens, work.pool.device)
+        together = CardsTogether.of(work.part, self.config.num_heads)
+        begun = watch.begin_pass(tokens, work.pool.device, together, self.sample)
         if begun is not None and begun.sparse:
-            num_sinks, apart = int(extras.reference is not None), rows_per_group < tokens
+            num_sinks = int(extras.reference is not None)
             begun.orders = not (extras.visitor.sees_stream or extras.visitor.sees_attention)
-            if extras.cache is not None and extras.cache.probes and watch.chosen(0) is not None:
+            if extras.cache is not None and extras.cache.probes and begun.decision.chosen[0] is not None:
                 begun.orders = False  # who looks at the first block finds the tokens as they were
             key = (grid, num_sinks, apart, begun.orders)
             begun.order = watch.order_of(key, work.pool.device, lambda: video_order(grid, num_sinks, apart))
