@@ -120,7 +120,7 @@ class Bench:
         planned = choose_decode(WAN21_VAE, WorkSize(*size), 16, limits)
         assert planned is not None
         latent = self.latent(case)
-        with at_work(lambda: self.opened.build(self.dtype, self.device, decode_only=True)) as vae:
+        with at_work(lambda: self.opened.build(self.dtype, self.device, "decoder")) as vae:
             self.built = time.perf_counter()
 
             def frames(way: Way) -> Iterator[Tensor]:
@@ -135,7 +135,7 @@ class Bench:
         hold_budget(self.device, limits)
         planned = choose_decode(WAN21_ENCODER, WorkSize(*size), 16, limits)
         assert planned is not None
-        with at_work(lambda: self.opened.build(self.dtype, self.device)) as vae:
+        with at_work(lambda: self.opened.build(self.dtype, self.device, "encoder")) as vae:
             first, *_ = self.ways(vae, planned, size)
             registrar = first.registrar if isinstance(first, Strips) else None
             return encode_fitting(vae, self.video(case), first, registrar=registrar)

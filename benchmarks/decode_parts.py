@@ -17,18 +17,25 @@ import traceback
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from demo.captions import Caption
+from demo.dataset import ClipSize, draw_scenes, render_clips
+from lowvram_video.demo.files import DEMO_FILES
+from lowvram_video.framepack.vae.model import HunyuanVAE
+from lowvram_video.framepack.vae.model import VAEConfig as HunyuanConfig
 from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.system.host_memory import allocate_extent
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.strips import Strips
+from lowvram_video.vae.tiling import Tile, decode_tiled
 from lowvram_video.video.pictures import to_levels
+from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from lowvram_video.wanvideo.vae.resampling import enlarge
-from torch import Tensor
+from torch import Tensor, nn
 
 # in (of three frames), out, rows and columns at 720x1280, padding to the sides
 CONVOLUTIONS = (
@@ -36,7 +43,8 @@ CONVOLUTIONS = (
     (576, 384, 180, 320, 3), (1152, 384, 180, 320, 3), (1152, 384, 90, 160, 3), (1152, 768, 180, 320, 1),
     (288, 3, 720, 1280, 3), (384, 192, 180, 320, 3), (1152, 768, 90, 160, 1), (192, 384, 180, 320, 1),
 )  # fmt: skip
-STEPS = (((480, 832), 96, 21), ((720, 1280), 144, 21))  # pictures, rows of a strip, latents
+STEPS = (((480, 832), 80, 21), ((480, 832), 96, 21), ((720, 1280), 120, 21))  # pictures, rows of a strip, latents
+V = TypeVar("V", bound=nn.Module)
 SHARES = (2, 3, 4, 5, 6)  # of a frame's rows
 
 
@@ -127,18 +135,70 @@ class Parts:
                       unpin_s=time.perf_counter() - middle)  # fmt: skip
 
     def steps(self) -> None:
-        """Strips by calls and as recorded: whether they are the same, and what they take, each twice."""
+        """Strips by calls and as recorded: whether they are the same, and what they take, recorded twice."""
         vae = self.vae()
         for size, rows, latents in STEPS:
             case, pieces = (size, rows, latents if self.scale == 1 else 3), None
-            for recorded in (False, True):
+            for recorded in (False, True, True):
                 os.environ["LOWVRAM_RECORD_STEPS"] = str(int(recorded))
-                for turn in range(2):
-                    row, made = self._strips(vae, *case)
-                    pieces = pieces or made
-                    differ = sum(int((one != other).sum()) for one, other in zip(made, pieces, strict=True))
-                    self.note(**row, recorded=recorded, turn=turn, different=differ)
+                row, made = self._strips(vae, *case)
+                pieces = pieces or made
+                differ = sum(int((one != other).sum()) for one, other in zip(made, pieces, strict=True))
+                self.note(**row, recorded=recorded, different=differ)
         os.environ.pop("LOWVRAM_RECORD_STEPS")
+
+    def levels(self) -> None:
+        """What strips change, beside what other kernels for the same whole frames and what 16 bits change, of 255."""
+        torch.backends.cudnn.allow_tf32 = False
+        height, width = 720 // self.scale // 8 * 8, 1280 // self.scale // 8 * 8
+        random = torch.randn(1, 16, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+        for what, trained in (("random weights", False), ("the demo's trained weights", True)):
+            vae, latent = self.vae(torch.float32, trained), random
+            if trained:
+                latent = self._drawn_latent(vae, height, width)
+            exact = self._whole(vae, latent)
+            vae = self.vae(self.dtype, trained)
+            want = self._whole(vae, latent)
+            others = {"fp32": exact, "whole once more": self._whole(vae, latent)}
+            torch.backends.cudnn.benchmark = True
+            others["whole by timed kernels"] = self._whole(vae, latent)
+            torch.backends.cudnn.benchmark = False
+            for rows in (144, 96, 48):
+                way = Strips(max(8, rows // self.scale // 8 * 8))
+                others[str(way)] = torch.cat(list(vae.decode_strips(latent, way, to_levels)), 2)
+            for name, other in others.items():
+                difference = (other.int() - want.int()).abs()
+                self.note(what=what, beside=name, levels=int(difference.max()),
+                          others_percent=round(100 * float((difference > 0).float().mean()), 4),
+                          more_than_one_percent=round(100 * float((difference > 1).float().mean()), 4),
+                          deviation=round(float(want.float().std()), 1))  # fmt: skip
+
+    def _whole(self, vae: WanVAE, latent: Tensor) -> Tensor:
+        return torch.cat([to_levels(piece).cpu() for piece in vae.decode_pieces(latent)], 2)
+
+    def _drawn_latent(self, vae: WanVAE, height: int, width: int) -> Tensor:
+        """Of the demo's clips side by side, in 9 frames of any size."""
+        scenes = draw_scenes([Caption("red", "ball", "right", "", "in the snow")], torch.Generator().manual_seed(2))
+        clip = render_clips(scenes, ClipSize(9)) * 2 - 1
+        rows, columns = -(-height // clip.shape[3]), -(-width // clip.shape[4])
+        return vae.encode(clip.repeat(1, 1, 1, rows, columns)[..., :height, :width]).float().cpu()
+
+    def tiles(self) -> None:
+        """What tiles change by HunyuanVideo's VAE, whose norms and attention see all of a clip, of its deviation."""
+        torch.manual_seed(0)
+        vae = self._with_random_weights(HunyuanVAE(HunyuanConfig(), device=self.device, dtype=self.dtype))
+        latents, height, width = (18, 608, 640) if self.scale == 1 else (2, 32, 32)
+        for positions in (3, 12):
+            size = latents, height // 8, width // 8
+            coarse = torch.randn(1, 16, latents, *(-(-side // positions) for side in size[1:]))
+            latent = F.interpolate(coarse, size=size, mode="trilinear")
+            whole = torch.cat([piece.float().cpu() for piece in vae.decode_pieces(latent)], 2)
+            for tile in (Tile(512), Tile(256), Tile(256, 16)):
+                if tile.pixels // self.scale < 16:
+                    continue
+                difference = decode_tiled(vae, latent, tile).float() - whole
+                self.note(what=f"HunyuanVideo's VAE {tile}", smooth_over=positions,
+                          mean_difference=round(float(difference.abs().mean() / whole.std()), 3))  # fmt: skip
 
     def profile(self) -> None:
         """Strips by calls: which take what of the device and of Python."""
@@ -178,11 +238,17 @@ class Parts:
                     "reserved": round(torch.cuda.max_memory_reserved() / 2**30, 3)}  # fmt: skip
         return row, pieces
 
-    def vae(self) -> WanVAE:
+    def vae(self, dtype: torch.dtype | None = None, trained: bool = False) -> WanVAE:
+        """Of the released dimensions, with random weights, or the demo's."""
+        if trained:
+            return WAN_FORMAT.open_file(DEMO_FILES.vae).build(dtype or self.dtype, self.device)
         torch.manual_seed(0)
-        vae = WanVAE(WAN21_VAE, device=self.device, dtype=self.dtype)
+        return self._with_random_weights(WanVAE(WAN21_VAE, device=self.device, dtype=dtype or self.dtype))
+
+    def _with_random_weights(self, vae: V) -> V:
         for parameter in vae.parameters():
-            torch.nn.init.normal_(parameter, std=(parameter[0].numel() if parameter.ndim > 1 else 1) ** -0.5)
+            values = torch.randn(parameter.shape, device=self.device)
+            parameter.copy_(values * (parameter[0].numel() if parameter.ndim > 1 else 1) ** -0.5)
         if self.device.type == "cuda":
             vae.load_state_dict({name: to_channels_last(each) for name, each in vae.state_dict().items()}, assign=True)
         return vae
@@ -196,7 +262,15 @@ def main() -> None:
     options = parser.parse_args()
     parts = Parts(torch.device("cpu") if options.tiny else torch.device("cuda", 0), 30 if options.tiny else 1)
     with torch.inference_mode():
-        for work in (parts.steps, parts.profile, parts.copies, parts.pinning, parts.convolutions):
+        for work in (
+            parts.steps,
+            parts.levels,
+            parts.tiles,
+            parts.profile,
+            parts.copies,
+            parts.pinning,
+            parts.convolutions,
+        ):
             if options.only and work.__name__ not in options.only:
                 continue
             began = time.perf_counter()

@@ -146,5 +146,5 @@ class Encoders:
         if all(clip is None for clip in clips):
             return [None] * len(clips)
         opened, settings = HUNYUAN_FORMAT.open_file(self.files.vae), self.settings
-        with at_work(lambda: opened.build(settings.compute_dtype, settings.device)) as vae:
+        with at_work(lambda: opened.build(settings.compute_dtype, settings.device, "encoder")) as vae:
             return [None if clip is None else encode_fitting(vae, clip) for clip in clips]

@@ -117,7 +117,7 @@ class FramePackPipeline:
         self.model.stop()
         self.free_memory()
         settings = self.settings
-        with at_work(lambda: self._vae.build(settings.compute_dtype, settings.device, decode_only=True)) as vae:
+        with at_work(lambda: self._vae.build(settings.compute_dtype, settings.device, only="decoder")) as vae:
             yield vae, self._decode_budget()
 
     def free_memory(self) -> None:

@@ -8,6 +8,7 @@ and which lanes are a pair has changed with PyTorch: see `SumOrder`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import triton
@@ -57,7 +58,7 @@ class TritonFrameOps:
             return
         positions, at_once = x.shape[2] * x.shape[3], 32 if channels < 4 * LANES else 16
         with on_device_of(x):
-            for source, target in zip(x, out, strict=True):
+            for source, target in _each(x, out):
                 _norm_silu_kernel[(triton.cdiv(positions, at_once),)](
                     source, gamma if bias is None else bias, gamma, target, positions, x.stride(3), out.stride(3),
                     channels**0.5, CHANNELS=channels, HAS_BIAS=bias is not None, EXACT_EXP=self._exact_exp,
@@ -72,12 +73,17 @@ class TritonFrameOps:
             return
         count = x[0].numel()
         with on_device_of(x):
-            for target, source in zip(x, other, strict=True):
+            for target, source in _each(x, other):
                 _add_kernel[(triton.cdiv(count, BLOCK),)](
                     target, x if bias is None else bias, source, x if other_bias is None else other_bias, count,
                     channels, HAS_BIAS=bias is not None, HAS_OTHER_BIAS=other_bias is not None, BLOCK=BLOCK,
                     num_warps=8,
                 )  # fmt: skip
+
+
+def _each(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """The frames of two batches, of which a kernel asks where they begin: for one that is known without a call."""
+    return ((x, y),) if len(x) == 1 else zip(x, y, strict=True)
 
 
 def is_rows(frame: Tensor) -> bool:

@@ -484,6 +484,14 @@ def test_a_file_loads_as_it_was_saved(vae, layout, prefix, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+def test_each_half_works_without_the_other(vae, tmp_path):
+    opened = open_vae(saved(tmp_path / "vae.safetensors", dict(vae.state_dict())))
+    encoder, decoder, both = (opened.build(torch.float32, CPU, half) for half in ("encoder", "decoder", None))
+    latent, video = random_latent(2), random_video(5)
+    assert torch.equal(encoder.encode(video), both.encode(video))
+    assert torch.equal(decoder.decode(latent), both.decode(latent))
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_file_runs_in_the_dtype_asked_for(vae, stored, wanted, tmp_path):

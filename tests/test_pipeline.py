@@ -879,7 +879,7 @@ def test_a_kept_vae_that_finds_no_room_goes_back_to_ram(t2v: WanFiles) -> None:
     pipeline = WanPipeline(t2v, RunSettings(keep_loaded=True))
     pipeline.settings = replace(pipeline.settings, device=torch.device("meta"))
     pipeline._vae = kept = Half()
-    with pytest.raises(RuntimeError, match="out of memory"), pipeline._vae_at_work():
+    with pytest.raises(RuntimeError, match="out of memory"), pipeline._vae_at_work("decoder"):
         pass
     assert kept.place == CPU
 

@@ -81,7 +81,7 @@ def test_a_file_says_what_it_holds(name: str, tmp_path: Path) -> None:
     save_file({key: value.contiguous() for key, value in vae.state_dict().items()} | encoder, path)
     opened = TINY_FORMAT.open_file(path)
     assert opened.config == vae.config
-    built = opened.build(torch.float32, torch.device("cpu"), decode_only=True)
+    built = opened.build(torch.float32, torch.device("cpu"), only="decoder")
     latent = torch.randn(1, vae.config.latent_channels, 2, 4, 4)
     assert torch.equal(decoded(built, latent), decoded(vae, latent))
 

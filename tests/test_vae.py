@@ -339,6 +339,18 @@ def test_a_file_loads_as_it_was_saved(pair, prefix, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_each_half_works_without_the_other(pair, tmp_path):
+    vae, _ = pair
+    opened = open_vae(saved(tmp_path / "vae.safetensors", dict(vae.state_dict())))
+    encoder, decoder = (opened.build(torch.float32, CPU, half) for half in ("encoder", "decoder"))
+    latent, video = random_latent(vae.config, 2), random_video(5)
+    assert torch.equal(encoder.encode(video), vae.encode(video))
+    assert torch.equal(torch.cat(list(decoder.decode_pieces(latent)), 2), torch.cat(list(vae.decode_pieces(latent)), 2))
+    for half, built in (("encoder", encoder), ("decoder", decoder)):
+        read = sum(each.nbytes for each in built.parameters() if not each.is_meta)
+        assert opened.weight_bytes(torch.float32, half) == read < opened.weight_bytes(torch.float32)
+
+
 def test_a_diffusers_file_loads(pair, tmp_path):
     vae, reference = pair
     path = saved(tmp_path / "diffusion_pytorch_model.safetensors", reference.state_dict())

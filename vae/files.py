@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ PREFIXES = ("", "vae.", "first_stage_model.", "model.")
 C = TypeVar("C", bound=VaeConfig)
 V = TypeVar("V", bound=nn.Module)
 
+Half = Literal["decoder", "encoder"]
+
 
 def own_names(names: Iterable[str]) -> dict[str, str]:
     """A VaeFormat's `rename` of files whose names are the network's own."""
@@ -35,8 +37,8 @@ class VaeFormat(Generic[C, V]):
     """How one family's autoencoder is known by its tensors, under any layout's names.
 
     All names of one of `markers` tell it; `rename` gives `{name: ours}`, `infer_config` the dimensions of a checkpoint
-    with our names, `network` the module with them. Decoding takes the tensors whose names begin with `decoder` only.
-    `title` has its article, `advice` says which file to choose.
+    with our names, `network` the module with them. Decoding takes only the tensors whose names begin with one of
+    `decoder`, encoding only those with one of `encoder`. `title` has its article, `advice` says which file to choose.
     """
 
     title: str
@@ -46,6 +48,7 @@ class VaeFormat(Generic[C, V]):
     infer_config: Callable[[Checkpoint], C]
     network: Callable[..., V]  # (config, device=..., dtype=...)
     decoder: tuple[str, ...]
+    encoder: tuple[str, ...] = ("",)
 
     def open_file(self, path: str | Path) -> OpenVae[C, V]:
         """A file in any layout, with or without a prefix ("vae.", "first_stage_model."); reads the header only.
@@ -109,34 +112,34 @@ class OpenVae(Generic[C, V]):
     checkpoint: Checkpoint
     tensors: Mapping[str, Tensor] | None = None
 
-    def build(self, dtype: torch.dtype, device: torch.device, decode_only: bool = False) -> V:
+    def build(self, dtype: torch.dtype, device: torch.device, only: Half | None = None) -> V:
         """The network in `dtype` on `device`, in the layout that is fastest there.
 
-        Tensors are read and converted one at a time, so that they are never in memory twice. What `decode_only` does
+        Tensors are read and converted one at a time, so that they are never in memory twice. What the wanted half does
         not need stays on meta.
         """
         vae = self.format.network(self.config, device="meta", dtype=dtype)
         channels_last = runs_channels_last(device, dtype)
         weights = {}
-        for name in self._names(decode_only):
+        for name in self._wanted(vae, only):
             weight = self._read(name).to(device=device, dtype=dtype)
             weights[name] = to_channels_last(weight) if channels_last else weight
-        vae.load_state_dict(weights, strict=not decode_only, assign=True)
+        vae.load_state_dict(weights, strict=only is None, assign=True)
         return vae.requires_grad_(False)
 
-    def weight_bytes(self, dtype: torch.dtype, decode_only: bool = False) -> int:
+    def weight_bytes(self, dtype: torch.dtype, only: Half | None = None) -> int:
         """What `build` takes on the device."""
-        shapes = [self.checkpoint.tensors[name].shape for name in self._names(decode_only)]
-        return sum(map(math.prod, shapes)) * dtype.itemsize
+        names = self._wanted(self.format.network(self.config, device="meta"), only)
+        return sum(math.prod(self.checkpoint.tensors[name].shape) for name in names) * dtype.itemsize
 
     def _read(self, name: str) -> Tensor:
         if self.tensors is None:
             return self.checkpoint.read(name)
         return self.tensors[name].view(self.checkpoint.tensors[name].shape)
 
-    def _names(self, decode_only: bool) -> list[str]:
-        names = self.format.network(self.config, device="meta").state_dict()
-        return [name for name in names if not decode_only or name.startswith(self.format.decoder)]
+    def _wanted(self, network: V, only: Half | None) -> list[str]:
+        begins = {None: ("",), "decoder": self.format.decoder, "encoder": self.format.encoder}[only]
+        return [name for name in network.state_dict() if name.startswith(begins)]
 
 
 def runs_channels_last(device: torch.device, dtype: torch.dtype, hip: str | None = torch.version.hip) -> bool:

@@ -38,10 +38,10 @@ class CudaRecorder:
         self._device = device
         self._pool: Any = None  # PyTorch's handle, whose type its versions name otherwise
         self._stream = torch.cuda.Stream(device)
-        torch.cuda.empty_cache()  # what the device did so far leaves its room to the pool
 
     def record(self, work: Work) -> Work:
         if self._pool is None:
+            torch.cuda.empty_cache()  # what the device did so far leaves its room to the pool
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -39,7 +39,7 @@ def bytes_needed(opened: Opened, latent: Tensor, dtype: torch.dtype) -> int:
     side = opened.config.spatial_stride
     pixels = frames * PICTURES_PER_LATENT * height * width * side**2 * 3
     working = opened.config.decode_bytes(height * side, width * side, dtype.itemsize)
-    return opened.weight_bytes(dtype, decode_only=True) + working + 2 * pixels + 2 * latent.nbytes
+    return opened.weight_bytes(dtype, only="decoder") + working + 2 * pixels + 2 * latent.nbytes
 
 
 def tiny_pictures(opened: Opened, latent: Tensor, dtype: torch.dtype) -> list[Image.Image]:
@@ -47,7 +47,7 @@ def tiny_pictures(opened: Opened, latent: Tensor, dtype: torch.dtype) -> list[Im
 
     Decoded in `dtype` where the latent is; nothing stays there.
     """
-    decoder = opened.build(dtype, latent.device, decode_only=True)
+    decoder = opened.build(dtype, latent.device, only="decoder")
     pieces = [to_levels(piece[:, :, _shown(piece.shape[2])]) for piece in decoder.decode_pieces(latent)]
     frames = torch.cat(pieces, dim=2)[0].permute(1, 2, 3, 0).cpu().numpy()
     return [Image.fromarray(frame) for frame in frames]

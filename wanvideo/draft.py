@@ -38,7 +38,7 @@ class DraftDecoder:
             mean, std = (torch.tensor(each) for each in (self._vae.latent_mean, self._vae.latent_std))
             latent = latent.float().cpu() * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
         side = self._vae.spatial_stride * max(latent.shape[3:])
-        with at_work(lambda: self._opened.build(settings.compute_dtype, settings.device, decode_only=True)) as decoder:
+        with at_work(lambda: self._opened.build(settings.compute_dtype, settings.device, only="decoder")) as decoder:
 
             def pieces(tile: Tile) -> Iterator[Tensor]:
                 return map(to_uint8, decode_in(decoder, latent, tile, on_chunk))

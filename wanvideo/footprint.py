@@ -9,13 +9,14 @@ from .network.config import WanConfig
 
 # bf16. Three frames are held per causal convolution: 3,546 elements per pixel, which is 2.64 GiB at 480x832 and 6.09
 # GiB at 720x1280. What strips take and leave is held against the layers' own arithmetic by a test. At work: of one
-# frame, three tensors of 96 channels or an enlarged one of 192, and finished frames on their way. Decoders alone.
-WAN21_VAE = VaeFootprint(147 * 10**6, 2 * 3546, 1400, 88_000, 26_900, 768)
+# frame, three tensors of 96 channels or an enlarged one of 192, and finished frames on their way. Decoders alone,
+# with their smallest kernels in the order of each frame.
+WAN21_VAE = VaeFootprint(157 * 10**6, 2 * 3546, 1400, 88_000, 26_900, 768)
 # Its decoder works on 2x2-folded pixels, 256 channels wide, with a 512-channel input to the last stage.
 WAN22_VAE = VaeFootprint(1111 * 10**6, 2 * 2678, 1500, 162_000, 61_856, 2048)
-# The same files' encoders.
-WAN21_ENCODER = VaeFootprint(254 * 10**6, 4160, 1000, 114_000, 16_300, 768)
-WAN22_ENCODER = VaeFootprint(1410 * 10**6, 1800, 1500, 98_000, 19_300, 1280)
+# The same files' encoders, alone as well.
+WAN21_ENCODER = VaeFootprint(118 * 10**6, 4160, 1000, 114_000, 16_300, 768)
+WAN22_ENCODER = VaeFootprint(300 * 10**6, 1800, 1500, 98_000, 19_300, 1280)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..sampling.guidance import Expert, ExpertSwitch, batch_and_passes
 from ..sampling.samplers import select_sampler
 from ..sampling.schedules import flow_sigmas, is_high_noise, sigmas_from_timesteps
 from ..sampling.solver import Denoiser, StepInfo
-from ..vae.files import OpenVae
+from ..vae.files import Half, OpenVae
 from ..vae.retries import at_work, once_more, pieces_fitting
 from ..vae.strips import Strips
 from ..vae.tiling import Tile, Way, decode_in, retry_ways
@@ -217,7 +217,7 @@ class WanPipeline:
         conditions = Conditions(text[:1], uncond, self._image_tokens(pictures), nag=nag)
         if self.config.model_type in ("t2v", "ti2v") and pictures.first is None:
             return conditions
-        with self._vae_at_work() as vae:
+        with self._vae_at_work("encoder") as vae:
             return with_latents(conditions, vae, self.config, request, pictures)
 
     def _image_tokens(self, pictures: Pictures) -> Tensor | None:
@@ -317,7 +317,7 @@ class WanPipeline:
         if self._draft is not None:
             yield from self._draft.frames(latent, self.settings, self.progress.update)
             return
-        with self._vae_at_work(decode_only=True) as vae:
+        with self._vae_at_work("decoder") as vae:
 
             def frames(way: Way) -> Iterator[Tensor]:
                 return map(to_uint8, decode_in(vae, latent, way, self.progress.update, to_levels))
@@ -333,14 +333,14 @@ class WanPipeline:
         way: Way = Strips(decode.rows, decode.in_ram, registrar) if decode.rows else Tile(decode.tile)
         return [way, *retry_ways(vae, way, (plan.work.height, plan.work.width), registrar)]
 
-    def _vae_at_work(self, decode_only: bool = False) -> AbstractContextManager[WanVAE]:
-        """The VAE on the device; in RAM afterwards if it is kept, and then not without its encoder."""
+    def _vae_at_work(self, half: Half) -> AbstractContextManager[WanVAE]:
+        """Half of the VAE on the device; in RAM afterwards if it is kept, and then all of it."""
         settings = self.settings
 
         def load() -> WanVAE:
             if self._vae is None:
-                part = decode_only and not settings.keep_loaded
-                vae = self._opened_vae.build(settings.compute_dtype, settings.device, part)
+                only = None if settings.keep_loaded else half
+                vae = self._opened_vae.build(settings.compute_dtype, settings.device, only)
                 self._vae = vae if settings.keep_loaded else None
                 return vae
             try:

@@ -111,4 +111,5 @@ HUNYUAN_FORMAT = VaeFormat(
     infer_config=infer_config,
     network=HunyuanVAE,
     decoder=("decoder.", "post_quant_conv."),
+    encoder=("encoder.", "quant_conv."),
 )

@@ -86,7 +86,8 @@ class HunyuanVAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.post_quant_conv.weight.device
+        # one half may never have been read
+        return (self.quant_conv if self.post_quant_conv.weight.is_meta else self.post_quant_conv).weight.device
 
     @property
     def dtype(self) -> torch.dtype:

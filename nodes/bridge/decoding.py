@@ -121,7 +121,7 @@ def _decoder(opened: OpenVae[Any, Any], dtype: torch.dtype, latent: Tensor) -> I
     """The decoder at work, with room for the smallest tiles of the latent. ValueError for the latent of another."""
     check_latent(opened.config, latent)
     least = coding_bytes(opened.config, dtype, latent, TILES[-1])
-    with vae_at_work(opened, dtype, least + HEADROOM_BYTES, decode_only=True) as decoder:
+    with vae_at_work(opened, dtype, least + HEADROOM_BYTES, only="decoder") as decoder:
         yield decoder
 
 

@@ -50,7 +50,7 @@ def _encode_wan(vae: Any, images: Tensor, tile: int) -> Tensor:
     video, progress = _video(images, config, dtype), host.Progress(1)
     latent = torch.empty(1, config.z_dim, *_latent_size(video, config), device="meta")
     least = coding_bytes(config, dtype, latent, TILES[-1], encodes=True)
-    with vae_at_work(opened, dtype, least + HEADROOM_BYTES) as encoder:
+    with vae_at_work(opened, dtype, least + HEADROOM_BYTES, "encoder") as encoder:
         # called for every latent frame: whole frames are encoded without a word of how far it is
         encoder.encoder.middle[0].register_forward_pre_hook(lambda *_: host.stop_if_interrupted())
         first, pins = first_way(encoder, latent, tile, encodes=True), registrar(encoder.device)
@@ -64,7 +64,7 @@ def _encode_hunyuan(vae: Any, images: Tensor, tile: int) -> Tensor:
     assert opened is not None
     video = _video(images, opened.config, vae.vae_dtype)
     latent = torch.empty(1, opened.config.latent_channels, *_latent_size(video, opened.config), device="meta")
-    with native_decoder(vae, latent, decode_only=False) as (encoder, room):
+    with native_decoder(vae, latent, only="encoder") as (encoder, room):
         return encode_clip(encoder, video, room, host.check_interrupt, tile) / encoder.config.scaling_factor
 
 

@@ -14,7 +14,7 @@ from ...framepack.vae.decoding import HEADROOM_BYTES, DecodeBudget
 from ...framepack.vae.model import HunyuanVAE, decode_footprint
 from ...system.content_key import run_key
 from ...vae.checks import VaeConfig
-from ...vae.files import OpenVae, VaeFormat
+from ...vae.files import Half, OpenVae, VaeFormat
 from ...vae.retries import at_work, empty_cache
 from . import host
 
@@ -30,11 +30,11 @@ def open_native(format: VaeFormat[C, V], vae: Any) -> OpenVae[C, V] | None:
 
 
 @contextmanager
-def vae_at_work(opened: OpenVae[C, V], dtype: torch.dtype, room_bytes: int, decode_only: bool = False) -> Iterator[V]:
+def vae_at_work(opened: OpenVae[C, V], dtype: torch.dtype, room_bytes: int, only: Half) -> Iterator[V]:
     """Our VAE on ComfyUI's device while it works; idle models leave as far as it needs `room_bytes` besides."""
     device = host.decode_device()
-    host.make_room(opened.weight_bytes(dtype, decode_only) + room_bytes, device)
-    with at_work(lambda: opened.build(dtype, device, decode_only), evict_idle) as network:
+    host.make_room(opened.weight_bytes(dtype, only) + room_bytes, device)
+    with at_work(lambda: opened.build(dtype, device, only), evict_idle) as network:
         yield network
     host.empty_cache()
 
@@ -47,7 +47,7 @@ def evict_idle() -> None:
 
 @contextmanager
 def native_decoder(
-    vae: Any, latents: Tensor, vram_left: Callable[[], int | None] = lambda: None, decode_only: bool = True
+    vae: Any, latents: Tensor, vram_left: Callable[[], int | None] = lambda: None, only: Half = "decoder"
 ) -> Iterator[tuple[HunyuanVAE, DecodeBudget | None]]:
     """HunyuanVideo's VAE on the device, and the memory that it may use beside its weights (None: any).
 
@@ -61,7 +61,7 @@ def native_decoder(
         )
     height, width = (opened.config.spatial_stride * side for side in latents.shape[3:])
     whole = decode_footprint(opened.config, latents.shape[2], height, width, vae.vae_dtype.itemsize)
-    with vae_at_work(opened, vae.vae_dtype, whole.total_bytes + HEADROOM_BYTES, decode_only) as decoder:
+    with vae_at_work(opened, vae.vae_dtype, whole.total_bytes + HEADROOM_BYTES, only) as decoder:
         yield decoder, _decode_budget(decoder.device, vram_left())
 
 

@@ -66,7 +66,7 @@ class Upscaler:
         configs = self._projection.config, self._decoder.config
         self.model = StreamedUpscaler(files.model, settings, registrar, between_blocks, *configs, files.loras)
         self.model.beside_bytes = sum(
-            each.weight_bytes(settings.compute_dtype, decode_only=True) for each in (self._projection, self._decoder)
+            each.weight_bytes(settings.compute_dtype, only="decoder") for each in (self._projection, self._decoder)
         )
         self._check_files()
         self.plan: MemoryPlan | None = None

@@ -169,4 +169,5 @@ WAN_FORMAT = VaeFormat(
     infer_config=infer_config,
     network=WanVAE,
     decoder=("decoder.", "conv2."),
+    encoder=("encoder.", "conv1."),
 )

@@ -131,7 +131,8 @@ class WanVAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.conv2.weight.device
+        # one half may never have been read
+        return (self.conv1 if self.conv2.weight.is_meta else self.conv2).weight.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,6 +20,9 @@ from .rows import LayerRows, Rows, StripPlan
 
 WORD = torch.complex128  # 16 bytes
 NUM_FRAMES = 3  # that a causal convolution sees
+KEPT_KERNEL_BYTES = (
+    1 << 20
+)  # of a weight: it is there in the order of each frame, as making that takes longest for many
 
 Write = Callable[[Tensor, Tensor], None]  # (rows, out): what a convolution sees of them, into `out`
 
@@ -39,6 +42,7 @@ class Rings:
     """The memory of the convolutions' last frames, which all strips use in turn."""
 
     def __init__(self, plan: StripPlan, batch: int, like: Tensor, channels_last: bool) -> None:
+        """Made before anything is recorded: what is kept here is not made again by what is played."""
         self._plan, self._batch, self.channels_last = plan, batch, channels_last
         self.like = batch, channels_last, like.dtype, like.device
         self._memory = {
@@ -46,15 +50,19 @@ class Rings:
             for layer, rows in plan.layers.items()
             if isinstance(layer, nn.Conv3d)
         }
+        self._kernels = {
+            conv: frame_kernels(conv.weight) for conv in self._memory if conv.weight.nbytes <= KEPT_KERNEL_BYTES
+        }
 
     @property
     def memory(self) -> list[Tensor]:
         return list(self._memory.values())
 
-    def frames(self, conv: nn.Conv3d, rows: int) -> Tensor:
-        """Zeros [B, 3 C, rows, W] in a convolution's memory, which has room for the thickest strip."""
+    def ring(self, conv: nn.Conv3d, rows: int) -> FrameRing:
+        """One that has seen no frame of so many rows, in a convolution's memory: it has room for the thickest strip."""
         shape = self._batch, NUM_FRAMES * conv.in_channels, rows, self._plan.layers[conv].inputs.width
-        return laid_out(self._memory[conv], shape, self.channels_last).zero_()
+        frames = laid_out(self._memory[conv], shape, self.channels_last).zero_()
+        return FrameRing(frames, self._kernels.get(conv))
 
 
 def ring_elements(conv: nn.Conv3d, rows: LayerRows) -> int:
@@ -99,8 +107,9 @@ def _is_of_words(frame: Tensor) -> bool:
 class FrameRing:
     """The last frames that a causal convolution saw in one strip, the newest in the place of the oldest."""
 
-    def __init__(self, frames: Tensor) -> None:
-        self._frames = frames
+    def __init__(self, frames: Tensor, kernels: Sequence[Tensor] | None = None) -> None:
+        """`frames` are zeros [B, 3 C, rows, W]; `kernels` are those of `frame_kernels`, where they are kept."""
+        self._frames, self._kernels = frames, kernels
         self._slots = frames.chunk(NUM_FRAMES, dim=1)
         self._taps: list[Tensor] = []
         self.num_seen = 0
@@ -115,13 +124,28 @@ class FrameRing:
         return F.conv2d(self._frames, self._kernel(weight), padding=(0, weight.shape[4] // 2))
 
     def _kernel(self, weight: Tensor) -> Tensor:
-        """[O, C, 3, h, w] as [O, 3 C, h, w], its taps where their frames are."""
-        as_it_is = weight.is_contiguous()
-        if not self._taps:
-            # [O, C, h, w], or [O, h, w, C] as channels last lie in memory
-            self._taps = list(weight.unbind(2) if as_it_is else weight.permute(0, 3, 4, 1, 2).unbind(4))
-        taps = [self._taps[(slot - self.num_seen) % NUM_FRAMES] for slot in range(NUM_FRAMES)]
-        return torch.cat(taps, dim=1) if as_it_is else torch.cat(taps, dim=3).permute(0, 3, 1, 2)
+        number = self.num_seen % NUM_FRAMES
+        if self._kernels is not None:
+            return self._kernels[number]
+        self._taps = self._taps or taps_of(weight)
+        return frame_kernel(self._taps, number, weight.is_contiguous())
+
+
+def frame_kernels(weight: Tensor) -> list[Tensor]:
+    """A causal convolution's weight for the frames in a ring, by how many have been seen, of each three."""
+    taps = taps_of(weight)
+    return [frame_kernel(taps, number, weight.is_contiguous()) for number in range(NUM_FRAMES)]
+
+
+def taps_of(weight: Tensor) -> list[Tensor]:
+    """Those of [O, C, 3, h, w], each [O, C, h, w], or [O, h, w, C] as channels last lie in memory."""
+    return list(weight.unbind(2) if weight.is_contiguous() else weight.permute(0, 3, 4, 1, 2).unbind(4))
+
+
+def frame_kernel(taps: Sequence[Tensor], num_seen: int, as_it_is: bool) -> Tensor:
+    """[O, 3 C, h, w], the taps where their frames are."""
+    taps = [taps[(slot - num_seen) % NUM_FRAMES] for slot in range(NUM_FRAMES)]
+    return torch.cat(taps, dim=1) if as_it_is else torch.cat(taps, dim=3).permute(0, 3, 1, 2)
 
 
 class Seam:
@@ -206,7 +230,7 @@ class Strip:
         """What a convolution remembers."""
         ring = self._running.get(conv)
         if ring is None:
-            ring = self._running[conv] = FrameRing(self._rings.frames(conv, ring_rows(conv, self.rows(conv).out)))
+            ring = self._running[conv] = self._rings.ring(conv, ring_rows(conv, self.rows(conv).out))
         return ring
 
     def swap(self, layer: nn.Module, frame: Tensor | None) -> Tensor | None:
