@@ -136,7 +136,7 @@ def multiplier(products: str, device: torch.device) -> Callable[[int, int, int],
     The numbers are of the size that a model's are: how fast a GPU runs depends on the bits that it moves.
     """
     made: dict[tuple[int, ...], torch.Tensor] = {}
-    outs: dict[int, torch.Tensor] = {}
+    outs: dict[tuple[int, int], torch.Tensor] = {}
 
     def tensor(*shape: int, scale: float = 1.0) -> torch.Tensor:
         if shape not in made:
@@ -145,7 +145,7 @@ def multiplier(products: str, device: torch.device) -> Callable[[int, int, int],
 
     def of(rows: int, inputs: int, outputs: int) -> Callable[[], object]:
         x, weight, bias = tensor(rows, inputs), tensor(outputs, inputs, scale=0.7 / inputs**0.5), tensor(outputs)
-        out = outs.setdefault(outputs, torch.empty(rows, outputs, device=device, dtype=torch.bfloat16))
+        out = outs.setdefault((rows, outputs), x.new_empty(rows, outputs))
         if products == "bf16":
             return lambda: torch.addmm(bias, x, weight.t(), out=out)
         # as row-wise scales make them: the largest of a row is fp8's largest

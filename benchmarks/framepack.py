@@ -4,8 +4,9 @@
     python benchmarks/framepack.py /tmp/framepack_fp8.safetensors
 
 Every line is a process of its own beside one that holds the rest of the VRAM. "vram" is what it used of the whole
-device, CUDA context and libraries included. The floor of a step is its FLOPs at the rates
-that bf16 products and attention reach by themselves on this machine.
+device, CUDA context and libraries included. The floor of a step is its FLOPs at the rates that bf16 products and
+attention reach by themselves on this machine in large sizes; its limit what the products and the attention of its
+blocks take by themselves in their own sizes, as in `exact_step.py`, before and after the steps (the quicker counts).
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from exact_step import LIMIT_SECONDS, multiplier, profiled
 from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.select import select_attention
+from lowvram_video.framepack.footprint import SectionSize
+from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import Frames, History, Prompt
 from lowvram_video.framepack.pipeline import FramePackFiles, FramePackPipeline
 from lowvram_video.framepack.request import EncodedInputs, Sampling
@@ -104,13 +108,43 @@ def sustained_rates(device: torch.device) -> tuple[float, float]:
     return products, attention
 
 
+def limit_seconds(work: SectionSize, config: FramePackConfig, device: torch.device) -> float:
+    """A step of nothing but the products and the attention of its blocks."""
+    dim, mlp, text = config.dim, config.mlp_dim, work.context_tokens
+    multiply = multiplier("bf16", device)
+    of_kind = [(dim, dim)] * 4 + [(dim, mlp), (mlp, dim)]
+    double = [multiply(rows, *shape) for rows in (work.tokens - text, text) for shape in of_kind]
+    single = [multiply(work.tokens, *shape) for shape in [*[(dim, dim)] * 3, (dim, mlp), (dim + mlp, dim)]]
+    q = torch.randn(1, work.tokens, config.num_heads, config.head_dim, device=device, dtype=torch.bfloat16)
+    backend = select_attention("auto", AttentionSpec(device, torch.bfloat16, config.head_dim))
+
+    def seconds(calls: list[Callable[[], object]]) -> float:
+        for call in calls:
+            call()
+        torch.cuda.synchronize(device)
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < LIMIT_SECONDS:
+            for call in calls * 4:
+                call()
+            torch.cuda.synchronize(device)
+            count += 4
+        return (time.perf_counter() - began) / count
+
+    calls = [*double, lambda: backend.attend(q, q, q)], [*single, lambda: backend.attend(q, q, q)]
+    found = seconds(calls[0]) * config.num_layers + seconds(calls[1]) * config.num_single_layers
+    torch.cuda.empty_cache()
+    return found
+
+
 def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
     """One section's conditions, then `steps` passes after a warm-up one."""
     device = torch.device("cuda")
     sampling, given = Sampling(num_steps=case.steps + 1, cache_threshold=None), random_material()
     sections = given.sections(sampling)
+    work = replace(section_size(sampling, given.latent_size, given.end is not None), context_tokens=TEXT_TOKENS + 729)
     with torch.inference_mode():
         rates = sustained_rates(device) if not case.vram_gib else (0.0, 0.0)
+        alone = [] if case.vram_gib else [limit_seconds(work, FramePackConfig(), device)]
     with torch.inference_mode(), Watch() as watch:
         limits = limits_for(
             device, vram_budget_gib=case.vram_gib or 120, blocks_to_swap=case.blocks_to_swap, fused=True
@@ -119,9 +153,6 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
         began = time.perf_counter()
         loras = [LoraChoice(Path(lora)) for lora in case.loras]
         model = StreamedFramePack(case.path, RunSettings(device=device, quantization=case.quantization), loras=loras)
-        work = replace(
-            section_size(sampling, given.latent_size, given.end is not None), context_tokens=TEXT_TOKENS + 729
-        )
         plan = model.make_plan(work, limits)
         conditions = prepare(model, plan, sampling, given, sections)
         prepared = time.perf_counter() - began
@@ -138,15 +169,23 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
         ))  # fmt: skip
         noisy = Frames(torch.randn(1, 16, 9, *SIZE, device=device), torch.tensor(section.indices.noisy))
         image = conditions.images[0].to(device)
-        seconds = []
         wait = torch.cuda.current_stream().synchronize  # as a run waits: copies for the next pass go on meanwhile
-        for step in range(len(noise_levels(sampling, SIZE)) - 1):
+
+        def step(number: int) -> float:
             wait()
             began = time.perf_counter()
-            velocity = model(noisy, shown, conditions.prompts["any"][step], image)
+            model(noisy, shown, conditions.prompts["any"][number], image)
             wait()
-            seconds.append(time.perf_counter() - began)
+            return time.perf_counter() - began
+
+        seconds = [step(number) for number in range(len(noise_levels(sampling, SIZE)) - 1)]
+        velocity = model(noisy, shown, conditions.prompts["any"][0], image)
     used, final = free_bytes - watch.min_free, model.plan
+    kernels: dict[str, object] = {}
+    if not case.vram_gib:
+        with torch.inference_mode():
+            kernels = profiled(lambda: step(0))
+            alone.append(limit_seconds(work, FramePackConfig(), device))
     products, attention = model.footprint().pass_flops(work, False)
     return {
         **asdict(case),
@@ -164,6 +203,8 @@ def run_steps(case: Case, free_bytes: int) -> dict[str, object]:
         "products_tflop": products / 1e12,
         "attention_tflop": attention / 1e12,
         "sustained_tflops": rates,
+        "limit_seconds": alone,
+        "kernels": kernels,
         "transfer_floor": final.blocks.streamed_bytes / limits.h2d_gbps / 1e9,
         "h2d_gbps": limits.h2d_gbps,
         "token_chunk": final.choice.token_chunk,
@@ -257,12 +298,14 @@ def cases(fp8: str, vae: str, steps: int) -> list[Case]:
 def table(results: list[dict[str, object]]) -> str:
     first = next((r for r in results if not r["vram_gib"] and "step" in r), None)
     resident = None if first is None else first["step"]
-    floor = 0.0
+    floor = limit = 0.0
     if first is not None:
+        limit = min(first["limit_seconds"])
         products, attention = first["sustained_tflops"]
         floor = first["products_tflop"] / products + first["attention_tflop"] / attention
     lines = [
-        f"{'case':<24}{'s/step':>8}{'ratio':>7}{'x floor':>8}{'VRAM':>7}{'pred':>7}{'RSS':>7}{'file':>7}{'bytes':>8}"
+        f"{'case':<24}{'s/step':>8}{'ratio':>7}{'x floor':>8}{'x limit':>8}"
+        f"{'VRAM':>7}{'pred':>7}{'RSS':>7}{'file':>7}{'bytes':>8}"
     ]
     for r in results:
         if "error" in r:
@@ -270,7 +313,8 @@ def table(results: list[dict[str, object]]) -> str:
         elif "step" in r:
             lines.append(
                 f"{r['name']:<24}{r['step']:>8.3f}{r['step'] / resident if resident else 0:>7.3f}"
-                f"{r['step'] / floor if floor else 0:>8.3f}{r['vram_gib_used']:>7.2f}{r['predicted_gib']:>7.2f}"
+                f"{r['step'] / floor if floor else 0:>8.3f}{r['step'] / limit if limit else 0:>8.3f}"
+                f"{r['vram_gib_used']:>7.2f}{r['predicted_gib']:>7.2f}"
                 f"{r['rss_gib']:>7.2f}{r['file_gib']:>7.2f}{r['streamed_bytes'] / r['block_bytes']:>7.0%}"
             )
         else:
@@ -279,7 +323,10 @@ def table(results: list[dict[str, object]]) -> str:
                 f"RSS {r['rss_gib']:.2f} file {r['file_gib']:.2f}  {r['sections']}\n{r['table']}"
             )
     if first is not None:
-        lines.append(f"floor {floor:.3f} s: products at {products:.0f}, attention at {attention:.0f} TFLOP/s")
+        kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in first["kernels"]["kinds"].items())
+        lines.append(f"ms of a resident step: {kinds}")
+        rates = f"products at {products:.0f}, attention at {attention:.0f} TFLOP/s"
+        lines.append(f"limit {limit:.3f} s; floor {floor:.3f} s: {rates}")
     return "\n".join(lines)
 
 

@@ -26,10 +26,11 @@ from ...transformer.together import CardsTogether
 from ...transformer.transformer import Block, Transformer
 from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
-from .blocks import DoubleBlock, FramePackBlock, Modulation, Negative, Pass, SingleBlock, norm_by
+from .blocks import DoubleBlock, FramePackBlock, Modulation, Pass, SingleBlock
 from .config import FramePackConfig
 from .embeddings import HistoryEmbedding, ImageProjection, PatchEmbedding, Patches, TimeTextEmbedding, rotary_angles
 from .refiner import TokenRefiner
+from .rows import Negative, norm_by
 
 # What `make` makes of every block, in order; a streamed model brings only the weights that this takes.
 Visit = Callable[[Callable[[Block], Tensor]], list[Tensor]]
