@@ -93,6 +93,7 @@ DERIVED: dict[str, Callable[[], float]] = {
     "1.06": lambda: load("framepack_h200_2026-11-29.json")["cases"][0]["step"] / DERIVED["0.799"](),
     "1.018": lambda: exact("480p resident", "81x480x832 bf16"),
     "1.051": lambda: exact("480p in 2.6", "81x480x832 bf16"),
+    "1.012": lambda: exact("480p resident", "81x480x832 bf16", "exact_step_larger_pieces_h200_2026-11-29.json"),
     "1.000": lambda: exact("720p resident", "81x720x1280 bf16"),
     "1.025": lambda: exact("720p in 4.0", "81x720x1280 bf16"),
     "1.043": lambda: exact("480p fp8_fast", "81x480x832 fp8"),
