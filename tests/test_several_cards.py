@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from lowvram_video.attention.sdpa import Sdpa
+from lowvram_video.attention.sparse.run import AttentionRun
 from lowvram_video.cli.main import main
 from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.framepack.footprint import SectionSize
@@ -39,7 +41,9 @@ from lowvram_video.system.card_links import slowest_link
 from lowvram_video.system.sizes import in_gb
 from lowvram_video.team.exchange import Exchange
 from lowvram_video.team.heads import HIDING_GROUPS
+from lowvram_video.team.team import Team
 from lowvram_video.transformer.nag import NagSettings
+from lowvram_video.transformer.together import CardsTogether
 from lowvram_video.wanvideo.footprint import WanWork
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
@@ -426,6 +430,15 @@ class TestSparse:
         model.use_sparse(None)
         assert last(model).equal(dense)
         model.release()
+
+    def test_what_was_watched_before_the_cards_came_is_not_watched_on_them(self):
+        """They have no such run, and would not answer."""
+        inexact = Sdpa(CPU)
+        inexact.exact = False
+        run = AttentionRun(inexact, 3, 3)
+        part = Team((CPU, CPU)).share(0, (0, 1)).part(100)
+        assert run.begin_pass(100, CPU) is not None
+        assert run.begin_pass(100, CPU, CardsTogether.of(part, 3)) is None
 
 
 @dataclass(frozen=True)

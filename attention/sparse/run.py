@@ -132,6 +132,8 @@ class AttentionRun:
         `sample` is the first of a batch that cards share, where others make passes of other samples at the same time.
         """
         leader = self._leader or self
+        if together is not None and self.settings is None:  # of before the cards came: the others have none
+            return None
 
         def decide() -> Decision | None:
             return leader.decide(tokens, sample)
