@@ -10,6 +10,7 @@ from .folding import Promoted, fold
 from .graph import Group, Node, Output, Workflow
 from .notes import unwrapped
 
+TALL_NOTE = 840  # pixels, with nothing above it: it ends where a page of 1080 does
 SHOWN = {"LoadImage", "LoadVideo"}  # what people bring
 # what is set outside, by the type of its node; of several nodes of a type, all
 PROMOTED: dict[str, tuple[str, ...]] = {
@@ -62,6 +63,8 @@ def place(graph: Workflow, parts: Parts) -> dict[str, Any]:
     note = graph.add("MarkdownNote", title="Read me", text=unwrapped(parts.note))
     left, third = [*brought], [parts.saving]
     (left if len(brought) < 2 else third).append(note)  # where it is seen
+    if left == [note]:
+        note.size = (note.size[0], TALL_NOTE)
     return graph.place([left, [host], third, [parts.plan, parts.report]])
 
 
