@@ -10,6 +10,8 @@ const HEIGHT = 240; // of a picture, at most
 const CORES = "$$node-text-preview"; // the widget in which ComfyUI shows a text
 const shown = new Map(); // the subgraph's node -> {picture, text, element, caption}
 
+let run = 0; // one more with each that ends
+
 function hostOf(nodeId) {
     const [outer, inner] = String(nodeId ?? "").split(":");
     const graph = app.rootGraph ?? app.graph;
@@ -103,6 +105,7 @@ function hideSize(node) {
 }
 
 function clear() {
+    run += 1;
     for (const { picture, element, caption } of shown.values()) {
         picture?.close();
         element?.remove();
@@ -121,11 +124,16 @@ app.registerExtension({
             if (!node || !detail.blob) {
                 return;
             }
+            const now = run;
             if (LiteGraph.vueNodesMode) {
-                requestAnimationFrame(() => hideSize(node)); // once it is there
+                requestAnimationFrame(() => now === run && hideSize(node)); // once it is there
                 return;
             }
             const picture = await createImageBitmap(detail.blob);
+            if (now !== run) { // it ended meanwhile
+                picture.close();
+                return;
+            }
             const kept = below(node);
             kept.picture?.close();
             kept.picture = picture;
