@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.upscale.kept_stream import KeptStream
 from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest
 from lowvram_video.wanvideo.upscale.run import Upscaler
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ..tiny_flashvsr import small_video
 from . import mutations
-from .reader import SETTINGS, NonFinite, Reader
+from .reader import CPU, NonFinite, Reader
 
 KEY = "a run's key"
 SMALL = 64, 64
@@ -32,7 +34,7 @@ class KeptUpscaling:
         self._video = small_video(41, *SMALL)
         (place / "earlier").mkdir(parents=True)
         (place / "kept").mkdir()
-        with torch.inference_mode(), Upscaler(files, SETTINGS).opened(REQUEST, SMALL) as stream:
+        with torch.inference_mode(), self.opened() as stream:
             small = iter(self._video)
             for folder in (None, place / "earlier", place / "kept"):
                 pictures = stream.step([next(small) for _ in range(stream.wanted)])
@@ -42,7 +44,7 @@ class KeptUpscaling:
 
     @property
     def reader(self) -> Reader:
-        return Reader(self._make, (self.take_up,))
+        return Reader(self._make, (self._take_up,))
 
     def _make(self, folder: Path, draw: random.Random) -> Path:
         """The later state with one file damaged, gone, or exchanged for another's or for that of the earlier one."""
@@ -61,17 +63,24 @@ class KeptUpscaling:
             victim.unlink()
         return folder
 
-    def take_up(self, folder: Path) -> None:
-        """As the film does; what it takes is what was kept."""
-        with torch.inference_mode(), Upscaler(self._files, SETTINGS).opened(REQUEST, SMALL) as stream:
-            try:
-                found = KeptStream(folder, KEY).restore(stream, iter(self._video))
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                raise ValueError(f"{folder} is no use ({error})") from error
-            remembered, pictures = self._wanted
-            same = found is not None and found[1] is not None and torch.equal(found[1], pictures)
-            if not same or not _equal(list(_remembered(stream)), remembered):
-                raise NonFinite("another state was taken for the one that was kept")
+    def _take_up(self, folder: Path) -> None:
+        with torch.inference_mode(), self.opened() as stream:
+            self.check(stream, folder)
+
+    def opened(self) -> AbstractContextManager[UpscaleStream]:
+        """A stream that may go on from what is kept."""
+        return Upscaler(self._files, RunSettings(device=CPU)).opened(REQUEST, SMALL)
+
+    def check(self, stream: UpscaleStream, folder: Path) -> None:
+        """Have it go on, as the film does; what it takes is what was kept."""
+        try:
+            found = KeptStream(folder, KEY).restore(stream, iter(self._video))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{folder} is no use ({error})") from error
+        remembered, pictures = self._wanted
+        same = found is not None and found[1] is not None and torch.equal(found[1], pictures)
+        if not same or not _equal(list(_remembered(stream)), remembered):
+            raise NonFinite("another state was taken for the one that was kept")
 
 
 def _remembered(stream: UpscaleStream) -> Iterator[Tensor]:
