@@ -11,7 +11,7 @@ Corrected by what two H200s took (`several_cards_two_h200_2026-11-29.json`): 623
 three passes fit within 1.7 %. Two cards took longer than half of that and the exchange: 4.7 % of what they compute
 (less of everything at a time, and copies) and `sync_ms` = 1.7 ms a block (waiting for each other), by 720x1280x81 and
 480x832x81 through RAM, whose link then comes out at 45 GB/s; 720x1280x81 through RAM follows within 1 %. Before, 0.1 ms
-and no loss were assumed, which promised 1.98 times where 1.90 came out.
+and no loss were assumed, which promised 1.99 times where 1.90 came out.
 `host_ms` is what one card's thread takes for a block: threads take turns, so a pass takes at least P times as long. It
 is an assumption; those measured ran at once and took 8 ms a block and card at 480x832x17. None of this was measured on
 more than two cards: `benchmarks/several_cards.py` measures.

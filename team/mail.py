@@ -1,8 +1,8 @@
 """Letters between the threads of several cards, which take turns; whoever waits is woken when the team is stopped.
 
-Threads that ask their cards for work at the same time wake each other for Python's lock at every call: two took four
-times as long as one (`benchmarks/results/several_cards_two_h200_2026-11-29.json`, 17 frames). So one runs at a time,
-until what it needs of another is not there: cards are some milliseconds behind their threads, and none runs dry.
+Threads that ask their cards for work at the same time wake each other for Python's lock at every call: two took nearly
+four times as long as one (`benchmarks/results/several_cards_two_h200_2026-11-29.json`, 17 frames). So one runs at a
+time, until what it needs of another is not there: cards are some milliseconds behind their threads.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Mail:
         return self._inside[rank] and (awaited is None or bool(self._letters.get(awaited)))
 
     def _pass_turn(self, rank: int) -> None:
-        if self._turn != rank:
+        if self._turn != rank or self._stopped:
             return
         behind = ((rank + step) % self.num_cards for step in range(1, self.num_cards))
         ready = [other for other in behind if self._goes_on(other)]

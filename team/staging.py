@@ -56,7 +56,8 @@ class StagedCopies:
 
     def _copy_piece(self, own: Tensor, other: Tensor, after: Mark) -> Mark:
         if not self._ring:
-            self._ring = list(self._allocate(self.num_pieces * self.piece_bytes).split(self.piece_bytes))
+            with torch.inference_mode(False):  # else it could not be written outside of that
+                self._ring = list(self._allocate(self.num_pieces * self.piece_bytes).split(self.piece_bytes))
         place, self._next = self._next, (self._next + 1) % self.num_pieces
         piece, read = self._ring[place][: own.numel()], self._read[place]
         left = self.legs.leave(piece, other, [after] if read is None else [after, read])

@@ -99,3 +99,14 @@ def test_other_dtypes_and_shapes(dtype):
     copies.copy([(own, other), (own[1], other[1])], Mark(True))
     devices.run()
     assert own.equal(other)
+
+
+def test_a_ring_of_a_pass_in_inference_mode_serves_others_too():
+    devices = Devices(0)
+    copies = StagedCopies(LazyLegs(devices), devices.allocate, 8, 2)
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            own, other = torch.zeros(5), torch.arange(5.0)
+            copies.copy([(own, other)], Mark(True))
+            devices.run()
+            assert own.equal(other)

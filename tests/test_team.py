@@ -276,6 +276,19 @@ class TestTurns:
         assert team.run(lambda rank: rank) == [0, 1]
         team.close()
 
+    def test_whoever_leaves_a_team_that_was_stopped_does_not_hide_why(self):
+        team = team_of(2)
+
+        def task(rank: int) -> None:
+            if rank == 0:
+                team.mail.take(1, 0, "any")
+            else:
+                team.mail.stop()  # as an interrupt of the other does, which is woken later
+
+        with pytest.raises(TeamStopped):
+            team.run(task)
+        team.close()
+
 
 class Stumble(BaseException):
     """An interrupt as hosts raise it: no Exception."""
