@@ -98,9 +98,9 @@ class Upscaler:
             stack.callback(self._stop)
             stack.callback(self.progress.end)
             self.progress.begin("load")
-            where = settings.compute_dtype, settings.device, True
-            projection = stack.enter_context(at_work(partial(self._projection.build, *where)))
-            decoder = stack.enter_context(at_work(partial(self._decoder.build, *where)))
+            dtype, device = settings.compute_dtype, settings.device
+            projection = stack.enter_context(at_work(partial(self._projection.build, dtype, device, only="decoder")))
+            decoder = stack.enter_context(at_work(partial(self._decoder.build, dtype, device, only="decoder")))
             self.model.start_fitting(plan, self.record.add_spans)
             self.plan = self.model.plan
             self.record.uses(self.model)
