@@ -115,9 +115,9 @@ PREVIEW = """(async node => {
     window.app.api.dispatchEvent(new CustomEvent('b_preview_with_metadata', {detail: {blob, ...at}}));
     await new Promise(done => setTimeout(done, 200));
 })"""
-CAPTIONS = """[...document.querySelectorAll('[data-node-id] .image-preview > .text-center:last-child')].map(
-    each => each.style.visibility
-)"""
+CAPTIONS = """(id => [
+    ...document.querySelectorAll(`[data-node-id="${id}"] .image-preview > .text-center:last-child`)
+].map(each => each.style.visibility))"""
 SAID_BELOW = """[...document.querySelectorAll('.lowvram-progress')].map(
     each => [each.parentNode.dataset.nodeId, each.textContent]
 )"""
@@ -207,30 +207,30 @@ def test_the_demo_runs_from_the_page(
     assert "predicted peak" in plan
     assert "denoise" in report
     host = page.evaluate("window.app.graph.nodes.find(node => node.isSubgraphNode?.()).id")
-    if request.node.callspec.params["page"] == "canvas":
+    drawn = request.node.callspec.params["page"] == "canvas"
+    if drawn:
         shown = page.evaluate("window.previewed")
         assert len(shown) > 2 and all(node.startswith(f"{host}:") for node in shown)
     assert overlapping(page) == []  # what came into the nodes included
     assert page.evaluate(FIELDS) == []
     keep(screenshot(page), name, tmp_path)
+    check_said_below(page, host, drawn)
 
 
-def test_what_runs_in_a_subgraph_is_said_at_its_node(page: QuietPage, request: pytest.FixtureRequest) -> None:
-    drop(page, "demo")
-    host = page.evaluate("window.app.graph.nodes.find(node => node.isSubgraphNode?.()).id")
+def check_said_below(page: QuietPage, host: int, drawn: bool) -> None:
+    """What runs in a subgraph is said at its node: in Nodes 2.0 by a line below it; `drawn`: on the canvas."""
     page.evaluate(f"{SAY}('{host}:3', 'decoding')")
     page.settle()
-    drawn = request.node.callspec.params["page"] == "canvas"
     assert page.evaluate(SAID_BELOW) == ([] if drawn else [[str(host), "decoding"]])
     assert overlapping(page) == []
     sampler = next(node["id"] for node in folded_nodes("demo") if node["type"] == "KSampler")
     for _ in range(2):
         page.evaluate(f"{PREVIEW}('{host}:{sampler}')")
-    assert page.evaluate(CAPTIONS) == ([] if drawn else ["hidden"])
+    assert page.evaluate(f"{CAPTIONS}({host})") == ([] if drawn else ["hidden"])
     page.evaluate("window.app.api.dispatchEvent(new CustomEvent('execution_success', {detail: {}}))")
     page.settle()
     assert page.evaluate(SAID_BELOW) == []
-    assert page.evaluate(CAPTIONS) == ([] if drawn else [""])
+    assert page.evaluate(f"{CAPTIONS}({host})") == ([] if drawn else [""])
 
 
 def folded_nodes(name: str) -> list[dict[str, Any]]:
