@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import statistics
 import time
@@ -16,13 +17,17 @@ from torch import nn
 
 from .blocks import compile_modules, dynamo_limits, uncompile_modules
 from .counts import Counts, counts, events
-from .reading import CompileReading, regressions
-from .saved_code import SavedCode, code_folder, key_of
+from .reading import CompileReading, kept_figures, regressions
+from .saved_code import SavedCode, code_folder, key_of, recorded_apart
 from .settings import CompileSettings
 
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 512  # between passes
+NO_TRITON = (
+    "backend inductor makes Triton kernels for a GPU, and Triton is missing: install it (pip install triton, on "
+    "Windows triton-windows), or run without torch.compile"
+)
 T = TypeVar("T")
 Stream = Callable[[Sequence[nn.Module]], Iterator[nn.Module]]
 
@@ -47,10 +52,12 @@ class CompiledCode:
         any_size: bool = False,
         folder: Path | None = None,
     ) -> None:
+        if settings.backend == "inductor" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            raise ValueError(NO_TRITON)
         self.settings, self._modules, self._device = settings, tuple(modules), device
         self._saved = SavedCode(key_of(settings, device, model), folder or code_folder())
         self._ready = False  # the code of the first size is there
-        self._saved_bytes = 0
+        self._saved_bytes: int | None = None  # of earlier starts; None: not looked for yet
         compile_modules(modules, settings, any_size)
         self.begin_run()
 
@@ -70,8 +77,7 @@ class CompiledCode:
     def end_run(self) -> None:
         """The run is over: the next one is compared with it."""
         if self._rows:
-            reading = self.reading()
-            self._saved.keep_last(reading.figures(self._rows))
+            self._saved.keep_last(kept_figures(self.reading(), self._rows, self._last))
 
     # Passes
 
@@ -79,8 +85,6 @@ class CompiledCode:
         """Before the first pass of a size's: `run` has a pass that `first_of_each` ends early."""
         if self._ready:
             return
-        if not self._saved_bytes and self.settings.backend == "inductor":
-            self._saved_bytes = self._saved.load()
         before = self._vram_in_use()
         with self.watching(rows), suppress(CodeMade):
             run()
@@ -103,15 +107,18 @@ class CompiledCode:
     @contextmanager
     def watching(self, rows: int) -> Iterator[None]:
         """A pass of so many rows goes in here; what it compiles is counted, kept for the next start and told."""
+        if self._saved_bytes is None:
+            self._saved_bytes = self._saved.load() if self.settings.backend == "inductor" else 0
         before, since = counts(), time.time()
         self._note_pass(rows)
-        try:
-            with dynamo_limits(self.settings):
-                yield
-        finally:
-            made = counts() - before
-            if made != Counts():
-                self._note_code(made, since)
+        with recorded_apart():
+            try:
+                with dynamo_limits(self.settings):
+                    yield
+            finally:
+                made = counts() - before
+                if made != Counts():
+                    self._note_code(made, since)
 
     def _note_pass(self, rows: int) -> None:
         now = time.perf_counter()
@@ -142,7 +149,7 @@ class CompiledCode:
             self._counts,
             tuple(self._again),
             *self._vram,
-            self._saved_bytes,
+            self._saved_bytes or 0,
             statistics.median(times) if len(times) > 1 else None,
             self.settings.notes,
         )

@@ -43,6 +43,14 @@ class CompileReading:
         }
 
 
+def kept_figures(reading: CompileReading, rows: int, last: Mapping[str, Any]) -> dict[str, Any]:
+    """What is remembered of a run for the next one: one that made no code leaves what `last` says of making it."""
+    figures = reading.figures(rows)
+    if not reading.counts.graphs:
+        figures |= {name: last[name] for name in ("seconds", "again", *asdict(NONE)) if name in last}
+    return figures
+
+
 def regressions(now: Mapping[str, Any], last: Mapping[str, Any]) -> tuple[str, ...]:
     """Words on what of `now` is worse than `last`, both by `CompileReading.figures`; none for another or no last."""
     found = []

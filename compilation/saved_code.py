@@ -1,8 +1,8 @@
 """Compiled code that outlives the process: what torch.compile made, in a file of the user's data folder.
 
 A file is of one torch, Triton, GPU, version of this package, settings and model; another's is never read. It begins
-with a line that says what it is, and the digest of the rest: what is damaged is made anew. PyTorch reads it by pickle,
-so it is trusted as the user's own files are.
+with a line that says what it is, and the digest of the rest: what is damaged is made anew. The rest are parts, one for
+each pass that made code that was not there. PyTorch reads them by pickle, so it is trusted as the user's own files are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import json
 import logging
 import os
 import re
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from .settings import CompileSettings
 
 logger = logging.getLogger(__name__)
 
-START = b"lowvram-video compiled code 1 "  # and the SHA-256 of what follows the line
+START = b"lowvram-video compiled code 2 "  # and the SHA-256 of what follows the line
 MOST_BYTES = 2 << 30  # of all files together
 ENDING, LAST_ENDING = ".code", ".last.json"
 MOST_LAST_BYTES = 1 << 16
+LENGTH_BYTES = 8  # before each part
 TRITON_NAMES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm")
 
 
@@ -77,12 +79,27 @@ def code_folder() -> Path:
     return data_folder() / "compiled"
 
 
-@dataclass(frozen=True)
+@contextmanager
+def recorded_apart() -> Iterator[None]:
+    """What PyTorch compiles, or finds, meanwhile is all that `SavedCode.save` keeps.
+
+    Else it would be all of the process, other models' too, and of what was saved before PyTorch would not read back
+    more than the last time's.
+    """
+    manager: Any = None
+    with suppress(ImportError):  # not there before PyTorch 2.7
+        manager = importlib.import_module("torch.compiler._cache").CacheArtifactManager
+    with getattr(manager, "with_fresh_cache", nullcontext)():
+        yield
+
+
+@dataclass
 class SavedCode:
     """The file of one key's code, and what its last run was like."""
 
     key: CodeKey
     folder: Path
+    _known: set[tuple[str, str]] = field(default_factory=set)  # kinds and names of what the file holds
 
     @property
     def path(self) -> Path:
@@ -91,39 +108,70 @@ class SavedCode:
     def load(self) -> int:
         """Have PyTorch's caches know what the file holds: its bytes, 0 where there is none or it is no use."""
         load = getattr(torch.compiler, "load_cache_artifacts", None)
-        if load is None or not self.path.is_file():
+        if load is None:
             return 0
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            logger.warning("%s cannot be read (%s): code is made anew", self.path, error)
-            return 0
-        head, _, code = content.partition(b"\n")
-        if head != START + hashlib.sha256(code).hexdigest().encode():
-            logger.warning("%s is damaged, or no compiled code: it is ignored, and code is made anew", self.path)
-            return 0
-        if load(code) is None:
-            logger.warning("%s is of another PyTorch: it is ignored, and code is made anew", self.path)
-            return 0
-        with suppress(OSError):
-            os.utime(self.path)  # what was used last is kept longest
-        return len(code)
+        total = 0
+        for part in self._parts():
+            try:
+                info = load(part)
+            except OSError as error:
+                logger.warning("kept code cannot be used (%s): it is made anew", error)
+                return total
+            if info is None:
+                logger.warning("%s is of another PyTorch: it is ignored, and code is made anew", self.path)
+                return total
+            self._known |= _names(info)
+            total += len(part)
+        if total:
+            with suppress(OSError):
+                os.utime(self.path)  # what was used last is kept longest
+        return total
 
     def save(self) -> int:
-        """Keep what this process has compiled so far: its bytes, 0 where nothing could be kept, which is logged."""
+        """Keep what was compiled within `recorded_apart`, beside what the file holds: the file's bytes.
+
+        0 where nothing is new, or it could not be kept, which is logged.
+        """
         save = getattr(torch.compiler, "save_cache_artifacts", None)
         made = None if save is None else save()
         if made is None:
             return 0
-        code: bytes = made[0]
+        names = _names(made[1])
+        if names <= self._known and self.path.is_file():
+            return 0
+        parts = [*self._parts(), made[0]]
+        while sum(map(len, parts)) > MOST_BYTES and len(parts) > 1:
+            del parts[0]
+        content = b"".join(len(part).to_bytes(LENGTH_BYTES, "big") + part for part in parts)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(self.path, START + hashlib.sha256(code).hexdigest().encode() + b"\n" + code)
+            write_file(self.path, START + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
         except OSError as error:
             logger.warning("compiled code cannot be kept in %s (%s): the next start makes it anew", self.folder, error)
             return 0
+        self._known |= names
         prune(self.folder, self.path)
-        return len(code)
+        return len(content)
+
+    def _parts(self) -> list[bytes]:
+        """What the file holds, none where there is none or it is no use, which is logged."""
+        if not self.path.is_file():
+            return []
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            logger.warning("%s cannot be read (%s): code is made anew", self.path, error)
+            return []
+        head, _, code = content.partition(b"\n")
+        if head != START + hashlib.sha256(code).hexdigest().encode():
+            logger.warning("%s is damaged, or no compiled code: it is ignored, and code is made anew", self.path)
+            return []
+        parts, at = [], 0
+        while at < len(code):
+            begin = at + LENGTH_BYTES
+            at = begin + int.from_bytes(code[at:begin], "big")
+            parts.append(code[begin:at])
+        return parts
 
     def last(self) -> dict[str, Any]:
         """Numbers that `keep_last` was given; nothing where there is no such file, or it is damaged."""
@@ -138,6 +186,12 @@ class SavedCode:
         with suppress(OSError):  # they are a convenience
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / f"{self.key.stem}{LAST_ENDING}", json.dumps(figures).encode())
+
+
+def _names(info: Any) -> set[tuple[str, str]]:
+    """Of what PyTorch saved or loaded (`CacheInfo`)."""
+    found = vars(info).get("artifacts", vars(info))  # the other in PyTorch 2.6
+    return {(kind, name) for kind, names in found.items() for name in names}
 
 
 def prune(folder: Path, kept: Path, most_bytes: int = MOST_BYTES) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -44,7 +45,13 @@ class TritonCache:
 
     def _is_stale(self, folder: Path) -> bool:
         versions = {version for path in folder.glob("*.json") if (version := _version_in(path))}
-        return bool(versions) and self.version.split("+")[0] not in {each.split("+")[0] for each in versions}
+        return bool(versions) and _release(self.version) not in {_release(each) for each in versions}
+
+
+def _release(version: str) -> str:
+    """Without what packages add to it: triton-windows 3.5.0.post21 writes 3.5.0."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return found[0] if found else version
 
 
 def _version_in(path: Path) -> str:

@@ -490,16 +490,19 @@ class StreamedModel(Generic[M]):
         """
         self.stop()
         self._on_spans = on_spans
-        self.retrying(lambda: None if self.started else self.start(plan))
+        self._fitting(lambda: None if self.started else self.start(plan))
 
     def retrying(self, run: Callable[[], T]) -> T:
         """A pass; when the device runs out of memory, also while starting anew, it is repeated with a leaner plan."""
+        return self._fitting(lambda: self._compiling(run))
+
+    def _fitting(self, run: Callable[[], T]) -> T:
         leaner: MemoryPlan | None = None
         while True:
             try:
                 if leaner is not None:
                     self.start(leaner)
-                return self._of_one_file(lambda: self._compiling(run))
+                return self._of_one_file(run)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or (leaner := self._leaner_plan()) is None:
                     raise

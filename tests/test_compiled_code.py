@@ -17,7 +17,7 @@ from lowvram_video.compilation import profiles
 from lowvram_video.compilation.code import CodeMade, CompiledCode
 from lowvram_video.compilation.counts import Counts, counts
 from lowvram_video.compilation.profiles import GIB, VideoMemory, settings_of
-from lowvram_video.compilation.reading import CompileReading, regressions
+from lowvram_video.compilation.reading import CompileReading, kept_figures, regressions
 from lowvram_video.compilation.saved_code import ENDING, SavedCode, code_folder, key_of, prune
 from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.compilation.triton_cache import TritonCache
@@ -178,6 +178,24 @@ def test_why_code_was_made_again_is_told(tmp_path: Path) -> None:
     assert reading.seconds > 0 and any("recompiled, forward" in line for line in lines([reading]))
 
 
+def test_a_model_that_ran_plain_compiles_its_next_run(tmp_path: Path) -> None:
+    """Starting it is no pass: blocks are made of the pass's stream, and its stream stays."""
+    model = StreamedWan(save_wan(tmp_path / "wan.safetensors"), RunSettings())
+    plan = model.make_plan(wan_work(model.config, (64, 48, 5)), LIMITS)
+
+    def run() -> Tensor:
+        model.start_fitting(plan)
+        assert model.model.stream is model.streamer, "weights arrive"
+        return model(draw(0, 1, 16, 2, 6, 8), torch.tensor([500.0]), draw(1, 1, 16, TEXT_DIM))
+
+    want = run()
+    model.compile(CompileSettings(backend="aot_eager"))
+    assert torch.allclose(run(), want, atol=1e-5)
+    assert model.compiled is not None
+    reading = model.compiled.reading()
+    assert reading.counts.graphs == 1 and reading.pass_seconds is None, "one pass"
+
+
 # --- kept code -------------------------------------------------------------------------------------------
 
 
@@ -209,6 +227,25 @@ def test_the_next_start_finds_the_code_and_what_is_damaged_is_made_anew(
         assert saved.path == file and saved.load() == 0
         assert "ignored" in caplog.text
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_code_of_every_pass_is_found_again_whatever_the_starts_between_used(tmp_path: Path) -> None:
+    """One pass makes the blocks' code, another one the head's or another size's; a start may need one of them alone."""
+    settings, hits = CompileSettings(dynamic=False), []
+    for sizes in ((3, 5), (3,), (5,), (3, 5)):
+        with fresh_cache():
+            torch._dynamo.reset()
+            blocks = layers(Layer)
+            code = CompiledCode(blocks, settings, CPU, "test", folder=tmp_path)
+            for rows in sizes:
+                with code.watching(rows):
+                    blocks[0](torch.ones(rows, 8))
+            reading = code.reading()
+            hits.append((reading.counts.misses, reading.counts.hits > 0, reading.saved_bytes))
+    print(hits)
+    assert hits[0][0] > 0 and hits[0][1:] == (False, 0)
+    assert [each[:2] for each in hits[1:]] == [(0, True)] * 3, "all of it was found"
+    assert len({saved for *_, saved in hits[1:]}) == 1, "nothing is kept twice"
 
 
 @pytest.mark.parametrize("text", ["[" * 60000, '{"a":' * 9000, '{"misses": 1' + "0" * 5000 + "}", "[]", "\0", '"x"'])
@@ -280,6 +317,14 @@ def test_cache_shows_and_clears(
     assert TritonCache.here().stale() == []
 
 
+def test_kernels_of_this_triton_are_known_under_the_version_of_its_package(tmp_path: Path) -> None:
+    """triton-windows 3.5.0.post21 and pytorch-triton 3.5.0+gitX call themselves 3.5.0 in what they write."""
+    kernel(tmp_path, "mine", "3.5.0")
+    kernel(tmp_path, "other", "3.5.1")
+    for version in ("3.5.0", "3.5.0.post21", "3.5.0+git1", "3.5.0.dev2025"):
+        assert [path.name for path in TritonCache(tmp_path, version).stale()] == ["other"], version
+
+
 # --- profiles --------------------------------------------------------------------------------------------
 
 
@@ -317,6 +362,12 @@ def test_tensorrt_is_refused_with_the_command() -> None:
         CompiledCode(layers(Layer), CompileSettings(backend="tensorrt"), CPU, "test")
 
 
+def test_inductor_on_a_card_without_triton_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"Triton is missing: install it .*triton-windows"):
+        CompiledCode(layers(Layer), CompileSettings(), torch.device("cuda"), "test")
+
+
 # --- what is shown ---------------------------------------------------------------------------------------
 
 
@@ -329,6 +380,18 @@ def test_what_is_worse_than_before_is_told() -> None:
     assert regressions(last.figures(96), now.figures(96)) == ()
     other_size = regressions(CompileReading("a", pass_seconds=9.0).figures(100), last.figures(96))
     assert other_size == () == regressions(now.figures(96), {"seconds": "damaged", "rows": 96, "again": None})
+
+
+def test_a_run_that_made_no_code_is_not_what_making_it_is_compared_with(tmp_path: Path) -> None:
+    """A process makes code in its first run, and the next process does so again: that is no worse than before."""
+    figures = [CompileReading("a", 9.0, Counts(1, 0, 0, 1)), CompileReading("a"), CompileReading("a", 8.0, Counts(1))]
+    last: dict[str, object] = {}
+    for reading in figures:
+        assert regressions(reading.figures(96), last) == ()
+        last = kept_figures(reading, 96, last)
+    slower = CompileReading("a", 30.0, Counts(1, 1, 0, 1))
+    words = " / ".join(regressions(slower.figures(96), last))
+    assert "compiling took 30.0 s, 8.0 s" in words and "1 graph breaks, 0" in words
 
 
 def test_a_run_is_compared_with_the_last_one(tmp_path: Path) -> None:

@@ -155,6 +155,18 @@ def test_teacache_adds_up_by_the_polynomial() -> None:
     assert rule.estimate(signals[2], 0.2) == pytest.approx(first + np.poly1d(polynomial)(0.2 / 1.1), rel=1e-5)
 
 
+def test_a_threshold_of_0_computes_every_step() -> None:
+    """Also where a published polynomial is below 0, as that of Wan 14B is for small changes."""
+    table = published_tables()["wan2.1_t2v_14B"]
+    cache = PassCache(table.rule("teacache", [0]), 0.0)
+    reused = []
+    for step in range(5):
+        cache.begin(step / 5, allowed=True)
+        reused.append(cache.reuse(torch.full((1, 4), 1.05**step)))
+        cache.residual = torch.zeros(1, 4)
+    assert not any(reused)
+
+
 def test_no_more_in_a_row_than_said() -> None:
     cache = PassCache(MagRule([(1.0, 1.0)]), 0.5, max_skips=2)
     reused = []
@@ -549,6 +561,8 @@ def test_which_table_is_taken(tmp_path: Path) -> None:
     assert choose_table(auto, config, path).name == "made up"
     with pytest.raises(ValueError, match=r"no file, nor one of wan2\.1_t2v_1\.3B"):
         choose_table(replace(auto, table="wan9"), config, path)
+    own_table(path).write_bytes(b"damaged")
+    assert choose_table(replace(auto, method="first_block"), config, path).name == path.name, "needs no table"
     own_table(path).unlink()
     with pytest.raises(ValueError, match="use first_block, or measure the model: lowvram-video calibrate"):
         choose_table(auto, tiny.CONFIGS["t2v"], path)

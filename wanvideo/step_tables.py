@@ -32,10 +32,10 @@ def choose_table(settings: StepCacheSettings, config: WanConfig, path: Path) -> 
                 f"these, or {CALIBRATE}"
             )
         return read_table(file, fingerprint(path))
+    if settings.method == FIRST_BLOCK:  # needs none: one that is damaged is in nobody's way
+        return CacheTable(path.name)
     if own.is_file():
         return read_table(own, fingerprint(path))
-    if settings.method == FIRST_BLOCK:
-        return CacheTable(path.name)
     name = suitable(config, path.name)
     if name is None:
         raise ValueError(

@@ -54,8 +54,8 @@ class PassCache:
         error = math.inf
         if self.residual is not None and self._may_skip:
             error = self.rule.estimate(signal, self._place)
-        # not a number compares False, and is computed
-        reuse = error < self.threshold if self._forced is None else self._forced and self.residual is not None
+        # not a number compares False, and is computed; a polynomial may be below 0
+        reuse = error < self.threshold > 0 if self._forced is None else self._forced and self.residual is not None
         self.rule.settle(signal, self._place, error if reuse else None)
         self._skips = self._skips + 1 if reuse else 0
         self._decided, self.reused = self._place, reuse
