@@ -36,6 +36,15 @@ class HereAlready:
         return layer.pieces()
 
 
+class BroughtLayers(nn.Sequential):
+    """Layers whose weights are brought some rows at a time: the same rows wherever they lie, so the same bits."""
+
+    def forward(self, x: Tensor, bring: Bring = HereAlready(), spare: Tensor | None = None) -> Tensor:  # noqa: B008
+        for layer in self:
+            x = layer.multiply_pieces(x, bring.pieces(layer, spare)) if isinstance(layer, Linear) else layer(x)
+        return x
+
+
 class Block(nn.Module):
     """A part of a transformer that can be streamed by itself.
 
@@ -75,13 +84,6 @@ class Transformer(nn.Module):
     def outer_modules(self) -> list[nn.Module]:
         """Modules beside the blocks that are worth compiling."""
         return []
-
-    def brought_through(self, layers: nn.Sequential, x: Tensor, spare: Tensor | None) -> Tensor:
-        """`layers(x)`, the weights of each brought some rows at a time: the same rows wherever they lie, so the same
-        bits."""
-        for layer in layers:
-            x = layer.multiply_pieces(x, self.bring.pieces(layer, spare)) if isinstance(layer, Linear) else layer(x)
-        return x
 
     def scratch_elements(self) -> int:
         """The most weight elements that are unpacked at a time."""

@@ -23,7 +23,7 @@ from ...transformer.block_cache import BlockCache, probed_rows, probed_step, run
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.nag import NagSettings
 from ...transformer.together import CardsTogether
-from ...transformer.transformer import Transformer
+from ...transformer.transformer import BroughtLayers, Transformer
 from ...transformer.workspace import Rows, Workspace
 from ...weights.linear.linear import Linear
 from .blocks import BlockHooks, Context, ControlStream, KeysValues, NagKeys, NagText, Pass, WanBlock
@@ -138,13 +138,13 @@ class WanModel(Transformer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config, **factory)
-        self.text_embedding = nn.Sequential(
+        self.text_embedding = BroughtLayers(
             Linear(config.text_dim, dim, **factory), nn.GELU("tanh"), Linear(dim, dim, **factory)
         )
-        self.time_embedding = nn.Sequential(
+        self.time_embedding = BroughtLayers(
             Linear(config.freq_dim, dim, **factory), nn.SiLU(), Linear(dim, dim, **factory)
         )
-        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim, **factory))
+        self.time_projection = BroughtLayers(nn.SiLU(), Linear(dim, 6 * dim, **factory))
         self.blocks = nn.ModuleList(WanBlock(config, **factory) for _ in range(config.num_layers))
         self.head = Head(config, **factory)
         self.img_emb = ImageEmbedding(config, **factory) if config.image_dim else None
@@ -340,7 +340,7 @@ class WanModel(Transformer):
         if self.img_emb is not None and image_tokens is not None:
             with self.bring((self.img_emb,), None):
                 image = self.img_emb(image_tokens.to(dtype).reshape(text.shape[0], -1, image_tokens.shape[-1]))
-        embedded = self.brought_through(self.text_embedding, text.to(dtype), None)
+        embedded = self.text_embedding(text.to(dtype), self.bring)
         return Context(embedded, embedded if self.img_emb is not None and image is None else image)
 
     def embed_nag(self, nag: Nag) -> Nag:
@@ -355,8 +355,8 @@ class WanModel(Transformer):
         They are made in the compute dtype, as ComfyUI makes them, and given in fp32, in which blocks add to them.
         """
         angles = sinusoidal_embedding(self.config.freq_dim, timestep.flatten())
-        time = self.brought_through(self.time_embedding, angles.to(self.execution.dtype), spare)
-        modulation = self.brought_through(self.time_projection, time, spare)
+        time = self.time_embedding(angles.to(self.execution.dtype), self.bring, spare)
+        modulation = self.time_projection(time, self.bring, spare)
         return time.float(), modulation.float().unflatten(1, (6, -1))
 
     def workspace(
