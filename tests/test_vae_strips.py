@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -345,6 +345,56 @@ def test_fingerprints_are_of_all_bits(monkeypatch):
         others[place] = -others[place]
         assert not torch.equal(fingerprint([numbers, others]), fingerprint([numbers, numbers]))
     assert fingerprint([torch.zeros(0), torch.ones(3, dtype=torch.uint8)]).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "allocator", "timed", "hip"),
+    [(None, "native", False, None), ("0", "native", False, None), (None, "cudaMallocAsync", False, None),
+     (None, "native", True, None), (None, "native", False, "6.4")],
+)  # fmt: skip
+def test_steps_are_recorded_where_that_is_known_to_work(monkeypatch, wanted, allocator, timed, hip):
+    monkeypatch.setattr(recording, "CudaRecorder", str)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", timed)
+    monkeypatch.delenv("LOWVRAM_RECORD_STEPS", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("LOWVRAM_RECORD_STEPS", wanted)
+    known = (wanted, allocator, timed, hip) == (None, "native", False, None)
+    assert recording.select_recorder(torch.device("cuda", 1), hip) == ("cuda:1" if known else None)
+    assert recording.select_recorder(torch.device("cpu"), hip) is None
+
+
+def test_a_recording_that_fails_leaves_pytorchs_allocator_as_it_was(monkeypatch):
+    """PyTorch ends what is allocated for a recording only where that can be ended."""
+
+    class Graph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            assert (pool, capture_error_mode) == ("pool", "thread_local")
+
+        def capture_end(self) -> None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    class Stream:
+        device_index = 1
+
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    left: list[tuple[Any, ...]] = []
+    fakes: dict[str, Any] = {
+        "Stream": Stream, "CUDAGraph": Graph, "graph_pool_handle": lambda: "pool", "empty_cache": lambda: None,
+        "current_stream": lambda device: None, "stream": lambda stream: nullcontext(),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: left.append((name, *args)), raising=False)
+    with pytest.raises(RuntimeError, match="during capture"):
+        recording.CudaRecorder(torch.device("cuda", 1)).record(lambda: None)
+    assert left == [("_cuda_endAllocateToPool", 1, "pool"), ("_cuda_releasePool", 1, "pool")]
 
 
 # --- frames on their way ---------------------------------------------------------------------------------

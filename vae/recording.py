@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -63,10 +64,10 @@ class CudaRecorder:
             graph.capture_end()
         except RuntimeError:
             # PyTorch (2.11) takes itself for recording ever after, and then neither gives memory back nor reuses what
-            # was copied on another stream.
-            end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-            if end is not None:
-                end(self._stream.device_index, self._pool)
+            # was copied on another stream. Where it got as far as ending that, it says so.
+            with suppress(RuntimeError, AttributeError):
+                for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                    leave(self._stream.device_index, self._pool)
             raise
 
 
