@@ -1,8 +1,8 @@
 """The real ComfyUIs of this machine: COMFYUI_DIR or $HOME/ComfyUI, and an older one beside it.
 
 They have environments of their own (venv/ in their folder), so what needs one runs as its subprocess: the test modules
-under `inside/` in one, and one server (`server.py`) that all other modules share. Each is a group of its own for
-pytest-xdist (`--dist loadgroup`).
+under `inside/` in one, and one server (`server.py`) that all other modules share. Each is for one worker of
+pytest-xdist (`--dist loadscope`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from .server import Server
 from .tiny_files import make_inputs, make_models
@@ -80,10 +81,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.comfyui)
-            one = item.callspec.params.get("comfyui") if isinstance(item, pytest.Function) else None
-            if one is not None:
-                part = "inside" if item.path.stem == "test_inside" else "server"
-                item.add_marker(pytest.mark.xdist_group(f"{one.version} {part}"))
+
+
+class OneServerEach(LoadScopeScheduling):
+    """All tests of one server in one worker; xdist's own groups (`xdist_group`) are none in pytest 9.2."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name, _, values = nodeid.partition("[")
+        version = next((one.version for one in installations() if one.version in values), "none")
+        return f"{version} {'inside' if 'test_inside.py' in name else 'server'}"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    return OneServerEach(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

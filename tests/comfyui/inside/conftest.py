@@ -13,6 +13,7 @@ import pytest
 
 PACK = Path(__file__).parents[3]
 PACK_NAME = "lowvram_pack"  # ComfyUI, too, imports a pack under a name of its own
+MANY_OBJECTS = 100_000  # an import of much, such as PyTorch's compiler, makes more, a test's models fewer
 
 sys.path.insert(0, os.environ["COMFYUI_DIR"])
 sys.path.insert(1, str(Path(__file__).parent))
@@ -58,12 +59,13 @@ def inference_mode():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def quick_collections() -> None:
     """ComfyUI collects garbage wherever a MODEL was dropped: not through all that this process has imported."""
-    gc.unfreeze()  # what the module before has left
-    gc.collect()
-    gc.freeze()
+    if len(gc.get_objects()) > MANY_OBJECTS:
+        gc.unfreeze()  # what tests before have left
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
