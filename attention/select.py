@@ -85,10 +85,6 @@ def select_fastest(mode: str, spec: AttentionSpec, size: AttentionSize, machine:
     kept = KeptChoices(machine.versions())
     allowed = [line for line in _BACKENDS if line.auto_rank is not None or mode == AUTO_FAST]
     name = kept.find(mode, spec, size)
-    for line in allowed:
-        if line.name == name and _find_reason(backend := line.make(spec.device, machine), spec) is None:
-            logger.info("attention: %s, the fastest when it was timed for %s of %s", name, size, spec)
-            return backend
 
     def check(backend: Backend) -> str | None:
         if backend.error > FAST_ERROR:
@@ -100,6 +96,10 @@ def select_fastest(mode: str, spec: AttentionSpec, size: AttentionSize, machine:
         work=f"{spec}, {size}", unavailable=AttentionUnavailable,
     )  # fmt: skip
     try:
+        for line in allowed:
+            if line.name == name and check(backend := line.make(spec.device, machine)) is None:
+                logger.info("attention: %s, the fastest when it was timed for %s of %s", name, size, spec)
+                return backend
         ranked = sorted(allowed, key=lambda line: line.auto_rank or len(_BACKENDS))
         chosen = choose(trial, [line.make(spec.device, machine) for line in ranked])
     except RuntimeError as error:

@@ -128,10 +128,11 @@ class Bench:
             clips.append(torch.cat(list(pipeline.generate(request))).cpu())
             readings += [each for each in pipeline.report().attention if each.sparse or row.attention != "sdpa"]
         errors = [each.error for each in readings if each.error is not None]
+        densities = [each.density for each in readings if each.density is not None]
         pipeline.release()
         return torch.stack(clips), {
             "name": row.name,
-            "density": statistics.mean(each.density for each in readings) if readings else None,  # None: not looked at
+            "density": statistics.mean(densities) if densities else None,  # None: not looked at
             "error": statistics.mean(errors) if errors else None,
             "largest_error": max(errors, default=None),
         }

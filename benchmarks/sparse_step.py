@@ -287,9 +287,11 @@ class Bench:
         readings = () if watch is None else watch.readings()
         last = [each for each in readings if each.step == max(one.step for one in readings)]
         errors = [each.error for each in last if each.error is not None]
+        known = [each.density for each in last if each.density is not None]
+        looked = len(known) == len(last)
         return {
             "sparse_layers": sum(each.sparse for each in last),
-            "density": sum(each.density for each in last) / len(last) if last else 1.0,
+            "density": (statistics.mean(known) if known else 1.0) if looked else None,
             "measured_error": sum(errors) / len(errors) if errors else None,
             "largest_error": max(errors, default=None),
             "attention_seconds": sum(each.seconds for each in last),
@@ -348,8 +350,9 @@ def table(found: dict[str, Any]) -> str:
                 lines.append(f"  {row['name']:<28} whole denoise {row['denoise']:.1f} s")
                 continue
             error, largest = (row[name] or 0.0 for name in ("measured_error", "largest_error"))
+            density = "-" if row["density"] is None else f"{row['density']:.3f}"
             lines.append(
-                f"  {row['name']:<28}{row['step']:>9.3f}{error:>9.3f}{largest:>9.3f}{row['density']:>9.3f}"
+                f"  {row['name']:<28}{row['step']:>9.3f}{error:>9.3f}{largest:>9.3f}{density:>9}"
                 f"{row['difference']:>9.3f}{row.get('allocated_gib', 0):>9.2f}{row['predicted_gib']:>9.2f}"
             )
         steps = {row["name"]: row["step"] for row in rows if "step" in row}

@@ -129,9 +129,9 @@ def _compute_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "attention_mode", options=list(ATTENTION_MODES), default="auto",
-            tooltip="auto takes the fastest exact one that is installed and works here. sageattn, sageattn_2pp, "
-            "int8_attention and, on RTX 50, sageattn_3 are inexact, so they are only taken when chosen. One that "
-            "cannot run says why.",
+            tooltip="auto takes the fastest exact one that is installed and works here, auto_fast also one of 8 bits. "
+            "sageattn, sageattn_2pp, int8_attention and, on RTX 50, sageattn_3 are inexact: auto never takes them. "
+            "One that cannot run says why.",
         ),
         io.Combo.Input(
             "quantization", options=list(QUANTIZATIONS), default="none",

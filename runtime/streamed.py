@@ -117,6 +117,7 @@ class StreamedModel(Generic[M]):
         self._before_safe_path: tuple[torch.dtype, Backend, AttentionRun | None] | None = None
         self._on_spans: SpanSink | None = None
         self._attention_tokens = 0  # of the size that attention was chosen for
+        self._step: tuple[int, int] | None = None  # of a run, and how many it has; None before its first
         self.several: Several[StreamedModel[M]] | None = None
         self.is_beside = False  # whether it is another card's part of such
         self.use_sparse(settings.sparse)
@@ -355,12 +356,15 @@ class StreamedModel(Generic[M]):
             watch = AttentionRun(
                 execution.attention, len(self.blocks), self.config.num_heads, kernel, settings, leader, not alone
             )
+            if self._step is not None:  # attention is chosen for a run whose first step has begun
+                watch.begin_step(*self._step)
         self.model.execution = replace(execution, watch=watch)
         for other in self._others:
             other.use_sparse(settings, watch)
 
     def at_step(self, step: int, num_steps: int) -> None:
         """The passes that follow are of this step of a run's; what attention leaves out depends on it."""
+        self._step = step, num_steps
         watch = self.model.execution.watch
         if watch is not None:
             watch.begin_step(step, num_steps)
@@ -442,7 +446,10 @@ class StreamedModel(Generic[M]):
             other.attach_loras(loras, strengths, origin)
 
     def begin_steps(self) -> None:
-        """A run begins: no step of the last one is reused."""
+        """A run begins: no step of the last one is reused, nor what was learnt of it."""
+        self._step = None
+        if (watch := self.model.execution.watch) is not None:
+            watch.begin_run()
         if self.step_cache is not None:
             self.step_cache.begin_run()
         if self.compiled is not None:

@@ -138,6 +138,21 @@ def test_memory_that_runs_out_while_timing_is_no_choice_for_good(data: Path, mon
     assert not data.exists()
 
 
+def test_memory_that_runs_out_while_what_is_kept_is_tried_stops_no_run(
+    timed: Any, monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    timed(**SECONDS)
+    assert select_fastest("auto_fast", SPEC, SIZE, on()).name == "int8_attention"
+    kept = data.read_bytes()
+
+    def short(*_: Any) -> str | None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(select, "find_disagreement", short)
+    assert select_fastest("auto_fast", SPEC, SIZE, on()).name == "sdpa"
+    assert data.read_bytes() == kept
+
+
 def test_a_backend_that_came_after_the_card_was_measured_is_timed_too(timed: Any) -> None:
     rows = (
         AttentionRow("sdpa", 24, 8192, 8192, 1.0, 50.0, 0.002),

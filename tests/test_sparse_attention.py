@@ -318,6 +318,29 @@ def test_the_first_steps_and_short_passes_are_dense(step: int, num_steps: int, t
     assert begun is not None and begun.sparse == sparse
 
 
+def test_attention_that_is_chosen_in_the_first_pass_knows_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI tells of the step before the size of the work is known, and the fastest attention is chosen by that."""
+
+    class Quick(Sdpa):
+        name = "quick"
+
+    monkeypatch.setattr(streamed, "select_fastest", lambda *_: Quick(CPU))
+    monkeypatch.setattr(StreamedWan, "_may_time", property(lambda self: True))
+    path = tiny.save_wan(tmp_path / "wan.safetensors")
+    with with_kernel(Sol):
+        model = StreamedWan(path, RunSettings(sparse=RUN))
+        model.begin_steps()
+        for step, sparse in ((0, False), (1, True)):
+            model.at_step(step, 4)
+            model.choose_attention(1000)
+            watch = model.model.execution.watch
+            assert watch is not None and watch.dense.name == "quick"
+            begun = watch.begin_pass(1000, CPU)
+            assert begun is not None and begun.sparse == sparse
+
+
 def test_the_first_layers_are_dense() -> None:
     run = sparse_run(replace(ALWAYS, dense_layers=2))
     assert [run.chosen(layer) is not None for layer in range(3)] == [False, False, True]
@@ -377,6 +400,67 @@ def test_what_was_learnt_is_taken_up() -> None:
     assert again.layers == bound.layers and again.chosen(0) == bound.chosen(0)
 
 
+def begun_pass(run: AttentionRun, tokens: int, step: int, num_steps: int = 20) -> AttentionPass:
+    run.begin_step(step, num_steps)
+    begun = run.begin_pass(tokens, CPU)
+    assert begun is not None
+    begun.order = TokenOrder.of(torch.arange(tokens))
+    return begun
+
+
+def measure(run: AttentionRun, step: int, num_steps: int = 20) -> None:
+    """A pass of one layer, far beyond the bound."""
+    q, k, v = planted(320, heads=1)
+    begun = begun_pass(run, 320, step, num_steps)
+    begun.begin_layer(0, [], q)
+    begun.attend(q, k, v)
+    begun.end(q.flatten(0, 1).clone(), q)
+
+
+BOUNDED = replace(ALWAYS, tau=2.0, bound=0.15)
+
+
+@pytest.mark.parametrize("num_steps", [1, 20])
+def test_a_run_begins_with_nothing_of_the_one_before(num_steps: int) -> None:
+    """Also where that was stopped in its first step, or had no other."""
+    run, fresh = (sparse_run(BOUNDED, layers=1) for _ in range(2))
+    measure(run, 0, num_steps)
+    assert run.readings() and run.chosen(0) != fresh.chosen(0)
+    run.begin_run()
+    run.begin_step(0, num_steps)
+    assert run.chosen(0) == fresh.chosen(0)
+
+
+def test_a_run_that_goes_on_at_a_later_step_keeps_what_it_is_told() -> None:
+    """In a new process, and in one that has just had another run; ComfyUI tells of no step before it."""
+    first = sparse_run(BOUNDED, layers=1)
+    for step in range(3):
+        measure(first, step)
+    learnt = first.state()
+    assert learnt is not None
+    fresh, used = (sparse_run(BOUNDED, layers=1) for _ in range(2))
+    for step in range(20):
+        begun_pass(used, 320, step)
+    for run in (fresh, used):
+        run.begin_run()
+        run.restore(learnt)
+        run.begin_step(3, 20)
+        assert run.chosen(0) == first.chosen(0) != sparse_run(BOUNDED, layers=1).chosen(0)
+
+
+def test_what_was_measured_before_is_no_part_of_what_a_run_is_told() -> None:
+    """A step cache has passes made once more, whose errors the record knows of."""
+    first = sparse_run(BOUNDED, layers=1)
+    measure(first, 0)
+    learnt = first.state()
+    assert learnt is not None
+    again = sparse_run(BOUNDED, layers=1)
+    measure(again, 0)
+    again.restore(learnt)
+    begun_pass(again, 320, 1)
+    assert again.chosen(0) == first.chosen(0)
+
+
 @pytest.mark.parametrize("bound", [0.05, 0.15])
 def test_errors_come_under_the_bound_by_what_was_measured(bound: float) -> None:
     """q, k and v as they are, step after step: tau finds a place where the true error is under the bound, or none."""
@@ -396,7 +480,7 @@ def test_errors_come_under_the_bound_by_what_was_measured(bound: float) -> None:
     assert (run.chosen(0) is None) == (bound == 0.05)  # nothing that is left out keeps it: it is dense
     readings = run.readings()
     assert [each.step for each in readings] == list(range(8))
-    assert 0 < readings[0].density < 1
+    assert readings[0].density is not None and 0 < readings[0].density < 1
     print("\n".join(table(readings)))
 
 
@@ -505,8 +589,23 @@ def test_a_run_is_sparse_after_its_first_steps_and_reports_it(tmp_path: Path) ->
     sparse = [each for each in report.attention if each.sparse]
     assert {each.step for each in sparse} == {1, 2, 3} and {each.layer for each in sparse} == {1, 2}
     assert all(each.error is not None and 0 < each.error < 0.5 for each in sparse)
-    assert all(0 < each.density < 1 for each in sparse)
+    assert all(each.density is not None and 0 < each.density < 1 for each in sparse)
     assert "density" in report.table() and "step 2" in report.table()
+
+
+def test_without_a_bound_the_report_tells_times_and_claims_no_density() -> None:
+    run, (q, k, v) = sparse_run(replace(ALWAYS, dense_layers=1), layers=2), planted(320, heads=1)
+    begun = begun_pass(run, 320, 0)
+    for layer in range(2):
+        begun.begin_layer(layer, [], q)
+        begun.attend(q, k, v)
+    begun.end(q.flatten(0, 1).clone(), q)
+    readings = run.readings()
+    assert [(each.sparse, each.error, each.density) for each in readings] == [(False, None, 1.0), (True, None, None)]
+    lines = table(readings)
+    print("\n".join(lines))
+    assert len(lines) == 2 and lines[1].split()[:6] == ["step", "1", "1", "-", "-", "-"]
+    assert float(lines[1].split()[6]) > 0
 
 
 def test_a_bound_of_0_is_the_exact_run(tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ class LayerReading:
     """One layer at one step, over all its passes.
 
     `error` is relative to dense attention, over the queries that were looked at (None: none were). `density` is the
-    share of blocks that was attended exactly, `seconds` what attention took, `saved_seconds` how much less than dense
-    attention of the same run takes (None: none was timed).
+    share of blocks that was attended exactly (None: sparse, and nobody looked), `seconds` what attention took,
+    `saved_seconds` how much less than dense attention of the same run takes (None: none was timed).
     """
 
     step: int
     layer: int
     sparse: bool
     error: float | None
-    density: float
+    density: float | None
     seconds: float
     saved_seconds: float | None = None
 
@@ -139,8 +139,14 @@ def readings(sums: dict[tuple[int, int, bool], Sums]) -> tuple[LayerReading, ...
     usual = dense.seconds / dense.passes if dense.passes else None
     return tuple(
         LayerReading(
-            step, layer, sparse, each.error, each.density / each.looked if each.looked else 1.0, each.seconds,
+            step, layer, sparse, each.error, _density(each, sparse), each.seconds,
             usual * each.passes - each.seconds if sparse and usual is not None else None,
         )
         for (step, layer, sparse), each in sorted(sums.items())
     )  # fmt: skip
+
+
+def _density(sums: Sums, sparse: bool) -> float | None:
+    if sums.looked:
+        return sums.density / sums.looked
+    return None if sparse else 1.0

@@ -115,11 +115,16 @@ class AttentionRun:
 
     # The run around it
 
+    def begin_run(self) -> None:
+        """A run begins, at whatever step: nothing is known of it yet but what it is told to go on with (`restore`)."""
+        self.collect()
+        self._bound = None if self.settings is None else Bound(self.settings, self.num_layers)
+        self._step, self._num_steps, self._passes = 0, 0, 0
+
     def begin_step(self, step: int, num_steps: int) -> None:
-        """What follows is of this step of so many; an earlier one than before begins a run."""
-        if step < self._step or num_steps != self._num_steps:
-            self.collect()
-            self._bound = None if self.settings is None else Bound(self.settings, self.num_layers)
+        """What follows is of this step of so many; an earlier one than before, or of other steps, begins a run."""
+        if self._num_steps and (step < self._step or num_steps != self._num_steps):
+            self.begin_run()
         if step != self._step or num_steps != self._num_steps:
             self._passes = 0
         self._step, self._num_steps = step, num_steps
@@ -188,7 +193,8 @@ class AttentionRun:
         return None if self._bound is None else self._bound.state()
 
     def restore(self, state: Tensor) -> None:
-        """Go on with what a run had learnt."""
+        """Go on with what a run had learnt, and nothing that was measured here before."""
+        self.collect()
         if self._bound is not None:
             self._bound.restore(state)
 

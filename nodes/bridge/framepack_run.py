@@ -47,6 +47,7 @@ class ComfyRunHost:
         """`identity` tells what nodes gave the MODEL, as JSON values and tensors; None: that cannot be told."""
         self._patcher, self._vae, self._identity = patcher, vae, tuple(identity or ())
         self.guide, self.can_resume = guide, identity is not None
+        patcher.configure()  # a run is known by how the engine computes: as this MODEL says, not the one before
         self._engine = cast(FramePackEngine, patcher.engine)
         self._preview: host.SamplingPreview | None = None
         self._moving: MovingPreview | None = None

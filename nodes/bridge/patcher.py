@@ -122,11 +122,15 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(unpatch_weights=False)
             self.patch_model(load_weights=False)
-            self.engine.configure(self.run_options, self.patches, self.patches_uuid)
+            self.configure()
             self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(self, device_to, 0, force_patch_weights, True)
         return 0
+
+    def configure(self) -> None:
+        """Have the engine run as this clone says, from the next pass on."""
+        self.engine.configure(self.run_options, self.patches, self.patches_uuid)
 
     def patch_model(self, *arguments: Any, **named: Any) -> comfy.model_base.BaseModel:
         """Put object patches in their places, but for those of the network, which does what they ask for itself."""

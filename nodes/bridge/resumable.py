@@ -56,7 +56,8 @@ def sample_recorded(
     """
     guider = executor.class_obj
     patcher: StreamedModelPatcher = guider.model_patcher
-    patcher.engine.choose_attention(noise.shape)  # it is one of the run's settings
+    patcher.configure()  # a run is known by how the engine computes: as this MODEL says, not the one before
+    patcher.engine.choose_attention(noise.shape)
     asked = [noise, latent_image, sampler, sigmas, denoise_mask, seed]
     try:
         record = _open_record(guider, asked)

@@ -17,6 +17,8 @@ import imageio_ffmpeg
 import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
+from lowvram_pack.attention.backend import AttentionWorkspace
+from lowvram_pack.attention.sdpa import Sdpa
 from lowvram_pack.framepack.checkpoint import ROPE_AXES_KEY
 from lowvram_pack.framepack.network.config import FramePackConfig
 from lowvram_pack.framepack.network.model import FramePackModel
@@ -31,6 +33,8 @@ from lowvram_pack.nodes.framepack_inputs import FramePackEndImage, NearestBucket
 from lowvram_pack.nodes.loaders import LoadFramePackModel
 from lowvram_pack.nodes.plan import VramPlan
 from lowvram_pack.nodes.report import MemoryReport
+from lowvram_pack.nodes.sparse import SparseAttention
+from lowvram_pack.runtime import streamed
 from lowvram_pack.runtime.status_texts import PREPARING, sections_done
 from safetensors.torch import save_file
 from tiny_models import empty_latent, prompts, sample
@@ -189,6 +193,28 @@ def test_a_finished_run_is_not_made_again_with_a_lora_either(model: Any, monkeyp
     assert len(steps) == 9
     assert torch.equal(run(changed, resume=True), want) and len(steps) == 9
     assert not torch.equal(run(model, resume=True), want) and len(steps) == 18
+
+
+@pytest.mark.newest
+def test_a_run_is_known_by_how_its_own_model_computes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by how the engine did for the MODEL before: what sparse attention made is no exact run's."""
+
+    class Half:
+        name, workspace = "stand-in", AttentionWorkspace()
+
+        def attend(self, q: Any, k: Any, v: Any, blocks: Any) -> Tensor:
+            return Sdpa(torch.device("cpu")).attend(q, k, v) / 2
+
+    monkeypatch.setattr(streamed, "select_sparse", lambda spec: Half())
+    want = run(model)
+    sparse = SparseAttention.execute(model, "tau", 1.0, -1.0, 0.0, 0, 0).result[0]
+    made = run(sparse, resume=True)
+    assert not torch.equal(made, want)
+    assert torch.equal(run(model), want)
+    assert torch.equal(run(model, resume=True), want)
+    steps: list[int] = []
+    monkeypatch.setattr(host.SamplingPreview, "step", lambda self, denoised: steps.append(1))
+    assert torch.equal(run(sparse, resume=True), made) and not steps
 
 
 def test_an_interrupt_between_blocks_returns_the_device(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,13 @@ import comfy_extras.nodes_custom_sampler as custom_sampler
 import folder_paths
 import pytest
 import torch
+from lowvram_pack.attention.backend import AttentionWorkspace, BlockChoice
+from lowvram_pack.attention.sdpa import Sdpa
 from lowvram_pack.nodes.bridge.identity import identity
 from lowvram_pack.nodes.bridge.wan_engine import WanEngine
 from lowvram_pack.nodes.resumable import ResumableSampling
+from lowvram_pack.nodes.sparse import SparseAttention
+from lowvram_pack.runtime import streamed
 from tiny_models import core, empty_latent, ours, prompts, sample, save
 
 import nodes
@@ -104,6 +108,41 @@ def test_it_goes_on_from_anywhere(models: Path, passes: Passes, at: int, how: st
     model = resumable(path)
     assert torch.equal(make(model), whole)
     assert passes.count == STEPS - at  # core has both prompts of a step in one pass here
+
+
+@pytest.mark.newest
+def test_it_goes_on_with_what_sparse_attention_had_learnt(
+    models: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a new process, and with a model that has just had another run."""
+
+    class Inexact:
+        """Off by a tenth of tau: what the bound learns of it changes the next step."""
+
+        name, workspace = "stand-in", AttentionWorkspace()
+
+        def attend(self, q: Any, k: Any, v: Any, blocks: BlockChoice) -> torch.Tensor:
+            return Sdpa(torch.device("cpu")).attend(q, k, v) * (1 + 0.1 * blocks.tau)
+
+    monkeypatch.setattr(streamed, "select_sparse", lambda spec: Inexact())
+    path = save(models, "t2v")
+
+    def sparse(model: Any) -> Any:
+        return SparseAttention.execute(model, "tau", 2.0, 0.1, 0.0, 0, 0).result[0]
+
+    def make(model: Any, seed: int = 5) -> torch.Tensor:
+        return sample(model, *prompts(), empty_latent(), steps=STEPS, seed=seed)
+
+    whole = make(sparse(ours(path)))
+    assert not torch.equal(whole, make(sparse(ours(path)), seed=6))
+    passes.stopped(2, lambda: make(sparse(resumable(path))))
+    used = sparse(resumable(path))
+    make(used, seed=6)
+    passes.count = 0
+    assert torch.equal(make(used), whole)
+    assert passes.count == STEPS - 2
+    passes.stopped(2, lambda: make(sparse(resumable(path)), seed=7))
+    assert torch.equal(make(sparse(resumable(path)), seed=7), make(sparse(ours(path)), seed=7))
 
 
 def test_pausing_gives_all_memory_back_and_goes_on_with_the_same_model(models: Path, passes: Passes) -> None:
