@@ -37,9 +37,19 @@ class HereAlready:
 
 
 class BroughtLayers(nn.Sequential):
-    """Layers whose weights are brought some rows at a time: the same rows wherever they lie, so the same bits."""
+    """Layers whose weights are brought some rows at a time: the same rows wherever they lie, so the same bits.
 
-    def forward(self, x: Tensor, bring: Bring = HereAlready(), spare: Tensor | None = None) -> Tensor:  # noqa: B008
+    `dtype` is what `x` is turned to: here, as a call of a module holds what it was given until it ends.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        bring: Bring = HereAlready(),  # noqa: B008
+        spare: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        x = x.to(dtype or x.dtype)
         for layer in self:
             x = layer.multiply_pieces(x, bring.pieces(layer, spare)) if isinstance(layer, Linear) else layer(x)
         return x

@@ -340,7 +340,7 @@ class WanModel(Transformer):
         if self.img_emb is not None and image_tokens is not None:
             with self.bring((self.img_emb,), None):
                 image = self.img_emb(image_tokens.to(dtype).reshape(text.shape[0], -1, image_tokens.shape[-1]))
-        embedded = self.text_embedding(text.to(dtype), self.bring)
+        embedded = self.text_embedding(text, self.bring, None, dtype)
         return Context(embedded, embedded if self.img_emb is not None and image is None else image)
 
     def embed_nag(self, nag: Nag) -> Nag:
