@@ -14,7 +14,7 @@ import torch
 from lowvram_pack.runtime.settings import RunSettings
 from lowvram_pack.video.reader import read_video
 from lowvram_pack.video.writer import VideoWriter
-from lowvram_pack.wanvideo import pipeline as pipeline_module
+from lowvram_pack.wanvideo import matching
 from lowvram_pack.wanvideo.identity import WanFiles
 from lowvram_pack.wanvideo.pipeline import WanPipeline
 from lowvram_pack.wanvideo.request import WanRequest
@@ -101,7 +101,7 @@ def by_command_line(
     positive, negative = prompts()
     text = torch.cat([positive[0][0], negative[0][0]])
     encoder = SimpleNamespace(tokenizer=lambda _: None, config=SimpleNamespace(dim=4096))
-    monkeypatch.setattr(pipeline_module, "open_text_encoder", lambda _: encoder)
+    monkeypatch.setattr(matching, "open_text_encoder", lambda _: encoder)
     monkeypatch.setattr(WanPipeline, "_encode_text", lambda self, texts: text)
     made: list[Tensor] = []
     monkeypatch.setattr(WanPipeline, "_decode", lambda self, latent, plan: made.append(latent) or iter(()))
