@@ -7,41 +7,23 @@ python benchmarks/gguf_kernels.py --sweep    # also other program sizes, to choo
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from lowvram_video.weights.kernels.gguf_launch import LAUNCHES, Launch, dequantize_triton
 from lowvram_video.weights.kernels.gguf_reference import BLOCK_TYPES, dequantize_reference, random_blocks
-from measure import save_results
+from measure import cold_seconds, save_results
 from torch import Tensor
 
 DEVICE = torch.device("cuda", 0)
-CACHE_BYTES = 512 << 20  # more than any L2: read before each timing, so that nothing is timed out of a cache
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median device time of one call, caches cold."""
-    flush = torch.zeros(CACHE_BYTES // 4, device=DEVICE)
-    times = []
-    for _ in range(repeats + 3):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.sum()  # long enough, too, for the launch to be waiting when it ends
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1000)
-    return statistics.median(times[3:])
 
 
 def copy_bandwidth(num_bytes: int, repeats: int) -> float:
     """Bytes read and written per second by a copy that moves `num_bytes` in all."""
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), repeats)
+    return 2 * source.numel() / cold_seconds(lambda: target.copy_(source), DEVICE, repeats)
 
 
 def ulps_apart(got: Tensor, want: Tensor) -> int:
@@ -70,7 +52,7 @@ def measure(quant: str, rows: int, columns: int, dtype: torch.dtype, repeats: in
     default = LAUNCHES[quant]
 
     def time_launch(launch: Launch) -> dict[str, object]:
-        took = seconds(lambda: dequantize_triton(packed, quant, out, launch), repeats)
+        took = cold_seconds(lambda: dequantize_triton(packed, quant, out, launch), DEVICE, repeats)
         return {
             "rows": launch.rows,
             "num_warps": launch.num_warps,

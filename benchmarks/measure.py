@@ -1,4 +1,4 @@
-"""What the benchmarks share: a second process that holds VRAM, a watch on memory, disk speed, dated results."""
+"""What the benchmarks share: a second process that holds VRAM, a watch on memory, times, disk speed, dated results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from lowvram_video.system.atomic_files import write_file
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"
+CACHE_BYTES = 512 << 20  # more than any L2: read before each timing, so that nothing is timed out of a cache
 
 C = TypeVar("C")
 
@@ -114,6 +116,25 @@ class Watch:
     ) -> None:
         self.running = False
         self.thread.join()
+
+
+def cold_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of one call on the device, caches cold; on a CPU that of a single one."""
+    if device.type == "cpu":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    flush = torch.zeros(CACHE_BYTES // 4, device=device)
+    times = []
+    for _ in range(repeats + 3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.sum()  # long enough, too, for the launch to be waiting when it ends
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1000)
+    return statistics.median(times[3:])
 
 
 def drop_page_cache(path: Path) -> None:

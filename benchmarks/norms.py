@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +26,9 @@ from lowvram_video.fused import triton_ops
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.ops import Rope
 from lowvram_video.system.atomic_files import write_file
-from measure import machine
+from measure import cold_seconds, machine
 from torch import Tensor
 
-CACHE_BYTES = 512 << 20  # more than any L2
 EPS = 1e-6
 ROUNDS, REPEATS = 2, 20
 WARPS, HEADS = (2, 8), ((4, 1), (8, 1), (8, 4), (16, 4))  # beside those it has
@@ -127,25 +124,6 @@ class Steps:
         return self._weight[: self.shape.head_dim] if self.shape.by_head else self._weight
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median time of one call on the device, caches cold."""
-    if device.type == "cpu":
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-    flush = torch.zeros(CACHE_BYTES // 4, device=device)
-    times = []
-    for _ in range(REPEATS + 3):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.sum()  # long enough, too, for the launch to be waiting when it ends
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1000)
-    return statistics.median(times[3:])
-
-
 def versions(before: Path | None, sweep: bool) -> list[Version]:
     """The file of before, the present one, and that with other constants."""
     found = []
@@ -184,7 +162,7 @@ def measure(shape: Shape, found: list[Version], device: torch.device) -> list[di
                 made = step(ops, steps.x.clone()).float()
                 errors[version.name] = float((made - want).square().mean().sqrt() / want.square().mean().sqrt())
                 x = steps.x.clone()
-                took = seconds(lambda: step(ops, x), device)  # noqa: B023 - called here
+                took = cold_seconds(lambda: step(ops, x), device, REPEATS)  # noqa: B023 - called here
                 times[version.name] = min(took, times.get(version.name, took))
         for version_name, took in times.items():
             speed = nbytes * shape.rows * shape.dim / took / 1e12
