@@ -2,6 +2,7 @@
 
     python -m lowvram_video.benchmarks.demo.train --out /tmp/long --init demo --vae-seconds 0 --long
     python benchmarks/sparse_quality.py /tmp/long --num 8 --out /tmp/sparse_quality.json
+    python benchmarks/sparse_quality.py /tmp/long --num 8 --rows "int8_attention; fp8 products"   # beside dense only
 
 The model is the demo model's sibling, trained by the first line. Each row makes the same clips: how many show what they
 should, how far they are from those of dense attention (PSNR), what attention was off by as the run measured it, and
@@ -215,14 +216,24 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def chosen_rows(options: argparse.Namespace) -> list[Row]:
+    """Beside the dense one."""
+    names = [name.strip() for name in options.rows.split(";") if name.strip()]
+    unknown = set(names) - {row.name for row in ROWS}
+    if unknown:
+        raise SystemExit(f"--rows names {sorted(unknown)}: rows are {[row.name for row in ROWS]}, separated by ';'.")
+    return [row for row in ROWS[1:] if not names or row.name in names]
+
+
 def in_parallel(options: argparse.Namespace) -> dict[str, Any]:
     """What several processes found, each of some of the rows."""
-    shares = [ROWS[1:][part :: options.workers] for part in range(options.workers)]
+    shares = [chosen_rows(options)[part :: options.workers] for part in range(options.workers)]
     parts = [options.out.with_name(f"{options.out.stem}_{part}.json") for part in range(options.workers)]
     processes = []
     for part, path in enumerate(parts):
         path.unlink(missing_ok=True)
         command = [sys.executable, __file__, str(options.folder), "--num", str(options.num), "--out", str(path)]
+        command += ["--rows", options.rows]
         processes.append(subprocess.Popen([*command, "--workers", str(options.workers), "--part", str(part)]))
     for process in processes:
         process.wait()
@@ -240,6 +251,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=8, help="clips per row")
     parser.add_argument("--workers", type=int, default=5, help="processes")
     parser.add_argument("--out", type=Path, default=Path("sparse_quality.json"))
+    parser.add_argument("--rows", default="", help="only these, separated by ';', and no errors of single calls")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -249,12 +261,13 @@ def main() -> None:
         print(table(found))
         return
     bench = Bench(options)
-    if options.part == 0:
+    if options.part == 0 and not options.rows:
         try:
             bench.errors()
         except (RuntimeError, ValueError) as error:
             print(f"errors: {error}", flush=True)
-    bench.rows([ROWS[0], *(ROWS[1:] if options.tiny else ROWS[1:][options.part :: options.workers])])
+    rows = chosen_rows(options)
+    bench.rows([ROWS[0], *(rows if options.tiny else rows[options.part :: options.workers])])
     if options.tiny:
         print(table(bench.found))
 
