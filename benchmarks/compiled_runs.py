@@ -53,7 +53,6 @@ TINY = WanConfig("t2v", 256, 512, 2, 3, text_dim=32, freq_dim=32)
 TABLE_SIZE, ONCE_SIZES, RESTART_SIZE = (832, 480, 33), ((832, 480, 17), (832, 480, 21)), (832, 480, 81)
 TINY_SIZES = ((128, 96, 5), (128, 112, 5))
 REPEATS, STRENGTHS, PROMPTS, STEPS = 3, (1.0, 0.5, 0.0), 2, 20
-SECONDS = 140  # what a process may take; then it is ended
 CASES = {
     "table": [["table", *weights, ops] for weights in TABLE_WEIGHTS for ops in ("fused", "plain")],
     "profiles": [["profiles", profile] for profile in ("plain", HIGH, MID, LOW)],
@@ -68,6 +67,7 @@ class Bench:
     folder: Path
     blocks: int
     on_gpu: bool
+    seconds: float  # that a process may take; then it is ended
 
     @property
     def config(self) -> WanConfig:
@@ -314,6 +314,8 @@ class Worker:
             str(bench.folder),
             "--blocks",
             str(bench.blocks),
+            "--seconds",
+            str(bench.seconds),
             "--case",
             *case,
             *([] if bench.on_gpu else ["--cpu"]),
@@ -322,7 +324,7 @@ class Worker:
             [sys.executable, __file__, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
-        self.limit = threading.Timer(SECONDS, self.process.kill)
+        self.limit = threading.Timer(bench.seconds, self.process.kill)
         self.limit.daemon = True
         self.limit.start()
 
@@ -371,9 +373,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6, help="of 40")
     parser.add_argument("--out", type=Path, help="the JSON")
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--seconds", type=float, default=140, help="that a process may take (max-autotune: 300)")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    bench = Bench(options.folder, options.blocks, not options.cpu)
+    bench = Bench(options.folder, options.blocks, not options.cpu, options.seconds)
     if options.case:
         run_case(bench, options.case)
         return
