@@ -17,6 +17,7 @@ from ..system.card_profile import CardProfile, profile_of
 from ..system.kernel_choice import brief, reason_against, relative_error
 from ..system.triton_errors import triton_errors
 from .backend import BLOCK, QUANTISED_ERROR, AttentionSpec, Backend, BlockChoice, SparseBackend
+from .switches import SWITCHES
 from .timing import installed_versions
 
 SPARSE_BLOCKS = 13  # of a probe
@@ -224,7 +225,7 @@ def _random_heads(spec: AttentionSpec, lengths: tuple[int, ...]) -> list[Tensor]
 
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (tensor.float().transpose(1, 2) for tensor in (q, k, v))
-    with sdpa_kernel(SDPBackend.MATH):
+    with SWITCHES, sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 

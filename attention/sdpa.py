@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backend import EXACT_ERROR, EXACT_WORKSPACE, AttentionSpec
 from .probe import THIS_MACHINE, Machine, find_disagreement
+from .switches import SWITCHES
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,13 @@ class Sdpa:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, L, D]
         if self.order is None:
             out = F.scaled_dot_product_attention(q, k, v)
+        elif torch.compiler.is_compiling():  # the code has its kernel for good, and knows no locks
+            out = self._ordered(q, k, v, self.order)
         else:
-            with sdpa_kernel(self.order, set_priority=True):
-                out = F.scaled_dot_product_attention(q, k, v)
+            with SWITCHES:
+                out = self._ordered(q, k, v, self.order)
         return out.transpose(1, 2)
+
+    def _ordered(self, q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
+        with sdpa_kernel(order, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)

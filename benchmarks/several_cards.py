@@ -6,8 +6,9 @@
 
 Files of random weights are made in the folder where they are missing (14B fp8: 13.5 GiB, FramePack fp8: 12 GiB). All
 blocks are streamed, from one copy in pinned RAM. All rows take about 300 s on two H200s, and 120 s more where the files
-are missing; each row is written when it is done. `--rows` takes some of them: those that changed since they were last
-measured come first.
+are missing; each row is written when it is done, and one that fails or takes more than `--limit` seconds is noted, with
+what its threads were at, and passed over. `--rows` takes some of them: those that changed since they were last measured
+come first.
 
 "staged" rows exchange through pinned RAM, as cards without peer access do. "speed-up" is the median of one card over
 that of several; a guided row makes cond and uncond in turn on one card. "bits" says whether the result is that of one
@@ -16,7 +17,10 @@ ahead. Threads take turns (see `team/mail.py`), "turns" of them in a pass, and "
 share of the pass: their number times the time of one between threads that do nothing else. "RAM" is what the process
 has beside the blocks, in GiB.
 
-One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB, about 90 s) computes all that two would: bits,
+"sparse" rows leave out of self-attention what Sparse Attention's defaults do, in both, from the first step on; "NAG"
+rows have a negative prompt that guides attention.
+
+One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB, about 100 s) computes all that two would: bits,
 memory and the host's work are theirs, speed is not. There a "parked" row has every block in the same card's memory in
 place of RAM, elsewhere in the second card's, with 5 GiB of RAM.
 """
@@ -25,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +39,7 @@ from typing import Any
 import psutil
 import torch
 from draws import TINY
+from lowvram_video.attention.sparse.settings import SparseSettings
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import Frames, History, Prompt
 from lowvram_video.framepack.request import EncodedInputs, Sampling
@@ -47,11 +51,12 @@ from lowvram_video.memory.plan.parking import Amount, Parking, ParkPlace, parse_
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.run_limits import hold_limits
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.system.atomic_files import write_file
 from lowvram_video.team.team import Team
+from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.footprint import wan_work
+from lowvram_video.wanvideo.network.model import Extras, Nag
 from lowvram_video.wanvideo.streamed import StreamedWan
-from measure import machine
+from surviving import CHILD, Rows, is_child, make_all
 from synthetic import CONFIGS, write_checkpoint
 from torch import Tensor
 
@@ -59,6 +64,8 @@ Pass = Callable[[], Tensor]
 Model = StreamedWan | StreamedFramePack
 TEXT_TOKENS, IMAGE_TOKENS = 256, 729
 PARKED_RAM_GIB = 5.0
+SPARSE, NUM_STEPS = SparseSettings(dense_percent=0.0, min_tokens=0), 50
+FILE_SECONDS = 240.0  # to make one that is missing, and to read it
 PARKED_NAME = "cpu:1"  # stands for any: `started` has the real place
 TINY_FRAMEPACK = FramePackConfig(
     num_heads=3, head_dim=128, num_layers=2, num_single_layers=2, text_dim=64, pooled_dim=32, image_dim=48
@@ -77,6 +84,8 @@ class Row:
     rounds: int = 3
     framepack: bool = False
     parked: bool = False  # one card, whose blocks lie in another's memory (with --twice: in its own as in another's)
+    sparse: bool = False
+    nag: bool = False
 
 
 ROWS = (
@@ -90,6 +99,8 @@ ROWS = (
     Row("clip guided", (832, 480, 17), 0, samples=2, rounds=5),
     Row("480p guided", (832, 480, 81), 1.95, samples=2, rounds=1),
     Row("480p parked", (832, 480, 81), 1 / 1.03, parked=True),
+    Row("480p sparse", (832, 480, 81), 0, sparse=True),
+    Row("clip NAG", (832, 480, 17), 0, rounds=5, nag=True),
 )
 TWICE_BLOCKS = 10
 TWICE_ROWS = (
@@ -98,12 +109,17 @@ TWICE_ROWS = (
     Row("clip twice guided", (832, 480, 17), 0, samples=2, rounds=9),
     Row("480p twice", (832, 480, 81), 0, rounds=2),
     Row("480p parked", (832, 480, 81), 0, rounds=2, parked=True),
+    Row("clip twice NAG", (832, 480, 17), 0, rounds=3, nag=True),
+    Row("clip twice sparse", (832, 480, 17), 0, rounds=3, sparse=True),
+    Row("480p twice sparse staged", (832, 480, 81), 0, rounds=2, sparse=True, staged=True),
 )
 TINY_ROWS = (
     Row("tiny", (96, 64, 9), 0, rounds=2),
     Row("tiny guided", (96, 64, 9), 0, samples=2, rounds=2),
     Row("tiny FramePack", (128, 96, 33), 0, rounds=2, framepack=True),
     Row("tiny parked", (96, 64, 9), 0, rounds=2, parked=True),
+    Row("tiny NAG", (96, 64, 9), 0, rounds=2, nag=True),
+    Row("tiny sparse", (96, 64, 9), 0, rounds=2, sparse=True),
 )
 
 
@@ -141,11 +157,29 @@ def wan_pass(model: StreamedWan, row: Row) -> Pass:
     latent = torch.randn(1, config.out_channels, *work.latent_size, generator=generator).to(device)
     text = torch.randn(row.samples, config.text_tokens, config.text_dim, generator=generator).to(device)
     timestep = torch.full((row.samples,), 700.0, device=device)
+    if row.sparse:
+        return sparse_pass(model, lambda: model(latent, timestep, text))
+    if row.nag:
+        negative = torch.randn(1, config.text_tokens, config.text_dim, generator=generator).to(device)
+        extras = Extras(nag=Nag(negative, NagSettings()))
+        return lambda: model(latent, timestep, text, extras=extras)
     if model.several is not None or row.samples == 1:
         latents = latent.expand(row.samples, -1, -1, -1, -1).contiguous()
         return lambda: model(latents, timestep, text)
     texts = text.split(1)
     return lambda: torch.cat([model(latent, timestep[:1], each) for each in texts])
+
+
+def sparse_pass(model: StreamedWan, make: Pass) -> Pass:
+    """A pass of the next step of a run each time: what steps before it measured decides what it leaves out."""
+    steps = itertools.count()
+    model.begin_steps()
+
+    def run() -> Tensor:
+        model.at_step(next(steps), NUM_STEPS)
+        return make()
+
+    return run
 
 
 def started(model: Model, row: Row) -> Pass:
@@ -206,11 +240,11 @@ class Bench:
         self.settings = RunSettings(cards[0], blocks_to_swap=swap)
         self.model: Model = (StreamedFramePack if framepack else StreamedWan)(path, self.settings)
         self.hand_over = hand_over_seconds(cards)
-        self._alone: dict[tuple[tuple[int, int, int], int], tuple[Times, dict[str, Any]]] = {}
+        self._alone: dict[Any, tuple[Times, dict[str, Any]]] = {}
 
     def measure(self, row: Row) -> dict[str, Any]:
         """One card, then all of them."""
-        key = row.size, row.samples
+        key = row.size, row.samples, row.sparse, row.nag
         if key not in self._alone:
             self._alone[key] = self._shared(row, ())
         one, of_one = self._alone[key]
@@ -232,6 +266,8 @@ class Bench:
         model.stop()
         model.settings = replace(self.settings, others=others, staged_exchange=row.staged)
         model.use_cards(others)
+        if isinstance(model, StreamedWan):
+            model.use_sparse(SPARSE if row.sparse else None)
         return self._timed(row, model)
 
     def _parked(self, row: Row) -> tuple[Times, dict[str, Any]]:
@@ -328,6 +364,22 @@ def file_of(row: Row, options: argparse.Namespace, device: torch.device) -> tupl
 
 
 @torch.inference_mode()
+def measure(rows: Sequence[Row], options: argparse.Namespace, cards: Sequence[torch.device]) -> None:
+    """In a child: measure these rows, file by file, each written when it is done."""
+    done = Rows(options.out)
+    for framepack, group in itertools.groupby(rows, lambda row: row.framepack):
+        of_file, bench = list(group), None
+        for row in of_file:
+            with done.watched(row.name, options.limit + (FILE_SECONDS if bench is None else 0)):
+                if bench is None:
+                    path, num_blocks = file_of(row, options, cards[0])
+                    bench = Bench(path, framepack, cards, -1 if options.tiny else num_blocks)
+                done.add(bench.measure(row))
+                print(table(done.rows[-1:]), flush=True)
+        if bench is not None:
+            bench.model.release()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -335,27 +387,21 @@ def main() -> None:
     parser.add_argument("--rows", help="names with commas between them (left out: all)")
     parser.add_argument("--twice", action="store_true")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds of a row")
     parser.add_argument("--out", type=Path)
+    parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    wanted = None if options.rows is None else options.rows.split(",")
+    of_all = TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS
+    chosen = [row for row in of_all if wanted is None or row.name in wanted]
+    if not is_child():
+        make_all([row.name for row in chosen], options.out, table)
+        return
     if options.tiny or options.twice:
         cards = (torch.device("cpu") if options.tiny else torch.device("cuda", 0),) * 2
     else:
         cards = parse_devices(options.devices)
-    wanted = None if options.rows is None else options.rows.split(",")
-    of_all = TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS
-    chosen = [row for row in of_all if wanted is None or row.name in wanted]
-    rows: list[dict[str, Any]] = []
-    for framepack, group in itertools.groupby(chosen, lambda row: row.framepack):
-        of_file = list(group)
-        path, num_blocks = file_of(of_file[0], options, cards[0])
-        bench = Bench(path, framepack, cards, -1 if options.tiny else num_blocks)
-        for row in of_file:
-            rows.append(bench.measure(row))
-            print(table(rows[-1:]), flush=True)
-            if options.out is not None:
-                write_file(options.out, json.dumps({"machine": machine(), "rows": rows}, indent=1).encode())
-        bench.model.release()
-    print(table(rows))
+    measure(chosen, options, cards)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..system.card_links import CardStreams, reaches
 from .staging import CudaLegs, Mark, StagedCopies
+from .streams import wait_until_idle
 
 
 class Link(Protocol):
@@ -31,7 +32,7 @@ class Link(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """The host waits for all that was given to this card."""
+        """The host waits for all that was given to this card; TeamError where the card does not end it."""
         ...
 
 
@@ -74,8 +75,7 @@ class CudaLink:
         torch.cuda.current_stream(self.device).wait_event(mark)
 
     def synchronize(self) -> None:
-        self._stream.synchronize()
-        torch.cuda.current_stream(self.device).synchronize()
+        wait_until_idle([self._stream, torch.cuda.current_stream(self.device)], self.device)
 
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -96,7 +96,7 @@ class StagedLink(CudaLink):
         return self._staged.copy(pairs, after)
 
     def synchronize(self) -> None:
-        self._legs.synchronize()
+        wait_until_idle(self._legs.streams, self.device)
         super().synchronize()
 
 

@@ -105,6 +105,11 @@ class Mail:
             for woken in self._woken:
                 woken.notify_all()
 
+    def forget(self) -> None:
+        """Let go of letters that nobody takes any more: they hold what was made."""
+        with self._lock:
+            self._letters.clear()
+
     def _goes_on(self, rank: int) -> bool:
         awaited = self._awaited[rank]
         return self._inside[rank] and (awaited is None or bool(self._letters.get(awaited)))

@@ -89,10 +89,10 @@ class CudaLegs:
         self._stream.wait_event(after)
         return _copy(own, piece, self._stream)
 
-    def synchronize(self) -> None:
-        """The host waits for what leaves other cards."""
-        for stream in self._there.values():
-            stream.synchronize()
+    @property
+    def streams(self) -> Sequence[torch.cuda.Stream]:
+        """Those on which bytes leave other cards."""
+        return list(self._there.values())
 
 
 def _copy(out: Tensor, source: Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -15,6 +15,7 @@ from .heads import HIDING_GROUPS
 from .link import Link, links_for
 from .mail import TIMEOUT_SECONDS, Choose, Mail, TeamError, TeamStopped, first_of
 from .share import Share
+from .streams import CallerStreams
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ class _Job:
     """Something that one card's thread does; `done` is set whatever comes of it."""
 
     task: Callable[[], Any]
+    device: torch.device
+    streams: CallerStreams
     inference: bool
     result: Any = None
     error: BaseException | None = None
@@ -33,7 +36,7 @@ class _Job:
 
     def run(self) -> None:
         try:
-            with torch.inference_mode(self.inference):
+            with torch.inference_mode(self.inference), self.streams.on(self.device):
                 self.result = self.task()
         except BaseException as error:  # noqa: BLE001 - whoever waits for it raises it
             self.error = error
@@ -77,8 +80,9 @@ class Team:
             raise TeamError("a card of this team hung before: start the program anew, without that card")
         self._start()
         self.mail.begin(in_turns)
+        streams, inference = CallerStreams(self.devices), torch.is_inference_mode_enabled()
         jobs = [
-            _Job(self._stopping(task, rank), torch.is_inference_mode_enabled()) for rank in range(len(self.devices))
+            _Job(self._stopping(task, rank), device, streams, inference) for rank, device in enumerate(self.devices)
         ]
         given: list[_Job] = []
         try:
@@ -92,12 +96,12 @@ class Team:
             if not self._hung:
                 self._join(given)
                 self._abandon()
+            _take_error(jobs)
             raise
-        error = _first_error(jobs)
+        error = _take_error(jobs)
         if error is None:
             return [job.result for job in jobs]
         self._abandon()
-        jobs.clear()  # their errors hold what the cards were making
         try:
             raise error
         finally:
@@ -127,9 +131,9 @@ class Team:
         return run
 
     def _start(self) -> None:
-        for rank, device in list(enumerate(self.devices))[1 + len(self._jobs) :]:  # an interrupt may have left some
+        for rank in range(1 + len(self._jobs), len(self.devices)):  # an interrupt may have left some
             waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-            thread = threading.Thread(target=_work, args=(waiting, device), name=f"lowvram-card-{rank}", daemon=True)
+            thread = threading.Thread(target=_work, args=(waiting,), name=f"lowvram-card-{rank}", daemon=True)
             thread.start()
             self._jobs.append(waiting)
 
@@ -152,21 +156,28 @@ class Team:
         for exchange in self.exchanges:
             try:
                 exchange.abandon()
+            except TeamError:  # nothing that it has may be used by others
+                self._hung = True
             except RuntimeError:  # the device that failed says so again
                 continue
+        self.mail.forget()
 
 
-def _work(waiting: queue.SimpleQueue[_Job | None], device: torch.device) -> None:
+def _work(waiting: queue.SimpleQueue[_Job | None]) -> None:
     """A card's thread."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches its kernels where it is
     while (job := waiting.get()) is not None:
         job.run()
         del job  # what it made is the caller's alone
 
 
-def _first_error(jobs: Sequence[_Job]) -> BaseException | None:
-    """The error that stopped the others, rather than one of those who were stopped."""
+def _take_error(jobs: Sequence[_Job]) -> BaseException | None:
+    """The error that stopped the others, rather than one of those who were stopped; the jobs have none any more.
+
+    An error holds its job, by the frame that ran that, and all that the card was making: held by the job it would stay
+    until Python looks for garbage, and a leaner plan would find the card full.
+    """
     errors = [job.error for job in jobs if job.error is not None]
+    for job in jobs:
+        job.error = None
     causes = [error for error in errors if not isinstance(error, TeamStopped)]
     return next(iter(causes or errors), None)

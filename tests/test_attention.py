@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lowvram_video.attention import sdpa as sdpa_module
 from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.flash import FlashAttention2, FlashAttention3
@@ -191,6 +194,32 @@ def test_sdpa_gives_up_on_a_broken_cudnn(monkeypatch: pytest.MonkeyPatch, caplog
     assert isinstance(backend, Sdpa)
     assert backend.order is None
     assert "no valid execution plans" in caplog.text
+
+
+def test_threads_that_attend_at_once_leave_torch_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its switches are the process's: cards that make a sample each set them from threads of their own."""
+    orders, before = [], torch._C._get_sdp_priority_order()
+    attention = F.scaled_dot_product_attention
+
+    def slow_attention(*qkv: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002)  # another thread's turn
+        orders.append(torch._C._get_sdp_priority_order()[0])
+        return attention(*qkv)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", slow_attention)
+    q = torch.randn(1, 4, 1, 8)
+
+    def attend() -> None:
+        for _ in range(10):
+            Sdpa(CPU, machine((9, 0))).attend(q, q, q)
+
+    threads = [threading.Thread(target=attend) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert orders == [int(CUDNN_FIRST[0])] * 30
+    assert torch._C._get_sdp_priority_order() == before
 
 
 # --- the packages' calls

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -22,6 +25,7 @@ from lowvram_video.team.heads import HeadExchange
 from lowvram_video.team.link import HostLink, Link, Mark
 from lowvram_video.team.mail import Mail, TeamError, TeamStopped
 from lowvram_video.team.spans import even_spans, head_spans, length, run_length
+from lowvram_video.team.streams import wait_until_idle
 from lowvram_video.team.team import Team
 from lowvram_video.transformer.block_cache import FollowedCache
 from lowvram_video.transformer.nag import NagSettings
@@ -391,6 +395,56 @@ class TestFailures:
         with pytest.raises(Stumble):
             team.run(layer)
         assert not any(exchange._sent or exchange._arriving for exchange in team.exchanges)
+
+    @pytest.mark.parametrize("culprit", [0, 1])
+    def test_what_was_made_is_gone_with_its_error(self, culprit):
+        """A leaner plan finds the cards empty, without Python's search for garbage."""
+        team, made = team_of(2), []
+
+        def layer(rank: int) -> None:
+            activations = random_like((3,), rank)
+            made.append(weakref.ref(activations))
+            team.exchanges[rank].send(1 - rank, "rows", [activations])
+            if rank == culprit:
+                raise torch.cuda.OutOfMemoryError("full")
+            team.mail.take(1 - rank, rank, "never")
+
+        gc.disable()
+        try:
+            with suppress(torch.cuda.OutOfMemoryError):
+                team.run(layer)
+            wait_for(lambda: len(made) >= 1 and not any(each() is not None for each in made))
+        finally:
+            gc.enable()
+        team.close()
+
+    def test_a_card_that_does_not_end_its_work_is_an_error(self):
+        class Hanging(HostLink):
+            def synchronize(self) -> None:
+                wait_until_idle([Endless()], torch.device("cuda:1"), seconds=0.1)
+
+        class Endless:
+            def query(self) -> bool:
+                return False
+
+        def task(rank: int) -> None:
+            raise Stumble
+
+        team = team_of(2, [HostLink(), Hanging()])
+        with pytest.raises(Stumble):
+            team.run(task)
+        with pytest.raises(TeamError, match="hung before"):
+            team.run(task)
+        with pytest.raises(TeamError, match=r"cuda:1 has not done in 0.1 s what it was given: it hangs or has gone"):
+            Hanging().synchronize()
+        team.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def random_like(shape: tuple[int, ...], seed: int) -> Tensor:
