@@ -46,18 +46,22 @@ class MemoryReport(io.ComfyNode):
         if engine.streamed.plan is not None and engine.device.type == "cuda":
             text += "\n\n" + describe(engine.streamed.plan)
         try:
-            picture = _timeline(engine.report)
+            picture, small = _timelines(engine.report)
         except ImportError as error:
             text += f"\n\nNo timeline: {error} (pip install matplotlib)"
             return io.NodeOutput(text, torch.zeros(1, 8, 8, 3), ui=ui.PreviewText(text))
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        shown = ui.PreviewImage(small, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(text, picture, ui=shown)
 
 
-def _timeline(report: RunReport) -> Tensor:
-    """The run as an IMAGE `[1, H, W, 3]`."""
-    from ..memory.report.timeline import draw_timeline  # matplotlib: a report without a picture is better than none
+def _timelines(report: RunReport) -> tuple[Tensor, Tensor]:
+    """The run as an IMAGE `[1, H, W, 3]` to be saved, and as one that is legible in the node."""
+    from ..memory.report import timeline  # matplotlib: a report without a picture is better than none
 
-    with Image.open(BytesIO(draw_timeline(report))) as picture:
+    return _image(timeline.draw_timeline(report)), _image(timeline.draw_timeline(report, timeline.NODE))
+
+
+def _image(png: bytes) -> Tensor:
+    with Image.open(BytesIO(png)) as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels)[None]

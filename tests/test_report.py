@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from io import BytesIO
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import psutil
@@ -18,8 +18,11 @@ from lowvram_video.memory.plan.footprint import GIB
 from lowvram_video.memory.report.intervals import intersect, length, merge, split, subtract
 from lowvram_video.memory.report.report import MemoryMonitor, MemorySample, PhaseReport, RunReport
 from lowvram_video.memory.report.stream_log import KEPT_PASSES, CopyTimes, StreamLog
-from lowvram_video.memory.report.timeline import draw_timeline, timeline_canvas
+from lowvram_video.memory.report.timeline import FILE, NODE, Shape, draw_timeline, timeline_canvas
 from lowvram_video.memory.stream.streams import Span
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 ticks = st.integers(0, 40)
@@ -132,6 +135,43 @@ def example_report() -> RunReport:
         phases, samples, CopyTimes.of(copies, computes, passes).report(len(passes), 10**10),
         tuple(copies), tuple(computes), tuple(passes), pinned_bytes=GIB, other_bytes=GIB // 2, budget_bytes=5 * GIB,
     )  # fmt: skip
+
+
+def scaled_report(time: float, memory: float) -> RunReport:
+    """The example, that many times as long and as large."""
+    report = example_report()
+    samples = tuple(
+        replace(sample, seconds=sample.seconds * time, device_bytes=int(sample.device_bytes * memory))
+        for sample in report.samples
+    )
+    phases = tuple(
+        replace(
+            phase, start=phase.start * time, seconds=phase.seconds * time,
+            device_peak_bytes=int(phase.device_peak_bytes * memory),
+            predicted_bytes=phase.predicted_bytes and int(phase.predicted_bytes * memory),
+        ) for phase in report.phases
+    )  # fmt: skip
+    copies, computes, passes = (
+        tuple((start * time, end * time) for start, end in intervals)
+        for intervals in (report.copies, report.computes, report.passes)
+    )
+    stream = CopyTimes.of(copies, computes, passes).report(1000, 10**13)
+    return replace(
+        report, samples=samples, phases=phases, stream=stream, copies=copies, computes=computes, passes=passes,
+        other_bytes=int(report.other_bytes * memory), budget_bytes=int(report.budget_bytes * memory),
+    )  # fmt: skip
+
+
+def drawn_texts(figure: Figure) -> list[Text]:
+    """All letters of a figure that was drawn: matplotlib also has labels of ticks beyond the axes' ends."""
+    hidden = {
+        tick_label
+        for axis in figure.findobj(Axis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+        for tick_label in (tick.label1, tick.label2)
+    }
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in hidden]
 
 
 class TestRunReport:
@@ -266,17 +306,33 @@ class TestTimeline:
         assert max(curve.get_ydata()) == 2  # GiB, of the example
         assert "VRAM" not in replace(report, phases=phases, samples=samples, budget_bytes=None).table()
 
+    @pytest.mark.parametrize("shape", [FILE, NODE], ids=["file", "node"])
     @pytest.mark.parametrize("starts", [(0.0, 2.0, 8.0), (0.0, 0.1, 9.9), (0.0, 9.8, 9.9), (0.0, 0.01, 0.02)])
-    def test_names_of_phases_never_collide(self, starts: tuple[float, ...]):
+    def test_names_of_phases_never_collide(self, starts: tuple[float, ...], shape: Shape):
         report = example_report()
         phases = tuple(replace(phase, start=start) for phase, start in zip(report.phases, starts, strict=True))
-        canvas = timeline_canvas(replace(report, phases=phases))
+        canvas = timeline_canvas(replace(report, phases=phases), shape)
         canvas.draw()
         axes = canvas.figure.axes[0]
         boxes = [text.get_window_extent() for text in axes.texts]
         assert len(boxes) == len(phases)
         assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
         assert all(box.x0 >= 0 and box.x1 <= 1200 for box in boxes)
+
+    @pytest.mark.parametrize(("seconds", "gib"), [(0.004, 90.0), (10.0, 5.0), (4000.0, 0.02)])
+    def test_everything_is_legible_in_a_node(self, seconds: float, gib: float):
+        """In one 500 pixels wide, whose picture is 445 or more: no letters below 11 pixels, none on others."""
+        canvas = timeline_canvas(scaled_report(seconds / 10, gib / 5), NODE)
+        canvas.draw()
+        width, height = canvas.get_width_height()
+        assert width / height > 2, "the node's picture is wide, as its room is"
+        texts = drawn_texts(canvas.figure)
+        boxes = [text.get_window_extent() for text in texts]
+        assert len(boxes) > 15
+        over = [(one, other) for one, other in combinations(range(len(boxes)), 2) if boxes[one].overlaps(boxes[other])]
+        assert [(texts[one].get_text(), texts[other].get_text()) for one, other in over] == []
+        assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+        assert min(text.get_fontsize() for text in texts) * canvas.figure.dpi / 72 * 445 / width >= 11
 
     def test_an_empty_run(self):
         assert len(draw_timeline(RunReport(()))) > 1000

@@ -2,7 +2,8 @@
 import { app } from "../../scripts/app.js";
 import { translated } from "./texts.js";
 
-const HEIGHTS = { LowVRAMPlan: 130, LowVRAMMemoryReport: 150, LowVRAMLoadLora: 60, LowVRAMDoctor: 420 };
+const HEIGHTS = { LowVRAMPlan: 130, LowVRAMMemoryReport: 120, LowVRAMLoadLora: 60, LowVRAMDoctor: 420 };
+const WIDTHS = { LowVRAMPlan: 500, LowVRAMMemoryReport: 500, LowVRAMLoadLora: 440, LowVRAMDoctor: 900 }; // of new nodes
 
 app.registerExtension({
     name: "lowvramvideo.ShowText",
@@ -27,6 +28,8 @@ app.registerExtension({
             getMinHeight: () => height,
         });
         widget.serialize = false; // nor of the saved workflow
+        const [least, tall] = node.computeSize();
+        node.setSize([Math.max(least, WIDTHS[node.comfyClass]), tall]); // a saved node is given its own afterwards
 
         const executed = node.onExecuted;
         node.onExecuted = function (output) {

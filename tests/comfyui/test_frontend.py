@@ -238,6 +238,12 @@ def folded_nodes(name: str) -> list[dict[str, Any]]:
     return list(folded["nodes"])
 
 
+def test_a_new_node_is_as_wide_as_its_text(page: QuietPage) -> None:
+    for name, width in (("Plan", 500), ("MemoryReport", 500), ("LoadLora", 440), ("Doctor", 900)):
+        size = page.evaluate(f"[...LiteGraph.createNode('LowVRAM{name}').size]")
+        assert size[0] >= width and size[1] > 60, f"{name}: {size}"
+
+
 def test_blueprints_are_offered_and_open(page: QuietPage, server: Server, object_info: dict[str, Any]) -> None:
     offered = {
         entry["name"]: key for key, entry in server.get("/global_subgraphs").items() if entry["name"] in BLUEPRINTS

@@ -31,6 +31,7 @@ from lowvram_pack.system.card_profile import (
 from lowvram_pack.vae.files import OpenVae
 from lowvram_pack.wanvideo.vae.checkpoint import WAN_FORMAT
 from lowvram_pack.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, WanVAE
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import core, empty_latent, ours, prompts, relative_error, sample, save
@@ -111,6 +112,9 @@ def test_the_report_tells_of_the_last_run(models: Path) -> None:
     assert "denoise" in text
     assert picture.shape == (1, 960, 1200, 3)
     assert set(out.ui) >= {"text", "images"}
+    (shown,) = out.ui["images"]
+    with Image.open(Path(folder_paths.get_temp_directory(), shown["subfolder"], shown["filename"])) as small:
+        assert small.width > 2 * small.height, "in the node a wide one, of larger letters"
 
 
 # --- decoding --------------------------------------------------------------------------------------------
