@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..memory.plan.footprint import Choice, Limits, ModelFootprint, WorkSize
 from .network.config import IMAGE_TOKENS
@@ -32,7 +33,7 @@ class SectionSize(WorkSize):
         """Tokens of the latents that are made."""
         return self._grid(self.latent_size[0], (1, 2, 2))
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         history = self._grid(TWICE_FRAMES, (2, 4, 4)) + self._grid(FOUR_FRAMES, (4, 8, 8))
         shown = self._grid(self.clean_frames, (1, 2, 2)) + (history if self.with_history else 0)

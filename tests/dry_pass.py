@@ -206,10 +206,11 @@ def dry(model: StreamedModel[M], plan: MemoryPlan) -> Iterator[M]:
         query_chunk=choice.query_chunk,
         packed_keys=choice.packed_keys,
     )
-    first, *_, last = network.ordered_blocks().items()
+    first, *others, last = network.ordered_blocks().items()
     few = dict([first, last])
+    left_out = {id(tensor) for _, block in others for tensor in [*block.parameters(), *block.buffers()]}
     named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
-    meta = {name: tensor.detach() for name, tensor in named}
+    meta = {name: tensor.detach() for name, tensor in named if id(tensor) not in left_out}
     bring = network.bring
     with FakeTensorMode(), torch.inference_mode():
         for name, tensor in meta.items():

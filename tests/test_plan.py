@@ -10,7 +10,7 @@ from lowvram_video.attention.backend import EXACT_WORKSPACE
 from lowvram_video.attention.sage import WORKSPACE, WORKSPACE_HOPPER_2
 from lowvram_video.benchmarks.preset_plans import preset_plans, wan_footprint
 from lowvram_video.memory.plan.candidates import spread_residents
-from lowvram_video.memory.plan.decode import choose_decode, strip_memory
+from lowvram_video.memory.plan.decode import choose_decode, decode_memory, strip_memory
 from lowvram_video.memory.plan.footprint import (
     GIB,
     MIB,
@@ -19,7 +19,6 @@ from lowvram_video.memory.plan.footprint import (
     ModelFootprint,
     VaeFootprint,
     WorkSize,
-    decode_memory,
 )
 from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.pass_times import compute_seconds

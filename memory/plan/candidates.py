@@ -10,15 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..stream.ring import pair_bytes, ring_bytes
-from .footprint import (
-    Choice,
-    DenoiseMemory,
-    Limits,
-    ModelFootprint,
-    WeightBytes,
-    WorkSize,
-    denoise_memory,
-)
+from .denoise import DenoiseMemory, WeightBytes, denoise_memory
+from .footprint import Choice, Limits, ModelFootprint, WorkSize
 from .host_memory import HostMemory, find_host_memory
 from .pass_times import FULL_SPEED_HEADS, compute_seconds
 
@@ -91,6 +84,11 @@ def spread_residents(num_blocks: int, num_resident: int) -> tuple[int, ...]:
 
 def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterator[Candidate]:
     """Candidates from the leanest up; each is at least as fast as the one before and has no fewer residents."""
+    return _from_the_leanest(_Maker(model, work, limits))
+
+
+def _from_the_leanest(maker: _Maker) -> Iterator[Candidate]:
+    model, work, limits = maker.model, maker.work, maker.limits
     by_hand = limits.blocks_to_swap >= 0
     num_resident = model.num_blocks - limits.blocks_to_swap if by_hand else 0
     queries = QUERY_CHUNKS[0] if model.streams_queries and not work.all_queries else None
@@ -101,7 +99,7 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
     choice = Choice(
         TOKEN_CHUNKS[0], _head_groups(model)[0], False, num_resident, transient, queries, in_stages, packed_keys
     )
-    candidate = _candidate(model, work, limits, choice)
+    candidate = maker.make(choice)
     yield candidate
     seconds = candidate.times.total
     compute: list[Step] = [
@@ -113,7 +111,7 @@ def candidates(model: ModelFootprint, work: WorkSize, limits: Limits) -> Iterato
         transfers.append(_more_residents)
     while True:
         steps = transfers + compute if candidate.times.transfer_bound else compute + transfers
-        upgrades = [_candidate(model, work, limits, better) for step in steps if (better := step(candidate))]
+        upgrades = [maker.make(better) for step in steps if (better := step(candidate))]
         if not upgrades:
             return
         free = [upgrade for upgrade in upgrades if upgrade.denoise.total <= candidate.denoise.total]
@@ -132,7 +130,8 @@ def fastest_candidate(
     Of the candidates that fit the last one holds most weights; what is too little for the next one goes into larger
     pieces, for which others that hold fewer weights, and compute no faster by it, may have more room.
     """
-    known = list(candidates(model, work, limits))
+    maker = _Maker(model, work, limits)
+    known = list(_from_the_leanest(maker))
     leanest = min(each.denoise.total for each in known)
     if leanest > budget_bytes:
         return None
@@ -140,7 +139,7 @@ def fastest_candidate(
     fitting = [each for each in known if each.denoise.total <= budget_bytes]
     first_of_weights = {_weights_of(each.choice): each for each in reversed(fitting) if not each.times.transfer_bound}
     starts = [fitting[-1], *first_of_weights.values()]
-    ways = [way for start in starts for way in _in_larger_pieces(start) if way.denoise.total <= budget_bytes]
+    ways = [way for start in starts for way in _in_larger_pieces(start, maker) if way.denoise.total <= budget_bytes]
     return min(ways, key=_slowness)
 
 
@@ -149,7 +148,7 @@ def _weights_of(choice: Choice) -> tuple[int, bool, bool, bool]:
     return choice.num_resident, choice.cache_text_kv, choice.transient_fixed, choice.in_stages
 
 
-def _in_larger_pieces(candidate: Candidate) -> Iterator[Candidate]:
+def _in_larger_pieces(candidate: Candidate, maker: _Maker) -> Iterator[Candidate]:
     """The same weights on the device, with all or larger pieces of everything else."""
     steps: tuple[Step, ...] = (_exact_keys, _fewer_groups, _more_queries, _larger_chunk)
     known = {candidate.choice}
@@ -160,7 +159,7 @@ def _in_larger_pieces(candidate: Candidate) -> Iterator[Candidate]:
         for step in steps:
             if (choice := step(way)) is not None and choice not in known:
                 known.add(choice)
-                ways.append(_candidate(way.model, way.work, way.limits, choice))
+                ways.append(maker.make(choice))
 
 
 def _slowness(candidate: Candidate) -> tuple[float, int, float, float, bool, int]:
@@ -259,7 +258,43 @@ def _head_groups(model: ModelFootprint) -> list[int]:
     return [groups for groups in even if groups >= full or groups == 1]
 
 
-def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Choice) -> Candidate:
+@dataclass(frozen=True)
+class _Weights:
+    """Where blocks are and come from, for all candidates that have the same on the device; `transfer` in seconds."""
+
+    blocks: BlockPlacement
+    host: HostMemory
+    bytes: WeightBytes
+    transfer: float
+
+
+class _Maker:
+    """Makes candidates for one piece of work; what several have in common is computed once."""
+
+    def __init__(self, model: ModelFootprint, work: WorkSize, limits: Limits):
+        self.model, self.work, self.limits = model, work, limits
+        self._weights: dict[tuple[int, bool, bool], _Weights] = {}
+        self._passes: dict[Choice, tuple[DenoiseMemory, float]] = {}
+
+    def make(self, choice: Choice) -> Candidate:
+        """The way that `choice` says."""
+        model, work, limits = self.model, self.work, self.limits
+        held = (choice.num_resident, choice.cache_text_kv, choice.in_stages)
+        weights = self._weights.get(held)
+        if weights is None:
+            weights = self._weights[held] = _weights_on_device(model, limits, choice)
+        of_a_pass = replace(choice, num_resident=0, in_stages=False)  # which say where blocks are alone
+        known = self._passes.get(of_a_pass)
+        if known is None:
+            known = denoise_memory(model, work, of_a_pass, limits), compute_seconds(model, work, of_a_pass, limits)
+            self._passes[of_a_pass] = known
+        memory, seconds = known
+        times = PassTimes(seconds, weights.transfer)
+        denoise = memory.holding(weights.bytes)
+        return Candidate(model, work, limits, choice, weights.blocks, weights.host, denoise, times)
+
+
+def _weights_on_device(model: ModelFootprint, limits: Limits, choice: Choice) -> _Weights:
     sizes = model.streamable_bytes(choice.cache_text_kv)
     resident = spread_residents(model.num_blocks, choice.num_resident)
     kept = set(resident)
@@ -272,13 +307,5 @@ def _candidate(model: ModelFootprint, work: WorkSize, limits: Limits, choice: Ch
         stages = [size for index, each in enumerate(model.stage_bytes) if index not in kept for size in each]
         ring = min(ring, pair_bytes(stages))
         transfer *= STAGED_TRANSFER
-    return Candidate(
-        model,
-        work,
-        limits,
-        choice,
-        BlockPlacement(model.num_blocks, resident, num_slots, ring, total),
-        host,
-        denoise_memory(model, work, choice, WeightBytes(sum(sizes) - total, ring, host.pinned_bytes), limits),
-        PassTimes(compute_seconds(model, work, choice, limits), transfer),
-    )
+    blocks = BlockPlacement(model.num_blocks, resident, num_slots, ring, total)
+    return _Weights(blocks, host, WeightBytes(sum(sizes) - total, ring, host.pinned_bytes), transfer)

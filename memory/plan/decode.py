@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .footprint import SLACK_BYTES, SLACK_FRACTION, Limits, VaeFootprint, WorkSize, decode_memory
+from .footprint import Limits, VaeFootprint, WorkSize
+from .slack import slack_bytes
 from .tiles import TILES, fitting_tile, strip_rows
 
 RECORDED_SHARE = 1.5  # of the working memory: what recorded steps work in is fitted together less well
@@ -61,6 +62,14 @@ def least_decode_bytes(vae: VaeFootprint | None, work: WorkSize, latent_channels
     return min(tiles, *(each.total for each in thinnest if _ram_suffices(each.host, limits)))
 
 
+def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile: int, context_bytes: int) -> int:
+    """Predicted VRAM of decoding in `tile` x `tile` pixels (0: whole frames); finished frames leave the device."""
+    height, width = (min(size, tile or size) for size in (work.height, work.width))
+    moving = height * width * (vae.cache_bytes_per_pixel + vae.working_bytes_per_pixel)
+    moving += 2 * 4 * work.batch * work.latent_positions * latent_channels
+    return context_bytes + vae.weight_bytes + moving + slack_bytes(moving)
+
+
 def strip_memory(
     vae: VaeFootprint, work: WorkSize, latent_channels: int, way: tuple[int, bool], context_bytes: int
 ) -> DecodeMemory:
@@ -74,7 +83,7 @@ def strip_memory(
     moving += work.width * vae.strip_bytes_per_column
     moving += 2 * 4 * work.latent_positions * latent_channels
     moving += PAGES_AT_WORK * page if in_ram else waiting
-    total = context_bytes + vae.weight_bytes + moving + SLACK_BYTES + int(SLACK_FRACTION * moving)
+    total = context_bytes + vae.weight_bytes + moving + slack_bytes(moving)
     return DecodeMemory(0, total, rows, in_ram, waiting if in_ram else 0)
 
 

@@ -8,7 +8,8 @@ are the tokens of all samples of a pass.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from ...system.card_profile import CardProfile
@@ -24,13 +25,6 @@ UNLIMITED = 1 << 60  # VRAM, where the device has no memory of its own
 # Token-sized tensors that a block of Wan's reads and writes between its products: norms (2 each), rotated q and k,
 # attention's result over q, residuals (3 each).
 BLOCK_PASSES = 25
-
-# The caching allocator rounds and fragments what is allocated during a run; weights and the ring are exact. cuBLAS has
-# its workspace from it too: 32 MiB on Hopper, less elsewhere; half of this.
-SLACK_FRACTION = 0.03
-SLACK_BYTES = 64 * MIB
-# Pages of pinned memory have entries in the device's tables: 8 bytes for each of 4 KiB; measured.
-PINNED_BYTES_PER_ENTRY_BYTE = 512
 
 
 class AttentionBytes(Protocol):
@@ -276,22 +270,22 @@ class WorkSize:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    @property
+    @cached_property
     def latent_size(self) -> tuple[int, int, int]:
         """Latent frames, height and width; the first latent frame holds a single frame."""
         time, height, width = self.stride
         return (self.frames - 1) // time + 1, -(-self.height // height), -(-self.width // width)
 
-    @property
+    @cached_property
     def latent_positions(self) -> int:
         return math.prod(self.latent_size)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of one sample."""
         return math.prod(-(-size // patch) for size, patch in zip(self.latent_size, self.patch, strict=True))
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Tokens of all samples of one pass that one card has."""
         return self.batch * -(-self.tokens // self.cards)
@@ -328,34 +322,6 @@ class Choice:
         if self.query_chunk is None or work.rows <= self.query_chunk:
             return work.rows
         return min(work.tokens, self.query_chunk)
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Where the blocks' bytes are: those that stay on the device, the ring for the others, what of them is pinned."""
-
-    residents: int
-    ring: int
-    pinned: int
-
-
-@dataclass(frozen=True)
-class DenoiseMemory:
-    """Bytes of VRAM while denoising, one field per line of the plan's table."""
-
-    context: int  # CUDA context, libraries' code and memory of their own, tables of pinned memory
-    fixed_weights: int
-    residents: int
-    ring: int
-    activations: int  # x, q, k, v, attention and chunk temporaries, rotary angles
-    scratch: int  # weights unpacked to the compute dtype
-    text: int  # embedded prompt and, where cached, its keys and values
-    latents: int
-    slack: int  # allocator rounding and fragmentation
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, line.name) for line in fields(self))
 
 
 @dataclass(frozen=True)
@@ -408,33 +374,3 @@ class Limits:
         for name in ("tflops_matmul", "tflops_attention", "h2d_gbps", "pageable_gbps", "disk_gbps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a rate must be above 0")
-
-
-def denoise_memory(
-    model: ModelFootprint, work: WorkSize, choice: Choice, weights: WeightBytes, limits: Limits
-) -> DenoiseMemory:
-    """Predicted VRAM of a denoising pass."""
-    activations = model.activation_bytes(work, choice, limits)
-    scratch = model.scratch_elements * model.compute_bytes
-    text = model.text_bytes(work, choice)
-    channels = 10 * model.latent_channels + max(0, model.in_channels - model.latent_channels)
-    latents = 4 * work.batch * work.latent_positions * channels  # fp32, of solver, guidance and preview
-    return DenoiseMemory(
-        context=limits.context_bytes + (weights.pinned // PINNED_BYTES_PER_ENTRY_BYTE if limits.context_bytes else 0),
-        fixed_weights=model.fixed_bytes - (model.transient_bytes if choice.transient_fixed else 0),
-        residents=weights.residents,
-        ring=weights.ring,
-        activations=activations,
-        scratch=scratch,
-        text=text,
-        latents=latents,
-        slack=SLACK_BYTES + int(SLACK_FRACTION * (activations + scratch + text + latents)),
-    )
-
-
-def decode_memory(vae: VaeFootprint, work: WorkSize, latent_channels: int, tile: int, context_bytes: int) -> int:
-    """Predicted VRAM of decoding in `tile` x `tile` pixels (0: whole frames); finished frames leave the device."""
-    height, width = (min(size, tile or size) for size in (work.height, work.width))
-    moving = height * width * (vae.cache_bytes_per_pixel + vae.working_bytes_per_pixel)
-    moving += 2 * 4 * work.batch * work.latent_positions * latent_channels
-    return context_bytes + vae.weight_bytes + moving + SLACK_BYTES + int(SLACK_FRACTION * moving)

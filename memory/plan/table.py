@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from ...system.sizes import in_gb, in_gib
-from .footprint import DenoiseMemory, Limits
+from .denoise import DenoiseMemory
+from .footprint import Limits
 from .parking import Homes
 from .plan import MemoryPlan
 

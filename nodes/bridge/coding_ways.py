@@ -7,8 +7,8 @@ from dataclasses import astuple
 import torch
 from torch import Tensor
 
-from ...memory.plan.decode import choose_decode
-from ...memory.plan.footprint import Limits, VaeFootprint, WorkSize, decode_memory
+from ...memory.plan.decode import choose_decode, decode_memory
+from ...memory.plan.footprint import Limits, VaeFootprint, WorkSize
 from ...memory.plan.tiles import TILES
 from ...memory.stream.pinned import Registrar
 from ...vae.strips import Strips
