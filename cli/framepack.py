@@ -35,6 +35,7 @@ from ..memory.report.report import RunReport
 from ..runtime.latent_watch import BadLatents
 from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
+from ..video.given_video import GivenVideo
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
 from ..video.writer import SUFFIXES, check_writable
@@ -204,6 +205,7 @@ class _Job:
     timed: TimedPrompt
     size: tuple[int, int]
     files: Files
+    video: GivenVideo | None  # that is changed
 
     @classmethod
     def of(cls, opened: OpenedFramePack, options: argparse.Namespace) -> _Job:
@@ -216,9 +218,10 @@ class _Job:
                 f"--extend goes on from the end of a video, and {options.model.name} is a base model, which works from "
                 "the end to the start: choose an F1 model (--model-type f1 if it is one and its name does not say so)"
             )
+        video, extend = (None if path is None else GivenVideo(path) for path in (options.video, options.extend))
         size = _size(options)
         sampling = _sampling(options, mode)
-        return cls(options, pipeline, encoders, sampling, timed, size, _places(options))
+        return cls(options, pipeline, encoders, sampling, timed, size, _places(options, extend), video)
 
     def encode(self) -> EncodedInputs:
         """What the video is made of."""
@@ -231,15 +234,18 @@ class _Job:
         pictures = (options.image, options.end_image)
         start, end = (None if path is None else load_image(path, width, height) for path in pictures)
         initial, given, given_after = None, None, 0.0
-        if options.video is not None:
+        if self.video is not None:
             num_sections = count_sections(self.sampling.seconds, self.sampling.window)
             length = 1 + FRAMES_PER_LATENT * self.sampling.window * num_sections
-            video = read_video(options.video, width, height, FRAMES_PER_SECOND, first=length)
+            video = read_video(self.video.path, width, height, FRAMES_PER_SECOND, first=length)
+            self.video.check()  # its size and length are known from before
             initial = video[: _whole(len(video))]
-        if options.extend is not None:
+        extend = self.files.extend
+        if extend is not None:
             # what sections see of the video, and what the first one is faded into
             last = num_frames(max(NUM_HISTORY, self.sampling.window))
-            video, num_before = read_end(options.extend, width, height, FRAMES_PER_SECOND, last)
+            video, num_before = read_end(extend.path, width, height, FRAMES_PER_SECOND, last)
+            extend.check()
             given = video[-_whole(len(video)) :]
             given_after = (num_before + len(video) - len(given)) / FRAMES_PER_SECOND
         wants_negative = self.sampling.cfg != 1.0 or self.sampling.nag is not None
@@ -352,7 +358,7 @@ def _sampling(options: argparse.Namespace, mode: SectionMode) -> Sampling:
     return sampling
 
 
-def _places(options: argparse.Namespace) -> Files:
+def _places(options: argparse.Namespace, extend: GivenVideo | None) -> Files:
     """Where output and runs go; the output's folder is made."""
     picture = options.one_frame is not None
     chosen = OutputFile(options.output, Path(f"output/{'picture.png' if picture else 'video.mp4'}"), options.overwrite)
@@ -365,7 +371,7 @@ def _places(options: argparse.Namespace) -> Files:
     check_report(options.report)
     check_writable(output)
     runs, tags = runs_folder(options, output, "framepack"), settings_tags(options)
-    files = Files(chosen, command_key(options), runs, tags, options.extend)
+    files = Files(chosen, command_key(options), runs, tags, extend)
     files.check()
     return files
 

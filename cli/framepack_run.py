@@ -19,6 +19,7 @@ from ..framepack.sections import FRAMES_PER_SECOND, SPATIAL_STRIDE
 from ..runtime.run_limits import hold_limits
 from ..system.atomic_files import write_file
 from ..system.output_lock import is_noted, note_output
+from ..video.given_video import GivenVideo
 from ..video.growing_video import GrowingVideo, Grows
 from ..video.reader import read_pieces
 from ..video.tags import Tags
@@ -35,7 +36,7 @@ class Files:
     command: str  # see `command_key`
     runs: Path | None
     tags: Tags
-    extend: Path | None = None
+    extend: GivenVideo | None = None
 
     @property
     def output(self) -> Path:
@@ -64,7 +65,7 @@ class Files:
 
         def given() -> Iterator[Tensor]:
             assert self.extend is not None
-            return read_pieces(self.extend, *size, FRAMES_PER_SECOND)
+            return self.extend.checked(read_pieces(self.extend.path, *size, FRAMES_PER_SECOND))
 
         return RunPlaces(self.runs, self.output.parent, output, None if self.extend is None else given)
 

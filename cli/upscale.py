@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ..runtime.latent_watch import BadLatents
 from ..video.writer import VideoError
 from ..wanvideo.upscale.colour import COLOUR_FIXES
 from ..wanvideo.upscale.film import GOOD_CRF, FilmPlace, UpscaleFilm
@@ -96,7 +97,7 @@ def _make(film: UpscaleFilm, options: argparse.Namespace, chosen: OutputFile) ->
     except KeyboardInterrupt:
         shown = f"{path} holds the frames made so far" if path.exists() else "no frame was made yet"
         raise KeyboardInterrupt(f"interrupted: {shown}{_goes_on(film)}") from None
-    except (RuntimeError, VideoError):
+    except (RuntimeError, VideoError, BadLatents):
         if said := _goes_on(film):
             print(said.removeprefix(", "))
         raise

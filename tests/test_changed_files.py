@@ -12,8 +12,11 @@ import torch
 from lowvram_video.memory.plan.footprint import GIB
 from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.video import reader
 from lowvram_video.video.growing_state import read_state
 from lowvram_video.video.growing_video import GrowingVideo
+from lowvram_video.video.reader import read_end, read_pieces, read_video
+from lowvram_video.video.writer import VideoWriter
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
@@ -113,3 +116,49 @@ def test_a_film_note_of_any_text_is_one_line(film: Path, tmp_path: Path, text: s
     (tmp_path / "parts" / "film.json").write_text(text)
     assert not GrowingVideo.is_at(tmp_path / "parts", tmp_path / "film.mp4")
     assert GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4").num_sections == 0
+
+
+# --- videos that are read --------------------------------------------------------------------------------
+
+READS: dict[str, Callable[[Path], object]] = {
+    "first": lambda path: read_video(path, 32, 32, 16, first=30),
+    "end": lambda path: read_end(path, 32, 32, 16, 5),
+    "pieces": lambda path: list(read_pieces(path, 32, 32, 16, 4)),
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("given") / "given.mp4"
+    with VideoWriter(path, 16) as writer:
+        writer.write(torch.randint(0, 255, (40, 32, 32, 3), dtype=torch.uint8))
+    return path
+
+
+@pytest.mark.parametrize("read", list(READS))
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[::-1]), "changed"),
+        (lambda path: os.truncate(path, 0), "changed"),
+        (lambda path: os.replace(path.with_name("other.mp4"), path), "changed"),
+        (Path.unlink, "deleted"),
+    ],
+    ids=["overwritten", "truncated", "replaced", "deleted"],
+)
+def test_a_video_that_changes_while_it_is_read_is_told(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, change: Callable[[Path], object], what: str
+) -> None:
+    path, real, frames = Path(shutil.copy(given, tmp_path / "a.mp4")), reader._read, []
+    shutil.copy(given, tmp_path / "other.mp4")
+
+    def changing(*args: object) -> bytearray:
+        frames.append(None)
+        if len(frames) == 20:
+            change(path)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reader, "_read", changing)
+    with pytest.raises(ValueError, match=rf"a\.mp4 was {what} while it was read"):
+        READS[read](path)
+    assert len(frames) == 20, "frames of another file are not even read on"

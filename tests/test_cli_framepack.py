@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from lowvram_video.cli import framepack, framepack_run
 from lowvram_video.cli.framepack import _size
 from lowvram_video.cli.main import main, make_parser
 from lowvram_video.framepack.network.config import FramePackConfig
@@ -322,6 +325,36 @@ def test_a_video_shorter_than_a_window_is_in_the_first_section(f1: Files, folder
     assert main(words) == 0
     num_sections = len(latents(tmp_path / "framepack"))
     assert num_frames(tmp_path / "a.mp4") == 5 + 12 * num_sections
+
+
+@pytest.mark.parametrize(
+    ("words", "name"), [(["--extend"], "read_pieces"), (["--strength", 0.5, "--video"], "read_video")]
+)
+def test_a_video_that_changes_between_two_readings_is_told(
+    f1: Files,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[Any],
+    name: str,
+) -> None:
+    """What is continued is not what plays before it; what is changed is not what was measured."""
+    given = Path(shutil.copy(folder / "long.mp4", tmp_path / "given.mp4"))
+    owner = framepack_run if name == "read_pieces" else framepack
+    real = getattr(owner, name)
+
+    def changing(*args: Any, **named: Any) -> Any:
+        shutil.copy(folder / "short.mp4", given)
+        return real(*args, **named)
+
+    monkeypatch.setattr(owner, name, changing)
+    assert main(arguments(f1, tmp_path / "a.mp4", *video(*words, given), image=False)) == 2
+    assert "given.mp4 was changed while it was read" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "a.mp4").exists() and not list(tmp_path.glob("framepack/*/section_*"))
+    monkeypatch.undo()
+    shutil.copy(folder / "long.mp4", given)
+    assert main(arguments(f1, tmp_path / "a.mp4", *video(*words, given), image=False)) == 0, "put back"
 
 
 def test_a_video_is_changed_by_strength(files: Files, folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import imageio_ffmpeg
 import pytest
 import torch
+from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.cli.main import main
 from lowvram_video.runtime.latent_watch import BadLatents
 from lowvram_video.runtime.settings import RunSettings
@@ -310,6 +311,70 @@ def test_a_network_that_makes_no_numbers_is_told_and_no_black_video_made(
     with pytest.raises(BadLatents, match=r"NaN or infinite numbers .* likely damaged weights in"):
         upscaled(files, video, place)
     assert not place.output.exists()
+
+
+class SickLater(Sdpa):
+    """An attention kernel that overflows from the network's fifth pass on: a section is in the film by then."""
+
+    name = "sick"
+
+    def __init__(self, passes: list[str]) -> None:
+        super().__init__(torch.device("cpu"))
+        self._passes = passes
+
+    def attend(self, *args: Any, **named: Any) -> Tensor:
+        return super().attend(*args, **named) * (float("inf") if len(self._passes) > 4 else 1)
+
+
+def upscaled_sick(files: UpscaleFiles, video: Path, place: FilmPlace, stop_at: int = 0) -> list[str]:
+    """The attention of each pass; it is stopped before that many are done."""
+    passes: list[str] = []
+    upscaler = Upscaler(files, RunSettings())
+    network, made = upscaler.model.model, UpscaleFilm(upscaler, VideoFile(video), REQUEST)
+
+    def count(*_: object) -> None:
+        passes.append(network.execution.attention.name)
+        if len(passes) == stop_at:
+            raise Stopped
+
+    network.execution = replace(network.execution, attention=SickLater(passes))
+    network.register_forward_pre_hook(count)
+    assert made.is_own(place, place.output) == place.output.exists()
+    try:
+        made.make(place)
+    finally:
+        assert network.execution.attention.name == "sick", "the next video begins as its settings say"
+    return passes
+
+
+@pytest.mark.slow  # the next one is of a shorter run
+def test_a_kernel_that_makes_no_numbers_costs_time_alone(
+    files: UpscaleFiles, video: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    place = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs")
+    assert upscaled_sick(files, video, place) == ["sick"] * 5 + ["sdpa"] * 6
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted)) and has_sound(place.output)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("stop_at", [7, pytest.param(11, marks=pytest.mark.slow)])  # nothing new is shown, and some
+def test_a_stopped_run_on_the_safe_path_goes_on_there(
+    files: UpscaleFiles,
+    video: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    stop_at: int,
+) -> None:
+    place = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs")
+    with pytest.raises(Stopped):
+        upscaled_sick(files, video, place, stop_at)
+    assert "the attention backend sick" in caplog.text and "begins anew with exact attention" in caplog.text
+    assert place.output.exists()
+    passes = upscaled_sick(files, video, place)
+    assert passes == ["sdpa"] * (12 - stop_at), "nothing that was sound is made again"
+    assert torch.equal(frames_of(place.output), frames_of(uninterrupted))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("crf", [-1, 52])

@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +17,7 @@ import imageio_ffmpeg
 import torch
 from torch import Tensor
 
+from .given_video import GivenVideo
 from .stuck import Watched
 from .writer import last_line
 
@@ -72,7 +73,7 @@ def read_end(path: Path, width: int, height: int, fps: float, last: int) -> tupl
     return torch.stack(list(kept)), total - len(kept)
 
 
-def read_pieces(path: Path, width: int, height: int, fps: float, num_frames: int = 64) -> Iterator[Tensor]:
+def read_pieces(path: Path, width: int, height: int, fps: float, num_frames: int = 64) -> Generator[Tensor, None, None]:
     """A whole video as `read_video` gives it, at most `num_frames` at a time."""
     with closing(_frames(path, width, height, fps)) as frames:
         while piece := list(islice(frames, num_frames)):
@@ -80,7 +81,11 @@ def read_pieces(path: Path, width: int, height: int, fps: float, num_frames: int
 
 
 def _frames(path: Path, width: int, height: int, fps: float) -> Generator[Tensor, None, None]:
-    """Frame after frame, uint8 `[height, width, 3]`; ffmpeg is gone when the iterator is closed."""
+    """Frame after frame, uint8 `[height, width, 3]`, all of one file; ffmpeg is gone when the iterator is closed."""
+    return GivenVideo(path).checked(_decoded(path, width, height, fps))
+
+
+def _decoded(path: Path, width: int, height: int, fps: float) -> Generator[Tensor, None, None]:
     _check_there(path)
     square = f"scale='if(between(sar,1/{MOST_ASPECT},{MOST_ASPECT}),round(iw*sar),iw)':ih:flags=lanczos,setsar=1"
     fit = f"{square},scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos,crop={width}:{height}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...runtime.kept_runs import clean_runs, mark_used, remove_run
+from ...runtime.latent_watch import BadLatents
 from ...runtime.progress import Progress
+from ...system.atomic_files import write_file
 from ...system.content_key import run_key
+from ...system.output_lock import is_noted, note_output
 from ...system.run_lock import RunLock, now
 from ...system.scratch_folders import scratch_folder
 from ...video.growing_video import GrowingVideo
@@ -32,6 +37,8 @@ log = logging.getLogger(__name__)
 
 SECTION_STEPS = 4  # whose frames are encoded together: 32 frames
 GOOD_CRF, MOST_CRF = 16, 51
+UNSOUND = "unsound.json"  # why what the network made was no use: the run is begun on the safe path from then on
+SAFELY = " on the safe path"
 NOT_KEPT = "the run cannot be kept in %s (%s)"
 
 
@@ -74,37 +81,63 @@ class UpscaleFilm:
         """Make the video at `place.output`, with the source's rate and sound.
 
         What was made by then plays there meanwhile, and after an error or interrupt. With `place.runs` a run that was
-        stopped goes on, bit for bit. ValueError, PlanError, VideoError.
+        stopped goes on, bit for bit. Where the network makes no numbers it is begun anew on the safe path, once;
+        BadLatents where even so. ValueError, PlanError, VideoError.
         """
         self._upscaler.planned(self._request, (self._source.width, self._source.height))
-        with self._folder(place) as (folder, kept):
-            source = self._source
-            film = GrowingVideo(
-                film_folder(folder), place.output, source.fps, place.crf, made_by="FlashVSR", tags=place.tags
-            )
-            if kept is not None and kept.has_whole(film):
-                self._said(film.num_frames)  # but for its sound
-            else:
-                with self._upscaler.opened(self._request, (source.width, source.height), folder) as stream:
-                    _Making(stream, film, kept, source, self._said, self._upscaler.model.between_blocks).run()
-            if source.sound is not None:
-                source.check()
-                add_sound(film.video, source.sound)
+        with self._folder(place) as folder:
+            try:
+                self._make_sound(place, folder)
+            finally:  # the next video is known by how the network computes
+                self._upscaler.leave_safe_path()
+
+    def _make_sound(self, place: FilmPlace, folder: _RunFolder) -> None:
+        """The video, of one path alone: both compute otherwise."""
+        upscaler = self._upscaler
+        if not folder.is_unsound:
+            try:
+                self._make_in(place, folder)
+                return
+            except BadLatents as error:
+                if not upscaler.take_safe_path():
+                    raise
+                log.warning("%s: the video begins anew with exact attention, in %s", error, upscaler.dtype)
+                folder.give_up(str(error), place.output)
+        # outside the handler: its traceback holds tensors
+        upscaler.take_safe_path()
+        self._make_in(place, folder, SAFELY)
+
+    def _make_in(self, place: FilmPlace, folder: _RunFolder, how: str = "") -> None:
+        source, kept, made_by = self._source, folder.kept(how), f"FlashVSR{how}"
+        film = GrowingVideo(
+            film_folder(folder.path), place.output, source.fps, place.crf, made_by=made_by, tags=place.tags
+        )
+        if kept is not None and kept.has_whole(film):
+            self._said(film.num_frames)  # but for its sound
+        else:
+            with self._upscaler.opened(self._request, (source.width, source.height), folder.path) as stream:
+                _Making(stream, film, kept, source, self._said, self._upscaler.model.between_blocks).run()
+        if source.sound is not None:
+            source.check()
+            add_sound(film.video, source.sound)
 
     def is_own(self, place: FilmPlace, path: Path) -> bool:
         """Whether this run, which was stopped, wrote the file that is at `path`."""
-        return place.runs is not None and GrowingVideo.is_at(film_folder(place.runs / self.key(place)[:16]), path)
+        if place.runs is None:
+            return False
+        key = self.key(place)
+        return GrowingVideo.is_at(film_folder(place.runs / key[:16]), path) or is_noted(place.runs, path, key)
 
     def _said(self, num_frames: int) -> None:
         self.num_frames = num_frames
         self._progress.update(num_frames, max(num_frames, self._source.num_frames))
 
     @contextmanager
-    def _folder(self, place: FilmPlace) -> Iterator[tuple[Path, KeptStream | None]]:
+    def _folder(self, place: FilmPlace) -> Iterator[_RunFolder]:
         """The run's folder, held; it is removed when the video is whole."""
         if place.runs is None:
             with scratch_folder(Path(tempfile.gettempdir())) as scratch:
-                yield scratch, None
+                yield _RunFolder(scratch)
             return
         key = self.key(place)
         self.folder = folder = place.runs / key[:16]
@@ -119,7 +152,7 @@ class UpscaleFilm:
             ) from error
         try:
             clean_runs(place.runs)
-            yield folder, KeptStream(folder, key)
+            yield _RunFolder(folder, key)
             remove_run(folder, lock)
             with suppress(OSError):  # other runs are in it
                 place.runs.rmdir()
@@ -130,6 +163,31 @@ class UpscaleFilm:
 def film_folder(folder: Path) -> Path:
     """Where a run's folder has its film."""
     return folder / "film"
+
+
+@dataclass(frozen=True)
+class _RunFolder:
+    """Where a run has its film, and what it goes on from unless `key`, which tells it from others, is empty."""
+
+    path: Path
+    key: str = ""
+
+    def kept(self, how: str) -> KeptStream | None:
+        """What is kept of what the network made in this way: another's is refused."""
+        return KeptStream(self.path, self.key + how) if self.key else None
+
+    @property
+    def is_unsound(self) -> bool:
+        return (self.path / UNSOUND).exists()
+
+    def give_up(self, reason: str, output: Path) -> None:
+        """Nothing that was kept is gone on from; the run knows what it has shown at `output` as its own, though."""
+        with suppress(OSError):  # a full disk: begun again it finds out by itself
+            if GrowingVideo.is_at(film_folder(self.path), output):
+                note_output(self.path, output, self.key)
+            for state in self.path.glob("state_*"):
+                shutil.rmtree(state, ignore_errors=True)
+            write_file(self.path / UNSOUND, json.dumps({"reason": reason}).encode("ascii"))
 
 
 class _Making:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.masked import MaskedAttention
+from ...attention.masked import GatheredBlocks, MaskedAttention
 from ...attention.masked_select import select_masked
 from ...memory.plan.footprint import Limits, WorkSize
 from ...memory.plan.plan import MemoryPlan, PlanError
@@ -65,12 +65,33 @@ class Upscaler:
         self._prompt = open_checkpoint(files.prompt)
         configs = self._projection.config, self._decoder.config
         self.model = StreamedUpscaler(files.model, settings, registrar, between_blocks, *configs, files.loras)
-        self.model.beside_bytes = sum(
-            each.weight_bytes(settings.compute_dtype, only="decoder") for each in (self._projection, self._decoder)
-        )
+        self._on_safe_path = False
+        self._count_beside()
         self._check_files()
         self.plan: MemoryPlan | None = None
         self.record = RunRecord(settings.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.model.model.execution.dtype
+
+    def take_safe_path(self) -> bool:
+        """Compute with PyTorch's attention, and in bf16 or fp32 where it was fp16, from the next video on.
+
+        False where it does so already.
+        """
+        masked = self._masked().name
+        self._on_safe_path = True
+        taken = self.model.take_safe_path() or self._masked().name != masked
+        self._count_beside()
+        return taken
+
+    def leave_safe_path(self) -> None:
+        """Compute as before `take_safe_path`, from the next video on; nothing where it was not taken."""
+        self._on_safe_path = False
+        self.model.leave_safe_path()
+        self._count_beside()
 
     @torch.inference_mode()
     def frames(self, source: Iterator[Tensor], request: UpscaleRequest, size: tuple[int, int]) -> Iterator[Tensor]:
@@ -98,14 +119,14 @@ class Upscaler:
             stack.callback(self._stop)
             stack.callback(self.progress.end)
             self.progress.begin("load")
-            dtype, device = settings.compute_dtype, settings.device
+            dtype, device = self.dtype, settings.device
             projection = stack.enter_context(at_work(partial(self._projection.build, dtype, device, only="decoder")))
             decoder = stack.enter_context(at_work(partial(self._decoder.build, dtype, device, only="decoder")))
             self.model.start_fitting(plan, self.record.add_spans)
             self.plan = self.model.plan
             self.record.uses(self.model)
             assert isinstance(plan.model, UpscaleFootprint)
-            window = replace(plan.model.window_size(plan.work), dtype=settings.compute_dtype)
+            window = replace(plan.model.window_size(plan.work), dtype=dtype)
             windows = self._windows(stack, window, plan.model.windows_on_disk, folder)
             memory = DecoderMemory(settings.device, self.model.weights.budget, plan.model.parks_memory)
             stack.callback(memory.release)
@@ -190,11 +211,18 @@ class Upscaler:
         torch.cuda.empty_cache()
 
     def _masked(self) -> MaskedAttention:
-        return select_masked(self.settings.device, self.settings.compute_dtype, self.model.config.head_dim)
+        if self._on_safe_path:
+            return GatheredBlocks()
+        return select_masked(self.settings.device, self.dtype, self.model.config.head_dim)
+
+    def _count_beside(self) -> None:
+        """Have plans count the two small networks' weights."""
+        beside = self._projection, self._decoder
+        self.model.beside_bytes = sum(each.weight_bytes(self.dtype, only="decoder") for each in beside)
 
     def _text(self) -> Tensor:
         text = prompt_of(self._prompt)
-        return text.to(self.settings.device, self.settings.compute_dtype)
+        return text.to(self.settings.device, self.dtype)
 
     def _check_files(self) -> None:
         config, files = self.model.config, self.files

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ...system.output_lock import file_sha256
+from ...video.given_video import GivenVideo
 from ...video.reader import read_pieces, video_rate, video_seconds, video_size
 from ...video.sound import Sound
 from ...video.writer import check_rate
-from ...weights.files.stamps import stamp_of
 
 AT_ONCE = 8  # frames
 
@@ -48,7 +48,7 @@ class VideoFile:
 
     def __init__(self, path: Path) -> None:
         self.path = self.sound = path
-        self._stamp = stamp_of(path)
+        self._given = GivenVideo(path)
         self.width, self.height = video_size(path)
         self.fps = video_rate(path)
         self.num_frames = round(video_seconds(path) * self.fps)
@@ -60,13 +60,7 @@ class VideoFile:
         return file_sha256(self.path)
 
     def check(self) -> None:
-        now = stamp_of(self.path)
-        if now != self._stamp:
-            what = "deleted" if now is None else "changed"
-            raise ValueError(
-                f"{self.path} was {what} while it was read, and the large video would be of two: put the file back and "
-                "start again, and leave it alone meanwhile"
-            )
+        self._given.check()
 
 
 class Pictures:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...system.file_stamp import stamp_of
 from .checkpoint import CheckpointError
-
-Stamp = tuple[int, int]  # size, time of change in nanoseconds
 
 
 class FileStamps:
@@ -27,12 +26,3 @@ class FileStamps:
                     f"{file} was {what} while the model streams from it, and the video would be of two models: put "
                     "the file back and start again, and leave it alone meanwhile, or give enough RAM to hold the model"
                 )
-
-
-def stamp_of(file: Path) -> Stamp | None:
-    """Size and time of change of a file; None where it is not there."""
-    try:
-        stat = file.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
