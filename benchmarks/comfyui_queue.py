@@ -52,6 +52,7 @@ async def state(_):
         "allocated_bytes": torch.cuda.memory_allocated() if on_gpu else 0,
         "reserved_bytes": torch.cuda.memory_reserved() if on_gpu else 0,
         "loaded": [[type(one).__name__, int(one.loaded_size())] for one in patchers if one is not None],
+        "node": PromptServer.instance.last_node_id,
         "progress": {"prompt": progress.prompt_id, **{name: node["value"] for name, node in progress.nodes.items()}},
     })
 """

@@ -4,22 +4,26 @@
 
 Both experts and umt5-xxl are random fp8 files of full size (36 GB, made once in --work), the VAE is bf16. The blocks
 stream within --vram, once without a RAM budget and once with one. Held against: one expert's file and 2 GiB, or the
-RAM budget. In ComfyUI a second prompt with new text follows, for which the experts of the first are still there.
+RAM budget. In ComfyUI more prompts with new text follow, for which the experts of the first are still there. Told of
+each phase: RSS, its anonymous memory, files and shared memory, and the mappings of the highest.
+
+    python benchmarks/peak_ram.py --comfyui ~/ComfyUI --where comfyui --ram 0 --link   # less: no RAM budget, one expert
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from end_to_end import save_vae, spiece_model
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.text.encoder import UMT5Config
 from measure import GIB, run_cases
+from process_memory import RamWatch, phase_lines
 from queue_server import ON_GPU, START_SECONDS, TINY, Graph, Server
 from synthetic import CONFIGS, write_checkpoint, write_text_encoder
 
@@ -37,9 +42,9 @@ HIGH, LOW, TEXT, VAE = "high_fp8.safetensors", "low_fp8.safetensors", "umt5_fp8.
 FOLDERS = {HIGH: "diffusion_models", LOW: "diffusion_models", TEXT: "text_encoders", VAE: "vae"}
 MARGIN_BYTES = 2 * GIB  # what a run may take beside one expert's file
 STEPS = 4
-LOOK_SECONDS, TRACE_SECONDS = 0.02, 0.5
 CASE_SECONDS = 150
-PROMPTS = ("a cat surfs a wave", "a dog runs over a field at dawn")
+PROMPTS = ("a cat surfs a wave", "a dog runs over a field at dawn", "rain falls on a river")
+PHASES = ("encode", "load", "denoise", "decode", "end")  # of the command line, which says when one has ended
 
 
 @dataclass(frozen=True)
@@ -67,37 +72,6 @@ class Case:
     ram_gib: float | None
 
 
-@dataclass
-class RamWatch:
-    """The memory of a process while the `with` block runs; `trace` has the highest RSS of every half second, GiB."""
-
-    process: psutil.Process
-    peak_bytes: int = 0
-    peak_anonymous_bytes: int = 0  # without mapped files and shared memory, where the system tells
-    trace: list[float] = field(default_factory=list)
-
-    def __enter__(self) -> RamWatch:
-        self._ended = threading.Event()
-        self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
-            while not self._ended.wait(LOOK_SECONDS):
-                memory = self.process.memory_info()
-                self.peak_bytes = max(self.peak_bytes, memory.rss)
-                self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, memory.rss - getattr(memory, "shared", 0))
-                index = int((time.monotonic() - self._began) / TRACE_SECONDS)
-                self.trace += [0.0] * (index + 1 - len(self.trace))
-                self.trace[index] = max(self.trace[index], round(memory.rss / GIB, 3))
-
-
 @dataclass(frozen=True)
 class Bench:
     """What every case shares; `base` has the files and is the server's folder."""
@@ -109,6 +83,7 @@ class Bench:
     python: Path
     flags: tuple[str, ...]
     baseline_bytes: int
+    num_prompts: int
 
     def path(self, name: str) -> Path:
         return model_path(self.base, name)
@@ -130,17 +105,17 @@ class Bench:
         """`lowvram-video generate` in a process of its own."""
         size = self.size
         command = [
-            sys.executable, "-m", "lowvram_video.cli.main", "generate", "--model", self.path(HIGH),
+            sys.executable, "-m", "lowvram_video.cli", "generate", "--model", self.path(HIGH),
             "--model-low", self.path(LOW), "--text-encoder", self.path(TEXT), "--vae", self.path(VAE),
             "--prompt", PROMPTS[0], "--steps", STEPS, "--width", size.width, "--height", size.height,
             "--frames", size.num_frames, "--output", self.base / "output" / "peak_ram.mp4",
         ]  # fmt: skip
         command += ["--vram-budget", self.vram_gib] if ON_GPU else []
         command += ["--ram-budget", ram_gib] if ram_gib else []
-        with tempfile.TemporaryFile("w+") as log:
+        with tempfile.NamedTemporaryFile("w+") as log:
             process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
             try:
-                with RamWatch(psutil.Process(process.pid)) as watch:
+                with RamWatch(psutil.Process(process.pid), lambda: phase_by(Path(log.name))) as watch:
                     code = process.wait(CASE_SECONDS)
             finally:
                 process.kill()
@@ -148,20 +123,20 @@ class Bench:
             said = log.read()
         if code:
             raise RuntimeError(f"exit code {code}: {said[-3000:]}")
-        return {"idle_rss_bytes": self.baseline_bytes, "runs": [as_figures(watch)], "said": said[-3000:]}
+        return {"idle_rss_bytes": self.baseline_bytes, "runs": [watch.figures()], "said": said[-3000:]}
 
     def in_comfyui(self, ram_gib: float | None) -> dict[str, Any]:
-        """A prompt and one with another text in a new server."""
+        """A prompt and those with other texts in a new server."""
         assert self.comfyui is not None
         server = Server(self.comfyui, self.python, self.base, self.flags)
         try:
             server.wait_until_up(time.monotonic() + START_SECONDS)
             process = psutil.Process(server.process.pid)
             idle, runs = process.memory_info().rss, []
-            for seed, prompt in enumerate(PROMPTS):
-                with RamWatch(process) as watch:
+            for seed, prompt in enumerate(PROMPTS[: self.num_prompts]):
+                with RamWatch(process, lambda: running_node(server)) as watch:
                     run_prompt(server, self.graph(prompt, seed, ram_gib))
-                runs.append(as_figures(watch))
+                runs.append(watch.figures())
             return {"idle_rss_bytes": idle, "runs": runs, "said": "\n".join(server.tail(40))}
         except (RuntimeError, TimeoutError) as error:
             raise RuntimeError(f"{error}\n{chr(10).join(server.tail(40))}") from error
@@ -227,20 +202,23 @@ def run_prompt(server: Server, graph: Graph) -> None:
     raise RuntimeError(f"the prompt did not end in {CASE_SECONDS} s (exit code {server.process.poll()})")
 
 
-def as_figures(watch: RamWatch) -> dict[str, Any]:
-    return {
-        "peak_rss_bytes": watch.peak_bytes,
-        "peak_anonymous_bytes": watch.peak_anonymous_bytes,
-        "rss_gib_per_half_second": watch.trace,
-    }
+def running_node(server: Server) -> str:
+    """The node that runs, by its name in `Bench.graph`."""
+    return server.get("/bench/state")["node"] or "between nodes"
+
+
+def phase_by(log: Path) -> str:
+    """The phase that the command line is in, by those that its log says have ended."""
+    ended = re.findall(r"^(\w+): [\d.]+ s$", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return PHASES[PHASES.index(ended[-1]) + 1 if ended and ended[-1] in PHASES else 0]
 
 
 def model_path(base: Path, name: str) -> Path:
     return base / "models" / FOLDERS[name] / name
 
 
-def write_models(base: Path, size: Size) -> None:
-    """All files, unless they are there; the second expert is a copy of the first."""
+def write_models(base: Path, size: Size, link: bool) -> None:
+    """All files, unless they are there; the second expert is a copy of the first, or with `link` its own file."""
     device = "cuda" if ON_GPU else "cpu"
     for name in FOLDERS:
         path = model_path(base, name)
@@ -251,7 +229,7 @@ def write_models(base: Path, size: Size) -> None:
         if name == HIGH:
             write_checkpoint(part, size.expert, "fp8", device)
         elif name == LOW:
-            shutil.copyfile(model_path(base, HIGH), part)
+            (os.link if link else shutil.copyfile)(model_path(base, HIGH), part)
         elif name == TEXT:
             write_text_encoder(part, size.text, device)
         else:
@@ -285,7 +263,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--python", type=Path, help="ComfyUI's Python; its venv, or this one where it has none")
     parser.add_argument("--size", choices=list(SIZES), default="full" if ON_GPU else "tiny")
     parser.add_argument("--vram", type=float, default=8.0, help="GiB, for the transformer and what is beside it")
-    parser.add_argument("--ram", type=float, default=8.0, help="GiB, the RAM budget")
+    parser.add_argument("--ram", type=float, default=8.0, help="GiB, the RAM budget; 0: no case with one")
+    parser.add_argument("--where", default="cli,comfyui", help="the places, by commas")
+    parser.add_argument("--prompts", type=int, default=2, help=f"in one server, at most {len(PROMPTS)}")
+    parser.add_argument("--link", action="store_true", help="both experts are one file: less disk, RSS is the same")
     parser.add_argument("--flags", default="" if ON_GPU else "--cpu", help="of ComfyUI")
     parser.add_argument("--work", type=Path, help="a folder that is kept, with the files (default: temporary)")
     options = parser.parse_args()
@@ -311,6 +292,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
         if "error" in result:
             print(f"{line}  {result['error']}")
             continue
+        for index, run in enumerate(result["runs"]):
+            print(f"  {result['where']}, run {index + 1}", *phase_lines(run["phases"]), sep="\n")
         anonymous = max(run["peak_anonymous_bytes"] for run in result["runs"])
         cells = (
             (result["idle_rss_bytes"], 8),
@@ -328,13 +311,16 @@ def main() -> None:
     with work_folder(options.work) as base:
         make_base(base)
         (base / "output").mkdir(exist_ok=True)
-        write_models(base, size)
+        write_models(base, size, options.link)
         comfyui = options.comfyui and options.comfyui.resolve()
         python = options.python or (find_python(comfyui) if comfyui else Path(sys.executable))
         flags = tuple(shlex.split(options.flags))
-        bench = Bench(size, base, options.vram, comfyui, python.absolute(), flags, baseline_bytes())
-        places = ("cli", "comfyui") if comfyui else ("cli",)
-        cases = [Case(where, ram_gib) for where in places for ram_gib in (None, options.ram)]
+        bench = Bench(
+            size, base, options.vram, comfyui, python.absolute(), flags, baseline_bytes(), options.prompts
+        )  # fmt: skip
+        places = [where for where in options.where.split(",") if comfyui or where == "cli"]
+        budgets = (None, options.ram) if options.ram else (None,)
+        cases = [Case(where, ram_gib) for where in places for ram_gib in budgets]
         sizes = {name: model_path(base, name).stat().st_size for name in FOLDERS}
         facts = {"size": options.size, "vram_gib": options.vram, "steps": STEPS, "file_bytes": sizes}
         results, path = run_cases("peak_ram", cases, bench.run, baseline_rss_bytes=bench.baseline_bytes, **facts)
