@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..memory.stream.layout import in_one_piece
+from ..memory.stream.layout import TensorInfo, in_one_piece
 from ..memory.stream.transient_weights import TransientWeights
+from ..system.host_memory import allocate_bytes
 from ..transformer.transformer import HereAlready, Transformer
+from ..weights.files.checkpoint import read_bytes
 from .host_weights import HostWeights, WeightParts
+from .read_ahead import read_ahead
 
 NUM_READERS = 8  # threads
+PIECE_BYTES = 4 << 20
 
 
 class FixedWeights:
@@ -47,11 +53,26 @@ class FixedWeights:
         self._model.bring = self.transient
 
     def load(self, names: Sequence[str]) -> None:
-        """Read parameters to the device."""
+        """Read parameters to the device; on their way there host memory has a few pieces of them."""
         with ThreadPoolExecutor(NUM_READERS) as readers:
-            read = zip(names, readers.map(self._weights.read_tensor, names), strict=True)
-            sizes = [self._weights.source.tensors[name].nbytes for name in names]
-            self._place(dict(read) if self._device.type == "cpu" else in_one_piece(read, sizes, self._device))
+            if self._device.type == "cpu":
+                self._place(dict(zip(names, readers.map(self._weights.read_tensor, names), strict=True)))
+                return
+            infos = {name: self._weights.source.tensors[name] for name in names}
+            self._place(in_one_piece(infos, read_ahead(self._pieces(infos), readers), self._device))
+
+    def _pieces(self, infos: Mapping[str, TensorInfo]) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """The sizes of pieces of these tensors, and what reads them: whole ones of what is made as it is read."""
+        for name, info in infos.items():
+            if not info.file.is_file():
+                yield info.nbytes, partial(self._read_whole, name)
+                continue
+            for start in range(0, info.nbytes, PIECE_BYTES):
+                nbytes = min(PIECE_BYTES, info.nbytes - start)
+                yield nbytes, partial(_read_piece, info.file, info.offset + start, nbytes)
+
+    def _read_whole(self, name: str) -> Tensor:
+        return self._weights.read_tensor(name).flatten().view(torch.uint8)
 
     def unload(self, names: Sequence[str] | None = None) -> None:
         """Give the memory of these, or of all and of what is brought, back; calling it again does nothing."""
@@ -66,3 +87,9 @@ class FixedWeights:
 
     def _place(self, tensors: Mapping[str, Tensor]) -> None:
         self._model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def _read_piece(file: Path, offset: int, nbytes: int) -> Tensor:
+    piece = allocate_bytes(nbytes)
+    read_bytes(file, offset, piece)
+    return piece

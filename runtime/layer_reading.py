@@ -2,57 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, read_bytes
 from ..weights.linear.formats import format_for
 from ..weights.linear.kitchen import KitchenFormat
+from .read_ahead import AHEAD_BYTES, read_ahead
 
 
 class LayerReader:
     """Hands out the layers of a model on the meta device, each with its weights on `device` for its turn.
 
-    `stem` and a number name the layers in the checkpoint. The next one is read while one works, and what has worked is
-    dropped, so that host memory holds two at most and nothing is copied back from the device; with `keep` it stays in
-    host memory as stored, for another pass. Calls raise CheckpointError.
+    `stem` and a number name the layers in the checkpoint. What has worked is dropped, and a little is read ahead: host
+    memory holds two tensors or so, on a CPU beside the layer that works, and nothing is copied back from the device.
+    With `keep` all stay in host memory as stored, for another pass. Calls raise CheckpointError.
     """
 
     def __init__(self, checkpoint: Checkpoint, stem: str, device: torch.device, keep: bool = False):
         self.checkpoint, self.stem, self.device = checkpoint, stem, device
         self._names = _names_by_layer(checkpoint, stem)
-        self._kept: dict[int, dict[str, Tensor]] | None = {} if keep else None
+        sizes = (sum(checkpoint.tensors[name].nbytes for name in names) for names in self._names.values())
+        self._ahead_bytes = min(AHEAD_BYTES, max(sizes, default=0))
+        self._kept: dict[str, Tensor] | None = {} if keep else None
 
     def __call__(self, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
         with ThreadPoolExecutor(max_workers=1) as reader:
-
-            def read(number: int) -> Future[dict[str, Tensor]] | None:
-                return reader.submit(self._read, number) if number in self._names else None
-
-            pending = read(0)
+            tensors = read_ahead(self._jobs(), reader, self._ahead_bytes)
             for number, layer in enumerate(layers):
-                assert pending is not None
-                weights, pending = pending.result(), read(number + 1)
+                prefix = f"{self.stem}.{number}."
                 try:  # also where the device has room for a part of it
-                    layer.load_state_dict({name: each.to(self.device) for name, each in weights.items()}, assign=True)
+                    weights = {name.removeprefix(prefix): next(tensors).to(self.device) for name in self._names[number]}
+                    layer.load_state_dict(weights, assign=True)
                     del weights
                     yield layer
                 finally:
                     layer.to("meta")
 
-    def _read(self, number: int) -> dict[str, Tensor]:
-        """The layer's tensors by their names in it."""
-        if self._kept is not None and number in self._kept:
-            return self._kept[number]
-        prefix = f"{self.stem}.{number}."
-        weights = {name.removeprefix(prefix): self.checkpoint.read(name) for name in self._names[number]}
-        if self._kept is not None:
-            self._kept[number] = weights
-        return weights
+    def _jobs(self) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        for number in sorted(self._names):
+            for name in self._names[number]:
+                is_kept = self._kept is not None and name in self._kept
+                yield 0 if is_kept else self.checkpoint.tensors[name].nbytes, partial(self._read, name)
+
+    def _read(self, name: str) -> Tensor:
+        if self._kept is None:
+            return self.checkpoint.read(name)
+        if name not in self._kept:
+            self._kept[name] = self.checkpoint.read(name)
+        return self._kept[name]
 
 
 def _names_by_layer(checkpoint: Checkpoint, stem: str) -> Mapping[int, list[str]]:
@@ -89,13 +92,8 @@ class TokenTable:
     def _read_rows(self, info: TensorInfo, wanted: Tensor) -> Tensor:
         row_bytes = info.nbytes // info.shape[0]
         rows = torch.empty(len(wanted), row_bytes, dtype=torch.uint8)
-        places = {
-            str(row): replace(info, name=str(row), offset=info.offset + row * row_bytes, nbytes=row_bytes)
-            for row in wanted.tolist()
-        }
-        source = Checkpoint(self.checkpoint.path, places, {})
-        for name, out in zip(places, rows, strict=True):
-            source.read_into(name, out)
+        for row, out in zip(wanted.tolist(), rows, strict=True):
+            read_bytes(info.file, info.offset + row * row_bytes, out)
         return rows.view(info.dtype)
 
 

@@ -33,6 +33,7 @@ from ..sampling.caching.moments import Moment
 from ..sampling.caching.step_cache import StepCache
 from ..system.device_errors import is_out_of_memory
 from ..system.dtypes import half_dtype
+from ..system.host_memory import return_freed_bytes
 from ..system.sizes import in_gib
 from ..transformer.transformer import Block, Transformer
 from ..transformer.workspace import all_there
@@ -290,6 +291,8 @@ class StreamedModel(Generic[M]):
             told()
 
     def _read(self, plan: MemoryPlan) -> None:
+        if self.weights.blocks is None:  # the most RAM of a run: nothing of earlier ones should lie beside it
+            return_freed_bytes()
         if plan.host.homes is not None:
             self.clear_cards()
         giver = self.giver()

@@ -90,6 +90,36 @@ def test_freed_memory_goes_back() -> None:
     assert freed > 48 and last.sum() == 0
 
 
+def test_what_pytorch_keeps_of_pinned_memory_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's own name where it has one, else by that of older ones; nothing where there is neither or no GPU."""
+    called: list[str] = []
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    return_freed_bytes()
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: called.append("older"), raising=False)
+    return_freed_bytes()
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: called.append("newer"), raising=False)
+    return_freed_bytes()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    return_freed_bytes()
+    assert called == ["older", "newer"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_pinned_memory_goes_back() -> None:
+    torch.zeros(1, device="cuda")
+    return_freed_bytes()
+    before = psutil.Process().memory_info().rss
+    pinned = torch.zeros(65 * MIB, dtype=torch.uint8, pin_memory=True)
+    held = psutil.Process().memory_info().rss
+    del pinned
+    return_freed_bytes()
+    left = psutil.Process().memory_info().rss
+    assert held - before > 60 * MIB and left - before < 8 * MIB
+
+
 def test_the_ram_is_the_machines() -> None:
     assert 0 < total_ram_bytes() <= psutil.virtual_memory().total
 

@@ -154,7 +154,10 @@ def test_tensors_of_any_dtype_and_shape_lie_in_one_allocation() -> None:
         "across": torch.arange(6, dtype=torch.int16).view(2, 3).t(),
         "none": torch.empty(0, 4, dtype=torch.bfloat16),
     }
-    placed = in_one_piece(tensors.items(), [each.nbytes for each in tensors.values()], torch.device("cpu"))
+    infos = Source(tensors).tensors
+    stored = (tensor.flatten().view(torch.uint8) for tensor in tensors.values())
+    pieces = (piece for each in stored for piece in each.split(4) if piece.numel())  # also within a number
+    placed = in_one_piece(infos, pieces, torch.device("cpu"))
     assert len({each.untyped_storage().data_ptr() for each in placed.values()}) == 1
     for name, tensor in tensors.items():
         assert placed[name].dtype == tensor.dtype and placed[name].shape == tensor.shape

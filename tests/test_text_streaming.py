@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lowvram_video.runtime import layer_reading
 from lowvram_video.runtime.layer_reading import without_table
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.pipeline import WanPipeline
@@ -101,6 +103,31 @@ def test_kept_blocks_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert read.count("encoder.block.1.layer.0.SelfAttention.q.weight") == times
         assert all(parameter.is_meta for parameter in encoder.model.encoder.block.parameters())
         read.clear()
+
+
+def test_host_memory_holds_a_few_tensors_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks that work on another device: beside RAM that another model holds two whole blocks would be many."""
+    path = save_text_encoder(tmp_path / "umt5.safetensors", num_layers=4)
+    block = [info.nbytes for info in open_text_encoder(path).checkpoint.tensors.values() if ".block.1." in info.name]
+    held, most, read = 0, 0, Checkpoint.read
+
+    def watched(self: Checkpoint, name: str) -> Tensor:
+        nonlocal held, most
+        tensor = read(self, name)
+        held, most = held + tensor.nbytes, max(most, held + tensor.nbytes)
+        weakref.finalize(tensor, left, tensor.nbytes)
+        return tensor
+
+    def left(nbytes: int) -> None:
+        nonlocal held
+        held -= nbytes
+
+    monkeypatch.setattr(layer_reading, "AHEAD_BYTES", max(block))
+    encoder = load_text_encoder(path, device="meta")
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    list(encoder.model.stream(encoder.model.encoder.block))
+    print(f"{most} bytes at most of blocks of {sum(block)}, the largest tensor of {max(block)}")
+    assert 0 < most <= 2 * max(block) < sum(block) and held == 0
 
 
 def test_streamed_is_resident_bit_for_bit(tmp_path: Path) -> None:

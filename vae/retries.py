@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..system.device_errors import is_out_of_memory
+from ..system.host_memory import return_freed_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def at_work(load: Callable[[], V], make_room: MakeRoom = empty_cache, keep: bool
     finally:
         vae.to("cpu" if keep else "meta")
         torch.cuda.empty_cache()
+        return_freed_bytes()
 
 
 class _Attempt(Generic[W]):

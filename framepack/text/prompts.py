@@ -43,7 +43,7 @@ class PromptEncoder:
 
     Opening reads headers and tokenizers: `tokenizers` is the folder that holds `tokenizer/` and `tokenizer_2/`, or
     None for those beside each encoder's file or in a GGUF file. Weights are read for each `encode`, LLaMA's layer by
-    layer, so that host and device memory hold a layer or two of it; they compute in `dtype`. Raises CheckpointError.
+    layer, so that the device holds one of them and host memory little; they compute in `dtype`. Raises CheckpointError.
     """
 
     def __init__(self, llama: Path, clip: Path, tokenizers: Path | None, device: torch.device, dtype: torch.dtype):

@@ -154,18 +154,23 @@ def layout_block(
     return BlockLayout(prefix, tuple(places), end, stream_bytes, in_stages)
 
 
-def in_one_piece(
-    tensors: Iterable[tuple[str, Tensor]], nbytes: Sequence[int], device: torch.device
-) -> dict[str, Tensor]:
-    """Tensors of so many bytes each on a device, in one allocation there: its allocator rounds each one up."""
-    sizes = [align(size) for size in nbytes]
+def in_one_piece(infos: Mapping[str, TensorInfo], pieces: Iterable[Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors on a device in one allocation there: its allocator rounds each one up.
+
+    Their bytes come in host memory, in order, in `pieces` [n] uint8, none of which is of two tensors.
+    """
+    sizes = [align(info.nbytes) for info in infos.values()]
     places = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-    return {name: _copied(tensor, place) for (name, tensor), place in zip(tensors, places, strict=True)}
-
-
-def _copied(tensor: Tensor, place: Tensor) -> Tensor:
-    """A tensor's numbers in bytes that are no fewer."""
-    return place[: tensor.nbytes].copy_(tensor.flatten().view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
+    coming = iter(pieces)
+    for info, place in zip(infos.values(), places, strict=True):
+        done = 0
+        while done < info.nbytes:
+            piece = next(coming)
+            place[done : done + piece.numel()].copy_(piece)
+            done += piece.numel()
+            del piece  # before the next one is waited for
+    placed = zip(infos.items(), places, strict=True)
+    return {name: place[: info.nbytes].view(info.dtype).view(info.shape) for (name, info), place in placed}
 
 
 def _stage_of(name: str, stages: Sequence[tuple[str, ...]], optional: bool = False) -> int:

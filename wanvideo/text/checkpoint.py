@@ -41,9 +41,9 @@ def load_text_encoder(
     tokenizer_path: str | Path | None = None,
     keep: bool = False,
 ) -> TextEncoder:
-    """Open a text encoder whose blocks are read, as they are stored, whenever it encodes: two of them are in RAM.
+    """Open a text encoder whose blocks are read, as they are stored, whenever it encodes: little of it is in RAM.
 
-    With `keep` they stay there afterwards. `dtype` is what it computes in (see `TextEncoder`). The tokenizer is
+    With `keep` they stay in RAM afterwards. `dtype` is what it computes in (see `TextEncoder`). The tokenizer is
     `tokenizer_path` if given, else the one in the file, else a `spiece.model` near it. Raises CheckpointError when the
     file or its tokenizer cannot be used.
     """

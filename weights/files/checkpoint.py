@@ -128,6 +128,12 @@ class Checkpoint:
         return Checkpoint(self.path, tensors, self.metadata)
 
 
+def read_bytes(file: Path, offset: int, out: Tensor) -> None:
+    """Read a part of a tensor, the bytes of its file from `offset` on into all of `out`: as `Checkpoint.read_into`."""
+    part = TensorInfo("", torch.uint8, (out.numel(),), file, offset, out.numel())
+    Checkpoint(file, {"": part}, {}).read_into("", out)
+
+
 def _read_directly(info: TensorInfo, out: np.ndarray) -> bool:
     """Read a large tensor past the page cache, in page-aligned pieces; False where that cannot or need not be done.
 
