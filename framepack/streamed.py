@@ -93,6 +93,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             in_channels=config.in_channels,
             latent_channels=config.out_channels,
             compute_bytes=dtype.itemsize,
+            in_8_bits=self.computes_in_8_bits,
             stage_bytes=() if self._compiled else self.costs.stage_bytes(layouts),
             row_bytes=self.costs.row_bytes(dtype, config.mlp_dim if self._compiled else 0),
             key_row_bytes=self.costs.key_row_bytes(dtype, config.dim),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_memory
 from ..system.sizes import in_gb
+from ..team.carriers import AS_THEY_ARE, InEightBits
 from ..team.heads import HIDING_GROUPS
 from ..team.link import links_for
 from ..team.spans import even_spans
@@ -36,6 +37,7 @@ S = TypeVar("S", bound=CardModel)
 
 # A further group of heads takes a block so much longer: its hosts' calls, and attention of fewer heads at a time.
 GROUP_SECONDS = 3e-4
+PACKING_SECONDS = 2e-4  # and what packs and unpacks q, k, v and what attention made: hosts' calls of smaller kernels
 
 
 class Several(Generic[S]):
@@ -54,7 +56,7 @@ class Several(Generic[S]):
         # another card's failure ends this one's pass at its next block
         self.others: list[S] = [open_other(device, self.team.mail.check) for device in devices]
         self._first = first
-        self._hiding_groups = HIDING_GROUPS
+        self._hiding_groups, self._packs = HIDING_GROUPS, False
 
     @property
     def num_cards(self) -> int:
@@ -62,7 +64,7 @@ class Several(Generic[S]):
 
     def start(self, plan: MemoryPlan) -> None:
         """Have the others on their cards as planned; the first is on its own."""
-        first, self._hiding_groups = self._first, hiding_groups(plan)
+        first, self._hiding_groups, self._packs = self._first, hiding_groups(plan), plan.model.packs_exchange
 
         def start(rank: int) -> None:
             if rank:
@@ -84,7 +86,8 @@ class Several(Generic[S]):
         def run(rank: int) -> Tensor:
             model = self.others[rank - 1] if rank else self._first
             samples, ranks = places[rank]
-            model.model.share = self.team.share(rank, ranks, self._hiding_groups) if shares else None
+            carrier = InEightBits(model.model.execution.ops) if self._packs else AS_THEY_ARE
+            model.model.share = self.team.share(rank, ranks, self._hiding_groups, carrier) if shares else None
             model.model.sample = samples.start if apart else None
             try:
                 return make(model, samples)
@@ -109,14 +112,30 @@ def plan_shared(model: ModelFootprint, work: WorkSize, limits: Limits, num_cards
         return plan_memory(model, work, limits)
     whole = replace(model, streams_queries=False, packs_keys=False)  # as `Workspace` has a part of a pass
     plan = plan_memory(whole, replace(work, cards=num_cards), limits)
+    if packing_pays(plan):
+        plan = replace(plan, model=replace(plan.model, packs_exchange=True))  # what it holds is no more
     check_link(plan)
     return plan
+
+
+def packing_pays(plan: MemoryPlan) -> bool:
+    """Whether the cards exchange in 8 bits: where the user computes in 8 bits, and the pass is the faster for it."""
+    if not plan.model.in_8_bits or plan.limits.link_gbps is None or exchanges_nothing(plan.work):
+        return False
+    packed = replace(plan, model=replace(plan.model, packs_exchange=True))
+    saved = seen_seconds(plan, hiding_groups(plan)) - seen_seconds(packed, hiding_groups(packed))
+    return saved > plan.model.num_blocks * PACKING_SECONDS
+
+
+def exchanges_nothing(work: WorkSize) -> bool:
+    """Whether each card has samples of its own."""
+    return work.batch % work.cards == 0
 
 
 def check_link(plan: MemoryPlan) -> None:
     """PlanError where the way between the cards is so slow that a pass of all takes longer than one card's alone."""
     link, cards, compute = plan.limits.link_gbps, plan.work.cards, plan.times.compute
-    if link is None or plan.work.batch % cards == 0:  # samples of their own: nothing is exchanged
+    if link is None or exchanges_nothing(plan.work):
         return
     seen = seen_seconds(plan, hiding_groups(plan))
     if max(compute + seen, plan.times.transfer) <= max(cards * compute, plan.times.transfer):

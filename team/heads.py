@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .carriers import AS_THEY_ARE, Carrier, packed
 from .exchange import Arrival, Exchange
 from .spans import head_spans, length
 
@@ -29,6 +29,14 @@ def num_hiding(num_heads: int, num_cards: int, most: int = HIDING_GROUPS) -> int
 
 
 @dataclass(frozen=True)
+class Coming:
+    """Heads of some tokens on their way: what comes to each room is for the tensor beside it, `[n, k, heads, D]`."""
+
+    arrival: Arrival
+    rooms: Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Gathered:
     """One group's heads of this card, over all tokens: q, k, v as `[B, N, 3, heads, D]`, and what of it is on its way.
 
@@ -36,23 +44,14 @@ class Gathered:
     """
 
     qkv: Tensor
-    arrivals: list[Arrival]
-
-
-@dataclass(frozen=True)
-class GivenBack:
-    """What attention made of one group of another card's heads, for this card's tokens: `[B, n, heads, D]` each."""
-
-    heads: slice
-    attended: Sequence[Tensor]
-    arrival: Arrival
+    coming: list[Coming]
 
 
 class HeadExchange:
     """One attention: `tokens` are those that each of the `ranks` has of a sample, `index` is this card's place there.
 
     `qkv` are q, k and v `[B, n, H, D]` of this card's tokens. What attention makes of them replaces q, and comes to
-    `more_outs` of its shape where it makes several results. Heads go in `num_groups` groups.
+    `more_outs` of its shape where it makes several results. Heads go in `num_groups` groups, by the `carrier`.
     """
 
     def __init__(
@@ -63,8 +62,10 @@ class HeadExchange:
         qkv: tuple[Tensor, Tensor, Tensor],
         num_groups: int,
         more_outs: Sequence[Tensor] = (),
+        carrier: Carrier = AS_THEY_ARE,
     ) -> None:
         self.exchange, self.ranks, self.tokens, self.qkv = exchange, ranks, tokens, qkv
+        self.carrier = carrier
         self.outs = [qkv[0], *more_outs]
         self.index = ranks.index(exchange.rank)
         self.others = [index for index in range(len(ranks)) if index != self.index]
@@ -74,7 +75,7 @@ class HeadExchange:
     def run(self, attend: AttendMany) -> None:
         """Fill `outs` by what `attend` makes of queries, keys and values of all cards' tokens."""
         ahead = self._gather(0)
-        before: list[GivenBack] = []
+        before: list[Coming] = []
         for group in range(len(self.groups)):
             gathered = ahead
             if group + 1 < len(self.groups):
@@ -89,46 +90,44 @@ class HeadExchange:
         heads, q = self.groups[group], self.qkv[0]
         for other in self.others:
             if length(heads[other]):
-                self.exchange.send(self.ranks[other], "qkv", [packed(each, heads[other]) for each in self._samples])
-        mine, arrivals = heads[self.index], []
+                self._send(other, "qkv", [self.carrier.load(each, heads[other]) for each in self._samples])
+        mine, coming = heads[self.index], []
         qkv = q.new_empty(q.shape[0], self.tokens[-1].stop, 3, length(mine), q.shape[3])
         if length(mine):
             for each, whole in zip(self._samples, qkv[:, self.tokens[self.index]], strict=True):
                 packed(each, mine, whole)
-            for other in self.others:
-                outs = [*qkv[:, self.tokens[other]]]
-                arrivals.append(self.exchange.receive(self.ranks[other], "qkv", outs))
-        return Gathered(qkv, arrivals)
+            coming = [self._receive(other, "qkv", qkv[:, self.tokens[other]].unbind(0)) for other in self.others]
+        return Gathered(qkv, coming)
 
-    def _attend(self, group: int, gathered: Gathered, attend: AttendMany) -> list[GivenBack]:
+    def _attend(self, group: int, gathered: Gathered, attend: AttendMany) -> list[Coming]:
         """Compute this card's heads; send the others their tokens of it, and have theirs come."""
-        heads, q = self.groups[group], self.qkv[0]
-        for arrival in gathered.arrivals:
-            self.exchange.wait(arrival)
+        heads = self.groups[group]
+        self._keep(gathered.coming)
         if length(heads[self.index]):
-            made = attend(*gathered.qkv.unbind(2))
+            made, every = attend(*gathered.qkv.unbind(2)), slice(None)
             for other in self.others:
-                theirs = [each.contiguous() for attended in made for each in attended[:, self.tokens[other]]]
-                self.exchange.send(self.ranks[other], "attended", theirs)
+                theirs = [each for attended in made for each in attended[:, self.tokens[other]]]
+                self._send(other, "attended", [self.carrier.load([each], every) for each in theirs])
             for out, attended in zip(self.outs, made, strict=True):
                 out[:, :, heads[self.index]].copy_(attended[:, self.tokens[self.index]])
         given = []
         for other in self.others:
             if length(heads[other]):
-                outs = [q.new_empty(*q.shape[:2], length(heads[other]), q.shape[3]) for _ in self.outs]
-                rows = [each for out in outs for each in out]
-                arrival = self.exchange.receive(self.ranks[other], "attended", rows)
-                given.append(GivenBack(heads[other], outs, arrival))
+                outs = [each[:, heads[other]].unsqueeze(1) for out in self.outs for each in out]
+                given.append(self._receive(other, "attended", outs))
         return given
 
-    def _keep(self, given: Sequence[GivenBack]) -> None:
-        """Put what came back in its place."""
-        for each in given:
+    def _send(self, other: int, subject: str, loaded: Sequence[Tensor]) -> None:
+        self.exchange.send(self.ranks[other], subject, loaded)
+
+    def _receive(self, other: int, subject: str, outs: Sequence[Tensor]) -> Coming:
+        rooms = [self.carrier.room(out) for out in outs]
+        arrival = self.exchange.receive(self.ranks[other], subject, rooms)
+        return Coming(arrival, list(zip(rooms, outs, strict=True)))
+
+    def _keep(self, coming: Sequence[Coming]) -> None:
+        """Put what came in its place."""
+        for each in coming:
             self.exchange.wait(each.arrival)
-            for out, attended in zip(self.outs, each.attended, strict=True):
-                out[:, :, each.heads].copy_(attended)
-
-
-def packed(tensors: Sequence[Tensor], heads: slice, out: Tensor | None = None) -> Tensor:
-    """Some heads of each tensor `[n, H, D]` side by side: `[n, tensors, heads, D]`, by one kernel."""
-    return torch.stack([tensor[:, heads] for tensor in tensors], 1, out=out)
+            for room, out in each.rooms:
+                self.carrier.unload(room, out)

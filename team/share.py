@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..system.torch_compiler import outside_graphs
+from .carriers import AS_THEY_ARE, Carrier
 from .exchange import Exchange
 from .heads import HIDING_GROUPS, Attend, AttendMany, HeadExchange, num_hiding
 from .spans import even_spans, length, run_length
@@ -24,12 +25,13 @@ AttendShared = Callable[[QKV, Sequence[Tensor], AttendMany, int], None]
 class Share:
     """A card's place among those that share a pass: `ranks` of the team, of which the exchange's own is one.
 
-    Attention goes by about `hiding_groups` groups of heads, to hide what is exchanged.
+    Attention goes by about `hiding_groups` groups of heads, to hide what is exchanged, which travels by the `carrier`.
     """
 
     exchange: Exchange
     ranks: tuple[int, ...]
     hiding_groups: int = HIDING_GROUPS
+    carrier: Carrier = AS_THEY_ARE
 
     def part(self, num_tokens: int, run: int = 1) -> Part:
         """This card's tokens of a pass over so many of each sample, shared out in whole runs of `run`."""
@@ -126,4 +128,5 @@ class Part:
     def attend_many_now(self, qkv: QKV, outs: Sequence[Tensor], attend: AttendMany, num_groups: int) -> None:
         """The same where `attend` makes several results: the first replaces q, others come to `outs` of its shape."""
         share, groups = self.share, num_hiding(qkv[0].shape[2], len(self.spans), self.share.hiding_groups)
-        HeadExchange(share.exchange, share.ranks, self.spans, qkv, max(num_groups, groups), outs).run(attend)
+        num_groups = max(num_groups, groups)
+        HeadExchange(share.exchange, share.ranks, self.spans, qkv, num_groups, outs, share.carrier).run(attend)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .carriers import AS_THEY_ARE, Carrier
 from .exchange import Exchange
 from .heads import HIDING_GROUPS
 from .link import Link, links_for
@@ -65,9 +66,11 @@ class Team:
         self._jobs: list[queue.SimpleQueue[_Job | None]] = []
         self._hung = False
 
-    def share(self, rank: int, ranks: Sequence[int], hiding_groups: int = HIDING_GROUPS) -> Share:
+    def share(
+        self, rank: int, ranks: Sequence[int], hiding_groups: int = HIDING_GROUPS, carrier: Carrier = AS_THEY_ARE
+    ) -> Share:
         """A card's place among those of the team that share a pass."""
-        return Share(self.exchanges[rank], tuple(ranks), hiding_groups)
+        return Share(self.exchanges[rank], tuple(ranks), hiding_groups, carrier)
 
     def run(self, task: Callable[[int], T], in_turns: bool = True) -> list[T]:
         """What `task` makes of each number. Where one fails all stop, and its error is raised.

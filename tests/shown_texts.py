@@ -80,7 +80,7 @@ def plans_of_several_cards() -> list[str]:
     places = [ParkPlace("cuda:1", Amount(), free, 8.0, staged) for free, staged in product((0, 4 * GIB), (True, False))]
     parked = [limits(gib, parking=Parking((place,)), ram_budget_bytes=3 * GIB) for place in places for gib in (4, 60)]
     return [
-        *(describe(plan_memory(FP8, work, each)) for each in shared),
+        *(describe(plan_memory(replace(FP8, packs_exchange=True), work, each)) for each in shared),
         *(describe(plan_memory(FP8, LONG_480P, each)) for each in parked),
     ]
 

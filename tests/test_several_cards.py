@@ -22,7 +22,7 @@ from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.memory.plan.footprint import GIB, WorkSize
 from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
 from lowvram_video.memory.plan.limits import limits_for
-from lowvram_video.memory.plan.plan import PlanError
+from lowvram_video.memory.plan.plan import MemoryPlan, PlanError
 from lowvram_video.memory.plan.table import describe
 from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import Part
@@ -32,7 +32,7 @@ from lowvram_video.memory.stream.streamer import BlockStreamer
 from lowvram_video.runtime import streamed
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.runtime.several import hiding_groups, plan_shared, shared_samples
+from lowvram_video.runtime.several import hiding_groups, plan_shared, seen_seconds, shared_samples
 from lowvram_video.sampling.caching.moments import Moment
 from lowvram_video.sampling.caching.settings import StepCacheSettings
 from lowvram_video.sampling.caching.step_cache import StepCache
@@ -513,6 +513,35 @@ class TestLinks:
 
         assert [groups(clip, 320.0), groups(LONG_480P, 320.0), groups(LONG_480P, 20.0)] == [1, 2, 4]
         assert hiding_groups(plan_shared(FP8, clip, gpu_limits(80), 2)) == HIDING_GROUPS  # unknown
+
+    def test_cards_that_compute_in_8_bits_exchange_so_where_the_way_is_slow(self):
+        """Half of the bytes; never where the user did not choose 8 bits, or where nothing is exchanged."""
+
+        def plan(gbps: float | None, in_8_bits: bool = True, work: WorkSize = LONG_480P) -> MemoryPlan:
+            return plan_shared(replace(FP8, in_8_bits=in_8_bits), work, gpu_limits(80, link_gbps=gbps), 2)
+
+        slow, exact = plan(20.0), plan(20.0, in_8_bits=False)
+        assert [each.model.packs_exchange for each in (slow, exact, plan(390.0), plan(None))] == [True] + 3 * [False]
+        assert not plan(20.0, work=replace(LONG_480P, batch=2)).model.packs_exchange
+        said = "What the cards exchange travels in 8 bits"
+        assert said in describe(slow) and said not in describe(exact)
+        packed, whole = (each.model.exchanged_bytes(each.work) for each in (slow, exact))
+        assert packed == pytest.approx(whole * (128 + 4) / 256, rel=1e-6)
+        assert seen_seconds(slow, hiding_groups(slow)) < 0.6 * seen_seconds(exact, hiding_groups(exact))
+        with pytest.raises(PlanError, match=f"exchange {in_gb(packed, decimals=1)} each"):
+            plan(0.02)  # too slow in 8 bits too
+
+    def test_a_pass_in_8_bits_is_nearly_that_of_one_card(self, file):
+        with torch.inference_mode():
+            expected = started(file, RunSettings())(*inputs())
+            model = StreamedWan(file, on_cards(3))
+            plan = model.make_plan(WORK, limits_for(CPU))
+            model.start_fitting(replace(plan, model=replace(plan.model, packs_exchange=True)))
+            error = float((model(*inputs()) - expected).norm() / expected.norm())
+            assert 0 < error < 0.02
+            model.start_fitting(plan)
+            assert model(*inputs()).equal(expected)
+        model.release()
 
     def test_what_has_no_links_to_measure_has_none(self):
         assert slowest_link((CPU, CPU)) is None

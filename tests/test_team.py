@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepNag
+from lowvram_video.fused.eager import EagerOps
 from lowvram_video.sampling.step_cache import TeaCache
-from lowvram_video.team.heads import HeadExchange
+from lowvram_video.team.carriers import AS_THEY_ARE, Carrier, InEightBits
+from lowvram_video.team.heads import AttendMany, HeadExchange
 from lowvram_video.team.link import HostLink, Link, Mark
 from lowvram_video.team.mail import Mail, TeamError, TeamStopped
 from lowvram_video.team.spans import even_spans, head_spans, length, run_length
@@ -235,6 +237,73 @@ class TestAnyOrder:
             for _ in range(2):
                 assert torch.cat(team.run(layer, in_turns), 1).equal(expected)
         team.close()
+
+
+class TestEightBits:
+    """Where the user computes in 8 bits, what cards exchange may travel so."""
+
+    @pytest.mark.parametrize(("num_cards", "num_heads", "groups", "batch"), [(2, 4, 1, 1), (3, 7, 2, 2), (4, 3, 1, 1)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_attention_is_nearly_that_of_one_device_by_half_of_the_bytes(
+        self, num_cards, num_heads, groups, batch, dtype
+    ):
+        q, k, v = (random_like((batch, 33, num_heads, 128), each).to(dtype) for each in range(3))
+        expected = Sdpa(CPU).attend(q.float(), k.float(), v.float())
+        sent: dict[str, int] = {}
+        made = {}
+        for name, carrier in (("exact", AS_THEY_ARE), ("packed", InEightBits(EagerOps()))):
+            links = [CountingLink() for _ in range(num_cards)]
+            made[name] = attended_by(team_of(num_cards, links), (q, k, v), groups, carrier)
+            sent[name] = sum(link.nbytes for link in links)
+        assert made["exact"].equal(Sdpa(CPU).attend(q, k, v))
+        error = float((made["packed"].float() - expected).norm() / expected.norm())
+        print(f"{num_cards} cards, {dtype}: relative error {error:.2e}")
+        assert 0 < error < 0.012
+        assert sent["packed"] <= sent["exact"] * (1 + 5 / 128) / dtype.itemsize
+
+    def test_results_beside_the_first_travel_too(self):
+        q, k, v = (random_like((1, 9, 5, 16), each) for each in range(3))
+        outs = [torch.empty(1, length(span), 5, 16) for span in even_spans(9, 2)]
+        attend = Sdpa(CPU).attend
+        made = attended_by(
+            team_of(2), (q, k, v), 2, InEightBits(EagerOps()), lambda *qkv: [attend(*qkv), -attend(*qkv)], outs
+        )
+        for result, sign in ((made, 1), (torch.cat(outs, 1), -1)):
+            expected = sign * attend(q, k, v)
+            assert float((result - expected).norm() / expected.norm()) < 0.012
+
+
+class CountingLink(HostLink):
+    nbytes = 0
+
+    def fetch(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Mark) -> Mark:
+        pairs = list(pairs)
+        self.nbytes += sum(own.nbytes for own, _ in pairs)
+        return super().fetch(pairs, after)
+
+
+def attended_by(
+    team: Team,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    groups: int,
+    carrier: Carrier,
+    attend: AttendMany = lambda *qkv: [Sdpa(CPU).attend(*qkv)],
+    more: Sequence[Tensor] = (),
+) -> Tensor:
+    """Attention of all cards' tokens `[B, N, H, D]`; `more` is each card's second result."""
+    num_cards = len(team.devices)
+    spans = even_spans(qkv[0].shape[1], num_cards)
+
+    def layer(rank: int) -> Tensor:
+        q, k, v = (tensor[:, spans[rank]].clone() for tensor in qkv)
+        outs = more[rank : rank + 1]
+        HeadExchange(team.exchanges[rank], range(num_cards), spans, (q, k, v), groups, outs, carrier).run(attend)
+        return q
+
+    with torch.inference_mode():
+        made = torch.cat(team.run(layer), 1)
+    team.close()
+    return made
 
 
 class TestTurns:

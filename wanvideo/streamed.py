@@ -113,6 +113,7 @@ class StreamedWan(StreamedModel[WanModel]):
             compute_bytes=dtype.itemsize,
             stage_bytes=() if self._compiled else self.costs.stage_bytes(layouts),
             packs_keys=self.computes_in_8_bits and not self._compiled and not self.model.execution.is_sparse,
+            in_8_bits=self.computes_in_8_bits,
             streams_queries=not self.model.execution.is_sparse,
             row_bytes=self.costs.row_bytes(dtype, config.ffn_dim if self._compiled else 0),
             key_row_bytes=self.costs.key_row_bytes(dtype, config.dim),

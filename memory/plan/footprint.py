@@ -71,9 +71,9 @@ class ModelFootprint:
     `key_row_bytes` are those of a layer that makes keys. `product_bytes` come to it for a chunk of any size.
     `streams_queries`: q can be made for some rows at a time. `stage_bytes` are those of each block's stages in order,
     where blocks can be streamed in stages. `packs_keys`: keys and values may be kept in 8 bits, as the user computes in
-    8 bits anyway. `home_bytes` is what each block takes where it lies, with what is needed once per run. `form` is the
-    name of the format that most of the blocks' weights have, `attention` that of the backend: by them a card's
-    measurements are looked up.
+    8 bits anyway (`in_8_bits`). `packs_exchange`: what several cards exchange travels in 8 bits. `home_bytes` is what
+    each block takes where it lies, with what is needed once per run. `form` is the name of the format that most of the
+    blocks' weights have, `attention` that of the backend: by them a card's measurements are looked up.
     """
 
     name: str
@@ -94,6 +94,8 @@ class ModelFootprint:
     streams_queries: bool = False
     stage_bytes: tuple[tuple[int, ...], ...] = ()
     packs_keys: bool = False
+    in_8_bits: bool = False
+    packs_exchange: bool = False
     brought_bytes: int = 0
     unpacked_bytes: int = 0
     row_bytes: int = 0
@@ -194,7 +196,10 @@ class ModelFootprint:
 
     def exchanged_bytes(self, work: WorkSize) -> int:
         """What a card gets from the others in a pass: queries, keys, values, and what attention made of its tokens."""
-        return self.num_blocks * 4 * work.rows * self.dim * self.compute_bytes * (work.cards - 1) // work.cards
+        numbers = self.num_blocks * 4 * work.rows * self.dim * (work.cards - 1) // work.cards
+        if not self.packs_exchange:
+            return numbers * self.compute_bytes
+        return numbers + 4 * numbers * self.num_heads // self.dim  # and a scale for each head of a token
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
