@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -50,7 +50,10 @@ def uncompile_modules(modules: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def dynamo_limits(settings: CompileSettings | None) -> Iterator[None]:
-    """Dynamo's limits as the settings say, for as long as the block runs; other models keep theirs."""
+    """Dynamo's limits as the settings say, for as long as the block runs; other models keep theirs.
+
+    Newer versions of PyTorch have them for each thread: each one that runs compiled code needs them.
+    """
     if settings is None:
         yield
         return
@@ -60,5 +63,35 @@ def dynamo_limits(settings: CompileSettings | None) -> Iterator[None]:
         "accumulated_cache_size_limit": settings.recompile_limit,
         "force_parameter_static_shapes": settings.force_parameter_static_shapes,
     }
-    with config.patch({name: value for name, value in wanted.items() if hasattr(config, name)}):
+    # What is so is let be: older versions have it for all threads, where two would undo each other's.
+    changed = {name: value for name, value in wanted.items() if getattr(config, name, value) != value}
+    with config.patch(changed) if changed else nullcontext():
         yield
+
+
+def at_limit(settings: CompileSettings) -> str:
+    """Words on a function that has as many versions of its code as the settings allow, of which none fits."""
+    then, more = ("", "set fullgraph to false, ") if settings.fullgraph else (", so it runs as plain PyTorch there", "")
+    return (
+        "none of the versions of a block's code fits, and there are as many as are allowed "
+        f"({settings.cache_size_limit} of a function, {settings.recompile_limit} in all){then}: {more}set dynamic to "
+        "true, or raise dynamo_cache_size_limit and dynamo_recompile_limit (with profile custom)"
+    )
+
+
+@contextmanager
+def whole_graphs(settings: CompileSettings) -> Iterator[None]:
+    """ValueError, with the fix, where a block can run only in another way than the one graph that was asked for."""
+    if not settings.fullgraph:
+        yield
+        return
+    errors = torch_compiler("_dynamo.exc")
+    names = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the other before PyTorch 2.6
+    limits = tuple(getattr(errors, name) for name in names if hasattr(errors, name))
+    try:
+        yield
+    except limits as error:
+        raise ValueError(f"fullgraph is on, and {at_limit(settings)}") from error
+    except errors.Unsupported as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"fullgraph is on, and a block is not one graph ({reason}): set fullgraph to false") from error

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .blocks import compile_modules, dynamo_limits, uncompile_modules
+from .blocks import at_limit, compile_modules, dynamo_limits, uncompile_modules, whole_graphs
 from .counts import Counts, counts, events
 from .reading import CompileReading, kept_figures, regressions
 from .saved_code import SavedCode, code_folder, key_of, recorded_apart
@@ -58,6 +58,7 @@ class CompiledCode:
         self._saved = SavedCode(key_of(settings, device, model), folder or code_folder())
         self._ready = False  # the code of the first size is there
         self._saved_bytes: int | None = None  # of earlier starts; None: not looked for yet
+        self._plain, self._unmade = "", list[str]()  # blocks that run so where no code fits do so in later runs too
         compile_modules(modules, settings, any_size)
         self.begin_run()
 
@@ -113,7 +114,7 @@ class CompiledCode:
         self._note_pass(rows)
         with recorded_apart():
             try:
-                with dynamo_limits(self.settings):
+                with dynamo_limits(self.settings), whole_graphs(self.settings):
                     yield
             finally:
                 made = counts() - before
@@ -131,10 +132,18 @@ class CompiledCode:
         self._counts += made
         found = events(int(since * 1e6))
         self._seconds += sum(event.seconds for event in found)
-        again = [f"{event.function}: {brief_reason(event.why_again)}" for event in found if event.why_again]
+        again = [
+            f"{event.function}: {brief_reason(event.why_again)}"
+            for event in found
+            if event.why_again and not event.why_not
+        ]
         self._again += again
         for reason in again:
             logger.info("torch.compile made code anew: %s", reason)
+        if made.limits and not self._plain and not self.settings.fullgraph:  # else it ends with an error
+            self._plain = at_limit(self.settings)
+            logger.warning("torch.compile: %s", self._plain)
+        self._unmade += [brief_reason(event.why_again) for event in found if event.is_at_limit]
         if self.settings.backend == "inductor" and made.graphs:
             self._saved.save()
 
@@ -152,6 +161,8 @@ class CompiledCode:
             self._saved_bytes or 0,
             statistics.median(times) if len(times) > 1 else None,
             self.settings.notes,
+            plain=self._plain,
+            unmade=tuple(dict.fromkeys(self._unmade)),
         )
         return replace(reading, regressions=regressions(reading.figures(self._rows), self._last))
 

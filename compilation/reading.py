@@ -16,9 +16,10 @@ NOTICED_SECONDS = 1.0  # of compiling; less is no news
 class CompileReading:
     """One model's in a run.
 
-    `seconds` of making code, `graphs` of `Counts`, `again` why functions were compiled anew; VRAM in use before and
-    after the first code was made, in bytes (0 on a CPU); `saved_bytes` of code came from earlier starts. `pass_seconds`
-    is the median between passes (None: too few). `regressions` are words on what is worse than in the last run.
+    `seconds` of making code, `graphs` of `Counts`, `again` why functions were compiled anew, `plain` words on some that
+    run as plain PyTorch since (empty: none), `unmade` why new code of them was wanted; VRAM in use before and after the
+    first code was made, in bytes (0 on a CPU); `saved_bytes` of code came from earlier starts. `pass_seconds` is the
+    median between passes (None: too few). `regressions` are words on what is worse than in the last run.
     """
 
     label: str
@@ -31,6 +32,8 @@ class CompileReading:
     pass_seconds: float | None = None
     notes: tuple[str, ...] = ()
     regressions: tuple[str, ...] = ()
+    plain: str = ""
+    unmade: tuple[str, ...] = ()
 
     def figures(self, rows: int) -> dict[str, Any]:
         """What the next run is compared with."""

@@ -26,6 +26,7 @@ from ..system.bounded_json import read_json_object
 from ..system.card_profile import data_folder
 from ..system.sizes import in_gib
 from ..system.version import version
+from .folders import files_in
 from .settings import CompileSettings
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ def _names(info: Any) -> set[tuple[str, str]]:
 def prune(folder: Path, kept: Path, most_bytes: int = MOST_BYTES) -> None:
     """Delete the files that were used longest ago until all together have at most so many bytes; never `kept`."""
     found = []
-    for path in folder.glob(f"*{ENDING}"):
+    for path in files_in(folder, ENDING):
         with suppress(OSError):  # another process deletes too
             found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = sum(size for _, size, _ in found)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from .folders import files_in, folders_in, tree_bytes
 from .saved_code import triton_version
 
 MOST_BYTES = 1 << 20  # of what Triton writes about a kernel
@@ -34,17 +32,13 @@ class TritonCache:
         """Folders of kernels that another version made; none where Triton is not installed: it may come back."""
         if self.version == "none":
             return []
-        return [folder for folder in self._folders() if self._is_stale(folder)]
+        return [folder for folder in folders_in(self.folder) if self._is_stale(folder)]
 
     def nbytes(self) -> int:
-        return sum(tree_bytes(folder) for folder in self._folders())
-
-    def _folders(self) -> Iterator[Path]:
-        with suppress(OSError):
-            yield from sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink())
+        return sum(map(tree_bytes, folders_in(self.folder)))
 
     def _is_stale(self, folder: Path) -> bool:
-        versions = {version for path in folder.glob("*.json") if (version := _version_in(path))}
+        versions = {version for path in files_in(folder, ".json") if (version := _version_in(path))}
         return bool(versions) and _release(self.version) not in {_release(each) for each in versions}
 
 
@@ -62,19 +56,3 @@ def _version_in(path: Path) -> str:
         return ""
     version = found.get("triton_version") if isinstance(found, dict) else None
     return version if isinstance(version, str) else ""
-
-
-def tree_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; what goes meanwhile counts nothing."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.lstat().st_size if path.is_file() else 0
-    return total
-
-
-def delete(folder: Path) -> int:
-    """Delete a folder; the bytes that are gone."""
-    before = tree_bytes(folder)
-    shutil.rmtree(folder, ignore_errors=True)  # another process may use it, or delete it too
-    return before - (tree_bytes(folder) if folder.exists() else 0)

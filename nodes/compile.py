@@ -60,9 +60,9 @@ class TorchCompileSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "profile", options=list(PROFILES), default=CUSTOM,
-                    tooltip="custom: the widgets above. high, mid, low: settings for 24 GB of free VRAM and more, 12 "
-                    "to 24, and less; of the widgets above backend alone then counts. auto: by what is free, low where "
-                    "less than 30 % of the card is.",
+                    tooltip="custom: the widgets above. high, mid, low: settings for 24 GiB of free VRAM and more, "
+                    "12 to 24, and less; of the widgets above backend alone then counts. auto: by what is free, low "
+                    "where less than 30 % of the card is.",
                 ),
             ],
             outputs=[io.Model.Output()],

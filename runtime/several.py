@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -30,6 +31,10 @@ class CardModel(Protocol):
     @property
     def settings(self) -> RunSettings: ...
     def start_beside(self, first: Any, plan: MemoryPlan) -> None: ...
+    def limiting_code(self) -> AbstractContextManager[None]:
+        """What a thread that runs its compiled code needs."""
+        ...
+
     def release(self) -> None: ...
 
 
@@ -90,7 +95,8 @@ class Several(Generic[S]):
             model.model.share = self.team.share(rank, ranks, self._hiding_groups, carrier) if shares else None
             model.model.sample = samples.start if apart else None
             try:
-                return make(model, samples)
+                with model.limiting_code():
+                    return make(model, samples)
             finally:
                 model.model.share = model.model.sample = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -18,6 +18,7 @@ from ..attention.select import AUTO, AUTO_FAST, select_attention, select_fastest
 from ..attention.sparse.run import AttentionRun
 from ..attention.sparse.settings import SparseSettings
 from ..attention.timing import AttentionSize
+from ..compilation.blocks import dynamo_limits
 from ..compilation.code import CompiledCode
 from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
@@ -424,6 +425,10 @@ class StreamedModel(Generic[M]):
             other.compile(settings)
         if not self.is_beside:
             self.use_sparse(self._sparse_settings)
+
+    def limiting_code(self) -> AbstractContextManager[None]:
+        """Dynamo's limits as they were chosen, for a thread that runs its compiled code."""
+        return dynamo_limits(None if self.compiled is None else self.compiled.settings)
 
     @property
     def _code_name(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lowvram_video.attention.sparse.readings import LayerReading
+from lowvram_video.compilation.blocks import at_limit
 from lowvram_video.compilation.counts import Counts
 from lowvram_video.compilation.profiles import PROFILES, VideoMemory, settings_of
 from lowvram_video.compilation.reading import CompileReading, regressions
@@ -143,6 +144,7 @@ def compiling() -> tuple[CompileReading, ...]:
             for counts, saved in product(cached, (0, GIB))
         ),
         CompileReading("profile low: cudagraphs, code for any size", regressions=worse),
+        CompileReading("profile low: inductor, code for any size", plain=at_limit(own), unmade=("expected 4",)),
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lowvram_video.cli.main import main
 from lowvram_video.compilation import profiles
 from lowvram_video.compilation.code import CodeMade, CompiledCode
 from lowvram_video.compilation.counts import Counts, counts
+from lowvram_video.compilation.inductor_cache import InductorCache
 from lowvram_video.compilation.profiles import GIB, VideoMemory, settings_of
 from lowvram_video.compilation.reading import CompileReading, kept_figures, regressions
 from lowvram_video.compilation.saved_code import ENDING, SavedCode, code_folder, key_of, prune
@@ -31,11 +34,13 @@ from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.lora.file import LoraChoice
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.utils import fresh_cache
 
 from .loras import make_factors, save_lora
 from .tiny import CONFIGS, TEXT_DIM, randomize, save_wan
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ANY_SIZE = CompileSettings(backend="aot_eager", fullgraph=True, dynamic=True)
 SIZES = ((2, 12, 16), (2, 14, 16))  # latents [T, H, W]: 96 and 112 tokens
@@ -178,6 +183,67 @@ def test_why_code_was_made_again_is_told(tmp_path: Path) -> None:
     assert reading.seconds > 0 and any("recompiled, forward" in line for line in lines([reading]))
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_blocks_that_have_all_versions_they_may_are_told_of(
+    fullgraph: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dynamo runs them as plain PyTorch from then on, also in later runs, or gives up where each is to be one graph."""
+    settings = CompileSettings(backend="aot_eager", dynamic=False, cache_size_limit=2, fullgraph=fullgraph)
+    blocks = layers(Layer)
+    code = CompiledCode(blocks, settings, CPU, "test", folder=tmp_path)
+
+    def run(*sizes: int) -> None:
+        for rows in sizes:
+            with code.watching(rows):
+                blocks[0](torch.ones(rows, 8))
+
+    run(3, 4)
+    if fullgraph:
+        with pytest.raises(ValueError, match=r"fullgraph is on, and none .* \(2 of a function, 128 in all\): set full"):
+            run(5)
+        return
+    assert not code.reading().plain
+    run(5, 6)
+    for _ in range(2):
+        reading = code.reading()
+        words, why = (line for line in lines([reading]) if line.startswith("not "))
+        assert "2 of a function" in words and "set dynamic to true" in words and "expected 4, actual 5" in why
+        assert not any("fits" in line and "no code" in line for line in lines([reading]))
+        code.begin_run()
+    assert caplog.text.count("it runs as plain PyTorch there") == 1
+    assert len(code.reading().again) == 0
+
+
+def test_a_block_that_is_no_whole_graph_is_refused_with_the_fix(tmp_path: Path) -> None:
+    class Broken(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    blocks = layers(Broken)
+    code = CompiledCode(blocks, CompileSettings(backend="eager", fullgraph=True), CPU, "test", folder=tmp_path)
+    with pytest.raises(ValueError, match=r"not one graph .*: set fullgraph to false"), code.watching(3):
+        blocks[0](torch.ones(3, 8))
+
+
+def test_another_cards_thread_has_the_limits_that_were_chosen(tmp_path: Path) -> None:
+    """Newer versions of PyTorch keep its settings for each thread."""
+    model = StreamedWan(save_wan(tmp_path / "wan.safetensors"), RunSettings(others=(CPU,)))
+    model.compile(CompileSettings(backend="eager", cache_size_limit=5, recompile_limit=77))
+    assert model.several is not None
+
+    def limits(model: StreamedWan, samples: slice) -> Tensor:
+        config = torch._dynamo.config
+        return torch.tensor([[config.cache_size_limit, config.accumulated_cache_size_limit]])
+
+    before = torch._dynamo.config.cache_size_limit
+    assert model.several.run(2, limits).tolist() == [[5, 77], [5, 77]]
+    assert torch._dynamo.config.cache_size_limit == before
+    model.compile(None)
+    assert model.several.run(2, limits).tolist()[1][0] == before
+    model.use_cards(())
+
+
 def test_a_model_that_ran_plain_compiles_its_next_run(tmp_path: Path) -> None:
     """Starting it is no pass: blocks are made of the pass's stream, and its stream stays."""
     model = StreamedWan(save_wan(tmp_path / "wan.safetensors"), RunSettings())
@@ -213,6 +279,8 @@ def test_the_next_start_finds_the_code_and_what_is_damaged_is_made_anew(
 ) -> None:
     with fresh_cache():
         first = kept_code(tmp_path).reading()
+        left = InductorCache.here()
+        assert left.parts() == [path for path in sorted(left.folder.iterdir()) if path.is_dir()] and left.nbytes()
     (file,) = tmp_path.glob(f"*{ENDING}")
     with fresh_cache():
         second = kept_code(tmp_path).reading()
@@ -298,6 +366,7 @@ def test_cache_shows_and_clears(
 ) -> None:
     triton = tmp_path / "triton"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(triton))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setattr("lowvram_video.compilation.triton_cache.triton_version", lambda: "3.5.0")
     kernel(triton, "old", "3.1.0")
     kernel(triton, "new", "3.5.0+git1")
@@ -315,6 +384,62 @@ def test_cache_shows_and_clears(
     assert not list(code_folder().iterdir())
     monkeypatch.setattr("lowvram_video.compilation.triton_cache.triton_version", lambda: "none")
     assert TritonCache.here().stale() == []
+
+
+def test_clearing_takes_what_inductor_left_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code that was kept comes back from there: the next start would find it all the same."""
+    inductor = tmp_path / "inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(inductor))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    for name in ("fxgraph", "aotautograd", "triton", "2x"):
+        (inductor / name / "below").mkdir(parents=True)
+        (inductor / name / "below" / "file").write_bytes(bytes(5000))
+    (inductor / "photos").mkdir()
+    (inductor / "notes.txt").write_text("mine")
+    (inductor / "ab").symlink_to(inductor / "photos")
+    assert main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert f"19.5 KiB, in {inductor}" in shown and " GB" not in shown and " MB" not in shown and " kB" not in shown
+    assert main(["cache", "--clear"]) == 0
+    assert sorted(path.name for path in inductor.iterdir()) == ["ab", "notes.txt", "photos"]
+
+
+def test_inductors_folder_is_where_pytorch_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    for user in ("me", r"DOMAIN\me", 'a:b*?"<>|'):
+        monkeypatch.setattr("getpass.getuser", lambda user=user: user)
+        assert str(InductorCache.here().folder) == default_cache_dir()
+
+
+def test_files_that_go_while_they_are_listed_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process may prune or clear at the same time."""
+    triton = tmp_path / "triton"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(triton))
+    monkeypatch.setattr("lowvram_video.compilation.triton_cache.triton_version", lambda: "3.5.0")
+    kernel(triton, "gone", "3.1.0")
+    kernel(triton, "there", "3.1.0")
+    (triton / "there" / "below").mkdir()
+    code_folder().mkdir(parents=True)
+    (code_folder() / f"there{ENDING}").write_bytes(bytes(5000))
+    (code_folder() / f"gone{ENDING}").symlink_to(tmp_path / "nothing")  # is listed, and cannot be looked at
+    scandir = os.scandir
+
+    def vanishing(path: Any = ".") -> Any:
+        if not isinstance(path, int) and Path(path).name in ("gone", "below"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert main(["cache"]) == 0
+    assert "compiled code: 2 files, " in capsys.readouterr().out
+    assert main(["cache", "--clear"]) == 0
+    assert "deleted: " in capsys.readouterr().out
 
 
 def test_kernels_of_this_triton_are_known_under_the_version_of_its_package(tmp_path: Path) -> None:
@@ -355,6 +480,18 @@ def test_profiles_are_corrected_with_a_note_and_custom_is_not() -> None:
         assert other.backend == "cudagraphs" and other.mode == "default"
     with pytest.raises(ValueError, match="use one of custom, auto, high, mid, low"):
         settings_of("huge", own, memory)
+
+
+@pytest.mark.parametrize(
+    "path", [f"locales/{lang}/nodeDefs.json" for lang in ("en", "zh", "ja")]
+    + [f"web/docs/LowVRAMTorchCompile{page}.md" for page in ("", "/zh", "/ja")],
+)  # fmt: skip
+def test_free_memory_is_in_one_unit_in_texts_and_in_why_a_profile_was_chosen(path: str) -> None:
+    text = (ROOT / path).read_text("utf-8")
+    if path.endswith(".json"):
+        text = json.loads(text)["LowVRAMTorchCompile"]["inputs"]["profile"]["tooltip"]
+    _, why = profiles.choose(VideoMemory(30 * GIB, 40 * GIB))
+    assert "30 GiB" in why and "24 GiB" in text and not re.search(r"\d GB", text)
 
 
 def test_tensorrt_is_refused_with_the_command() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ...system.sizes import in_gb, in_gib
+from ...system.sizes import in_gib
 
 
 class CompileCounts(Protocol):
@@ -46,6 +46,10 @@ class CompileReading(Protocol):
     def notes(self) -> tuple[str, ...]: ...
     @property
     def regressions(self) -> tuple[str, ...]: ...
+    @property
+    def plain(self) -> str: ...
+    @property
+    def unmade(self) -> tuple[str, ...]: ...
 
 
 def lines(readings: Sequence[CompileReading]) -> list[str]:
@@ -57,9 +61,10 @@ def _lines(reading: CompileReading) -> list[str]:
     counts = reading.counts
     found = [f"torch.compile: {reading.label}"]
     made = f"{counts.graphs} graphs in {reading.seconds:.1f} s, {counts.breaks} breaks, {len(reading.again)} recompiles"
-    found.append(made if counts.graphs else "no code was made: that of the last run fits")
+    fits = "" if reading.plain else ": that of the last run fits"
+    found.append(made if counts.graphs else f"no code was made{fits}")
     if counts.hits or counts.misses or counts.bypasses:
-        saved = f"; {in_gb(reading.saved_bytes, decimals=3)} of code from earlier starts" if reading.saved_bytes else ""
+        saved = f"; {in_gib(reading.saved_bytes)} of code from earlier starts" if reading.saved_bytes else ""
         bypassed = f", {counts.bypasses} not cacheable" if counts.bypasses else ""
         found.append(f"code cache: {counts.hits} hits, {counts.misses} misses{bypassed}{saved}")
     if reading.vram_after:
@@ -67,5 +72,7 @@ def _lines(reading: CompileReading) -> list[str]:
             f"VRAM in use {in_gib(reading.vram_before)} before code was made, {in_gib(reading.vram_after)} after"
         )
     found += [f"recompiled, {reason}" for reason in dict.fromkeys(reading.again)]
+    found += [f"not all compiled: {reading.plain}"] if reading.plain else []
+    found += [f"not compiled, {reason}" for reason in reading.unmade]
     found += [f"corrected: {note}" for note in reading.notes]
     return found + [f"worse than before: {words}" for words in reading.regressions]
