@@ -5,7 +5,9 @@
 Run it with ComfyUI's own Python. A second process holds the rest of the card, so that context and fragmentation count.
 The command line's path and the decode node's make the same frames, whose largest difference from whole frames is in
 `levels` of 255; ComfyUI's own VAE Decode stands beside them. Without --comfyui only the command line's is measured.
-`rss_mib` is RAM above the process before, in which frames of this benchmark wait too: `frames_mib`.
+`rss_mib` is RAM above the process before, in which frames of this benchmark wait too: `frames_mib`. `planned_gib` is
+beside what PyTorch reserved: neither counts the context. LOWVRAM_RECORD_STEPS=0 and PYTORCH_CUDA_ALLOC_CONF count for
+all paths alike, and are in the results.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from lowvram_video.memory.plan.footprint import Limits, WorkSize
 from lowvram_video.memory.plan.limits import hold_allocator, hold_budget
 from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.system.device_errors import is_out_of_memory
+from lowvram_video.vae.recording import select_recorder
 from lowvram_video.vae.retries import at_work, pieces_fitting
 from lowvram_video.vae.strips import Strips
 from lowvram_video.vae.tiling import Tile, Way, decode_in, encode_fitting, retry_ways
@@ -80,7 +83,7 @@ class Bench:
         self.repeats, self.scale = repeats, scale
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.whole: dict[tuple[bool, tuple[int, int, int]], Tensor] = {}
-        self.way = ""
+        self.way, self.planned = "", 0
         self.built = self.made = 0.0
         self.native: Any = None
 
@@ -110,6 +113,7 @@ class Bench:
         registrar = CudaRegistrar(self.device) if self.device.type == "cuda" else None
         way: Way = Strips(planned.rows, planned.in_ram, registrar) if planned.rows else Tile(planned.tile)
         self.way = f"{way} ({planned.total / GIB:.2f} GiB planned)"
+        self.planned = planned.total - Limits(0).context_bytes if self.device.type == "cuda" else planned.total
         return [way, *retry_ways(vae, way, size[1:], registrar)]
 
     def command_line(self, case: Case) -> Tensor:
@@ -143,16 +147,29 @@ class Bench:
     def decode_node(self, case: Case) -> Tensor:
         from lowvram_pack.nodes.decode import DecodeVideo
 
-        hold_allocator(self.device, None)
-        images = DecodeVideo.execute({"samples": self.native_latent(case)}, self.native, 0, 0, False).result[0]
-        return images.mul(255).round_().to(torch.uint8)
+        self.hold_nothing()
+        latent = self.native_latent(case)
+        self.planned = self.opened.weight_bytes(self.dtype, "decoder") + self.planned_bytes(latent)
+        images: Tensor = DecodeVideo.execute({"samples": latent}, self.native, 0, 0, False).result[0]
+        return images
+
+    def hold_nothing(self) -> None:
+        if self.device.type == "cuda":
+            hold_allocator(self.device, None)
+
+    def planned_bytes(self, latent: Tensor) -> int:
+        """Of whole frames, as the node plans them."""
+        from lowvram_pack.nodes.bridge.coding_ways import coding_bytes
+
+        return int(coding_bytes(self.opened.config, self.dtype, latent, 0))
 
     def comfyui(self, case: Case) -> Tensor:
-        hold_allocator(self.device, None)
-        return self.native.decode(self.native_latent(case))[0].mul(255).round_().to(torch.uint8)
+        self.hold_nothing()
+        images: Tensor = self.native.decode(self.native_latent(case))[0]
+        return images
 
     def comfyui_encodes(self, case: Case) -> Tensor:
-        hold_allocator(self.device, None)
+        self.hold_nothing()
         return self.native.encode(self.video(case)[0].movedim(0, -1).float().add_(1).div_(2))
 
     def native_latent(self, case: Case) -> Tensor:
@@ -167,7 +184,7 @@ class Bench:
             "ComfyUI": self.comfyui, "ComfyUI encodes": self.comfyui_encodes,
         }  # fmt: skip
         row: dict[str, Any] = {**asdict(case), "seconds": []}
-        self.way = ""
+        self.way, self.planned = "", 0
         for _ in range(self.repeats):
             gc.collect()
             before = psutil.Process().memory_info().rss
@@ -188,6 +205,10 @@ class Bench:
                         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3)}  # fmt: skip
                 torch.cuda.reset_peak_memory_stats()
         row |= {"best": min(row["seconds"]), "way": self.way, "frames_mib": result.nbytes >> 20}
+        if self.planned and not (case.path == "decode node" and case.gib):
+            row["planned_gib"] = round(self.planned / GIB, 3)
+        if case.path in ("decode node", "ComfyUI"):
+            result = result.mul(255).round_().to(torch.uint8)
         return row | self.compared(case, result)
 
     def compared(self, case: Case, result: Tensor) -> dict[str, Any]:
@@ -259,10 +280,11 @@ def main() -> None:
             device = torch.device("cpu") if options.tiny else torch.device("cuda", 0)
             bench = Bench(file, device, options.repeats, 16 if options.tiny else 1)
             check_kernels(device, bench.dtype)
+            print(settings(device), flush=True)
             if options.profile:
                 profile(bench)
             if options.comfyui is not None:
-                bench.native = start(options.comfyui, file)
+                bench.native = start(options.comfyui, file, ["--cpu"] if options.tiny else [])
             for case in CASES:
                 if options.only and case.path not in options.only:
                     continue
@@ -274,20 +296,28 @@ def main() -> None:
                 rows.append(bench.run(case))
                 print(json.dumps(rows[-1]), flush=True)
                 if options.out is not None:
-                    options.out.write_text(json.dumps({"machine": machine(), "cases": rows}, indent=1))
+                    found = {"machine": machine() | settings(device), "cases": rows}
+                    options.out.write_text(json.dumps(found, indent=1))
     for row in rows:
         frames, height, width = row["size"]
         best, room = row.get("best", row.get("error")), row["gib"] or "all"
-        print(f"{row['path']}, {width}x{height}x{frames} in {room}: {best} s, {row.get('reserved_gib')} GiB reserved,"
-              f" RAM +{row.get('rss_mib')} MiB, levels {row.get('levels')}, {row.get('way')}")  # fmt: skip
+        print(f"{row['path']}, {width}x{height}x{frames} in {room}: {best} s, {row.get('reserved_gib')} GiB reserved of"
+              f" {row.get('planned_gib')} planned, RAM +{row.get('rss_mib')} MiB, levels {row.get('levels')}, "
+              f"{row.get('way')}")  # fmt: skip
 
 
-def start(comfyui: Path, file: Path) -> Any:
+def settings(device: torch.device) -> dict[str, Any]:
+    """What PyTorch's memory is from, and whether strips are recorded."""
+    allocator = torch.cuda.get_allocator_backend() if device.type == "cuda" else None
+    return {"allocator": allocator, "recorded": select_recorder(device) is not None}
+
+
+def start(comfyui: Path, file: Path, flags: list[str]) -> Any:
     """ComfyUI's VAE of the file."""
     os.environ["COMFYUI_DIR"] = str(comfyui)
     from comfyui_nodes import start_comfyui
 
-    start_comfyui(["--bf16-vae"])
+    start_comfyui(["--bf16-vae", *flags])
     import comfy.sd
     import comfy.utils
 

@@ -5,10 +5,10 @@ are the last resort: neighbours are blended, where a strip knows its neighbours.
 
 HunyuanVideo's is not exact in tiles: its group norms and its attention see the tile instead of the clip, and a
 temporal tile lacks the frames before it. Mean difference from the untiled video over its standard deviation, with the
-released dimensions, random weights, 69 frames of 640x608 and latents that are smooth over 3 to 12 positions:
-0.17 to 0.40 in tiles of 256 pixels over the whole time, 0.07 to 0.11 in those of 512, 0.48 to 0.59 with temporal
-tiles of 16 as well. Learned weights are not measured; random ones answer strongly to other statistics. The bound
-that the tests hold is 1. Where host memory is there, `HunyuanVAE.decode` with a `FrameStore` takes less of the device
+released dimensions, random weights, 69 frames of 640x608 and latents that are smooth over 3 to 12 positions: 0.015 to
+0.019 in tiles of 512 pixels over the whole time, 0.022 to 0.044 in those of 256, 0.072 with temporal tiles of 16 too
+(benchmarks/results/decode_parts_h200_2026-11-29.json). Learned weights are not measured. The bound that the tests hold
+is 1. Where host memory is there, `HunyuanVAE.decode` with a `FrameStore` takes less of the device
 than these tiles and is exact.
 """
 

@@ -11,12 +11,12 @@ from .network.config import WanConfig
 # GiB at 720x1280. What strips take and leave is held against the layers' own arithmetic by a test. At work: of one
 # frame, three tensors of 96 channels or an enlarged one of 192, and finished frames on their way. Decoders alone,
 # with their smallest kernels in the order of each frame.
-WAN21_VAE = VaeFootprint(157 * 10**6, 2 * 3546, 1400, 88_000, 26_900, 768)
+WAN21_VAE = VaeFootprint(157 * 10**6, 2 * 3546, 1400, 88_000, 26_900, 768, 360)
 # Its decoder works on 2x2-folded pixels, 256 channels wide, with a 512-channel input to the last stage.
-WAN22_VAE = VaeFootprint(1111 * 10**6, 2 * 2678, 1500, 162_000, 61_856, 2048)
+WAN22_VAE = VaeFootprint(1111 * 10**6, 2 * 2678, 1500, 163_000, 61_856, 2048, 100)
 # The same files' encoders, alone as well.
-WAN21_ENCODER = VaeFootprint(118 * 10**6, 4160, 1000, 114_000, 16_300, 768)
-WAN22_ENCODER = VaeFootprint(300 * 10**6, 1800, 1500, 98_000, 19_300, 1280)
+WAN21_ENCODER = VaeFootprint(118 * 10**6, 4160, 1000, 119_100, 16_300, 768, 218)
+WAN22_ENCODER = VaeFootprint(300 * 10**6, 1800, 1500, 100_000, 19_300, 1280, 147)
 
 
 @dataclass(frozen=True)

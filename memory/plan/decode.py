@@ -79,7 +79,7 @@ def strip_memory(
     page = work.width * vae.seam_bytes_per_column
     waiting = frames * (page + height * width * vae.waiting_bytes_per_position)
     working = int(RECORDED_SHARE * vae.working_bytes_per_pixel)
-    moving = rows * work.width * (vae.cache_bytes_per_pixel + working)
+    moving = rows * work.width * (vae.cache_bytes_per_pixel - vae.whole_bytes_per_pixel + working)
     moving += work.width * vae.strip_bytes_per_column
     moving += 2 * 4 * work.latent_positions * latent_channels
     moving += PAGES_AT_WORK * page if in_ram else waiting

@@ -42,6 +42,7 @@ class VaeFootprint:
     Of a VAE that decodes in strips, a strip takes `strip_bytes_per_column` more for each column of pixels, as lower
     resolutions are ahead of it and convolutions see rows of its neighbours; it leaves `seam_bytes_per_column` to the
     strip below for each latent frame. Frames at the latent's size wait too: `waiting_bytes_per_position` of them.
+    `whole_bytes_per_pixel` of what convolutions remember is of layers at that size, which are not there beside strips.
     """
 
     weight_bytes: int
@@ -50,6 +51,7 @@ class VaeFootprint:
     strip_bytes_per_column: int = 0
     seam_bytes_per_column: int = 0
     waiting_bytes_per_position: int = 0
+    whole_bytes_per_pixel: int = 0
 
     @property
     def has_strips(self) -> bool:

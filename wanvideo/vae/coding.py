@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ...fused.frame_select import select_frame_ops
+from ...vae.inbox import Inbox
 from ...vae.outbox import Finish, Outbox
 from ...vae.recording import proven_kinds, select_recorder
 from ...vae.strips import Allocate, Pages, Shelf, Strips, aligned, waiting_memory
 from .blocks import frames_through, plan_layers
 from .rows import Level, StripPlan, cut_alike
-from .steps import Make, Steps
+from .steps import Give, Make, Steps
 from .strip import Rings, Strip
 
 OnChunk = Callable[[int, int], None]  # (parts done, parts in all); may raise to stop
@@ -67,6 +68,18 @@ class Coding:
         """The strips of a plan, from the top down, which share their memory."""
         rings = Rings(plan, self.batch, self.weight, self._channels_last)
         return [Strip(plan, index, rings, self._ops, pages) for index in range(plan.num_strips)]
+
+    def through_whole(self, give: Give) -> Iterator[Tensor]:
+        """What the layers at the latent's size make of the frames that they are given, one of each step."""
+        strip = self.whole_frames()
+        steps = self.steps(self._whole_layers, [strip])
+        steps.prepare(0, give)
+        for step in range(self.num_latents):
+            yield steps.made(give(step), strip, step)
+
+    def _whole_layers(self, frame: Tensor, strip: Strip) -> Tensor:
+        (made,) = frames_through(self.side.whole, frame, strip)
+        return made
 
     def whole_frames(self) -> Strip:
         """What the layers at the latent's size remember."""
@@ -143,18 +156,16 @@ class Decoding(Coding):
     @torch.inference_mode()
     def _fill_shelf(self, latent: Tensor, allocate: Allocate) -> Shelf:
         """What the whole layers make of every frame."""
-        strip = self.whole_frames()
-        features = self._features(latent[:, :, 0], strip)
-        shelf = self.shelf(features.shape[1], allocate)
-        shelf.put(0, 0, features)
-        for index in range(1, self.num_latents):
-            shelf.put(index, 0, self._features(latent[:, :, index], strip))
+        shelf = None
+        for index, features in enumerate(self.through_whole(lambda step: self.side.enter(latent[:, :, step]))):
+            shelf = shelf or self.shelf(features.shape[1], allocate)
+            shelf.put(index, 0, features)
+        assert shelf is not None
         return shelf
 
     @torch.inference_mode()
     def _features(self, frame: Tensor, strip: Strip) -> Tensor:
-        (features,) = frames_through(self.side.whole, self.side.enter(frame), strip)
-        return features
+        return self._whole_layers(self.side.enter(frame), strip)
 
     @torch.inference_mode()
     def _piece(self, features: Tensor, strip: Strip) -> Tensor:
@@ -182,9 +193,9 @@ class Encoding(Coding):
     def in_strips(self, video: Tensor, way: Strips, on_chunk: OnChunk | None = None) -> Tensor:
         """The same, in the memory of one strip."""
         with waiting_memory(way, self.weight) as allocate:
-            shelf, last = self._fill_shelf(video, way, allocate, on_chunk), self.whole_frames()
-            latents = [self._latent(shelf.rows(step, 0, self.height), last) for step in range(self.num_latents)]
-            return torch.stack(latents, dim=2)
+            shelf = self._fill_shelf(video, way, allocate, on_chunk)
+            moments = self.through_whole(lambda step: shelf.rows(step, 0, self.height))
+            return torch.stack([self.side.leave(each) for each in moments], dim=2)
 
     def _fill_shelf(self, video: Tensor, way: Strips, allocate: Allocate, on_chunk: OnChunk | None) -> Shelf:
         """What the layers in strips make of every step; what they remember is gone afterwards."""
@@ -194,10 +205,12 @@ class Encoding(Coding):
         strips = self.strips(plan, pages)
         steps = self.steps(self._local, strips)
 
+        inbox = Inbox(self.weight.device)
+
         def frames(index: int, step: int) -> Tensor:
             pages.begin(step, index == 0)
             rows = slice(needed.begins[index] * patch, needed.ends[index] * patch)
-            return video[:, :, self.frames_of(step), rows].to(self.weight.device)
+            return inbox.bring(video[:, :, self.frames_of(step), rows])
 
         for index, strip in enumerate(strips):
             steps.prepare(index, partial(frames, index))
@@ -222,8 +235,7 @@ class Encoding(Coding):
         return frames_through(self.side.local, self.side.enter(frame), strip)
 
     def _latent(self, features: Tensor, strip: Strip) -> Tensor:
-        (moments,) = frames_through(self.side.whole, features, strip)
-        return self.side.leave(moments)
+        return self.side.leave(self._whole_layers(features, strip))
 
 
 def page_elements(plan: StripPlan, batch: int) -> int:
