@@ -46,9 +46,10 @@ class SeveralGPUs(io.ComfyNode):
                 ),
                 io.String.Input(
                     "park", default="",
-                    tooltip="For park blocks: where blocks lie, as DisTorch2 writes it, such as cuda:1,8gb;cpu,*: in "
-                    "another card's memory, then in RAM (cpu), then on the disk. gb, mb, a percentage of the blocks, "
-                    "or *. Empty: all that is free of the devices above.", extra_dict=ADVANCED,
+                    tooltip="Where blocks lie, as DisTorch2 writes it, such as cuda:1,8gb;cpu,*: in the memory of a "
+                    "card that does not compute, then in RAM (cpu), then on the disk. gb, mb, a percentage of the "
+                    "blocks, or *. Empty: in RAM; with park blocks all that is free of the devices above.",
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -57,14 +58,15 @@ class SeveralGPUs(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, devices: str, mode: str, park: str = "") -> io.NodeOutput:
         patcher = streamed_model(model, TITLE)
-        if mode == PARK and park.strip():
-            given = parse_parking(park)
-            find_parking(given, patcher.engine.device, host.free_vram)  # all of them are there
-            return io.NodeOutput(patcher.with_options(others=(), parking=given))
-        others = cards_beside(patcher.engine.device, devices)
-        if not others:
+        device = patcher.engine.device
+        parking = parse_parking(park) if park.strip() else None
+        others = () if mode == PARK and parking is not None else cards_beside(device, devices)
+        if not others and parking is None:
             logger.info("%s: there is one GPU, which makes the video alone", TITLE)
         if mode == PARK:
-            parking = ParkSpec(tuple((str(card), Amount()) for card in others)) if others else None
-            return io.NodeOutput(patcher.with_options(others=(), parking=parking))
-        return io.NodeOutput(patcher.with_options(others=others, parking=None))
+            if others:
+                parking = ParkSpec(tuple((str(card), Amount()) for card in others))
+            others = ()
+        if parking is not None:
+            find_parking(parking, device, host.free_vram, others)  # all of them are there
+        return io.NodeOutput(patcher.with_options(others=others, parking=parking))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
 from ..memory.stream.parked_blocks import ParkedBlocks
 from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..memory.stream.scratch_file import ScratchFile
-from ..memory.stream.shared_blocks import SharedBlocks
-from ..memory.stream.split_blocks import HomeOf, SplitBlocks
+from ..memory.stream.shared_blocks import SharedBlocks, SharedParked
+from ..memory.stream.split_blocks import Home, HomeOf, SplitBlocks
 from ..system.card_links import reaches
 from ..system.device_errors import is_out_of_memory
 from ..system.host_memory import allocate_bytes
@@ -228,13 +229,23 @@ class HostWeights:
             raise
 
     def share(self, other: HostWeights) -> None:
-        """Have the blocks of the same model in the host memory of another, where that holds them.
+        """Have the blocks of the same model in the memory of another, where that holds them: RAM, or cards' own.
 
-        Between this and `release` the other must keep them as they are.
+        Between this and `release` the other must keep them as they are. What it reads from the disk is read here too.
         """
         self.release()
         if other.held is not None:
             self.blocks, self.budget = SharedBlocks(other.held), other.budget
+        elif other.is_split:
+            blocks = SplitBlocks(self.layouts)
+            self.blocks, self.budget = blocks, other.budget
+            for home in other.homes:
+                blocks.settle(home.blocks, partial(self._share_home, home.source))
+
+    def _share_home(self, home: Home, layouts: Sequence[BlockLayout]) -> Home:
+        if isinstance(home, ParkedBlocks):
+            return SharedParked(home, staged=not reaches(self._settings.device, home.card))
+        return SharedBlocks(home) if isinstance(home, HostBlocks) else self._open_disk(layouts)
 
     def read_tensor(self, name: str) -> Tensor:
         """One tensor in its stored form, in memory of its own."""

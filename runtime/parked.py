@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,18 +15,22 @@ from .settings import find_device
 FreeOn = Callable[[torch.device], int]
 
 
-def find_parking(spec: ParkSpec, device: torch.device, free_on: FreeOn) -> Parking:
-    """The places of a list for a model that computes on `device`; ValueError for a card that this machine has not."""
-    device = numbered(device)
+def find_parking(spec: ParkSpec, device: torch.device, free_on: FreeOn, others: Sequence[torch.device] = ()) -> Parking:
+    """The places of a list for a model that computes on `device`, and on `others` that share its passes.
+
+    What the list gives one of these is what stays on each. ValueError for a card that this machine has not.
+    """
+    computing = [numbered(each) for each in (device, *others)]
     cards, stay = [], Amount()
     for name in spec.cards:
         amount, card = spec.amount(name), numbered(find_device(name))
         assert amount is not None
-        if card == device:
-            stay = amount
+        if card in computing:
+            stay = Amount(min(stay.num_bytes, amount.num_bytes), min(stay.share, amount.share))
             continue
-        staged = not reaches(device, card)
-        cards.append(ParkPlace(name, amount, free_on(card), measured_gbps(device, card, staged), staged))
+        staged = not all(reaches(each, card) for each in computing)
+        gbps = min(measured_gbps(each, card, staged) for each in computing) / len(computing)  # all copy from it
+        cards.append(ParkPlace(name, amount, free_on(card), gbps, staged))
     return Parking(tuple(cards), spec.amount(RAM) or Amount(), stay)
 
 

@@ -21,11 +21,19 @@ def hold_limits(settings: RunSettings, execution: Execution, held_bytes: int = 0
     """
     if settings.ram_budget_gib is None:  # what a model already holds there is not wanted again
         settings = replace(settings, ram_budget_gib=(available_ram_bytes() + held_bytes) / GIB)
-    each = [run_limits(replace(settings, device=device), execution) for device in settings.cards]
+    each = [run_limits(alone, execution) for alone in on_each_card(settings)]
     limits = least_limits([str(device) for device in settings.cards], each)
     for device in settings.cards:
         hold_budget(device, limits)
     return replace(limits, link_gbps=slowest_link(settings.cards, settings.staged_exchange))
+
+
+def on_each_card(settings: RunSettings) -> list[RunSettings]:
+    """The same settings for each of the cards, the others beside it."""
+    cards = settings.cards
+    return [
+        replace(settings, device=card, others=(*cards[:index], *cards[index + 1 :])) for index, card in enumerate(cards)
+    ]
 
 
 def least_limits(names: Sequence[str], each: Sequence[Limits]) -> Limits:
@@ -55,5 +63,5 @@ def run_limits(
         measure=measure,
     )
     if settings.parking is not None:
-        limits = replace(limits, parking=find_parking(settings.parking, settings.device, free_on))
+        limits = replace(limits, parking=find_parking(settings.parking, settings.device, free_on, settings.others))
     return limits if settings.pinned_memory else replace(limits, pinned_cap_bytes=0)

@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 NUM_READERS = 8  # threads
 SAFE_ATTENTION = "sdpa"
-NO_PARKING_CARDS = "blocks are parked for one card that computes: share passes by several devices, or park blocks"
 
 
 class Parked(NamedTuple):
@@ -374,9 +373,7 @@ class StreamedModel(Generic[M]):
             watch.begin_step(step, num_steps)
 
     def use_cards(self, devices: Sequence[torch.device]) -> None:
-        """Share passes with these cards, or with none, from the next start on. ValueError where it cannot be."""
-        if devices and self.settings.parking is not None:
-            raise ValueError(NO_PARKING_CARDS)
+        """Share passes with these cards, or with none, from the next start on."""
         self.stop()
         before, self.several = self.several, None
         if before is not None:

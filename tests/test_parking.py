@@ -21,11 +21,14 @@ from lowvram_video.memory.report.stream_log import StreamLog
 from lowvram_video.memory.stream.layout import Part
 from lowvram_video.memory.stream.parked_blocks import ParkedBlocks
 from lowvram_video.memory.stream.pinned import PinnedBudget
+from lowvram_video.memory.stream.shared_blocks import SharedParked
 from lowvram_video.memory.stream.split_blocks import SplitBlocks
 from lowvram_video.memory.stream.streams import Span
+from lowvram_video.runtime import host_weights
 from lowvram_video.runtime.parked import find_parking
 from lowvram_video.runtime.run_limits import run_limits
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.system.card_links import ASSUMED_GBPS
 from lowvram_video.wanvideo.streamed import StreamedWan
 
 from .test_pipeline import latent_of
@@ -94,6 +97,14 @@ class TestLists:
     def test_a_card_that_is_not_there_is_named(self):
         with pytest.raises(ValueError, match="device 'cuda:1'"):
             find_parking(parse_parking("cuda:1,8gb"), CPU, lambda card: 0)
+
+    def test_what_the_computing_cards_may_keep_is_a_limit_on_each(self):
+        spec = parse_parking("cpu:1,8gb;cpu:2,50%;cpu:3,25%")
+        parking = find_parking(spec, torch.device("cpu", 2), lambda card: GIB, [torch.device("cpu", 3)])
+        assert [(place.name, place.gbps) for place in parking.cards] == [("cpu:1", ASSUMED_GBPS / 2)], (
+            "both copy from it"
+        )
+        assert parking.most_resident([10] * 8) == 2
 
     def test_what_the_computing_card_may_keep_is_a_limit(self):
         parking = find_parking(parse_parking("cpu:1,8gb;cpu:2,50%"), torch.device("cpu", 2), lambda card: GIB)
@@ -261,9 +272,38 @@ class TestPasses:
         model.release()
         assert budget.pinned_bytes == 0
 
-    def test_several_devices_and_parking_are_refused_together(self, file):  # noqa: F811
-        with pytest.raises(ValueError, match="share passes by several devices, or park blocks"):
-            StreamedWan(file, RunSettings(others=(CPU,), parking=parse_parking("cpu:1,*")))
+    @pytest.mark.parametrize("text", ["cpu:1,*", "cpu:1,30%;cpu,*", "cpu:1,30%;cpu,1b;disk,*"])
+    def test_cards_that_share_passes_have_one_copy_of_what_is_parked(self, file, text):  # noqa: F811
+        """The bits of one card, before and after the memory is given back; what one card's leaves belongs to none."""
+        want, model = expected(file), started(file, parked_limits(text), others=(CPU, CPU))
+        assert model.several is not None
+        (parked,) = (home.source for home in model.weights.homes if isinstance(home.source, ParkedBlocks))
+        for other in model.several.others:
+            shared = [home.source for home in other.weights.homes if isinstance(home.source, SharedParked)]
+            assert [each.extents for each in shared] == [parked.extents] and other.weights.parked_on(OTHER) == 0
+            assert other.weights.pinned_bytes == 0
+        for _ in range(2):
+            assert model(*inputs()).equal(want)
+        model.stop()
+        model.weights.unpark(OTHER)
+        model.start_fitting(model.make_plan(WORK, parked_limits(text, free=0)))
+        assert model(*inputs()).equal(want) and parked_bytes(model) == 0
+        model.release()
+        model.use_cards(())
+        model.start_fitting(model.make_plan(WORK, parked_limits(text)))
+        assert model(*inputs()).equal(want) and parked_bytes(model) > 0
+        model.release()
+        assert parked_bytes(model) == 0
+
+    def test_each_card_s_own_way_to_what_is_parked(self, file, monkeypatch):  # noqa: F811
+        """One of those that compute does not reach it: that one has a pinned pair, and nobody else."""
+        monkeypatch.setattr(host_weights, "reaches", lambda device, card: device.index != 2)
+        model = StreamedWan(file, RunSettings(others=(torch.device("cpu", 2),)))
+        model.start_fitting(model.make_plan(WORK, parked_limits("cpu:1,*")))
+        assert model.several is not None
+        sources = [each.weights.homes[0].source for each in (model, *model.several.others)]
+        assert [source.staged for source in sources] == [False, True]
+        model.release()
 
 
 class TestPlans:

@@ -14,14 +14,39 @@ from .layout import BlockLayout, Part, TensorSource
 from .pinned import PinnedBudget
 
 
-class ParkedBlocks(HostExtents):
-    """All of these blocks on a card, read once, from where the one that computes copies them.
+class CardExtents(HostExtents):
+    """Blocks in a card's memory, as one that computes copies them: with `staged` through a pinned pair in RAM.
 
-    With `staged` they travel through a pinned pair in RAM, for cards that do not reach each other. `check` is called
-    before each tensor is read and may raise to give up. Raises what the card says where it has no room.
+    That is for cards that do not reach each other.
     """
 
     num_threads = 2  # of the pinned pair's: a copy from a card is one thread's work
+
+    def __init__(
+        self, layouts: Sequence[BlockLayout], extents: list[Tensor], staged: bool, budget: PinnedBudget | None
+    ) -> None:
+        super().__init__(layouts, extents)
+        self.staged, self.budget = staged, budget
+
+    def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
+        """Blocks `order` will be copied to the device over and over, this part of each, whole or stage by stage."""
+        self.pause()
+        self._part, self._in_stages = part, in_stages
+        if self.staged and self.budget is not None and order:
+            self._staging = stage_blocks(self, list(order), part, in_stages)
+            self._staged = frozenset(order if self._staging is not None else ())
+
+    def release(self) -> None:
+        """Free what is this source's alone; unload the streamer first."""
+        self.pause()
+
+
+class ParkedBlocks(CardExtents):
+    """All of these blocks on a card, read once, from where the one that computes copies them.
+
+    `check` is called before each tensor is read and may raise to give up. Raises what the card says where it has no
+    room.
+    """
 
     def __init__(
         self,
@@ -33,8 +58,8 @@ class ParkedBlocks(HostExtents):
         check: Callable[[], None] | None = None,
     ) -> None:
         extents: list[Tensor] = []
-        super().__init__(layouts, extents)
-        self.card, self.staged, self.budget = card, staged, budget
+        super().__init__(layouts, extents, staged, budget)
+        self.card = card
         with torch.inference_mode(False):
             memory = torch.empty(sum(layout.nbytes for layout in layouts), dtype=torch.uint8, device=card)
         extents.extend(memory.split([layout.nbytes for layout in layouts]))
@@ -44,14 +69,6 @@ class ParkedBlocks(HostExtents):
     def parked_bytes(self) -> int:
         """Bytes of the card."""
         return sum(extent.numel() for extent in self.extents)
-
-    def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
-        """Blocks `order` will be copied to the device over and over, this part of each, whole or stage by stage."""
-        self.pause()
-        self._part, self._in_stages = part, in_stages
-        if self.staged and self.budget is not None and order:
-            self._staging = stage_blocks(self, list(order), part, in_stages)
-            self._staged = frozenset(order if self._staging is not None else ())
 
     def release(self) -> None:
         """Give the card's memory back; calling it again does nothing. Unload the streamer first."""

@@ -1,4 +1,4 @@
-"""Blocks in the host memory of another source: one copy in RAM feeds several cards."""
+"""Blocks in the memory of another source: one copy, in RAM or on a card, feeds several cards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .host_blocks import HostBlocks, stage_blocks
 from .host_extents import HostExtents
 from .layout import Part
+from .parked_blocks import CardExtents, ParkedBlocks
 
 
 class SharedBlocks(HostExtents):
@@ -32,3 +33,13 @@ class SharedBlocks(HostExtents):
     def release(self) -> None:
         """Free what is this source's alone; unload the streamer first."""
         self.pause()
+
+
+class SharedParked(CardExtents):
+    """What ParkedBlocks is to its streamer, to the streamer of another card; the owner reads and frees.
+
+    Nothing of it may be in use when the owner is released. `staged` is for this card's way to the blocks.
+    """
+
+    def __init__(self, owner: ParkedBlocks, staged: bool) -> None:
+        super().__init__(owner.layouts, owner.extents, staged, owner.budget)

@@ -254,7 +254,8 @@ class Engine(Generic[S]):
         may_pin = options.pinned_memory and host.may_pin()
         limits = replace(limits, pinned_cap_bytes=host.pinnable_bytes() + self._holder.pinned_bytes if may_pin else 0)
         if options.parking is not None:
-            limits = replace(limits, parking=find_parking(options.parking, self.device, self._free_to_park))
+            parking = find_parking(options.parking, self.device, self._free_to_park, options.others)
+            limits = replace(limits, parking=parking)
         if limits.card is not None:
             return limits
         if self._rates is None and self.device.type == "cuda":

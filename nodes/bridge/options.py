@@ -42,4 +42,4 @@ class StreamOptions:
     def cards(self) -> tuple[torch.device, ...]:
         """All cards beside ComfyUI's own that have memory of the model."""
         parked = () if self.parking is None else self.parking.cards
-        return *self.others, *(numbered(torch.device(name)) for name in parked)
+        return tuple(dict.fromkeys((*self.others, *(numbered(torch.device(name)) for name in parked))))

@@ -150,6 +150,16 @@ def test_parked_blocks_make_the_same_video(models: Path) -> None:
     assert "parked on cpu:1: 2 blocks" in MemoryReport.execute(model).result[0]
 
 
+def test_cards_that_share_steps_may_park_too(models: Path) -> None:
+    path = save(models, "t2v")
+    model = on_cards(ours(path), mode="split the video", park="cpu:1,50%;cpu,*")
+    assert torch.equal(run(model), run(on_cards(ours(path))))
+    engine = model.engine
+    assert engine.bytes_on(PARKED) == 2 * engine.streamed.weights.layouts[0].nbytes
+    report = MemoryReport.execute(model).result[0]
+    assert "cpu beside it: VRAM peak" in report and "parked on cpu:1: 2 blocks" in report
+
+
 def test_core_gets_parked_memory_back_between_steps(models: Path) -> None:
     """Another node's model wants the card in the middle of a run: the rest of it has the blocks from RAM."""
     path = save(models, "t2v")
