@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class FixedWeights:
                 continue
             for start in range(0, info.nbytes, PIECE_BYTES):
                 nbytes = min(PIECE_BYTES, info.nbytes - start)
-                yield nbytes, partial(_read_piece, info.file, info.offset + start, nbytes)
+                yield nbytes, partial(_read_piece, info, start, nbytes)
 
     def _read_whole(self, name: str) -> Tensor:
         return self._weights.read_tensor(name).flatten().view(torch.uint8)
@@ -89,7 +88,7 @@ class FixedWeights:
         self._model.load_state_dict(tensors, strict=False, assign=True)
 
 
-def _read_piece(file: Path, offset: int, nbytes: int) -> Tensor:
+def _read_piece(info: TensorInfo, start: int, nbytes: int) -> Tensor:
     piece = allocate_bytes(nbytes)
-    read_bytes(file, offset, piece)
+    read_bytes(info.file, info.offset + start, piece, info.stamp)
     return piece

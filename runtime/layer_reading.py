@@ -93,7 +93,7 @@ class TokenTable:
         row_bytes = info.nbytes // info.shape[0]
         rows = torch.empty(len(wanted), row_bytes, dtype=torch.uint8)
         for row, out in zip(wanted.tolist(), rows, strict=True):
-            read_bytes(info.file, info.offset + row * row_bytes, out)
+            read_bytes(info.file, info.offset + row * row_bytes, out, info.stamp)
         return rows.view(info.dtype)
 
 

@@ -21,8 +21,10 @@ from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.weights.files.checkpoint import CheckpointError
+from lowvram_video.weights.files.open import open_checkpoint
 from safetensors.torch import load_file, save_file
 
+from .quantizers import write_gguf
 from .tiny import save_files, save_wan
 
 REQUEST = WanRequest("a red ball", width=48, height=32, num_frames=5, num_steps=3, guidance=1.0)
@@ -62,6 +64,39 @@ def test_a_model_that_changes_while_it_streams_is_told(
     with pytest.raises(CheckpointError, match=r"wan.safetensors (was (changed|deleted) while the model streams|.*)"):
         list(pipeline.generate(REQUEST))
     assert len(passes) == at
+
+
+@pytest.mark.parametrize("change", [overwrite, swap])
+def test_a_vae_that_changes_before_it_is_read_is_told(
+    files: WanFiles, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    """Its header is read at once, its tensors hours later: where they are in another file nobody knows."""
+    path = Path(shutil.copy(files.vae, tmp_path / "vae.safetensors"))
+    pipeline = WanPipeline(replace(files, vae=path))
+    pipeline.high.model.register_forward_hook(lambda *_: change(path))
+    with pytest.raises(CheckpointError, match=r"vae\.safetensors was changed since it was opened"):
+        list(pipeline.generate(REQUEST))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_no_tensor_is_read_of_a_file_that_was_changed_since_its_header_was(tmp_path: Path, suffix: str) -> None:
+    def written(name: str, value: float) -> Path:
+        path, tensor = tmp_path / f"{name}.{suffix}", torch.full((4, 32), value)
+        if suffix == "gguf":
+            return write_gguf(path, {"a.weight": (tensor, "F32")}, "wan")
+        save_file({"a.weight": tensor}, path)
+        return path
+
+    path = written("a", 1)
+    os.utime(path, (1, 1))  # clocks of file systems tick some hundred times a second
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint.read("a.weight"), torch.ones(4, 32))
+    os.replace(written("b", 2), path)
+    with pytest.raises(CheckpointError, match=rf"a\.{suffix} was changed since it was opened"):
+        checkpoint.read("a.weight")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"a\.{suffix}: cannot be read"):
+        checkpoint.read("a.weight")
 
 
 def test_a_model_in_ram_may_be_replaced(files: WanFiles, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ class TensorInfo(Protocol):
     def file(self) -> Path: ...
     @property
     def offset(self) -> int: ...
+    @property
+    def stamp(self) -> tuple[int, int] | None: ...  # of the file, when its header was read
 
 
 class TensorSource(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...system.direct_reads import PAGE, RawFile
+from ...system.file_stamp import Stamp, stamp_of
 from ...system.host_memory import allocate_bytes
 from ...system.plain_text import LONGEST, printable
 
@@ -45,7 +46,8 @@ class TensorInfo:
     """One tensor of a checkpoint and the bytes it occupies.
 
     `dtype` and `shape` are those stored (uint8 for GGUF-packed tensors, whose `quant` is a type name such
-    as "Q4_K" and whose `logical_shape` is that of the unpacked tensor); `offset` is absolute in `file`.
+    as "Q4_K" and whose `logical_shape` is that of the unpacked tensor); `offset` is absolute in `file`, which had this
+    `stamp` when its header was read.
     """
 
     name: str
@@ -56,6 +58,7 @@ class TensorInfo:
     nbytes: int
     quant: str | None = None
     logical_shape: tuple[int, ...] | None = None
+    stamp: Stamp | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Checkpoint:
         """Read a tensor's stored bytes into `out`, a contiguous 1-D uint8 CPU tensor of just that many.
 
         `out` may be pinned or a view of a larger buffer. Raises KeyError, ValueError (an unsuitable `out`)
-        and CheckpointError (the file shrank or vanished since it was opened).
+        and CheckpointError (the file was changed, replaced or deleted since it was opened).
         """
         info = self.tensors[name]
         if out.dtype != torch.uint8 or out.device.type != "cpu" or not out.is_contiguous():
@@ -105,6 +108,7 @@ class Checkpoint:
                     _fill(file, out.numpy().data, info)
         except OSError as error:
             raise CheckpointError(unreadable(info.file, error)) from error
+        _check_unchanged(info)
 
     def renamed(self, names: Mapping[str, str | None]) -> Checkpoint:
         """The same file under other tensor names, `{old: new}`.
@@ -128,10 +132,24 @@ class Checkpoint:
         return Checkpoint(self.path, tensors, self.metadata)
 
 
-def read_bytes(file: Path, offset: int, out: Tensor) -> None:
-    """Read a part of a tensor, the bytes of its file from `offset` on into all of `out`: as `Checkpoint.read_into`."""
-    part = TensorInfo("", torch.uint8, (out.numel(),), file, offset, out.numel())
+def read_bytes(file: Path, offset: int, out: Tensor, stamp: Stamp | None) -> None:
+    """Read a part of a tensor, the bytes of its file from `offset` on into all of `out`: as `Checkpoint.read_into`.
+
+    `stamp` is the file's when its header was read.
+    """
+    part = TensorInfo("", torch.uint8, (out.numel(),), file, offset, out.numel(), stamp=stamp)
     Checkpoint(file, {"": part}, {}).read_into("", out)
+
+
+def _check_unchanged(info: TensorInfo) -> None:
+    """CheckpointError where what was read is not of the file whose header says where its tensors are."""
+    now = info.stamp and stamp_of(info.file)
+    if now != info.stamp:
+        what = "deleted" if now is None else "changed"
+        raise CheckpointError(
+            f"{info.file} was {what} since it was opened, and its tensors may be others, or elsewhere in it: start "
+            "again, and leave the file alone meanwhile"
+        )
 
 
 def _read_directly(info: TensorInfo, out: np.ndarray) -> bool:

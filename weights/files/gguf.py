@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from ...system.file_stamp import stamp_of
 from ...system.plain_text import short, shown
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, damaged, truncated, unreadable
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
@@ -46,6 +47,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     Packed tensors are uint8 `[*rows, bytes per row]` with their type as `quant`; metadata is that of the file, as text.
     """
+    stamp = stamp_of(path)
     header = read_gguf_header(path)
     num_parts = header.fields.get("split.count", 1)
     if num_parts not in (0, 1):
@@ -57,7 +59,7 @@ def open_gguf(path: Path) -> Checkpoint:
     for tensor in header.tensors:
         if tensor.name in tensors:
             raise CheckpointError(damaged(path, f"it holds {short(tensor.name)} twice"))
-        tensors[tensor.name] = _tensor_info(path, header, tensor)
+        tensors[tensor.name] = replace(_tensor_info(path, header, tensor), stamp=stamp)
     _check_places(path, tensors.values())
     metadata = {key: str(value) for key, value in header.fields.items() if not key.startswith(ORIGINAL_SHAPE)}
     return Checkpoint(path, tensors, metadata)

@@ -7,12 +7,14 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from ...system.bounded_json import JsonError, parse_json, read_json
+from ...system.file_stamp import stamp_of
 from ...system.plain_text import short, shown
 from ...system.regular_files import is_there, open_regular
 from .checkpoint import IMPOSTORS, Checkpoint, CheckpointError, TensorInfo, damaged, truncated, unreadable
@@ -51,6 +53,7 @@ def open_safetensors(path: Path) -> Checkpoint:
 
 def open_single(path: Path) -> Checkpoint:
     """One file, judged as the safetensors library does: what that refuses is refused."""
+    stamp = stamp_of(path)
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -58,7 +61,8 @@ def open_single(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from error
     metadata = header.pop("__metadata__", None) or {}
-    tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
+    infos = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
+    tensors = {name: replace(info, stamp=stamp) for name, info in infos.items()}
     _check_places(path, data_start, size, tensors.values())
     return Checkpoint(path, tensors, metadata)
 
