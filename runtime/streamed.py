@@ -118,7 +118,7 @@ class StreamedModel(Generic[M]):
         self._before_safe_path: tuple[torch.dtype, Backend, AttentionRun | None] | None = None
         self._on_spans: SpanSink | None = None
         self._attention_tokens = 0  # of the size that attention was chosen for
-        self._step: tuple[int, int] | None = None  # of a run, and how many it has; None before its first
+        self._step: tuple[int, int, int | None] | None = None  # what `at_step` was told last; None before a run's first
         self.several: Several[StreamedModel[M]] | None = None
         self.is_beside = False  # whether it is another card's part of such
         self.use_sparse(settings.sparse)
@@ -365,12 +365,15 @@ class StreamedModel(Generic[M]):
         for other in self._others:
             other.use_sparse(settings, watch)
 
-    def at_step(self, step: int, num_steps: int) -> None:
-        """The passes that follow are of this step of a run's; what attention leaves out depends on it."""
-        self._step = step, num_steps
+    def at_step(self, step: int, num_steps: int, call: int | None = None) -> None:
+        """The passes that follow are of this step of a run's; what attention leaves out depends on it.
+
+        `call` is as `AttentionRun.begin_step` has it.
+        """
+        self._step = step, num_steps, call
         watch = self.model.execution.watch
         if watch is not None:
-            watch.begin_step(step, num_steps)
+            watch.begin_step(step, num_steps, call)
 
     def use_cards(self, devices: Sequence[torch.device]) -> None:
         """Share passes with these cards, or with none, from the next start on."""

@@ -400,21 +400,27 @@ def test_what_was_learnt_is_taken_up() -> None:
     assert again.layers == bound.layers and again.chosen(0) == bound.chosen(0)
 
 
-def begun_pass(run: AttentionRun, tokens: int, step: int, num_steps: int = 20) -> AttentionPass:
-    run.begin_step(step, num_steps)
+def begun_pass(
+    run: AttentionRun, tokens: int, step: int, num_steps: int = 20, call: int | None = None
+) -> AttentionPass:
+    run.begin_step(step, num_steps, call)
     begun = run.begin_pass(tokens, CPU)
     assert begun is not None
     begun.order = TokenOrder.of(torch.arange(tokens))
     return begun
 
 
-def measure(run: AttentionRun, step: int, num_steps: int = 20) -> None:
-    """A pass of one layer, far beyond the bound."""
+def measure(run: AttentionRun, step: int, num_steps: int = 20, call: int | None = None) -> list[BlockChoice]:
+    """A pass of all layers, far from the bound; what was chosen in it."""
     q, k, v = planted(320, heads=1)
-    begun = begun_pass(run, 320, step, num_steps)
-    begun.begin_layer(0, [], q)
-    begun.attend(q, k, v)
+    assert isinstance(run.sparse, Sol)
+    before = len(run.sparse.calls)
+    begun = begun_pass(run, 320, step, num_steps, call)
+    for layer in range(run.num_layers):
+        begun.begin_layer(layer, [], q)
+        begun.attend(q, k, v)
     begun.end(q.flatten(0, 1).clone(), q)
+    return run.sparse.calls[before:]
 
 
 BOUNDED = replace(ALWAYS, tau=2.0, bound=0.15)
@@ -459,6 +465,85 @@ def test_what_was_measured_before_is_no_part_of_what_a_run_is_told() -> None:
     again.restore(learnt)
     begun_pass(again, 320, 1)
     assert again.chosen(0) == first.chosen(0)
+
+
+def test_each_call_of_a_sampler_knows_what_the_one_before_measured() -> None:
+    """Heun's method calls the model twice for a level, once as the middle of a step, once as the next one's start."""
+    run = sparse_run(BOUNDED, layers=1)
+    taus = [measure(run, step, call=call)[0].tau for call, step in enumerate((0, 1, 1, 2, 2))]
+    assert len(set(taus[:3])) == 3, taus
+    assert {each.step for each in run.readings()} == {0, 1, 2}
+
+
+def test_passes_of_one_call_choose_alike() -> None:
+    run = sparse_run(BOUNDED, layers=1)
+    first, *others = (measure(run, step, call=call) for step, call in ((0, 0), (0, 0), (0, 0), (1, 1)))
+    assert first == others[0] == others[1] != others[2]
+
+
+def test_a_sampler_that_goes_back_forgets_nothing() -> None:
+    """heunpp2 looks two levels ahead; noise that is added anew raises a level over the one before."""
+    run, fresh = (sparse_run(BOUNDED, layers=1) for _ in range(2))
+    made = [measure(run, step, call=call)[0].tau for call, step in enumerate((0, 1, 2, 1))]
+    start = fresh.chosen(0)
+    assert start is not None and made[0] == start[0] and made[3] == made[2] != made[0], made
+    assert {each.step for each in run.readings()} == {0, 1, 2}
+
+
+def test_a_run_of_more_calls_than_steps_goes_on_to_the_same_choice() -> None:
+    """What is kept of a run is of its calls: one that was stopped in the middle of a step goes on from there."""
+    steps = (0, 1, 1, 2, 2)
+    whole = sparse_run(BOUNDED, layers=1)
+    made = []
+    for call, step in enumerate(steps):
+        learnt = whole.state()
+        again = sparse_run(BOUNDED, layers=1)
+        assert learnt is not None
+        again.restore(learnt)
+        made.append((measure(whole, step, call=call), measure(again, step, call=0)))
+    assert all(one == other for one, other in made)
+
+
+def test_the_host_waits_for_nothing_that_the_device_still_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs ahead of the device: when it comes to a layer, at most that layer of the call before must be done."""
+    layers, asked = 8, list[str]()
+
+    class Mark:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def synchronize(self) -> None:
+            asked.append(self.name)
+
+    begun: AttentionPass | None = None
+
+    def mark(device: torch.device) -> Mark:
+        assert begun is not None
+        return Mark(f"{begun.decision.call}: {begun._num_sent}")
+
+    monkeypatch.setattr("lowvram_video.attention.sparse.readings.mark_on", mark)
+    run = sparse_run(BOUNDED, layers=layers)
+    q, k, v = planted(320, heads=1)
+    waits = list[list[list[str]]]()
+    for step in range(3):
+        run.begin_step(step, 20)
+        begun = run.begin_pass(320, CPU)
+        assert begun is not None
+        assert not asked, "a pass begins without waiting"
+        begun.order = TokenOrder.of(torch.arange(320))
+        waits.append([])
+        for layer in range(layers):
+            begun.begin_layer(layer, [], q)
+            begun.attend(q, k, v)
+            waits[-1].append([each for each in asked])
+            asked.clear()
+        begun.end(q.flatten(0, 1).clone(), q)
+    calls = [1 + step for step in range(3)]
+    print(waits)
+    assert not any(waits[0])
+    for call, made in zip(calls, waits[1:], strict=False):
+        # the layers that were sent together, of which the first is at most a quarter of a pass before
+        assert made == [[f"{call}: {layer // 2 * 2}"] for layer in range(layers)]
 
 
 @pytest.mark.parametrize("bound", [0.05, 0.15])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,16 +83,38 @@ class Clock(AbstractContextManager["Clock"]):
         return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else self._seconds
 
 
-class PassReadings:
-    """One pass's sums `[layers, 4]`, on the device until it is over, then on their way through pinned memory."""
+class Mark(Protocol):
+    """A place in what a device was given to do, such as a `torch.cuda.Event`."""
 
-    def __init__(self, step: int, num_layers: int, device: torch.device, place: int = 0) -> None:
-        self.step, self.place = step, place  # the place of a pass among those of its step
+    def synchronize(self) -> None:
+        """Wait until the device is past it."""
+        ...
+
+
+def mark_on(device: torch.device) -> Mark | None:
+    """Here; None on a processor, which is always past it."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+class PassReadings:
+    """One pass's sums `[layers, 4]`: on the device until a layer is done, then on their way through pinned memory.
+
+    `call` is that of the model which the pass is of, `place` its place among the passes of that.
+    """
+
+    def __init__(self, step: int, num_layers: int, device: torch.device, place: int = 0, call: int = 0) -> None:
+        self.step, self.place, self.call = step, place, call
         self._sums = torch.zeros(num_layers, 4, device=device, dtype=torch.float32)
+        on_gpu = device.type == "cuda"
+        self._host = torch.empty(self._sums.shape, pin_memory=True) if on_gpu else None
         self._clocks: list[list[Clock]] = [[] for _ in range(num_layers)]
+        self._there: list[Mark | None] = [None] * num_layers
         self.sparse = [False] * num_layers
-        self._host: Tensor | None = None
-        self._there: torch.cuda.Event | None = None
+        self.unread = set(range(num_layers))
 
     def time(self, layer: int, sparse: bool) -> Clock:
         """A clock for attention of a layer."""
@@ -109,25 +132,25 @@ class PassReadings:
         """Several cards had some heads each: what `total` makes of one's sums is of all."""
         self._sums = total(self._sums)
 
-    def send(self) -> None:
-        """The pass is over: its sums go to the host, and nobody waits for them."""
-        if self._sums.device.type != "cuda":
-            self._host = self._sums
-            return
-        self._host = torch.empty(self._sums.shape, pin_memory=True)
-        self._host.copy_(self._sums, non_blocking=True)
-        self._there = torch.cuda.Event()
-        self._there.record()
+    def send(self, layers: range) -> None:
+        """These layers are done: their sums go to the host, and nobody waits for them."""
+        if self._host is not None:
+            part = slice(layers.start, layers.stop)
+            self._host[part].copy_(self._sums[part], non_blocking=True)
+        there = mark_on(self._sums.device)
+        for layer in layers:
+            self._there[layer] = there
 
-    def read(self) -> list[Sums]:
-        """Of each layer; waits until they are there."""
-        assert self._host is not None, "send() comes first"
-        if self._there is not None:
-            self._there.synchronize()
-        return [
-            Sums(difference, norm, density, int(looked), sum(clock.seconds for clock in clocks), int(bool(clocks)))
-            for (difference, norm, density, looked), clocks in zip(self._host.tolist(), self._clocks, strict=True)
-        ]
+    def read(self, layer: int) -> Sums:
+        """Of a layer that was sent; waits until the device has done it, and for nothing after it."""
+        there = self._there[layer]
+        if there is not None:
+            there.synchronize()
+        self.unread.discard(layer)
+        sums = self._sums if self._host is None else self._host
+        difference, norm, density, looked = sums[layer].tolist()
+        clocks = self._clocks[layer]
+        return Sums(difference, norm, density, int(looked), sum(clock.seconds for clock in clocks), int(bool(clocks)))
 
 
 def readings(sums: dict[tuple[int, int, bool], Sums]) -> tuple[LayerReading, ...]:

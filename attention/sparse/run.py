@@ -1,6 +1,7 @@
 """Self-attention of one model's runs: which layers are sparse, and how far each is from the dense answer.
 
-A pass asks for nothing that is on the device: what a step measured is read when the next one begins.
+What a call of the model measured of a layer is read when the next call comes to that layer: most of a pass lies between
+the two, so that the device has work while the host waits for it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,6 +23,9 @@ from .readings import LayerReading, PassReadings, Sums, readings
 from .samples import LayerSamples, Samples, compare
 from .settings import SparseSettings
 
+# So many times a pass tells what it measured: a few, as some cards have one engine for copies both ways.
+SENDS = 4
+
 # What a dense layer of an ordered pass has: keys and values as they were before.
 IN_PLACE = AttentionWorkspace(per_key=2.0 + 2.0)
 
@@ -31,19 +36,26 @@ GATHERED = AttentionWorkspace(per_query=2.0 + 2.0, per_key=2.0 + 2.0)
 
 @dataclass(frozen=True)
 class Decision:
-    """What a pass does: what each layer leaves out, (tau, top-k) or None for nothing, and what is looked at of it.
+    """What a pass does, and what is looked at of it.
 
-    `place` is the pass's among those of its step.
+    `call` is that of the model which the pass is of, `place` its place among the passes of that. `ask` says what a
+    layer leaves out, (tau, top-k) or None for nothing: the same to all passes of a call, whenever they ask.
     """
 
     step: int
+    call: int
     place: int
     sparse: bool
-    chosen: tuple[tuple[float, float] | None, ...]
+    ask: Callable[[int], tuple[float, float] | None]
 
     @property
     def seed(self) -> int:
         return (self.step * 64 + self.place) * 8191
+
+    def chosen(self, layer: int) -> tuple[float, float] | None:
+        """What a layer leaves out of this pass. It is known when the device is done with it in the call before."""
+        found = self.ask(layer)
+        return found if self.sparse else None
 
 
 class Together(Protocol):
@@ -93,6 +105,7 @@ class AttentionRun:
         self.dense, self.sparse, self.settings = dense, sparse, settings
         self.num_layers, self.num_heads = num_layers, num_heads
         self._step, self._num_steps, self._passes = 0, 0, 0
+        self._call, self._call_told = 0, (-1, -1)  # the model's calls, one after the other, and what was told of it
         self._bound = None if settings is None else Bound(settings, num_layers)
         self._pending: list[PassReadings] = []
         self._sums: dict[tuple[int, int, bool], Sums] = {}
@@ -121,13 +134,22 @@ class AttentionRun:
         self._bound = None if self.settings is None else Bound(self.settings, self.num_layers)
         self._step, self._num_steps, self._passes = 0, 0, 0
 
-    def begin_step(self, step: int, num_steps: int) -> None:
-        """What follows is of this step of so many; an earlier one than before, or of other steps, begins a run."""
-        if self._num_steps and (step < self._step or num_steps != self._num_steps):
+    def begin_step(self, step: int, num_steps: int, call: int | None = None) -> None:
+        """What follows is of this step of so many; an earlier one than before, or of other steps, begins a run.
+
+        With `call` it does not: samplers such as Heun's call the model more than once a step, and some go back. It
+        numbers their calls: what one of them measured the next one knows.
+        """
+        is_other = (step, num_steps) != (self._step, self._num_steps)
+        if call is None and self._num_steps and is_other and (step < self._step or num_steps != self._num_steps):
             self.begin_run()
-        if step != self._step or num_steps != self._num_steps:
-            self._passes = 0
+        told = (step, -1) if call is None else (step, call)
+        if told != self._call_told or is_other:
+            self._begin_call(told)
         self._step, self._num_steps = step, num_steps
+
+    def _begin_call(self, told: tuple[int, int]) -> None:
+        self._call, self._call_told, self._passes = self._call + 1, told, 0
 
     def begin_pass(
         self, tokens: int, device: torch.device, together: Together | None = None, sample: int | None = None
@@ -149,13 +171,20 @@ class AttentionRun:
     def decide(self, tokens: int, sample: int | None = None) -> Decision | None:
         """What the next pass does; None where nothing is left out or looked at."""
         with self._lock:
-            self.collect(all_steps=not self._num_steps)
+            if not self._num_steps and not sample:  # nobody tells of steps: each pass learns from those before
+                self._call += 1
             sparse = self._is_sparse(tokens)
             if not sparse and not self.watches and self.settings is None:
                 return None
             self._passes += sample is None
             place = self._passes if sample is None else 1 + sample
-            return Decision(self._step, place, sparse, tuple(map(self.chosen, range(self.num_layers))))
+            return Decision(self._step, self._call, place, sparse, partial(self._chosen_at, self._call))
+
+    def _chosen_at(self, call: int, layer: int) -> tuple[float, float] | None:
+        """`chosen` of a call, by what all calls before it measured of the layer."""
+        with self._lock:
+            self._read((layer,), call)
+            return self.chosen(layer)
 
     def order_of(self, key: Hashable, device: torch.device, make: Callable[[], TokenOrder]) -> TokenOrder:
         """The order of this key on a device, made once."""
@@ -164,19 +193,20 @@ class AttentionRun:
             self._orders = {(key, device): (found := make().to(device))}
         return found
 
-    def collect(self, all_steps: bool = True) -> None:
-        """Read what earlier steps measured, and learn from it; with `all_steps` this one too."""
-        later = []
-        for each in sorted(self._pending, key=lambda done: (done.step, done.place)):
-            if not all_steps and each.step == self._step:
-                later.append(each)
-                continue
-            for layer, sums in enumerate(each.read()):
-                sparse = each.sparse[layer]
+    def collect(self) -> None:
+        """Read all that was measured, and learn from it."""
+        with self._lock:
+            self._read(range(self.num_layers), self._call + 1)
+
+    def _read(self, layers: Sequence[int], before: int) -> None:
+        """What calls before this one measured of the layers."""
+        for each in sorted(self._pending, key=lambda done: (done.call, done.place)):
+            for layer in each.unread.intersection(layers) if each.call < before else ():
+                sums, sparse = each.read(layer), each.sparse[layer]
                 self._sums.setdefault((each.step, layer, sparse), Sums()).add(sums)
                 if sparse and self._bound is not None:
                     self._bound.learn(layer, sums)
-        self._pending = later
+        self._pending = [each for each in self._pending if each.unread]
 
     def readings(self) -> tuple[LayerReading, ...]:
         """What was measured since it was last forgotten, by step and layer."""
@@ -207,8 +237,7 @@ class AttentionRun:
         return self._bound.chosen(layer)
 
     def add(self, done: PassReadings) -> None:
-        """A pass is over."""
-        done.send()
+        """A pass is over, and all its layers are sent."""
         keeper = self._leader or self
         with keeper._lock:  # other cards' passes of other samples end, and begin, at the same time
             keeper._pending.append(done)
@@ -234,7 +263,9 @@ class AttentionPass:
         self.ordered = False  # whether they are in it
         self.layer = 0
         self._heads = slice(0, run.num_heads) if together is None else together.heads
-        self._readings = PassReadings(decision.step, run.num_layers, device, decision.place)
+        self._chosen: tuple[float, float] | None = None  # of the layer
+        self._num_sent = 0  # layers
+        self._readings = PassReadings(decision.step, run.num_layers, device, decision.place, decision.call)
         self._samples = LayerSamples(Samples(device, decision.seed), run.num_heads) if run.watches else None
         self._heads_left = 0  # of the layer, to be looked at
         # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
@@ -254,11 +285,14 @@ class AttentionPass:
         They do so in place, through the bytes of `spare`, which nobody needs meanwhile; cards that share a pass order
         what they attend instead.
         """
+        if self.together is None and layer - self._num_sent >= self.run.num_layers / SENDS:
+            self._send(layer)
         self.layer, self._heads_left = layer, self._heads.stop - self._heads.start
+        self._chosen = self.decision.chosen(layer)
         if self._samples is not None:
             self._samples.begin_layer(self._heads.start)
         waits = self.reorders and not self.ordered
-        if waits and self.order is not None and self.decision.chosen[layer] is not None:
+        if waits and self.order is not None and self._chosen is not None:
             for each in tokens:
                 reorder_(each, self.order.index, spare)
             self.ordered = True
@@ -271,12 +305,18 @@ class AttentionPass:
             self._readings.together(self.together.total)
             if not self.together.is_first:
                 return
+        self._send(self.run.num_layers)
         self.run.add(self._readings)
+
+    def _send(self, layer: int) -> None:
+        """What was measured of the layers before this one goes to the host."""
+        self._readings.send(range(self._num_sent, layer))
+        self._num_sent = layer
 
     def attend_now(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `Backend.attend`, of some heads of the layer."""
         run, order = self.run, self.order
-        chosen = self.decision.chosen[self.layer] if self.sparse and q.shape[1] == k.shape[1] else None
+        chosen = self._chosen if q.shape[1] == k.shape[1] else None
         blocks, back = None, None
         with self._readings.time(self.layer, chosen is not None):
             if chosen is not None and run.sparse is not None and order is not None:

@@ -30,6 +30,7 @@ from ...runtime.several import plan_shared
 from ...runtime.status_texts import loading
 from ...runtime.streamed import StreamedModel
 from ...runtime.turns import Turns
+from ...sampling.caching.sampler_steps import Call, SamplerSteps
 from ...sampling.caching.settings import StepCacheSettings
 from ...system.card_links import slowest_link
 from ...system.device_errors import is_out_of_memory
@@ -77,6 +78,7 @@ class Engine(Generic[S]):
         self._applied: SortedPatches | None = self._patches  # those that the weights have; None: it failed midway
         self._rates: Rates | None = None
         self.record = RunRecord(settings.device)
+        self.sampler_steps = SamplerSteps()
         self._running = False
 
     # What ComfyUI's memory management asks of it
@@ -164,6 +166,7 @@ class Engine(Generic[S]):
         self.end_run()
         self.record.begin(phase)
         self.streamed.in_run = True
+        self.sampler_steps.begin()
         self.streamed.begin_steps()
         if self.streamed.started:
             self.record.uses(self.streamed)
@@ -340,14 +343,15 @@ class Engine(Generic[S]):
     def choose_attention(self, shape: Sequence[int]) -> None:
         """Before a run over latents of this shape, whose settings depend on it: have the fastest attention for it."""
 
-    def at_step(self, transformer_options: Mapping[str, Any]) -> None:
-        """Where in a sampler's run the next pass is, by what core tells of noise levels; nothing is asked in a pass."""
+    def at_step(self, transformer_options: Mapping[str, Any]) -> Call | None:
+        """Where in a sampler's run the next pass is, by what core tells of noise levels; None where nobody asks."""
         levels, level = transformer_options.get("sample_sigmas"), transformer_options.get("sigmas")
-        if self.streamed.model.execution.watch is None or levels is None or level is None:
-            return
-        steps, now = levels.flatten().tolist()[:-1], float(level.flatten()[0])
-        begun = sum(each >= now * (1 - 1e-4) for each in steps)
-        self.streamed.at_step(max(0, begun - 1), max(1, len(steps)))
+        asked = self.streamed.model.execution.watch is not None or self.streamed.step_cache is not None
+        if not asked or levels is None or level is None or len(levels) < 2:
+            return None
+        call = self.sampler_steps.at(levels, level)
+        self.streamed.at_step(call.step, len(call.levels) - 1, call.number)
+        return call
 
     def check_latent(self, latent: Tensor) -> None:
         """Before one of ComfyUI's samplers runs: ValueError, with the fix, for what this model cannot sample."""

@@ -260,6 +260,7 @@ def _watched(
         watch = LatentWatch(engine.streamed.likely_cause())
 
         def told(step: int, denoised: Any, latent: Any, num_steps: int) -> None:
+            engine.sampler_steps.done(step)
             if isinstance(denoised, Tensor) and isinstance(latent, Tensor):
                 watch.step(step, num_steps, denoised, latent)
             if callback is not None:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from ...sampling.caching.moments import Moment, moment_of
+from ...sampling.caching.sampler_steps import Call
 
 EASYCACHE = "easycache"  # in the transformer options, of core's EasyCache and LazyCache
 
@@ -36,11 +37,8 @@ def prompts_of(options: Mapping[str, Any], batch: int) -> tuple[tuple[int, Hasha
     )
 
 
-def moment_in(options: Mapping[str, Any], sampling: Any) -> Moment | None:
-    """Where in the schedule a pass is, by what core tells of noise levels and of the model's `sampling`."""
-    levels, level = options.get("sample_sigmas"), options.get("sigmas")
-    if levels is None or level is None or len(levels) < 2:
-        return None
+def moment_in(call: Call, sampling: Any) -> Moment:
+    """Where in the schedule a sampler's call is, by what core tells of the model's `sampling`."""
     shift = getattr(sampling, "shift", None)
-    known = float(shift) if isinstance(shift, int | float) and levels[0] <= 1.0 else None
-    return moment_of(levels.flatten().tolist(), float(level.flatten()[0]), known)
+    known = float(shift) if isinstance(shift, int | float) and call.levels[0] <= 1.0 else None
+    return moment_of(call.levels, call.level, known)

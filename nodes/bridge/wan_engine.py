@@ -16,6 +16,7 @@ from ...memory.plan.footprint import WorkSize
 from ...memory.plan.plan import MemoryPlan, PlanError
 from ...runtime.settings import RunSettings
 from ...runtime.turns import Turns
+from ...sampling.caching.sampler_steps import Call
 from ...sampling.caching.settings import StepCacheSettings
 from ...wanvideo.footprint import WanWork, wan_work, with_residuals
 from ...wanvideo.network.model import Extras
@@ -66,14 +67,13 @@ class WanEngine(Engine[StreamedWan]):
     def use_step_cache(self, settings: StepCacheSettings | None) -> None:
         self.streamed.use_step_cache(settings)
 
-    def at_step(self, transformer_options: Mapping[str, Any]) -> None:
-        super().at_step(transformer_options)
-        if self.streamed.step_cache is None:
-            return
-        check_no_other({"transformer_options": transformer_options})
-        moment = moment_in(transformer_options, getattr(self._owner(), "model_sampling", None))
-        if moment is not None:
-            self.streamed.at_moment(moment)
+    def at_step(self, transformer_options: Mapping[str, Any]) -> Call | None:
+        call = super().at_step(transformer_options)
+        if self.streamed.step_cache is not None:
+            check_no_other({"transformer_options": transformer_options})
+            if call is not None:
+                self.streamed.at_moment(moment_in(call, getattr(self._owner(), "model_sampling", None)))
+        return call
 
     def check_latent(self, latent: Tensor) -> None:
         wanted = self.streamed.config.out_channels

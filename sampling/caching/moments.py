@@ -27,14 +27,18 @@ def moment_of(levels: Sequence[float], level: float, shift: float | None = None)
     `shift` bent the levels towards noise (see `flow_sigmas`): with it a run that is a part of a schedule, such as one
     of two samplers, is known as such. None: the run is all there is.
     """
-    count = len(levels) - 1
-    begun = sum(each >= level * (1 - SAME) for each in levels[:-1])
-    step = min(max(0, begun - 1), count - 1)
+    count, step = len(levels) - 1, step_of(levels, level)
     if shift is None or not shift > 0:
         return Moment(_between(levels, level, step) / count, (count - 1) / count, count, step)
     first, end = place_of(levels[0], shift), place_of(levels[-1], shift)
     whole = round(count / (end - first)) if end - first > 1 / (1000 * count) else count
     return Moment(place_of(level, shift), place_of(levels[-2], shift), max(whole, count), step)
+
+
+def step_of(levels: Sequence[float], level: float) -> int:
+    """The step that has begun at a noise level."""
+    begun = sum(each >= level * (1 - SAME) for each in levels[:-1])
+    return min(max(0, begun - 1), max(0, len(levels) - 2))
 
 
 def place_of(level: float, shift: float) -> float:

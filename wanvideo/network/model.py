@@ -263,7 +263,7 @@ class WanModel(Transformer):
         if begun is not None and begun.sparse:
             num_sinks = int(extras.reference is not None)
             begun.orders = not (extras.visitor.sees_stream or extras.visitor.sees_attention)
-            if extras.cache is not None and extras.cache.probes and begun.decision.chosen[0] is not None:
+            if extras.cache is not None and extras.cache.probes and begun.decision.chosen(0) is not None:
                 begun.orders = False  # who looks at the first block finds the tokens as they were
             key = (grid, num_sinks, apart, begun.orders)
             begun.order = watch.order_of(key, work.pool.device, lambda: video_order(grid, num_sinks, apart))

@@ -12,6 +12,7 @@ from lowvram_pack.attention.backend import AttentionWorkspace
 from lowvram_pack.attention.sdpa import Sdpa
 from lowvram_pack.nodes.sparse import SparseAttention
 from lowvram_pack.runtime import streamed
+from lowvram_pack.sampling.caching import sampler_steps
 from tiny_models import empty_latent, ours, prompts, relative_error, sample, save
 
 
@@ -22,9 +23,11 @@ class Kernel:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.taus: list[float] = []
 
     def attend(self, q: Any, k: Any, v: Any, blocks: Any) -> torch.Tensor:
         self.calls += 1
+        self.taus.append(blocks.tau)
         return Sdpa(torch.device("cpu")).attend(q, k, v)
 
 
@@ -52,6 +55,26 @@ def test_it_begins_after_its_share_of_the_steps(models: Path, kernel: Kernel) ->
     assert calls_of(kernel, path, 50) == whole // 2
     assert calls_of(kernel, path, 25) == 3 * whole // 4
     assert calls_of(kernel, path, 100) == 0
+
+
+@pytest.mark.parametrize("sampler, calls", [("euler", 4), ("heun", 7), ("heunpp2", 9)])
+def test_each_call_goes_on_from_the_one_before(models: Path, kernel: Kernel, sampler: str, calls: int) -> None:
+    """Nothing is left out, so tau rises call by call, also where the sampler goes back to a level."""
+    sample(sparse(ours(save(models, "t2v"))), *prompts(), empty_latent(), cfg=1.0, steps=4, sampler_name=sampler)
+    layers = len(kernel.taus) // calls
+    taus = kernel.taus[::layers]
+    assert len(kernel.taus) == layers * calls and taus[:3] == [0.0, 0.25, 0.5]
+    assert all(tau == 0.5 for tau in taus[3:])
+
+
+@pytest.mark.newest
+def test_the_device_is_not_asked_where_a_pass_is(models: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the first calls, by which the sampler is known, and once for all passes of one."""
+    asked: list[float] = []
+    step_of = sampler_steps.step_of
+    monkeypatch.setattr(sampler_steps, "step_of", lambda *given: asked.append(given[1]) or step_of(*given))
+    sample(sparse(ours(save(models, "t2v"))), *prompts(), empty_latent(), cfg=3.0, steps=6)
+    assert len(asked) == 2
 
 
 def test_the_result_is_that_of_dense_attention_where_nothing_is_left_out(models: Path, kernel: Kernel) -> None:
