@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from .comfyui.build_workflows import BLUEPRINT_FOLDER, BLUEPRINTS, WORKFLOWS
+from .comfyui.graph import OPENING
 from .comfyui.node_types import NODE_TYPES
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ REPOSITORIES = "Kijai/HunyuanVideo_comfy|kabachuha/FramePack_F1_I2V_HY_20250503_
 REPOSITORIES += "|1038lab/FlashVSR"
 PREVIEWING = {"KSampler", "KSamplerAdvanced", "LowVRAMFramePackSampler"}
 PICTURE_SIDE = 400  # pixels at least
+PAGE_MAP = (1660, 820)  # its upper left corner on a page of 1920x1080
 
 
 def load(name: str) -> dict[str, Any]:
@@ -174,6 +176,15 @@ def test_a_page_has_few_nodes_that_are_readable_where_it_opens(workflow: dict[st
     assert max(node["pos"][1] + node["size"][1] for node in shown) + top <= 1080
 
 
+def test_what_a_run_took_opens_beside_the_pages_map(workflow: dict[str, Any]) -> None:
+    if [node["type"] for node in workflow["nodes"]].count("LoadImage") > 1:
+        pytest.skip("of two pictures the note has that place")
+    for node in workflow["nodes"]:
+        if node["type"] in ("LowVRAMPlan", "LowVRAMMemoryReport"):
+            right, bottom = (node["pos"][axis] + node["size"][axis] + OPENING[axis] for axis in (0, 1))
+            assert right <= PAGE_MAP[0] or bottom <= PAGE_MAP[1]
+
+
 def test_sources_come_before_what_uses_them(workflow: dict[str, Any]) -> None:
     graphs = [(workflow["nodes"], workflow["links"])]
     graphs += [(subgraph["nodes"], links_inside(subgraph)) for subgraph in hosts_of(workflow).values()]
@@ -300,3 +311,16 @@ def test_every_node_has_a_help_page() -> None:
     for node, entry in english.items():
         assert pages[node].startswith(f"# {entry['display_name']}\n")
         assert [name for name in entry.get("inputs", {}) if f"`{name}`" not in pages[node]] == []
+
+
+def test_a_plan_shows_the_size_that_it_is_wired_to(workflow: dict[str, Any]) -> None:
+    """Nodes 2.0 shows a widget's own value also where a wire gives another one."""
+    sizes = {
+        node.get("title"): node["widgets_values"][0] for node in nodes_of(workflow) if node["type"] == "PrimitiveInt"
+    }
+    for node in nodes_of(workflow):
+        if node["type"] == "LowVRAMPlan" and sizes:
+            values = values_of(node)
+            assert [values[name] for name in ("width", "height", "length")] == [
+                sizes[name] for name in ("Width", "Height", "Frames")
+            ]

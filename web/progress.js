@@ -6,7 +6,7 @@ import { translated } from "./texts.js";
 
 const GAP = 10;
 const LINE = 16;
-const HEIGHT = 240; // of a picture, at most
+const HEIGHTS = [100, 240]; // of a picture, as far as the page goes
 const CORES = "$$node-text-preview"; // the widget in which ComfyUI shows a text
 const shown = new Map(); // the subgraph's node -> {picture, text, element, caption}
 
@@ -25,6 +25,12 @@ function below(node) {
         drawBelow(node);
     }
     return shown.get(node);
+}
+
+// Where the visible part of the graph ends, in its own pixels.
+function pageEnd() {
+    const { scale, offset } = app.canvas.ds;
+    return app.canvas.canvas.clientHeight / scale - offset[1];
 }
 
 function drawBelow(node) {
@@ -49,7 +55,8 @@ function drawBelow(node) {
             top += LINE;
         }
         if (picture) {
-            const scale = Math.min(this.size[0] / picture.width, HEIGHT / picture.height);
+            const room = Math.min(HEIGHTS[1], Math.max(HEIGHTS[0], pageEnd() - this.pos[1] - top - GAP));
+            const scale = Math.min(this.size[0] / picture.width, room / picture.height);
             const [width, height] = [picture.width * scale, picture.height * scale];
             context.drawImage(picture, (this.size[0] - width) / 2, top, width, height);
         }

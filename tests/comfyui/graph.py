@@ -121,6 +121,7 @@ class Workflow:
         kind = NODE_TYPES[type]
         wires = {name: value for name, value in given.items() if isinstance(value, Output)}
         values = {name: value for name, value in given.items() if not isinstance(value, Output)}
+        values |= {name: wire.node.values["value"] for name, wire in wires.items() if wire.node.type == "PrimitiveInt"}
         known = {name for name, _ in kind.sockets} | {widget.name for widget in kind.widgets}
         assert set(given) <= known, f"{type} has no input {sorted(set(given) - known)}"
         node = Node(1 + self._last_id, type, kind, wires, values, title, tuple(models), mode, keep_seed)
@@ -140,9 +141,11 @@ class Workflow:
             (node.id for nodes in (self.nodes, *(each.nodes for each in self.insides)) for node in nodes), default=0
         )
 
-    def place(self, columns: Sequence[Sequence[Node]]) -> dict[str, Any]:
-        """The workflow as JSON, its nodes in columns from left to right; it opens at 100 %."""
+    def place(self, columns: Sequence[Sequence[Node]], lower_last: int = 0) -> dict[str, Any]:
+        """The workflow as JSON, its nodes in columns from left to right, the last one lower; it opens at 100 %."""
         _lay_out([[Group("", column)] for column in columns], ROOT_GAP)
+        for node in columns[-1]:
+            node.pos = (node.pos[0], node.pos[1] + lower_last)
         links = _links(self.nodes)
         placed = {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"lowvram-video/{self.name}")),

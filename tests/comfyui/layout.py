@@ -11,6 +11,7 @@ from .graph import Group, Node, Output, Workflow
 from .notes import unwrapped
 
 TALL_NOTE = 840  # pixels, with nothing above it: it ends where a page of 1080 does
+BEHIND = 90  # lower: a wire that comes from behind a node is not taken for one of its outputs
 SHOWN = {"LoadImage", "LoadVideo"}  # what people bring
 # what is set outside, by the type of its node; of several nodes of a type, all
 PROMOTED: dict[str, tuple[str, ...]] = {
@@ -55,17 +56,22 @@ class Parts:
 
 
 def place(graph: Workflow, parts: Parts) -> dict[str, Any]:
-    """The workflow as JSON: notes and pictures, the subgraph, the video, and what it would take and took."""
+    """The workflow as JSON: notes and pictures, the subgraph, what it would take and took, and the video.
+
+    What it took stands to the left of the page's map, which is in the lower right corner; so does a note below a video.
+    """
     brought = [node for column in parts.columns for group in column for node in group.nodes if node.type in SHOWN]
     folded = [[_without(group, brought) for group in column] for column in parts.columns]
     columns = [[group for group in column if group.nodes] for column in folded]
     host = fold(graph, parts.title, [column for column in columns if column], parts.promoted)
     note = graph.add("MarkdownNote", title="Read me", text=unwrapped(parts.note))
-    left, third = [*brought], [parts.saving]
-    (left if len(brought) < 2 else third).append(note)  # where it is seen
+    left, saving, about = [*brought], [parts.saving], [parts.plan, parts.report]
+    (left if len(brought) < 2 else saving).append(note)  # where it is seen
     if left == [note]:
         note.size = (note.size[0], TALL_NOTE)
-    return graph.place([left, [host], third, [parts.plan, parts.report]])
+    if note not in left:
+        return graph.place([left, [host], saving, about])
+    return graph.place([left, [host], about, saving], lower_last=BEHIND)
 
 
 def place_alone(

@@ -1,22 +1,19 @@
 """ComfyUI's page in a headless Chromium: each workflow is dropped on it and gives the prompt that the tests submit.
 
-With LOWVRAM_THUMBNAILS=1 the screenshots become example_workflows/*.jpg. COMFYUI_FRONTEND is the static folder of
-another comfyui-frontend-package than the installed one.
+COMFYUI_FRONTEND is the static folder of another comfyui-frontend-package than the installed one. `pictures.py` takes
+the documentation's pictures of the same page.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from .browser import QuietPage, find_chromium, open_page
 from .build_workflows import BLUEPRINTS
@@ -27,8 +24,7 @@ from .workflows import FOLDER, NAMES, for_test, load, to_prompt
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium (set CHROMIUM to its path)")
 
 ROOT = Path(__file__).parents[2]
-THUMBNAILS = bool(os.environ.get("LOWVRAM_THUMBNAILS"))
-WINDOW, THUMBNAIL = (2800, 1575), (1280, 720)
+WINDOW = (2800, 1575)
 RENDERERS = {"canvas": False, "Nodes 2.0": True}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the page opens with its tour
@@ -76,26 +72,6 @@ MISSING = (
 .filter(node => !node.isSubgraphNode?.() && (node.has_errors || !LiteGraph.registered_node_types[node.type]))\
 .map(node => node.type)"
 )
-BOUNDS = """(() => {
-    const {scale, offset} = window.app.canvas.ds;
-    const page = window.app.canvas.canvas.getBoundingClientRect();
-    const boxes = window.app.graph.nodes.map(node => node.boundingRect);
-    const x = value => (value + offset[0]) * scale + page.left, y = value => (value + offset[1]) * scale + page.top;
-    return [
-        x(Math.min(...boxes.map(box => box[0]))), y(Math.min(...boxes.map(box => box[1]))),
-        x(Math.max(...boxes.map(box => box[0] + box[2]))), y(Math.max(...boxes.map(box => box[1] + box[3]))),
-    ];
-})()"""
-STANDS_STILL = """new Promise(done => {
-    const place = () => JSON.stringify([window.app.canvas.ds.scale, ...window.app.canvas.ds.offset]);
-    let last = place(), frames = 0;
-    const watch = () => {
-        frames = place() === last ? frames + 1 : 0;
-        last = place();
-        frames < 10 ? requestAnimationFrame(watch) : done();
-    };
-    requestAnimationFrame(watch);
-})"""
 # ids of the nodes that previews are of
 COUNT_PREVIEWS = """window.previewed = [], window.app.api.addEventListener(
     'b_preview_with_metadata', event => window.previewed.push(event.detail.displayNodeId)
@@ -155,12 +131,8 @@ def drop(page: QuietPage, name: str, workflow: dict[str, Any] | None = None) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dropped_workflow_is_what_the_tests_submit(
-    page: QuietPage, object_info: dict[str, Any], name: str, tmp_path: Path
-) -> None:
+def test_a_dropped_workflow_is_what_the_tests_submit(page: QuietPage, object_info: dict[str, Any], name: str) -> None:
     drop(page, name)
-    if THUMBNAILS:
-        keep(screenshot(page), name, tmp_path)
     assert page.evaluate(COMPLAINTS) == []
     assert page.evaluate(MISSING) == []
     assert overlapping(page) == []
@@ -191,7 +163,7 @@ def test_help_translations_and_templates_are_served(page: QuietPage, server: Ser
 
 @pytest.mark.parametrize("name", ["demo"])
 def test_the_demo_runs_from_the_page(
-    page: QuietPage, server: Server, name: str, tmp_path: Path, request: pytest.FixtureRequest
+    page: QuietPage, server: Server, name: str, request: pytest.FixtureRequest
 ) -> None:
     drop(page, name)
     server.post("/history", {"clear": True})
@@ -213,7 +185,6 @@ def test_the_demo_runs_from_the_page(
         assert len(shown) > 2 and all(node.startswith(f"{host}:") for node in shown)
     assert overlapping(page) == []  # what came into the nodes included
     assert page.evaluate(FIELDS) == []
-    keep(screenshot(page), name, tmp_path)
     check_said_below(page, host, drawn)
 
 
@@ -368,20 +339,3 @@ def test_what_is_absent_is_complained_of(page: QuietPage) -> None:
         drop(page, "absent", workflow)
         assert page.evaluate(COMPLAINTS) != []
         assert page.evaluate(MISSING) == [node_type]
-
-
-def keep(picture: Image.Image, name: str, folder: Path) -> None:
-    picture.save(folder / f"{name}.jpg", quality=85)
-    if THUMBNAILS:
-        picture.save(FOLDER / f"{name}.jpg", quality=85, optimize=True)
-
-
-def screenshot(page: QuietPage) -> Image.Image:
-    """The nodes of the graph, without the page's bars."""
-    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.evaluate(STANDS_STILL)
-    left, top, right, bottom = page.evaluate(BOUNDS)
-    picture = Image.open(io.BytesIO(page.screenshot(95))).convert("RGB")
-    picture = picture.crop((int(left) - 20, int(top) - 20, int(right) + 20, int(bottom) + 20))
-    picture.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
-    return picture
