@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..attention.sparse.settings import MIN_TOKENS, MODES, SparseSettings, settings_of
+from ..attention.sparse.settings import MIN_TOKENS, MODES, PRESETS, SparseSettings, settings_of
 
 DETAILS = ("sparse_value", "sparse_bound", "sparse_dense_percent", "sparse_dense_layers", "sparse_min_tokens")
 
@@ -17,7 +17,10 @@ def add_sparse(parser: argparse.ArgumentParser) -> None:
         choices=list(MODES),
         help="error up to 5, 10, 20 %% (quality, balanced, fast), or by tau or top_k and --sparse-value; left out: off",
     )
-    group.add_argument("--sparse-value", type=float, help="tau such as 1.0 (higher is faster), or a share such as 0.15")
+    group.add_argument(
+        "--sparse-value", type=float,
+        help="of tau: such as 1.0 (higher is faster); of top_k: the share that is kept, such as 0.15",
+    )  # fmt: skip
     group.add_argument(
         "--sparse-bound", type=float, metavar="ERROR", help="the error that a layer may have; 0: everything is exact"
     )
@@ -36,6 +39,11 @@ def sparse_of(options: argparse.Namespace) -> SparseSettings | None:
             flag = f"--{given[0].replace('_', '-')}"
             raise ValueError(f"{flag} says nothing without --sparse: give that too, such as --sparse balanced")
         return None
+    if options.sparse in PRESETS and "sparse_value" in given:
+        raise ValueError(
+            f"--sparse-value says nothing with --sparse {options.sparse}, whose error bound decides (--sparse-bound): "
+            "take it out, or give --sparse tau or --sparse top_k"
+        )
     defaults = SparseSettings()
     value, bound, percent, layers, tokens = (getattr(options, name) for name in DETAILS)
     return settings_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..sampling.caching.settings import AUTO, END, METHODS, PLACES, START, StepCacheSettings
+from ..sampling.caching.settings import AUTO, END, FIRST_BLOCK, METHODS, PLACES, START, StepCacheSettings
 
 DETAILS = (
     "step_cache_threshold",
@@ -52,6 +52,11 @@ def step_cache_of(options: argparse.Namespace) -> StepCacheSettings | None:
                     f"{flag} says nothing without --step-cache: give that too, such as --step-cache teacache"
                 )
         return None
+    if method == FIRST_BLOCK and given["step_cache_table"] is not None:
+        raise ValueError(
+            f"--step-cache-table says nothing with --step-cache {FIRST_BLOCK}, which needs no table: take it out, or "
+            "give --step-cache teacache or --step-cache magcache"
+        )
     return StepCacheSettings(
         method,
         given["step_cache_threshold"],

@@ -119,7 +119,7 @@ class RunRecord:
     def _attention(self) -> tuple[LayerReading, ...]:
         """What was measured of self-attention: of the models that ran one after the other, such as two experts."""
         watches = [watch for model in self._models if (watch := model.model.execution.watch) is not None]
-        return tuple(reading for watch in watches for reading in watch.readings())
+        return tuple(replace(each, model=model) for model, watch in enumerate(watches) for each in watch.readings())
 
     def _step_caches(self) -> tuple[CacheReading, ...]:
         """What was skipped of each model's steps."""

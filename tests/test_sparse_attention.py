@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,10 +16,12 @@ from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.attention.sparse import run as run_module
 from lowvram_video.attention.sparse.bound import Bound
 from lowvram_video.attention.sparse.order import TokenOrder, compact_order, reorder_, shown_order, video_order
-from lowvram_video.attention.sparse.readings import Sums
+from lowvram_video.attention.sparse.readings import LayerReading, Sums
 from lowvram_video.attention.sparse.run import AttentionPass, AttentionRun
 from lowvram_video.attention.sparse.samples import Samples, compare
 from lowvram_video.attention.sparse.settings import PRESETS, SparseSettings
+from lowvram_video.cli.sparse import add_sparse, sparse_of
+from lowvram_video.cli.step_cache import add_step_cache, step_cache_of
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, StepCondition, StepNag
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.report.attention import table
@@ -691,6 +694,57 @@ def test_without_a_bound_the_report_tells_times_and_claims_no_density() -> None:
     print("\n".join(lines))
     assert len(lines) == 2 and lines[1].split()[:6] == ["step", "1", "1", "-", "-", "-"]
     assert float(lines[1].split()[6]) > 0
+
+
+def test_the_report_tells_of_every_layer_and_of_each_model_by_itself() -> None:
+    """Two experts have layers of one number each."""
+    high = [
+        LayerReading(step, layer, layer > 0, 0.01 * layer or None, 1.0, 0.5) for step in (0, 1) for layer in range(6)
+    ]
+    low = [LayerReading(2, layer, True, 0.2, 0.25, 0.1, 0.4, model=1) for layer in range(2)]
+    lines = [line.split() for line in table([*high, *low])]
+    titles = [" ".join(line[:2]) for line in lines if line[0] != "attention"]
+    assert titles == [
+        "step 1", "step 2", *(f"layer {layer}" for layer in range(6)), "step 3", "layer 0", "layer 1"
+    ]  # fmt: skip
+    assert lines[3][2:] == ["0", "-", "-", "1.00", "1.000", "-"], "exact by its settings"
+    assert lines[8][2:] == ["2", "0.050", "0.050", "1.00", "1.000", "-"]
+    assert lines[-1][2:] == ["1", "0.200", "0.200", "0.25", "0.100", "0.400"]
+    assert table([LayerReading(0, 0, False, None, 1.0, 0.5)]) == []
+
+
+def test_both_experts_of_a_run_are_told_apart(tmp_path: Path) -> None:
+    files = replace(tiny.save_files(tmp_path), model_low=tiny.save_wan(tmp_path / "low.safetensors"))
+    with with_kernel(Sol):
+        pipeline = Latents(files, RunSettings(sparse=replace(RUN, dense_percent=0)))
+        list(pipeline.generate(replace(long_video(4), boundary=0.9)))
+    assert {each.model for each in pipeline.report().attention} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [("--sparse balanced --sparse-value 0.5", "--sparse-value says nothing with --sparse balanced"),
+     ("--sparse-value 0.5", "--sparse-value says nothing without --sparse"),
+     ("--sparse-min-tokens 0", "--sparse-min-tokens says nothing without --sparse"),
+     ("--step-cache first_block --step-cache-table wan2.1_t2v_14B", "--step-cache-table says nothing with --step-cache "
+      "first_block")],
+)  # fmt: skip
+def test_a_flag_that_would_change_nothing_is_refused(flags: str, message: str) -> None:
+    parser = ArgumentParser()
+    add_sparse(parser)
+    add_step_cache(parser)
+    options = parser.parse_args(flags.split())
+    with pytest.raises(ValueError, match=message):
+        (step_cache_of(options), sparse_of(options))
+
+
+def test_flags_are_settings() -> None:
+    parser = ArgumentParser()
+    add_sparse(parser)
+    words = "--sparse top_k --sparse-value 0.15 --sparse-bound 0.3 --sparse-dense-layers 0"
+    options = parser.parse_args(words.split())
+    assert sparse_of(options) == SparseSettings(top_k=0.15, bound=0.3, dense_layers=0)
+    assert sparse_of(parser.parse_args(["--sparse", "fast"])) == PRESETS["fast"]
 
 
 def test_a_bound_of_0_is_the_exact_run(tmp_path: Path) -> None:

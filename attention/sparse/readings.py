@@ -20,7 +20,8 @@ class LayerReading:
 
     `error` is relative to dense attention, over the queries that were looked at (None: none were). `density` is the
     share of blocks that was attended exactly (None: sparse, and nobody looked), `seconds` what attention took,
-    `saved_seconds` how much less than dense attention of the same run takes (None: none was timed).
+    `saved_seconds` how much less than dense attention of the same run takes (None: none was timed). `model` counts
+    those of a run, such as two experts.
     """
 
     step: int
@@ -30,6 +31,7 @@ class LayerReading:
     density: float | None
     seconds: float
     saved_seconds: float | None = None
+    model: int = 0
 
 
 @dataclass

@@ -23,21 +23,32 @@ class LayerReading(Protocol):
     def seconds(self) -> float: ...
     @property
     def saved_seconds(self) -> float | None: ...
+    @property
+    def model(self) -> int: ...
 
 
 def table(found: Sequence[LayerReading]) -> list[str]:
-    """A line for each step, then for the layers that were furthest off."""
-    if not any(each.sparse or each.error is not None for each in found):
+    """For each model a line for each step, and, where errors were measured, one for each layer."""
+    models = sorted({each.model for each in found})
+    return [line for model in models for line in _table([each for each in found if each.model == model])]
+
+
+def _table(found: Sequence[LayerReading]) -> list[str]:
+    if not any(_is_inexact(each) for each in found):
         return []
     lines = [f"{'attention':<12}{'sparse':>8}{'error':>9}{'largest':>9}{'density':>9}{'seconds':>9}{'saved':>8}"]
     for step in sorted({each.step for each in found}):
         lines.append(_line(f"step {step + 1}", [each for each in found if each.step == step]))
-    layers = sorted({each.layer for each in found if each.sparse})
-    by_layer = {layer: [each for each in found if each.layer == layer and each.sparse] for layer in layers}
-    measured = [layer for layer in layers if _largest(by_layer[layer]) is not None]
-    worst = sorted(measured, key=lambda layer: -(_largest(by_layer[layer]) or 0.0))[:3]
-    lines += [_line(f"layer {layer}", by_layer[layer]) for layer in worst]
+    if all(each.error is None for each in found):
+        return lines
+    for layer in sorted({each.layer for each in found}):
+        rows = [each for each in found if each.layer == layer]
+        lines.append(_line(f"layer {layer}", [each for each in rows if _is_inexact(each)] or rows))
     return lines
+
+
+def _is_inexact(reading: LayerReading) -> bool:
+    return reading.sparse or reading.error is not None
 
 
 def _line(title: str, rows: Sequence[LayerReading]) -> str:
