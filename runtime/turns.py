@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from .streamed import StreamedModel
+from .opened import OpenedModel
 
 
 class Turns:
@@ -15,8 +15,8 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._models: weakref.WeakSet[StreamedModel[Any]] = weakref.WeakSet()
+        self._models: weakref.WeakSet[OpenedModel[Any]] = weakref.WeakSet()
 
-    def add(self, model: StreamedModel[Any]) -> None:
+    def add(self, model: OpenedModel[Any]) -> None:
         self._models.add(model)
         model.partners = self._models

@@ -17,7 +17,8 @@ from lowvram_video.attention.sage import WORKSPACE
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, unbind
-from lowvram_video.runtime.streamed import M, StreamedModel
+from lowvram_video.runtime.opened import M
+from lowvram_video.runtime.streamed import StreamedModel
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.footprint import WanWork

@@ -192,7 +192,7 @@ def test_the_choice_is_part_of_what_a_run_is_told_by(tmp_path: Path, monkeypatch
         asked.append((mode, size))
         return chosen
 
-    monkeypatch.setattr("lowvram_video.runtime.streamed.select_fastest", fastest)
+    monkeypatch.setattr("lowvram_video.runtime.attending.select_fastest", fastest)
     model = StreamedWan(path, RunSettings())
     before = model.arithmetic["attention"]
     model.choose_attention(1000)

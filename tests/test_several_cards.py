@@ -29,7 +29,7 @@ from lowvram_video.memory.stream.layout import Part
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
 from lowvram_video.memory.stream.shared_blocks import SharedBlocks
 from lowvram_video.memory.stream.streamer import BlockStreamer
-from lowvram_video.runtime import streamed
+from lowvram_video.runtime import attending
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.several import hiding_groups, plan_shared, seen_seconds, shared_samples
@@ -386,7 +386,7 @@ class TestSparse:
 
     @pytest.fixture(autouse=True)
     def kernel(self, monkeypatch):
-        monkeypatch.setattr(streamed, "select_sparse", Sol)
+        monkeypatch.setattr(attending, "select_sparse", Sol)
 
     @pytest.mark.parametrize("bound", [None, 0.2])
     def test_equal_to_one_card(self, file, bound):

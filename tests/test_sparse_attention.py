@@ -25,7 +25,7 @@ from lowvram_video.cli.step_cache import add_step_cache, step_cache_of
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, StepCondition, StepNag
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.report.attention import table
-from lowvram_video.runtime import streamed
+from lowvram_video.runtime import attending
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.network.model import Extras, Visitor, WanModel
@@ -329,7 +329,7 @@ def test_attention_that_is_chosen_in_the_first_pass_knows_the_step(
     class Quick(Sdpa):
         name = "quick"
 
-    monkeypatch.setattr(streamed, "select_fastest", lambda *_: Quick(CPU))
+    monkeypatch.setattr(attending, "select_fastest", lambda *_: Quick(CPU))
     monkeypatch.setattr(StreamedWan, "_may_time", property(lambda self: True))
     path = tiny.save_wan(tmp_path / "wan.safetensors")
     with with_kernel(Sol):
@@ -645,7 +645,7 @@ def test_the_samplings_memory_is_within_what_is_planned() -> None:
 @contextmanager
 def with_kernel(make: Callable[[AttentionSpec], Sol]) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed, "select_sparse", make)
+        patch.setattr(attending, "select_sparse", make)
         yield patch
 
 

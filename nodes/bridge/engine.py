@@ -22,6 +22,7 @@ from ...memory.plan.plan import MemoryPlan, PlanError
 from ...memory.plan.rates import Rates, measure_rates
 from ...memory.plan.table import reasons, verdict
 from ...memory.report.report import RunReport
+from ...runtime.opened import OpenedModel
 from ...runtime.parked import find_parking
 from ...runtime.run_limits import least_limits, run_limits
 from ...runtime.run_record import RunRecord
@@ -433,7 +434,7 @@ class Engine(Generic[S]):
                 hold_allocator(card, None)
 
     @property
-    def _holder(self) -> StreamedModel[Any]:
+    def _holder(self) -> OpenedModel[Any]:
         """The model that has the host memory that this one would run in."""
         return self.streamed.giver() or self.streamed
 

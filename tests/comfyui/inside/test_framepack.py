@@ -34,7 +34,7 @@ from lowvram_pack.nodes.loaders import LoadFramePackModel
 from lowvram_pack.nodes.plan import VramPlan
 from lowvram_pack.nodes.report import MemoryReport
 from lowvram_pack.nodes.sparse import SparseAttention
-from lowvram_pack.runtime import streamed
+from lowvram_pack.runtime import attending
 from lowvram_pack.runtime.status_texts import PREPARING, sections_done
 from safetensors.torch import save_file
 from tiny_models import empty_latent, prompts, sample
@@ -205,7 +205,7 @@ def test_a_run_is_known_by_how_its_own_model_computes(model: Any, monkeypatch: p
         def attend(self, q: Any, k: Any, v: Any, blocks: Any) -> Tensor:
             return Sdpa(torch.device("cpu")).attend(q, k, v) / 2
 
-    monkeypatch.setattr(streamed, "select_sparse", lambda spec: Half())
+    monkeypatch.setattr(attending, "select_sparse", lambda spec: Half())
     want = run(model)
     sparse = SparseAttention.execute(model, "tau", 1.0, -1.0, 0.0, 0, 0).result[0]
     made = run(sparse, resume=True)

@@ -18,7 +18,7 @@ from lowvram_pack.nodes.bridge.identity import identity
 from lowvram_pack.nodes.bridge.wan_engine import WanEngine
 from lowvram_pack.nodes.resumable import ResumableSampling
 from lowvram_pack.nodes.sparse import SparseAttention
-from lowvram_pack.runtime import streamed
+from lowvram_pack.runtime import attending
 from tiny_models import core, empty_latent, ours, prompts, sample, save
 
 import nodes
@@ -124,7 +124,7 @@ def test_it_goes_on_with_what_sparse_attention_had_learnt(
         def attend(self, q: Any, k: Any, v: Any, blocks: BlockChoice) -> torch.Tensor:
             return Sdpa(torch.device("cpu")).attend(q, k, v) * (1 + 0.1 * blocks.tau)
 
-    monkeypatch.setattr(streamed, "select_sparse", lambda spec: Inexact())
+    monkeypatch.setattr(attending, "select_sparse", lambda spec: Inexact())
     path = save(models, "t2v")
 
     def sparse(model: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from lowvram_pack.attention.backend import AttentionWorkspace
 from lowvram_pack.attention.sdpa import Sdpa
 from lowvram_pack.nodes.sparse import SparseAttention
-from lowvram_pack.runtime import streamed
+from lowvram_pack.runtime import attending
 from lowvram_pack.sampling.caching import sampler_steps
 from tiny_models import empty_latent, ours, prompts, relative_error, sample, save
 
@@ -34,7 +34,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     made = Kernel()
-    monkeypatch.setattr(streamed, "select_sparse", lambda spec: made)
+    monkeypatch.setattr(attending, "select_sparse", lambda spec: made)
     yield made
 
 
