@@ -95,7 +95,7 @@ def counted(decoding: Decoding, rows: int | None) -> dict[str, float]:
             page.begin()
             before = counts.calls, counts.flops, counts.moved
             with counts:
-                decoding._piece(features, strip)
+                decoding.piece(features, strip)
             if step == 0:
                 counts.calls, counts.flops, counts.moved = before
     steps = decoding.num_latents - 1 + 1 / decoding.side.frames_per_latent

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -384,14 +385,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--devices", default="auto")
-    parser.add_argument("--rows", help="names with commas between them (left out: all)")
+    parser.add_argument("--rows", help="names with commas or semicolons between them (left out: all)")
     parser.add_argument("--twice", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--limit", type=float, default=100.0, help="seconds of a row")
     parser.add_argument("--out", type=Path)
     parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    wanted = None if options.rows is None else options.rows.split(",")
+    wanted = None if options.rows is None else re.split("[,;]", options.rows)
     of_all = TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS
     chosen = [row for row in of_all if wanted is None or row.name in wanted]
     if not is_child():

@@ -21,6 +21,7 @@ from lowvram_video.system.atomic_files import write_file
 from measure import machine
 
 CHILD = "--child"
+SEPARATOR = ";"  # of the names that a child is given
 FAILED = 3  # what a child ends with after it has noted a row that failed
 TRACE_LINES = 40
 
@@ -83,7 +84,7 @@ def make_all(names: Sequence[str], out: Path | None, table: Callable[[Sequence[R
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         while left := Rows(path).missing(names):
-            command = [sys.executable, *sys.argv, CHILD, "--rows", ",".join(left), "--out", str(path)]
+            command = [sys.executable, *sys.argv, CHILD, "--rows", SEPARATOR.join(left), "--out", str(path)]
             ended = subprocess.run(command, check=False).returncode
             rows, still = Rows(path), Rows(path).missing(left)
             if not still:

@@ -7,6 +7,7 @@ and the last one leaves while one is at work.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,6 +121,12 @@ class Shelf:
             memory.view(t, b, h, w, c).permute(0, 1, 4, 2, 3) if channels_last else memory.view(t, b, c, h, w)
         )
         self._device = like.device
+
+    def on(self, device: torch.device) -> Shelf:
+        """The same frames, whose rows come to another device."""
+        shelf = copy.copy(self)
+        shelf._device = device
+        return shelf
 
     def put(self, index: int, first_row: int, rows: Tensor) -> None:
         self._frames[index, :, :, first_row : first_row + rows.shape[2]].copy_(rows, non_blocking=True)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..memory.plan.plan import MemoryPlan
 from ..memory.report.report import RunReport
-from ..memory.stream.pinned import CudaRegistrar
 from ..runtime.latent_watch import LatentWatch
 from ..runtime.progress import Progress
 from ..runtime.recorded_run import RecordedRun
@@ -29,12 +28,11 @@ from ..sampling.schedules import flow_sigmas, is_high_noise, sigmas_from_timeste
 from ..sampling.solver import Denoiser, StepInfo
 from ..vae.files import Half, OpenVae
 from ..vae.retries import at_work, once_more, pieces_fitting
-from ..vae.strips import Strips
-from ..vae.tiling import Tile, Way, decode_in, retry_ways
 from ..video.pictures import to_levels, to_uint8
 from ..weights.lora.report import LoraReport
 from .clip_vision import ClipVisionEncoder
 from .conditioning import Conditions, Pictures, with_latents
+from .decode_ways import Decoders, DecodeWay
 from .draft import DraftDecoder
 from .footprint import wan_work
 from .given import check_pictures, load_pictures
@@ -318,20 +316,17 @@ class WanPipeline:
             yield from self._draft.frames(latent, self.settings, self.progress.update)
             return
         with self._vae_at_work("decoder") as vae:
+            decoders = self.decoders(vae)
 
-            def frames(way: Way) -> Iterator[Tensor]:
-                return map(to_uint8, decode_in(vae, latent, way, self.progress.update, to_levels))
+            def frames(way: DecodeWay) -> Iterator[Tensor]:
+                return map(to_uint8, decoders.pieces(latent, way, self.progress.update, to_levels))
 
-            yield from pieces_fitting(self._decode_ways(vae, plan), frames, "decoding")
+            yield from pieces_fitting(decoders.ways(plan), frames, "decoding")
 
-    def _decode_ways(self, vae: WanVAE, plan: MemoryPlan) -> list[Way]:
-        """The plan's way, then leaner ones for retries after the device ran out."""
-        settings = self.settings
-        pinned = settings.device.type == "cuda" and settings.pinned_memory
-        registrar = CudaRegistrar(settings.device) if pinned else None
-        decode = plan.decode
-        way: Way = Strips(decode.rows, decode.in_ram, registrar) if decode.rows else Tile(decode.tile)
-        return [way, *retry_ways(vae, way, (plan.work.height, plan.work.width), registrar)]
+    def decoders(self, vae: WanVAE) -> Decoders:
+        """How the latent is decoded, by this decoder on the first card."""
+        team = None if self.high.several is None else self.high.several.team
+        return Decoders(vae, self._opened_vae, self.settings, team)
 
     def _vae_at_work(self, half: Half) -> AbstractContextManager[WanVAE]:
         """Half of the VAE on the device; in RAM afterwards if it is kept, and then all of it."""

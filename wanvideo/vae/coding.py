@@ -114,7 +114,7 @@ class Decoding(Coding):
         """Pieces [B, 3, t, H, W] of one frame, then of four each, as their latent frame is done."""
         first, (strip,) = self.whole_frames(), self.strips(self.plan()[0])
         for index in range(self.num_latents):
-            yield self._piece(self._features(latent[:, :, index], first), strip)
+            yield self.piece(self._features(latent[:, :, index], first), strip)
 
     def in_strips(
         self, latent: Tensor, way: Strips, finish: Finish, into: Tensor | None, on_chunk: OnChunk | None
@@ -123,10 +123,10 @@ class Decoding(Coding):
         plan, needed = self.plan(way.rows)
         done, last, given = 0, plan.num_strips - 1, 0
         with waiting_memory(way, self.weight) as allocate:
-            shelf, outbox = self._fill_shelf(latent, allocate), Outbox(into)
+            shelf, outbox = self.fill_shelf(latent, allocate), Outbox(into)
             pages = self.pages(plan, allocate)
             strips = self.strips(plan, pages)
-            steps = self.steps(self._piece, strips)
+            steps = self.steps(self.piece, strips)
 
             def features(index: int, step: int) -> Tensor:
                 pages.begin(step, index == 0)
@@ -138,7 +138,7 @@ class Decoding(Coding):
                     piece = finish(steps.made(features(index, step), strip, step))
                     if index < last:
                         pages.end(step)
-                    outbox.send(piece, (self.frames_of(step).start, done), self._video_shape(piece))
+                    outbox.send(piece, (self.frames_of(step).start, done), self.video_shape(piece))
                     height = piece.shape[3]
                     del piece
                     if on_chunk is not None:
@@ -150,11 +150,12 @@ class Decoding(Coding):
             for step in range(given, self.num_latents):
                 yield outbox.frames(self.frames_of(step))
 
-    def _video_shape(self, piece: Tensor) -> tuple[int, ...]:
+    def video_shape(self, piece: Tensor) -> tuple[int, ...]:
+        """Of the video that rows of frames are a piece of."""
         return *piece.shape[:2], self.num_frames, self.height * self.side.stride * self.side.patch, piece.shape[4]
 
     @torch.inference_mode()
-    def _fill_shelf(self, latent: Tensor, allocate: Allocate) -> Shelf:
+    def fill_shelf(self, latent: Tensor, allocate: Allocate) -> Shelf:
         """What the whole layers make of every frame."""
         shelf = None
         for index, features in enumerate(self.through_whole(lambda step: self.side.enter(latent[:, :, step]))):
@@ -168,7 +169,8 @@ class Decoding(Coding):
         return self._whole_layers(self.side.enter(frame), strip)
 
     @torch.inference_mode()
-    def _piece(self, features: Tensor, strip: Strip) -> Tensor:
+    def piece(self, features: Tensor, strip: Strip) -> Tensor:
+        """The frames [B, 3, t, rows, W] that a step makes in a strip."""
         return torch.stack([self.side.leave(frame) for frame in frames_through(self.side.local, features, strip)], 2)
 
 
