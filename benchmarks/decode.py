@@ -91,10 +91,23 @@ class Bench:
         frames, height, width = case.size
         return frames if self.scale == 1 else 5, height // self.scale // 8 * 8, width // self.scale // 8 * 8
 
-    def latent(self, case: Case) -> Tensor:
+    def native_latent(self, case: Case) -> Tensor:
+        """As ComfyUI has it."""
         frames, height, width = self.size(case)
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+        mean, std = self.statistics
+        latent = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+        return latent * std + mean
+
+    def latent(self, case: Case) -> Tensor:
+        """The normalised latent, by the same arithmetic as the node's, so that its bits are the same."""
+        mean, std = self.statistics
+        return (self.native_latent(case) - mean) / std
+
+    @property
+    def statistics(self) -> tuple[Tensor, ...]:
+        config = self.opened.config
+        return tuple(torch.tensor(each).view(1, -1, 1, 1, 1) for each in (config.latent_mean, config.latent_std))
 
     def video(self, case: Case) -> Tensor:
         frames, height, width = self.size(case)
@@ -116,8 +129,8 @@ class Bench:
         self.planned = planned.total - Limits(0).context_bytes if self.device.type == "cuda" else planned.total
         return [way, *retry_ways(vae, way, size[1:], registrar)]
 
-    def command_line(self, case: Case) -> Tensor:
-        """As `WanPipeline._decode`."""
+    def command_line(self, case: Case) -> list[Tensor]:
+        """As `WanPipeline._decode`: pieces that a file would be written of."""
         size = self.size(case)
         limits = self.limits()
         hold_budget(self.device, limits)
@@ -132,7 +145,7 @@ class Bench:
 
             pieces = list(pieces_fitting(self.ways(vae, planned, size), frames, "decoding"))
             self.made = time.perf_counter()
-        return torch.cat(pieces)
+        return pieces
 
     def encode(self, case: Case) -> Tensor:
         size, limits = self.size(case), self.limits()
@@ -172,14 +185,9 @@ class Bench:
         self.hold_nothing()
         return self.native.encode(self.video(case)[0].movedim(0, -1).float().add_(1).div_(2))
 
-    def native_latent(self, case: Case) -> Tensor:
-        config = self.opened.config
-        mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (config.latent_mean, config.latent_std))
-        return self.latent(case) * std + mean
-
     def run(self, case: Case) -> dict[str, Any]:
         """The best of a few, after one that warms up where all VRAM is there."""
-        work: dict[str, Callable[[Case], Tensor]] = {
+        work: dict[str, Callable[[Case], Tensor | list[Tensor]]] = {
             "command line": self.command_line, "encode": self.encode, "decode node": self.decode_node,
             "ComfyUI": self.comfyui, "ComfyUI encodes": self.comfyui_encodes,
         }  # fmt: skip
@@ -204,6 +212,8 @@ class Bench:
                 row |= {"allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
                         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3)}  # fmt: skip
                 torch.cuda.reset_peak_memory_stats()
+        if isinstance(result, list):
+            result = torch.cat(result)
         row |= {"best": min(row["seconds"]), "way": self.way, "frames_mib": result.nbytes >> 20}
         if self.planned and not (case.path == "decode node" and case.gib):
             row["planned_gib"] = round(self.planned / GIB, 3)

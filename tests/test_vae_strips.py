@@ -23,7 +23,7 @@ from lowvram_video.memory.stream.pinned import PinnedBudget
 from lowvram_video.vae import recording
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.inbox import Inbox
-from lowvram_video.vae.outbox import in_ram
+from lowvram_video.vae.outbox import in_ram, touch
 from lowvram_video.vae.recording import fingerprint
 from lowvram_video.vae.retries import pieces_fitting
 from lowvram_video.vae.strips import Strips
@@ -458,6 +458,15 @@ def test_parts_are_brought_whole():
         busy = busy @ busy / 64  # the device is behind
         sums.append(there.double().sum())
     assert torch.allclose(torch.stack(sums).cpu(), torch.stack([part.double().sum() for part in parts]))
+
+
+def test_pages_are_touched_in_the_frames_that_will_be_written_alone():
+    video = torch.ones(1, 6, 40, 50, 3, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    touch(video[:, :, 2:4])
+    changed = (video != 1).sum(dim=(0, 1, 3, 4))
+    assert changed[2:4].min() > 0 and not changed[[0, 1, 4, 5]].any()
+    touch(video[:, :, :, 10:20])  # no memory without gaps
+    assert torch.equal((video != 1).sum(dim=(0, 1, 3, 4)), changed)
 
 
 def test_what_was_made_before_an_error_is_passed_on():

@@ -96,20 +96,22 @@ class VaeFormat(Generic[C, V]):
         config = self.infer_config(renamed)
         network = self.network(config, device="meta")
         checkpoint = fit_tensors(network, renamed)
-        check_tensors(checkpoint, config, {name: tuple(each.shape) for name, each in network.state_dict().items()})
-        return OpenVae(self, config, checkpoint, tensors)
+        shapes = {name: tuple(each.shape) for name, each in network.state_dict().items()}
+        check_tensors(checkpoint, config, shapes)
+        return OpenVae(self, config, checkpoint, tuple(shapes), tensors)
 
 
 @dataclass(frozen=True)
 class OpenVae(Generic[C, V]):
     """An autoencoder whose tensors are known, under our names, and are read when it is built.
 
-    They are in the file of `checkpoint` or, where given, `tensors`.
+    `names` are those of the network's. They are in the file of `checkpoint` or, where given, `tensors`.
     """
 
     format: VaeFormat[C, V]
     config: C
     checkpoint: Checkpoint
+    names: tuple[str, ...]
     tensors: Mapping[str, Tensor] | None = None
 
     def build(self, dtype: torch.dtype, device: torch.device, only: Half | None = None) -> V:
@@ -121,7 +123,7 @@ class OpenVae(Generic[C, V]):
         vae = self.format.network(self.config, device="meta", dtype=dtype)
         channels_last = runs_channels_last(device, dtype)
         weights = {}
-        for name in self._wanted(vae, only):
+        for name in self._wanted(only):
             weight = self._read(name).to(device=device, dtype=dtype)
             weights[name] = to_channels_last(weight) if channels_last else weight
         vae.load_state_dict(weights, strict=only is None, assign=True)
@@ -129,17 +131,16 @@ class OpenVae(Generic[C, V]):
 
     def weight_bytes(self, dtype: torch.dtype, only: Half | None = None) -> int:
         """What `build` takes on the device."""
-        names = self._wanted(self.format.network(self.config, device="meta"), only)
-        return sum(math.prod(self.checkpoint.tensors[name].shape) for name in names) * dtype.itemsize
+        return sum(math.prod(self.checkpoint.tensors[name].shape) for name in self._wanted(only)) * dtype.itemsize
 
     def _read(self, name: str) -> Tensor:
         if self.tensors is None:
             return self.checkpoint.read(name)
         return self.tensors[name].view(self.checkpoint.tensors[name].shape)
 
-    def _wanted(self, network: V, only: Half | None) -> list[str]:
+    def _wanted(self, only: Half | None) -> list[str]:
         begins = {None: ("",), "decoder": self.format.decoder, "encoder": self.format.encoder}[only]
-        return [name for name in network.state_dict() if name.startswith(begins)]
+        return [name for name in self.names if name.startswith(begins)]
 
 
 def runs_channels_last(device: torch.device, dtype: torch.dtype, hip: str | None = torch.version.hip) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,16 @@ class Outbox:
         rows[:, frame : frame + piece.shape[1], row : row + piece.shape[2]] = piece
 
 
+def touch(frames: Tensor) -> None:
+    """Have the system give the pages of frames [B, C, t, h, w] in RAM that will be written.
+
+    That takes longer than to write them: it is done while the device is at work, so that its last frames come at once.
+    """
+    rows = frames.permute(0, 2, 3, 4, 1)
+    if rows.is_contiguous():
+        rows.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].zero_()
+
+
 def in_ram(pieces: Iterator[Tensor], finish: Finish, into: Tensor | None = None) -> Iterator[Tensor]:
     """Pieces [B, C, t, H, W] of whole frames, `finish`ed, in RAM (in `into`, where given), each as soon as it is there.
 
@@ -126,13 +137,11 @@ def in_ram(pieces: Iterator[Tensor], finish: Finish, into: Tensor | None = None)
 
     def delivered() -> Tensor:
         nonlocal num_frames
-        piece = under_way[0]().permute(0, 4, 1, 2, 3)
+        piece = under_way[0].piece.permute(0, 4, 1, 2, 3)
         frames = slice(num_frames, num_frames + piece.shape[2])
-        if into is None:
-            given = piece.clone()
-        else:
-            given = into[:, :, frames]
-            given.copy_(piece)
+        given = torch.empty_like(piece) if into is None else into[:, :, frames]
+        touch(given)
+        given.copy_(under_way[0]().permute(0, 4, 1, 2, 3))
         under_way.popleft()  # only now: the next one would pass for one that is lost here
         num_frames = frames.stop
         return given
