@@ -17,8 +17,8 @@ from .workflows import FOLDER, NAMES, load
 
 CLIPS = Path(__file__).parents[2] / "docs" / "images" / "demo.webp"
 COLUMNS, ROWS, TILE = 3, 2, 192  # of the clips, in pixels
-SIDE, MARGIN, FRAME = 640, 20, 200
-PAGE, LETTERS, FAINT = "#202124", "#f2f2f2", "#9a9a9a"
+SIDE, MARGIN, FRAME, BAND = 640, 20, 200, 440
+PAGE, LETTERS, FAINT = "#202124", "#f2f2f2", "#c8c8c8"
 BANDS = {"framepack": "#3f7d58", "flashvsr": "#9a6a2f", "wan": "#35618e", "": "#666666"}  # by the file's name
 MARKS = "✓  ✓\n✗  ✓"
 
@@ -28,22 +28,22 @@ def draw(name: str, clip: int) -> Image.Image:
     picture = Image.new("RGB", (SIDE, SIDE), PAGE)
     pen = ImageDraw.Draw(picture)
     colour = next(colour for begin, colour in BANDS.items() if name.startswith(begin))
-    pen.rectangle((0, 0, SIDE, 172), fill=colour)
-    pen.multiline_text((MARGIN, 84), _title(name), LETTERS, _font(44), anchor="lm", spacing=6)
+    pen.rectangle((0, BAND, SIDE, SIDE), fill=colour)  # below: the page has a mark of its own in the upper left corner
+    pen.multiline_text((MARGIN, BAND + 80), _title(name), LETTERS, _font(44), anchor="lm", spacing=6)
     if name == "doctor":
-        pen.multiline_text((SIDE / 2, 400), MARKS, "#6cc07e", _font(120), anchor="mm", align="center", spacing=30)
+        pen.multiline_text((SIDE / 2, BAND / 2), MARKS, "#6cc07e", _font(120), anchor="mm", align="center", spacing=30)
         return picture
     frames = _frames(clip)
     if "upscale" in name:
         small, large = frames[0].resize((100, 100)), frames[0].resize((400, 400), Image.Resampling.LANCZOS)
-        picture.paste(small, (MARGIN, 492))
-        pen.text((170, 542), "→", LETTERS, _font(60), anchor="mm")
-        picture.paste(large, (220, 192))
+        picture.paste(small, (MARGIN, 320))
+        pen.text((170, 370), "→", LETTERS, _font(60), anchor="mm")
+        picture.paste(large, (220, MARGIN))
     else:
         for index, frame in enumerate(frames):
-            place = (MARGIN // 2 + 210 * (index % COLUMNS), 186 + 210 * (index // COLUMNS))
+            place = (MARGIN // 2 + 210 * (index % COLUMNS), MARGIN // 2 + 210 * (index // COLUMNS))
             picture.paste(frame.resize((FRAME, FRAME), Image.Resampling.LANCZOS), place)
-    pen.text((SIDE - MARGIN // 2, SIDE - 8), "frames of the pack's demo model", FAINT, _font(20), anchor="rb")
+    pen.text((SIDE - 12, SIDE - 10), "frames of the pack's demo model", FAINT, _font(18), anchor="rb")
     return picture
 
 
