@@ -20,11 +20,19 @@ class EagerOps:
         return self
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        first_row: int,
+        rows_per_group: int,
+        eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         rows = _group_of_rows(x, shift, first_row, rows_per_group)
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-        return (normed * (1 + scale[rows]) + shift[rows]).to(x.dtype)
+        made = (normed * (1 + scale[rows]) + shift[rows]).to(x.dtype)
+        return made if out is None else out.copy_(made)
 
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)

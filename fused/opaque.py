@@ -23,9 +23,17 @@ class OpaqueOps:
         return self
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        first_row: int,
+        rows_per_group: int,
+        eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
-        return modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
+        made = modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
+        return made if out is None else out.copy_(made)
 
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return affine_norm(x, weight, bias, eps)

@@ -34,9 +34,16 @@ class FusedOps(Protocol):
         ...
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        first_row: int,
+        rows_per_group: int,
+        eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """LayerNorm(x) * (1 + scale) + shift; `shift`, `scale` are `[groups, dim]`."""
+        """LayerNorm(x) * (1 + scale) + shift, in `out` where given; `shift`, `scale` are `[groups, dim]`."""
         ...
 
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -31,10 +31,17 @@ class TritonOps:
         return self._compiled or self
 
     def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        first_row: int,
+        rows_per_group: int,
+        eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         rows, dim = x.shape
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out  # whole rows, one after the other
         # shift and scale are slices of one [groups, 6, dim] tensor: same strides
         if dim <= NARROW:
             _narrow_norm_kernel[(rows,)](

@@ -14,6 +14,7 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel
 from lowvram_video.framepack.network.blocks import DoubleBlock, FramePackBlock, SingleBlock
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepCondition
+from lowvram_video.fused.eager import EagerOps
 from lowvram_video.transformer.transformer import Block
 from lowvram_video.transformer.workspace import Execution, Workspace
 from lowvram_video.weights.linear.int8 import Int8Matmul
@@ -413,6 +414,54 @@ def test_long_sequences_take_no_more_than_q_k_and_v(tiny: tuple[nn.Module, Frame
     assert long.pool.numel() == 3 * rows * TINY.dim and 16 < long.joined_rows < rows
     # one chunk at least: a short one is larger, by what rows of attention and MLP take beyond k and v
     assert short.pool.numel() == rows * TINY.dim + rows * (TINY.dim + TINY.mlp_dim) and short.joined_rows == rows
+
+
+class CountedOps(EagerOps):
+    """Tells how many rows were normed."""
+
+    normed = 0
+
+    def modulated_norm(self, x: Tensor, *args: Any) -> Tensor:
+        self.normed += x.shape[0]
+        return super().modulated_norm(x, *args)
+
+
+@pytest.mark.parametrize("head_groups", [1, 2])
+def test_single_blocks_norm_their_rows_once_where_there_is_room(
+    tiny: tuple[nn.Module, FramePackModel, Inputs], head_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, _, inputs = tiny
+    model = ours_of(TINY, reference)
+
+    def run() -> tuple[Tensor, int, int]:
+        ops = CountedOps()
+        model.execution = Execution(token_chunk=1000, head_groups=head_groups, ops=ops)
+        made = workspaces_of(model)
+        velocity = run_ours(model, inputs, 437.5)
+        return velocity, ops.normed, made[0].num_rows
+
+    velocity, normed, rows = run()
+    monkeypatch.setattr(Workspace, "kept_rows", None)
+    again, normed_again, _ = run()
+    assert torch.equal(velocity, again)
+    assert normed_again - normed == TINY.num_single_layers * rows
+
+
+def test_kept_rows_are_nobody_elses(tiny: tuple[nn.Module, FramePackModel, Inputs]) -> None:
+    reference, _, inputs = tiny
+    model = ours_of(TINY, reference)
+    for chunk, there in ((1000, True), (16, False)):
+        model.execution = Execution(token_chunk=chunk)
+        made = workspaces_of(model)
+        run_ours(model, inputs, 437.5)
+        work = made[-1]
+        kept = work.kept_rows
+        assert (kept is not None) == there
+        if kept is not None:
+            work.pool.zero_()
+            kept.fill_(1)
+            assert not any(rows.any() for rows in (work.queries, work.keys, work.values, work.hidden_after_q))
+            assert work.hidden_after_q.shape[0] == work.num_rows
 
 
 def quantise_int8(layer: Linear) -> None:

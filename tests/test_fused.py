@@ -107,6 +107,9 @@ def check_triton(device: str, dtype: torch.dtype, dim: int, half: int, bound: fl
             ops.gated_add_(lost, large, modulation[2], 1, rows_per_group)
             assert lost[0, 1].isnan() and lost[2, 0].isnan(), "what is no number stays none"
         norm = ops.modulated_norm(x, modulation[0], modulation[1], 1, rows_per_group, 1e-6)
+        into = torch.full_like(y, torch.nan)
+        assert ops.modulated_norm(x, modulation[0], modulation[1], 1, rows_per_group, 1e-6, into) is into
+        assert torch.equal(into, norm)
         affine = ops.affine_norm(x, weight, y[0], 1e-6)
         results.append([norm, affine, rotated, plain, heads, head_rope, act, added])
     names = ["norm", "affine", "rope", "rms", "heads", "heads, rope", "gelu", "add"]

@@ -233,6 +233,15 @@ class Workspace:
         """Hidden activations while q is still read: `[hidden_after_q_rows, ffn_dim]`, over the bytes of k and v."""
         return rows_of(self.pool, self.query_rows * self.dim, self.hidden_after_q_rows, self.rows.ffn_dim)
 
+    @property
+    def kept_rows(self) -> Tensor | None:
+        """`[rows, dim]` that no other of these views has bytes of but `joined`; None where there is no room for it."""
+        first = self.query_rows * self.dim + self.num_rows * self.rows.ffn_dim
+        apart = first >= self.first_value + self.num_rows * self.dim
+        if torch.compiler.is_compiling() or not apart or first + self.num_rows * self.dim > self.pool.numel():
+            return None
+        return rows_of(self.pool, first, self.num_rows, self.dim)
+
     def fit_any_size(self, *tensors: Tensor) -> None:
         """Have compiled code that takes these tensors of rows or tokens, and this workspace, fit other sizes too."""
         if self.extent is not None:

@@ -167,13 +167,17 @@ class SingleBlock(FramePackBlock):
         x = writable(x)
         work.arrive(self, 0)
         attn, eps = self.attn, self.eps
-        normed, add = modulated_text(x, modulation, slice(0, 3), negative, eps, work)
+        dense = self.proj_out.is_dense(work.dtype)
+        # what is normed for attention is what the MLP reads, too
+        kept = work.kept_rows if dense and negative is None else None
+        normed, add = modulated_text(x, modulation, slice(0, 3), negative, eps, work, kept)
         everything = slice(0, x.shape[0])
         project_qkv((attn.to_q, attn.to_k, attn.to_v), attn.norms(), normed, everything, rope, eps, work)
         attended = attn.attend(num_image, negative, work)
         spare = spare_rows(negative, work)
+        if kept is not None:
+            normed = kept.__getitem__
         work.arrive(self, 1)
-        dense = self.proj_out.is_dense(work.dtype)
         step = work.hidden_after_q_rows if dense else work.joined_rows
         for start in range(0, work.num_rows, step):
             span = slice(start, min(start + step, work.num_rows))

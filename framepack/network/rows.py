@@ -45,8 +45,10 @@ class Negative:
         return made, opposed
 
 
-def modulated(x: Tensor, modulation: Tensor, eps: float, work: Workspace) -> tuple[Normed, Add]:
-    """How rows of `x` are normed and added to, by shift, scale and gate `[3, dim]`."""
+def modulated(
+    x: Tensor, modulation: Tensor, eps: float, work: Workspace, kept: Tensor | None = None
+) -> tuple[Normed, Add]:
+    """How rows of `x` are normed (into `kept` where given) and added to, by shift, scale and gate `[3, dim]`."""
     shift, scale, gate = modulation
     rows_per_group = x.shape[0]  # one vector for all rows
     gate = work.gate(gate)
@@ -54,14 +56,20 @@ def modulated(x: Tensor, modulation: Tensor, eps: float, work: Workspace) -> tup
     def add(rows: slice, y: Tensor) -> None:
         work.ops.gated_add_(x[rows], y, gate[None], 0, rows_per_group)
 
-    return norm_by(x, shift, scale, eps, work), add
+    return norm_by(x, shift, scale, eps, work, kept), add
 
 
 def modulated_text(
-    x: Tensor, modulation: Tensor, vectors: slice, negative: Negative | None, eps: float, work: Workspace
+    x: Tensor,
+    modulation: Tensor,
+    vectors: slice,
+    negative: Negative | None,
+    eps: float,
+    work: Workspace,
+    kept: Tensor | None = None,
 ) -> tuple[Normed, Add]:
     """The same by three vectors of a block's `modulation`, rows of a negative prompt by those of its own."""
-    normed, add = modulated(x, modulation[vectors], eps, work)
+    normed, add = modulated(x, modulation[vectors], eps, work, kept)
     if negative is None:
         return normed, add
     first, (own_normed, own_add) = negative.first, modulated(x, negative.modulation[vectors], eps, work)
@@ -83,12 +91,13 @@ def modulated_text(
     return both_normed, both_add
 
 
-def norm_by(x: Tensor, shift: Tensor, scale: Tensor, eps: float, work: Workspace) -> Normed:
-    """How rows of `x` are normed, with shift and scale `[dim]` for all of them."""
+def norm_by(x: Tensor, shift: Tensor, scale: Tensor, eps: float, work: Workspace, kept: Tensor | None = None) -> Normed:
+    """How rows of `x` are normed, with shift and scale `[dim]` for all of them; into those of `kept` where given."""
     rows_per_group, eps = x.shape[0], work.eps(eps)
 
     def normed(rows: slice) -> Tensor:
-        return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, rows_per_group, eps)
+        out = None if kept is None else kept[rows]
+        return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, rows_per_group, eps, out)
 
     return normed
 
