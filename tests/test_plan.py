@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from lowvram_video.attention.backend import EXACT_WORKSPACE
 from lowvram_video.attention.sage import WORKSPACE, WORKSPACE_HOPPER_2
 from lowvram_video.benchmarks.preset_plans import preset_plans, wan_footprint
-from lowvram_video.memory.plan.candidates import spread_residents
+from lowvram_video.memory.plan.candidates import candidates, spread_residents
 from lowvram_video.memory.plan.decode import choose_decode, decode_memory, strip_memory
+from lowvram_video.memory.plan.denoise import WeightBytes, denoise_memory
 from lowvram_video.memory.plan.footprint import (
     GIB,
     MIB,
@@ -119,6 +120,18 @@ class TestMonotonicity:
         if allowed.pinned_cap_bytes is not None:
             assert plan.host.pinned_bytes <= allowed.pinned_cap_bytes
         assert model.num_heads % plan.choice.head_groups == 0
+
+    @pytest.mark.parametrize("model", [replace(FP8, packs_keys=True, row_bytes=13828), SMALL], ids=["8 bits", "bf16"])
+    def test_what_candidates_have_in_common_is_what_each_has_by_itself(self, model):
+        allowed = limits(8, attention=EXACT_WORKSPACE, **H200)
+        for each in candidates(model, LONG_480P, allowed):
+            alone = denoise_memory(model, LONG_480P, each.choice, allowed)
+            weights = WeightBytes(each.denoise.residents, each.blocks.ring_bytes, each.host.pinned_bytes)
+            assert each.denoise == alone.holding(weights)
+            assert each.times.compute == compute_seconds(model, LONG_480P, each.choice, allowed)
+            sizes = model.streamable_bytes(each.choice.cache_text_kv)
+            assert each.blocks.resident == spread_residents(model.num_blocks, each.choice.num_resident)
+            assert sum(sizes) == each.denoise.residents + each.blocks.streamed_bytes
 
     def test_what_is_too_little_for_more_weights_goes_into_larger_pieces(self):
         eight_bit = replace(FP8, packs_keys=True, row_bytes=13828, key_row_bytes=5124, vae=None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from lowvram_video.memory.plan.footprint import MIB
 from lowvram_video.memory.plan.plan import plan_memory
+from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.linear import linear
 from lowvram_video.weights.linear.linear import Linear
 
@@ -42,13 +43,23 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("headers")
+def open_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], StreamedWan]:
+    """The model of a case; cases that run alike share it."""
+    folder = tmp_path_factory.mktemp("headers")
+    kept: dict[tuple[object, ...], StreamedWan] = {}
+
+    def open_(case: Case) -> StreamedWan:
+        key = case.name, case.stored, case.quantization, case.attention.name, case.rank
+        if key not in kept:
+            kept[key] = opened(case, folder)
+        return kept[key]
+
+    return open_
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_pass_takes_what_was_planned(case: Case, files: Path) -> None:
-    model = opened(case, files)
+def test_a_pass_takes_what_was_planned(case: Case, open_case: Callable[[Case], StreamedWan]) -> None:
+    model = open_case(case)
     plan = plan_memory(model.footprint(), case.work(model.config), case.limits)
     counted = bytes_of_pass(model, plan)
     denoise = plan.denoise
@@ -72,8 +83,8 @@ TIGHT = [
 
 
 @pytest.mark.parametrize("case", TIGHT, ids=str)
-def test_an_allocator_of_the_budget_has_room_for_a_run(case: Case, files: Path) -> None:
-    model = opened(case, files)
+def test_an_allocator_of_the_budget_has_room_for_a_run(case: Case, open_case: Callable[[Case], StreamedWan]) -> None:
+    model = open_case(case)
     plan = plan_memory(replace(model.footprint(), vae=None), case.work(model.config), case.limits)
     left = plan.budget_bytes - plan.denoise.context
     fixed, expandable = CachingAllocator(left), ExpandableAllocator(left)

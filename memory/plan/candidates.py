@@ -274,7 +274,7 @@ class _Maker:
     def __init__(self, model: ModelFootprint, work: WorkSize, limits: Limits):
         self.model, self.work, self.limits = model, work, limits
         self._weights: dict[tuple[int, bool, bool], _Weights] = {}
-        self._passes: dict[Choice, tuple[DenoiseMemory, float]] = {}
+        self._passes: dict[tuple[object, ...], tuple[DenoiseMemory, float]] = {}
 
     def make(self, choice: Choice) -> Candidate:
         """The way that `choice` says."""
@@ -283,11 +283,16 @@ class _Maker:
         weights = self._weights.get(held)
         if weights is None:
             weights = self._weights[held] = _weights_on_device(model, limits, choice)
-        of_a_pass = replace(choice, num_resident=0, in_stages=False)  # which say where blocks are alone
-        known = self._passes.get(of_a_pass)
+        # all but what says where blocks are
+        key = (
+            choice.token_chunk, choice.head_groups, choice.cache_text_kv, choice.transient_fixed, choice.query_chunk,
+            choice.packed_keys,
+        )  # fmt: skip
+        known = self._passes.get(key)
         if known is None:
+            of_a_pass = replace(choice, num_resident=0, in_stages=False)
             known = denoise_memory(model, work, of_a_pass, limits), compute_seconds(model, work, of_a_pass, limits)
-            self._passes[of_a_pass] = known
+            self._passes[key] = known
         memory, seconds = known
         times = PassTimes(seconds, weights.transfer)
         denoise = memory.holding(weights.bytes)
