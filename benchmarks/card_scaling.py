@@ -8,13 +8,12 @@ attention goes by as many groups of heads as a model takes (`runtime/several.py`
 the last one's way back are seen, and the rest hides behind attention where that takes longer.
 
 Corrected by what two H200s took (`several_cards_two_h200_2026-11-29.json`): 623 and 584 TFLOP/s are what one card's
-three passes fit within 1.7 %. Two cards took longer than half of that and the exchange: 4.7 % of what they compute
-(less of everything at a time, and copies) and `sync_ms` = 1.7 ms a block (waiting for each other), by 720x1280x81 and
-480x832x81 through RAM, whose link then comes out at 45 GB/s; 720x1280x81 through RAM follows within 1 %. Before, 0.1 ms
-and no loss were assumed, which promised 1.99 times where 1.90 came out.
-`host_ms` is what one card's thread takes for a block: threads take turns, so a pass takes at least P times as long. It
-is an assumption; those measured ran at once and took 8 ms a block and card at 480x832x17. None of this was measured on
-more than two cards: `benchmarks/several_cards.py` measures.
+passes fit within 2 %. Two cards took longer than half of that and the exchange: 2.9 % of what they compute (less of
+everything at a time, and copies) and `sync_ms` = 1.6 ms a block (waiting for each other), by 720x1280x81 and
+480x832x81 from card to card. At 45 GB/s through RAM both then come out within 1.5 %.
+`host_ms` is what one card's thread takes for a block at 480x832x17: threads take turns, so a pass takes at least P
+times as long, which is all of that pass on two cards. Longer videos take more, but their cards take longer still.
+None of this was measured on more than two cards: `benchmarks/several_cards.py` measures.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ class Machine:
     bus_gbps: float
     link_gbps: float
     ram_gbps: float
-    loss: float = 0.047
-    sync_ms: float = 1.7
-    host_ms: float = 1.5
+    loss: float = 0.029
+    sync_ms: float = 1.6
+    host_ms: float = 3.8
 
 
 MACHINES = (

@@ -1,8 +1,9 @@
 """Letters between the threads of several cards, which take turns; whoever waits is woken when the team is stopped.
 
-Threads that ask their cards for work at the same time wake each other for Python's lock at every call: two took nearly
-four times as long as one (`benchmarks/results/several_cards_two_h200_2026-11-29.json`, 17 frames). So one runs at a
-time, until what it needs of another is not there: cards are some milliseconds behind their threads.
+Threads that ask their cards for work at the same time wake each other for Python's lock at every call: two took
+nearly four times as long as one at 17 frames (`benchmarks/results/several_cards_at_once_two_h200_2026-11-29.json`),
+and in turns 1.7 times (`several_cards_two_h200_2026-11-29.json`). So one runs at a time, until what it needs of
+another is not there: cards are some milliseconds behind their threads.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ DERIVED: dict[str, Callable[[], float]] = {
     "1.54": lambda: bound_cost("wan 720p"),
     "4.39": lambda: bound_cost("framepack 640x608", "sparse_runs_h200_2026-11-29.json"),
     "1.75": lambda: bound_cost("framepack 960x544", "sparse_runs_h200_2026-11-29.json"),
-    "1.019": lambda: 1 / row(load("several_cards_two_h200_2026-11-29.json")["rows"], "480p parked", "speed_up"),
+    "1.014": lambda: 1 / row(load("several_cards_two_h200_2026-11-29.json")["rows"], "480p parked", "speed_up"),
     "0.854": lambda: form("fp8_fast"),
     "0.892": lambda: form("int8"),
     "0.977": lambda: form("Q8_0"),
