@@ -91,6 +91,16 @@ PREVIEW = """(async node => {
     window.app.api.dispatchEvent(new CustomEvent('b_preview_with_metadata', {detail: {blob, ...at}}));
     await new Promise(done => setTimeout(done, 200));
 })"""
+# where a preview below a node ends on the page, and how high it is, if so many pixels are left below the node
+PREVIEW_END = """((id, left) => {
+    const {canvas} = window.app, node = canvas.graph.getNodeById(id), drawn = {};
+    const page = canvas.canvas.clientHeight;
+    canvas.ds.offset[1] = (page - left) / canvas.ds.scale - node.pos[1] - node.size[1];
+    const picture = (_, left, top, width, height) => Object.assign(drawn, {end: top + height, height});
+    const anything = {get: (it, name) => it[name] ?? (() => {}), set: () => true};
+    node.onDrawForeground(new Proxy({drawImage: picture}, anything));
+    return [(node.pos[1] + drawn.end + canvas.ds.offset[1]) * canvas.ds.scale <= page, drawn.height];
+})"""
 CAPTIONS = """(id => [
     ...document.querySelectorAll(`[data-node-id="${id}"] .image-preview > .text-center:last-child`)
 ].map(each => each.style.visibility))"""
@@ -198,6 +208,9 @@ def check_said_below(page: QuietPage, host: int, drawn: bool) -> None:
     for _ in range(2):
         page.evaluate(f"{PREVIEW}('{host}:{sampler}')")
     assert page.evaluate(f"{CAPTIONS}({host})") == ([] if drawn else ["hidden"])
+    if drawn:
+        ends = [page.evaluate(f"{PREVIEW_END}({host}, {left})") for left in (1000, 200, 40)]
+        assert ends == [[True, 240], [True, pytest.approx(164, abs=10)], [False, 100]]
     page.evaluate("window.app.api.dispatchEvent(new CustomEvent('execution_success', {detail: {}}))")
     page.settle()
     assert page.evaluate(SAID_BELOW) == []
