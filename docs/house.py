@@ -11,8 +11,9 @@ import io
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -86,13 +87,20 @@ def sources(revision: str = "") -> dict[str, str]:
 def imports(modules: Mapping[str, str]) -> Imports:
     """What each module imports of the others; an import of a package's own names counts for its `__init__`."""
     return {
-        path: {found for found in _imported(path, text, modules) if found != path} for path, text in modules.items()
+        path: {found for found in _imported(path, _nodes(text), modules) if found != path}
+        for path, text in modules.items()
     }
 
 
-def _imported(path: str, text: str, modules: Mapping[str, str]) -> Iterator[str]:
+@cache
+def _nodes(text: str) -> tuple[ast.AST, ...]:
+    """All nodes of a module's code."""
+    return tuple(ast.walk(ast.parse(text)))
+
+
+def _imported(path: str, nodes: Iterable[ast.AST], modules: Mapping[str, str]) -> Iterator[str]:
     here = Path(path).parent.parts
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == PACKAGE:
@@ -154,9 +162,9 @@ def late_imports(modules: Mapping[str, str]) -> set[tuple[str, str]]:
     return {
         (path, found)
         for path, text in modules.items()
-        for function in ast.walk(ast.parse(text))
+        for function in _nodes(text)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for found in _imported(path, ast.unparse(function), modules)
+        for found in _imported(path, ast.walk(function), modules)
     }
 
 
@@ -192,7 +200,7 @@ def circles(found: Mapping[str, set[str]]) -> list[list[str]]:
 def code_lines(text: str) -> int:
     """Lines that hold code: no docstring, comment or blank."""
     strings: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in _nodes(text):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node
         ):
@@ -208,7 +216,7 @@ def functions(modules: Mapping[str, str]) -> list[Function]:
     """Every function of the modules; `self` and `cls` are no parameters."""
     found = []
     for path, text in modules.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in _nodes(text):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 taken = node.args
                 names = [each.arg for each in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)]

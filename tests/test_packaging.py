@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -53,6 +54,7 @@ def sources() -> list[Path]:
     return found
 
 
+@cache
 def imports_of(path: Path) -> list[tuple[str | None, str]]:
     """(folder of this package, "") or (None, outside top-level module) for every import of a file."""
     found: list[tuple[str | None, str]] = []
