@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from ..card.bench import Bench, BenchSettings
-from ..card.picture import draw_card
 from ..card.table import describe_card
 from ..runtime.settings import use_device
 from ..system.atomic_files import write_file
@@ -61,5 +60,7 @@ def _show(profile: CardProfile, output: Path | None) -> None:
     if output is not None:
         picture = output.with_suffix(".png")
         write_file(output, profile.to_json())
+        from ..card.picture import draw_card  # matplotlib: without it all commands start sooner
+
         write_file(picture, draw_card(profile))
         print(f"\n{output}, {picture}: to share with others, add the JSON to benchmarks/cards in a pull request")

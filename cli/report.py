@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..memory.report.report import RunReport
-from ..memory.report.timeline import draw_timeline
 from ..system.atomic_files import write_file
 from .output import check_replaced
 
@@ -25,6 +24,8 @@ def show_report(report: RunReport, options: argparse.Namespace) -> None:
     path: Path | None = options.report
     if path is not None:
         report.save(path)
+        from ..memory.report.timeline import draw_timeline  # matplotlib: without it all commands start sooner
+
         write_file(path.with_suffix(".png"), draw_timeline(report))
     print(report.table())
     if path is not None:

@@ -705,6 +705,7 @@ def test_a_terminal_gets_a_bar() -> None:
 
 def test_the_command_line_runs_as_a_module() -> None:
     """Where nothing was installed, as in a portable ComfyUI."""
-    command = [sys.executable, "-m", "lowvram_video.cli", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "lowvram_video.cli", "--help"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert ran.returncode == 0 and "convert" in ran.stdout, ran.stderr
+    assert "lowvram_video.cli.main" in ran.stderr and "matplotlib" not in ran.stderr, "a quarter of the start"
