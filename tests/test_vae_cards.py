@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.team.mail import TeamError
 from lowvram_video.team.team import Team
 from lowvram_video.vae.retries import pieces_fitting
 from lowvram_video.vae.strips import Strips
@@ -123,6 +124,12 @@ def test_progress_is_told_by_the_caller_s_thread_and_may_stop_all(small):
     assert len(told) == 3 and {count for _, count in told} == {6} and told == sorted(told)
 
 
+def test_a_card_that_never_leaves_its_rows_is_an_error():
+    wave = Wave(3, lambda nbytes: torch.empty(nbytes), lambda: None, timeout_seconds=0.2)
+    with pytest.raises(TeamError, match=r"strip 0 .* has not come to step 1 for 0.2 s: its card hangs or has gone"):
+        wave.wait_for(0, 1)
+
+
 class TestPipeline:
     def test_the_planned_strips_are_made_by_all_cards(self, files, caplog):  # noqa: F811
         decoders, plan, latent = planned(files, rows=16)
@@ -144,6 +151,15 @@ class TestPipeline:
         pieces = pieces_fitting(ways, lambda way: map(to_uint8, pieces_of(decoders, latent, way)), "decoding")
         assert torch.cat(list(pieces)).equal(to_uint8(want))
         assert "out of VRAM while decoding on 2 cards, in strips of 16 rows: next in strips of 16 rows" in caplog.text
+
+    def test_what_another_card_fails_at_is_made_by_the_first(self, files, monkeypatch, caplog):  # noqa: F811
+        def broken(self: object, step: int) -> None:
+            raise RuntimeError("CUDA error: the launch timed out")
+
+        decoders, _, latent = planned(files, rows=16)
+        monkeypatch.setattr(wave_module.WavePages, "end", broken)
+        assert made_by(decoders, latent, CardStrips(16, 2)).equal(made_by(decoders, latent, Strips(16)))
+        assert "on 2 cards, in strips of 16 rows failed, and the first card decodes alone: RuntimeError" in caplog.text
 
     def test_one_card_decodes_whole_frames_and_where_ram_has_no_room_for_what_waits(self, files):  # noqa: F811
         decoders, plan, _ = planned(files, rows=16)

@@ -13,6 +13,8 @@ from ..memory.plan.decode import strip_memory
 from ..memory.plan.plan import MemoryPlan
 from ..memory.stream.pinned import CudaRegistrar, Registrar
 from ..runtime.settings import RunSettings
+from ..system.device_errors import is_out_of_memory
+from ..system.kernel_choice import brief
 from ..team.team import Team
 from ..vae.files import OpenVae
 from ..vae.outbox import Finish
@@ -46,10 +48,20 @@ class Decoders:
         return ways if shared is None else [shared, *ways]
 
     def pieces(self, latent: Tensor, way: DecodeWay, on_chunk: OnChunk, finish: Finish) -> Iterator[Tensor]:
-        """As `decode_in`."""
+        """As `decode_in`. Where another card fails the first one makes the same strips, as long as it has room."""
         if not isinstance(way, CardStrips):
             yield from decode_in(self.first, latent, way, on_chunk, finish)
             return
+        try:
+            yield from self._on_all(latent, way, on_chunk, finish)
+        except RuntimeError as error:  # before the first piece, which comes once all are made
+            if is_out_of_memory(error):
+                raise
+            logger.warning("decoding %s failed, and the first card decodes alone: %s", way, brief(error))
+            alone = Strips(way.rows, True, way.registrar)
+            yield from decode_in(self.first, latent, alone, on_chunk, finish)
+
+    def _on_all(self, latent: Tensor, way: CardStrips, on_chunk: OnChunk, finish: Finish) -> Iterator[Tensor]:
         assert self.team is not None
         logger.info("decoding %s", way)
         vaes = [self.first]

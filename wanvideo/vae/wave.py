@@ -8,6 +8,7 @@ what one card makes in these strips: the same layers on the same numbers, in the
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...memory.stream.pinned import Registrar
+from ...team.mail import TIMEOUT_SECONDS, TeamError
 from ...team.team import Team
 from ...vae.checks import check_latent
 from ...vae.outbox import Finish, Outbox
@@ -61,11 +63,15 @@ def decode_on_cards(
     codings = [vae.decoding(latent.shape) for vae in vaes]
     with waiting_memory(Strips(way.rows, True, way.registrar), codings[0].weight) as allocate:
         decode = _Decode(codings, team, latent, way, allocate)
+        hangs = False
         try:
             team.run(partial(decode.make, finish=finish, on_chunk=on_chunk), in_turns=False)
+        except TeamError:
+            hangs = True  # and would be waited for without an end
+            raise
         finally:
             # RAM that copies are under way to, or from, is others' next
-            for vae in vaes:
+            for vae in () if hangs else vaes:
                 if vae.device.type == "cuda":
                     with suppress(RuntimeError):  # a card that failed says so again, over what stopped it
                         torch.cuda.synchronize(vae.device)
@@ -83,7 +89,7 @@ class _Decode:
         self._shelf = self._first.fill_shelf(latent, allocate)
         if self._first.weight.is_cuda:
             torch.cuda.synchronize(self._first.weight.device)  # other cards read it behind nothing
-        self._wave = Wave(self._num_steps, allocate, team.mail.check)
+        self._wave = Wave(self._num_steps, allocate, team.mail.check, team.mail.timeout_seconds)
         self._recording = threading.Lock()  # PyTorch gives no memory back while a card records
         self._video: Tensor | None = None
         self._alone = threading.Lock()
@@ -144,9 +150,12 @@ class _Decode:
 class Wave:
     """How far each strip is, and the pages of its steps, which wait in RAM for the strip below."""
 
-    def __init__(self, num_steps: int, allocate: Allocate, check: Callable[[], None]) -> None:
+    def __init__(
+        self, num_steps: int, allocate: Allocate, check: Callable[[], None], timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
         """`check` is called while a card waits for another, and raises where that has stopped."""
-        self.num_steps, self._allocate, self._check = num_steps, allocate, check
+        self.num_steps, self.timeout_seconds = num_steps, timeout_seconds
+        self._allocate, self._check = allocate, check
         self._waiting: dict[int, Tensor] = {}
         self._left: dict[int, list[torch.cuda.Event | None]] = {}  # by strip: of its steps so far
         self._news = threading.Condition()
@@ -168,11 +177,20 @@ class Wave:
         return len(self._left.get(strip, ())) > step
 
     def wait_for(self, strip: int, step: int) -> torch.cuda.Event | None:
-        """Wait until a step of a strip has left its page: what to wait for on the device. There is no strip -1."""
+        """Wait until a step of a strip has left its page: what to wait for on the device. There is no strip -1.
+
+        TeamError where it does not in time.
+        """
         if strip < 0:
             return None
+        deadline = time.monotonic() + self.timeout_seconds
         with self._news:
             while not self.is_left(strip, step):
+                if time.monotonic() > deadline:
+                    raise TeamError(
+                        f"strip {strip} of a decoding has not come to step {step} for {self.timeout_seconds:g} s: its "
+                        "card hangs or has gone; look at nvidia-smi, and leave that card out of the devices"
+                    )
                 self._news.wait(_POLL_SECONDS)
                 self._check()
             return self._left[strip][step]
