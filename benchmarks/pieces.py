@@ -27,7 +27,7 @@ from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.system.atomic_files import write_file
-from lowvram_video.transformer import workspace
+from lowvram_video.transformer import rows as row_ranges
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import machine
@@ -41,12 +41,12 @@ REPEATS = 10
 
 @dataclass(frozen=True)
 class Pieces:
-    """How a step is cut: as `Choice` says, and what numbers of rows are multiples of (`workspace.TILE_ROWS`)."""
+    """How a step is cut: as `Choice` says, and what numbers of rows are multiples of (`rows.py: TILE_ROWS`)."""
 
     token_chunk: int
     head_groups: int
     query_chunk: int | None
-    tile_rows: int = workspace.TILE_ROWS
+    tile_rows: int = row_ranges.TILE_ROWS
 
     def __str__(self) -> str:
         return f"{self.token_chunk} rows, {self.head_groups} groups, {self.query_chunk} queries, by {self.tile_rows}"
@@ -91,11 +91,11 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 @contextmanager
 def tiles_of(rows: int) -> Iterator[None]:
     """Pieces are of multiples of so many rows meanwhile."""
-    before, workspace.TILE_ROWS = workspace.TILE_ROWS, rows
+    before, row_ranges.TILE_ROWS = row_ranges.TILE_ROWS, rows
     try:
         yield
     finally:
-        workspace.TILE_ROWS = before
+        row_ranges.TILE_ROWS = before
 
 
 def step_seconds(model: StreamedWan, plan: MemoryPlan, pieces: Pieces, device: torch.device) -> dict[str, Any]:

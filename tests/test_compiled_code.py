@@ -28,6 +28,7 @@ from lowvram_video.memory.plan.footprint import Limits
 from lowvram_video.memory.report.compiling import lines
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer import workspace
+from lowvram_video.transformer.rows import num_parts
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.model import WanModel
@@ -122,12 +123,12 @@ def test_sizes_of_other_numbers_of_parts_and_split_queries_are_right_too(monkeyp
 
 def test_ranges_cover_all_rows_in_a_power_of_two_of_parts() -> None:
     for count in (1, 7, 8, 9, 100, 32760, 75600):
-        parts = workspace.num_parts(count, 4096, 8)
+        parts = num_parts(count, 4096, 8)
         bounds = [count * index // parts for index in range(parts + 1)]
         sizes = [after - before for before, after in itertools.pairwise(bounds)]
         assert sum(sizes) == count and min(sizes) > 0 and max(sizes) <= 4096 and parts & (parts - 1) == 0
-    assert workspace.num_parts(20280, 4096, 8) == workspace.num_parts(32760, 4096, 8) == 8
-    assert workspace.num_parts(75600, 4096, 8) == 32
+    assert num_parts(20280, 4096, 8) == num_parts(32760, 4096, 8) == 8
+    assert num_parts(75600, 4096, 8) == 32
 
 
 # --- one block first -------------------------------------------------------------------------------------

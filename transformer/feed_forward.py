@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..weights.linear.linear import Linear, project_gelu
-from .workspace import Workspace, within
+from .rows import within
+from .workspace import Workspace
 
 Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
 Add = Callable[[slice, Tensor], None]  # adds to those rows of x

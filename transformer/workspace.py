@@ -18,8 +18,8 @@ from ..system.torch_compiler import mark_any_length
 from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .packed_heads import PackedHeads
+from .rows import even_step, num_parts, rows_of
 
-TILE_ROWS = 256
 FEWEST_PARTS = 8  # of a pass in code for any size: 32,768 rows at 4096 at a time
 ANY_NUMBER = 2**40  # of rows
 # fp16 ends at 65,504, which the residual stream of a model trained in bf16 may pass (HunyuanVideo's does). It is read
@@ -365,41 +365,3 @@ def samples_of(x: Tensor | PackedHeads, part: slice) -> Tensor | PackedHeads:
 def heads_of(x: Tensor | PackedHeads, part: slice) -> Tensor:
     """Some heads of `x [B, L, H, D]` as attention takes them."""
     return x.heads(part) if isinstance(x, PackedHeads) else x[:, :, part]
-
-
-def even_step(count: int, most: int) -> int:
-    """So many rows at a time, at most `most`, that parts of `count` are about even.
-
-    Products are computed in tiles of up to 256 rows: a tile that is begun costs as much as a whole one.
-    """
-    if not count:
-        return most
-    num_parts = -(-count // most)
-    return min(most, -(-count // num_parts // TILE_ROWS) * TILE_ROWS)
-
-
-def num_parts(count: int, most: int, fewest: int = 1) -> int:
-    """A power of two: into so many parts `count` rows go, of at most `most` rows each."""
-    parts = fewest
-    while parts * most < count:
-        parts *= 2
-    return parts if count >= parts else 1
-
-
-def within(rows: slice, start: int) -> slice:
-    """The same rows of a buffer whose first one is row `start`."""
-    return slice(rows.start - start, rows.stop - start)
-
-
-def rows_of(buffer: Tensor, first: int, num_rows: int, dim: int) -> Tensor:
-    """`[num_rows, dim]` of a flat buffer, the first in its storage, from element `first` on.
-
-    By strides, because inductor writes to such a view, and to slices of it, where they lie; to a slice of the buffer
-    itself it writes by making the whole buffer anew (`_ALWAYS_MUTATING_SCATTER_OPS` in `fx_passes/reinplace.py`).
-    """
-    return buffer.as_strided((num_rows, dim), (dim, 1), first)
-
-
-def writable(x: Tensor) -> Tensor:
-    """The same tensor as a view that compiled code writes to where it lies; see `rows_of`."""
-    return x.as_strided(x.shape, x.stride())

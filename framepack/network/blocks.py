@@ -21,8 +21,9 @@ from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Scale
 from ...transformer.nag import guide_
+from ...transformer.rows import writable
 from ...transformer.transformer import Block
-from ...transformer.workspace import Workspace, writable
+from ...transformer.workspace import Workspace
 from ...weights.linear.linear import Linear, project_gelu
 from ...weights.linear.projection import DenseProjection
 from .config import FramePackConfig

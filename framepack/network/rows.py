@@ -12,7 +12,8 @@ from ...fused.ops import Rope
 from ...transformer.feed_forward import Add, Normed
 from ...transformer.layers import Scale
 from ...transformer.nag import NagSettings
-from ...transformer.workspace import Attend, Workspace, rows_of
+from ...transformer.rows import rows_of
+from ...transformer.workspace import Attend, Workspace
 from ...weights.linear.linear import Linear, project_gelu, project_together
 from ...weights.linear.projection import Projection
 

@@ -21,8 +21,9 @@ from ...transformer.feed_forward import Add, Normed, feed_forward
 from ...transformer.layers import Affine, Scale, parameter
 from ...transformer.nag import NagSettings, guide_
 from ...transformer.packed_heads import PackedHeads
+from ...transformer.rows import within, writable
 from ...transformer.transformer import Block
-from ...transformer.workspace import Pair, Workspace, within, writable
+from ...transformer.workspace import Pair, Workspace
 from ...weights.linear.linear import Linear, project_together, share_rows, write_product
 from ...weights.linear.projection import Projection
 from .config import WanConfig
