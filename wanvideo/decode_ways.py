@@ -43,7 +43,7 @@ class Decoders:
         pinned = settings.device.type == "cuda" and settings.pinned_memory
         registrar = CudaRegistrar(settings.device) if pinned else None
         way: Way = Strips(decode.rows, decode.in_ram, registrar) if decode.rows else Tile(decode.tile)
-        ways = [way, *retry_ways(self.first, way, (plan.work.height, plan.work.width), registrar)]
+        ways: list[DecodeWay] = [way, *retry_ways(self.first, way, (plan.work.height, plan.work.width), registrar)]
         shared = self._on_cards(plan, registrar)
         return ways if shared is None else [shared, *ways]
 
