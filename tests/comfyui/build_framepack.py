@@ -121,6 +121,7 @@ def finish(
     """From the plan on: sampler, the video that is shown as it grows, and report. `groups` are those of pictures."""
     graph = scene.graph
     plan = graph.add("LowVRAMPlan", model=scene.model, length=33, guidance=False, **bucket.size)
+    plan.values |= {"width": 640, "height": 608}  # what Nodes 2.0 shows in the place of what a picture decides
     sampler = add_sampler(scene, prompt, f"video/{graph.name}", **given, **widgets)
     report = graph.add("LowVRAMMemoryReport", model=scene.model, after=sampler["samples"])
     film = graph.add("LowVRAMShowVideo", video=sampler["video"])
