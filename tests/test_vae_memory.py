@@ -14,6 +14,7 @@ from lowvram_video.framepack.vae.decoding import DecodeBudget, decode_section
 from lowvram_video.framepack.vae.model import HunyuanVAE, VAEConfig
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.vae.tiling import encode_fitting
+from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
@@ -64,14 +65,20 @@ def failing_at_the_third_latent(error: Exception) -> Callable[..., Iterator[Tens
     return method
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[WanFiles, Tensor]:
+    """Files, and the frames of the request by them."""
+    files = save_files(tmp_path_factory.mktemp("wan"))
+    return files, torch.cat(list(WanPipeline(files, RunSettings()).generate(REQUEST)))
+
+
 @all_errors
 def test_frames_that_are_missing_are_decoded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    made: tuple[WanFiles, Tensor], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    pipeline = WanPipeline(save_files(tmp_path), RunSettings())
-    want = torch.cat(list(pipeline.generate(REQUEST)))
+    files, want = made
     monkeypatch.setattr(WanVAE, "decode_pieces", failing_at_the_third_latent(error))
-    got = torch.cat(list(pipeline.generate(REQUEST)))
+    got = torch.cat(list(WanPipeline(files, RunSettings()).generate(REQUEST)))
     assert got.shape == want.shape and torch.equal(got[:5], want[:5])
 
 
@@ -86,11 +93,10 @@ def test_a_start_image_is_encoded_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 @all_errors
 def test_a_vae_that_finds_no_room_on_the_device_is_loaded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    made: tuple[WanFiles, Tensor], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """In `Checkpoint.read`, as what is read goes to the device at once."""
-    files, left = save_files(tmp_path), [error]
-    want = torch.cat(list(WanPipeline(files, RunSettings()).generate(REQUEST)))
+    (files, want), left = made, [error]
     read = Checkpoint.read
 
     def scarce(checkpoint: Checkpoint, name: str) -> Tensor:
