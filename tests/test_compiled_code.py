@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,55 +266,65 @@ def test_a_model_that_ran_plain_compiles_its_next_run(tmp_path: Path) -> None:
 # --- kept code -------------------------------------------------------------------------------------------
 
 
-def kept_code(folder: Path, settings: CompileSettings = CompileSettings()) -> CompiledCode:  # noqa: B008
+KEPT = CompileSettings(dynamic=False)
+STARTS = ((3, 5), (3,), (5,), (3, 5))  # rows of each pass
+
+
+def kept_code(folder: Path, sizes: Sequence[int] = (3,)) -> CompiledCode:
     """Code of a module, made (or taken from what is kept) as in a new process."""
     torch._dynamo.reset()
     blocks = layers(Layer)
-    code = CompiledCode(blocks, settings, CPU, "test", folder=folder)
-    code.make_first(lambda: blocks[0](torch.ones(3, 8)), rows=3)
+    code = CompiledCode(blocks, KEPT, CPU, "test", folder=folder)
+    code.make_first(lambda: blocks[0](torch.ones(sizes[0], 8)), rows=sizes[0])
+    for rows in sizes[1:]:
+        with code.watching(rows):
+            blocks[0](torch.ones(rows, 8))
     return code
 
 
-def test_the_next_start_finds_the_code_and_what_is_damaged_is_made_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with fresh_cache():
-        first = kept_code(tmp_path).reading()
-        left = InductorCache.here()
-        assert left.parts() == [path for path in sorted(left.folder.iterdir()) if path.is_dir()] and left.nbytes()
-    (file,) = tmp_path.glob(f"*{ENDING}")
-    with fresh_cache():
-        second = kept_code(tmp_path).reading()
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[CompileReading]]:
+    """The file of code that several starts of a process have kept, and what each of them did."""
+    folder, readings = tmp_path_factory.mktemp("kept"), []
+    for sizes in STARTS:
+        with fresh_cache(), torch.inference_mode():
+            readings.append(kept_code(folder, sizes).reading())
+            left = InductorCache.here()
+            assert left.parts() == [path for path in sorted(left.folder.iterdir()) if path.is_dir()] and left.nbytes()
+    (file,) = folder.iterdir()
+    return file, readings
+
+
+def test_the_next_start_finds_the_code(starts: tuple[Path, list[CompileReading]]) -> None:
+    _, (first, second, *_) = starts
     print(f"misses {first.counts.misses}, then hits {second.counts.hits} of {second.saved_bytes} bytes")
     assert first.counts.hits == 0 < first.counts.misses and not first.saved_bytes
     assert second.counts.misses == 0 and second.counts.hits == second.counts.graphs == 1 and second.saved_bytes
-    content = file.read_bytes()
-    for damaged in (content[:-7], b"", content[:100] + bytes([content[100] ^ 1]) + content[101:], b"PK\x03\x04"):
-        file.write_bytes(damaged)
-        caplog.clear()
-        saved = SavedCode(key_of(CompileSettings(), CPU, "test"), tmp_path)
-        assert saved.path == file and saved.load() == 0
-        assert "ignored" in caplog.text
-    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
-def test_code_of_every_pass_is_found_again_whatever_the_starts_between_used(tmp_path: Path) -> None:
+def test_code_of_every_pass_is_found_again_whatever_the_starts_between_used(
+    starts: tuple[Path, list[CompileReading]],
+) -> None:
     """One pass makes the blocks' code, another one the head's or another size's; a start may need one of them alone."""
-    settings, hits = CompileSettings(dynamic=False), []
-    for sizes in ((3, 5), (3,), (5,), (3, 5)):
-        with fresh_cache():
-            torch._dynamo.reset()
-            blocks = layers(Layer)
-            code = CompiledCode(blocks, settings, CPU, "test", folder=tmp_path)
-            for rows in sizes:
-                with code.watching(rows):
-                    blocks[0](torch.ones(rows, 8))
-            reading = code.reading()
-            hits.append((reading.counts.misses, reading.counts.hits > 0, reading.saved_bytes))
+    hits = [(each.counts.misses, each.counts.hits > 0, each.saved_bytes) for each in starts[1]]
     print(hits)
     assert hits[0][0] > 0 and hits[0][1:] == (False, 0)
     assert [each[:2] for each in hits[1:]] == [(0, True)] * 3, "all of it was found"
     assert len({saved for *_, saved in hits[1:]}) == 1, "nothing is kept twice"
+
+
+def test_code_that_is_damaged_is_made_anew(
+    starts: tuple[Path, list[CompileReading]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / starts[0].name
+    content = starts[0].read_bytes()
+    for damaged in (content[:-7], b"", content[:100] + bytes([content[100] ^ 1]) + content[101:], b"PK\x03\x04"):
+        file.write_bytes(damaged)
+        caplog.clear()
+        saved = SavedCode(key_of(KEPT, CPU, "test"), tmp_path)
+        assert saved.path == file and saved.load() == 0
+        assert "ignored" in caplog.text
+    assert not [path for path in starts[0].parent.iterdir() if "partial" in path.name]
 
 
 @pytest.mark.parametrize("text", ["[" * 60000, '{"a":' * 9000, '{"misses": 1' + "0" * 5000 + "}", "[]", "\0", '"x"'])
