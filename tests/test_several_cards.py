@@ -461,7 +461,11 @@ def sparse_steps(path: Path | StreamedWan, settings: RunSettings | None, batch: 
         parts = [slice(first, first + batch) for first in range(0, 2, batch)]
         made.append(torch.cat([model(moved[part], time[part], text[part]) for part in parts]))
     watch = model.model.execution.watch
-    learnt = None if watch is None else watch.state()
+    learnt = None
+    if watch is not None:
+        watch.collect()
+        state = watch.state()
+        learnt = None if state is None else state[0]  # nothing waits to be learnt
     if model is not path:
         model.release()
     return SparseRun(made, learnt)

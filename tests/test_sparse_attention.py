@@ -399,7 +399,7 @@ def test_what_is_no_number_makes_a_layer_dense() -> None:
 def test_what_was_learnt_is_taken_up() -> None:
     bound, again = (Bound(SparseSettings(bound=0.1), 2) for _ in range(2))
     learn(bound, 0.2, 2)
-    again.restore(bound.state())
+    again.restore(bound.state().tolist())
     assert again.layers == bound.layers and again.chosen(0) == bound.chosen(0)
 
 
@@ -447,6 +447,7 @@ def test_a_run_that_goes_on_at_a_later_step_keeps_what_it_is_told() -> None:
         measure(first, step)
     learnt = first.state()
     assert learnt is not None
+    first.collect()
     fresh, used = (sparse_run(BOUNDED, layers=1) for _ in range(2))
     for step in range(20):
         begun_pass(used, 320, step)
@@ -463,6 +464,7 @@ def test_what_was_measured_before_is_no_part_of_what_a_run_is_told() -> None:
     measure(first, 0)
     learnt = first.state()
     assert learnt is not None
+    first.collect()
     again = sparse_run(BOUNDED, layers=1)
     measure(again, 0)
     again.restore(learnt)
@@ -541,6 +543,7 @@ def test_the_host_waits_for_nothing_that_the_device_still_has_to_do(monkeypatch:
             waits[-1].append([each for each in asked])
             asked.clear()
         begun.end(q.flatten(0, 1).clone(), q)
+        assert run.state() is not None and not asked, "nor does whoever keeps what was learnt"
     calls = [1 + step for step in range(3)]
     print(waits)
     assert not any(waits[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +77,7 @@ class Bound:
         rows = [[each.slack, float(each.dense), each.seen.difference, each.seen.norm] for each in self.layers]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def restore(self, state: Tensor) -> None:
-        """The reverse of `state`."""
-        for layer, (slack, dense, difference, norm) in zip(self.layers, state.tolist(), strict=True):
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        """The reverse of `state`, as numbers."""
+        for layer, (slack, dense, difference, norm) in zip(self.layers, state, strict=True):
             layer.slack, layer.dense, layer.seen = slack, bool(dense), Sums(difference, norm)

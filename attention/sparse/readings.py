@@ -143,6 +143,12 @@ class PassReadings:
         for layer in layers:
             self._there[layer] = there
 
+    def unlearnt(self) -> Tensor:
+        """`[layers, 4]`, fp64, on the device: what `Bound.learn` is still to be told, 0 for layers that it is not."""
+        told = [float(sparse and layer in self.unread) for layer, sparse in enumerate(self.sparse)]
+        wanted = torch.tensor(told, dtype=torch.float64).to(self._sums.device, non_blocking=True)
+        return torch.where(wanted[:, None] > 0, self._sums.double(), 0.0)
+
     def read(self, layer: int) -> Sums:
         """Of a layer that was sent; waits until the device has done it, and for nothing after it."""
         there = self._there[layer]

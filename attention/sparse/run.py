@@ -200,7 +200,7 @@ class AttentionRun:
 
     def _read(self, layers: Sequence[int], before: int) -> None:
         """What calls before this one measured of the layers."""
-        for each in sorted(self._pending, key=lambda done: (done.call, done.place)):
+        for each in sorted(self._pending, key=_in_order):
             for layer in each.unread.intersection(layers) if each.call < before else ():
                 sums, sparse = each.read(layer), each.sparse[layer]
                 self._sums.setdefault((each.step, layer, sparse), Sums()).add(sums)
@@ -218,15 +218,29 @@ class AttentionRun:
         self._pending, self._sums = [], {}
 
     def state(self) -> Tensor | None:
-        """What was learnt so far, for a run that goes on later; None where there is nothing to learn."""
-        self.collect()
-        return None if self._bound is None else self._bound.state()
+        """What was learnt so far, for a run that goes on later; None where there is nothing to learn.
+
+        `[1 + passes, layers, 4]`, fp64: `Bound.state`, and what of passes is still to be learnt, in their order. It is
+        on the device where that may still have to make it: nobody waits.
+        """
+        if self._bound is None:
+            return None
+        if self._on_cards:  # each measured some
+            self.collect()
+        waiting = [each.unlearnt() for each in sorted(self._pending, key=_in_order)]
+        learnt = self._bound.state()
+        return torch.stack([learnt.to(waiting[0].device, non_blocking=True) if waiting else learnt, *waiting])
 
     def restore(self, state: Tensor) -> None:
         """Go on with what a run had learnt, and nothing that was measured here before."""
         self.collect()
-        if self._bound is not None:
-            self._bound.restore(state)
+        if self._bound is None:
+            return
+        learnt, *waiting = (state if state.dim() == 3 else state[None]).tolist()
+        self._bound.restore(learnt)
+        for sums in waiting:
+            for layer, (difference, norm, density, looked) in enumerate(sums):
+                self._bound.learn(layer, Sums(difference, norm, density, int(looked)))
 
     # What a pass asks
 
@@ -337,6 +351,10 @@ class AttentionPass:
             one = self.layer % q.shape[0]
             self._readings.add(self.layer, compare(q[one], k[one], v[one], out[one], self._samples, blocks))
         return out if back is None else out.index_select(1, back)
+
+
+def _in_order(done: PassReadings) -> tuple[int, int]:
+    return done.call, done.place
 
 
 def _beside(workspace: AttentionWorkspace, more: AttentionWorkspace) -> AttentionWorkspace:
