@@ -24,7 +24,7 @@ ASIDE = 1.03  # where what is said beside the axes begins, in their width
 
 @dataclass(frozen=True)
 class Shape:
-    """A picture's size, its letters' in points, and how many times are named below each of its axes."""
+    """A picture's size, its letters' in points, and how many values are named along an axis, at most about."""
 
     inches: tuple[float, float]
     dpi: int
