@@ -12,13 +12,13 @@ come first.
 
 "staged" rows exchange through pinned RAM, as cards without peer access do. "speed-up" is the median of one card over
 that of several; a guided row makes cond and uncond in turn on one card. "bits" says whether the result is that of one
-card, bit for bit. "host" is when all that is asked of the devices has been asked: less than the pass where the host is
-ahead. Threads take turns (see `team/mail.py`), "turns" of them in a pass, and "GIL" is what handing these over takes, a
-share of the pass: their number times the time of one between threads that do nothing else. "RAM" is what the process
-has beside the blocks, in GiB.
+card, bit for bit, or else the relative error. "host" is when all that is asked of the devices has been asked: less
+than the pass where the host is ahead. Threads take turns (see `team/mail.py`), "turns" of them in a pass, and "GIL" is
+what handing these over takes, a share of the pass: their number times the time of one between threads that do nothing
+else. "RAM" is what the process has beside the blocks, in GiB.
 
 "sparse" rows leave out of self-attention what Sparse Attention's defaults do, in both, from the first step on; "NAG"
-rows have a negative prompt that guides attention.
+rows have a negative prompt that guides attention; "packed" ones exchange in 8 bits, beside one card's exact pass.
 
 One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB, about 100 s) computes all that two would: bits,
 memory and the host's work are theirs, speed is not. There a "parked" row has every block in the same card's memory in
@@ -87,6 +87,7 @@ class Row:
     parked: bool = False  # one card, whose blocks lie in another's memory (with --twice: in its own as in another's)
     sparse: bool = False
     nag: bool = False
+    packed: bool = False
 
 
 ROWS = (
@@ -102,6 +103,7 @@ ROWS = (
     Row("480p parked", (832, 480, 81), 1 / 1.03, parked=True),
     Row("480p sparse", (832, 480, 81), 0, sparse=True),
     Row("clip NAG", (832, 480, 17), 0, rounds=5, nag=True),
+    Row("480p staged packed", (832, 480, 81), 0, staged=True, packed=True),
 )
 TWICE_BLOCKS = 10
 TWICE_ROWS = (
@@ -111,6 +113,7 @@ TWICE_ROWS = (
     Row("480p twice", (832, 480, 81), 0, rounds=2),
     Row("480p parked", (832, 480, 81), 0, rounds=2, parked=True),
     Row("clip twice NAG", (832, 480, 17), 0, rounds=3, nag=True),
+    Row("clip twice packed", (832, 480, 17), 0, rounds=3, packed=True),
     Row("clip twice sparse", (832, 480, 17), 0, rounds=3, sparse=True),
     Row("480p twice sparse staged", (832, 480, 81), 0, rounds=2, sparse=True, staged=True),
 )
@@ -120,6 +123,7 @@ TINY_ROWS = (
     Row("tiny FramePack", (128, 96, 33), 0, rounds=2, framepack=True),
     Row("tiny parked", (96, 64, 9), 0, rounds=2, parked=True),
     Row("tiny NAG", (96, 64, 9), 0, rounds=2, nag=True),
+    Row("tiny packed", (96, 64, 9), 0, rounds=2, packed=True),
     Row("tiny sparse", (96, 64, 9), 0, rounds=2, sparse=True),
 )
 
@@ -196,7 +200,10 @@ def started(model: Model, row: Row) -> Pass:
         limits = replace(limits, parking=Parking((place,)))
     together = row.samples if model.several is not None else 1
     work = wan_work(model.config, row.size, together, row.samples // together)
-    model.start_fitting(model.make_plan(work, limits))
+    plan = model.make_plan(work, limits)
+    if row.packed and model.several is not None:
+        plan = replace(plan, model=replace(plan.model, packs_exchange=True))
+    model.start_fitting(plan)
     return wan_pass(model, row)
 
 
@@ -343,9 +350,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         one, several = row["one"], row["several"]
         beside = several["rss_gib"] - several["host_bytes_gib"]
+        bits = "same" if row["same_bits"] else f"{row['error']:.0e}"
         lines.append(
             f"{row['name']:<20}{statistics.median(one['seconds']):>9.3f}{statistics.median(several['seconds']):>11.3f}"
-            f"{row['speed_up']:>9.2f}x{row['wanted']:>8.2f}{'same' if row['same_bits'] else 'NOT':>6}"
+            f"{row['speed_up']:>9.2f}x{row['wanted']:>8.2f}{bits:>6}"
             f"{statistics.median(several['host']):>9.3f}{several['turns']:>7}{100 * row['gil']:>6.1f}%{beside:>7.2f}"
         )
     return "\n".join(lines)

@@ -63,7 +63,7 @@ def alone(vae: WanVAE, latent: Tensor, rows: int) -> Tensor:
     return torch.cat(list(decode_in(vae, latent, Strips(rows), finish=as_it_is)), 2)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(num_cards=st.integers(2, 4), frames=st.integers(1, 4), height=st.integers(2, 5), rows=st.integers(8, 32))
 def test_the_bits_of_one_card(vae, num_cards, frames, height, rows):
     """More strips than cards and fewer; the parts that wait are read by one while another writes further ones."""
@@ -71,7 +71,7 @@ def test_the_bits_of_one_card(vae, num_cards, frames, height, rows):
     assert on(num_cards, vae, latent, rows).equal(alone(vae, latent, rows))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_bits_of_one_card_in_any_order(small, monkeypatch, seed):
     """Cards that dawdle anywhere."""
     randomly, leave, latent = random.Random(seed), Wave.leave, random_latent(small, 4, 6, 2)
