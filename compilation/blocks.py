@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..system.kernel_choice import brief
 from ..system.torch_compiler import torch_compiler
+from ..system.triton_errors import triton_errors
 from .settings import CompileSettings
 
 
@@ -22,15 +25,27 @@ def compile_modules(modules: Sequence[nn.Module], settings: CompileSettings, any
     With `any_size` the modules say by themselves which dimensions vary (see `Execution.any_size`).
     """
     settings.check()
-    torch_compiler()
-    if settings.backend == "tensorrt":
-        importlib.import_module("torch_tensorrt")  # makes its backend known
+    load_backend(settings.backend)
     options: dict[str, Any] = {"options": inductor_options(settings.mode)} if settings.backend == "inductor" else {}
     dynamic = None if any_size else settings.dynamic
     for module in modules:
         module.compile(
             backend=settings.backend, fullgraph=settings.fullgraph, dynamic=dynamic, **options
         )  # fmt: skip
+
+
+def load_backend(backend: str) -> None:
+    """Have the compiler know a backend. ValueError, with the fix, where it cannot be imported."""
+    torch_compiler()
+    if backend != "tensorrt":
+        return
+    try:
+        importlib.import_module("torch_tensorrt")  # makes its backend known
+    except triton_errors() as problem:
+        raise ValueError(
+            f"backend tensorrt cannot be used: torch_tensorrt cannot be imported ({brief(problem)}), as it is "
+            f"likely not for torch {torch.__version__}: choose inductor, or pip install torch-tensorrt anew"
+        ) from problem
 
 
 def inductor_options(mode: str) -> dict[str, Any]:

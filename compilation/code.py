@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .blocks import at_limit, compile_modules, dynamo_limits, uncompile_modules, whole_graphs
+from .blocks import at_limit, compile_modules, dynamo_limits, load_backend, uncompile_modules, whole_graphs
 from .counts import Counts, counts, events
 from .reading import CompileReading, kept_figures, regressions
 from .saved_code import SavedCode, code_folder, key_of, recorded_apart
@@ -30,6 +30,14 @@ NO_TRITON = (
 )
 T = TypeVar("T")
 Stream = Callable[[Sequence[nn.Module]], Iterator[nn.Module]]
+
+
+def check_compiling(settings: CompileSettings, device: torch.device) -> None:
+    """ValueError, with the fix, where blocks cannot be compiled so for a device."""
+    if settings.backend == "inductor" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError(NO_TRITON)
+    settings.check()
+    load_backend(settings.backend)
 
 
 class CodeMade(Exception):
@@ -52,8 +60,7 @@ class CompiledCode:
         any_size: bool = False,
         folder: Path | None = None,
     ) -> None:
-        if settings.backend == "inductor" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-            raise ValueError(NO_TRITON)
+        check_compiling(settings, device)
         self.settings, self._modules, self._device = settings, tuple(modules), device
         self._saved = SavedCode(key_of(settings, device, model), folder or code_folder())
         self._ready = False  # the code of the first size is there
@@ -83,7 +90,7 @@ class CompiledCode:
     # Passes
 
     def make_first(self, run: Callable[[], object], rows: int) -> None:
-        """Before the first pass of a size's: `run` has a pass that `first_of_each` ends early."""
+        """Before the first pass of all: `run` has a pass that `first_of_each` ends early; nothing later on."""
         if self._ready:
             return
         before = self._vram_in_use()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in one, links left out; none where it cannot be read."""
-    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir(follow_symlinks=False)]
+    return [Path(entry.path) for entry in _entries(folder) if _is_folder(entry)]
 
 
 def files_in(folder: Path, ending: str) -> list[Path]:
     """The files in a folder whose names end so; none where it cannot be read."""
-    return [Path(entry.path) for entry in _entries(folder) if entry.name.endswith(ending) and not entry.is_dir()]
+    return [Path(entry.path) for entry in _entries(folder) if entry.name.endswith(ending) and not _is_folder(entry)]
 
 
 def file_bytes(path: Path) -> int:
@@ -39,7 +39,15 @@ def delete(folder: Path) -> int:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """By name. What an entry is was read with it, or is asked for without an error where it has gone."""
+    """By name."""
     with suppress(OSError), os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
     return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, and no link to one."""
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False

@@ -14,7 +14,7 @@ import torch
 from ..attention.backend import AttentionSpec
 from ..attention.select import select_attention
 from ..compilation.blocks import dynamo_limits
-from ..compilation.code import CompiledCode
+from ..compilation.code import CompiledCode, check_compiling
 from ..compilation.settings import CompileSettings
 from ..memory.plan.footprint import Limits, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_leaner
@@ -132,7 +132,13 @@ class StreamedModel(AttendingModel[M]):
         self.start(plan)
 
     def compile(self, settings: CompileSettings | None) -> None:
-        """Let the blocks, and perhaps what is worth it beside them, run as compiled code; None: as plain PyTorch."""
+        """Let the blocks, and perhaps what is worth it beside them, run as compiled code; None: as plain PyTorch.
+
+        ValueError where that cannot be: they run as before.
+        """
+        if settings is not None:
+            for model in (self, *self._others):
+                check_compiling(settings, model.settings.device)
         code, self.compiled = self.compiled, None
         if code is not None:
             code.close()

@@ -263,6 +263,24 @@ def test_a_model_that_ran_plain_compiles_its_next_run(tmp_path: Path) -> None:
     assert reading.counts.graphs == 1 and reading.pass_seconds is None, "one pass"
 
 
+def test_settings_that_cannot_be_leave_a_model_as_it_was(tmp_path: Path) -> None:
+    model = StreamedWan(save_wan(tmp_path / "wan.safetensors"), RunSettings())
+    for before in (None, ANY_SIZE):
+        model.compile(before)
+        with pytest.raises(ValueError, match="tensorrt"):
+            model.compile(CompileSettings(backend="tensorrt", dynamic=True))
+        assert model.model.execution.any_size == (before is not None) == (model.compiled is not None)
+        assert all((block._compiled_call_impl is not None) == (before is not None) for block in model.blocks)
+
+
+def test_a_backend_that_is_broken_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is there, and of another PyTorch."""
+    (tmp_path / "torch_tensorrt.py").write_text("raise OSError('libtorch.so: undefined symbol')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot be imported \(.*undefined symbol.*pip install torch-tensorrt anew"):
+        CompiledCode(layers(Layer), CompileSettings(backend="tensorrt"), CPU, "test", folder=tmp_path)
+
+
 # --- kept code -------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,7 @@ class Engine(Generic[S]):
             turns.add(self.streamed)
         self.streamed.on_yield = weakref.WeakMethod(self._tell_owner)
         self.options = StreamOptions()
+        self._is_configured = True  # as the options say
         self.report: RunReport | None = None
         self.owner: weakref.ref[nn.Module] | None = None  # ComfyUI's model, told where its weights are
         # Of LoRA files, by file and name, while anything uses them: for another strength nothing is read again.
@@ -104,20 +105,22 @@ class Engine(Generic[S]):
 
     def configure(self, options: StreamOptions, patches: Mapping[str, Sequence[Any]], patches_id: object) -> None:
         """Run as these options say and with these weight patches, from the next pass on."""
-        if options != self.options:
+        anew, self._is_configured = not self._is_configured, False  # where it failed midway: all of them
+        if anew or options != self.options:
             self.streamed.stop() if options.same_host_memory(self.options) else self.streamed.release()
-            if options.others != self.options.others:  # first: one card can do what several cannot
+            if anew or options.others != self.options.others:  # first: one card can do what several cannot
                 self.streamed.use_cards(())
-            if options.compile != self.options.compile:
+            if anew or options.compile != self.options.compile:
                 self.streamed.compile(options.compile)
-            if options.sparse != self.options.sparse:
+            if anew or options.sparse != self.options.sparse:
                 self.streamed.use_sparse(options.sparse)
-            if options.step_cache != self.options.step_cache:
+            if anew or options.step_cache != self.options.step_cache:
                 self.use_step_cache(options.step_cache)
-            if options.others != self.options.others:
+            if anew or options.others != self.options.others:
                 self.streamed.use_cards(options.others)
                 self.record.others = options.others
             self.options = options
+        self._is_configured = True
         if patches_id != self._patches_id or not patches:
             self._patches_id = patches_id
             self._patches = sort_patches(patches, self.streamed.model) if patches else SortedPatches()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from lowvram_pack.attention.backend import AttentionWorkspace
 from lowvram_pack.attention.sdpa import Sdpa
+from lowvram_pack.attention.sparse.settings import SparseSettings
+from lowvram_pack.compilation.settings import CompileSettings
 from lowvram_pack.nodes.sparse import SparseAttention
 from lowvram_pack.runtime import attending
 from lowvram_pack.sampling.caching import sampler_steps
@@ -107,6 +109,18 @@ def test_another_nodes_attention_is_refused_beside_it(models: Path, kernel: Kern
     )
     with pytest.raises(ValueError, match="take one of the two nodes out"):
         sample(model, *prompts(), empty_latent(), cfg=1.0)
+
+
+@pytest.mark.newest
+def test_options_that_fail_midway_leave_nothing_of_them_to_the_next_run(models: Path) -> None:
+    """Code was made for them, and then there was no sparse attention."""
+    plain = ours(save(models, "t2v"))
+    want = sample(plain, *prompts(), empty_latent(), cfg=1.0)
+    failing = plain.with_options(compile=CompileSettings(backend="eager"), sparse=SparseSettings())
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        sample(failing, *prompts(), empty_latent(), cfg=1.0)
+    assert sample(plain, *prompts(), empty_latent(), cfg=1.0).equal(want)
+    assert plain.engine.streamed.compiled is None and plain.engine.streamed.model.execution.watch is None
 
 
 def test_where_it_cannot_run_the_node_says_so(models: Path) -> None:
