@@ -22,6 +22,7 @@ from lowvram_video.vae.tiling import decode_in
 from lowvram_video.video.pictures import to_levels, to_uint8
 from lowvram_video.wanvideo.decode_ways import Decoders, DecodeWay
 from lowvram_video.wanvideo.pipeline import WanPipeline
+from lowvram_video.wanvideo.vae import strip as strip_module
 from lowvram_video.wanvideo.vae import wave as wave_module
 from lowvram_video.wanvideo.vae.model import WanVAE
 from lowvram_video.wanvideo.vae.wave import CardStrips, Wave, decode_on_cards
@@ -69,6 +70,15 @@ def test_the_bits_of_one_card(vae, num_cards, frames, height, rows):
     """More strips than cards and fewer; the parts that wait are read by one while another writes further ones."""
     latent = random_latent(vae, frames, height, 1)
     assert on(num_cards, vae, latent, rows).equal(alone(vae, latent, rows))
+
+
+@pytest.mark.parametrize(("num_cards", "rows", "at_work"), [(2, 8, 2), (3, 16, 2)])
+def test_a_card_has_the_memory_of_one_strip(small, monkeypatch, num_cards, rows, at_work):
+    """Whatever number it makes; one that makes none has none."""
+    made, init = [], strip_module.Rings.__init__
+    monkeypatch.setattr(strip_module.Rings, "__init__", lambda self, *given: (made.append(self), init(self, *given))[1])
+    on(num_cards, small, random_latent(small, 2, 4, 1), rows)
+    assert len(made) == 1 + at_work, "the first one's layers at the latent's size, and a strip of each card"
 
 
 @pytest.mark.parametrize("seed", range(2))

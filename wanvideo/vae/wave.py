@@ -98,9 +98,11 @@ class _Decode:
     def make(self, rank: int, finish: Finish, on_chunk: OnChunk | None) -> None:
         """One card's strips."""
         coding, own = self._codings[rank], range(rank, self._num_strips, len(self._codings))
+        if not own:
+            return
         plan, needed = coding.plan(self._way.rows)
         pages = WavePages(self._wave, page_elements(plan, coding.batch), coding.weight)
-        strips = [coding.strips(plan, pages)[index] for index in own]
+        strips = coding.strips(plan, pages)[rank :: len(self._codings)]
         steps = coding.steps(coding.piece, strips)
         shelf, outbox = self._shelf.on(coding.weight.device), None
 
