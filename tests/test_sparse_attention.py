@@ -401,6 +401,9 @@ def test_what_was_learnt_is_taken_up() -> None:
     learn(bound, 0.2, 2)
     again.restore(bound.state().tolist())
     assert again.layers == bound.layers and again.chosen(0) == bound.chosen(0)
+    run = sparse_run(replace(ALWAYS, bound=0.1, tau=1.0), layers=2)
+    run.restore(bound.state())  # alone, with nothing that waits to be learnt
+    assert run.chosen(0) == bound.chosen(0)
 
 
 def begun_pass(

@@ -74,7 +74,12 @@ def test_the_device_is_not_asked_where_a_pass_is(models: Path, kernel: Kernel, m
     """But for the first calls, by which the sampler is known, and once for all passes of one."""
     asked: list[float] = []
     step_of = sampler_steps.step_of
-    monkeypatch.setattr(sampler_steps, "step_of", lambda *given: asked.append(given[1]) or step_of(*given))
+
+    def counted(levels: Any, level: float) -> int:
+        asked.append(level)
+        return step_of(levels, level)
+
+    monkeypatch.setattr(sampler_steps, "step_of", counted)
     sample(sparse(ours(save(models, "t2v"))), *prompts(), empty_latent(), cfg=3.0, steps=6)
     assert len(asked) == 2
 
