@@ -1,11 +1,27 @@
 """What several test modules share."""
 
+import gc
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+MANY_OBJECTS = 100_000  # the suite's own modules and PyTorch's compiler import more, the tests of a module leave fewer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """Garbage is collected after each out-of-memory: not through all that this process has imported."""
+    if len(gc.get_objects()) > MANY_OBJECTS:
+        gc.unfreeze()  # what modules before have left
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else packages tell of leaks at the end
 
 
 @pytest.fixture(scope="session")
