@@ -9,13 +9,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .folders import folders_in, tree_bytes
+from .folders import files_in, folders_in, tree_bytes
 
-# What inductor makes in its folder: by the digests of its files, and by these names.
+OWN = "torchinductor_"  # begins the name of the folder that nobody chose
+# What inductor makes in its folder: by these names, and by digests, two letters of which name a folder of files.
+NAMES = frozenset(("aoti_eager", "aotautograd", "cutedsl", "fxgraph", "precompiled_headers"))
+COMMON_NAMES = frozenset(("cache", "dynamo", "locks", "triton"))  # in a folder that the user named, maybe the user's
 DIGESTS = re.compile(r"[a-z2-7]{2}")
-NAMES = frozenset(
-    ("aoti_eager", "aotautograd", "cache", "cutedsl", "dynamo", "fxgraph", "locks", "precompiled_headers", "triton")
-)
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,23 @@ class InductorCache:
         named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         if named:
             return cls(Path(named).absolute())
-        return cls(Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", _user())))
+        return cls(Path(tempfile.gettempdir()) / (OWN + re.sub(r'[\\/:*?"<>|]', "_", _user())))
 
     def parts(self) -> list[Path]:
         """The folders in it that are inductor's; whatever else lies there is somebody's own."""
-        return [path for path in folders_in(self.folder) if path.name in NAMES or DIGESTS.fullmatch(path.name)]
+        names = NAMES | COMMON_NAMES if self.folder.name.startswith(OWN) else NAMES
+        return [path for path in folders_in(self.folder) if path.name in names or _is_of_digests(path)]
 
     def nbytes(self) -> int:
         return sum(map(tree_bytes, self.parts()))
+
+
+def _is_of_digests(folder: Path) -> bool:
+    """Whether there are files in it, all named by digests that name the folder, as `c2xabc….py` is in `2x`."""
+    if not DIGESTS.fullmatch(folder.name):
+        return False
+    files = files_in(folder, "")
+    return bool(files) and all(path.name[1:3] == folder.name for path in files)
 
 
 def _user() -> str:

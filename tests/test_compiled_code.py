@@ -308,7 +308,11 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Compile
         with fresh_cache(), torch.inference_mode():
             readings.append(kept_code(folder, sizes).reading())
             left = InductorCache.here()
-            assert left.parts() == [path for path in sorted(left.folder.iterdir()) if path.is_dir()] and left.nbytes()
+            made = {path.name for path in left.folder.iterdir() if path.is_dir()} - {"cache", "locks", "triton"}
+            assert {path.name for path in left.parts()} == made and left.nbytes()
+            own = InductorCache(left.folder.rename(left.folder.with_name("torchinductor_me")))
+            assert own.parts() == [path for path in sorted(own.folder.iterdir()) if path.is_dir()]
+            own.folder.rename(left.folder)
     (file,) = folder.iterdir()
     return file, readings
 
@@ -422,17 +426,22 @@ def test_clearing_takes_what_inductor_left_and_nothing_else(
     inductor = tmp_path / "inductor"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(inductor))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    for name in ("fxgraph", "aotautograd", "triton", "2x"):
+    for name in ("fxgraph", "aotautograd", "cutedsl", "2x"):
         (inductor / name / "below").mkdir(parents=True)
         (inductor / name / "below" / "file").write_bytes(bytes(5000))
-    (inductor / "photos").mkdir()
+    (inductor / "2x" / "c2xabc.py").write_bytes(b"")
+    for name in ("photos", "db", "cache", "triton"):  # the user's, beside it in a folder that the user chose
+        (inductor / name).mkdir()
+        (inductor / name / "mine.txt").write_text("mine")
     (inductor / "notes.txt").write_text("mine")
+    (inductor / "my" / "folder").mkdir(parents=True)
     (inductor / "ab").symlink_to(inductor / "photos")
     assert main(["cache"]) == 0
     shown = capsys.readouterr().out
     assert f"19.5 KiB, in {inductor}" in shown and " GB" not in shown and " MB" not in shown and " kB" not in shown
     assert main(["cache", "--clear"]) == 0
-    assert sorted(path.name for path in inductor.iterdir()) == ["ab", "notes.txt", "photos"]
+    left = sorted(path.name for path in inductor.iterdir())
+    assert left == ["ab", "cache", "db", "my", "notes.txt", "photos", "triton"]
 
 
 def test_inductors_folder_is_where_pytorch_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
