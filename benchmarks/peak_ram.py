@@ -108,14 +108,15 @@ class Bench:
             sys.executable, "-m", "lowvram_video.cli", "generate", "--model", self.path(HIGH),
             "--model-low", self.path(LOW), "--text-encoder", self.path(TEXT), "--vae", self.path(VAE),
             "--prompt", PROMPTS[0], "--steps", STEPS, "--width", size.width, "--height", size.height,
-            "--frames", size.num_frames, "--output", self.base / "output" / "peak_ram.mp4",
+            "--frames", size.num_frames, "--output", self.base / "output" / "peak_ram.mp4", "--overwrite",
         ]  # fmt: skip
         command += ["--vram-budget", self.vram_gib] if ON_GPU else []
         command += ["--ram-budget", ram_gib] if ram_gib else []
-        with tempfile.NamedTemporaryFile("w+") as log:
+        path = self.base / "peak_ram.log"
+        with path.open("w+", encoding="utf-8", errors="replace") as log:
             process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
             try:
-                with RamWatch(psutil.Process(process.pid), lambda: phase_by(Path(log.name))) as watch:
+                with RamWatch(psutil.Process(process.pid), lambda: phase_by(path)) as watch:
                     code = process.wait(CASE_SECONDS)
             finally:
                 process.kill()

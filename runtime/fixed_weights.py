@@ -63,7 +63,8 @@ class FixedWeights:
     def _pieces(self, infos: Mapping[str, TensorInfo]) -> Iterator[tuple[int, Callable[[], Tensor]]]:
         """The sizes of pieces of these tensors, and what reads them: whole ones of what is made as it is read."""
         for name, info in infos.items():
-            if not info.file.is_file():
+            # as blocks on the disk: a small one may be made too, such as the scale of a merged weight
+            if info.nbytes <= PIECE_BYTES or not info.file.is_file():
                 yield info.nbytes, partial(self._read_whole, name)
                 continue
             for start in range(0, info.nbytes, PIECE_BYTES):

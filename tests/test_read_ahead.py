@@ -17,6 +17,7 @@ from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.files.checkpoint import Checkpoint
 from lowvram_video.weights.lora.file import LoraChoice
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .loras import make_factors, save_lora
@@ -89,16 +90,38 @@ def test_fixed_weights_reach_the_device_in_pieces(tmp_path: Path, monkeypatch: p
     assert sum(read) == total > 20 * PIECE and max(read) == PIECE
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["of the file", "one merged"])
-def test_pieces_make_the_stored_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: bool) -> None:
+def scaled(path: Path, layer: str) -> Path:
+    """The file with a layer in fp8 and a scale beside it."""
+    tensors = load_file(path)
+    weight = tensors[f"{layer}.weight"]
+    scale = weight.abs().max() / 448
+    tensors |= {f"{layer}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{layer}.scale_weight": scale}
+    tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(tensors, path)
+    return path
+
+
+KINDS = {
+    "of the file": (False, []),
+    "one merged": (False, ["time_embedding.2.weight"]),
+    "one merged with its scale": (True, ["time_embedding.2.weight", "time_embedding.2.weight_scale"]),
+}
+
+
+@pytest.mark.parametrize(("has_scale", "merged"), KINDS.values(), ids=KINDS)
+def test_pieces_make_the_stored_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_scale: bool, merged: list[str]
+) -> None:
     path, loras = save_wan(tmp_path / "wan.safetensors"), []
+    if has_scale:
+        scaled(path, "time_embedding.2")
     if merged:
         factors = make_factors(layers=["time_embedding.2"])
         loras = [LoraChoice(save_lora(tmp_path / "lora.safetensors", factors, "official"), 1.0)]
     model = StreamedWan(path, RunSettings(lora_mode="merge"), loras=loras)
     want = {name: model.weights.read_tensor(name) for name in model.weights.fixed_names()}
     changed = [name for name in want if not torch.equal(want[name], model.checkpoint.read(name))]
-    assert changed == (["time_embedding.2.weight"] if merged else [])
+    assert sorted(changed) == merged
     placed: dict[str, Tensor] = {}
 
     def on_the_cpu(infos: Any, pieces: Any, device: torch.device) -> dict[str, Tensor]:
