@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import time
 import traceback
@@ -33,6 +34,8 @@ from lowvram_video.vae.strips import Strips
 from lowvram_video.vae.tiling import Tile, decode_tiled
 from lowvram_video.video.pictures import to_levels
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
+from lowvram_video.wanvideo.vae.coding import lies_channels_last
+from lowvram_video.wanvideo.vae.heights import Kind, agreeing_rows, find_heights
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from lowvram_video.wanvideo.vae.resampling import enlarge
 from torch import Tensor, nn
@@ -43,6 +46,7 @@ CONVOLUTIONS = (
     (576, 384, 180, 320, 3), (1152, 384, 180, 320, 3), (1152, 384, 90, 160, 3), (1152, 768, 180, 320, 1),
     (288, 3, 720, 1280, 3), (384, 192, 180, 320, 3), (1152, 768, 90, 160, 1), (192, 384, 180, 320, 1),
 )  # fmt: skip
+STRIPS = (((720, 1280), 144), ((720, 1280), 48), ((480, 832), 96), ((480, 832), 160))  # pictures, rows of a strip
 STEPS = (((480, 832), 80, 21), ((480, 832), 96, 21), ((720, 1280), 120, 21))  # pictures, rows of a strip, latents
 V = TypeVar("V", bound=nn.Module)
 SHARES = (2, 3, 4, 5, 6)  # of a frame's rows
@@ -112,6 +116,30 @@ class Parts:
                                 "kernels": self.kernels(lambda: convolve(first, rows))}  # noqa: B023  # fmt: skip
                     self.note(**row)
 
+    def heights(self) -> None:
+        """Which convolutions of real strips have the bits of whole frames, as high as they are and as they are made.
+
+        Those too that no decode tries, as they are large. `made` are heights other than needed, null where one has
+        none. What a decode's search takes, the first time, is told.
+        """
+        vae = self.vae()
+        for size, rows in STRIPS:
+            height, width = (-(-side // (8 * self.scale)) for side in size)
+            coding = vae.decoding((1, 16, 3, height, width))
+            plan, _ = coding.plan(max(8, rows // self.scale // 8 * 8))
+            what = f"{size[1]}x{size[0]} in strips of {rows} rows"
+            self.wait()
+            began = time.perf_counter()
+            find_heights(plan, 1, coding.weight, lies_channels_last(coding.weight))
+            self.note(what=what, s=round(time.perf_counter() - began, 3))
+            different = {each: layer for layer, each in plan.convolutions.items()}
+            for convolution, layer in different.items():
+                kind = Kind(convolution, 1, self.dtype, self.device, lies_channels_last(coding.weight))
+                made = plan.layers[layer]
+                found = agreeing_rows(kind, made.outputs.height, made.counts_out)
+                other = None if found is None else {a: b for a, b in zip(made.counts_out, found, strict=True) if a != b}
+                self.note(what=what, convolution=str(convolution), of=made.outputs.height, made=other)
+
     def copies(self) -> None:
         for channels, height, width in ((192, 360, 640), (384, 180, 320)):
             height, width = height // self.scale, width // self.scale
@@ -168,10 +196,11 @@ class Parts:
                 others[str(way)] = torch.cat(list(vae.decode_strips(latent, way, to_levels)), 2)
             for name, other in others.items():
                 difference = (other.int() - want.int()).abs()
+                bands = [round(100 * float(part.float().mean()), 2) for part in (difference > 0).chunk(15, 3)]
                 self.note(what=what, beside=name, levels=int(difference.max()),
                           others_percent=round(100 * float((difference > 0).float().mean()), 4),
                           more_than_one_percent=round(100 * float((difference > 1).float().mean()), 4),
-                          deviation=round(float(want.float().std()), 1))  # fmt: skip
+                          others_by_rows=bands, deviation=round(float(want.float().std()), 1))  # fmt: skip
 
     def _whole(self, vae: WanVAE, latent: Tensor) -> Tensor:
         return torch.cat([to_levels(piece).cpu() for piece in vae.decode_pieces(latent)], 2)
@@ -260,10 +289,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="what to measure")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, with small pictures")
     options = parser.parse_args()
+    logging.basicConfig()
+    logging.getLogger("lowvram_video.wanvideo.vae.heights").setLevel(logging.DEBUG)
     parts = Parts(torch.device("cpu") if options.tiny else torch.device("cuda", 0), 30 if options.tiny else 1)
     with torch.inference_mode():
         for work in (
             parts.steps,
+            parts.heights,
             parts.levels,
             parts.tiles,
             parts.profile,

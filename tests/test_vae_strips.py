@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -35,10 +35,11 @@ from lowvram_video.wanvideo.vae import model as vae_model
 from lowvram_video.wanvideo.vae.blocks import CausalConv3d
 from lowvram_video.wanvideo.vae.checkpoint import to_official_names
 from lowvram_video.wanvideo.vae.coding import page_elements
+from lowvram_video.wanvideo.vae.heights import Heights, Kind, agreeing_rows, find_heights, try_heights
 from lowvram_video.wanvideo.vae.model import VAEConfig, WanVAE
-from lowvram_video.wanvideo.vae.rows import StripPlan, cut_alike, cut_rows
+from lowvram_video.wanvideo.vae.rows import Convolution, StripPlan, cut_alike, cut_rows
 from lowvram_video.wanvideo.vae.strip import FrameRing, copy_rows, in_words, ring_rows
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = {
@@ -183,6 +184,99 @@ def test_no_row_is_convolved_twice(vae, monkeypatch):
         in_strips(vae, latent, Strips(height))
         vae.encode_strips(video, Strips(max(height, vae.config.spatial_stride)))
         assert dict(rows) == want, f"strips of {height} rows"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_convolutions_may_make_more_rows_than_a_strip_needs(vae, monkeypatch, batch):
+    """As they do where that gives the bits of whole frames."""
+    latent, video = random_latent(vae, 3, 6, 2, batch=batch), random_video(vae, 3, 4, 2)
+    want, want_encoded = whole(vae, latent), vae.encode(video)
+
+    class Higher(Heights):
+        def rows(self, layer: nn.Module, needed: int) -> int:
+            return needed + 3 if needed else 0
+
+    monkeypatch.setattr(strip, "find_heights", lambda plan, *_: Higher() if plan.num_strips > 1 else Heights())
+    for waits in (False, True):
+        assert relative_error(in_strips(vae, latent, Strips(14, waits)), want) <= BOUND
+        assert relative_error(vae.encode_strips(video, Strips(vae.config.spatial_stride, waits)), want_encoded) <= BOUND
+
+
+@pytest.fixture
+def rounding_kernels(monkeypatch) -> Iterator[Callable[[Callable[[int, int], bool]], list[int]]]:
+    """Makes convolutions round otherwise where they are not told to be exact, by channels and rows of their result.
+
+    The channels that are made from then on are in the list.
+    """
+    conv2d = F.conv2d
+
+    def install(is_exact: Callable[[int, int], bool]) -> list[int]:
+        tried: list[int] = []
+
+        def rounded(x: Tensor, weight: Tensor, **named: Any) -> Tensor:
+            out = conv2d(x.double(), weight.double(), **named).float()
+            tried.append(out.shape[1])
+            return out if is_exact(out.shape[1], out.shape[2]) else out * (1 + 2**-20)
+
+        monkeypatch.setattr(F, "conv2d", rounded)
+        agreeing_rows.cache_clear()
+        return tried
+
+    yield install
+    agreeing_rows.cache_clear()
+
+
+def test_heights_are_those_that_round_alike(rounding_kernels):
+    """With a kernel that rounds otherwise where rows do not come in fours, and no height that suits 9 and more."""
+    rounding_kernels(lambda channels, rows: rows % 4 == 0 and (rows < 10 or rows == 40))
+    for stride, width, padding in ((1, 6, 1), (2, 7, 0)):
+        convolution = Convolution(4, 2, (3, 3), stride, width, padding)
+        kind = Kind(convolution, 1, torch.float32, torch.device("cpu"), True)
+        assert agreeing_rows(kind, 40, (1, 2, 4, 7, 8, 36, 40)) == (4, 4, 4, 8, 8, 40, 40)
+        assert agreeing_rows(kind, 40, (4, 9, 36)) is None
+    kept = replace(kind, convolution=Convolution(4, 2, (3, 3), 1, 6, 1, is_kept=True))
+    assert agreeing_rows(kept, 40, (1, 3, 6, 8)) is None, "1 would have to be 4"
+    assert agreeing_rows(kept, 40, (3, 6, 8)) == (4, 8, 8)
+
+
+def test_heights_cost_no_more_than_an_eighth_of_the_thickest_strip(rounding_kernels):
+    rounding_kernels(lambda channels, rows: rows in (18, 40))
+    kind = Kind(Convolution(4, 2, (3, 3), 1, 6, 1), 1, torch.float32, torch.device("cpu"), True)
+    assert agreeing_rows(kind, 40, (8, 16)) == (18, 18)
+    assert agreeing_rows(kind, 40, (8, 15)) is None
+
+
+def test_heights_are_those_of_all_convolutions_or_none(vae, rounding_kernels):
+    """A part of them would cost time, and the bits of whole frames are lost with the first that has none."""
+    plan, _ = vae.decoding((1, vae.config.z_dim, 3, 6, 2)).plan(32)
+    last = next(iter(plan.convolutions))
+    colors, few = plan.convolutions[last].out_channels, plan.layers[last].strip(plan.num_strips - 1).out
+    rounding_kernels(lambda channels, rows: (channels, rows) != (colors, few))
+    found = try_heights(plan, 1, torch.empty(0), True)
+    assert {layer for layer, _ in found} == set(plan.convolutions)
+    assert {key: rows for key, rows in found.items() if rows != key[1]} == {(last, few): few + 1}
+
+    tried = rounding_kernels(lambda channels, rows: channels != colors or rows == plan.layers[last].outputs.height)
+    assert try_heights(plan, 1, torch.empty(0), True) == {}
+    assert set(tried) == {colors}, "nothing is tried after the first that has none"
+
+
+def test_heights_are_none_where_memory_does_not_suffice_to_try(vae, monkeypatch):
+    def exhausted(*args: Any, **named: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plan, _ = vae.decoding((1, vae.config.z_dim, 3, 6, 2)).plan(14)
+    agreeing_rows.cache_clear()
+    monkeypatch.setattr(F, "conv2d", exhausted)
+    assert try_heights(plan, 1, torch.empty(0), True) == {}
+
+
+def test_heights_are_tried_on_the_gpu_alone_and_leave_its_random_numbers(vae):
+    plan, _ = vae.decoding((1, vae.config.z_dim, 3, 6, 2)).plan(14)
+    state = torch.get_rng_state()
+    heights = find_heights(plan, 1, torch.empty(0), True)
+    assert all(heights.rows(layer, 5) == 5 for layer in plan.layers)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- recorded steps --------------------------------------------------------------------------------------
@@ -634,7 +728,7 @@ def test_the_plan_knows_what_strips_hold(config, footprint: VaeFootprint, decode
 
 def held_bytes(plan: StripPlan) -> int:
     return sum(
-        2 * 3 * layer.in_channels * ring_rows(layer, rows.most_out) * rows.inputs.width
+        2 * 3 * layer.in_channels * ring_rows(layer, rows.counts_out[-1]) * rows.inputs.width
         for layer, rows in plan.layers.items()
         if isinstance(layer, CausalConv3d)
     )

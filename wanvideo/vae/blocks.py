@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...fused.frame_ops import rms_norm
-from .rows import Level, StripPlan, seen_by_3x3
-from .strip import Seam, Strip, Write, copy_rows
+from .rows import Convolution, Level, StripPlan, seen_by_3x3
+from .strip import NUM_FRAMES, Seam, Strip, Write, copy_rows
 
 
 class FrameChanger(nn.Module):
@@ -55,6 +55,9 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
 
     def plan_rows(self, plan: StripPlan, out: Level) -> Level:
+        plan.convolutions[self] = Convolution(
+            NUM_FRAMES * self.in_channels, self.out_channels, self.kernel_size[1:], 1, out.width, self.padding[2], True
+        )
         if self.kernel_size[1] == 1:
             return plan.add(self, out, out)
         return plan.add(self, seen_by_3x3(out), out, lambda row: row - 1)
@@ -99,7 +102,7 @@ class CausalConv3d(nn.Conv3d):
         """The convolution of the frame that was placed last, and those before it."""
         if not strip.rows(self).out:
             return strip.new_frame(like, self.out_channels, 0, like.shape[3])
-        return strip.ring(self).convolve(self.weight)
+        return strip.ring(self).convolve(self.weight)[:, :, : strip.rows(self).out]
 
 
 class RMSNorm(nn.Module):
@@ -149,6 +152,8 @@ class ResidualBlock(nn.Module):
         plan.add_seam(conv2, conv2.in_channels)
         plan.add(self, conv1.plan_rows(plan, middle), out)
         plan.add_seam(self, conv1.in_channels)
+        if not isinstance(self.shortcut, nn.Identity):
+            plan.convolutions[self] = Convolution(conv1.in_channels, conv1.out_channels, (1, 1), 1, out.width, 0)
         return plan.layers[self].inputs
 
     def forward(self, x: Tensor, strip: Strip) -> Tensor:
@@ -159,21 +164,20 @@ class ResidualBlock(nn.Module):
         hidden = conv1.see(blocks, strip, norm1.activation(strip))
         inner = strip.seam(conv2, hidden)
         hidden = conv2.see([hidden], strip, norm2.activation(strip, conv1.bias), inner)
-        row, bias = 0, conv2.bias
-        for block in blocks:
-            shortcut = block[:, :, : hidden.shape[2] - row]
-            if shortcut.shape[2]:
-                rows = hidden[:, :, row : row + shortcut.shape[2]]
-                strip.ops.add_(rows, bias, *self._shortcut(shortcut))
-                row += shortcut.shape[2]
+        row, bias = 0, self.shortcut.bias if isinstance(self.shortcut, nn.Conv3d) else None
+        for block in self._shortcut(blocks, strip):
+            rows = hidden[:, :, row : row + block.shape[2]]
+            if rows.shape[2]:
+                strip.ops.add_(rows, conv2.bias, block[:, :, : rows.shape[2]], bias)
+            row += block.shape[2]
         seam.keep(blocks)
         return hidden
 
-    def _shortcut(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The shortcut and the bias that it lacks."""
-        if isinstance(self.shortcut, nn.Identity):
-            return x, None
-        return F.conv2d(x, self.shortcut.weight[:, :, 0]), self.shortcut.bias
+    def _shortcut(self, blocks: Sequence[Tensor], strip: Strip) -> Sequence[Tensor]:
+        """What is added to the rows, from the first on, without a bias: no fewer than there are."""
+        if isinstance(self.shortcut, nn.Identity) or not strip.rows(self).out:
+            return blocks
+        return [F.conv2d(strip.joined(self, blocks), self.shortcut.weight[:, :, 0])]
 
 
 class Head(nn.Sequential):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import CausalConv3d, FrameChanger
-from .rows import Level, StripPlan, seen_by_3x3
+from .rows import Convolution, Level, StripPlan, seen_by_3x3
 from .strip import Strip, copy_rows, in_words
 
 
@@ -34,6 +34,8 @@ class Downsample(FrameChanger):
         inputs = Level(tuple(min(height, 2 * end + 1) for end in out.ends), 2 * out.width, out.frames)
         plan.add(self, inputs, out, lambda row: 2 * row)
         plan.add_seam(self, self._conv.in_channels)
+        channels = self._conv.in_channels, self._conv.out_channels
+        plan.convolutions[self] = Convolution(*channels, (3, 3), 2, inputs.width + 1, 0)
         return inputs
 
     def frames(self, x: Tensor, strip: Strip) -> Iterator[Tensor]:
@@ -53,7 +55,7 @@ class Downsample(FrameChanger):
         blocks = seam.with_above(x)
         if not rows.out:
             return strip.new_frame(x, conv.out_channels, 0, x.shape[3] // 2)
-        padded = strip.new_frame(x, x.shape[1], 2 * rows.out + 1, x.shape[3] + 1)
+        padded = strip.new_frame(x, x.shape[1], 2 * strip.made_rows(self) + 1, x.shape[3] + 1)
         padded[:, :, :, -1].zero_()
         row = 0
         for block in blocks:
@@ -62,7 +64,7 @@ class Downsample(FrameChanger):
             row += seen.shape[2]
         padded[:, :, row:].zero_()
         seam.keep(blocks)
-        return conv(padded)
+        return conv(padded)[:, :, : rows.out]
 
 
 class Upsample(FrameChanger):
@@ -86,6 +88,8 @@ class Upsample(FrameChanger):
         inputs = Level(tuple(-(-end // 2) for end in enlarged.ends), out.width // 2, out.frames)
         plan.add(self, inputs, out, lambda row: (row - 1) // 2)
         plan.add_seam(self, self._conv.in_channels)
+        channels = self._conv.in_channels, self._conv.out_channels
+        plan.convolutions[self] = Convolution(*channels, (3, 3), 1, out.width, 1)
         if self.time_conv is None:
             return inputs
         return self.time_conv.plan_rows(plan, Level(inputs.ends, inputs.width, inputs.frames // 2))
@@ -103,7 +107,7 @@ class Upsample(FrameChanger):
         blocks = seam.with_above(x)
         if not rows.out:
             return strip.new_frame(x, conv.out_channels, 0, 2 * x.shape[3])
-        enlarged = strip.new_frame(x, x.shape[1], rows.out + 2, 2 * x.shape[3])
+        enlarged = strip.new_frame(x, x.shape[1], strip.made_rows(self) + 2, 2 * x.shape[3])
         row = rows.offset + 1
         for block in blocks:
             enlarge(block, row, enlarged)
@@ -112,8 +116,8 @@ class Upsample(FrameChanger):
         if rows.is_top:
             enlarged[:, :, 0].zero_()
         if rows.is_bottom:
-            enlarged[:, :, -1].zero_()
-        return F.conv2d(enlarged, conv.weight, conv.bias, padding=(0, 1))
+            enlarged[:, :, rows.out + 1].zero_()
+        return F.conv2d(enlarged, conv.weight, conv.bias, padding=(0, 1))[:, :, : rows.out]
 
 
 def enlarge(block: Tensor, first: int, out: Tensor) -> None:

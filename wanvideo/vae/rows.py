@@ -69,8 +69,9 @@ class LayerRows:
         return max(self.strip(index).kept for index in range(self.num_strips))
 
     @property
-    def most_out(self) -> int:
-        return max(self.strip(index).out for index in range(self.num_strips))
+    def counts_out(self) -> tuple[int, ...]:
+        """The numbers of rows that strips make, from the least on."""
+        return tuple(sorted({self.strip(index).out for index in range(self.num_strips)} - {0}))
 
     def strip(self, index: int) -> Rows:
         begin, end, start = self.inputs.begins[index], self.inputs.ends[index], self.starts[index]
@@ -96,12 +97,39 @@ class Seam:
         return self.channels * self.rows * self.width
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """What a layer convolves but its rows: channels, the kernel's height and width, steps, columns of the input.
+
+    `padding` is of columns, on each side. Of one that `is_kept` the input is remembered.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: int
+    width: int
+    padding: int
+    is_kept: bool = False
+
+    def seen(self, rows: int) -> int:
+        """Rows of the input for so many of the result."""
+        return (rows - 1) * self.stride + self.kernel[0]
+
+    def frame_bytes(self, rows: int, bytes_per_number: int) -> int:
+        """Of the input and the result of so many rows."""
+        seen = self.in_channels * self.seen(rows) * self.width
+        made = self.out_channels * rows * (self.width // self.stride)
+        return bytes_per_number * (seen + made)
+
+
 @dataclass
 class StripPlan:
     """The rows of every layer of a network, found from its last to its first."""
 
     layers: dict[nn.Module, LayerRows] = field(default_factory=dict)
     seams: dict[nn.Module, Seam] = field(default_factory=dict)
+    convolutions: dict[nn.Module, Convolution] = field(default_factory=dict)
 
     def add(
         self, layer: nn.Module, inputs: Level, outputs: Level, first_needed: FirstNeeded = lambda row: row

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...fused.frame_ops import FrameOps
+from .heights import find_heights
 from .rows import LayerRows, Rows, StripPlan
 
 WORD = torch.complex128  # 16 bytes
@@ -45,8 +46,9 @@ class Rings:
         """Made before anything is recorded: what is kept here is not made again by what is played."""
         self._plan, self._batch, self.channels_last = plan, batch, channels_last
         self.like = batch, channels_last, like.dtype, like.device
+        self.heights = find_heights(plan, batch, like, channels_last)
         self._memory = {
-            layer: like.new_empty(batch * ring_elements(layer, rows))
+            layer: like.new_empty(batch * self._elements(layer, rows))
             for layer, rows in plan.layers.items()
             if isinstance(layer, nn.Conv3d)
         }
@@ -54,20 +56,21 @@ class Rings:
             conv: frame_kernels(conv.weight) for conv in self._memory if conv.weight.nbytes <= KEPT_KERNEL_BYTES
         }
 
+    def _elements(self, conv: nn.Conv3d, rows: LayerRows) -> int:
+        """Numbers of one video that a convolution remembers."""
+        most = max(self.heights.rows(conv, count) for count in rows.counts_out)
+        return NUM_FRAMES * conv.in_channels * ring_rows(conv, most) * rows.inputs.width
+
     @property
     def memory(self) -> list[Tensor]:
         return list(self._memory.values())
 
-    def ring(self, conv: nn.Conv3d, rows: int) -> FrameRing:
-        """One that has seen no frame of so many rows, in a convolution's memory: it has room for the thickest strip."""
+    def ring(self, conv: nn.Conv3d, out_rows: int) -> FrameRing:
+        """One that has seen no frame, for so many rows of a result, in memory that suffices for the thickest strip."""
+        rows = ring_rows(conv, self.heights.rows(conv, out_rows))
         shape = self._batch, NUM_FRAMES * conv.in_channels, rows, self._plan.layers[conv].inputs.width
         frames = laid_out(self._memory[conv], shape, self.channels_last).zero_()
         return FrameRing(frames, self._kernels.get(conv))
-
-
-def ring_elements(conv: nn.Conv3d, rows: LayerRows) -> int:
-    """Numbers of one video that a convolution remembers."""
-    return NUM_FRAMES * conv.in_channels * ring_rows(conv, rows.most_out) * rows.inputs.width
 
 
 def ring_rows(conv: nn.Conv3d, out_rows: int) -> int:
@@ -221,6 +224,22 @@ class Strip:
     def rows(self, layer: nn.Module) -> Rows:
         return self._rows[layer]
 
+    def made_rows(self, layer: nn.Module) -> int:
+        """Rows that a layer's convolution makes, of which the first are wanted."""
+        return self._rings.heights.rows(layer, self.rows(layer).out)
+
+    def joined(self, layer: nn.Module, blocks: Sequence[Tensor]) -> Tensor:
+        """The first rows of blocks, for a layer's convolution of one row each; what it makes beyond is undefined."""
+        wanted, rows = self.rows(layer).out, self.made_rows(layer)
+        if len(blocks) == 1 and blocks[0].shape[2] >= rows:
+            return blocks[0][:, :, :rows]
+        frame, row = self.new_frame(blocks[0], blocks[0].shape[1], rows, blocks[0].shape[3]), 0
+        for block in blocks:
+            seen = block[:, :, : wanted - row]
+            copy_rows(seen, frame[:, :, row : row + seen.shape[2]])
+            row += seen.shape[2]
+        return frame
+
     def count(self, layer: nn.Module) -> int:
         """How many frames a layer has seen before this one."""
         self._num_seen[layer] += 1
@@ -230,7 +249,7 @@ class Strip:
         """What a convolution remembers."""
         ring = self._running.get(conv)
         if ring is None:
-            ring = self._running[conv] = self._rings.ring(conv, ring_rows(conv, self.rows(conv).out))
+            ring = self._running[conv] = self._rings.ring(conv, self.rows(conv).out)
         return ring
 
     def swap(self, layer: nn.Module, frame: Tensor | None) -> Tensor | None:

@@ -102,7 +102,8 @@ class _Decode:
             return
         plan, needed = coding.plan(self._way.rows)
         pages = WavePages(self._wave, page_elements(plan, coding.batch), coding.weight)
-        strips = coding.strips(plan, pages)[rank :: len(self._codings)]
+        with self._recording:  # heights are tried, which gives memory back
+            strips = coding.strips(plan, pages)[rank :: len(self._codings)]
         steps = coding.steps(coding.piece, strips)
         shelf, outbox = self._shelf.on(coding.weight.device), None
 
