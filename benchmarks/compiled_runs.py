@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6, help="of 40")
     parser.add_argument("--out", type=Path, help="the JSON")
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--seconds", type=float, default=140, help="that a process may take (max-autotune: 300)")
+    parser.add_argument("--seconds", type=float, default=140, help="that a process may take")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options.folder, options.blocks, not options.cpu, options.seconds)

@@ -9,6 +9,7 @@ from .settings import CompileSettings
 CUSTOM, AUTO = "custom", "auto"
 HIGH, MID, LOW = "high", "mid", "low"
 PROFILES = (CUSTOM, AUTO, HIGH, MID, LOW)
+DEFAULT_MODE = "default"
 GIB = 2**30
 HIGH_GIB, MID_GIB = 24, 12  # of free VRAM, from which on
 LEAN_SHARE = 0.3  # of the card: with less of it free, the leanest
@@ -19,6 +20,11 @@ NO_WHOLE_MODEL = (
 NO_GRAPHS = (
     "CUDA graphs (mode {mode}): blocks write into tokens in place, for which inductor leaves graphs out, and a graph "
     "would keep memory of its own beside the ring; {instead} in its place"
+)
+# Measured: benchmarks/results/compiled_profiles_h200_2026-11-29.json, no code of a block within 295 s.
+NO_TUNING = (
+    "kernels of products tuned (mode {mode}): in code for any size each chunk's product is tuned anew, which takes "
+    "minutes; {instead} in its place"
 )
 
 
@@ -46,7 +52,7 @@ def settings_of(profile: str, own: CompileSettings, memory: VideoMemory) -> Comp
     chosen, why = (profile, "") if profile != AUTO else choose(memory)
     made = _corrected(replace(TIERS[chosen], backend=own.backend))
     if own.backend != "inductor":
-        made = replace(made, mode="default", notes=())
+        made = replace(made, notes=())
     name = chosen if profile != AUTO else f"{AUTO} ({chosen}: {why})"
     return replace(made, profile=name)
 
@@ -73,13 +79,12 @@ TIERS = {
         recompile_limit=128,
     ),
     MID: CompileSettings(mode="reduce-overhead", dynamic=True, cache_size_limit=4, recompile_limit=64),
-    LOW: CompileSettings(mode="default", dynamic=True, cache_size_limit=2, recompile_limit=32),
+    LOW: CompileSettings(mode=DEFAULT_MODE, dynamic=True, cache_size_limit=2, recompile_limit=32),
 }
 
 
 def _corrected(settings: CompileSettings) -> CompileSettings:
     notes = [] if settings.transformer_blocks_only else [NO_WHOLE_MODEL]
-    instead = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}.get(settings.mode)
-    if instead is not None:
-        notes.append(NO_GRAPHS.format(mode=settings.mode, instead=instead))
-    return replace(settings, mode=instead or settings.mode, notes=tuple(notes))
+    reasons = {"max-autotune": (NO_GRAPHS, NO_TUNING), "reduce-overhead": (NO_GRAPHS,)}.get(settings.mode, ())
+    notes += [reason.format(mode=settings.mode, instead=DEFAULT_MODE) for reason in reasons]
+    return replace(settings, mode=DEFAULT_MODE, notes=tuple(notes))

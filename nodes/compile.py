@@ -37,8 +37,7 @@ class TorchCompileSettings(io.ComfyNode):
                 io.Combo.Input("mode", options=list(MODES), default="default", tooltip="One of inductor's presets."),
                 io.Combo.Input(
                     "dynamic", options=list(DYNAMIC), default="auto",
-                    tooltip="true: one code for videos of any size. auto, false: new code for each size, which may "
-                    "run a little faster.",
+                    tooltip="true: one code for videos of any size. auto, false: new code for each size.",
                 ),
                 io.Boolean.Input(
                     "compile_transformer_blocks_only", default=True,

@@ -506,12 +506,14 @@ def test_profiles_are_corrected_with_a_note_and_custom_is_not() -> None:
     memory, own = VideoMemory(GIB, GIB), CompileSettings(mode="max-autotune", cache_size_limit=7)
     assert settings_of("custom", own, memory) == own
     high, mid, low = (settings_of(name, own, memory) for name in ("high", "mid", "low"))
-    assert (high.mode, high.fullgraph, high.transformer_blocks_only) == ("max-autotune-no-cudagraphs", True, False)
+    assert (high.mode, high.fullgraph, high.transformer_blocks_only) == ("default", True, False)
     assert (mid.mode, mid.dynamic, low.mode) == ("default", True, "default")
+    assert all(each.dynamic and "autotune" not in each.mode for each in (high, mid, low))
     limits = [(each.recompile_limit, each.cache_size_limit) for each in (high, mid, low)]
     assert limits == [(128, 8), (64, 4), (32, 2)]
-    assert [len(each.notes) for each in (high, mid, low)] == [2, 1, 0]
+    assert [len(each.notes) for each in (high, mid, low)] == [3, 1, 0]
     assert "arrive one after the other" in high.notes[0] and "CUDA graphs" in mid.notes[0]
+    assert "CUDA graphs (mode max-autotune)" in high.notes[1] and "tuned (mode max-autotune)" in high.notes[2]
     for name in profiles.PROFILES:
         other = settings_of(name, CompileSettings(backend="cudagraphs"), memory)
         other.check()

@@ -186,8 +186,8 @@ NOTES: dict[str, Note] = {
     ),
     "wan2.1_t2v_1.3B_compiled": Note(
         "Blocks compiled by torch.compile",
-        "Wan 2.1 text to video with *Torch Compile Settings* behind *Block Swap*: the first step takes minutes, the "
-        "others less than before; measure it.",
+        "Wan 2.1 text to video with *Torch Compile Settings* behind *Block Swap*: the first step takes longer. On an "
+        "H200 the others gain nothing: measure it on your card.",
         (files.T2V_SMALL, files.TEXT_ENCODER, files.VAE_21),
         FITS_SMALL,
         RAM_SMALL,
