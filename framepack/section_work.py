@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..sampling.caching.framepack import TeaCache
 from ..sampling.guidance import RescaledGuidance
 from ..sampling.samplers import select_sampler
 from ..sampling.solver import Denoiser, OnStep
-from ..sampling.step_cache import TeaCache
 from ..transformer.block_cache import BlockCache
 from .request import NEGATIVE, Sampling
 from .sections import Section

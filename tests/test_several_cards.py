@@ -33,10 +33,10 @@ from lowvram_video.runtime import attending
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.runtime.several import hiding_groups, plan_shared, seen_seconds, shared_samples
+from lowvram_video.sampling.caching.framepack import TeaCache
 from lowvram_video.sampling.caching.moments import Moment
 from lowvram_video.sampling.caching.settings import StepCacheSettings
 from lowvram_video.sampling.caching.step_cache import StepCache
-from lowvram_video.sampling.step_cache import TeaCache
 from lowvram_video.system.card_links import slowest_link
 from lowvram_video.system.sizes import in_gb
 from lowvram_video.team.exchange import Exchange

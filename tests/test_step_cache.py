@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowvram_video.sampling.caching.framepack import FRAMEPACK_POLYNOMIAL, TeaCache
 from lowvram_video.sampling.caching.rules import relative_l1
-from lowvram_video.sampling.step_cache import FRAMEPACK_POLYNOMIAL, TeaCache
 from torch import Tensor
 
 

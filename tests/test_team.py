@@ -21,7 +21,7 @@ from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepNag
 from lowvram_video.fused.eager import EagerOps
-from lowvram_video.sampling.step_cache import TeaCache
+from lowvram_video.sampling.caching.framepack import TeaCache
 from lowvram_video.team.carriers import AS_THEY_ARE, Carrier, InEightBits
 from lowvram_video.team.heads import AttendMany, HeadExchange
 from lowvram_video.team.link import HostLink, Link, Mark

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .caching.pass_cache import PassCache
-from .caching.rules import TeaRule
+from .pass_cache import PassCache
+from .rules import TeaRule
 
 # Highest power first.
 FRAMEPACK_POLYNOMIAL = (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896)
