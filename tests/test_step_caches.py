@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from lowvram_video.cli.main import main, make_parser
 from lowvram_video.memory.plan.footprint import GIB, Limits
 from lowvram_video.memory.plan.plan import PlanError
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.sampling.caching.measure import Change, fit_teacache
+from lowvram_video.sampling.caching.measure import Change, MeasuredPass, fit_teacache
 from lowvram_video.sampling.caching.moments import Moment, moment_of
 from lowvram_video.sampling.caching.pass_cache import PassCache
 from lowvram_video.sampling.caching.rules import FirstBlockRule, MagRule, TeaRule
@@ -433,6 +434,20 @@ def test_a_cache_is_part_of_a_run(files: tiny.WanFiles) -> None:
     assert len({model.arithmetic.get("step_cache") for model in models}) == 3
 
 
+def test_a_measured_pass_that_is_run_again_keeps_its_signals_change() -> None:
+    """As after running out of memory; the same place in a later call has not changed."""
+    changes: list[Change] = []
+    measured = MeasuredPass(changes, 0)
+    for place, signal, residual, times in ((0.0, 1.0, 1.0, 1), (0.1, 1.5, 3.0, 2), (0.1, 1.5, 3.0, 1)):
+        measured.begin(place, allowed=True)
+        for _ in range(times):
+            assert not measured.reuse(torch.full((1, 2), signal))
+        measured.residual = torch.full((1, 2), residual)
+        measured.passed()
+    found = [(each.place, each.signal, each.residual, each.ratio) for each in changes]
+    assert found == [(0.1, 0.5, 2.0, 3.0), (0.1, 0.0, 0.0, 1.0)]
+
+
 # --- calibration
 
 
@@ -617,9 +632,28 @@ def test_settings_are_checked(values: dict[str, object], expected: str) -> None:
         StepCacheSettings(**values)  # type: ignore[arg-type]
 
 
+# SHA-256 of the polynomial, highest power first, and MagCache's ratios, prompt and negative in turn, as JSON: made of
+# what TeaCache4Wan2.1 and ComfyUI-WanVideoWrapper have.
+SOURCES = {
+    "wan2.1_t2v_1.3B": "8f466392e838794e",
+    "wan2.1_t2v_14B": "73b57070a0f10433",
+    "wan2.1_i2v_480p": "6d9a1d44320ce784",
+    "wan2.1_i2v_720p": "f6b77c91a64b652f",
+    "wan2.2_t2v_A14B": "06d76abc400d2e65",
+    "wan2.2_i2v_A14B": "d8a18cb1261e53a9",
+}
+
+
 def test_published_numbers_are_those_of_the_sources() -> None:
-    """First and last of each, as a guard against a slip in the file."""
-    table = published_tables()["wan2.1_t2v_14B"].magcache
+    tables = published_tables()
+    table = tables["wan2.1_t2v_14B"].magcache
     assert table is not None
     assert table.cond[:3] == (1.0, 1.02504, 1.00025) and table.uncond[-1] == 0.86189
+    digests = {}
+    for name, each in tables.items():
+        assert each.magcache is not None
+        numbers = list(each.teacache.polynomial) if each.teacache is not None else []
+        numbers += [ratio for both in zip(each.magcache.cond, each.magcache.uncond, strict=True) for ratio in both]
+        digests[name] = hashlib.sha256(json.dumps([*map(float, numbers)]).encode()).hexdigest()[:16]
+    assert digests == SOURCES
     assert json.loads(TABLE.to_json())["format"] == 1

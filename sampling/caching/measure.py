@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,35 +32,52 @@ class Change:
     ratio: float
 
 
+class SignalRule:
+    """Lets no pass be skipped, and measures how the signal changed since the one before."""
+
+    probes = False
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._signal: Tensor | None = None
+        self._change = 0.0
+
+    def estimate(self, signal: Tensor, place: float) -> float:
+        return math.inf
+
+    def settle(self, signal: Tensor, place: float, error: float | None) -> None:
+        before = self._signal
+        self._change = 0.0 if before is None or before.shape != signal.shape else relative_l1(signal, before)
+        self._signal = copied(signal, before)
+
+    def take(self) -> float:
+        """The change, once: a pass at the same place again has none."""
+        taken, self._change = self._change, 0.0
+        return taken
+
+
 class MeasuredPass(PassCache):
-    """Computes every pass, and measures what changed."""
+    """Computes every pass, and measures what changed: the last residual is kept beside the one that is made."""
 
     def __init__(self, changes: list[Change], kind: int) -> None:
+        self._signal = SignalRule()
+        super().__init__(self._signal, 0.0)
         self._changes, self._kind = changes, kind
-        self._signal: Tensor | None = None
-        self._signal_change = 0.0
         self._last: Tensor | None = None  # residual
-        super().__init__(TeaRule((0.0, 0.0)), 0.0)
-
-    def reuse(self, signal: Tensor) -> bool:
-        known = self._signal is not None and self._signal.shape == signal.shape
-        self._signal_change = relative_l1(signal, self._signal) if known and self._signal is not None else 0.0
-        self._signal = copied(signal, self._signal)
-        return False
-
-    def room(self, tokens: Tensor) -> Tensor:
-        """Beside the last one, which it is compared with."""
-        return torch.empty_like(tokens)
 
     def passed(self) -> None:
         """A pass is over."""
-        made, last = self.residual, self._last
+        made, last, signal = self.residual, self._last, self._signal.take()
         if made is not None and last is not None and made.shape == last.shape:
-            change = Change(
-                self._place, self._kind, self._signal_change, relative_l1(made, last), length_ratio(made, last)
-            )
+            change = Change(self._place, self._kind, signal, relative_l1(made, last), length_ratio(made, last))
             self._changes.append(change)
         self._last, self.residual = made, None
+
+    def forget_residuals(self) -> None:
+        """Their memory is wanted: the next pass is compared with none."""
+        self.residual = self._last = None
 
 
 @dataclass
@@ -85,7 +103,7 @@ class MeasuringCache(StepCache):
 
     def forget_residuals(self) -> None:
         for each in self._measured.values():
-            each.residual = each._last = None
+            each.forget_residuals()
 
 
 def fit_teacache(changes: Sequence[Change]) -> TeaTable:
@@ -151,12 +169,13 @@ def _means(changes: Sequence[Change], name: str) -> dict[float, float]:
     return {place: sum(values) / len(values) for place, values in found.items()}
 
 
-def _usual(cache: object, places: Sequence[float], signals: Sequence[float], most: float) -> float:
+def _usual(
+    cache: Callable[[float], PassCache], places: Sequence[float], signals: Sequence[float], most: float
+) -> float:
     """The smallest of some thresholds with which a run skips its usual share."""
-    assert callable(cache)
     for step in range(1, 81):
         threshold = most * 0.002 * 1.09**step
-        tried: PassCache = cache(threshold)
+        tried = cache(threshold)
         skipped = 0
         for place, signal in zip(places, signals, strict=True):
             tried.begin(place, START <= place <= END and place < places[-1])
