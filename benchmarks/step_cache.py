@@ -24,7 +24,7 @@ from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.sampling.caching.settings import FIRST_BLOCK, MAGCACHE, TEACACHE, StepCacheSettings
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.step_tables import own_table
-from measure import save_results
+from measure import psnr, save_results
 from torch import Tensor
 
 THRESHOLDS = {
@@ -74,11 +74,6 @@ def clips_of(cache: StepCacheSettings | None, captions: Sequence[Any]) -> tuple[
             steps += len(reading.passes)
             skipped += sum(skips / passes for _, passes, skips in reading.passes)
     return torch.stack(clips), pipeline, skipped / max(1, steps)
-
-
-def psnr(clip: Tensor, exact: Tensor) -> float:
-    error = (clip.double() - exact.double()).square().mean().item()
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def measure(cache: StepCacheSettings | None, captions: Sequence[Any], exact: Tensor | None, whole: float) -> Result:
