@@ -11,19 +11,22 @@ DETAILS = ("sparse_value", "sparse_bound", "sparse_dense_percent", "sparse_dense
 
 def add_sparse(parser: argparse.ArgumentParser) -> None:
     """The flags that `sparse_of` reads."""
-    group = parser.add_argument_group("sparse attention: long videos faster, within an error that the run measures")
+    group = parser.add_argument_group("sparse attention: long videos faster, steered by the error that it measures")
     group.add_argument(
         "--sparse",
         choices=list(MODES),
-        help="error up to 5, 10, 20 %% (quality, balanced, fast), or by tau or top_k and --sparse-value; left out: off",
+        help="steered to an error of 5, 10, 20 %% (quality, balanced, fast; what they save was not measured on a real "
+        "model), or by tau or top_k and --sparse-value; left out: off",
     )
     group.add_argument(
         "--sparse-value", type=float,
         help="of tau: such as 1.0 (higher is faster); of top_k: the share that is kept, such as 0.15",
     )  # fmt: skip
     group.add_argument(
-        "--sparse-bound", type=float, metavar="ERROR", help="the error that a layer may have; 0: everything is exact"
-    )
+        "--sparse-bound", type=float, metavar="ERROR",
+        help="the error that each layer is steered to; one step may be beyond it, the next one of that layer is exact; "
+        "0: everything is exact",
+    )  # fmt: skip
     group.add_argument("--sparse-dense-percent", type=float, help="the first steps are exact (25)", metavar="PERCENT")
     group.add_argument("--sparse-dense-layers", type=int, help="the first layers are exact (1)", metavar="LAYERS")
     group.add_argument(

@@ -14,23 +14,26 @@ TITLE = "Sparse Attention (Low VRAM)"
 
 
 class SparseAttention(io.ComfyNode):
-    """A MODEL whose self-attention leaves out what matters little, within an error that the run measures."""
+    """A MODEL whose self-attention leaves out what matters little, steered by the error that the run measures."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="LowVRAMSparseAttention",
             display_name=TITLE,
-            description="Long videos much faster: each group of tokens attends exactly to those that matter to it, and "
-            "to the means of the others. The run compares itself with exact attention as it goes, and leaves out less "
-            "where the error would pass its bound. Needs an RTX 30 card or newer and a recent comfy-kitchen.",
+            description="Long videos faster where their attention is sparse: each group of tokens attends exactly to "
+            "those that matter to it, and to the means of the others. The run compares itself with exact "
+            "attention as it goes and steers each layer to an error bound, which a single step may pass: "
+            "that layer is exact in the next one. FramePack gains nothing at its usual sizes. Needs an "
+            "RTX 30 card or newer and a recent comfy-kitchen.",
             search_aliases=["sparse attention", "sol attn", "radial attention", "sla", "speed up", "block sparse"],
             inputs=[
                 model_input(),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="balanced",
-                    tooltip="How large the error of attention may be: quality 5 %, balanced 10 %, fast 20 %. tau and "
-                    "top_k: by the value below.",
+                    tooltip="The error that attention of a layer is steered to: quality 5 %, balanced 10 %, fast 20 %; "
+                    "the time that they save was not measured on a real model. tau and top_k: by the value "
+                    "below.",
                 ),
                 io.Float.Input(
                     "value", default=1.0, min=-1.0, max=4.0, step=0.05,
@@ -39,8 +42,9 @@ class SparseAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "error_bound", default=-1.0, min=-1.0, max=1.0, step=0.01,
-                    tooltip="The relative error that attention of a layer may have. -1: by the mode; none for tau and "
-                    "top_k. 0: everything is exact.",
+                    tooltip="The relative error that attention of a layer is steered to; a single step may be beyond "
+                    "it, and that layer is exact in the next one. -1: by the mode; none for tau and top_k. 0: "
+                    "everything is exact.",
                 ),
                 io.Float.Input(
                     "dense_percent", default=25.0, min=0.0, max=100.0, step=1.0,

@@ -160,13 +160,15 @@ def sparse_machine(
     return machine(capability, **kitchen(function))
 
 
-def planted(length: int, heads: int = 2, seed: int = 0) -> list[Tensor]:
-    """q, k and v whose tokens attend few places: neighbours in groups have keys in common."""
+def planted(
+    length: int, heads: int = 2, seed: int = 0, groups: int = 6, length_of_group: int = 50, alike: float = 0.6
+) -> list[Tensor]:
+    """q, k and v whose tokens attend few places: neighbours in groups have keys in common, by how `alike` they are."""
     generator = torch.Generator().manual_seed(seed)
-    groups = torch.arange(length) // 50 % 6
-    centres = torch.randn(6, heads, 128, generator=generator)
-    q, k = (0.6 * centres[groups][None] + torch.randn(1, length, heads, 128, generator=generator) for _ in range(2))
-    return [q, k, torch.randn(1, length, heads, 128, generator=generator) + centres[groups][None]]
+    places = torch.arange(length) // length_of_group % groups
+    centres = torch.randn(groups, heads, 128, generator=generator)
+    q, k = (alike * centres[places][None] + torch.randn(1, length, heads, 128, generator=generator) for _ in range(2))
+    return [q, k, torch.randn(1, length, heads, 128, generator=generator) + centres[places][None]]
 
 
 def test_sparse_runs_where_it_agrees_with_its_own_reference() -> None:

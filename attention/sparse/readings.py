@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -116,6 +116,7 @@ class PassReadings:
         self._clocks: list[list[Clock]] = [[] for _ in range(num_layers)]
         self._there: list[Mark | None] = [None] * num_layers
         self.sparse = [False] * num_layers
+        self.told_exact = [False] * num_layers  # by what the layer's errors were, whatever the pass
         self.unread = set(range(num_layers))
 
     def time(self, layer: int, sparse: bool) -> Clock:
@@ -143,11 +144,17 @@ class PassReadings:
         for layer in layers:
             self._there[layer] = there
 
-    def unlearnt(self) -> Tensor:
-        """`[layers, 4]`, fp64, on the device: what `Bound.learn` is still to be told, 0 for layers that it is not."""
-        told = [float(sparse and layer in self.unread) for layer, sparse in enumerate(self.sparse)]
-        wanted = torch.tensor(told, dtype=torch.float64).to(self._sums.device, non_blocking=True)
-        return torch.where(wanted[:, None] > 0, self._sums.double(), 0.0)
+    def unlearnt(self, call: int) -> Tensor:
+        """`[layers, 6]`, fp64, on the device: sums that a bound is still to learn from, 0 for layers that it is not;
+        whether a layer was told to be exact; and the number of the call. `learnt_from` reads it.
+        """
+        unread = [layer in self.unread for layer in range(len(self.sparse))]
+        rows = [
+            (float(left and sparse), float(left and exact), float(call))
+            for left, sparse, exact in zip(unread, self.sparse, self.told_exact, strict=True)
+        ]
+        told = torch.tensor(rows, dtype=torch.float64).to(self._sums.device, non_blocking=True)
+        return torch.cat([torch.where(told[:, :1] > 0, self._sums.double(), 0.0), told[:, 1:]], dim=1)
 
     def read(self, layer: int) -> Sums:
         """Of a layer that was sent; waits until the device has done it, and for nothing after it."""
@@ -159,6 +166,17 @@ class PassReadings:
         difference, norm, density, looked = sums[layer].tolist()
         clocks = self._clocks[layer]
         return Sums(difference, norm, density, int(looked), sum(clock.seconds for clock in clocks), int(bool(clocks)))
+
+
+def call_of(rows: Sequence[Sequence[float]]) -> float:
+    """Which call a pass is of, by its `unlearnt` as numbers; those of earlier versions have four columns."""
+    return rows[0][5] if len(rows[0]) > 4 else 0.0
+
+
+def learnt_from(passes: Sequence[Sequence[float]]) -> tuple[list[Sums], bool]:
+    """What `Bound.learn` takes of a layer in the passes of one call, by its rows of `unlearnt`."""
+    sums = [Sums(difference, norm, density, int(looked)) for difference, norm, density, looked, *_ in passes]
+    return sums, any(row[4] for row in passes if len(row) > 4)
 
 
 def readings(sums: dict[tuple[int, int, bool], Sums]) -> tuple[LayerReading, ...]:

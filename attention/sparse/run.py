@@ -6,6 +6,7 @@ the two, so that the device has work while the host waits for it.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,14 @@ from ...system.torch_compiler import outside_graphs
 from ..backend import AttentionWorkspace, Backend, SparseBackend
 from .bound import Bound
 from .order import TokenOrder, reorder_
-from .readings import LayerReading, PassReadings, Sums, readings
+from .readings import LayerReading, PassReadings, Sums, call_of, learnt_from, readings
 from .samples import LayerSamples, Samples, compare
 from .settings import SparseSettings
 
 # So many times a pass tells what it measured: a few, as some cards have one engine for copies both ways.
 SENDS = 4
-
 # What a dense layer of an ordered pass has: keys and values as they were before.
 IN_PLACE = AttentionWorkspace(per_key=2.0 + 2.0)
-
-
 # Several cards' queries, keys and values come in the order that tokens elsewhere are in, and the result goes back.
 GATHERED = AttentionWorkspace(per_query=2.0 + 2.0, per_key=2.0 + 2.0)
 
@@ -200,13 +198,21 @@ class AttentionRun:
 
     def _read(self, layers: Sequence[int], before: int) -> None:
         """What calls before this one measured of the layers."""
-        for each in sorted(self._pending, key=_in_order):
-            for layer in each.unread.intersection(layers) if each.call < before else ():
-                sums, sparse = each.read(layer), each.sparse[layer]
-                self._sums.setdefault((each.step, layer, sparse), Sums()).add(sums)
-                if sparse and self._bound is not None:
-                    self._bound.learn(layer, sums)
+        ready = sorted((each for each in self._pending if each.call < before), key=_in_order)
+        for _, group in itertools.groupby(ready, key=lambda each: each.call):
+            passes = list(group)
+            for layer in layers:
+                self._read_call(layer, [each for each in passes if layer in each.unread])
         self._pending = [each for each in self._pending if each.unread]
+
+    def _read_call(self, layer: int, passes: Sequence[PassReadings]) -> None:
+        """What the passes of one call measured of a layer."""
+        sums = [each.read(layer) for each in passes]
+        for each, found in zip(passes, sums, strict=True):
+            self._sums.setdefault((each.step, layer, each.sparse[layer]), Sums()).add(found)
+        if self._bound is not None:
+            measured = [found for each, found in zip(passes, sums, strict=True) if each.sparse[layer]]
+            self._bound.learn(layer, measured, any(each.told_exact[layer] for each in passes))
 
     def readings(self) -> tuple[LayerReading, ...]:
         """What was measured since it was last forgotten, by step and layer."""
@@ -220,14 +226,14 @@ class AttentionRun:
     def state(self) -> Tensor | None:
         """What was learnt so far, for a run that goes on later; None where there is nothing to learn.
 
-        `[1 + passes, layers, 4]`, fp64: `Bound.state`, and what of passes is still to be learnt, in their order. It is
-        on the device where that may still have to make it: nobody waits.
+        `[1 + passes, layers, STATE_COLUMNS]`, fp64: `Bound.state`, and `PassReadings.unlearnt` of those that are still
+        to be learnt, in their order. It is on the device where that may still have to make it: nobody waits.
         """
         if self._bound is None:
             return None
         if self._on_cards:  # each measured some
             self.collect()
-        waiting = [each.unlearnt() for each in sorted(self._pending, key=_in_order)]
+        waiting = [each.unlearnt(each.call - self._call) for each in sorted(self._pending, key=_in_order)]
         learnt = self._bound.state()
         return torch.stack([learnt.to(waiting[0].device, non_blocking=True) if waiting else learnt, *waiting])
 
@@ -238,17 +244,21 @@ class AttentionRun:
             return
         learnt, *waiting = (state if state.dim() == 3 else state[None]).tolist()
         self._bound.restore(learnt)
-        for sums in waiting:
-            for layer, (difference, norm, density, looked) in enumerate(sums):
-                self._bound.learn(layer, Sums(difference, norm, density, int(looked)))
+        for _, group in itertools.groupby(waiting, key=call_of):
+            for layer, passes in enumerate(zip(*group, strict=True)):
+                self._bound.learn(layer, *learnt_from(passes))
 
     # What a pass asks
 
     def chosen(self, layer: int) -> tuple[float, float] | None:
-        """(tau, top-k) of a layer in a sparse pass, None where it is dense."""
+        """(tau, top-k) of a layer in a sparse pass, None where it is exact."""
+        return self._bound.chosen(layer) if self._bound is not None and self._may_be_sparse(layer) else None
+
+    def _may_be_sparse(self, layer: int) -> bool:
+        """In this call or a later one."""
         if self.settings is None or self._bound is None or layer < self.settings.dense_layers:
-            return None
-        return self._bound.chosen(layer)
+            return False
+        return not self._bound.layers[layer].dense
 
     def add(self, done: PassReadings) -> None:
         """A pass is over, and all its layers are sent."""
@@ -262,7 +272,8 @@ class AttentionRun:
             return False
         if self._num_steps and 100 * self._step < settings.dense_percent * self._num_steps:
             return False
-        return any(self.chosen(layer) is not None for layer in range(self.num_layers))
+        # not `chosen`, which of the call before may know nothing yet
+        return any(self._may_be_sparse(layer) for layer in range(self.num_layers))
 
 
 class AttentionPass:
@@ -302,7 +313,9 @@ class AttentionPass:
         if self.together is None and layer - self._num_sent >= self.run.num_layers / SENDS:
             self._send(layer)
         self.layer, self._heads_left = layer, self._heads.stop - self._heads.start
-        self._chosen = self.decision.chosen(layer)
+        told = self.decision.ask(layer)  # known when the device is done with the layer in the call before
+        self._chosen = told if self.sparse else None
+        self._readings.told_exact[layer] = told is None
         if self._samples is not None:
             self._samples.begin_layer(self._heads.start)
         waits = self.reorders and not self.ordered

@@ -12,8 +12,8 @@ MIN_TOKENS = 12000  # below, dense attention is about as fast
 class SparseSettings:
     """What is left out: see `BlockChoice`. With `top_k` above 0 that share of blocks is kept, else by `tau`.
 
-    `bound` is the relative error that attention of a layer may have (0: every layer is dense, None: it is not
-    watched): a layer that would be beyond it keeps more blocks, or all. The first `dense_percent` of the steps, the
+    `bound` is the relative error that attention of each layer is steered to (0: every layer is dense, None: it is not
+    watched): see `Bound`. The first `dense_percent` of the steps, the
     first `dense_layers` of each pass, and passes of fewer than `min_tokens` are dense.
     """
 

@@ -65,8 +65,8 @@ def test_each_call_goes_on_from_the_one_before(models: Path, kernel: Kernel, sam
     sample(sparse(ours(save(models, "t2v"))), *prompts(), empty_latent(), cfg=1.0, steps=4, sampler_name=sampler)
     layers = len(kernel.taus) // calls
     taus = kernel.taus[::layers]
-    assert len(kernel.taus) == layers * calls and taus[:3] == [0.0, 0.25, 0.5]
-    assert all(tau == 0.5 for tau in taus[3:])
+    assert len(kernel.taus) == layers * calls and taus[:4] == [-1.0, -0.5, 0.0, 0.5]
+    assert all(tau == 0.5 for tau in taus[4:])
 
 
 @pytest.mark.newest
