@@ -55,9 +55,9 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
 
     def plan_rows(self, plan: StripPlan, out: Level) -> Level:
-        plan.convolutions[self] = Convolution(
-            NUM_FRAMES * self.in_channels, self.out_channels, self.kernel_size[1:], 1, out.width, self.padding[2], True
-        )
+        _, *kernel = self.kernel_size
+        channels = NUM_FRAMES * self.in_channels, self.out_channels
+        plan.convolutions[self] = Convolution(*channels, (kernel[0], kernel[1]), 1, out.width, kernel[1] // 2, True)
         if self.kernel_size[1] == 1:
             return plan.add(self, out, out)
         return plan.add(self, seen_by_3x3(out), out, lambda row: row - 1)
