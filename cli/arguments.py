@@ -116,7 +116,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     machine.add_argument(
         "--attention", choices=list(ATTENTION_MODES), default="auto",
-        help="backend; auto: the fastest exact one here; auto_fast: also 8-bit ones",
+        help="backend; auto: the fastest exact one here; auto_fast: also 8-bit ones; fp8 products are --quantization",
     )  # fmt: skip
     machine.add_argument("--vram-budget", type=positive, metavar="GIB", help="hard limit (left out: what is free)")
     machine.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")
