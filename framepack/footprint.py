@@ -53,9 +53,13 @@ class SectionSize(WorkSize):
 
 @dataclass(frozen=True)
 class FramePackFootprint(ModelFootprint):
-    """`ffn_dim` is the MLP's width; `num_double` of the blocks have weights of their own for image and text."""
+    """`ffn_dim` is the MLP's width; `num_double` of the blocks have weights of their own for image and text.
+
+    `norms_once`: single blocks keep what they normed for attention, for the MLP, where the pool has room.
+    """
 
     num_double: int = 0
+    norms_once: bool = False
 
     def activation_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """As Wan's, and what a step cache keeps."""
@@ -77,10 +81,17 @@ class FramePackFootprint(ModelFootprint):
         """
         whole = work.cards * self._token_bytes(work) if work.cards > 1 else 0
         chunk, row = min(choice.token_chunk, work.rows), self.dim * self.compute_bytes
-        widened = max(self._normed_bytes(limits), 3 * row if self.row_bytes else row) + self.key_row_bytes
-        joined = chunk * max(widened, row + self.row_bytes) + self.product_bytes
+        widened, made = max(self._normed_bytes(limits), 3 * row if self.row_bytes else row), row
+        if self._keeps_normed(work, choice):  # and what is made comes into q's bytes
+            widened, made = 2 * row if self.row_bytes else 0, 0
+        joined = chunk * max(widened + self.key_row_bytes, made + self.row_bytes) + self.product_bytes
         attended = self._attended_bytes(work, choice)
         return max(whole, attended + joined, super().temporary_bytes(work, choice, limits))
+
+    def _keeps_normed(self, work: WorkSize, choice: Choice) -> bool:
+        """Whether the rows that a single block normed have a place in the pool, as `Workspace.kept_rows` has it."""
+        room = choice.token_chunk >= work.rows and self.ffn_dim >= 2 * self.dim
+        return self.norms_once and room and choice.head_groups == 1 and work.cards == 1 and not guides(work)
 
     def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """Image rows attend to a negative prompt as well, of queries or beside an output that are kept meanwhile.

@@ -26,6 +26,7 @@ from ..weights.lora.names import Aliases
 from .checkpoint import build_framepack, open_framepack
 from .footprint import FramePackFootprint
 from .lora_names import framepack_aliases
+from .network.blocks import SingleBlock
 from .network.config import FramePackConfig
 from .network.model import FramePackModel, Frames, History, Prompt, StepCondition
 from .sections import SectionMode
@@ -81,6 +82,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         config, dtype = self.config, dtype or self.model.execution.dtype
         layouts = self.weights.layouts
         fixed = [name for name in self.weights.fixed_names() if not name.startswith(self.parts.per_run)]
+        singles = [block for block in self.blocks if isinstance(block, SingleBlock)]
         return FramePackFootprint(
             name=self.checkpoint.path.name,
             dim=config.dim,
@@ -101,6 +103,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             unpacked_bytes=self.costs.unpacked_bytes(dtype),
             vae=None,
             num_double=config.num_layers,
+            norms_once=not self._compiled and all(block.proj_out.is_dense(dtype) for block in singles),
             home_bytes=tuple(layout.nbytes for layout in layouts),
             form=self.costs.form,
             attention=self.model.execution.attention.name,

@@ -73,7 +73,8 @@ def read(source: Source, name: str) -> Tensor:
 @pytest.mark.parametrize("order", [(WEIGHT, SCALE), (SCALE, WEIGHT)])
 def test_a_pair_is_made_once(tmp_path: Path, make: Callable[..., Source], order: tuple[str, ...]) -> None:
     made: list[int] = []
-    source, other = make(tmp_path, lambda: made.append(1)), make(tmp_path, lambda: None)
+    (tmp_path / "other").mkdir()
+    source, other = make(tmp_path, lambda: made.append(1)), make(tmp_path / "other", lambda: None)
     found = {name: read(source, name) for name in order}
     assert len(made) == 1
     for name in reversed(order):
