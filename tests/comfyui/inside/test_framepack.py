@@ -58,6 +58,8 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def save(folder: Path, name: str = "FramePack_tiny.safetensors") -> str:
+    if (folder / name).exists():  # a model that is open may read it still
+        return name
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for key, like in FramePackModel(CONFIG, device="meta").state_dict().items():
