@@ -17,18 +17,17 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from lowvram_video.memory.stream.pinned import CudaRegistrar
-from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.team.team import Team
 from lowvram_video.vae.strips import Strips
 from lowvram_video.video.pictures import to_levels
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from lowvram_video.wanvideo.vae.wave import CardStrips, decode_on_cards
-from surviving import CHILD, Rows, is_child, make_all
+from one_and_several import cards_of, make_parser
+from surviving import Rows, is_child, make_all
 from torch import Tensor
 
 Size = tuple[int, int, int, int]  # latent frames, height, width, and rows of a strip
@@ -102,15 +101,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", default="auto")
-    parser.add_argument("--rows", help="names with semicolons between them (left out: all)")
-    parser.add_argument("--twice", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
+    parser = make_parser(__doc__, limit_seconds=60.0, separators="semicolons")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds of a row")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     of_all = TINY_ROWS if options.tiny else ROWS
     wanted = list(of_all) if options.rows is None else options.rows.split(";")
@@ -118,11 +110,7 @@ def main() -> None:
     if not is_child():
         make_all(list(chosen), options.out, table)
         return
-    if options.tiny or options.twice:
-        cards = (torch.device("cpu") if options.tiny else torch.device("cuda", 0),) * 2
-    else:
-        cards = parse_devices(options.devices)
-    measure(chosen, options, cards)
+    measure(chosen, options, cards_of(options))
 
 
 if __name__ == "__main__":

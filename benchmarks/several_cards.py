@@ -49,7 +49,6 @@ from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.framepack.timed_prompts import parse_timed_prompt
 from lowvram_video.memory.plan.footprint import GIB, UNLIMITED
 from lowvram_video.memory.plan.parking import Amount, Parking, ParkPlace, parse_parking
-from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.run_limits import hold_limits
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.team.team import Team
@@ -57,7 +56,8 @@ from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.model import Extras, Nag
 from lowvram_video.wanvideo.streamed import StreamedWan
-from surviving import CHILD, Rows, is_child, make_all
+from one_and_several import cards_of, make_parser
+from surviving import Rows, is_child, make_all
 from synthetic import CONFIGS, write_checkpoint
 from torch import Tensor
 
@@ -390,15 +390,8 @@ def measure(rows: Sequence[Row], options: argparse.Namespace, cards: Sequence[to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, limit_seconds=100.0, separators="commas or semicolons")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--devices", default="auto")
-    parser.add_argument("--rows", help="names with commas or semicolons between them (left out: all)")
-    parser.add_argument("--twice", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds of a row")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     wanted = None if options.rows is None else re.split("[,;]", options.rows)
     of_all = TINY_ROWS if options.tiny else TWICE_ROWS if options.twice else ROWS
@@ -406,11 +399,7 @@ def main() -> None:
     if not is_child():
         make_all([row.name for row in chosen], options.out, table)
         return
-    if options.tiny or options.twice:
-        cards = (torch.device("cpu") if options.tiny else torch.device("cuda", 0),) * 2
-    else:
-        cards = parse_devices(options.devices)
-    measure(chosen, options, cards)
+    measure(chosen, options, cards_of(options))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class OpenedModel(Generic[M]):
         self.config, stored = self.open_file(path)
         self.checkpoint = checkpoint = quantize_checkpoint(stored, settings.quantization, settings.device)
         self.model, self.aliases = self.build(checkpoint), self.lora_aliases(checkpoint)
-        self._stamps = FileStamps(info.file for info in stored.tensors.values())
+        self._stamps = FileStamps(stored.tensors.values())
         self.settings, self.between_blocks = settings, between_blocks
         self.model.execution = settings.execution(self.config.head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())

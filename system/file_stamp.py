@@ -14,3 +14,11 @@ def stamp_of(file: Path) -> Stamp | None:
     except OSError:
         return None
     return stat.st_size, stat.st_mtime_ns
+
+
+def change_of(file: Path, stamp: Stamp | None) -> str | None:
+    """What became of a file that had this stamp, "deleted" or "changed"; None where it is still that one."""
+    now = stamp_of(file)
+    if now == stamp:
+        return None
+    return "deleted" if now is None else "changed"

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-from ..system.file_stamp import stamp_of
+from ..system.file_stamp import change_of, stamp_of
 
 T = TypeVar("T")
 
@@ -21,9 +21,8 @@ class GivenVideo:
 
     def check(self) -> None:
         """ValueError where it was changed, replaced or deleted since: frames that were read may be of two videos."""
-        now = stamp_of(self.path)
-        if now != self._stamp:
-            what = "deleted" if now is None else "changed"
+        what = change_of(self.path, self._stamp)
+        if what is not None:
             raise ValueError(
                 f"{self.path} was {what} while it was read, and the new video would be of two: put the file back and "
                 "start again, and leave it alone meanwhile"

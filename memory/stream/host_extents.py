@@ -61,3 +61,7 @@ class HostExtents:
         staging, self._staging, self._staged = self._staging, None, frozenset()
         if staging is not None:
             staging.close()
+
+    def release(self) -> None:
+        """Free what is this source's alone; unload the streamer first."""
+        self.pause()

@@ -36,10 +36,6 @@ class CardExtents(HostExtents):
             self._staging = stage_blocks(self, list(order), part, in_stages)
             self._staged = frozenset(order if self._staging is not None else ())
 
-    def release(self) -> None:
-        """Free what is this source's alone; unload the streamer first."""
-        self.pause()
-
 
 class ParkedBlocks(CardExtents):
     """All of these blocks on a card, read once, from where the one that computes copies them.

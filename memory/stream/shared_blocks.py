@@ -30,10 +30,6 @@ class SharedBlocks(HostExtents):
             self._staging = stage_blocks(self._owner, unpinned, part, in_stages)
             self._staged = frozenset(unpinned if self._staging is not None else ())
 
-    def release(self) -> None:
-        """Free what is this source's alone; unload the streamer first."""
-        self.pause()
-
 
 class SharedParked(CardExtents):
     """What ParkedBlocks is to its streamer, to the streamer of another card; the owner reads and frees.

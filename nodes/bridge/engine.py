@@ -7,7 +7,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -106,17 +106,18 @@ class Engine(Generic[S]):
     def configure(self, options: StreamOptions, patches: Mapping[str, Sequence[Any]], patches_id: object) -> None:
         """Run as these options say and with these weight patches, from the next pass on."""
         anew, self._is_configured = not self._is_configured, False  # where it failed midway: all of them
-        if anew or options != self.options:
+        changed = {field.name for field in fields(options)} if anew else options.differences(self.options)
+        if changed:
             self.streamed.stop() if options.same_host_memory(self.options) else self.streamed.release()
-            if anew or options.others != self.options.others:  # first: one card can do what several cannot
+            if "others" in changed:  # first: one card can do what several cannot
                 self.streamed.use_cards(())
-            if anew or options.compile != self.options.compile:
+            if "compile" in changed:
                 self.streamed.compile(options.compile)
-            if anew or options.sparse != self.options.sparse:
+            if "sparse" in changed:
                 self.streamed.use_sparse(options.sparse)
-            if anew or options.step_cache != self.options.step_cache:
+            if "step_cache" in changed:
                 self.use_step_cache(options.step_cache)
-            if anew or options.others != self.options.others:
+            if "others" in changed:
                 self.streamed.use_cards(options.others)
                 self.record.others = options.others
             self.options = options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -32,6 +32,10 @@ class StreamOptions:
     step_cache: StepCacheSettings | None = None
     others: tuple[torch.device, ...] = ()
     parking: ParkSpec | None = None
+
+    def differences(self, other: StreamOptions) -> set[str]:
+        """The names of the settings that are not the other's."""
+        return {field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)}
 
     def same_host_memory(self, other: StreamOptions) -> bool:
         """Whether weights in host memory may stay as they are."""

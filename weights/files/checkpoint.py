@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...system.direct_reads import PAGE, RawFile
-from ...system.file_stamp import Stamp, stamp_of
+from ...system.file_stamp import Stamp, change_of
 from ...system.host_memory import allocate_bytes
 from ...system.plain_text import LONGEST, printable
 
@@ -143,9 +143,8 @@ def read_bytes(file: Path, offset: int, out: Tensor, stamp: Stamp | None) -> Non
 
 def _check_unchanged(info: TensorInfo) -> None:
     """CheckpointError where what was read is not of the file whose header says where its tensors are."""
-    now = info.stamp and stamp_of(info.file)
-    if now != info.stamp:
-        what = "deleted" if now is None else "changed"
+    what = None if info.stamp is None else change_of(info.file, info.stamp)
+    if what is not None:
         raise CheckpointError(
             f"{info.file} was {what} since it was opened, and its tensors may be others, or elsewhere in it: start "
             "again, and leave the file alone meanwhile"
