@@ -20,15 +20,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lowvram_video.attention.backend import AttentionSpec, Backend, BlockChoice, SparseBackend
-from lowvram_video.attention.probe import relative_error
 from lowvram_video.attention.select import select_attention, select_sparse
-from lowvram_video.attention.sparse.samples import Samples, compare
 from lowvram_video.attention.sparse.settings import PRESETS, SparseSettings
 from lowvram_video.benchmarks.demo.captions import Caption
 from lowvram_video.benchmarks.demo.score import judge, pick_captions
@@ -38,6 +35,7 @@ from lowvram_video.system.atomic_files import write_file
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
 from measure import bench_device, machine, psnr
+from sparse_errors import error_row, line
 
 FIRST_SEED = 1000
 CAPTURED_CALLS = 3
@@ -74,7 +72,7 @@ class Capture:
 
     def __init__(self, dense: Backend) -> None:
         self._dense, self.workspace, self.calls = dense, dense.workspace, 0
-        self.kept: list[tuple[torch.Tensor, ...]] = []
+        self.kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         return None
@@ -171,23 +169,10 @@ class Bench:
         request = replace(self.request, prompt=self.captions[0].text, seed=FIRST_SEED)
         for _ in pipeline.generate(request):
             pass
-        for layer, (q, k, v) in enumerate(capture.kept):
-            expected = dense.attend(q, k, v)
-            for blocks in CHOICES:
-                out = kernel.attend(q, k, v, blocks)
-                look = partial(compare, q[0], k[0], v[0], out[0])
-                sums = torch.stack([look(Samples(self.device, step), blocks) for step in range(SPARSE_STEPS)]).sum(0)
-                difference, norm, density = sums.tolist()
-                self.found["errors"].append(
-                    {
-                        "call": layer,
-                        "tokens": q.shape[1],
-                        "blocks": f"tau {blocks.tau:g}" if not blocks.top_k else f"top-k {blocks.top_k:g}",
-                        "true": relative_error(out, expected),
-                        "measured": (difference / norm) ** 0.5,
-                        "density": density / SPARSE_STEPS,
-                    }
-                )
+        for call, qkv in enumerate(capture.kept):
+            expected = dense.attend(*qkv)
+            rows = [error_row(kernel, qkv, expected, blocks, SPARSE_STEPS) for blocks in CHOICES]
+            self.found["errors"] += [{"call": call, **row} for row in rows]
         pipeline.release()
         self.keep()
 
@@ -205,11 +190,7 @@ def table(found: dict[str, Any]) -> str:
             f"{row['name']:<32}{row['right']:>4} of {found['num']:<3}{row['psnr']:>6.1f}{density:>9}"
             f"{error:>8}{largest:>9}"
         )
-    lines += [
-        f"call {row['call']}, {row['tokens']} tokens, {row['blocks']:<12} true {row['true']:.4f}  measured "
-        f"{row['measured']:.4f}  ({100 * (row['measured'] / row['true'] - 1):+.1f} %)  density {row['density']:.3f}"
-        for row in found["errors"]
-    ]
+    lines += [f"call {row['call']}{line(row)}" for row in found["errors"]]
     return "\n".join(lines)
 
 

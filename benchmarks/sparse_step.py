@@ -1,13 +1,16 @@
 """Sparse steps against dense ones, the error that a run measures against the true one, and what measuring it costs.
 
     python benchmarks/sparse_step.py /tmp --out /tmp/sparse_step.json
-    python benchmarks/sparse_step.py /tmp --parts errors,480p,framepack --out /tmp/sparse_step.json
+    python benchmarks/sparse_step.py /tmp --parts errors,framepack --out /tmp/sparse_step.json
     python benchmarks/sparse_step.py /tmp --parts denoise --out /tmp/sparse_step.json    # 20 steps at 720p, two minutes
+    COMFYUI_DIR=~/ComfyUI python benchmarks/sparse_step.py /tmp --parts 480p,720p,comfyui --until 480 --rows "dense;
+        sparse top-k 0.15"
 
 Wan 14B and FramePack of random weights, fp8 files with fp8 products, all blocks streamed; files are made in the folder
-where they are missing. FramePack has a quarter of its blocks: what is compared is sparse against dense. Beside "bound"
-rows the same share of blocks is kept as without: the difference is what measuring costs. `--tiny` tries all of it on a
-CPU, with the package's reference in place of its kernels.
+where they are missing. FramePack has a quarter of its blocks: what is compared is sparse against dense. Steps that also
+measure their error are made in turn with those that do not, and keep the same share of blocks: the difference is what
+measuring costs. ComfyUI's own steps beside are those of `comfyui_steps.py`. `--tiny` tries all of it on a CPU, with the
+package's reference in place of its kernels.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import comfyui_steps
 import torch
-from lowvram_video.attention.backend import AttentionSpec, Backend, BlockChoice, SparseBackend
+from lowvram_video.attention.backend import BLOCK, AttentionSpec, Backend, BlockChoice, SparseBackend
 from lowvram_video.attention.probe import relative_error
 from lowvram_video.attention.select import select_attention, select_sparse
 from lowvram_video.attention.sol import SolAttention
@@ -45,33 +49,13 @@ from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import machine
+from sparse_errors import error_row, planted
+from sparse_rows import ROWS, Row, table, with_cost
 from synthetic import CONFIGS, write_checkpoint
 
-TOP_K = SparseSettings(top_k=0.15, bound=None, dense_percent=0)
-BOUND = replace(TOP_K, bound=1.0)
-TAU = SparseSettings(tau=1.0, bound=0.1, dense_percent=0)
 SCHEDULED = SparseSettings(top_k=0.15, bound=None)  # its first steps dense, as by default
 RUN_STEPS, SHIFT = 20, 5.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line: `sparse` None is dense, by the attention backend of this name."""
-
-    name: str
-    sparse: SparseSettings | None = None
-    attention: str = "auto"
-    steps: int = 3
-
-
-ROWS = (
-    Row("dense"),
-    Row("sparse top-k 0.15", TOP_K, steps=9),  # nine: what the bound costs is less than the noise of three
-    Row("sparse top-k 0.15, bound", BOUND, steps=9),
-    Row("sparse tau 1.0, bound 0.1", TAU, steps=9),  # from the careful end on
-    Row("dense int8_attention", attention="int8_attention", steps=1),
-)
-WAN_SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81)}
+WAN_SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81), "denoise": (1280, 720, 81)}
 FRAMEPACK_SIZES = {"640x608": (608, 640), "960x544": (544, 960)}
 
 
@@ -90,8 +74,13 @@ class Reference(SolAttention):
 
 
 class Bench:
-    def __init__(self, folder: Path, out: Path, tiny: bool) -> None:
-        self.folder, self.out, self.tiny = folder, out, tiny
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.folder, self.out, self.tiny = options.folder, options.out, options.tiny
+        self.until, self.began = options.until, time.perf_counter()
+        self.names = [name.strip() for name in options.rows.split(";") if name.strip()]
+        if unknown := set(self.names) - {row.name for row in ROWS}:
+            raise SystemExit(f"no rows {sorted(unknown)}: rows are {[row.name for row in ROWS]}")
+        tiny = self.tiny
         self.device = torch.device("cpu" if tiny else "cuda", None if tiny else 0)
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.found: dict[str, Any] = {"machine": machine(), "parts": {}}
@@ -99,7 +88,15 @@ class Bench:
 
     def keep(self, part: str, rows: list[dict[str, Any]]) -> None:
         self.found["parts"][part] = rows
+        self.found["seconds"] = time.perf_counter() - self.began
         write_file(self.out, json.dumps(self.found, indent=1).encode())
+
+    def is_late(self, part: str, row: str) -> bool:
+        """Whether nothing more is begun: what is left out is told."""
+        late = time.perf_counter() - self.began > self.until
+        if late:
+            self.found.setdefault("left_out", []).append(f"{part}: {row}")
+        return late
 
     # The error, by kernels alone
 
@@ -109,39 +106,20 @@ class Bench:
         dense = select_attention("auto", AttentionSpec(self.device, self.dtype, 128))
         rows = []
         for length in lengths:
-            q, k, v = self.planted(length, heads=2 if self.tiny else 10)
+            q, k, v = planted(length, 2 if self.tiny else 10, self.device, self.dtype)
             expected = dense.attend(q, k, v)
-            everything = (0, -(-length // 64))
+            everything = (0, -(-length // BLOCK))
             for blocks in (BlockChoice(tau=1.0), BlockChoice(top_k=0.15), BlockChoice(sinks=everything)):
+                row = error_row(self.kernel, (q, k, v), expected, blocks, 4)
                 out = self.kernel.attend(q, k, v, blocks)
-                look = partial(compare, q[0], k[0], v[0], out[0])
-                sums = torch.stack([look(Samples(self.device, step), blocks) for step in range(4)]).sum(0)
-                difference, norm, density = sums.tolist()
-                rows.append(
-                    {
-                        "tokens": length,
-                        "blocks": "all sinks" if blocks.sinks != (0, 0) else f"{blocks.tau:g}, {blocks.top_k:g}",
-                        "true": relative_error(out, expected),
-                        "measured": (difference / norm) ** 0.5,
-                        "density": density / 4,
-                        "milliseconds": 1e3 * self.seconds(partial(self.kernel.attend, q, k, v, blocks)),
-                        "dense_milliseconds": 1e3 * self.seconds(partial(dense.attend, q, k, v)),
-                        "sample_milliseconds": 1e3 * self.seconds(partial(look, Samples(self.device, 9), blocks)),
-                    }
-                )
+                look = partial(compare, q[0], k[0], v[0], out[0], Samples(self.device, 9), blocks)
+                row |= {
+                    "milliseconds": 1e3 * self.seconds(partial(self.kernel.attend, q, k, v, blocks)),
+                    "dense_milliseconds": 1e3 * self.seconds(partial(dense.attend, q, k, v)),
+                    "sample_milliseconds": 1e3 * self.seconds(look),
+                }
+                rows.append(row)
         return rows
-
-    def planted(self, length: int, heads: int) -> tuple[torch.Tensor, ...]:
-        """Tokens of a place attend what is alike: 64 directions, that change every few hundred tokens."""
-        generator = torch.Generator(self.device).manual_seed(length)
-
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device=self.device)
-
-        groups = torch.arange(length, device=self.device) // 200 % 64
-        centres = randn(64, heads, 128)
-        q, k, v = (0.6 * centres[groups] + randn(length, heads, 128) for _ in range(3))
-        return tuple(each[None].to(self.dtype) for each in (q, k, v))
 
     def seconds(self, call: Callable[[], object]) -> float:
         return statistics.median(self.timed(call) for _ in range(4))
@@ -159,32 +137,32 @@ class Bench:
 
     # Steps
 
-    def wan(self, sizes: Sequence[str]) -> None:
-        config = WanConfig("t2v", 256, 512, 2, 3) if self.tiny else CONFIGS["14b"]
-        assert isinstance(config, WanConfig)
-        model = StreamedWan(self.file("fp8", config), self.settings)
-        for name in sizes:
-            width, height, frames = (256, 256, 5) if self.tiny else WAN_SIZES[name]
-            work = wan_work(model.config, (width, height, frames))
-            generator = torch.Generator(self.device).manual_seed(0)
-            latent = torch.randn(1, 16, *work.latent_size, device=self.device, generator=generator)
-            text = torch.randn(1, 512, model.config.text_dim, device=self.device, generator=generator)
-            timestep = torch.full((1,), 700.0, device=self.device)
-            self.rows(f"wan {name}", model, work, partial(model, latent, timestep, text))
+    def wan(self, parts: Sequence[str]) -> None:
+        """The rows of the sizes among the parts, and the whole run."""
+        model = StreamedWan(self.wan_file, self.settings)
+        for name in parts:
+            work, latent, timestep, text = self.clip(model, name)
+            if name == "denoise":
+                self.denoise(model, work, latent, text)
+            else:
+                self.rows(f"wan {name}", model, work, partial(model, latent, timestep, text))
         model.release()
 
-    def denoise(self) -> None:
-        """A whole run by the default schedule, Euler's steps; nothing of it is left out of the time."""
-        config = WanConfig("t2v", 256, 512, 2, 3) if self.tiny else CONFIGS["14b"]
-        assert isinstance(config, WanConfig)
-        model = StreamedWan(self.file("fp8", config), self.settings)
-        width, height, frames = (256, 256, 5) if self.tiny else WAN_SIZES["720p"]
+    def clip(self, model: StreamedWan, part: str) -> tuple[WorkSize, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Its size, and a random latent, timestep and text."""
+        width, height, frames = (256, 256, 5) if self.tiny else WAN_SIZES[part]
         work = wan_work(model.config, (width, height, frames))
-        row = Row("20 steps, dense until 25 %, top-k 0.15", SCHEDULED)
-        with torch.inference_mode(), self.started(model, work, row) as planned:
-            generator = torch.Generator(self.device).manual_seed(0)
-            latent = torch.randn(1, 16, *work.latent_size, device=self.device, generator=generator)
-            text = torch.randn(1, 512, model.config.text_dim, device=self.device, generator=generator)
+        generator = torch.Generator(self.device).manual_seed(0)
+        latent = torch.randn(1, 16, *work.latent_size, device=self.device, generator=generator)
+        text = torch.randn(1, 512, model.config.text_dim, device=self.device, generator=generator)
+        return work, latent, torch.full((1,), 700.0, device=self.device), text
+
+    def denoise(self, model: StreamedWan, work: WorkSize, latent: torch.Tensor, text: torch.Tensor) -> None:
+        """A whole run by the default schedule, Euler's steps; nothing of it is left out of the time."""
+        row = Row(f"{RUN_STEPS} steps, dense until 25 %, top-k 0.15", SCHEDULED)
+        if self.is_late("denoise 720p", row.name):
+            return
+        with torch.inference_mode(), self.started(model, work, row) as (planned, _):
             uniform = torch.linspace(1, 0, RUN_STEPS + 1).tolist()
             sigmas = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in uniform]
             seconds = []
@@ -196,14 +174,26 @@ class Bench:
                 latent.add_(model(latent, timestep, text), alpha=following - sigma)
                 self.settle()
                 seconds.append(time.perf_counter() - began)
+            num_dense = round(RUN_STEPS * SCHEDULED.dense_percent / 100)
             found = {
                 "name": row.name,
                 "seconds": seconds,
                 "denoise": sum(seconds),
+                "dense_step": statistics.median(seconds[1:num_dense]),
+                "sparse_step": statistics.median(seconds[num_dense:]),
                 "finite": bool(latent.isfinite().all()),
             }
-        model.release()
         self.keep("denoise 720p", [found | planned])
+
+    def comfyui(self, names: str) -> None:
+        """Its own steps of the same file."""
+        rows: list[dict[str, Any]] = []
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for row in comfyui_steps.chosen_rows(names, "tiny" if self.tiny else "", "--cpu" if self.tiny else ""):
+            if not self.is_late("comfyui", row.name):
+                rows.append(comfyui_steps.run_apart(self.wan_file, row))
+                self.keep("comfyui", rows)
 
     def framepack(self, sizes: Sequence[str]) -> None:
         config = (
@@ -239,6 +229,10 @@ class Bench:
     def settings(self) -> RunSettings:
         return RunSettings(device=self.device, quantization="none" if self.tiny else "fp8_fast")
 
+    @property
+    def wan_file(self) -> Path:
+        return self.file("fp8", WanConfig("t2v", 256, 512, 2, 3) if self.tiny else CONFIGS["14b"])
+
     def file(self, name: str, config: Any) -> Path:
         path = self.folder / f"{name}{'_tiny' if self.tiny else ''}.safetensors"
         if not path.exists():
@@ -249,47 +243,55 @@ class Bench:
         done: list[dict[str, Any]] = []
         dense_out: list[torch.Tensor] = []
         for row in ROWS:
-            if self.tiny and row.attention != "auto":
+            if (self.names and row.name not in self.names) or (self.tiny and row.attention != "auto"):
                 continue
-            with torch.inference_mode(), self.started(model, work, row) as planned:
+            if self.is_late(part, row.name):
+                continue
+            with torch.inference_mode(), self.started(model, work, row) as (planned, watches):
                 found: dict[str, Any] = {"name": row.name, **planned}
                 try:
-                    out, found["seconds"] = self.steps(model, row, step)
-                    found["step"] = statistics.median(found["seconds"][1:])
+                    out, seconds = self.steps(model, row, watches, step)
+                    if self.device.type == "cuda":
+                        found["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
                     found["difference"] = relative_error(out, dense_out[0]) if dense_out else 0.0
                     dense_out = dense_out or [out.clone()]
-                    found |= self.watched(model)
+                    lines = [found | self.told(each, watch) for each, watch in zip(seconds, watches, strict=True)]
+                    done += with_cost(lines)
                 except (RuntimeError, ValueError) as error:
-                    found["error"] = str(error)[:300]
-            if self.device.type == "cuda":
-                found["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-            done.append(found)
+                    done.append(found | {"error": str(error)[:300]})
             self.keep(part, done)
 
     def steps(
-        self, model: StreamedModel[Any], row: Row, step: Callable[[], torch.Tensor]
-    ) -> tuple[torch.Tensor, list[float]]:
-        watch, seconds, out = model.model.execution.watch, [], torch.empty(0)
-        for number in range(row.steps + 1):
-            if watch is not None and row.sparse == BOUND:  # what is kept is that of the row without a bound
-                watch.collect()
-                watch.restore(torch.zeros(watch.num_layers, 4, dtype=torch.float64))
-            model.at_step(number, row.steps + 1)
+        self,
+        model: StreamedModel[Any],
+        row: Row,
+        watches: Sequence[AttentionRun | None],
+        step: Callable[[], torch.Tensor],
+    ) -> tuple[torch.Tensor, list[list[float]]]:
+        """What the last step gave, and the seconds of each watch's steps; they take turns."""
+        seconds: list[list[float]] = [[] for _ in watches]
+        out, count = torch.empty(0), (row.steps + 1) * len(watches)
+        for number in range(count):
+            place = number % len(watches)
+            model.model.execution = replace(model.model.execution, watch=watches[place])
+            model.at_step(number, count)
             self.settle()
             began = time.perf_counter()
             out = step()
             self.settle()
-            seconds.append(time.perf_counter() - began)
+            seconds[place].append(time.perf_counter() - began)
         return out, seconds
 
-    def watched(self, model: StreamedModel[Any]) -> dict[str, Any]:
-        watch = model.model.execution.watch
+    def told(self, seconds: list[float], watch: AttentionRun | None) -> dict[str, Any]:
+        """Of the steps of one watch."""
         readings = () if watch is None else watch.readings()
         last = [each for each in readings if each.step == max(one.step for one in readings)]
         errors = [each.error for each in last if each.error is not None]
         known = [each.density for each in last if each.density is not None]
         looked = len(known) == len(last)
         return {
+            "seconds": seconds,
+            "step": statistics.median(seconds[1:]),
             "sparse_layers": sum(each.sparse for each in last),
             "density": (statistics.mean(known) if known else 1.0) if looked else None,
             "measured_error": sum(errors) / len(errors) if errors else None,
@@ -298,16 +300,18 @@ class Bench:
         }
 
     @contextmanager
-    def started(self, model: StreamedModel[Any], work: WorkSize, row: Row) -> Iterator[dict[str, Any]]:
+    def started(
+        self, model: StreamedModel[Any], work: WorkSize, row: Row
+    ) -> Iterator[tuple[dict[str, Any], list[AttentionRun | None]]]:
         model.stop()
-        spec = AttentionSpec(self.device, self.dtype, 128)
-        attention: Backend = select_attention(row.attention, spec)
-        watch = None
-        if row.sparse is not None:
-            sparse = replace(row.sparse, min_tokens=0) if self.tiny else row.sparse
-            watch = AttentionRun(attention, len(model.blocks), model.config.num_heads, self.kernel, sparse)
-        elif not attention.exact:
-            watch = AttentionRun(attention, len(model.blocks), model.config.num_heads)
+        attention: Backend = select_attention(row.attention, AttentionSpec(self.device, self.dtype, 128))
+        watch = self.watch(model, attention, row.sparse)
+        watches = [watch]
+        if row.in_turn is not None:
+            other = self.watch(model, attention, row.in_turn)
+            assert other is not None
+            other.restore(torch.zeros(other.num_layers, 4, dtype=torch.float64))  # it keeps what the first one keeps
+            watches.append(other)
         model.model.execution = replace(model.model.execution, attention=attention, watch=watch)
         workspace = attention.workspace if watch is None else watch.workspace
         budget = None if self.tiny else 120
@@ -318,51 +322,22 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         model.start(plan)
         memory = plan.denoise
-        yield {
+        planned = {
             "predicted_gib": (memory.total - memory.context) / GIB,
             "streamed": plan.blocks.num_streamed,
             "tokens": work.tokens,
         }
+        yield planned, watches
         model.stop()
 
-
-def table(found: dict[str, Any]) -> str:
-    lines = []
-    for part, rows in found["parts"].items():
-        if part == "errors":
-            names = ("true", "measured", "density", "ms", "dense", "sample")
-            lines.append(f"{'tokens':>8}  {'tau, top-k':<14}" + "".join(f"{name:>9}" for name in names))
-            lines += [
-                f"{row['tokens']:>8}  {row['blocks']:<14}"
-                + "".join(f"{row[name]:>9.4f}" for name in ("true", "measured", "density"))
-                + "".join(f"{row[f'{name}milliseconds']:>9.2f}" for name in ("", "dense_", "sample_"))
-                for row in rows
-            ]
-            continue
-        lines.append(
-            f"{part:<30}{'s/step':>8}{'error':>8}{'largest':>9}{'density':>9}{'output':>8}{'GiB':>7}{'plan':>7}"
-        )
-        for row in rows:
-            if "error" in row:
-                lines.append(f"  {row['name']:<28} FAILED {row['error']}")
-                continue
-            if "denoise" in row:
-                lines.append(f"  {row['name']:<28} whole denoise {row['denoise']:.1f} s")
-                continue
-            error, largest = (row[name] or 0.0 for name in ("measured_error", "largest_error"))
-            density = "-" if row["density"] is None else f"{row['density']:.3f}"
-            lines.append(
-                f"  {row['name']:<28}{row['step']:>9.3f}{error:>9.3f}{largest:>9.3f}{density:>9}"
-                f"{row['difference']:>9.3f}{row.get('allocated_gib', 0):>9.2f}{row['predicted_gib']:>9.2f}"
-            )
-        steps = {row["name"]: row["step"] for row in rows if "step" in row}
-        if {"dense", "sparse top-k 0.15", "sparse top-k 0.15, bound"} <= set(steps):
-            dense, sparse, bound = (steps[row.name] for row in ROWS[:3])
-            lines.append(
-                f"  the bound costs {100 * (bound / sparse - 1):.1f} % of a sparse step; 20 steps, five of them dense: "
-                f"{5 * dense + 15 * sparse:.0f} s by these (computed)"
-            )
-    return "\n".join(lines)
+    def watch(
+        self, model: StreamedModel[Any], attention: Backend, sparse: SparseSettings | None
+    ) -> AttentionRun | None:
+        shape = len(model.blocks), model.config.num_heads
+        if sparse is not None:
+            settings = replace(sparse, min_tokens=0) if self.tiny else sparse
+            return AttentionRun(attention, *shape, self.kernel, settings)
+        return None if attention.exact else AttentionRun(attention, *shape)
 
 
 def main() -> None:
@@ -370,18 +345,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the files of random weights are, or are made")
     parser.add_argument("--parts", default="errors,480p,720p,framepack")
     parser.add_argument("--out", type=Path, default=Path("sparse_step.json"))
+    parser.add_argument("--rows", default="", help="of Wan and FramePack only these, separated by ';'")
+    parser.add_argument("--comfyui-rows", default="", help="as --rows of comfyui_steps.py")
+    parser.add_argument("--until", type=float, default=float("inf"), help="seconds after which nothing more is begun")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    bench, parts = Bench(options.folder, options.out, options.tiny), options.parts.split(",")
+    bench, parts = Bench(options), options.parts.split(",")
     with torch.inference_mode():
         if "errors" in parts:
             bench.keep("errors", bench.errors())
-    if sizes := [part for part in parts if part in WAN_SIZES]:
-        bench.wan(sizes)
-    if "denoise" in parts:
-        bench.denoise()
+    if wan := [part for part in parts if part in WAN_SIZES]:
+        bench.wan(wan)
     if "framepack" in parts:
         bench.framepack(list(FRAMEPACK_SIZES))
+    if "comfyui" in parts:
+        bench.comfyui(options.comfyui_rows)
     print(table(bench.found))
 
 
