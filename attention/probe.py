@@ -18,7 +18,7 @@ from ..system.kernel_choice import brief, reason_against, relative_error
 from ..system.triton_errors import triton_errors
 from .backend import BLOCK, QUANTISED_ERROR, AttentionSpec, Backend, BlockChoice, SparseBackend
 from .switches import SWITCHES
-from .timing import installed_versions
+from .timing import attention_versions
 
 SPARSE_BLOCKS = 13  # of a probe
 QUANTISED_COSINE = 0.99  # at least; less where a backend's own error is larger
@@ -46,7 +46,7 @@ class Machine:
     platform: str = sys.platform
     python: str = sys.executable or "python"
     card: Callable[[torch.device], CardProfile | None] = profile_of
-    versions: Callable[[], Mapping[str, str]] = installed_versions
+    versions: Callable[[], Mapping[str, str]] = attention_versions
 
     def pip_install(self, packages: str) -> str:
         """The command that installs into the Python that runs this, e.g. ComfyUI's embedded one."""

@@ -21,7 +21,7 @@ from .sage_2pp import SageAttention2pp
 from .sage_3 import SageAttention3
 from .sdpa import Sdpa
 from .sol import SolAttention
-from .timing import AttentionSize, KeptChoices, attention_seconds
+from .timing import AttentionSize, attention_seconds, kept_choices, timed_work
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,9 @@ def select_fastest(mode: str, spec: AttentionSpec, size: AttentionSize, machine:
     They are timed at the run's own size once; what was fastest is kept by card, driver, versions and size. Raises
     AttentionUnavailable as `select_attention`. Where memory is short, what that takes runs for now.
     """
-    kept = KeptChoices(machine.versions())
+    kept, timed = kept_choices(machine.versions()), timed_work(mode, spec, size)
     allowed = [line for line in _BACKENDS if line.auto_rank is not None or mode == AUTO_FAST]
-    name = kept.find(mode, spec, size)
+    name = kept.find(timed, spec.device)
 
     def check(backend: Backend) -> str | None:
         if backend.error > FAST_ERROR:
@@ -107,7 +107,7 @@ def select_fastest(mode: str, spec: AttentionSpec, size: AttentionSize, machine:
             raise
         return select_attention(mode, spec, machine)
     if chosen.is_final:
-        kept.keep(mode, spec, size, chosen.best.name)
+        kept.keep(timed, spec.device, chosen.best.name)
     return chosen.best
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from lowvram_video.attention.backend import AttentionSpec
-from lowvram_video.attention.timing import FORMAT as TIMES_FORMAT
-from lowvram_video.attention.timing import AttentionSize, KeptChoices
+from lowvram_video.attention.timing import AttentionSize, kept_choices, timed_work
 from lowvram_video.batch.results import Results
 from lowvram_video.batch.workflow import make_prompt
 from lowvram_video.cli.batch_comfyui import EXAMPLES, workflow_reader
 from lowvram_video.cli.batch_jobs import options_reader, read_jobs
 from lowvram_video.sampling.caching.tables import published_tables, read_table
 from lowvram_video.system.card_profile import DATA_VARIABLE
+from lowvram_video.system.kept_choices import FORMAT as TIMES_FORMAT
 from lowvram_video.system.output_lock import is_noted, note_output
 from lowvram_video.video.pictures import load_image
 from lowvram_video.video.reader import read_video, video_rate
@@ -90,10 +90,10 @@ def take_results(path: Path) -> None:
 def take_times(path: Path) -> None:
     """What was fastest, and another choice kept."""
     with _variable(DATA_VARIABLE, str(path.parent)):
-        kept = KeptChoices({})
-        kept.find("auto", SPEC, SIZE)
-        kept.keep("auto", SPEC, SIZE, "sdpa")
-        assert kept.find("auto", SPEC, SIZE) == "sdpa"
+        kept, work = kept_choices({}), timed_work("auto", SPEC, SIZE)
+        kept.find(work, SPEC.device)
+        kept.keep(work, SPEC.device, "sdpa")
+        assert kept.find(work, SPEC.device) == "sdpa"
 
 
 def take_note(folder: Path) -> None:
@@ -187,7 +187,7 @@ def _results(folder: Path, draw: random.Random) -> Path:
 
 def _times(folder: Path, draw: random.Random) -> Path:
     with _variable(DATA_VARIABLE, str(folder)):
-        KeptChoices({}).keep("auto", SPEC, SIZE, "sage")
+        kept_choices({}).keep(timed_work("auto", SPEC, SIZE), SPEC.device, "sage")
     plain = (folder / "attention.json").read_text()
     assert json.loads(plain)["format"] == TIMES_FORMAT
     return put(folder / "attention.json", mutations.json_text(plain, draw))
