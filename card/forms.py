@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..weights.kernels.gemms import select_fp8_gemm, select_int8_gemm
 from ..weights.kernels.gguf_op import dequantize_in_chunks
-from ..weights.kernels.gguf_reference import BLOCK_TYPES, random_blocks
 from ..weights.kernels.rows import select_row_ops
 from ..weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
 from ..weights.linear.gguf import GGUF_FORMATS
@@ -24,7 +23,7 @@ from ..weights.linear.kitchen import (
     kitchen_problem,
 )
 from ..weights.linear.kitchen_matmul import NATIVE_PRODUCTS, KitchenMatmul, native_refusal
-from ..weights.linear.stored_samples import stored_rows, stored_sample
+from ..weights.linear.stored_samples import random_gguf, stored_rows, stored_sample
 from ..weights.linear.weight_format import PLAIN, WeightFormat
 
 # What a form may lose of the product in the compute dtype before it counts as wrong: of activations with a few large
@@ -77,20 +76,13 @@ def _chosen(name: str, dtype: torch.dtype, choose: Callable[[], WeightFormat]) -
 
 
 def _gguf(name: str) -> Form:
-    block = BLOCK_TYPES[name]
-
-    def pack(weight: Tensor) -> dict[str, Tensor]:
-        rows, columns = weight.shape
-        blocks = random_blocks(name, rows * columns // block.elements, torch.Generator().manual_seed(0))
-        return {"weight": blocks.view(rows, -1).to(weight.device)}
-
     def unpacked(packed: Mapping[str, Tensor]) -> Tensor:
         stored = packed["weight"]
         out = torch.empty(GGUF_FORMATS[name].logical_shape(stored), device=stored.device)
         dequantize_in_chunks(stored, out, name)
         return out
 
-    return Form(name, EXACT, GGUF_FORMATS[name], pack, unpacked, every_shape=False)
+    return Form(name, EXACT, GGUF_FORMATS[name], partial(random_gguf, name), unpacked, every_shape=False)
 
 
 def _kitchen(device: torch.device) -> Iterator[Form]:

@@ -108,7 +108,8 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--quantization", choices=list(QUANTIZATIONS), default="none",
         help="none: as stored; fp8, int8: quantise 16-bit files as they are read; fp8_fast: and multiply in fp8; "
-        "4bit_fast: multiply 4-bit files as stored (comfy-kitchen)",
+        "4bit_fast: multiply 4-bit files as stored (comfy-kitchen); auto_fast: as stored, multiplied in fp8 where that "
+        "is faster here",
     )  # fmt: skip
     machine.add_argument(
         "--lora-mode", choices=list(LORA_MODES), default="auto",
@@ -116,7 +117,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     machine.add_argument(
         "--attention", choices=list(ATTENTION_MODES), default="auto",
-        help="backend; auto: the fastest exact one here; auto_fast: also 8-bit ones; fp8 products are --quantization",
+        help="backend; auto: the fastest exact one here; auto_fast: also 8-bit ones (products: --quantization)",
     )  # fmt: skip
     machine.add_argument("--vram-budget", type=positive, metavar="GIB", help="hard limit (left out: what is free)")
     machine.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -63,7 +62,7 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
         return open_framepack(path, self._model_type)
 
     def open_beside(self, device: torch.device, between_blocks: Callable[[], None]) -> StreamedFramePack:
-        settings = replace(self.settings, device=device, others=(), sparse=None)
+        settings = self.settings_beside(device)
         return StreamedFramePack(self.path, settings, None, between_blocks, self._loras, self._model_type)
 
     def build(self, checkpoint: Checkpoint) -> FramePackModel:

@@ -139,6 +139,8 @@ def _compute_inputs() -> list[io.Input]:
             "weights are quantised while they are read, which halves them. fp8_fast also multiplies in fp8: "
             "faster on RTX 40 and newer (compute capability 8.9), slightly inexact. int8 multiplies in int8: "
             "the fast choice for RTX 20 and 30. 4bit_fast multiplies files in 4 bits (NVFP4, W4A4, W4A8) as stored, "
-            "by comfy-kitchen, where that is faster than unpacking: inexact. One that cannot run here says why.",
+            "by comfy-kitchen, where that is faster than unpacking: inexact. auto_fast keeps weights as the file has "
+            "them and multiplies in fp8 where this card does that faster (timed): a layer is off by 5 % at most on "
+            "random numbers. One that cannot run here says why.",
         ),
     ]  # fmt: skip

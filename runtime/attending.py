@@ -164,7 +164,7 @@ class AttendingModel(OpenedModel[M]):
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(execution.dtype),
-            "quantization": self.settings.quantization,
+            "quantization": self.quantization,
             "attention": execution.attention.name,
             "elementwise": execution.ops.name,
             "loras": self.settings.lora_mode,

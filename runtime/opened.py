@@ -17,7 +17,7 @@ from ..system.host_memory import return_freed_bytes
 from ..transformer.transformer import Block, Transformer
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.stamps import FileStamps
-from ..weights.linear.compute import select_compute
+from ..weights.linear.compute import STORED_FP8, select_compute
 from ..weights.linear.quantize import quantize_checkpoint
 from ..weights.lora.file import LoraChoice, open_loras
 from ..weights.lora.names import Aliases
@@ -57,7 +57,8 @@ class OpenedModel(Generic[M]):
         self.model.execution = settings.execution(self.config.head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())
         self.costs = LayerCosts(self.model, self.blocks, self.parts)
-        select_compute(self.model, self.costs.busy_modules, settings.quantization, settings.device)
+        # of auto_fast what it became
+        self.quantization = select_compute(self.model, self.costs.busy_modules, settings.quantization, settings.device)
         if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
             registrar = CudaRegistrar(settings.device)
         self.weights = HostWeights(self.model, checkpoint, self.parts, settings, registrar, between_blocks)
@@ -93,7 +94,7 @@ class OpenedModel(Generic[M]):
         """Whether the user chose products or attention of 8-bit numbers, or of smaller ones."""
         execution = self.model.execution
         by_attention = not execution.attention.exact and not execution.all_queries  # another pack's is nobody's choice
-        return self.settings.quantization in ("fp8_fast", "int8", "4bit_fast") or by_attention
+        return self.quantization in ("fp8_fast", "int8", "4bit_fast", STORED_FP8) or by_attention
 
     def forget_contexts(self) -> None:
         """Free what was made of prompts."""

@@ -80,8 +80,12 @@ class StreamedModel(AttendingModel[M]):
 
     def open_beside(self, device: torch.device, between_blocks: Callable[[], None]) -> StreamedModel[M]:
         """The same file for another card."""
-        settings = replace(self.settings, device=device, others=(), sparse=None)
+        settings = self.settings_beside(device)
         return type(self)(self.path, settings, None, between_blocks, self._loras)
+
+    def settings_beside(self, device: torch.device) -> RunSettings:
+        """Those of the same model on another card, whose products are made as here."""
+        return replace(self.settings, device=device, others=(), sparse=None, quantization=self.quantization)
 
     @property
     def started(self) -> bool:

@@ -82,7 +82,7 @@ class StreamedWan(StreamedModel[WanModel]):
         return open_wan(path, self.vace_module)
 
     def open_beside(self, device: torch.device, between_blocks: Callable[[], None]) -> StreamedWan:
-        settings = replace(self.settings, device=device, others=(), sparse=None)
+        settings = self.settings_beside(device)
         return StreamedWan(self.path, settings, None, between_blocks, self._loras, self.vace_module)
 
     def build(self, checkpoint: Checkpoint) -> WanModel:

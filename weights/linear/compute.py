@@ -12,34 +12,37 @@ from torch import Tensor, nn
 from ...system.device_errors import is_out_of_memory
 from ...system.dtypes import half_dtype
 from ...system.kernel_choice import Trial, choose, cuda_seconds, disagreement, relative_error
-from ..kernels.gemms import fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
+from ..kernels.gemms import fp8_refusal, fuses_gelu, int8_refusal, select_fp8_gemm, select_int8_gemm
 from ..kernels.row_reference import RowOps
 from ..kernels.rows import select_row_ops
 from .fp8 import Fp8Dequantized, Fp8Matmul
-from .gguf import GgufFormat
 from .int8 import Int8Dequantized, Int8Matmul
-from .kitchen import KitchenFormat, KitchenInt8, kitchen_int8_available
+from .kitchen import KitchenInt8, kitchen_int8_available
 from .kitchen_matmul import KitchenMatmul
 from .linear import Linear
 from .made_fp8 import Fp8Made
 from .native import use_native
 from .projection import Projection
+from .stored_fp8 import fp8_form, is_fp8_faster
 from .weight_format import Plain, WeightFormat
 
 logger = logging.getLogger(__name__)
 
 # "fp8", "fp8_fast" and "int8" also say what 16-bit files are quantised to as they are read: see quantize.py.
-QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8", "4bit_fast")
+AUTO_FAST = "auto_fast"
+QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8", "4bit_fast", AUTO_FAST)
+STORED_FP8 = "stored, in fp8"  # what auto_fast becomes where it is not "none"; nobody chooses it by name
 
 
-def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: str, device: torch.device) -> None:
+def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: str, device: torch.device) -> str:
     """Set how each linear layer of a model multiplies on `device`; called again, it chooses again.
 
     Only layers of the blocks, which see thousands of rows, multiply in 8 bits: with "fp8_fast" fp8 weights, unless
     their file asks for full precision, and weights that are unpacked anyway; else int8 weights wherever the device can,
-    and 4-bit ones with "4bit_fast" where that is faster here. ValueError where an explicit choice cannot run.
+    and 4-bit ones with "4bit_fast" where that is faster here. ValueError where an explicit choice cannot run. Returns
+    the quantization; of "auto_fast" what it became: "none", or STORED_FP8, with which the same is chosen elsewhere.
     """
-    if quantization not in QUANTIZATIONS:
+    if quantization not in (*QUANTIZATIONS, STORED_FP8):
         raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
     ops = select_row_ops(device)
     epilogue = fuses_gelu(device)
@@ -47,11 +50,14 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
         layer.format = _unpacked(layer.format, ops)
         layer.fuses_gelu = epilogue
     layers = list(_linears(blocks))
+    decided = "none" if quantization == AUTO_FAST else quantization
     try:
-        if quantization == "fp8_fast":
-            _use_fp8(layers, device, ops)
-        _use_int8(layers, quantization, device, ops)
-        if quantization == "4bit_fast":
+        if quantization == AUTO_FAST:
+            decided = _fastest_within_error(layers, device, ops)
+        if decided in ("fp8_fast", STORED_FP8):
+            _use_fp8(layers, decided, device, ops)
+        _use_int8(layers, decided, device, ops)
+        if decided == "4bit_fast":
             use_native(layers, device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -60,6 +66,7 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
             "%s has no memory left to try products of 8-bit weights: for now they are unpacked, which is slower; load "
             "the model again when other models have left the GPU", device,
         )  # fmt: skip
+    return decided
 
 
 def _linears(modules: Sequence[nn.Module]) -> Iterator[Linear]:
@@ -89,20 +96,25 @@ def _casting(ops: RowOps) -> RowOps | None:
     return ops if ops.name == "triton" else None
 
 
-def _use_fp8(layers: Sequence[Linear], device: torch.device, ops: RowOps) -> None:
+def _fastest_within_error(layers: Sequence[Linear], device: torch.device, ops: RowOps) -> str:
+    refusal = "a processor multiplies in fp32" if device.type == "cpu" else fp8_refusal(device)
+    if refusal is not None:
+        logger.info("products: auto_fast unpacks weights: %s", refusal)
+        return "none"
+    product = Fp8Matmul(select_fp8_gemm(device, ops), ops)
+    return STORED_FP8 if is_fp8_faster(layers, device, product) else "none"
+
+
+def _use_fp8(layers: Sequence[Linear], quantization: str, device: torch.device, ops: RowOps) -> None:
     product = Fp8Matmul(select_fp8_gemm(device, ops), ops)
     chosen = 0
     for layer in layers:
-        form = layer.format
-        asks_otherwise = isinstance(form, Fp8Dequantized) and form.full_precision
-        if isinstance(form, Fp8Dequantized | Plain) and not asks_otherwise and product.suits(layer.packed()):
-            layer.format = replace(product, unscaled=isinstance(form, Plain))
+        # fp8_fast made what was of 16 bits fp8 as it was read; int8 weights have products of their own
+        left = Plain | Fp8Dequantized if quantization == "fp8_fast" else Int8Dequantized
+        form = fp8_form(layer, product)
+        if form is not None and not (isinstance(form, Fp8Made) and isinstance(layer.format, left)):
+            layer.format = form
             chosen += 1
-        elif isinstance(form, GgufFormat | Int8Dequantized | KitchenFormat):
-            made = Fp8Made(form, product)
-            if made.suits(layer.packed()):
-                layer.format = made
-                chosen += 1
     if not chosen:
         stored = ", ".join(sorted({f"{layer.format.name} {layer.weight.dtype}" for layer in layers}))
         raise ValueError(

@@ -9,8 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.gguf_reference import BLOCK_TYPES, random_blocks
 from ..kernels.row_reference import LARGEST, quantized, row_scales
+from .fp8 import Fp8Dequantized
+from .gguf import GgufFormat
 from .kitchen import PACKAGE, KitchenFormat
+from .weight_format import WeightFormat
+
+
+def sample_of(form: WeightFormat, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`weight [out, in]` as a layer of this form has it whose stored weight is of `dtype`.
+
+    In a GGUF type it is another one of that shape: random blocks.
+    """
+    if isinstance(form, GgufFormat):
+        return random_gguf(form.name, weight)
+    if isinstance(form, KitchenFormat):
+        return stored_sample(form, weight)
+    return stored_rows(weight, dtype) if isinstance(form, Fp8Dequantized) else {"weight": weight.to(dtype)}
+
+
+def random_gguf(name: str, like: Tensor) -> dict[str, Tensor]:
+    """A weight of random blocks of a GGUF type, of the shape `[out, in]` of another one and beside it."""
+    rows, columns = like.shape
+    blocks = random_blocks(name, rows * columns // BLOCK_TYPES[name].elements, torch.Generator().manual_seed(0))
+    return {"weight": blocks.view(rows, -1).to(like.device)}
 
 
 def stored_rows(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

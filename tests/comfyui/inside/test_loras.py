@@ -98,7 +98,7 @@ def test_gguf_files_are_listed(models: Path) -> None:
     inputs = {given.id: given for given in LoadWanModel.GET_SCHEMA().inputs}
     assert path.name in inputs["model_name"].options
     assert "notes.txt" not in inputs["model_name"].options
-    assert inputs["quantization"].options == ["none", "fp8", "fp8_fast", "int8", "4bit_fast"]
+    assert inputs["quantization"].options == ["none", "fp8", "fp8_fast", "int8", "4bit_fast", "auto_fast"]
     assert (
         relative_error(*(sample(ours(each), *prompts(), empty_latent()) for each in (path, save(models, "t2v")))) < 0.02
     )
