@@ -181,9 +181,9 @@ def test_layers_that_run_dense_in_an_ordered_pass_see_keys_in_their_places() -> 
     inputs, kernel = wan_inputs(), Everything()
     model = wan(replace(ALWAYS, bound=0.5), kernel=kernel)
     watch = model.execution.watch
-    assert watch is not None and watch._bound is not None
+    assert watch is not None and watch._learning.bound is not None
     for layer in (1, 2):
-        watch._bound.layers[layer].dense = True
+        watch._learning.bound.layers[layer].dense = True
     error = relative_error(model(*inputs), wan(None)(*inputs))
     assert len(kernel.calls) == 1
     assert error < 1e-5
@@ -287,8 +287,8 @@ def test_framepack_orders_the_noise_and_attends_history_and_text_always(guided: 
     for settings in (None, replace(ALWAYS, dense_layers=1, bound=0.5)):
         model = framepack(settings, kernel)
         watch = model.execution.watch
-        if watch is not None and watch._bound is not None:
-            watch._bound.layers[-1].dense = True
+        if watch is not None and watch._learning.bound is not None:
+            watch._learning.bound.layers[-1].dense = True
         made.append(model(noisy, history, shown))
     error = relative_error(made[1], made[0])
     print(f"framepack: {error:.1e}, {kernel.calls[0]}")

@@ -6,7 +6,6 @@ the two, so that the device has work while the host waits for it.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from ...system.torch_compiler import outside_graphs
 from ..backend import AttentionWorkspace, Backend, SparseBackend
-from .bound import Bound
+from .learning import Learning
 from .order import TokenOrder, reorder_
-from .readings import LayerReading, PassReadings, Sums, call_of, learnt_from, readings
+from .readings import LayerReading, PassReadings
 from .samples import LayerSamples, Samples, compare
 from .settings import SparseSettings
 
@@ -104,9 +103,7 @@ class AttentionRun:
         self.num_layers, self.num_heads = num_layers, num_heads
         self._step, self._num_steps, self._passes = 0, 0, 0
         self._call, self._call_told = 0, (-1, -1)  # the model's calls, one after the other, and what was told of it
-        self._bound = None if settings is None else Bound(settings, num_layers)
-        self._pending: list[PassReadings] = []
-        self._sums: dict[tuple[int, int, bool], Sums] = {}
+        self._learning = Learning(settings, num_layers)
         self._orders: dict[Hashable, TokenOrder] = {}
 
     @property
@@ -129,7 +126,7 @@ class AttentionRun:
     def begin_run(self) -> None:
         """A run begins, at whatever step: nothing is known of it yet but what it is told to go on with (`restore`)."""
         self.collect()
-        self._bound = None if self.settings is None else Bound(self.settings, self.num_layers)
+        self._learning.begin_run()
         self._step, self._num_steps, self._passes = 0, 0, 0
 
     def begin_step(self, step: int, num_steps: int, call: int | None = None) -> None:
@@ -181,7 +178,7 @@ class AttentionRun:
     def _chosen_at(self, call: int, layer: int) -> tuple[float, float] | None:
         """`chosen` of a call, by what all calls before it measured of the layer."""
         with self._lock:
-            self._read((layer,), call)
+            self._learning.read((layer,), call)
             return self.chosen(layer)
 
     def order_of(self, key: Hashable, device: torch.device, make: Callable[[], TokenOrder]) -> TokenOrder:
@@ -194,34 +191,16 @@ class AttentionRun:
     def collect(self) -> None:
         """Read all that was measured, and learn from it."""
         with self._lock:
-            self._read(range(self.num_layers), self._call + 1)
-
-    def _read(self, layers: Sequence[int], before: int) -> None:
-        """What calls before this one measured of the layers."""
-        ready = sorted((each for each in self._pending if each.call < before), key=_in_order)
-        for _, group in itertools.groupby(ready, key=lambda each: each.call):
-            passes = list(group)
-            for layer in layers:
-                self._read_call(layer, [each for each in passes if layer in each.unread])
-        self._pending = [each for each in self._pending if each.unread]
-
-    def _read_call(self, layer: int, passes: Sequence[PassReadings]) -> None:
-        """What the passes of one call measured of a layer."""
-        sums = [each.read(layer) for each in passes]
-        for each, found in zip(passes, sums, strict=True):
-            self._sums.setdefault((each.step, layer, each.sparse[layer]), Sums()).add(found)
-        if self._bound is not None:
-            measured = [found for each, found in zip(passes, sums, strict=True) if each.sparse[layer]]
-            self._bound.learn(layer, measured, any(each.told_exact[layer] for each in passes))
+            self._learning.read(range(self.num_layers), self._call + 1)
 
     def readings(self) -> tuple[LayerReading, ...]:
         """What was measured since it was last forgotten, by step and layer."""
         self.collect()
-        return readings({key: sums for key, sums in self._sums.items() if sums.passes})
+        return self._learning.readings()
 
     def forget_readings(self) -> None:
         """Another run is reported from here on."""
-        self._pending, self._sums = [], {}
+        self._learning.forget_readings()
 
     def state(self) -> Tensor | None:
         """What was learnt so far, for a run that goes on later; None where there is nothing to learn.
@@ -229,42 +208,36 @@ class AttentionRun:
         `[1 + passes, layers, STATE_COLUMNS]`, fp64: `Bound.state`, and `PassReadings.unlearnt` of those that are still
         to be learnt, in their order. It is on the device where that may still have to make it: nobody waits.
         """
-        if self._bound is None:
+        if self.settings is None:
             return None
         if self._on_cards:  # each measured some
             self.collect()
-        waiting = [each.unlearnt(each.call - self._call) for each in sorted(self._pending, key=_in_order)]
-        learnt = self._bound.state()
-        return torch.stack([learnt.to(waiting[0].device, non_blocking=True) if waiting else learnt, *waiting])
+        return self._learning.state(self._call)
 
     def restore(self, state: Tensor) -> None:
         """Go on with what a run had learnt, and nothing that was measured here before."""
         self.collect()
-        if self._bound is None:
-            return
-        learnt, *waiting = (state if state.dim() == 3 else state[None]).tolist()
-        self._bound.restore(learnt)
-        for _, group in itertools.groupby(waiting, key=call_of):
-            for layer, passes in enumerate(zip(*group, strict=True)):
-                self._bound.learn(layer, *learnt_from(passes))
+        self._learning.restore(state)
 
     # What a pass asks
 
     def chosen(self, layer: int) -> tuple[float, float] | None:
         """(tau, top-k) of a layer in a sparse pass, None where it is exact."""
-        return self._bound.chosen(layer) if self._bound is not None and self._may_be_sparse(layer) else None
+        bound = self._learning.bound
+        return bound.chosen(layer) if bound is not None and self._may_be_sparse(layer) else None
 
     def _may_be_sparse(self, layer: int) -> bool:
         """In this call or a later one."""
-        if self.settings is None or self._bound is None or layer < self.settings.dense_layers:
+        bound = self._learning.bound
+        if self.settings is None or bound is None or layer < self.settings.dense_layers:
             return False
-        return not self._bound.layers[layer].dense
+        return not bound.layers[layer].dense
 
     def add(self, done: PassReadings) -> None:
         """A pass is over, and all its layers are sent."""
         keeper = self._leader or self
         with keeper._lock:  # other cards' passes of other samples end, and begin, at the same time
-            keeper._pending.append(done)
+            keeper._learning.add(done)
 
     def _is_sparse(self, tokens: int) -> bool:
         settings = self.settings
@@ -364,10 +337,6 @@ class AttentionPass:
             one = self.layer % q.shape[0]
             self._readings.add(self.layer, compare(q[one], k[one], v[one], out[one], self._samples, blocks))
         return out if back is None else out.index_select(1, back)
-
-
-def _in_order(done: PassReadings) -> tuple[int, int]:
-    return done.call, done.place
 
 
 def _beside(workspace: AttentionWorkspace, more: AttentionWorkspace) -> AttentionWorkspace:
