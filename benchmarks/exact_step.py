@@ -247,7 +247,8 @@ class Bench:
         if self.model is None:
             self.model = StreamedWan(self.path, settings)
         elif settings != self.settings:
-            select_compute(self.model.model, self.model.costs.busy_modules, row.quantization, self.device)
+            busy = self.model.costs.busy_modules
+            self.model.quantization = select_compute(self.model.model, busy, row.quantization, self.device)
             self.model.model.execution = settings.execution(self.model.config.head_dim)
             self.model.settings = settings
         self.settings = settings

@@ -87,7 +87,7 @@ class Models:
             model.settings = replace(settings, quantization=draw.quantization)
             model.model.execution = settings.execution(model.config.head_dim)
             busy = [module for block in model.blocks for module in block.busy_modules()]
-            select_compute(model.model, busy, draw.quantization, self.device)
+            model.quantization = select_compute(model.model, busy, draw.quantization, self.device)
         return model
 
     def close(self) -> None:
