@@ -19,11 +19,14 @@ from lowvram_video.weights.linear.gguf import GGUF_FORMATS
 from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul
 from lowvram_video.weights.linear.linear import Linear
 from lowvram_video.weights.linear.made_fp8 import Fp8Made
+from lowvram_video.weights.linear.quantize import IN_BLOCK
 from lowvram_video.weights.linear.stored_samples import sample_of
 from lowvram_video.weights.linear.weight_format import PLAIN, WeightFormat
+from safetensors.torch import load_file
 from torch import nn
 
 from . import tiny
+from .quantizers import write_gguf
 
 CPU = torch.device("cpu")
 FORMS: dict[str, tuple[WeightFormat, torch.dtype]] = {
@@ -149,3 +152,16 @@ def test_what_was_chosen_is_part_of_the_run_and_the_same_on_other_cards(
     monkeypatch.undo()
     beside = StreamedWan(path, fast.settings_beside(CPU))
     assert beside.arithmetic["quantization"] == STORED_FP8
+
+
+@pytest.mark.parametrize("quantization", ["fp8_fast", "auto_fast"])
+def test_a_gguf_file_is_kept_as_it_is(tmp_path: Path, quantization: str) -> None:
+    tensors = load_file(tiny.save_wan(tmp_path / "wan.safetensors"))
+    kinds = {
+        name: (each, "Q8_0" if IN_BLOCK.search(name) and each.ndim == 2 else "F32") for name, each in tensors.items()
+    }
+    model = StreamedWan(write_gguf(tmp_path / "wan.gguf", kinds), RunSettings(quantization=quantization))
+    layer = model.blocks[0].get_submodule("ffn.0")
+    assert isinstance(layer, Linear) and layer.weight.dtype == torch.uint8
+    assert layer.format.name == {"fp8_fast": "Q8_0, multiplied in fp8", "auto_fast": "Q8_0"}[quantization]
+    assert model.checkpoint.tensors["blocks.0.ffn.0.weight"].nbytes == layer.weight.nbytes

@@ -21,7 +21,8 @@ from ..kernels.row_reference import LARGEST, quantized, row_scales
 from .dialects import FP8_DTYPES
 from .formats import format_for
 from .fp8 import FP8, FP8_FULL_PRECISION
-from .int8 import INT8
+from .gguf import GgufFormat
+from .int8 import INT8, Int8Dequantized
 from .kitchen import KitchenFormat
 from .made_pairs import MadePairs
 from .weight_format import PLAIN, WeightFormat
@@ -41,11 +42,13 @@ class Target:
     per_tensor: bool = False
     same: tuple[str, ...] = ()  # stored forms that are left as they are, besides a plain cast to one of `kept`
     kept: tuple[torch.dtype, ...] = ()
+    made: tuple[type[WeightFormat], ...] = ()  # forms that become it in each pass, and stay small in RAM
 
 
 FP8_FORMS = (FP8, FP8_FULL_PRECISION)
 FP8_ROWS = Target(FP8, torch.float8_e4m3fn, False, FP8_FORMS, FP8_DTYPES)
-FP8_MATMUL = replace(FP8_ROWS, kept=(torch.float8_e4m3fn,))  # e5m2 cannot be multiplied row by row
+# e5m2 cannot be multiplied row by row; what `Fp8Made` is of stays
+FP8_MATMUL = replace(FP8_ROWS, kept=(torch.float8_e4m3fn,), made=(GgufFormat, Int8Dequantized))
 INT8_ROWS = Target(INT8, torch.int8, False, (INT8,), (torch.int8,))
 FP8_TENSORS = replace(FP8_ROWS, per_tensor=True)
 
@@ -177,6 +180,8 @@ def _stored_layers(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredLayer]]:
 
 def _is_already(layer: StoredLayer, target: Target) -> bool:
     weight, scale = layer.tensors["weight"], layer.tensors.get("weight_scale")
+    if isinstance(layer.format, target.made):
+        return True
     if weight.dtype not in target.kept or weight.quant not in (None, *target.same):
         return False
     return scale is None or not target.per_tensor or torch.Size(scale.shape).numel() == 1
