@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +36,7 @@ from lowvram_video.wanvideo.network.model import WanModel
 from measure import save_results
 from torch import Tensor
 from torch._dynamo.utils import counters
+from workers import Worker, wait_for_turn
 
 MIB = 2**20
 VARIANTS = {
@@ -105,8 +103,7 @@ def run_job(job: Job) -> None:
         for case in job.cases:
             model, run = build(case, job, device, dtype)
             ready.append((case, run, compile_case(model, run, job, device)))
-        print(json.dumps({"ready": job.variant}), flush=True)
-        sys.stdin.readline()
+        wait_for_turn()
         for number, (case, run, compiled) in enumerate(ready):
             result = {"case": case.name, "variant": job.variant, **compiled, **measure(run, device)}
             print(json.dumps({**result, **compare(case, number, run, job)}), flush=True)
@@ -245,67 +242,29 @@ def compare(case: Case, number: int, run: Run, job: Job) -> dict[str, Any]:
 # --- the table -------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """A process that does a job; `said` are the lines of JSON that it has written so far."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.said: list[dict[str, Any]] = []
-        self.log = Path(job.folder) / f"{job.variant}.log"
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(job.folder) / f"cache_{job.variant}")}  # nothing is compiled yet
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, "--job", json.dumps(asdict(job))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **cache},
-            )  # fmt: skip
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                self.said.append(json.loads(line))
-
-    def wait_until_ready(self, deadline: float) -> None:
-        while self.process.poll() is None and not self.said and time.monotonic() < deadline:
-            time.sleep(0.1)
-
-    def measure(self, deadline: float) -> list[dict[str, Any]]:
-        """Let it measure; its results, and the error for every case that it did not come to."""
-        assert self.process.stdin is not None
-        try:
-            if self.process.poll() is None:
-                self.process.stdin.write("go\n")
-                self.process.stdin.flush()
-            self.process.wait(timeout=max(1.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self.process.kill()
-            self.process.wait()
-        self.reader.join()
-        done = [line for line in self.said if "case" in line]
-        if self.process.returncode == 0:
-            return done
-        log = self.log.read_text()
-        print(f"--- {self.job.variant} failed:\n{log[-3000:]}", file=sys.stderr)
-        reasons = [line.strip() for line in log.splitlines() if "Error" in line]
-        reason = reasons[-1][:200] if reasons else f"exit code {self.process.returncode}"
-        reached = {line["case"] for line in done}
-        missing = [case.name for case in self.job.cases if case.name not in reached]
-        return done + [{"case": name, "variant": self.job.variant, "failed": reason} for name in missing]
-
-
 def run_variants(variants: Sequence[str], backend: str, on_gpu: bool) -> list[dict[str, Any]]:
     """All compile at once; then one after the other measures. A crash is a result too."""
     began = time.monotonic()
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        workers = [Worker(Job(variant, backend, on_gpu, folder)) for variant in variants]
+        jobs = [Job(variant, backend, on_gpu, folder) for variant in variants]
+        workers = [worker_of(job) for job in jobs]
         for worker in workers:
-            worker.wait_until_ready(began + SECONDS)
-            print(f"{worker.job.variant}: compiled or failed by {time.monotonic() - began:.0f} s", file=sys.stderr)
-        results = [result for worker in workers for result in worker.measure(began + SECONDS)]
+            worker.wait_until_ready(SECONDS)
+            print(f"{worker.name}: compiled or failed by {time.monotonic() - began:.0f} s", file=sys.stderr)
+        for job, worker in zip(jobs, workers, strict=True):
+            done = worker.results(max(1.0, began + SECONDS - time.monotonic()))
+            reached = {line["case"] for line in done}
+            missing = [case.name for case in job.cases if case.name not in reached]
+            results += done + [{"case": name, "variant": job.variant, "failed": worker.failed} for name in missing]
     print(f"all measured by {time.monotonic() - began:.0f} s", file=sys.stderr)
     return results
+
+
+def worker_of(job: Job) -> Worker:
+    folder = Path(job.folder)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache_{job.variant}")}  # nothing is compiled yet
+    return Worker(job.variant, [__file__, "--job", json.dumps(asdict(job))], folder / f"{job.variant}.log", cache)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

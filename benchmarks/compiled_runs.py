@@ -3,28 +3,26 @@
 python benchmarks/compiled_runs.py /tmp --part table     # x streaming x fp8, GGUF, LoRA, fused kernels or not
 python benchmarks/compiled_runs.py /tmp --part once      # graphs, breaks and recompiles over all that varies in runs
 python benchmarks/compiled_runs.py /tmp --part restart   # a second process with the code that the first one kept
-python benchmarks/compiled_runs.py /tmp --part profiles  # high, mid and low, all blocks streamed
+python benchmarks/compiled_runs.py /tmp --part profiles  # high, mid and low one after the other, all blocks streamed
+python benchmarks/compiled_runs.py /tmp --part table --only Q4_K lora   # these rows alone
 python benchmarks/compiled_runs.py /tmp --part table --cpu   # tiny sizes, to see that it works
 
 Files of random weights of Wan 14B, of as many blocks as `--blocks`, are made in the folder where they are missing; code
-does not depend on how many there are. Every case is a process of its own: all compile at the same time, then each
-measures while the others wait.
+does not depend on how many there are. Every case is a process of its own, with time limits of its own; those of a table
+compile at the same time, then each measures while the others wait. What ran out of time is told.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,124 +31,22 @@ from lowvram_video.compilation.counts import counts
 from lowvram_video.compilation.profiles import HIGH, LOW, MID, VideoMemory, settings_of
 from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.fused.eager import EagerOps
-from lowvram_video.memory.plan.limits import Limits, limits_for
-from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.system.atomic_files import write_file
-from lowvram_video.wanvideo.footprint import wan_work
-from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.streamed import StreamedWan
-from lowvram_video.weights.lora.file import LoraChoice
 from measure import machine
-from synthetic import CONFIGS, write_checkpoint, write_gguf, write_lora
-from torch import Tensor
+from wan_bench import LORA, WEIGHTS, Bench, error_of
+from workers import Worker, wait_for_turn
 
-GIB = 2**30
-VRAM_GIB = 16  # of plans
-WEIGHTS = {"fp8": "fp8.safetensors", "Q4_K": "q4_k.gguf"}
-TABLE_WEIGHTS = (("fp8", "no"), ("Q4_K", "no"), ("fp8", "lora"))
-TINY = WanConfig("t2v", 256, 512, 2, 3, text_dim=32, freq_dim=32)
+TABLE_WEIGHTS = (("fp8", "no"), ("Q4_K", "no"), ("fp8", "lora"), ("Q4_K", "lora"))
 # width, height, frames
 TABLE_SIZE, ONCE_SIZES, RESTART_SIZE = (832, 480, 33), ((832, 480, 17), (832, 480, 21)), (832, 480, 81)
-TINY_SIZES = ((128, 96, 5), (128, 112, 5))
 REPEATS, STRENGTHS, PROMPTS, STEPS = 3, (1.0, 0.5, 0.0), 2, 20
 CASES = {
     "table": [["table", *weights, ops] for weights in TABLE_WEIGHTS for ops in ("fused", "plain")],
     "profiles": [["profiles", profile] for profile in ("plain", HIGH, MID, LOW)],
+    "once": [["once"]],
+    "restart": [["restart"]],
 }
-FILES = {"table": (*WEIGHTS.values(), "lora32.safetensors"), "once": (WEIGHTS["fp8"], "lora32.safetensors")}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where files are, and of what."""
-
-    folder: Path
-    blocks: int
-    on_gpu: bool
-    seconds: float  # that a process may take; then it is ended
-
-    @property
-    def config(self) -> WanConfig:
-        config = CONFIGS["14b"] if self.on_gpu else TINY
-        assert isinstance(config, WanConfig)
-        return replace(config, num_layers=self.blocks)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
-
-    def size(self, on_gpu: tuple[int, int, int], tiny: int = 0) -> tuple[int, int, int]:
-        return on_gpu if self.on_gpu else TINY_SIZES[tiny]
-
-    def path(self, name: str) -> Path:
-        return self.folder / f"{'wan14b' if self.on_gpu else 'tiny'}_{self.blocks}_{name}"
-
-    def write_files(self, names: Sequence[str]) -> None:
-        """Those of `names` that are missing; a whole file has its name."""
-        makers = {
-            WEIGHTS["fp8"]: lambda path: write_checkpoint(path, self.config, "fp8", str(self.device)),
-            WEIGHTS["Q4_K"]: lambda path: write_gguf(path, self.config, "Q4_K", str(self.device)),
-            "lora32.safetensors": lambda path: write_lora(path, self.config, 32),
-        }
-        for name in names:
-            path = self.path(name)
-            if not path.exists():
-                partial = path.with_name(f"partial_{path.name}")
-                makers[name](partial)
-                partial.replace(path)
-
-    def open(self, weights: str, lora: bool, settings: CompileSettings | None) -> StreamedWan:
-        loras = [LoraChoice(self.path("lora32.safetensors"))] if lora else []
-        model = StreamedWan(self.path(WEIGHTS[weights]), RunSettings(self.device, lora_mode="side"), loras=loras)
-        model.compile(settings)
-        return model
-
-    def start(self, model: StreamedWan, size: tuple[int, int, int], streamed: bool, fused: bool = True) -> None:
-        swap = self.blocks if streamed else 0
-        limits = replace(card_limits(self.device), blocks_to_swap=swap, fused=fused and self.on_gpu)
-        model.stop()
-        self.free()
-        model.start(model.make_plan(wan_work(self.config, size), limits))
-
-    def run(
-        self, model: StreamedWan, size: tuple[int, int, int], step: int = 0, prompt: int = 0
-    ) -> tuple[Tensor, float]:
-        """A pass's velocity, and its seconds."""
-        width, height, frames = size
-        latent = draw(self.device, step, 1, 16, (frames + 3) // 4, height // 8, width // 8)
-        text = draw(self.device, 100 + prompt, 1, self.config.text_tokens, self.config.text_dim)
-        self.wait()
-        began = time.perf_counter()
-        velocity = model(latent, torch.tensor([1000.0 - 45 * step], device=self.device), text)
-        self.wait()
-        return velocity, time.perf_counter() - began
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
-    def free(self) -> None:
-        if self.on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_gib(self) -> float:
-        """Of the allocator, since the start."""
-        return torch.cuda.max_memory_reserved(self.device) / GIB if self.on_gpu else 0.0
-
-
-@cache
-def card_limits(device: torch.device) -> Limits:
-    """Of a card with all the VRAM that is wanted, its link timed once."""
-    return limits_for(device, vram_budget_gib=VRAM_GIB)
-
-
-def draw(device: torch.device, seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
-
-
-def error_of(got: Tensor, want: Tensor) -> float:
-    return float((got.float() - want.float()).norm() / want.float().norm())
 
 
 # --- the table ---------------------------------------------------------------------------------------------
@@ -164,7 +60,7 @@ def table_case(bench: Bench, weights: str, lora: bool, fused: bool) -> list[dict
     bench.start(compiled, size, streamed=False, fused=fused)
     _, first = bench.run(compiled, size)
     compiled.stop()
-    ready()
+    wait_for_turn()
     results, wanted = [], {}
     plain = bench.open(weights, lora, None)
     take_ops(plain, fused)
@@ -188,11 +84,6 @@ def take_ops(model: StreamedWan, fused: bool) -> None:
     """Elementwise steps without our kernels: PyTorch's, which inductor fuses where it compiles."""
     if not fused:
         model.model.execution = replace(model.model.execution, ops=EagerOps())
-
-
-def ready() -> None:
-    print(json.dumps({"ready": True}), flush=True)
-    sys.stdin.readline()
 
 
 def backend(bench: Bench) -> str:
@@ -230,7 +121,7 @@ def profile_case(bench: Bench, profile: str) -> list[dict[str, Any]]:
     model = bench.open("fp8", False, settings)
     bench.start(model, size, streamed=True)
     _, first = bench.run(model, size)
-    ready()
+    wait_for_turn()
     seconds = [bench.run(model, size)[1] for _ in range(REPEATS)]
     return [
         {"profile": profile, "settings": str(settings or "not compiled"), "first_pass_seconds": first,
@@ -305,92 +196,100 @@ def run_restart(bench: Bench) -> list[dict[str, Any]]:
 # --- processes -------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """A process that does one case."""
+@dataclass(frozen=True)
+class Cases:
+    """Of a bench: each is a process, which has `seconds` to be ready, and as many to measure. `log` is a folder."""
 
-    def __init__(self, bench: Bench, case: Sequence[str], environment: dict[str, str]):
-        self.case = " ".join(case)
-        arguments = [
-            str(bench.folder),
-            "--blocks",
-            str(bench.blocks),
-            "--seconds",
-            str(bench.seconds),
-            "--case",
-            *case,
-            *([] if bench.on_gpu else ["--cpu"]),
-        ]
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
-        self.limit = threading.Timer(bench.seconds, self.process.kill)
-        self.limit.daemon = True
-        self.limit.start()
+    bench: Bench
+    seconds: float
+    log: Path
 
-    def wait_until_ready(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith('{"ready"'):
-                return
+    def worker(self, case: Sequence[str], environment: Mapping[str, str]) -> Worker:
+        arguments = [__file__, str(self.bench.folder), "--blocks", str(self.bench.blocks), "--case", *case]
+        on_cpu = [] if self.bench.on_gpu else ["--cpu"]
+        name = " ".join(case)
+        return Worker(name, [*arguments, *on_cpu], self.log / f"{name}.log", environment)
 
-    def results(self) -> list[dict[str, Any]]:
-        """Let it measure; what it found, nothing where it failed or was late."""
-        try:
-            said, _ = self.process.communicate("go\n")
-        except BrokenPipeError:
-            said, _ = self.process.communicate()
-        self.limit.cancel()
-        found = [json.loads(line) for line in said.splitlines() if line.startswith('{"result"')]
-        if not found:
-            print(f"{self.case}: no result, exit code {self.process.returncode}", file=sys.stderr)
-        return [each["result"] for each in found]
-
-
-def apart(folder: str) -> dict[str, str]:
-    """Caches of a process's own: nothing is compiled yet."""
-    return {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "LOWVRAM_VIDEO_DATA": f"{folder}/data"}
-
-
-def run_together(bench: Bench, cases: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """All compile at once, then each measures while the others wait."""
-    began = time.monotonic()
-    results = []
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        workers = [Worker(bench, case, apart(f"{folder}/{index}")) for index, case in enumerate(cases)]
+    def together(self, cases: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """All compile at once, then each measures while the others wait."""
+        began = time.monotonic()
+        workers = [self.worker(case, self.apart(f"{index}")) for index, case in enumerate(cases)]
         for worker in workers:
-            worker.wait_until_ready()
-        print(f"all compiled by {time.monotonic() - began:.0f} s", file=sys.stderr)
+            worker.wait_until_ready(self.seconds)
+        print(f"all compiled or ended by {time.monotonic() - began:.0f} s", file=sys.stderr)
         for worker in workers:
-            results += worker.results()
-    return results
+            yield from self.of(worker)
+
+    def in_turn(self, cases: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Each compiles and measures while no other runs."""
+        for index, case in enumerate(cases):
+            worker = self.worker(case, self.apart(f"{index}"))
+            worker.wait_until_ready(self.seconds)
+            yield from self.of(worker)
+
+    def once(self) -> Iterator[dict[str, Any]]:
+        yield from self.of(self.worker(["once"], {"LOWVRAM_VIDEO_DATA": str(self.bench.folder / "no-data")}))
+
+    def restart(self) -> Iterator[dict[str, Any]]:
+        """Two processes that share nothing but the kept code."""
+        for index, start in enumerate(("first", "after a restart")):
+            own = {**self.apart(f"{index}"), "LOWVRAM_VIDEO_DATA": f"{self.log}/data"}
+            for result in self.of(self.worker(["restart"], {**own, "TRITON_CACHE_DIR": f"{self.log}/{index}/triton"})):
+                yield {"start": start, **result}
+
+    def apart(self, name: str) -> dict[str, str]:
+        """Caches of a process's own: nothing is compiled yet."""
+        return {
+            "TORCHINDUCTOR_CACHE_DIR": f"{self.log}/{name}/inductor",
+            "LOWVRAM_VIDEO_DATA": f"{self.log}/{name}/data",
+        }
+
+    def of(self, worker: Worker) -> Iterator[dict[str, Any]]:
+        """What a process found; why not, where it found nothing."""
+        yield from worker.results(self.seconds)
+        if worker.failed:
+            print(f"{worker.name}: {worker.failed}", file=sys.stderr)
+            yield {"case": worker.name, "failed": worker.failed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where files of weights are made, several GB")
     parser.add_argument("--part", choices=["table", "once", "restart", "profiles"], default="table")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="cases with all of these words: Q4_K lora"
+    )
     parser.add_argument("--blocks", type=int, default=6, help="of 40")
     parser.add_argument("--out", type=Path, help="the JSON")
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--seconds", type=float, default=140, help="that a process may take")
+    parser.add_argument("--seconds", type=float, default=140, help="until a process is ready, and to measure")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    bench = Bench(options.folder, options.blocks, not options.cpu, options.seconds)
+    bench = Bench(options.folder, options.blocks, not options.cpu)
     if options.case:
         run_case(bench, options.case)
         return
     began = time.monotonic()
-    bench.write_files(FILES.get(options.part, (WEIGHTS["fp8"],)))
-    if options.part == "once":
-        results = Worker(bench, ["once"], {"LOWVRAM_VIDEO_DATA": str(options.folder / "no-data")}).results()
-    else:
-        results = run_restart(bench) if options.part == "restart" else run_together(bench, CASES[options.part])
-    found = {"machine": machine(), "part": options.part, "blocks": bench.blocks, "results": results}
-    if options.out is not None:
-        write_file(options.out, json.dumps(found, indent=1).encode())
+    chosen = [case for case in CASES[options.part] if set(options.only) <= set(case)]
+    bench.write_files(files_of(chosen))
+    found: dict[str, Any] = {"machine": machine(), "part": options.part, "blocks": bench.blocks, "results": []}
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        cases = Cases(bench, options.seconds, Path(folder))
+        ways = {"once": cases.once, "restart": cases.restart, "profiles": partial(cases.in_turn, chosen)}
+        for result in ways.get(options.part, partial(cases.together, chosen))():
+            found["results"].append(result)
+            if options.out is not None:
+                write_file(options.out, json.dumps(found, indent=1).encode())
     print(f"{time.monotonic() - began:.0f} s in all", file=sys.stderr)
-    print(show_table(results) if options.part == "table" else "\n".join(json.dumps(each) for each in results))
+    shown = [each for each in found["results"] if "failed" not in each] if options.part == "table" else []
+    print(show_table(shown) if shown else "\n".join(json.dumps(each) for each in found["results"]))
+
+
+def files_of(cases: Sequence[Sequence[str]]) -> set[str]:
+    """Names of the files that these cases open."""
+    words = {word for case in cases for word in case}
+    files = {name for weights, name in WEIGHTS.items() if weights in words} or {WEIGHTS["fp8"]}
+    return files | ({LORA} if words & {"lora", "once"} else set())
 
 
 def run_case(bench: Bench, case: Sequence[str]) -> None:
@@ -403,7 +302,7 @@ def run_case(bench: Bench, case: Sequence[str]) -> None:
         else:
             results = once_case(bench) if case[0] == "once" else restart_case(bench)
     for result in results:
-        print(json.dumps({"result": result}), flush=True)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

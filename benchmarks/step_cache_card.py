@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from compiled_runs import WEIGHTS, Bench, card_limits, draw
 from lowvram_video.sampling.caching.measure import SKIPPED_SHARE
 from lowvram_video.sampling.caching.moments import Moment
 from lowvram_video.sampling.caching.settings import METHODS, StepCacheSettings
@@ -28,9 +27,9 @@ from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.model import Extras
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import machine
-from synthetic import write_checkpoint
+from wan_bench import WEIGHTS, Bench, card_limits, draw
 
-SIZE, TINY_SIZE = (832, 480, 81), (128, 96, 5)
+SIZE = (832, 480, 81)  # width, height, frames
 STEPS, REPEATS, ALL_BLOCKS = 30, 2, 40
 PROMPTS = ((0, "a"), (1, "b"))
 TABLE = "wan2.1_t2v_14B"
@@ -51,7 +50,7 @@ class Row:
 
 def measure(bench: Bench, model: StreamedWan, method: str, residuals: str) -> Row:
     """Passes of a prompt and its negative: two steps computed, then two skipped, REPEATS times."""
-    size = SIZE if bench.on_gpu else TINY_SIZE
+    size = bench.size(SIZE)
     cached = method != "none"
     model.use_step_cache(StepCacheSettings(method, table=TABLE, residuals=residuals) if cached else None)
     model.forget_contexts()
@@ -116,9 +115,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU")
     options = parser.parse_args()
     bench = Bench(options.folder, options.blocks, not options.cpu)
-    path = bench.path(WEIGHTS["fp8"])
-    if not path.exists():
-        write_checkpoint(path, bench.config, "fp8", str(bench.device))
+    bench.write_files([WEIGHTS["fp8"]])
     with torch.inference_mode():
         model = bench.open("fp8", False, None)
         cases = [("none", "-"), *((method, place) for method in METHODS for place in ("vram", "ram"))]

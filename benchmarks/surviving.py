@@ -37,6 +37,14 @@ class Rows:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
+        self._write()
+
+    def drop_failed(self) -> None:
+        if self.rows:
+            self.rows = [row for row in self.rows if "failed" not in row]
+            self._write()
+
+    def _write(self) -> None:
         write_file(self.path, json.dumps({"machine": machine(), "rows": self.rows}, indent=1).encode())
 
     def missing(self, names: Sequence[str]) -> list[str]:
@@ -77,12 +85,20 @@ def is_child() -> bool:
     return CHILD in sys.argv
 
 
-def make_all(names: Sequence[str], out: Path | None, table: Callable[[Sequence[Row]], str]) -> None:
-    """Have children of this script make these rows, each the ones that are left; print a table last."""
+def make_all(
+    names: Sequence[str], out: Path | None, table: Callable[[Sequence[Row]], str], go_on: bool = False
+) -> None:
+    """Have children of this script make these rows, each the ones that are left; print a table last.
+
+    `go_on` keeps what `out` has already of an earlier call; rows that failed there are made once more.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = out or Path(folder) / "rows.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
+        if go_on:
+            Rows(path).drop_failed()
+        else:
+            path.unlink(missing_ok=True)
         while left := Rows(path).missing(names):
             command = [sys.executable, *sys.argv, CHILD, "--rows", SEPARATOR.join(left), "--out", str(path)]
             ended = subprocess.run(command, check=False).returncode
