@@ -181,18 +181,6 @@ def restart_case(bench: Bench) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def run_restart(bench: Bench) -> list[dict[str, Any]]:
-    """Two processes that share nothing but the kept code."""
-    results = []
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        for start in ("first", "after a restart"):
-            place = f"{folder}/{len(results)}"
-            own = {"TORCHINDUCTOR_CACHE_DIR": f"{place}/inductor", "TRITON_CACHE_DIR": f"{place}/triton"}
-            worker = Worker(bench, ["restart"], {"LOWVRAM_VIDEO_DATA": f"{folder}/data", **own})
-            results += [{"start": start, **each} for each in worker.results()]
-    return results
-
-
 # --- processes -------------------------------------------------------------------------------------------
 
 
@@ -271,6 +259,8 @@ def main() -> None:
         return
     began = time.monotonic()
     chosen = [case for case in CASES[options.part] if set(options.only) <= set(case)]
+    if not chosen:
+        parser.error(f"no case of {options.part} has all of the words {options.only}")
     bench.write_files(files_of(chosen))
     found: dict[str, Any] = {"machine": machine(), "part": options.part, "blocks": bench.blocks, "results": []}
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
