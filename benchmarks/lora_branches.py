@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from lowvram_video.card.forms import Form
+from lowvram_video.card.products import layer_input
 from lowvram_video.fused.ops import FusedOps
 from lowvram_video.fused.select import select_fused_ops
 from lowvram_video.system.kernel_choice import disagreement, reason_against
@@ -29,9 +31,8 @@ from lowvram_video.weights.linear.fp8 import Fp8Matmul
 from lowvram_video.weights.linear.linear import Linear, project_gelu, project_together
 from lowvram_video.weights.linear.low_rank import DOWN, SCALE, UP
 from lowvram_video.weights.linear.projection import Projection
-from lowvram_video.weights.linear.weight_format import PLAIN
 from measure import save_results
-from quantized_linears import BF16, DEVICE, PER_BLOCK, SHAPES, Shape, Way, activations, layer_of
+from quantized_linears import BF16, DEVICE, PER_BLOCK, SHAPES, Shape, fp8_form, layer_of
 from torch import Tensor, nn
 
 NUM_BLOCKS = 40
@@ -129,14 +130,14 @@ class Bench:
         return down + layers * up
 
 
-def bench_of(shape: Shape, tokens: int, chunk: int, rank: int, way: Way, fused: FusedOps, ops: LowRankOps) -> Bench:
+def bench_of(shape: Shape, tokens: int, chunk: int, rank: int, form: Form, fused: FusedOps, ops: LowRankOps) -> Bench:
     generator = torch.Generator(DEVICE).manual_seed(3)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, device=DEVICE, generator=generator)
 
-    weight = draw(shape.outputs, shape.inputs).div_(shape.inputs**0.5).to(BF16)
-    layers = [layer_of(weight, way) for _ in range(2)]
+    weight, x, bias = layer_input(shape.inputs, shape.outputs, tokens, DEVICE, BF16)
+    layers = [layer_of(weight, bias, form) for _ in range(2)]
     factors = {
         DOWN: draw(rank, shape.inputs).div_(shape.inputs**0.5).to(BF16),
         UP: draw(shape.outputs, rank).div_(4 * rank**0.5).to(BF16),
@@ -146,7 +147,7 @@ def bench_of(shape: Shape, tokens: int, chunk: int, rank: int, way: Way, fused: 
         setattr(layers[1], name, nn.Parameter(factor, requires_grad=False))
     layers[1].low_rank_ops = ops
     outs = [torch.empty(tokens, shape.outputs, device=DEVICE, dtype=BF16) for _ in range(shape.num_layers)]
-    return Bench(shape, chunk, activations(tokens, shape.inputs), outs, layers[0], layers[1], fused)
+    return Bench(shape, chunk, x, outs, layers[0], layers[1], fused)
 
 
 def measure(bench: Bench, rank: int, speeds: Speeds, repeats: int) -> dict[str, float]:
@@ -219,9 +220,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("lora_branches.py times kernels of a GPU, and PyTorch finds none here; run it where one is")
     rows, fused, ops = select_row_ops(DEVICE), select_fused_ops(DEVICE), select_low_rank_ops(DEVICE)
-    way = Way("bf16", "bf16", PLAIN)
+    form = Form("bf16", pack=lambda weight: {"weight": weight})
     if fp8_refusal(DEVICE) is None:
-        way = Way("fp8", "fp8", Fp8Matmul(select_fp8_gemm(DEVICE, rows), rows))
+        form = fp8_form("fp8", Fp8Matmul(select_fp8_gemm(DEVICE, rows), rows))
     with torch.inference_mode():
         speeds = measured_speeds()
         print(f"copy {speeds.bytes_per_s / 1e12:.2f} TB/s, bf16 product {speeds.flops_per_s / 1e12:.0f} TFLOP/s")
@@ -231,7 +232,7 @@ def main() -> None:
         results: dict[str, object] = {
             "terabytes_per_s": round(speeds.bytes_per_s / 1e12, 2),
             "teraflops": round(speeds.flops_per_s / 1e12),
-            "weights": way.name,
+            "weights": form.name,
             "chosen": chosen,
         }
         print(f"chosen by rank (down, up, up with GELU): {chosen}")
@@ -241,9 +242,9 @@ def main() -> None:
                 print(f"rank {rank}, {step}: " + "; ".join(f"{name} {took}" for name, took in found.items()))
         for rank in options.ranks:
             block = {"product_ms": 0.0, "old_ms": 0.0, "new_ms": 0.0, "floor_ms": 0.0}
-            print(f"\nrank {rank}, {options.tokens} rows in chunks of {options.chunk}, weights in {way.name}")
+            print(f"\nrank {rank}, {options.tokens} rows in chunks of {options.chunk}, weights in {form.name}")
             for shape in SHAPES:
-                bench = bench_of(shape, options.tokens, options.chunk, rank, way, fused, ops)
+                bench = bench_of(shape, options.tokens, options.chunk, rank, form, fused, ops)
                 results[f"rank {rank}, {shape.title}"] = figures = measure(bench, rank, speeds, options.repeats)
                 title = f"{shape.title} ({shape.inputs} -> {shape.outputs})"
                 print(f"  {title:<24} " + "  ".join(f"{name} {value}" for name, value in figures.items()))

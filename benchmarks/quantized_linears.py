@@ -59,11 +59,11 @@ PER_BLOCK = {"q, k, v": 1, "o": 3, "ffn.0": 1, "ffn.2": 1}  # "o" stands for cro
 def ways(ops: RowOps) -> list[Form]:
     found = [
         Form("bf16", pack=lambda weight: {"weight": weight}),
-        _fp8("fp8 unpacked", Fp8Dequantized(ops=ops)),
-        _fp8("fp8 unpacked by torch", Fp8Dequantized(ops=TorchRowOps())),
-        _fp8("fp8_fast row-wise", Fp8Matmul(Fp8Rowwise(), ops)),
-        _fp8("fp8_fast then scaled", Fp8Matmul(Fp8Rescaled(ops), ops)),
-        _fp8("fp8 scale 1, clamped (as peers)", Clamped()),
+        fp8_form("fp8 unpacked", Fp8Dequantized(ops=ops)),
+        fp8_form("fp8 unpacked by torch", Fp8Dequantized(ops=TorchRowOps())),
+        fp8_form("fp8_fast row-wise", Fp8Matmul(Fp8Rowwise(), ops)),
+        fp8_form("fp8_fast then scaled", Fp8Matmul(Fp8Rescaled(ops), ops)),
+        fp8_form("fp8 scale 1, clamped (as peers)", Clamped()),
         _int8("int8 unpacked", Int8Dequantized(ops=ops)),
         _int8("int8 torch, then scaled", Int8Matmul(0, Int8Product(ops), ops)),
         _int8("int8 rotated 256, torch, then scaled", Int8Matmul(256, Int8Product(ops), ops), 256),
@@ -78,7 +78,7 @@ def ways(ops: RowOps) -> list[Form]:
     return found
 
 
-def _fp8(name: str, form: WeightFormat) -> Form:
+def fp8_form(name: str, form: WeightFormat) -> Form:
     return Form(name, EIGHT_BITS, form, lambda weight: stored_rows(weight, torch.float8_e4m3fn))
 
 
@@ -154,7 +154,7 @@ def chosen() -> dict[str, str]:
     for stored, quantization in (("fp8", "fp8_fast"), ("int8", "int8")):
         form: WeightFormat = Fp8Dequantized() if stored == "fp8" else Int8Dequantized()
         weight, _, bias = layer_input(64, 64, 1, DEVICE, BF16)
-        layer = layer_of(weight, bias, (_fp8 if stored == "fp8" else _int8)(stored, form))
+        layer = layer_of(weight, bias, (fp8_form if stored == "fp8" else _int8)(stored, form))
         try:
             select_compute(layer, [layer], quantization, DEVICE)
         except ValueError as problem:

@@ -1,11 +1,16 @@
-"""What benchmarks share: processes that measure in turn, rows that outlast what made them."""
+"""Benchmarks, of which no test runs most: they import what is there; a process that hangs costs nobody else's time."""
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 
 from lowvram_video.benchmarks.workers import Worker
 
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+IMPORT = re.compile(r"^ *from (\S+) import (\([^)]*\)|[^\n(]*)", re.MULTILINE)
 SCRIPT = """
 import json, sys, time
 if sys.argv[1] == "fails":
@@ -33,3 +38,34 @@ def test_a_process_that_hangs_takes_nobody_elses_time(tmp_path: Path) -> None:
     assert found["hangs"] == [] and workers["hangs"].failed == "not ready within 0 s"
     assert workers["hangs later"].failed == "not measured within 0 s"
     assert found["fails"] == [] and workers["fails"].failed == "ValueError: no such thing"
+
+
+def module_of(name: str) -> Path | None:
+    """The file of a module of the package, or of a script beside the benchmarks."""
+    path = ROOT.joinpath(*name.split(".")[1:]) if name.startswith("lowvram_video.") else FOLDER / name
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@cache
+def imports(file: Path) -> list[tuple[str, set[str]]]:
+    """(module, names) of what it takes from each."""
+    found = IMPORT.findall(file.read_text(encoding="utf-8"))
+    return [(module, set(re.findall(r"\w+", re.sub(r"#.*| as \w+", "", names)))) for module, names in found]
+
+
+@cache
+def names_in(file: Path) -> set[str]:
+    """What stands at the beginning of its lines, also several with commas, or is imported."""
+    heads = re.findall(r"^\w[\w, ]*", file.read_text(encoding="utf-8"), re.MULTILINE)
+    found = set(re.findall(r"\w+", " ".join(heads)))
+    return found.union(*(names for _, names in imports(file)))
+
+
+def test_what_benchmarks_import_of_the_package_and_each_other_is_there() -> None:
+    gone = []
+    for script in FOLDER.rglob("*.py"):
+        for module, names in imports(script):
+            if (file := module_of(module)) is not None:
+                missing = [name for name in names - names_in(file) if not (file.parent / f"{name}.py").is_file()]
+                gone += [f"{script.name}: {name} of {module}" for name in missing]
+    assert not gone
