@@ -58,6 +58,7 @@ class Bench:
             WEIGHTS["Q4_K"]: lambda path: write_gguf(path, self.config, "Q4_K", str(self.device)),
             LORA: lambda path: write_lora(path, self.config, 32),
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             path = self.path(name)
             if not path.exists():
