@@ -51,8 +51,6 @@ def settings_of(profile: str, own: CompileSettings, memory: VideoMemory) -> Comp
         return own
     chosen, why = (profile, "") if profile != AUTO else choose(memory)
     made = _corrected(replace(TIERS[chosen], backend=own.backend))
-    if own.backend != "inductor":
-        made = replace(made, notes=())
     name = chosen if profile != AUTO else f"{AUTO} ({chosen}: {why})"
     return replace(made, profile=name)
 
@@ -86,5 +84,6 @@ TIERS = {
 def _corrected(settings: CompileSettings) -> CompileSettings:
     notes = [] if settings.transformer_blocks_only else [NO_WHOLE_MODEL]
     reasons = {"max-autotune": (NO_GRAPHS, NO_TUNING), "reduce-overhead": (NO_GRAPHS,)}.get(settings.mode, ())
-    notes += [reason.format(mode=settings.mode, instead=DEFAULT_MODE) for reason in reasons]
+    if settings.backend == "inductor":  # modes are its alone
+        notes += [reason.format(mode=settings.mode, instead=DEFAULT_MODE) for reason in reasons]
     return replace(settings, mode=DEFAULT_MODE, notes=tuple(notes))

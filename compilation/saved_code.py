@@ -36,6 +36,8 @@ MOST_BYTES = 2 << 30  # of all files together
 ENDING, LAST_ENDING = ".code", ".last.json"
 MOST_LAST_BYTES = 1 << 16
 LENGTH_BYTES = 8  # before each part
+# What is compiled, how often and what to do without: profiles differ in it, and share the code.
+NO_CODE = ("profile", "notes", "fullgraph", "transformer_blocks_only", "cache_size_limit", "recompile_limit")
 TRITON_NAMES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm")
 
 
@@ -63,7 +65,7 @@ def key_of(settings: CompileSettings, device: torch.device, model: str) -> CodeK
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         gpu = f"{torch.cuda.get_device_name(device)} {major}.{minor}"
-    told = {name: value for name, value in asdict(settings).items() if name not in ("profile", "notes")}
+    told = {name: value for name, value in asdict(settings).items() if name not in NO_CODE}
     return CodeKey(str(torch.__version__), triton_version(), gpu, version(), json.dumps(told, sort_keys=True), model)
 
 

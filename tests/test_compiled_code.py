@@ -285,14 +285,15 @@ def test_a_backend_that_is_broken_is_refused_with_the_fix(monkeypatch: pytest.Mo
 
 
 KEPT = CompileSettings(dynamic=False)
-STARTS = ((3, 5), (3,), (5,), (3, 5))  # rows of each pass
+OTHER = replace(KEPT, fullgraph=True, cache_size_limit=4, recompile_limit=32)  # of another profile, of the same code
+STARTS = (((3, 5), KEPT), ((3,), OTHER), ((5,), KEPT), ((3, 5), OTHER))  # rows of each pass
 
 
-def kept_code(folder: Path, sizes: Sequence[int] = (3,)) -> CompiledCode:
+def kept_code(folder: Path, sizes: Sequence[int] = (3,), settings: CompileSettings = KEPT) -> CompiledCode:
     """Code of a module, made (or taken from what is kept) as in a new process."""
     torch._dynamo.reset()
     blocks = layers(Layer)
-    code = CompiledCode(blocks, KEPT, CPU, "test", folder=folder)
+    code = CompiledCode(blocks, settings, CPU, "test", folder=folder)
     code.make_first(lambda: blocks[0](torch.ones(sizes[0], 8)), rows=sizes[0])
     for rows in sizes[1:]:
         with code.watching(rows):
@@ -304,9 +305,9 @@ def kept_code(folder: Path, sizes: Sequence[int] = (3,)) -> CompiledCode:
 def starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[CompileReading]]:
     """The file of code that several starts of a process have kept, and what each of them did."""
     folder, readings = tmp_path_factory.mktemp("kept"), []
-    for sizes in STARTS:
+    for sizes, settings in STARTS:
         with fresh_cache(), torch.inference_mode():
-            readings.append(kept_code(folder, sizes).reading())
+            readings.append(kept_code(folder, sizes, settings).reading())
             left = InductorCache.here()
             made = {path.name for path in left.folder.iterdir() if path.is_dir()} - {"cache", "locks", "triton"}
             assert {path.name for path in left.parts()} == made and left.nbytes()
@@ -369,6 +370,8 @@ def test_code_of_anything_else_is_another_file() -> None:
     assert len(stems) == 7
     noted = CompileSettings(profile="high", notes=("a note",))
     assert key_of(noted, CPU, "a") == key, "names of settings change no code"
+    of_profiles = {key_of(settings_of(name, noted, VideoMemory(0, 1)), CPU, "a") for name in ("high", "mid", "low")}
+    assert of_profiles == {key_of(CompileSettings(dynamic=True), CPU, "a")}, "what free VRAM chose finds others' code"
 
 
 def test_files_used_longest_ago_go_first(tmp_path: Path) -> None:
@@ -518,6 +521,7 @@ def test_profiles_are_corrected_with_a_note_and_custom_is_not() -> None:
         other = settings_of(name, CompileSettings(backend="cudagraphs"), memory)
         other.check()
         assert other.backend == "cudagraphs" and other.mode == "default"
+        assert other.notes == (high.notes[:1] if other.profile.endswith("high") else ()), "modes are inductor's alone"
     with pytest.raises(ValueError, match="use one of custom, auto, high, mid, low"):
         settings_of("huge", own, memory)
 
