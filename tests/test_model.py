@@ -1,17 +1,20 @@
 """The transformer against diffusers' WanTransformer3DModel with the same weights, fp32."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.transformer import workspace
-from lowvram_video.transformer.workspace import Execution
+from lowvram_video.transformer.workspace import Execution, Rows, Workspace
 from lowvram_video.wanvideo.checkpoint import official_names
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.embeddings import AxisPositions
 from lowvram_video.wanvideo.network.model import Extras, WanModel
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = {"dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 3, "text_dim": 24, "freq_dim": 32}
 VARIANTS = {
@@ -127,6 +130,32 @@ def test_keys_and_values_in_8_bits_are_near_the_exact_ones(query_chunk: int | No
     assert 0 < error < 4e-3
     rows = 2 * 3 * 4 * 5
     assert sizes == [2 * rows * config.dim // 4]  # one byte instead of fp32's four
+
+
+class CopiedNumbers(TorchDispatchMode):
+    """The dtypes of what is copied into tensors that are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head_dim", [8, 6])
+def test_what_groups_of_heads_attended_is_copied_in_words_of_16_bytes(head_dim: int) -> None:
+    execution = Execution(dtype=torch.bfloat16, head_groups=2)
+    work = Workspace(execution, Rows(10, 4 * head_dim, 8 * head_dim, num_heads=4), torch.device("cpu"), 0)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 10, 4, head_dim, generator=generator).bfloat16() for _ in range(3))
+    want = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v))).transpose(1, 2)
+    with CopiedNumbers() as copied:
+        got = work.attend(q, [(k, v)])
+    assert torch.equal(got, want)
+    assert copied.dtypes == 2 * [torch.complex128 if head_dim == 8 else torch.bfloat16]  # 6 of 2 bytes are no words
 
 
 def test_attention_that_must_see_all_queries_does_under_the_leanest_plan() -> None:

@@ -15,6 +15,7 @@ from ..attention.sparse.run import AttentionRun
 from ..fused.eager import EagerOps
 from ..fused.ops import FusedOps
 from ..system.torch_compiler import mark_any_length
+from ..system.words import copy_in_words
 from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .packed_heads import PackedHeads
@@ -345,7 +346,7 @@ class Workspace:
         step = -(-num_heads // groups)
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
-            q[:, :, heads].copy_(self._attend(q, keys_values, heads, attend))
+            copy_in_words(self._attend(q, keys_values, heads, attend), q[:, :, heads])
         return q
 
     def _attend(self, q: Tensor, keys_values: Sequence[Pair], heads: slice, attend: Attend | None) -> Tensor:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...fused.frame_ops import FrameOps
+from ...system import words
 from .heights import find_heights
 from .rows import LayerRows, Rows, StripPlan
 
-WORD = torch.complex128  # 16 bytes
 NUM_FRAMES = 3  # that a causal convolution sees
 KEPT_KERNEL_BYTES = (
     1 << 20
@@ -96,15 +96,7 @@ def in_words(*frames: Tensor) -> tuple[Tensor, ...]:
 
     Copies of them are the same bits, in a third of the time where channels are 2 bytes and pixels have gaps.
     """
-    if not all(_is_of_words(frame) for frame in frames):
-        return frames
-    return tuple(frame.permute(0, 2, 3, 1).view(WORD).permute(0, 3, 1, 2) for frame in frames)
-
-
-def _is_of_words(frame: Tensor) -> bool:
-    size = WORD.itemsize // frame.element_size()
-    strides = (frame.stride(0), *frame.stride()[2:], frame.storage_offset(), frame.shape[1])
-    return frame.numel() > 0 and frame.stride(1) == 1 and not any(each % size for each in strides)
+    return tuple(each.permute(0, 3, 1, 2) for each in words.in_words(*(each.permute(0, 2, 3, 1) for each in frames)))
 
 
 class FrameRing:

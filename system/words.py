@@ -1,0 +1,29 @@
+"""Tensors as the widest numbers that GPUs copy at once: a strided copy of those is the same bits in less time.
+
+PyTorch copies what has gaps number by number. Of 2 bytes each that is a third of what memory could do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = torch.complex128  # 16 bytes
+
+
+def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views `[..., n]` of words, where the last dimension of every tensor consists of such; else the tensors."""
+    return tuple(each.view(WORD) for each in tensors) if all(map(_is_of_words, tensors)) else tensors
+
+
+def copy_in_words(x: Tensor, out: Tensor) -> None:
+    """`out = x`, of one shape and dtype."""
+    if not torch.compiler.is_compiling():  # compiled code has copies of its own
+        x, out = in_words(x, out)
+    out.copy_(x)
+
+
+def _is_of_words(tensor: Tensor) -> bool:
+    size = WORD.itemsize // tensor.element_size()
+    places = (*tensor.stride()[:-1], tensor.storage_offset(), tensor.shape[-1])
+    return tensor.numel() > 0 and tensor.stride(-1) == 1 and not any(place % size for place in places)
