@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.transformer import workspace
 from lowvram_video.transformer.workspace import Execution, Rows, Workspace
@@ -156,6 +157,58 @@ def test_what_groups_of_heads_attended_is_copied_in_words_of_16_bytes(head_dim: 
         got = work.attend(q, [(k, v)])
     assert torch.equal(got, want)
     assert copied.dtypes == 2 * [torch.complex128 if head_dim == 8 else torch.bfloat16]  # 6 of 2 bytes are no words
+
+
+class CountingOps(EagerOps):
+    """The rows of each norm that is modulated."""
+
+    def __init__(self) -> None:
+        self.normed: list[int] = []
+
+    def modulated_norm(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        self.normed.append(x.shape[0])
+        return super().modulated_norm(x, *args)
+
+
+@pytest.mark.parametrize("packed_keys", [False, True])
+def test_rows_whose_queries_exist_beside_all_keys_are_normed_once_for_both(packed_keys: bool) -> None:
+    config, ops = VARIANTS["t2v"], CountingOps()
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    model.execution = Execution(ops=ops, token_chunk=20, query_chunk=30, packed_keys=packed_keys)
+    model(**inputs)
+    rows, first = 2 * 60, 30
+    of_a_block = rows + (rows - first) + rows  # keys and values, the other queries, feed-forward
+    assert sum(ops.normed) == config.num_layers * of_a_block + rows  # and the head
+    assert max(ops.normed) == 20
+
+
+class SeenAttention(Sdpa):
+    """The rows and heads of each call, by how many keys it has."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.calls: list[tuple[int, int, int]] = []
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.calls.append((k.shape[1], q.shape[1], q.shape[2]))
+        return super().attend(q, k, v)
+
+
+@pytest.mark.parametrize("query_chunk", [None, 30])
+def test_attention_to_text_needs_no_groups_of_heads(query_chunk: int | None) -> None:
+    """A chunk's result is as small as its norm: nothing is copied to its place."""
+    config, attention = VARIANTS["t2v"], SeenAttention()
+    model, inputs = ours_of(config, reference_of(config)), inputs_of(config)
+    want = model(**inputs)
+    model.execution = Execution(attention=attention, token_chunk=20, head_groups=2, query_chunk=query_chunk)
+    with CopiedNumbers() as copied:
+        got = model(**inputs)
+    assert float((got - want).abs().max() / want.abs().max()) < 2e-6
+    of_text = [call for call in attention.calls if call[0] == 512]
+    assert set(of_text) == {(512, 20, 2)}
+    of_tokens = [call for call in attention.calls if call[0] == 60]
+    assert {heads for *_, heads in of_tokens} == {1}
+    assert copied.dtypes.count(torch.complex128) == len(of_tokens)
 
 
 def test_attention_that_must_see_all_queries_does_under_the_leanest_plan() -> None:

@@ -181,6 +181,14 @@ class Workspace:
         return self.execution.head_groups == 1 and self.part is None
 
     @property
+    def attends_in_chunks(self) -> bool:
+        """Whether rows go through attention to few keys chunk by chunk, with all heads, though heads go in groups.
+
+        Its result is as small as what is normed of them, and need not be copied to its place.
+        """
+        return self.execution.head_groups > 1 and self.part is None and not torch.compiler.is_compiling()
+
+    @property
     def first_key(self) -> int:
         """The element of the pool that keys begin at; queries begin at 0."""
         return self.query_rows * self.dim
@@ -303,6 +311,19 @@ class Workspace:
         for sample in range(self.rows.batch):
             yield from self.ranges(sample * tokens, (sample + 1) * tokens, self.query_chunk)
 
+    def chunks_of_samples(self) -> Iterator[slice]:
+        """Row ranges that are chunks of one sample each, of as many rows as queries exist of."""
+        tokens, most = self.num_rows // self.rows.batch, min(self.chunk_rows, self.query_rows)
+        for sample in range(self.rows.batch):
+            yield from self.ranges(sample * tokens, (sample + 1) * tokens, most)
+
+    def chunks_with_queries(self) -> Iterator[tuple[slice, bool]]:
+        """`chunks`, and whether their rows are of the first span: its queries exist beside all keys and values."""
+        stop = next(self.spans()).stop
+        yield from ((rows, True) for rows in self.chunks(0, stop))
+        if self.streams_queries:
+            yield from ((rows, False) for rows in self.chunks(stop))
+
     def in_heads(self, rows: Tensor) -> Tensor:
         """`[B, L, H, D]` of rows of all samples."""
         return rearrange(rows, "(b n) (h d) -> b n h d", b=self.rows.batch, h=self.rows.num_heads)
@@ -321,18 +342,26 @@ class Workspace:
         self.part.attend(self.in_heads(q), k, v, self.self_attend, self.execution.head_groups)
         return q
 
-    def attend_rows(self, q: Tensor, span: slice, keys_values: Sequence[Pair], attend: Attend | None = None) -> Tensor:
+    def attend_rows(
+        self,
+        q: Tensor,
+        span: slice,
+        keys_values: Sequence[Pair],
+        attend: Attend | None = None,
+        all_heads: bool = False,
+    ) -> Tensor:
         """Attention of the rows `span`, whose queries are `q [rows, dim]`, to each (k, v) of all samples, summed.
 
         `[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own. `attend` is the backend's where
-        there is none.
+        there is none. Where queries are streamed, or with `all_heads` at once, the rows are one sample's.
         """
-        if self.streams_queries:
+        if self.streams_queries or all_heads:
             sample = span.start * self.rows.batch // self.num_rows
             part = slice(sample, sample + 1)
             keys_values = [(samples_of(k, part), samples_of(v, part)) for k, v in keys_values]
         batch, _, num_heads, _ = keys_values[0][0].shape
-        attended = self.attend(rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=num_heads), keys_values, attend)
+        heads = rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=num_heads)
+        attended = self._attend(heads, keys_values, attend) if all_heads else self.attend(heads, keys_values, attend)
         return rearrange(attended, "b n h d -> (b n) (h d)")
 
     def attend(self, q: Tensor, keys_values: Sequence[Pair], attend: Attend | None = None) -> Tensor:
@@ -342,14 +371,16 @@ class Workspace:
         """
         num_heads, groups = q.shape[2], self.execution.head_groups
         if self.queries_are_free:
-            return self._attend(q, keys_values, slice(0, num_heads), attend)
+            return self._attend(q, keys_values, attend)
         step = -(-num_heads // groups)
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
-            copy_in_words(self._attend(q, keys_values, heads, attend), q[:, :, heads])
+            copy_in_words(self._attend(q, keys_values, attend, heads), q[:, :, heads])
         return q
 
-    def _attend(self, q: Tensor, keys_values: Sequence[Pair], heads: slice, attend: Attend | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, keys_values: Sequence[Pair], attend: Attend | None, heads: slice = slice(None)
+    ) -> Tensor:
         if attend is None:  # no `or`: torch.compile takes a method for data
             attend = self.execution.attention.attend
         first, *others = (attend(q[:, :, heads], heads_of(k, heads), heads_of(v, heads)) for k, v in keys_values)

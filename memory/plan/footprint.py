@@ -168,20 +168,32 @@ class ModelFootprint:
         return choice.query_rows(work) * self.dim * self.compute_bytes if choice.head_groups == 1 else 0
 
     def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """Output and workspace of one group of heads: over all tokens, or over text and image, which are summed."""
-        queries, head_dim = choice.query_rows(work), self.dim // self.num_heads
+        """Output and workspace of one group of heads over all tokens, or of attention to text and image."""
+        queries = choice.query_rows(work)
         output = queries * self.dim * self.compute_bytes
         if work.cards > 1:
             return max(self._exchange_bytes(work, choice, limits), -(-output // choice.head_groups))
-        over_tokens, over_text = output, (2 if self.image_tokens else 1) * output
-        if limits.attention is not None:
-            over_tokens += limits.attention.nbytes(queries, work.rows, self.num_heads, head_dim)
-            over_text += limits.attention.nbytes(queries, work.batch * self.context_tokens, self.num_heads, head_dim)
+        over_tokens = output + self._attention_workspace(queries, work.rows, limits)
         if choice.packed_keys:  # k and v unpacked
             over_tokens += 2 * work.rows * self.dim * self.compute_bytes
         if work.all_queries and choice.head_groups > 1:  # others' functions take q, k and v in one piece each
             over_tokens += (queries + 2 * work.rows) * self.dim * self.compute_bytes
-        return -(-max(over_tokens, over_text) // choice.head_groups)
+        return max(-(-over_tokens // choice.head_groups), self._over_text_bytes(work, choice, limits))
+
+    def _over_text_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """Of attention to the text some rows and all heads (`Workspace.attends_in_chunks`); with the image's summed."""
+        rows, keys, row = choice.query_rows(work), work.batch * self.context_tokens, self.dim * self.compute_bytes
+        if choice.head_groups > 1 and not self.image_tokens:
+            rows = min(rows, choice.token_chunk)
+            return rows * row + self._attention_workspace(rows, self.context_tokens, limits)
+        outputs = (2 if self.image_tokens else 1) * rows * row
+        return -(-(outputs + self._attention_workspace(rows, keys, limits)) // choice.head_groups)
+
+    def _attention_workspace(self, queries: int, keys: int, limits: Limits) -> int:
+        """What attention of all heads takes beside its output."""
+        if limits.attention is None:
+            return 0
+        return limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads)
 
     def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """What several cards' attention holds of a group of heads: see `team/heads.py`.

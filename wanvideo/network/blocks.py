@@ -215,43 +215,44 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (Scale(config.dim, **factory) for _ in range(2))
 
     def forward(self, normed: Normed, add: Add, rope: Rope, work: Workspace, hooks: BlockHooks) -> None:
-        keys_values = self.fill_packed(normed, rope, work) if work.packs_keys else self.fill(normed, rope, work)
         work.scratch.reset()
-        to_q = self.q.prepare(work.dtype, work.scratch) if work.streams_queries else None
+        to_q = self.q.prepare(work.dtype, work.scratch)
+        unpacked = work.scratch.used
+        fill = self.fill_packed if work.packs_keys else self.fill
+        keys_values = fill(to_q, normed, rope, work)
+        work.scratch.reset(unpacked)
         to_out = self.o.prepare(work.dtype, work.scratch)
-        for span in work.spans():
+        for number, span in enumerate(work.spans()):
             q = work.queries[: span.stop - span.start]
-            if to_q is not None:
+            if number > 0:  # the first ones were made with keys and values
                 make_queries(to_q, self.norm_q.weight, self.eps, normed, rope, span, work)
             seen = q.clone() if hooks.sees_attention else None  # attention may write over it
             attended = work.attend_tokens(q, span, keys_values)
             if seen is not None:
                 hooks.attended(*(work.in_heads(t) for t in (attended, seen, work.keys)))
-            project_out(to_out, attended, add, span, work)
+            project_out(to_out, attended, add, span, work, over_queries=work.queries_are_free)
             del attended, seen  # before there are those of the next span
 
-    def fill(self, normed: Normed, rope: Rope, work: Workspace) -> Pair:
-        """Make k and v of all rows; q too where it exists for all at once, of the same normed rows."""
-        layers, firsts = [self.k, self.v], [work.first_key, work.first_value]
-        if not work.streams_queries:
-            layers, firsts = [self.q, *layers], [0, *firsts]
-        work.scratch.reset()
-        projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
-        for rows in work.chunks():
-            outs = work.rows_at_each(firsts, rows)
-            project_together(projections, normed(rows), outs)
-            if not work.streams_queries:
-                work.ops.rms_norm_(outs[0], self.norm_q.weight, self.eps, rope, rows.start)
-            work.ops.rms_norm_(outs[-2], self.norm_k.weight, self.eps, rope, rows.start)
+    def fill(self, to_q: Projection, normed: Normed, rope: Rope, work: Workspace) -> Pair:
+        """Make k and v of all rows, and q of the first span, of the same normed rows."""
+        to_k, to_v = (layer.prepare(work.dtype, work.scratch) for layer in (self.k, self.v))
+        for rows, has_q in work.chunks_with_queries():
+            k, v = work.rows_at_each([work.first_key, work.first_value], rows)
+            if has_q:
+                q = work.rows_at(0, rows)
+                project_together([to_q, to_k, to_v], normed(rows), [q, k, v])
+                work.ops.rms_norm_(q, self.norm_q.weight, self.eps, rope, rows.start)
+            else:
+                project_together([to_k, to_v], normed(rows), [k, v])
+            work.ops.rms_norm_(k, self.norm_k.weight, self.eps, rope, rows.start)
         return work.in_heads(work.keys), work.in_heads(work.values)
 
-    def fill_packed(self, normed: Normed, rope: Rope, work: Workspace) -> Pair:
+    def fill_packed(self, to_q: Projection, normed: Normed, rope: Rope, work: Workspace) -> Pair:
         """The same with k and v in 8 bits."""
         k, v = work.packed_keys_values()
-        work.scratch.reset()
-        layers = (self.k, self.v) if work.streams_queries else (self.k, self.v, self.q)
-        projections = [layer.prepare(work.dtype, work.scratch) for layer in layers]
-        for rows in work.chunks():
+        to_k, to_v = (layer.prepare(work.dtype, work.scratch) for layer in (self.k, self.v))
+        for rows, has_q in work.chunks_with_queries():
+            projections = [to_k, to_v, to_q] if has_q else [to_k, to_v]
             self._fill_packed_rows(rows, projections, normed(rows), (k, v), rope, work)
         return k, v
 
@@ -264,7 +265,7 @@ class SelfAttention(nn.Module):
         rope: Rope,
         work: Workspace,
     ) -> None:
-        """Those rows of k and v, and of q where it is of all rows; one is made after the other, in one tensor."""
+        """Those rows of k and v, and of q where there are its projections; one after the other, in one tensor."""
         of_k, of_v, *of_q = share_rows(projections, x)
         made, (k, v) = torch.empty_like(x), packed
         write_product(projections[0], of_k, made)
@@ -292,14 +293,16 @@ class CrossAttention(nn.Module):
     def forward(self, normed: Normed, add: Add, keys_values: KeysValues, work: Workspace) -> None:
         work.scratch.reset()
         to_q, to_out = (layer.prepare(work.dtype, work.scratch) for layer in (self.q, self.o))
-        for span in work.spans():
+        # pictures' attention is a second result of that size, guided attention another one
+        in_chunks = work.attends_in_chunks and keys_values.nag is None and len(keys_values.pairs) == 1
+        for span in work.chunks_of_samples() if in_chunks else work.spans():
             make_queries(to_q, self.norm_q.weight, self.eps, normed, None, span, work)
             q = work.queries[: span.stop - span.start]
             if keys_values.nag is None:
-                attended = work.attend_rows(q, span, keys_values.pairs)
+                attended = work.attend_rows(q, span, keys_values.pairs, all_heads=in_chunks)
             else:
                 attended = attend_guided(q, span, keys_values.pairs, keys_values.nag, work)
-            project_out(to_out, attended, add, span, work)
+            project_out(to_out, attended, add, span, work, over_queries=in_chunks or work.queries_are_free)
             del attended
 
     def keys_values(self, context: Context) -> KeysValues:
@@ -378,8 +381,10 @@ def make_queries(
         work.ops.rms_norm_(q, weight, eps, rope, rows.start)
 
 
-def project_out(to_out: Projection, attended: Tensor, add: Add, span: slice, work: Workspace) -> None:
-    """Add the projection of `attended`, which is of the rows `span`."""
+def project_out(
+    to_out: Projection, attended: Tensor, add: Add, span: slice, work: Workspace, over_queries: bool
+) -> None:
+    """Add the projection of `attended`, which is of the rows `span`; it may be written over their queries."""
     for rows in work.chunks(span.start, span.stop):
         part = within(rows, span.start)
-        add(rows, to_out(attended[part], out=work.rows_at(0, part) if work.queries_are_free else None))
+        add(rows, to_out(attended[part], out=work.rows_at(0, part) if over_queries else None))

@@ -62,9 +62,9 @@ class Scratch:
         self.buffer = torch.empty(num_elements, device=device, dtype=dtype)
         self.used = 0
 
-    def reset(self) -> None:
-        """Forget what was handed out; the caller no longer uses it."""
-        self.used = 0
+    def reset(self, used: int = 0) -> None:
+        """Forget what was handed out after the first `used` elements; the caller no longer uses it."""
+        self.used = used
 
     def give_back(self, taken: Tensor) -> None:
         """The tensor taken last is no longer used."""
