@@ -4,8 +4,8 @@
 
 Assumptions: products and attention reach the given rates whatever a card's share of rows and heads is; blocks stream
 in each pass over a bus that each card has for itself, while the machine's RAM gives all of them `ram_gbps` together;
-attention goes by as many groups of heads as a model takes (`runtime/several.py`), of which the first one's exchange and
-the last one's way back are seen, and the rest hides behind attention where that takes longer.
+attention goes by those groups of heads that a model takes (`team/hiding.py`), of which the first one's exchange and the
+last one's way back are seen, and the rest hides behind attention where that takes longer.
 
 Corrected by what two H200s took (`several_cards_two_h200_2026-11-29.json`): 623 and 584 TFLOP/s are what one card's
 passes fit within 2 %. Two cards took longer than half of that and the exchange: 2.9 % of what they compute (less of
@@ -24,9 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowvram_video.memory.plan.footprint import ModelFootprint, WorkSize
-from lowvram_video.runtime.several import GROUP_SECONDS
 from lowvram_video.system.atomic_files import write_file
-from lowvram_video.team.heads import HIDING_GROUPS
+from lowvram_video.team.hiding import GROUP_SECONDS, HeadTimes, hiding_sizes, seen_seconds
 from preset_plans import wan_footprint
 
 COUNTS = (1, 2, 4, 8)
@@ -86,19 +85,13 @@ def predict(model: ModelFootprint, machine: Machine, work: WorkSize, name: str, 
     seen = 0.0
     if cards > 1:
         compute *= 1 + machine.loss
-        seen = least_seen(exchange, attention_s, model.num_blocks) + model.num_blocks * machine.sync_ms / 1e3
+        num_heads = -(-model.num_heads // cards)
+        times = HeadTimes.of(exchange, attention_s, num_heads * model.num_blocks)
+        sizes = hiding_sizes(num_heads, times, work.tokens, num_heads)
+        further = (len(sizes) - 1) * GROUP_SECONDS
+        seen = model.num_blocks * (seen_seconds(sizes, times) + further + machine.sync_ms / 1e3)
     host = model.num_blocks * cards * machine.host_ms / 1e3
     return Prediction(machine.name, name, cards, compute, stream, seen, max(compute + seen, stream, host))
-
-
-def least_seen(exchange: float, attention: float, num_blocks: int) -> float:
-    """What of the exchange is seen, by the number of groups that takes the least time."""
-
-    def seen(groups: int) -> float:
-        ends = exchange / groups
-        return ends + max(0.0, exchange - ends - attention * (groups - 1) / groups)
-
-    return min(seen(groups) + (groups - 1) * num_blocks * GROUP_SECONDS for groups in range(1, 1 + HIDING_GROUPS))
 
 
 def main() -> None:

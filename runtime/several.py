@@ -15,7 +15,7 @@ from ..memory.plan.footprint import Limits, ModelFootprint, WorkSize
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_memory
 from ..system.sizes import in_gb
 from ..team.carriers import AS_THEY_ARE, InEightBits
-from ..team.heads import HIDING_GROUPS
+from ..team.hiding import HeadTimes, hiding_sizes, seen_seconds
 from ..team.link import links_for
 from ..team.spans import even_spans
 from ..team.team import Team
@@ -40,9 +40,8 @@ class CardModel(Protocol):
 
 S = TypeVar("S", bound=CardModel)
 
-# A further group of heads takes a block so much longer: its hosts' calls, and attention of fewer heads at a time.
-GROUP_SECONDS = 3e-4
-PACKING_SECONDS = 2e-4  # and what packs and unpacks q, k, v and what attention made: hosts' calls of smaller kernels
+# What packs and unpacks q, k, v and what attention made takes a block so much longer: hosts' calls of smaller kernels.
+PACKING_SECONDS = 2e-4
 
 
 class Several(Generic[S]):
@@ -61,7 +60,7 @@ class Several(Generic[S]):
         # another card's failure ends this one's pass at its next block
         self.others: list[S] = [open_other(device, self.team.mail.check) for device in devices]
         self._first = first
-        self._hiding_groups, self._packs = HIDING_GROUPS, False
+        self._plan: MemoryPlan | None = None
 
     @property
     def num_cards(self) -> int:
@@ -69,7 +68,7 @@ class Several(Generic[S]):
 
     def start(self, plan: MemoryPlan) -> None:
         """Have the others on their cards as planned; the first is on its own."""
-        first, self._hiding_groups, self._packs = self._first, hiding_groups(plan), plan.model.packs_exchange
+        first, self._plan = self._first, plan
 
         def start(rank: int) -> None:
             if rank:
@@ -87,12 +86,15 @@ class Several(Generic[S]):
         places = shared_samples(batch, self.num_cards)
         shares = len(places[0][1]) > 1  # as many cards have each sample
         apart = len(places[0][1]) < self.num_cards
+        plan = self._plan
+        assert plan is not None
+        sizes = hidden_sizes(plan, len(places[0][1]))
 
         def run(rank: int) -> Tensor:
             model = self.others[rank - 1] if rank else self._first
             samples, ranks = places[rank]
-            carrier = InEightBits(model.model.execution.ops) if self._packs else AS_THEY_ARE
-            model.model.share = self.team.share(rank, ranks, self._hiding_groups, carrier) if shares else None
+            carrier = InEightBits(model.model.execution.ops) if plan.model.packs_exchange else AS_THEY_ARE
+            model.model.share = self.team.share(rank, ranks, sizes, carrier) if shares else None
             model.model.sample = samples.start if apart else None
             try:
                 with model.limiting_code():
@@ -129,8 +131,7 @@ def packing_pays(plan: MemoryPlan) -> bool:
     if not plan.model.in_8_bits or plan.limits.link_gbps is None or exchanges_nothing(plan.work):
         return False
     packed = replace(plan, model=replace(plan.model, packs_exchange=True))
-    saved = seen_seconds(plan, hiding_groups(plan)) - seen_seconds(packed, hiding_groups(packed))
-    return saved > plan.model.num_blocks * PACKING_SECONDS
+    return seen_of(plan) - seen_of(packed) > plan.model.num_blocks * PACKING_SECONDS
 
 
 def exchanges_nothing(work: WorkSize) -> bool:
@@ -143,8 +144,7 @@ def check_link(plan: MemoryPlan) -> None:
     link, cards, compute = plan.limits.link_gbps, plan.work.cards, plan.times.compute
     if link is None or exchanges_nothing(plan.work):
         return
-    seen = seen_seconds(plan, hiding_groups(plan))
-    if max(compute + seen, plan.times.transfer) <= max(cards * compute, plan.times.transfer):
+    if max(compute + seen_of(plan), plan.times.transfer) <= max(cards * compute, plan.times.transfer):
         return
     raise PlanError(
         f"{cards} cards that share a pass of {plan.model.name} at {plan.work} exchange "
@@ -154,21 +154,32 @@ def check_link(plan: MemoryPlan) -> None:
     )
 
 
-def hiding_groups(plan: MemoryPlan) -> int:
-    """The groups of heads in which attention and its exchange take the least time, where the way was measured."""
+def hidden_sizes(plan: MemoryPlan, num_sharing: int) -> tuple[int, ...] | None:
+    """The groups of heads in which attention and its exchange take the least time, of a card of so many that share.
+
+    No group is larger than the plan has room for. None where the way was not measured: then there is nothing to hide.
+    """
     if plan.limits.link_gbps is None:
-        return HIDING_GROUPS
-    asked = plan.model.num_blocks * GROUP_SECONDS
-    return min(range(1, 1 + HIDING_GROUPS), key=lambda groups: seen_seconds(plan, groups) + groups * asked)
+        return None
+    num_heads = -(-plan.model.num_heads // num_sharing)
+    largest = -(-num_heads // plan.choice.head_groups)
+    return hiding_sizes(num_heads, head_times(plan, num_heads), plan.work.tokens, largest)
 
 
-def seen_seconds(plan: MemoryPlan, groups: int) -> float:
-    """What of a pass's exchange hides behind nothing: that of a first and last group, and what outlasts attention."""
+def seen_of(plan: MemoryPlan) -> float:
+    """What of a pass's exchange hides behind nothing, where the way was measured."""
+    sizes = hidden_sizes(plan, plan.work.cards)
+    assert sizes is not None
+    return plan.model.num_blocks * seen_seconds(sizes, head_times(plan, sum(sizes)))
+
+
+def head_times(plan: MemoryPlan, num_heads: int) -> HeadTimes:
+    """What each of so many heads of a card takes in a block."""
     link = plan.limits.link_gbps
     assert link is not None
     exchange = plan.model.exchanged_bytes(plan.work) / (1e9 * link)
-    ends, attention = exchange / groups, plan.times.compute * attention_share(plan)
-    return ends + max(0.0, exchange - ends - attention * (groups - 1) / groups)
+    attention = plan.times.compute * attention_share(plan)
+    return HeadTimes.of(exchange, attention, num_heads * plan.model.num_blocks)
 
 
 def attention_share(plan: MemoryPlan) -> float:

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..system.words import copy_in_words, in_words
+
 SCALE = torch.float32
 ALIGNMENT = 16  # bytes, of the scales behind the values
 
@@ -40,7 +42,7 @@ class AsTheyAre:
 
     def unload(self, room: Tensor, out: Tensor) -> None:
         if room is not out:
-            out.copy_(room)
+            copy_in_words(room, out)
 
 
 AS_THEY_ARE = AsTheyAre()
@@ -85,7 +87,13 @@ class InEightBits:
 
 def packed(tensors: Sequence[Tensor], heads: slice, out: Tensor | None = None) -> Tensor:
     """Some heads of each tensor `[n, H, D]` side by side: `[n, tensors, heads, D]`, by one kernel."""
-    return torch.stack([tensor[:, heads] for tensor in tensors], 1, out=out)
+    parts = [tensor[:, heads] for tensor in tensors]
+    if out is None:
+        out = parts[0].new_empty(len(parts[0]), len(parts), *parts[0].shape[1:])
+    # that kernel reckons with every dimension for every element
+    *rows, whole = in_words(*(part.flatten(1) for part in parts), out.flatten(1))
+    torch.cat(rows, 1, out=whole)
+    return out
 
 
 def _values_bytes(shape: Sequence[int]) -> int:

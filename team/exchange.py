@@ -30,9 +30,9 @@ class Arrival:
 class Exchange:
     """Tensors to and from the other cards, by their numbers in the team.
 
-    What is sent is held until the other has it, which is looked at when something is sent again: the host does not
-    wait for that but at the end (`settle`), and never for a device. What is received is there once it was waited for.
-    All methods belong to the card's own thread.
+    What is sent is held until the other has it, which is looked at by `release_taken`: the host does not wait for that
+    but at the end (`settle`), and never for a device. What is received is there once it was waited for. All methods
+    belong to the card's own thread.
     """
 
     def __init__(self, rank: int, mail: Mail, link: Link) -> None:
@@ -42,7 +42,6 @@ class Exchange:
 
     def send(self, receiver: int, subject: Hashable, tensors: Sequence[Tensor]) -> None:
         """Let another card have contiguous tensors, which nobody writes to again."""
-        self._release_taken()
         offered, mark = self.link.offer(tensors)
         self._sent.append(_Sent(receiver, subject, tensors))
         self.mail.put(self.rank, receiver, subject, (offered, mark))
@@ -61,6 +60,12 @@ class Exchange:
         self.link.wait(arrival.mark)
         self._arriving = deque(other for other in self._arriving if other is not arrival)
 
+    def release_taken(self) -> None:
+        """Let go of what others have taken: compute goes on behind their copies of it, so that is asked for late."""
+        for sent in list(self._sent):
+            if self.mail.has(sent.receiver, self.rank, ("taken", sent.subject)):
+                self._forget(sent)
+
     def settle(self) -> None:
         """Wait until all that was sent has been taken: then its bytes may be written to."""
         while self._sent:
@@ -73,11 +78,6 @@ class Exchange:
         finally:
             self._sent.clear()
             self._arriving.clear()
-
-    def _release_taken(self) -> None:
-        for sent in list(self._sent):
-            if self.mail.has(sent.receiver, self.rank, ("taken", sent.subject)):
-                self._forget(sent)
 
     def _forget(self, sent: _Sent) -> None:
         # the bytes are somebody else's only behind the copy

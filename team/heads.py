@@ -12,20 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..system.words import copy_in_words
 from .carriers import AS_THEY_ARE, Carrier, packed
 from .exchange import Arrival, Exchange
 from .spans import head_spans, length
 
-HIDING_GROUPS = 4  # hide most of an exchange behind attention
-LEAST_HEADS = 4  # of a card in a group: fewer make attention slower
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, L, H, D] each
 AttendMany = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]  # results of the shape of q
-
-
-def num_hiding(num_heads: int, num_cards: int, most: int = HIDING_GROUPS) -> int:
-    """Groups of heads that hide the exchange, at most so many."""
-    return max(1, min(most, num_heads // num_cards // LEAST_HEADS))
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,8 @@ class HeadExchange:
     """One attention: `tokens` are those that each of the `ranks` has of a sample, `index` is this card's place there.
 
     `qkv` are q, k and v `[B, n, H, D]` of this card's tokens. What attention makes of them replaces q, and comes to
-    `more_outs` of its shape where it makes several results. Heads go in `num_groups` groups, by the `carrier`.
+    `more_outs` of its shape where it makes several results. Heads go in groups of these `sizes` (see `head_spans`), by
+    the `carrier`.
     """
 
     def __init__(
@@ -60,7 +54,7 @@ class HeadExchange:
         ranks: Sequence[int],
         tokens: Sequence[slice],
         qkv: tuple[Tensor, Tensor, Tensor],
-        num_groups: int,
+        sizes: Sequence[int],
         more_outs: Sequence[Tensor] = (),
         carrier: Carrier = AS_THEY_ARE,
     ) -> None:
@@ -69,11 +63,12 @@ class HeadExchange:
         self.outs = [qkv[0], *more_outs]
         self.index = ranks.index(exchange.rank)
         self.others = [index for index in range(len(ranks)) if index != self.index]
-        self.groups = head_spans(qkv[0].shape[2], len(ranks), num_groups)
+        self.groups = head_spans(qkv[0].shape[2], len(ranks), sizes)
         self._samples = list(zip(*(tensor.unbind(0) for tensor in qkv), strict=True))  # q, k, v [n, H, D] of each
 
     def run(self, attend: AttendMany) -> None:
         """Fill `outs` by what `attend` makes of queries, keys and values of all cards' tokens."""
+        self.exchange.release_taken()
         ahead = self._gather(0)
         before: list[Coming] = []
         for group in range(len(self.groups)):
@@ -94,27 +89,31 @@ class HeadExchange:
         mine, coming = heads[self.index], []
         qkv = q.new_empty(q.shape[0], self.tokens[-1].stop, 3, length(mine), q.shape[3])
         if length(mine):
-            for each, whole in zip(self._samples, qkv[:, self.tokens[self.index]], strict=True):
-                packed(each, mine, whole)
             coming = [self._receive(other, "qkv", qkv[:, self.tokens[other]].unbind(0)) for other in self.others]
+            for each, whole in zip(self._samples, qkv[:, self.tokens[self.index]], strict=True):
+                packed(each, mine, whole)  # while they come
         return Gathered(qkv, coming)
 
     def _attend(self, group: int, gathered: Gathered, attend: AttendMany) -> list[Coming]:
         """Compute this card's heads; send the others their tokens of it, and have theirs come."""
         heads = self.groups[group]
+        made: Sequence[Tensor] = ()
         self._keep(gathered.coming)
         if length(heads[self.index]):
-            made, every = attend(*gathered.qkv.unbind(2)), slice(None)
+            made = attend(*gathered.qkv.unbind(2))
+        self.exchange.release_taken()  # the others' copies of what this card sent are behind that
+        if made:
+            every = slice(None)
             for other in self.others:
                 theirs = [each for attended in made for each in attended[:, self.tokens[other]]]
                 self._send(other, "attended", [self.carrier.load([each], every) for each in theirs])
-            for out, attended in zip(self.outs, made, strict=True):
-                out[:, :, heads[self.index]].copy_(attended[:, self.tokens[self.index]])
         given = []
         for other in self.others:
             if length(heads[other]):
                 outs = [each[:, heads[other]].unsqueeze(1) for out in self.outs for each in out]
                 given.append(self._receive(other, "attended", outs))
+        for out, attended in zip(self.outs, made, strict=bool(made)):
+            copy_in_words(attended[:, self.tokens[self.index]], out[:, :, heads[self.index]])
         return given
 
     def _send(self, other: int, subject: str, loaded: Sequence[Tensor]) -> None:

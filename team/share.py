@@ -12,8 +12,8 @@ from torch import Tensor
 from ..system.torch_compiler import outside_graphs
 from .carriers import AS_THEY_ARE, Carrier
 from .exchange import Exchange
-from .heads import HIDING_GROUPS, Attend, AttendMany, HeadExchange, num_hiding
-from .spans import even_spans, length, run_length
+from .heads import Attend, AttendMany, HeadExchange
+from .spans import even_spans, group_sizes, length, run_length
 
 T = TypeVar("T")
 
@@ -25,12 +25,13 @@ AttendShared = Callable[[QKV, Sequence[Tensor], AttendMany, int], None]
 class Share:
     """A card's place among those that share a pass: `ranks` of the team, of which the exchange's own is one.
 
-    Attention goes by about `hiding_groups` groups of heads, to hide what is exchanged, which travels by the `carrier`.
+    Where they are given, attention goes by groups of heads of these `sizes`, which hide what is exchanged: those of a
+    card with the most heads (see `hiding.py`). What is exchanged travels by the `carrier`.
     """
 
     exchange: Exchange
     ranks: tuple[int, ...]
-    hiding_groups: int = HIDING_GROUPS
+    sizes: tuple[int, ...] | None = None
     carrier: Carrier = AS_THEY_ARE
 
     def part(self, num_tokens: int, run: int = 1) -> Part:
@@ -127,6 +128,6 @@ class Part:
 
     def attend_many_now(self, qkv: QKV, outs: Sequence[Tensor], attend: AttendMany, num_groups: int) -> None:
         """The same where `attend` makes several results: the first replaces q, others come to `outs` of its shape."""
-        share, groups = self.share, num_hiding(qkv[0].shape[2], len(self.spans), self.share.hiding_groups)
-        num_groups = max(num_groups, groups)
-        HeadExchange(share.exchange, share.ranks, self.spans, qkv, num_groups, outs, share.carrier).run(attend)
+        share, num_heads = self.share, -(-qkv[0].shape[2] // len(self.spans))
+        sizes = share.sizes or group_sizes(num_heads, num_groups)
+        HeadExchange(share.exchange, share.ranks, self.spans, qkv, sizes, outs, share.carrier).run(attend)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 
 def length(span: slice) -> int:
@@ -17,18 +18,22 @@ def even_spans(count: int, num_parts: int) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in pairwise(ends))
 
 
-def head_spans(num_heads: int, num_cards: int, num_groups: int) -> list[tuple[slice, ...]]:
-    """Of each group of heads, what every card has; a card's heads lie side by side, and no group is empty."""
+def group_sizes(num_heads: int, num_groups: int) -> tuple[int, ...]:
+    """Heads in about as many groups, as even as can be; none is empty."""
+    return tuple(length(span) for span in even_spans(num_heads, min(num_groups, num_heads)))
+
+
+def head_spans(num_heads: int, num_cards: int, sizes: Sequence[int]) -> list[tuple[slice, ...]]:
+    """Of each group of heads, what every card has; a card's heads lie side by side.
+
+    `sizes` are the groups of a card with the most heads: one that has a head less has it less in the largest group.
+    """
     cards = even_spans(num_heads, num_cards)
-    num_groups = min(num_groups, max(length(span) for span in cards))
-    split = [even_spans(length(span), num_groups) for span in cards]
-    return [
-        tuple(
-            slice(card.start + parts[group].start, card.start + parts[group].stop)
-            for card, parts in zip(cards, split, strict=True)
-        )
-        for group in range(num_groups)
-    ]
+    assert sum(sizes) == length(cards[0]) and min(sizes) > 0
+    fewer = list(sizes)
+    fewer[fewer.index(max(fewer))] -= 1
+    ends = [list(accumulate(sizes if length(card) == sum(sizes) else fewer, initial=card.start)) for card in cards]
+    return [tuple(slice(*each[group : group + 2]) for each in ends) for group in range(len(sizes))]
 
 
 def run_length(group_size: int, num_cards: int) -> int:

@@ -12,7 +12,6 @@ import torch
 
 from .carriers import AS_THEY_ARE, Carrier
 from .exchange import Exchange
-from .heads import HIDING_GROUPS
 from .link import Link, links_for
 from .mail import TIMEOUT_SECONDS, Choose, Mail, TeamError, TeamStopped, first_of
 from .share import Share
@@ -67,10 +66,10 @@ class Team:
         self._hung = False
 
     def share(
-        self, rank: int, ranks: Sequence[int], hiding_groups: int = HIDING_GROUPS, carrier: Carrier = AS_THEY_ARE
+        self, rank: int, ranks: Sequence[int], sizes: tuple[int, ...] | None = None, carrier: Carrier = AS_THEY_ARE
     ) -> Share:
         """A card's place among those of the team that share a pass."""
-        return Share(self.exchanges[rank], tuple(ranks), hiding_groups, carrier)
+        return Share(self.exchanges[rank], tuple(ranks), sizes, carrier)
 
     def run(self, task: Callable[[int], T], in_turns: bool = True) -> list[T]:
         """What `task` makes of each number. Where one fails all stop, and its error is raised.

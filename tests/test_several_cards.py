@@ -32,7 +32,7 @@ from lowvram_video.memory.stream.streamer import BlockStreamer
 from lowvram_video.runtime import attending
 from lowvram_video.runtime.cards import parse_devices
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.runtime.several import hiding_groups, plan_shared, seen_seconds, shared_samples
+from lowvram_video.runtime.several import hidden_sizes, plan_shared, seen_of, shared_samples
 from lowvram_video.sampling.caching.framepack import TeaCache
 from lowvram_video.sampling.caching.moments import Moment
 from lowvram_video.sampling.caching.settings import StepCacheSettings
@@ -40,7 +40,6 @@ from lowvram_video.sampling.caching.step_cache import StepCache
 from lowvram_video.system.card_links import slowest_link
 from lowvram_video.system.sizes import in_gb
 from lowvram_video.team.exchange import Exchange
-from lowvram_video.team.heads import HIDING_GROUPS
 from lowvram_video.team.team import Team
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.transformer.together import CardsTogether
@@ -511,12 +510,23 @@ class TestLinks:
         """Each is asked for by all cards' hosts: a fast link, or a short clip, has fewer."""
         clip = replace(LONG_480P, frames=17)
 
-        def groups(work: WorkSize, gbps: float) -> int:
+        def sizes(work: WorkSize, gbps: float | None, cards: int = 2) -> tuple[int, ...] | None:
             rates = {"tflops_matmul": 790.0, "tflops_attention": 570.0}
-            return hiding_groups(plan_shared(FP8, work, gpu_limits(80, link_gbps=gbps, **rates), 2))
+            return hidden_sizes(plan_shared(FP8, work, gpu_limits(80, link_gbps=gbps, **rates), cards), cards)
 
-        assert [groups(clip, 320.0), groups(LONG_480P, 320.0), groups(LONG_480P, 20.0)] == [1, 2, 4]
-        assert hiding_groups(plan_shared(FP8, clip, gpu_limits(80), 2)) == HIDING_GROUPS  # unknown
+        assert sizes(clip, 320.0) == (20,)
+        fast, slow, three = sizes(LONG_480P, 320.0), sizes(LONG_480P, 20.0), sizes(LONG_480P, 20.0, cards=3)
+        assert fast is not None and len(fast) == 2 and fast[0] < fast[1]
+        assert slow is not None and len(slow) > 2 and max(slow[0], slow[-1]) < max(slow)
+        assert three is not None and sum(three) == 14  # of 40, a card with the most has so many
+        assert sizes(clip, None) is None
+
+    def test_no_group_is_larger_than_the_plan_has_room_for(self):
+        plan = plan_shared(FP8, LONG_480P, gpu_limits(80, link_gbps=320.0), 2)
+        for head_groups in (1, 2, 3, 7, 20):
+            tight = replace(plan, choice=replace(plan.choice, head_groups=head_groups))
+            sizes = hidden_sizes(tight, 2)
+            assert sizes is not None and sum(sizes) == 20 and max(sizes) <= -(-20 // head_groups)
 
     def test_cards_that_compute_in_8_bits_exchange_so_where_the_way_is_slow(self):
         """Half of the bytes; never where the user did not choose 8 bits, or where nothing is exchanged."""
@@ -531,7 +541,7 @@ class TestLinks:
         assert said in describe(slow) and said not in describe(exact)
         packed, whole = (each.model.exchanged_bytes(each.work) for each in (slow, exact))
         assert packed == pytest.approx(whole * (128 + 4) / 256, rel=1e-6)
-        assert seen_seconds(slow, hiding_groups(slow)) < 0.6 * seen_seconds(exact, hiding_groups(exact))
+        assert seen_of(slow) < 0.6 * seen_of(exact)
         with pytest.raises(PlanError, match=f"exchange {in_gb(packed, decimals=1)} each"):
             plan(0.02)  # too slow in 8 bits too
 

@@ -22,11 +22,11 @@ from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepNag
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.sampling.caching.framepack import TeaCache
-from lowvram_video.team.carriers import AS_THEY_ARE, Carrier, InEightBits
+from lowvram_video.team.carriers import AS_THEY_ARE, Carrier, InEightBits, packed
 from lowvram_video.team.heads import AttendMany, HeadExchange
 from lowvram_video.team.link import HostLink, Link, Mark
 from lowvram_video.team.mail import Mail, TeamError, TeamStopped
-from lowvram_video.team.spans import even_spans, head_spans, length, run_length
+from lowvram_video.team.spans import even_spans, group_sizes, head_spans, length, run_length
 from lowvram_video.team.streams import wait_until_idle
 from lowvram_video.team.team import Team
 from lowvram_video.transformer.block_cache import FollowedCache
@@ -48,9 +48,14 @@ def team_of(num_cards: int, links: Sequence[Link] | None = None, timeout: float 
     return Team([CPU] * num_cards, links, timeout)
 
 
-def share_pass(models: Sequence[Any], team: Team) -> None:
+def share_pass(models: Sequence[Any], team: Team, sizes: tuple[int, ...] | None = None) -> None:
     for rank, model in enumerate(models):
-        model.share = team.share(rank, range(len(models)))
+        model.share = team.share(rank, range(len(models)), sizes)
+
+
+def cut_at(count: int, cuts: set[int]) -> tuple[int, ...]:
+    """`count` things in groups that end at these places, where there are so many."""
+    return tuple(stop - start for start, stop in pairwise([0, *sorted(cut for cut in cuts if cut < count), count]))
 
 
 class TestSpans:
@@ -61,9 +66,11 @@ class TestSpans:
         assert all(one.stop == other.start for one, other in pairwise(spans))
         assert max(map(length, spans)) - min(map(length, spans)) <= 1
 
-    @given(heads=st.integers(1, 50), cards=st.integers(1, 9), groups=st.integers(1, 12))
-    def test_every_head_is_one_card_s_in_one_group(self, heads, cards, groups):
-        spans = head_spans(heads, cards, groups)
+    @given(heads=st.integers(1, 50), cards=st.integers(1, 9), cuts=st.sets(st.integers(1, 49), max_size=6))
+    def test_every_head_is_one_card_s_in_one_group(self, heads, cards, cuts):
+        sizes = cut_at(-(-heads // cards), cuts)
+        spans = head_spans(heads, cards, sizes)
+        assert [length(group[0]) for group in spans] == [*sizes]
         assert sorted(head for group in spans for span in group for head in range(span.start, span.stop)) == [
             *range(heads)
         ]
@@ -76,9 +83,11 @@ class TestSpans:
 
 
 class TestWan:
-    @pytest.mark.parametrize(("num_cards", "head_groups"), [(2, 1), (2, 3), (3, 1), (4, 3)])
+    @pytest.mark.parametrize(
+        ("num_cards", "head_groups", "sizes"), [(2, 1, (1, 2, 1)), (2, 3, None), (3, 1, (1, 2)), (4, 3, None)]
+    )
     @pytest.mark.parametrize("per_frame", [False, True])
-    def test_equal_to_one_device(self, num_cards, head_groups, per_frame):
+    def test_equal_to_one_device(self, num_cards, head_groups, sizes, per_frame):
         latent, text = random_like((2, 16, 3, 10, 12), 1), random_like((2, 8, 32), 2)
         timestep = (
             torch.tensor([[900.0, 0.0, 300.0], [20.0, 500.0, 700.0]]) if per_frame else torch.tensor([900.0, 20.0])
@@ -87,7 +96,7 @@ class TestWan:
         with torch.inference_mode():
             expected = models[0](latent, timestep, text)
             team = team_of(num_cards)
-            share_pass(models, team)
+            share_pass(models, team, sizes)
             for _ in range(2):
                 made = team.run(lambda rank: models[rank](latent, timestep, text))
                 assert all(one.equal(expected) for one in made)
@@ -210,23 +219,24 @@ class TestAnyOrder:
         num_cards=st.integers(2, 4),
         num_heads=st.integers(1, 18),
         tokens=st.integers(4, 11),
-        groups=st.integers(1, 4),
+        cuts=st.sets(st.integers(1, 8), max_size=4),
         batch=st.integers(1, 2),
         seed=st.integers(0, 1000),
         in_turns=st.booleans(),
     )
-    def test_attention_is_that_of_one_device(self, num_cards, num_heads, tokens, groups, batch, seed, in_turns):
+    def test_attention_is_that_of_one_device(self, num_cards, num_heads, tokens, cuts, batch, seed, in_turns):
         q, k, v = (random_like((batch, tokens, num_heads, 8), seed + each) for each in range(3))
         attend = Sdpa(CPU).attend
         expected = attend(q, k, v)
         spans, lock = even_spans(tokens, num_cards), threading.Lock()
+        sizes = cut_at(-(-num_heads // num_cards), cuts)
         links = [LazyLink(seed + rank, lock) for rank in range(num_cards)]
         team = Team([CPU] * num_cards, links, TIMEOUT, random.Random(seed).choice)
 
         def layer(rank: int) -> Tensor:
             own = [tensor[:, spans[rank]].clone() for tensor in (q, k, v)]
             exchange = team.exchanges[rank]
-            HeadExchange(exchange, range(num_cards), spans, (own[0], own[1], own[2]), groups).run(
+            HeadExchange(exchange, range(num_cards), spans, (own[0], own[1], own[2]), sizes).run(
                 lambda *qkv: [attend(*qkv)]
             )
             own[1].fill_(float("nan"))  # the next layer's
@@ -237,6 +247,18 @@ class TestAnyOrder:
             for _ in range(2):
                 assert torch.cat(team.run(layer, in_turns), 1).equal(expected)
         team.close()
+
+
+class TestPacked:
+    @pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.bfloat16), (6, torch.bfloat16), (6, torch.float32)])
+    def test_it_is_the_heads_side_by_side(self, head_dim, dtype):
+        """In words of 16 bytes where heads are whole ones, and else too."""
+        tensors = random_like((3, 9, 5, head_dim), 1).to(dtype).unbind(0)
+        for heads in (slice(0, 2), slice(1, 4), slice(4, 5)):
+            expected = torch.stack([tensor[:, heads] for tensor in tensors], 1)
+            out = torch.full_like(expected, float("nan"))
+            assert packed(tensors, heads).equal(expected) and packed(tensors, heads, out).equal(expected)
+            assert out.equal(expected)
 
 
 class TestEightBits:
@@ -293,11 +315,12 @@ def attended_by(
     """Attention of all cards' tokens `[B, N, H, D]`; `more` is each card's second result."""
     num_cards = len(team.devices)
     spans = even_spans(qkv[0].shape[1], num_cards)
+    sizes = group_sizes(-(-qkv[0].shape[2] // num_cards), groups)
 
     def layer(rank: int) -> Tensor:
         q, k, v = (tensor[:, spans[rank]].clone() for tensor in qkv)
         outs = more[rank : rank + 1]
-        HeadExchange(team.exchanges[rank], range(num_cards), spans, (q, k, v), groups, outs, carrier).run(attend)
+        HeadExchange(team.exchanges[rank], range(num_cards), spans, (q, k, v), sizes, outs, carrier).run(attend)
         return q
 
     with torch.inference_mode():
@@ -457,7 +480,7 @@ class TestFailures:
 
         def layer(rank: int) -> None:
             own = q[:, spans[rank]].clone()
-            HeadExchange(team.exchanges[rank], range(2), spans, (own, own.clone(), own.clone()), 2).run(
+            HeadExchange(team.exchanges[rank], range(2), spans, (own, own.clone(), own.clone()), (1, 1)).run(
                 lambda *qkv: [Sdpa(CPU).attend(*qkv)]
             )
 

@@ -196,17 +196,19 @@ class ModelFootprint:
         return limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads)
 
     def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
-        """What several cards' attention holds of a group of heads: see `team/heads.py`.
+        """What several cards' attention holds of the largest group of heads: see `team/heads.py`.
 
         Queries, keys and values of all tokens, packed ones for the others and attention's result, packed ones of that,
-        and what came back; those on their way again where there are several groups.
+        and what came back; those on their way again where there are several groups. Where all heads have room at once,
+        groups that hide the exchange (`runtime/several.py: hidden_sizes`) hold no more than these.
         """
-        packed, turns = -(-work.rows * self.dim * self.compute_bytes // choice.head_groups), min(2, choice.head_groups)
         tokens, heads = work.batch * work.tokens, -(-self.num_heads // (work.cards * choice.head_groups))
+        head_dim, turns = self.dim // self.num_heads, min(2, choice.head_groups)
+        group = tokens * heads * head_dim * self.compute_bytes
         workspace = 0
         if limits.attention is not None:
-            workspace = limits.attention.nbytes(tokens, tokens, heads, self.dim // self.num_heads)
-        return (2 * 3 + 2) * turns * packed + packed + workspace
+            workspace = limits.attention.nbytes(tokens, tokens, heads, head_dim)
+        return (2 * 3 + 2) * turns * group + group + workspace
 
     def exchanged_bytes(self, work: WorkSize) -> int:
         """What a card gets from the others in a pass: queries, keys, values, and what attention made of its tokens."""
