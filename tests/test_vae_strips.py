@@ -23,7 +23,7 @@ from lowvram_video.memory.stream.pinned import PinnedBudget
 from lowvram_video.vae import recording
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.inbox import Inbox
-from lowvram_video.vae.outbox import in_ram, touch
+from lowvram_video.vae.outbox import Courier, Parcel, in_ram, touch
 from lowvram_video.vae.recording import fingerprint
 from lowvram_video.vae.retries import pieces_fitting
 from lowvram_video.vae.strips import Strips
@@ -574,6 +574,34 @@ def test_what_was_made_before_an_error_is_passed_on():
         for piece in in_ram(failing(), lambda piece: piece):
             seen.append(piece.shape[2])
     assert seen == [1, 4]
+
+
+def test_pinned_memory_has_one_piece_at_a_time(monkeypatch):
+    """Whole frames are large, and PyTorch rounds pinned memory up to powers of two."""
+    sent, pinned = [], []
+
+    def send(courier: Courier, piece: Tensor) -> Parcel:
+        sent.append(courier.num_under_way)
+        pinned.append(len(sent) - len(seen))
+        return Parcel(piece.permute(0, 2, 3, 4, 1).contiguous())
+
+    monkeypatch.setattr(Courier, "send", send)
+    video, seen = torch.randn(1, 3, 9, 4, 4), []
+    for piece in in_ram(iter(video.split([1, 4, 4], dim=2)), lambda piece: piece):
+        seen.append(piece)
+    assert torch.equal(torch.cat(seen, dim=2), video)
+    assert pinned == [1, 1, 1] and sent == [1, 1, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_whole_frames_take_one_piece_of_pinned_memory():
+    pieces = torch.rand(1, 3, 9, 480, 832, device="cuda").split([1, 4, 4], dim=2)
+    torch.cuda.reset_peak_host_memory_stats()
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    got = torch.cat(list(in_ram(iter(pieces), lambda piece: piece)), dim=2)
+    assert torch.equal(got, torch.cat(pieces, dim=2).cpu())
+    peak = torch.cuda.host_memory_stats()["allocated_bytes.peak"] - before
+    assert peak <= 2 ** (pieces[1].nbytes - 1).bit_length() + 2 ** (pieces[0].nbytes - 1).bit_length()
 
 
 @pytest.mark.parametrize("given_place", [True, False])

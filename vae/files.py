@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -71,8 +71,13 @@ class VaeFormat(Generic[C, V]):
         names = {name: ours[bare[name]] if name in bare else None for name in checkpoint.tensors}
         return self._fitted(plain_dialect(checkpoint.renamed(names), names))
 
-    def open_tensors(self, stored: Mapping[str, Tensor]) -> OpenVae[C, V] | None:
-        """The state dict of another program's VAE, whose tensors are read where they lie; None for another family's."""
+    def open_tensors(
+        self, stored: Mapping[str, Tensor], when_read: Callable[[Tensor], None] | None = None
+    ) -> OpenVae[C, V] | None:
+        """The state dict of another program's VAE, whose tensors are read where they lie; None for another family's.
+
+        `when_read` is told of each tensor that has just been read.
+        """
         if self._prefix(stored) != "":
             return None
         tensors = {ours: stored[name] for name, ours in self.rename(stored).items()}
@@ -80,7 +85,8 @@ class VaeFormat(Generic[C, V]):
             name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
             for name, tensor in tensors.items()
         }
-        return self._fitted(Checkpoint(Path("the connected VAE"), infos, {}), tensors)
+        opened = self._fitted(Checkpoint(Path("the connected VAE"), infos, {}), tensors)
+        return replace(opened, when_read=when_read)
 
     def _prefix(self, names: Iterable[str]) -> str | None:
         """What stands before the VAE's names, or None where there is none."""
@@ -113,6 +119,7 @@ class OpenVae(Generic[C, V]):
     checkpoint: Checkpoint
     names: tuple[str, ...]
     tensors: Mapping[str, Tensor] | None = None
+    when_read: Callable[[Tensor], None] | None = None
 
     def build(self, dtype: torch.dtype, device: torch.device, only: Half | None = None) -> V:
         """The network in `dtype` on `device`, in the layout that is fastest there.
@@ -124,8 +131,11 @@ class OpenVae(Generic[C, V]):
         channels_last = runs_channels_last(device, dtype)
         weights = {}
         for name in self._wanted(only):
-            weight = self._read(name).to(device=device, dtype=dtype)
+            stored = self._read(name)
+            weight = stored.to(device=device, dtype=dtype)
             weights[name] = to_channels_last(weight) if channels_last else weight
+            if self.when_read is not None:
+                self.when_read(stored)
         vae.load_state_dict(weights, strict=only is None, assign=True)
         return vae.requires_grad_(False)
 

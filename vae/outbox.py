@@ -38,7 +38,7 @@ class Parcel:
 class Courier:
     """Copies pieces [B, C, t, h, w] to RAM behind the device's work, so many at a time."""
 
-    def __init__(self, num_under_way: int = NUM_UNDER_WAY) -> None:
+    def __init__(self, num_under_way: int) -> None:
         self.num_under_way = num_under_way
         self._stream: torch.cuda.Stream | None = None
         self._staging: list[Tensor] = []
@@ -131,9 +131,10 @@ def touch(frames: Tensor) -> None:
 def in_ram(pieces: Iterator[Tensor], finish: Finish, into: Tensor | None = None) -> Iterator[Tensor]:
     """Pieces [B, C, t, H, W] of whole frames, `finish`ed, in RAM (in `into`, where given), each as soon as it is there.
 
-    What was made before an error is given before it is raised.
+    One is on its way while the next is made, so that pinned memory holds one. What was made before an error is given
+    before it is raised.
     """
-    courier, under_way, num_frames = Courier(), deque[Parcel](), 0
+    courier, under_way, num_frames = Courier(1), list[Parcel](), 0
 
     def delivered() -> Tensor:
         nonlocal num_frames
@@ -142,19 +143,21 @@ def in_ram(pieces: Iterator[Tensor], finish: Finish, into: Tensor | None = None)
         given = torch.empty_like(piece) if into is None else into[:, :, frames]
         touch(given)
         given.copy_(under_way[0]().permute(0, 4, 1, 2, 3))
-        under_way.popleft()  # only now: the next one would pass for one that is lost here
+        under_way.clear()  # only now: the next one would pass for one that is lost here
         num_frames = frames.stop
         return given
 
     try:
         for piece in pieces:
-            under_way.append(courier.send(finish(piece)))
+            done = finish(piece)
             del piece
-            if len(under_way) == NUM_UNDER_WAY:
+            if under_way:
                 yield delivered()
+            under_way.append(courier.send(done))
+            del done
     except RuntimeError:
-        while under_way:
+        if under_way:
             yield delivered()
         raise
-    while under_way:
+    if under_way:
         yield delivered()

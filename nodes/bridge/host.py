@@ -202,6 +202,17 @@ def empty_cache() -> None:
     mm.soft_empty_cache()
 
 
+def unmap_pages(weight: Tensor) -> None:
+    """A weight of ComfyUI's has been read: the pages of its file that came with it are RAM of this process no more.
+
+    ComfyUI lets them go once the node is done, and RAM is highest before: at a decoder's work, with all its pictures.
+    """
+    if hasattr(mm, "mark_mmap_dirty"):  # older ComfyUIs map no files
+        mm.mark_mmap_dirty(weight.untyped_storage())
+        for mapped in getattr(mm, "DIRTY_MMAPS", ()):
+            mapped.bounce()
+
+
 def leave_device() -> None:
     """Have every model leave the devices, and give all VRAM back: nothing runs for a while."""
     mm.unload_all_models()

@@ -26,7 +26,7 @@ V = TypeVar("V", bound=nn.Module)
 
 def open_native(format: VaeFormat[C, V], vae: Any) -> OpenVae[C, V] | None:
     """The weights of ComfyUI's VAE; None where it is another family's."""
-    return format.open_tensors(vae.first_stage_model.state_dict())
+    return format.open_tensors(vae.first_stage_model.state_dict(), host.unmap_pages)
 
 
 @contextmanager

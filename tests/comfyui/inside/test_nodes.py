@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management as mm
 import comfy.sd
+import comfy.utils
 import folder_paths
 import lowvram_pack
 import pytest
@@ -268,6 +270,44 @@ def test_the_decoder_is_laid_out_as_on_the_command_line(
     node, command_line = strides
     assert node == {name: command_line[name] for name in node}
     assert node["decoder.conv1.weight"][1] == 1, "channels last"
+
+
+@pytest.mark.newest
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for a mapping's pages")
+def test_a_mapped_vae_is_no_ram_of_the_process_beside_the_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = pytest.importorskip("comfy_aimdo.control")
+    if not control.init():
+        pytest.skip("comfy-aimdo does not load here")
+    vae, latent, file = tiny_vae("2.1", 24), random_latent(size=(1, 8, 8)), tmp_path / "mapped.safetensors"
+    want = DecodeVideo.execute(latent, vae, 0, 0, False).result[0]
+    save_file({name: each.half().contiguous() for name, each in vae.first_stage_model.state_dict().items()}, file)
+    # as on a card, where weights are pages of the file
+    monkeypatch.setattr(mm, "DIRTY_MMAPS", set())
+    vae.first_stage_model.load_state_dict(comfy.utils.load_safetensors(str(file))[0], assign=True)
+    build, left = OpenVae.build, []
+
+    def measured(opened: Any, *given: Any, **named: Any) -> Any:
+        network = build(opened, *given, **named)
+        left.append(mapped_bytes(file))
+        return network
+
+    monkeypatch.setattr(OpenVae, "build", measured)
+    got = DecodeVideo.execute(latent, vae, 0, 0, False).result[0]
+    assert relative_error(got, want) < 1e-2, "weights in half precision"
+    assert left[0] < file.stat().st_size / 10
+
+
+def mapped_bytes(file: Path) -> int:
+    """What of this process's RAM is pages of a file."""
+    resident, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if not line.split()[0].endswith(":"):
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+    return resident
 
 
 def test_the_latent_is_saved_first(vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
