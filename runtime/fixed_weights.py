@@ -14,8 +14,8 @@ from ..memory.stream.transient_weights import TransientWeights
 from ..system.host_memory import allocate_bytes
 from ..transformer.transformer import HereAlready, Transformer
 from ..weights.files.checkpoint import read_bytes
+from ..weights.files.read_ahead import read_ahead
 from .host_weights import HostWeights, WeightParts
-from .read_ahead import read_ahead
 
 NUM_READERS = 8  # threads
 PIECE_BYTES = 4 << 20

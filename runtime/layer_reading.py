@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo, read_bytes
+from ..weights.files.read_ahead import AHEAD_BYTES, read_ahead
 from ..weights.linear.formats import format_for
 from ..weights.linear.kitchen import KitchenFormat
-from .read_ahead import AHEAD_BYTES, read_ahead
 
 
 class LayerReader:

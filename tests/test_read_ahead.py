@@ -12,10 +12,10 @@ import torch
 from lowvram_video.memory.stream.layout import in_one_piece
 from lowvram_video.runtime import fixed_weights
 from lowvram_video.runtime.fixed_weights import FixedWeights
-from lowvram_video.runtime.read_ahead import read_ahead
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.files.checkpoint import Checkpoint
+from lowvram_video.weights.files.read_ahead import read_ahead
 from lowvram_video.weights.lora.file import LoraChoice
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -15,11 +17,13 @@ from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.dimensions import check_sizes
 from ..weights.files.kinds import file_kind
 from ..weights.files.open import open_checkpoint
+from ..weights.files.read_ahead import read_ahead
 from ..weights.linear.dialects import plain_dialect, with_plain_parts
 from ..weights.linear.fitting import fit_tensors
 from .checks import VaeConfig, check_tensors
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
+NUM_READERS, AHEAD_BYTES = 4, 16 << 20  # threads, and what is read before the device wants it: two large tensors
 
 C = TypeVar("C", bound=VaeConfig)
 V = TypeVar("V", bound=nn.Module)
@@ -124,14 +128,15 @@ class OpenVae(Generic[C, V]):
     def build(self, dtype: torch.dtype, device: torch.device, only: Half | None = None) -> V:
         """The network in `dtype` on `device`, in the layout that is fastest there.
 
-        Tensors are read and converted one at a time, so that they are never in memory twice. What the wanted half does
-        not need stays on meta.
+        Tensors are converted one at a time, while the next few are read, so that they are never in memory twice. What
+        the wanted half does not need stays on meta.
         """
         vae = self.format.network(self.config, device="meta", dtype=dtype)
         channels_last = runs_channels_last(device, dtype)
-        weights = {}
-        for name in self._wanted(only):
-            stored = self._read(name)
+        weights, names = {}, self._wanted(only)
+        tensors = self._stored(names)
+        for name in names:
+            stored = next(tensors)
             weight = stored.to(device=device, dtype=dtype)
             weights[name] = to_channels_last(weight) if channels_last else weight
             if self.when_read is not None:
@@ -143,10 +148,15 @@ class OpenVae(Generic[C, V]):
         """What `build` takes on the device."""
         return sum(math.prod(self.checkpoint.tensors[name].shape) for name in self._wanted(only)) * dtype.itemsize
 
-    def _read(self, name: str) -> Tensor:
-        if self.tensors is None:
-            return self.checkpoint.read(name)
-        return self.tensors[name].view(self.checkpoint.tensors[name].shape)
+    def _stored(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Tensors as they are stored, in the network's shapes."""
+        infos = self.checkpoint.tensors
+        if self.tensors is not None:
+            yield from (self.tensors[name].view(infos[name].shape) for name in names)
+            return
+        with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="vae-reader") as readers:
+            jobs = ((infos[name].nbytes, partial(self.checkpoint.read, name)) for name in names)
+            yield from read_ahead(jobs, readers, AHEAD_BYTES)
 
     def _wanted(self, only: Half | None) -> list[str]:
         begins = {None: ("",), "decoder": self.format.decoder, "encoder": self.format.encoder}[only]
