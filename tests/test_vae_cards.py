@@ -29,7 +29,7 @@ from lowvram_video.wanvideo.vae.wave import CardStrips, Wave, decode_on_cards
 from torch import Tensor
 
 from .test_several_cards import REQUEST, files, on_cards  # noqa: F401 - fixtures
-from .test_vae_strips import TINY, random_latent, tiny
+from .test_vae_strips import TINY, allocated, random_latent, tiny  # noqa: F401 - fixtures
 
 CPU = torch.device("cpu")
 TIMEOUT = 20.0
@@ -79,6 +79,11 @@ def test_a_card_has_the_memory_of_one_strip(small, monkeypatch, num_cards, rows,
     monkeypatch.setattr(strip_module.Rings, "__init__", lambda self, *given: (made.append(self), init(self, *given))[1])
     on(num_cards, small, random_latent(small, 2, 4, 1), rows)
     assert len(made) == 1 + at_work, "the first one's layers at the latent's size, and a strip of each card"
+
+
+def test_what_waits_is_allocated_ahead(small, allocated):  # noqa: F811 - a fixture
+    on(2, small, random_latent(small, 3, 4, 2), 12)
+    assert [is_main for _, is_main in allocated] == [False] * 4
 
 
 @pytest.mark.parametrize("seed", range(2))

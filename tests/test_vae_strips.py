@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -20,7 +21,7 @@ from lowvram_video.fused.frame_select import difference, select_frame_ops
 from lowvram_video.memory.plan.footprint import VaeFootprint
 from lowvram_video.memory.plan.tiles import LEAST_ROWS, strip_rows, thinner_strips
 from lowvram_video.memory.stream.pinned import PinnedBudget
-from lowvram_video.vae import recording
+from lowvram_video.vae import recording, strips
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.inbox import Inbox
 from lowvram_video.vae.outbox import Courier, Parcel, in_ram, touch
@@ -538,6 +539,57 @@ def test_an_abandoned_decode_gives_its_memory_back(vae):
     assert len(unpinned) == 4  # a page of rows between strips for each latent frame, and frames at the latent's size
     assert str(way) == str(Strips(12, True)) and way == Strips(12, True)
     assert PinnedBudget is not None
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Sizes of the RAM in which strips wait, and whether the main thread took it."""
+    taken, allocate = list[tuple[int, bool]](), strips.allocate_extent
+
+    def noted(nbytes: int) -> Tensor:
+        taken.append((nbytes, threading.current_thread() is threading.main_thread()))
+        return allocate(nbytes)
+
+    monkeypatch.setattr(strips, "allocate_extent", noted)
+    return taken
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+def test_what_waits_is_allocated_ahead(vae, allocated, encodes):
+    """To the byte: nobody allocates what a thread has, and it has nothing that nobody asks for."""
+    if encodes:
+        vae.encode_strips(random_video(vae, 3, 4, 2), Strips(vae.config.spatial_stride, True))
+    else:
+        in_strips(vae, random_latent(vae, 3, 4, 2), Strips(12, True))
+    by_main = [nbytes for nbytes, is_main in allocated if is_main]
+    ahead = [nbytes for nbytes, is_main in allocated if not is_main]
+    assert len(by_main) == encodes  # of frames at the latent's size, whose channels it learns as it goes
+    assert len(ahead) == 4 - encodes and len(set(ahead[-3:])) == 1
+
+
+def test_memory_ahead_is_what_was_asked_for():
+    def allocate(nbytes: int) -> Tensor:
+        asked.append(nbytes)
+        if nbytes == 13:
+            raise MemoryError("no RAM")
+        return torch.zeros(nbytes)
+
+    asked: list[int] = []
+    with strips.allocated_ahead(allocate, [5, 7, 13, 5]) as take:
+        assert [len(take(nbytes)) for nbytes in (7, 5, 3, 5, 5)] == [7, 5, 3, 5, 5]
+        with pytest.raises(MemoryError, match="no RAM"):
+            take(13)
+    assert sorted(asked) == [3, 5, 5, 5, 7, 13]
+    begun, asked = threading.Event(), []
+
+    def wait(nbytes: int) -> Tensor:
+        asked.append(nbytes)
+        begun.wait()
+        return torch.zeros(nbytes)
+
+    with strips.allocated_ahead(wait, [5, 7]) as take:  # of a pass that ends early
+        threading.Timer(0.05, begun.set).start()
+    assert asked == [5] or asked == [5, 7]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

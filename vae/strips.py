@@ -8,7 +8,10 @@ and the last one leaves while one is at work.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -137,8 +140,11 @@ class Shelf:
 
 
 @contextmanager
-def waiting_memory(way: Strips, like: Tensor) -> Iterator[Allocate]:
-    """What gives the memory in which a way has its strips wait, uint8 of so many bytes or more; free afterwards."""
+def waiting_memory(way: Strips, like: Tensor, sizes: Sequence[int] = ()) -> Iterator[Allocate]:
+    """What gives the memory in which a way has its strips wait, uint8 of so many bytes or more; free afterwards.
+
+    RAM of `sizes` that will be asked for is taken ahead, in their order.
+    """
     if not way.in_ram:
         try:
             yield lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=like.device)
@@ -146,8 +152,32 @@ def waiting_memory(way: Strips, like: Tensor) -> Iterator[Allocate]:
             if like.is_cuda:  # of a pass that ends early copies are under way to memory that others have next
                 torch.cuda.synchronize(like.device)
         return
-    with pinned_memory(way.registrar) as allocate:
-        yield allocate
+    with pinned_memory(way.registrar) as allocate, allocated_ahead(allocate, sizes) as allocate_soon:
+        yield allocate_soon
+
+
+@contextmanager
+def allocated_ahead(allocate: Allocate, sizes: Sequence[int]) -> Iterator[Allocate]:
+    """As `allocate`, of which a thread asks for `sizes` in their order meanwhile: to pin RAM takes as long as steps do.
+
+    What the thread met is raised where that size is asked for.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="strip-memory") as thread:
+        ahead: dict[int, deque[Future[Tensor]]] = {}
+        for nbytes in sizes:
+            ahead.setdefault(nbytes, deque()).append(thread.submit(allocate, nbytes))
+        asked = threading.Lock()
+
+        def take(nbytes: int) -> Tensor:
+            with asked:
+                waiting = ahead.get(nbytes)
+                memory = waiting.popleft() if waiting else None
+            return allocate(nbytes) if memory is None else memory.result()
+
+        try:
+            yield take
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ the same numbers, so results are the same but for the rounding of other kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -95,9 +96,16 @@ class Coding:
     def pages(self, plan: StripPlan, allocate: Allocate) -> Pages:
         return Pages(self.num_latents, page_elements(plan, self.batch), self.weight, allocate)
 
+    def page_bytes(self, plan: StripPlan) -> list[int]:
+        """What waits of each step between strips, in the order in which it is left."""
+        nbytes = page_elements(plan, self.batch) * self.weight.element_size()
+        return [nbytes] * self.num_latents if plan.num_strips > 1 else []
+
     def shelf(self, channels: int, allocate: Allocate) -> Shelf:
-        shape = self.num_latents, self.batch, channels, self.height, self.width
-        return Shelf(shape, self.weight, self._channels_last, allocate)
+        return Shelf(self._shelf_shape(channels), self.weight, self._channels_last, allocate)
+
+    def _shelf_shape(self, channels: int) -> tuple[int, int, int, int, int]:
+        return self.num_latents, self.batch, channels, self.height, self.width
 
 
 class Decoding(Coding):
@@ -122,7 +130,7 @@ class Decoding(Coding):
         """The same pieces on the CPU, `finish`ed, in `into` where given; none is whole before the last strip."""
         plan, needed = self.plan(way.rows)
         done, last, given = 0, plan.num_strips - 1, 0
-        with waiting_memory(way, self.weight) as allocate:
+        with waiting_memory(way, self.weight, self.waiting_bytes(plan)) as allocate:
             shelf, outbox = self.fill_shelf(latent, allocate), Outbox(into)
             pages = self.pages(plan, allocate)
             strips = self.strips(plan, pages)
@@ -149,6 +157,11 @@ class Decoding(Coding):
                 done += height
             for step in range(given, self.num_latents):
                 yield outbox.frames(self.frames_of(step))
+
+    def waiting_bytes(self, plan: StripPlan) -> list[int]:
+        """What a decoding in strips asks memory for: what the whole layers make, and pages."""
+        channels = plan.seams[self.side.local[0]].channels
+        return [math.prod(self._shelf_shape(channels)) * self.weight.element_size(), *self.page_bytes(plan)]
 
     def video_shape(self, piece: Tensor) -> tuple[int, ...]:
         """Of the video that rows of frames are a piece of."""
@@ -194,14 +207,17 @@ class Encoding(Coding):
     @torch.inference_mode()
     def in_strips(self, video: Tensor, way: Strips, on_chunk: OnChunk | None = None) -> Tensor:
         """The same, in the memory of one strip."""
-        with waiting_memory(way, self.weight) as allocate:
-            shelf = self._fill_shelf(video, way, allocate, on_chunk)
+        plan, needed = self.plan(way.rows)
+        with waiting_memory(way, self.weight, self.page_bytes(plan)) as allocate:
+            shelf = self._fill_shelf(video, (plan, needed), allocate, on_chunk)
             moments = self.through_whole(lambda step: shelf.rows(step, 0, self.height))
             return torch.stack([self.side.leave(each) for each in moments], dim=2)
 
-    def _fill_shelf(self, video: Tensor, way: Strips, allocate: Allocate, on_chunk: OnChunk | None) -> Shelf:
+    def _fill_shelf(
+        self, video: Tensor, planned: tuple[StripPlan, Level], allocate: Allocate, on_chunk: OnChunk | None
+    ) -> Shelf:
         """What the layers in strips make of every step; what they remember is gone afterwards."""
-        plan, needed = self.plan(way.rows)
+        plan, needed = planned
         patch, done, shelf = self.side.patch, 0, None
         pages = self.pages(plan, allocate)
         strips = self.strips(plan, pages)

@@ -61,7 +61,8 @@ def decode_on_cards(
     """
     check_latent(vaes[0].config, latent)
     codings = [vae.decoding(latent.shape) for vae in vaes]
-    with waiting_memory(Strips(way.rows, True, way.registrar), codings[0].weight) as allocate:
+    waiting = codings[0].waiting_bytes(codings[0].plan(way.rows)[0])
+    with waiting_memory(Strips(way.rows, True, way.registrar), codings[0].weight, waiting) as allocate:
         decode = _Decode(codings, team, latent, way, allocate)
         hangs = False
         try:
