@@ -35,6 +35,7 @@ from ..memory.report.report import RunReport
 from ..runtime.latent_watch import BadLatents
 from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
+from ..vae.frame_watch import BadFrames
 from ..video.given_video import GivenVideo
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
@@ -188,7 +189,7 @@ def _make(job: _Job) -> None:
             run.make()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {files.kept(run)}") from None
-        except (RuntimeError, OSError, BadLatents):  # out of memory, no room on the disk, a section that is no use
+        except (RuntimeError, OSError, BadLatents, BadFrames):  # out of memory, a full disk, a section that is no use
             print(files.kept(run))
             raise
         print(files.result(run))

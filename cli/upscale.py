@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..runtime.latent_watch import BadLatents
+from ..vae.frame_watch import BadFrames
 from ..video.writer import VideoError
 from ..wanvideo.upscale.colour import COLOUR_FIXES
 from ..wanvideo.upscale.film import GOOD_CRF, FilmPlace, UpscaleFilm
@@ -97,7 +98,7 @@ def _make(film: UpscaleFilm, options: argparse.Namespace, chosen: OutputFile) ->
     except KeyboardInterrupt:
         shown = f"{path} holds the frames made so far" if path.exists() else "no frame was made yet"
         raise KeyboardInterrupt(f"interrupted: {shown}{_goes_on(film)}") from None
-    except (RuntimeError, VideoError, BadLatents):
+    except (RuntimeError, VideoError, BadLatents, BadFrames):
         if said := _goes_on(film):
             print(said.removeprefix(", "))
         raise

@@ -17,6 +17,7 @@ from ..runtime.settings import RunSettings
 from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
 from ..system.output_lock import is_noted, note_output
+from ..vae.frame_watch import BadFrames
 from ..video.writer import VideoWriter, check_video
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.identity import WanFiles
@@ -183,7 +184,7 @@ def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile
         _note(pipeline, writer, key)
         said = ", ".join(filter(None, (shown, _kept(pipeline))))
         raise KeyboardInterrupt(f"interrupted: {said or 'no frame was made yet'}") from None
-    except (RuntimeError, OSError, BadLatents):  # out of memory, no room on the disk, steps that are no use
+    except (RuntimeError, OSError, BadLatents, BadFrames):  # out of memory, no room on the disk, steps that are no use
         _note(pipeline, writer, key)
         if said := _kept(pipeline):
             print(said)

@@ -19,6 +19,7 @@ from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.cli.main import main
 from lowvram_video.runtime.latent_watch import BadLatents
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.vae.frame_watch import BadFrames
 from lowvram_video.vae.tiny import TinyVAE
 from lowvram_video.video.growing_video import GrowingVideo
 from lowvram_video.video.reader import read_video, video_rate, video_size
@@ -26,6 +27,7 @@ from lowvram_video.video.sound import Sound
 from lowvram_video.video.writer import VideoWriter
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.upscale import film, kept_stream
+from lowvram_video.wanvideo.upscale.decoder_memory import DecoderMemory
 from lowvram_video.wanvideo.upscale.film import FilmPlace, UpscaleFilm
 from lowvram_video.wanvideo.upscale.host_windows import HostWindows
 from lowvram_video.wanvideo.upscale.kept_stream import KeptStream
@@ -309,6 +311,25 @@ def test_a_network_that_makes_no_numbers_is_told_and_no_black_video_made(
     place, real = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), WanModel.forward
     monkeypatch.setattr(WanModel, "forward", lambda *args, **named: real(*args, **named) * float("nan"))
     with pytest.raises(BadLatents, match=r"NaN or infinite numbers .* likely damaged weights in"):
+        upscaled(files, video, place)
+    assert not place.output.exists()
+
+
+def test_a_decoder_that_makes_no_numbers_is_told_and_no_black_video_made(
+    files: UpscaleFiles, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in all of a step's pictures."""
+    place, real, memories = FilmPlace(tmp_path / "large.mp4", tmp_path / "runs"), TinyVAE.frames_of, []
+
+    def spoiled(self: TinyVAE, latent: Tensor, memory: DecoderMemory) -> Tensor:
+        memories.append(memory)
+        frames = real(self, latent, memory).clone()
+        frames[0, 1, -1, 3, 5] = float("nan") if len(memories) == 2 else 0.5
+        return frames
+
+    monkeypatch.setattr(TinyVAE, "frames_of", spoiled)
+    monkeypatch.setattr(DecoderMemory, "commit", lambda self: pytest.fail("it remembers what it saw"))
+    with pytest.raises(BadFrames, match=r"NaN or infinite numbers: likely damaged weights .*TCDecoder"):
         upscaled(files, video, place)
     assert not place.output.exists()
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..memory.plan.tiles import smaller_tiles, thinner_strips
 from ..memory.stream.pinned import Registrar
 from .checks import VaeConfig, check_latent, check_video
+from .frame_watch import FrameWatch
 from .outbox import Finish, in_ram
 from .retries import MakeRoom, empty_cache, first_fitting
 from .strips import Strips
@@ -138,23 +139,27 @@ def decode_in(
 
     `finish` makes of pieces, or rows or frames of them, what is wanted, on the device; they are in RAM then, each
     copied while the next is made, and where `into` [B, 3, T, H, W] is given, parts of that. Without it whole frames
-    are on the device. Raises ValueError where the VAE has no strips.
+    are on the device. Raises ValueError where the VAE has no strips, and BadFrames, at the end, where some are no
+    numbers.
     """
+    watch = FrameWatch(vae)
     if isinstance(way, Strips):
         if not isinstance(vae, StripVae):
             raise ValueError(f"the {vae.config.name} VAE cannot be decoded in strips: its norms see whole frames")
-        yield from vae.decode_strips(latent, way, finish or to_half(vae), into, on_chunk)
+        yield from vae.decode_strips(latent, way, watch.over(finish or to_half(vae)), into, on_chunk)
     elif way.latents is not None or 0 < way.pixels < vae.config.spatial_stride * max(latent.shape[3:]):
         video = decode_tiled(vae, latent, way, on_chunk)
         yield video if finish is None else finished(video, finish, into)
     elif finish is None:
-        yield from _reported(vae, latent, on_chunk)
+        yield from _reported(vae, latent, on_chunk, watch)
     else:
-        yield from in_ram(_reported(vae, latent, on_chunk), finish, into)
+        yield from in_ram(_reported(vae, latent, on_chunk, watch), finish, into)
+    watch.end()
 
 
-def _reported(vae: VideoVae, latent: Tensor, on_chunk: OnChunk | None) -> Iterator[Tensor]:
+def _reported(vae: VideoVae, latent: Tensor, on_chunk: OnChunk | None, watch: FrameWatch) -> Iterator[Tensor]:
     for index, frames in enumerate(vae.decode_pieces(latent)):
+        watch.see(frames)
         yield frames
         if on_chunk is not None:
             on_chunk(index + 1, vae.num_pieces(latent.shape[2]))
@@ -183,7 +188,8 @@ def decode_tiled(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | 
     Every tile is decoded alone; of a temporal one the frame of its first latent is dropped but at the start of the
     video. Neighbours are blended with linear ramps. One tile as large as the video gives exactly what the VAE does.
     The result is float32 for a float32 VAE, else float16, whose rounding is far below one step of eight-bit colour. A
-    chunk is one piece of one tile. Raises ValueError for a latent of another VAE or an impossible tile.
+    chunk is one piece of one tile. Raises ValueError for a latent of another VAE or an impossible tile, BadFrames where
+    frames are no numbers.
     """
     check_latent(vae.config, latent)
     stride, step = vae.config.spatial_stride, vae.config.temporal_stride
@@ -193,12 +199,14 @@ def decode_tiled(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | 
     channels, sides = vae.config.decoded_channels, [side * stride for side in latent.shape[3:]]
     video = torch.zeros(latent.shape[0], channels, num_frames, *sides, dtype=dtype)
     num_done, num_pieces = 0, plan.num_tiles * vae.num_pieces(plan.time.length + 1)
+    watch = FrameWatch(vae)
     for place in plan.places():
         weights = plan.grid.weights(place[1:], stride).to(vae.device)
         times = plan.time_weights(place, step).tolist()
         target = video[plan.kept_window(place, step, stride)]
         index = -plan.num_leading(place)
         for frames in vae.decode_pieces(latent[plan.window(place)]):
+            watch.see(frames)
             for offset in range(max(0, -index), frames.shape[2]):
                 blended = frames[:, :, offset] * (weights * times[index + offset])
                 target[:, :, index + offset] += blended.to("cpu", dtype)
@@ -207,6 +215,7 @@ def decode_tiled(vae: VideoVae, latent: Tensor, tile: Tile, on_chunk: OnChunk | 
             num_done += 1
             if on_chunk is not None:
                 on_chunk(num_done, num_pieces)
+    watch.end()
     return video
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...memory.plan.tiles import fitting_tile
 from ...memory.stream.pinned import Registrar
+from ...vae.frame_watch import watched
 from ...vae.retries import first_fitting
 from ...vae.strips import pinned_memory
 from ...vae.tiling import WHOLE, OnChunk, Tile, decode_tiled, encode_tiled, retry_tiles
@@ -83,7 +84,8 @@ def decode_section(
 ) -> Tensor:
     """Frames `[T, H, W, 3]`, uint8 on the CPU, of `latents [1, 16, t, h, w]`, in the most exact way that fits.
 
-    `tile` pixels instead, where given. `on_chunk` is called before every frame too.
+    `tile` pixels instead, where given. `on_chunk` is called before every frame too. BadFrames where they are no
+    numbers.
     """
 
     def decode(way: DecodeWay) -> Tensor:
@@ -128,6 +130,6 @@ def _decode(
         return decode_tiled(vae, latents, way.tile, on_chunk)
     check = None if on_chunk is None else partial(on_chunk, 0, 1)
     if not way.spill or budget is None:
-        return vae.decode(latents, FrameStore(check=check))
+        return watched(vae, vae.decode(latents, FrameStore(check=check)))
     with pinned_memory(budget.registrar, budget.host_bytes) as allocate:
-        return vae.decode(latents, FrameStore(0, allocate, check)).cpu()
+        return watched(vae, vae.decode(latents, FrameStore(0, allocate, check)).cpu())

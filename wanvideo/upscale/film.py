@@ -23,6 +23,7 @@ from ...system.content_key import run_key
 from ...system.output_lock import is_noted, note_output
 from ...system.run_lock import RunLock, now
 from ...system.scratch_folders import scratch_folder
+from ...vae.frame_watch import BadFrames
 from ...video.growing_video import GrowingVideo
 from ...video.tags import Tags
 from ...video.writer import add_sound
@@ -81,8 +82,8 @@ class UpscaleFilm:
         """Make the video at `place.output`, with the source's rate and sound.
 
         What was made by then plays there meanwhile, and after an error or interrupt. With `place.runs` a run that was
-        stopped goes on, bit for bit. Where the network makes no numbers it is begun anew on the safe path, once;
-        BadLatents where even so. ValueError, PlanError, VideoError.
+        stopped goes on, bit for bit. Where a network makes no numbers it is begun anew on the safe path, once;
+        BadLatents or BadFrames where even so. ValueError, PlanError, VideoError.
         """
         self._upscaler.planned(self._request, (self._source.width, self._source.height))
         with self._folder(place) as folder:
@@ -98,7 +99,7 @@ class UpscaleFilm:
             try:
                 self._make_in(place, folder)
                 return
-            except BadLatents as error:
+            except (BadLatents, BadFrames) as error:
                 if not upscaler.take_safe_path():
                     raise
                 log.warning("%s: the video begins anew with exact attention, in %s", error, upscaler.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...attention.masked import MaskedAttention
 from ...runtime.latent_watch import LatentWatch
+from ...vae.frame_watch import FrameWatch
 from ...vae.retries import first_fitting
 from ...vae.tiny import TinyVAE
 from ..network.embeddings import AxisPositions
@@ -114,7 +115,8 @@ class UpscaleStream:
     def step(self, frames: Sequence[Tensor]) -> Tensor:
         """The next frames, uint8 `[t, H, W, 3]`, of `wanted` small ones `[h, w, 3]`; nothing has changed if it fails.
 
-        Of the first 25 frames it makes 21, then 8 of 8. BadLatents where the transformer makes no numbers.
+        Of the first 25 frames it makes 21, then 8 of 8. BadLatents where the transformer makes no numbers,
+        BadFrames where the decoder does.
         """
         assert len(frames) == self.wanted
         small = [*self._small, *frames]
@@ -229,13 +231,15 @@ class UpscaleStream:
     def _pictures(self, latents: Tensor, small: Sequence[Tensor]) -> Tensor:
         """Frames uint8 of latents, one latent frame after the other; the video's first is of a single frame."""
         self._memory.begin()
-        made, first = [], 0
+        watch, made, first = FrameWatch(self.networks.decoder), [], 0
         for latent in latents.unbind(2):
             last = first + (FRAMES if self._memory else 1)
             shown = self.shown(small[first:last])
             frames = decode_next(self.networks.decoder, latent, shown, self._memory)
+            watch.see(frames)
             made.append(coloured(frames, shown, self.request.colour, self.size))
             first = last
+        watch.end()
         return torch.cat(made)
 
 

@@ -21,6 +21,7 @@ from ...memory.stream.pinned import Registrar
 from ...team.mail import TIMEOUT_SECONDS, TeamError
 from ...team.team import Team
 from ...vae.checks import check_latent
+from ...vae.frame_watch import FrameWatch
 from ...vae.outbox import Finish, Outbox
 from ...vae.strips import NUM_PAGES_AT_WORK, Allocate, Pages, Strips, waiting_memory
 from .coding import Decoding, OnChunk, page_elements
@@ -57,16 +58,17 @@ def decode_on_cards(
     """The pieces of `WanVAE.decode_pieces`, `finish`ed, on the CPU; `vaes` are one on each of the team's cards.
 
     They come once all are made. `finish` sees rows of frames, on each card; `on_chunk` is called by the caller's thread
-    and may raise to stop. A chunk is one piece of one strip. Raises what the first card that fails does.
+    and may raise to stop. A chunk is one piece of one strip. Raises what the first card that fails does, and BadFrames
+    where frames are no numbers.
     """
     check_latent(vaes[0].config, latent)
     codings = [vae.decoding(latent.shape) for vae in vaes]
     waiting = codings[0].waiting_bytes(codings[0].plan(way.rows)[0])
     with waiting_memory(Strips(way.rows, True, way.registrar), codings[0].weight, waiting) as allocate:
         decode = _Decode(codings, team, latent, way, allocate)
-        hangs = False
+        hangs, watch = False, FrameWatch(vaes[0])
         try:
-            team.run(partial(decode.make, finish=finish, on_chunk=on_chunk), in_turns=False)
+            team.run(partial(decode.make, finish=watch.over(finish), on_chunk=on_chunk), in_turns=False)
         except TeamError:
             hangs = True  # and would be waited for without an end
             raise
@@ -76,6 +78,7 @@ def decode_on_cards(
                 if vae.device.type == "cuda":
                     with suppress(RuntimeError):  # a card that failed says so again, over what stopped it
                         torch.cuda.synchronize(vae.device)
+        watch.end()
     yield from decode.pieces()
 
 

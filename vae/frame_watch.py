@@ -1,0 +1,67 @@
+"""Whether what a decoder makes of sound latents are numbers, told rather than shown as a black video."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .checks import VaeConfig
+from .outbox import Finish
+
+
+class BadFrames(ValueError):
+    """Decoded frames hold NaN or infinite numbers: they would be black."""
+
+
+class Decoder(Protocol):
+    """What is watched."""
+
+    @property
+    def config(self) -> VaeConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class FrameWatch:
+    """Told of the frames that a decoder makes, which may be black or all alike, but are numbers: else `end` raises.
+
+    Nobody waits for the device before that.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._looks: dict[torch.device, list[Tensor]] = {}  # the least and the largest values: NaN where there is one
+
+    def see(self, frames: Tensor) -> None:
+        """Any part of the video, on the device that made it."""
+        self._looks.setdefault(frames.device, []).extend(torch.aminmax(frames))
+
+    def over(self, finish: Finish) -> Finish:
+        """The same for pieces, which are seen first."""
+
+        def seen(piece: Tensor) -> Tensor:
+            self.see(piece)
+            return finish(piece)
+
+        return seen
+
+    def end(self) -> None:
+        """Judge all that was seen. BadFrames, with what is likely wrong."""
+        if all(bool(torch.stack(looks).isfinite().all()) for looks in self._looks.values()):
+            return
+        config = self._decoder.config
+        cause = "fp16, whose numbers end at 65504, or " if self._decoder.dtype == torch.float16 else ""
+        raise BadFrames(
+            f"{config.name}: decoded frames have NaN or infinite numbers: likely {cause}damaged weights (download "
+            f"{config.file_name} again)"
+        )
+
+
+def watched(decoder: Decoder, frames: Tensor) -> Tensor:
+    """All frames that a decoder made. BadFrames."""
+    watch = FrameWatch(decoder)
+    watch.see(frames)
+    watch.end()
+    return frames
