@@ -14,7 +14,7 @@ from ..attention.sparse.run import AttentionRun
 from ..attention.sparse.settings import SparseSettings
 from ..attention.timing import AttentionSize
 from ..sampling.caching.moments import Moment
-from ..system.dtypes import half_dtype
+from ..system.dtypes import FP16_ENDS, half_dtype
 from .opened import M, OpenedModel
 
 SAFE_ATTENTION = "sdpa"
@@ -148,7 +148,7 @@ class AttendingModel(OpenedModel[M]):
         causes = [more] if more else []
         causes += [f"a LoRA ({lora.checkpoint.path.name}) or its strength" for lora in loras[:1]]
         if execution.dtype == torch.float16:
-            causes.append("fp16, whose numbers end at 65504")
+            causes.append(FP16_ENDS)
         if execution.attention.name != SAFE_ATTENTION:
             causes.append(f"the attention backend {execution.attention.name}")
         if execution.is_sparse:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..system.dtypes import FP16_ENDS
 from .checks import VaeConfig
 from .outbox import Finish
 
@@ -52,7 +53,7 @@ class FrameWatch:
         if all(bool(torch.stack(looks).isfinite().all()) for looks in self._looks.values()):
             return
         config = self._decoder.config
-        cause = "fp16, whose numbers end at 65504, or " if self._decoder.dtype == torch.float16 else ""
+        cause = f"{FP16_ENDS}, or " if self._decoder.dtype == torch.float16 else ""
         raise BadFrames(
             f"{config.name}: decoded frames have NaN or infinite numbers: likely {cause}damaged weights (download "
             f"{config.file_name} again)"

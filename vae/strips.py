@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..memory.plan.decode import PAGES_AT_WORK
 from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..system.host_memory import allocate_extent
 
-NUM_PAGES_AT_WORK = 3  # one arrives, one is used, one leaves
 ALIGNMENT = 128  # elements: what a slot begins with is read in words of any size
 
 Allocate = Callable[[int], Tensor]
@@ -50,7 +50,7 @@ class Pages:
         """`allocate` gives the memory in which pages wait, one at a time."""
         self._num_steps, self._like, self._allocate = num_steps, like, allocate
         self._waiting: list[Tensor] = []
-        self._memory = like.new_empty(NUM_PAGES_AT_WORK, num_elements)
+        self._memory = like.new_empty(PAGES_AT_WORK, num_elements)
         self._stream = torch.cuda.Stream(like.device) if like.is_cuda else None
         self._arrived: dict[int, torch.cuda.Event | None] = {}  # by step
         self._left: list[torch.cuda.Event | None] = []  # of the pages that leave, in turn
@@ -65,15 +65,15 @@ class Pages:
             self._arrived.clear()
             if is_first:
                 self._memory.zero_()
-        self._page, self._used = self._memory[step % NUM_PAGES_AT_WORK], 0
+        self._page, self._used = self._memory[step % PAGES_AT_WORK], 0
         if is_first:
             # Nothing arrives that would wait for what leaves the same place.
-            if len(self._left) >= NUM_PAGES_AT_WORK and (event := self._left[-NUM_PAGES_AT_WORK]) is not None:
+            if len(self._left) >= PAGES_AT_WORK and (event := self._left[-PAGES_AT_WORK]) is not None:
                 event.wait()
             return
         for wanted in (step, step + 1):
             if wanted < self._num_steps and wanted not in self._arrived:
-                self._arrived[wanted] = self._copy(self._memory[wanted % NUM_PAGES_AT_WORK], self._waiting[wanted])
+                self._arrived[wanted] = self._copy(self._memory[wanted % PAGES_AT_WORK], self._waiting[wanted])
         event = self._arrived.pop(step)
         if event is not None:
             event.wait()

@@ -63,9 +63,8 @@ class TinyConfig:
         positions = (height // self.patch_size) * (width // self.patch_size)
         first, second, third, fourth = self.widths
         last = 2 * third + 2 * fourth  # enlarged, and what convolutions make of it
-        earlier = 3 * second // 4 + 3 * (
-            third // 4 + second // 16 + first // 64
-        )  # that before, and what blocks remember
+        remembered = 3 * (third // 4 + second // 16 + first // 64)
+        earlier = 3 * second // 4 + remembered
         return positions * (last + earlier) * itemsize + 2 * height * width * 3 * self.temporal_stride * itemsize
 
 

@@ -9,7 +9,7 @@ from .slack import slack_bytes
 from .tiles import TILES, fitting_tile, strip_rows
 
 RECORDED_SHARE = 1.5  # of the working memory: what recorded steps work in is fitted together less well
-PAGES_AT_WORK = 3  # of what strips leave to each other, on the device where the others are in RAM
+PAGES_AT_WORK = 3  # of what strips leave to each other, on the device: one arrives, one is used, one leaves
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from ...memory.plan.decode import PAGES_AT_WORK
 from ...vae.recording import Recorder, Work, fingerprint
-from ...vae.strips import NUM_PAGES_AT_WORK
 from .strip import NUM_FRAMES, Strip
 
 logger = logging.getLogger(__name__)
 
-PERIOD = math.lcm(NUM_FRAMES, NUM_PAGES_AT_WORK)  # after which steps are on the same memory again
+PERIOD = math.lcm(NUM_FRAMES, PAGES_AT_WORK)  # after which steps are on the same memory again
 LEAST_REPLAYS = 2 * PERIOD  # that are worth recording
 
 Make = Callable[[Tensor, Strip], Tensor]

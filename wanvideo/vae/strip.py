@@ -21,9 +21,8 @@ from .heights import find_heights
 from .rows import LayerRows, Rows, StripPlan
 
 NUM_FRAMES = 3  # that a causal convolution sees
-KEPT_KERNEL_BYTES = (
-    1 << 20
-)  # of a weight: it is there in the order of each frame, as making that takes longest for many
+# Of a weight, which is there in the order of each frame: there are many of so few bytes, and each takes a call to make.
+KEPT_KERNEL_BYTES = 1 << 20
 
 Write = Callable[[Tensor, Tensor], None]  # (rows, out): what a convolution sees of them, into `out`
 

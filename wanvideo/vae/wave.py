@@ -17,13 +17,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...memory.plan.decode import PAGES_AT_WORK
 from ...memory.stream.pinned import Registrar
 from ...team.mail import TIMEOUT_SECONDS, TeamError
 from ...team.team import Team
 from ...vae.checks import check_latent
 from ...vae.frame_watch import FrameWatch
 from ...vae.outbox import Finish, Outbox
-from ...vae.strips import NUM_PAGES_AT_WORK, Allocate, Pages, Strips, waiting_memory
+from ...vae.strips import Allocate, Pages, Strips, waiting_memory
 from .coding import Decoding, OnChunk, page_elements
 from .model import WanVAE
 from .rows import StripPlan
@@ -220,7 +221,7 @@ class WavePages(Pages):
             return
         if step == 0:
             self._arrived.clear()
-        self._page, self._used = self._memory[step % NUM_PAGES_AT_WORK], 0
+        self._page, self._used = self._memory[step % PAGES_AT_WORK], 0
         for wanted in (step, step + 1):
             above = self._strip - 1
             due = wanted == step or (wanted < self._num_steps and self._wave.is_left(above, wanted))
@@ -236,7 +237,7 @@ class WavePages(Pages):
         self._wave.leave(self._strip, event)
 
     def _bring(self, above: int, step: int) -> torch.cuda.Event | None:
-        left, page = self._wave.wait_for(above, step), self._memory[step % NUM_PAGES_AT_WORK]
+        left, page = self._wave.wait_for(above, step), self._memory[step % PAGES_AT_WORK]
         if left is not None and self._stream is not None:
             self._stream.wait_event(left)
         return self._copy(page, self._wave.page(step, page))
