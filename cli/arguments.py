@@ -22,8 +22,8 @@ from ..runtime.settings import CPU, RunSettings, use_device
 from ..weights.linear.compute import QUANTIZATIONS
 from ..weights.lora.attach import LORA_MODES
 from ..weights.lora.file import LoraChoice
-from .sparse import add_sparse, sparse_of
-from .step_cache import add_step_cache, step_cache_of
+from .sparse import sparse_of
+from .step_cache import step_cache_of
 
 
 class OpenedModel(Protocol):
@@ -93,7 +93,7 @@ def is_given(options: argparse.Namespace, option: str) -> bool:
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """The flags that `settings_of` reads, and `--report`."""
+    """The flags that `settings_of` reads of every command, and `--report`."""
     machine = parser.add_argument_group("machine")
     add_device(machine)
     machine.add_argument(
@@ -121,12 +121,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     machine.add_argument("--vram-budget", type=positive, metavar="GIB", help="hard limit (left out: what is free)")
     machine.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")
-    machine.add_argument("--blocks-to-swap", type=int, default=-1, help="-1: planned; else how many blocks stream")
-    machine.add_argument("--prefetch", type=block_count, help="blocks fetched ahead (left out: planned)")
+    machine.add_argument(
+        "--blocks-to-swap", type=int, default=-1, metavar="N", help="-1: planned; else how many blocks stream"
+    )
+    machine.add_argument("--prefetch", type=block_count, metavar="N", help="blocks fetched ahead (left out: planned)")
     machine.add_argument("--no-pinned", action="store_true", help="stream from pageable memory")
     machine.add_argument("--report", type=Path, help="write what the run used as JSON, and a timeline PNG beside it")
-    add_sparse(parser)
-    add_step_cache(parser)
 
 
 def add_device(parser: argparse._ActionsContainer, default: str = "") -> None:
@@ -148,14 +148,10 @@ def add_seed(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise: the same seed makes the same video (0)")
 
 
-def add_keeping(parser: argparse.ArgumentParser) -> None:
-    """The flags that `runs_folder` reads."""
+def add_keeping(parser: argparse.ArgumentParser, kept: str) -> None:
+    """The flags that `runs_folder` reads; `kept` is what the folder does, and which it is."""
     keeping = parser.add_argument_group("what is kept, so that a run that was stopped goes on")
-    keeping.add_argument(
-        "--runs", type=Path, metavar="FOLDER",
-        help="keeps Wan's steps until the video is whole, FramePack's sections for good (wan or framepack, beside "
-        "--output)",
-    )  # fmt: skip
+    keeping.add_argument("--runs", type=Path, metavar="FOLDER", help=kept)
     keeping.add_argument("--no-resume", action="store_true", help="keep nothing, begin anew")
 
 

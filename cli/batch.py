@@ -44,6 +44,8 @@ def batch(options: argparse.Namespace) -> int:
     """Make all jobs that are not made yet; 1 where some failed. ValueError where nothing was begun."""
     if options.retries < 0:
         raise ValueError(f"--retries is {options.retries}: give 0 or more")
+    if options.jobs.is_dir():
+        raise ValueError(f"{options.jobs} is a folder: give a file with one JSON object a line, the flags of generate")
     results_path: Path = options.results or options.jobs.with_suffix(".results.jsonl")
     with Results(results_path) as results:
         jobs, bad = read_jobs(options.jobs, reader_for(options), (options.jobs, results_path))

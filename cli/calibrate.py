@@ -13,9 +13,11 @@ from ..wanvideo.identity import WanFiles
 from ..wanvideo.pipeline import WanPipeline
 from ..wanvideo.request import WanRequest
 from ..wanvideo.step_tables import own_table
+from ..weights.files.open import open_checkpoint
 from .arguments import add_machine, add_seed, add_size, is_given, lora_choice, settings_of
 from .output import check_replaced
 from .progress import TerminalProgress
+from .sparse import add_sparse
 from .wan import TEXT_ENCODER, VAE
 
 PROMPTS = (
@@ -46,6 +48,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 turns it off")
     add_seed(runs)
     add_machine(parser)
+    add_sparse(parser)
     parser.set_defaults(command=calibrate)
 
 
@@ -54,6 +57,7 @@ def calibrate(options: argparse.Namespace) -> None:
     if is_given(options, "output") and options.model_low is not None:
         raise ValueError("--output is one file, and two experts have a table each: leave it out, or --model-low")
     for path in filter(None, (options.model, options.model_low)):
+        open_checkpoint(path)  # a name that is none is told before what is missing beside it
         check_replaced(options.output or own_table(path), "table of a step cache", _is_table)
     files = WanFiles(
         options.model,

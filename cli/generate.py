@@ -22,6 +22,8 @@ from .output import add_overwrite
 from .progress import TerminalProgress
 from .report import show_report
 from .settings_tag import add_metadata
+from .sparse import add_sparse
+from .step_cache import add_step_cache
 from .wan import WAN_COMMANDS
 
 COMMANDS: Mapping[Family, FamilyCommands] = MappingProxyType({WAN: WAN_COMMANDS, FRAMEPACK: FRAMEPACK_COMMANDS})
@@ -64,8 +66,13 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_nag(how)
     for commands in COMMANDS.values():
         commands.add_generate(parser)
-    add_keeping(parser)
+    add_keeping(
+        parser,
+        "keeps Wan's steps until the video is whole, FramePack's sections for good (wan or framepack, beside --output)",
+    )
     add_machine(parser)
+    add_sparse(parser)
+    add_step_cache(parser)
     add_overwrite(files)
     add_metadata(files)
     parser.set_defaults(command=generate)

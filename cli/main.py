@@ -21,7 +21,7 @@ from ..memory.plan.limits import limits_for, with_card
 from ..memory.plan.table import assumed_rates
 from ..memory.plan.table import describe as describe_plan
 from ..runtime.settings import RunSettings, use_device
-from ..system.card_profile import load_profile
+from ..system.card_profile import CardProfile, load_profile
 from ..system.plain_text import printable
 from ..system.sizes import in_gib
 from ..system.version import version
@@ -38,11 +38,11 @@ from .examples import PROGRAM, examples_of
 from .failure import failure
 from .generate import COMMANDS, add_generate, family_of_file
 from .output import OutputFile, add_overwrite
+from .parser import BAD_INPUT, CommandParser
 from .progress import TerminalProgress
 from .step_cache import add_step_cache, step_cache_of
 from .upscale import add_upscale
 
-BAD_INPUT = 2
 INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
@@ -74,15 +74,15 @@ def _run(options: argparse.Namespace) -> int:
         return _fail(said)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> CommandParser:
     """All commands and flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=PROGRAM,
         description="Wan and FramePack video on small graphics cards",
         epilog=examples_of(""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}", help="say which this is")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}", help="say which version it is")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen and why")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -117,7 +117,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="what the run may use: half a GiB less than the card has, where it shows the desktop",
     )  # fmt: skip
     parser.add_argument("--ram-budget", type=positive, metavar="GIB", help="smaller than the model: stream from disk")
-    parser.add_argument("--blocks-to-swap", type=int, default=-1, help="-1: planned; else how many blocks stream")
+    parser.add_argument(
+        "--blocks-to-swap", type=int, default=-1, metavar="N", help="-1: planned; else how many blocks stream"
+    )
     parser.add_argument("--no-triton", action="store_true", help="plan for a machine where Triton does not run")
     parser.add_argument(
         "--card", type=Path, metavar="FILE",
@@ -167,9 +169,18 @@ def plan(options: argparse.Namespace) -> None:
         measure=False,
     )
     if options.card is not None:
-        limits = with_card(limits, load_profile(options.card))
+        limits = with_card(limits, _profile(options.card))
     made = model.make_plan(COMMANDS[family].planned_work(options, model), limits)
     print(describe_plan(made) if made.times_are_measured else f"{describe_plan(made)}\n{assumed_rates(limits)}")
+
+
+def _profile(path: Path) -> CardProfile:
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: there is no such profile of a card; give one that `bench -o` wrote, such as those of "
+            "benchmarks/cards"
+        )
+    return load_profile(path)
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ def add_upscale(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--kept-windows", type=int, default=3, help="of 8 frames, remembered in RAM")
     what.add_argument("--crf", type=int, default=GOOD_CRF, help="x264's quality, 0 (best) to 51")
-    add_keeping(parser)
+    add_keeping(parser, "keeps what was made until the video is whole (upscale, beside --output)")
     add_machine(parser)
     add_overwrite(files)
     add_metadata(files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from ..wanvideo.vae.model import WAN21_VAE, WAN22_VAE
 from .arguments import (
     FamilyCommands,
     WantedFile,
+    flag,
+    is_given,
     lora_choice,
     not_negative,
     numbers,
@@ -39,6 +42,8 @@ from .nag import nag_settings
 from .output import OutputFile, command_key
 from .report import check_report
 from .settings_tag import settings_tags
+
+logger = logging.getLogger(__name__)
 
 SOURCE = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
 TEXT_ENCODER = WantedFile("text_encoder", "a umt5-xxl encoder", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", SOURCE)
@@ -154,8 +159,20 @@ def make(pipeline: WanPipeline, options: argparse.Namespace) -> RunReport:
     for lora in pipeline.lora_reports():
         print(lora.summary)  # what was not applied is in the log
     check_report(options.report)
+    _tell_unread(options, _request(options).completed(pipeline.defaults))
     with _output_of(options) as output:
         return _make(pipeline, options, output)
+
+
+def _tell_unread(options: argparse.Namespace, request: WanRequest) -> None:
+    """Warn of what was given and counts for nothing in this completed request."""
+    listed = [flag(option) for option in ("steps", "shift", "spacing") if is_given(options, option)]
+    if options.timesteps is not None and listed:
+        logger.warning(
+            "%s %s not read: --timesteps is the list of all steps", ", ".join(listed), "are" if listed[1:] else "is"
+        )
+    if options.negative_prompt and not request.hears_negative:
+        logger.warning("the negative prompt is not read: it takes --guidance other than 1, or --nag")
 
 
 def _output_of(options: argparse.Namespace) -> OutputFile:

@@ -251,8 +251,10 @@ def test_a_file_without_jobs_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["batch", str(save(tmp_path / "jobs.jsonl", [""]))]) == 2
     assert main(["batch", str(tmp_path / "none.jsonl")]) == 2
     assert main(["batch", str(tmp_path)]) == 2
+    assert main(["batch", "."]) == 2
     told = capsys.readouterr().err
-    assert "has no jobs" in told and "No such file" in told and "directory" in told
+    assert "has no jobs" in told and "No such file" in told and told.count("is a folder: give a file with one") == 2
+    assert os.listdir(tmp_path) == ["jobs.jsonl"], "where nothing was begun no results are left"
 
 
 def test_the_same_job_is_known_by_what_it_makes(tmp_path: Path) -> None:

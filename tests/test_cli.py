@@ -83,8 +83,6 @@ def refusal(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     assert status == 2
     out, err = capsys.readouterr()
     lines = err.strip().splitlines()
-    if lines[0].startswith("usage:"):
-        lines = lines[-1:]
     assert out == "" and len(lines) == 1, err
     print(lines[0])
     return lines[0]
@@ -120,6 +118,20 @@ def test_generate_takes_every_flag(files: WanFiles, folder: Path, tmp_path: Path
     assert next(imageio_ffmpeg.read_frames(str(output)))["fps"] == 8
     lcm = ["--overwrite", "--sampler", "lcm", "--guidance", 1, "--timesteps", "1000,750,500"]
     assert main(arguments(files, output, *lcm)) == 0
+
+
+def test_what_is_not_read_is_told(files: WanFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unread = ["--timesteps", "1000,500", "--shift", 3, "--guidance", 1, "--negative-prompt", "cats"]
+    assert main(arguments(files, tmp_path / "a.mp4", *unread)) == 0
+    assert [record.message for record in caplog.records] == [
+        "--steps, --shift are not read: --timesteps is the list of all steps",
+        "the negative prompt is not read: it takes --guidance other than 1, or --nag",
+    ]
+    caplog.clear()
+    read = ["--timesteps", "1000,500", "--guidance", 2, "--negative-prompt", "cats"]
+    words = arguments(files, tmp_path / "b.mp4", *read)
+    del words[(place := words.index("--steps")) : place + 2]
+    assert main(words) == 0 and not caplog.records
 
 
 def test_generate_a_video_of_a_picture(files: WanFiles, folder: Path, tmp_path: Path) -> None:
@@ -387,6 +399,9 @@ def test_outputs_that_cannot_be_written(
 def test_incomplete_commands(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     line = refusal(capsys, words)
     assert "required" in line or "invalid choice: 'paint'" in line
+    command = "" if words in ([], ["paint"]) else f" {words[0]}"
+    assert line.startswith(f"lowvram-video{command}: ")
+    assert line.endswith(f"; lowvram-video{command} --help shows what there is")
 
 
 @pytest.mark.parametrize(
@@ -591,6 +606,7 @@ def test_plan_checks_its_input(wan_14b: Path, folder: Path, capsys: pytest.Captu
     assert "blocks_to_swap is 41, but wan_14b.safetensors has 40" in refusal(capsys, [*words, "--blocks-to-swap", "41"])
     assert "cannot stream from disk in 1.00 GiB of RAM" in refusal(capsys, [*words, "--ram-budget", "1"])
     assert "this is a Wan VAE" in refusal(capsys, ["plan", str(folder / "vae.safetensors"), "--vram-budget", "8"])
+    assert "gone.json: there is no such profile of a card; give one" in refusal(capsys, [*words, "--card", "gone.json"])
 
 
 def test_plan_of_other_work(wan_14b: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
 
+from .test_cli import refusal
 from .test_framepack_encoders import clip_vocab, llama_tokenizer, spoiled, write
 from .test_framepack_generation import run
 from .tiny import randomize, save_wan
@@ -160,23 +161,6 @@ def latents(runs: Path) -> list[torch.Tensor]:
     """Those of the only run's sections."""
     (folder,) = runs.iterdir()
     return [load_file(path)["latents"] for path in sorted(folder.glob("section_*.safetensors"))]
-
-
-def refusal(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
-    """The one line that a command which must fail prints."""
-    capsys.readouterr()
-    try:
-        status: object = main(words)
-    except SystemExit as stop:  # how argparse ends
-        status = stop.code
-    assert status == 2
-    out, err = capsys.readouterr()
-    lines = err.strip().splitlines()
-    if lines[0].startswith("usage:"):
-        lines = lines[-1:]
-    assert out == "" and len(lines) == 1, err
-    print(lines[0])
-    return lines[0]
 
 
 # --- what is made ----------------------------------------------------------------------------------------

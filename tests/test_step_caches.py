@@ -501,6 +501,8 @@ def test_what_cannot_be_measured(
     words = ["calibrate", "--model", files.model, "--text-encoder", files.text_encoder, "--vae", files.vae, *more]
     assert main([*map(str, words), "--device", "cpu"]) == 2
     assert expected in capsys.readouterr().err
+    assert main(["calibrate", "--model", "gone.safetensors"]) == 2  # before what is missing beside it is asked for
+    assert "gone.safetensors: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -487,6 +487,17 @@ def test_the_command(
     missing = tmp_path / "none.mp4"
     assert main(["upscale", str(missing), "--model", str(files.model)]) == 2
     assert "there is no such video" in capsys.readouterr().err
+    assert main(["upscale", str(video), "--model", str(tmp_path / "gone.safetensors")]) == 2
+    assert "gone.safetensors: no such file" in capsys.readouterr().err
+    for flags in (["--step-cache", "teacache"], ["--sparse", "1.5"]):  # of many steps; its own is --sparse-ratio
+        with pytest.raises(SystemExit):
+            main([*command, *flags])
+        assert f"unrecognized arguments: {' '.join(flags)}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["upscale", "--help"])
+    assert "keeps what was made until the video is whole (upscale, beside --output)" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize("how", ["overwritten", pytest.param("deleted", marks=pytest.mark.slow)])

@@ -100,8 +100,9 @@ def files_of(
 ) -> UpscaleFiles:
     """The files that were given, and for the others those beside the model, which are told by their tensors.
 
-    CheckpointError where one is missing, or where several are there.
+    CheckpointError where one is missing, the model too, or where several are there.
     """
+    open_checkpoint(model)  # a name that is none is told before what is missing beside it
     given = {PROJECTION: projection, DECODER: decoder, PROMPT: prompt}
     found = {} if all(given.values()) else _beside(model)
     chosen = {kind: path or _only(found.get(kind, []), kind, model) for kind, path in given.items()}

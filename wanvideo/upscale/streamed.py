@@ -114,7 +114,7 @@ class StreamedUpscaler(StreamedWan):
         loras: Sequence[LoraChoice] = (),
     ):
         if settings.sparse is not None:
-            raise ValueError("FlashVSR's attention is sparse in its own way: leave --sparse out, see --sparse-ratio")
+            raise ValueError("FlashVSR's attention is sparse in its own way: leave `sparse` out, see `sparse_ratio`")
         if settings.others:
             raise ValueError("FlashVSR runs on one card: give one device")
         self._projection, self._decoder = projection, decoder
