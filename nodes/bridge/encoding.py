@@ -70,6 +70,10 @@ def _encode_hunyuan(vae: Any, images: Tensor, tile: int) -> Tensor:
 
 def _video(images: Tensor, config: VaeConfig, dtype: torch.dtype) -> Tensor:
     """IMAGE as the VAE takes it, `[1, 3, T, H, W]` in -1 ... 1 on the CPU, in half precision where it computes so."""
+    if images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"the pictures are {list(images.shape)}; expected [frames, height, width, channels], at least one frame"
+        )
     stride, step = config.spatial_stride, config.temporal_stride
     num_frames, *sides = images.shape[:3]
     if min(sides) < stride or images.shape[3] < 3:

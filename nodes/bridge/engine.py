@@ -238,7 +238,12 @@ class Engine(Generic[S]):
         return least_limits([str(card) for card in cards], each)
 
     def card_limits(self, options: StreamOptions, card_gb: float) -> Limits:
-        """What might be used on a card of so many GB, half a GiB of it left to the desktop."""
+        """What might be used on a card of so many GB, half a GiB of it left to the desktop; ValueError for no more."""
+        if card_gb <= DESKTOP_GB:
+            raise ValueError(
+                f"card_gb is {card_gb:g}, all of which is left to the desktop: give what a card has, such as 8, or 0 "
+                "for this machine"
+            )
         budget = min(options.vram_budget_gb or card_gb, card_gb - DESKTOP_GB)
         limits = replace(self._limits(options, torch.device("cuda")), vram_budget_bytes=int(budget * GIB))
         names = [str(card) for card in self._cards(options)]

@@ -37,7 +37,12 @@ class EndImageOptions:
 
 
 def timed_entries(clip: Any, timed: TimedPrompt) -> list[list[Any]]:
-    """A CONDITIONING with an entry for each of the prompts, which tells of all of them."""
+    """A CONDITIONING with an entry for each of the prompts, which tells of all of them. ValueError without a CLIP."""
+    if clip is None:
+        raise ValueError(
+            "there is no CLIP: the file that a checkpoint loader opened has none in it; connect Load CLIP (Dual), type "
+            "hunyuan_video"
+        )
     entries = []
     for prompt in timed.prompts():
         text, options = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0]

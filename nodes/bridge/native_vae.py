@@ -25,7 +25,9 @@ V = TypeVar("V", bound=nn.Module)
 
 
 def open_native(format: VaeFormat[C, V], vae: Any) -> OpenVae[C, V] | None:
-    """The weights of ComfyUI's VAE; None where it is another family's."""
+    """The weights of ComfyUI's VAE; None where it is another family's. ValueError where there is none."""
+    if vae is None:
+        raise ValueError("there is no VAE: the file that a checkpoint loader opened has none in it; connect Load VAE")
     return format.open_tensors(vae.first_stage_model.state_dict(), host.unmap_pages)
 
 

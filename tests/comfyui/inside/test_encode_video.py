@@ -56,6 +56,12 @@ def test_the_latent_is_cores(vae: Any, images: Tensor) -> None:
     assert error < 2e-3
 
 
+@pytest.mark.parametrize("images", [pictures()[:0], pictures()[0]], ids=["none", "three dimensions"])
+def test_what_is_no_video_is_told(vae: Any, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"the pictures are \[.*\]; expected \[frames, height, width, channels\]"):
+        encoded(vae, images)
+
+
 def test_framepacks_vae() -> None:
     config = replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=8, layers_per_block=1)
     torch.manual_seed(0)

@@ -353,6 +353,8 @@ def test_a_wrong_vae_is_named(vae: Any) -> None:
 
     with pytest.raises(ValueError, match="needs a Wan or HunyuanVideo VAE"):
         DecodeVideo.execute(random_latent(), Other(), 0, 0, False)
+    with pytest.raises(ValueError, match=r"there is no VAE: .* connect Load VAE"):  # as Load Checkpoint gives it
+        DecodeVideo.execute(random_latent(), None, 0, 0, False)
 
 
 # --- compiling -------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ def test_vram_plan(models: Path, value: float) -> None:
         VramPlan.execute(ours(save(models, "t2v")), 832, 480, 81, True, value)
 
 
+def test_a_card_that_the_desktop_fills(models: Path) -> None:
+    told = VramPlan.execute(ours(save(models, "t2v")), 832, 480, 81, True, 0.5).result[1]
+    assert told.startswith("card_gb is 0.5, all of which is left to the desktop")
+
+
 @pytest.mark.parametrize("value", [*BAD, 1e30])
 def test_strengths_of_loras(models: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By our node, and by core's, whose patches we read."""
