@@ -24,7 +24,7 @@ def predicted_steps(
     for model in models:
         footprint = replace(model.footprint(), attention=attention)
         for budget in budgets_of(card):
-            yield _predicted(card, model, footprint, _limits(card, budget, fused))
+            yield _predicted(model, footprint, _limits(card, budget, fused))
 
 
 def budgets_of(card: CardProfile) -> tuple[float | None, ...]:
@@ -43,7 +43,7 @@ def _limits(card: CardProfile, budget: float | None, fused: bool) -> Limits:
     return with_card(limits, card)
 
 
-def _predicted(card: CardProfile, model: PublishedModel, footprint: ModelFootprint, limits: Limits) -> StepRow:
+def _predicted(model: PublishedModel, footprint: ModelFootprint, limits: Limits) -> StepRow:
     work, whole = model.work, limits.vram_budget_bytes >= UNLIMITED
     row = StepRow(
         model.title, model.form, work.width, work.height, work.frames,

@@ -42,7 +42,7 @@ def check_memory(here: Installed, device: torch.device, models: Path | None) -> 
     if device.type == "cuda":
         yield _pinnable(device)
         yield from _link(device)
-        yield _card_profile(here, device)
+        yield _card_profile(device)
     if models is not None:
         yield from _disk(models)
     yield _room()
@@ -103,7 +103,7 @@ def _link(device: torch.device) -> Iterator[Finding]:
             yield Finding(PART, way, "good", f"{row.gbps:.1f} GB/s")
 
 
-def _card_profile(here: Installed, device: torch.device) -> Finding:
+def _card_profile(device: torch.device) -> Finding:
     profile = profile_of(device)
     if profile is None:
         text = "plans guess this card's times, as it was not measured"
