@@ -14,7 +14,7 @@ from torch import Tensor
 from ..system.atomic_files import write_file
 from .bridge import host
 from .bridge.decoding import decode_video
-from .inputs import ADVANCED
+from .inputs import ADVANCED, keep_latent_input, latent_input, tile_input, vae_input
 
 logger = logging.getLogger(__name__)
 
@@ -32,27 +32,15 @@ class DecodeVideo(io.ComfyNode):
             "they are made.",
             search_aliases=["vae decode tiled", "wan vae", "decode video", "out of memory", "taehv", "lightvae"],
             inputs=[
-                io.Latent.Input("samples", tooltip="The latent of a Wan or FramePack model."),
-                io.Vae.Input(
-                    "vae",
-                    tooltip="wan_2.1_vae for Wan 2.1 and 2.2 14B, wan2.2_vae for TI2V 5B, hunyuan_video_vae_bf16 for "
-                    "FramePack.",
-                ),
-                io.Int.Input(
-                    "tile_size", default=0, min=0, max=4096, step=32,
-                    tooltip="0: whole frames if they fit, else strips of rows, which are as exact. Else the side of "
-                    "tiles in pixels, which blend into each other; FramePack's video takes tiles by itself.",
-                ),
+                latent_input(),
+                vae_input(),
+                tile_input(),
                 io.Int.Input(
                     "temporal_chunk", default=0, min=0, max=4096, step=4,
                     tooltip="Whole frames that gather on the GPU before they move to RAM. 0: each as soon as it is "
                     "made, which needs the least memory.", extra_dict=ADVANCED,
                 ),
-                io.Boolean.Input(
-                    "keep_latent", default=True,
-                    tooltip="Saves the latent to output/latents before decoding, so that nothing is lost if that "
-                    "fails. Copy it to the input folder for Load Latent.",
-                ),
+                keep_latent_input(),
             ],
             outputs=[io.Image.Output()],
         )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .bridge import host
 from .bridge.encoding import encode_images
+from .inputs import tile_input, vae_input
 
 
 class EncodeVideo(io.ComfyNode):
@@ -25,16 +26,8 @@ class EncodeVideo(io.ComfyNode):
             search_aliases=["vae encode tiled", "wan vae", "encode video", "video to latent", "video to video"],
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video."),
-                io.Vae.Input(
-                    "vae",
-                    tooltip="wan_2.1_vae for Wan 2.1 and 2.2 14B, wan2.2_vae for TI2V 5B, hunyuan_video_vae_bf16 for "
-                    "FramePack.",
-                ),
-                io.Int.Input(
-                    "tile_size", default=0, min=0, max=4096, step=32,
-                    tooltip="0: whole frames if they fit, else strips of rows, which are as exact. Else the side of "
-                    "tiles in pixels, which blend into each other; FramePack's video takes tiles by itself.",
-                ),
+                vae_input(),
+                tile_input(),
             ],
             outputs=[io.Latent.Output("samples")],
         )  # fmt: skip

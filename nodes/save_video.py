@@ -13,7 +13,7 @@ from .bridge import host
 from .bridge.decoding import decode_frames, num_frames
 from .bridge.saving import NewVideo, sound_of
 from .decode import save_latent
-from .inputs import ADVANCED
+from .inputs import ADVANCED, keep_latent_input, latent_input, tile_input, vae_input
 
 
 class SaveVideo(io.ComfyNode):
@@ -30,12 +30,8 @@ class SaveVideo(io.ComfyNode):
             search_aliases=["save mp4", "export video", "video combine", "vae decode", "h264", "hevc", "av1"],
             is_output_node=True,
             inputs=[
-                io.Latent.Input("samples", tooltip="The latent of a Wan or FramePack model."),
-                io.Vae.Input(
-                    "vae",
-                    tooltip="wan_2.1_vae for Wan 2.1 and 2.2 14B, wan2.2_vae for TI2V 5B, hunyuan_video_vae_bf16 for "
-                    "FramePack.",
-                ),
+                latent_input(),
+                vae_input(),
                 io.Audio.Input("audio", optional=True, tooltip="Sound, cut to the video's length."),
                 io.String.Input(
                     "filename_prefix", default="video/LowVRAM",
@@ -55,15 +51,8 @@ class SaveVideo(io.ComfyNode):
                     tooltip="Quality: lower is better and larger. H.264 looks like the original at about 16, HEVC at "
                     "20 (both up to 51), AV1 at 25.",
                 ),
-                io.Int.Input(
-                    "tile_size", default=0, min=0, max=4096, step=32,
-                    tooltip="As in Decode Video (Tiled, Low VRAM). 0: whole frames if they fit, else what does.",
-                ),
-                io.Boolean.Input(
-                    "keep_latent", default=True,
-                    tooltip="Saves the latent to output/latents before decoding, so that nothing is lost if that "
-                    "fails. Copy it to the input folder for Load Latent.", extra_dict=ADVANCED,
-                ),
+                tile_input("As in Decode Video (Tiled, Low VRAM). 0: whole frames if they fit, else what does."),
+                keep_latent_input(ADVANCED),
             ],
             outputs=[io.Video.Output("video", tooltip="The saved video; of several, the first.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
