@@ -293,6 +293,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the models' files are, or are made")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--draws", type=int, default=30)
+    parser.add_argument("--passed", type=int, default=0, help="draws of the seed that another run has made")
     parser.add_argument("--attention", nargs="+", default=["sdpa", "sageattn"])
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no draw after so long")
     parser.add_argument("--segments", choices=("expandable", "fixed"), default="expandable",
@@ -309,7 +310,7 @@ def main() -> None:
     models = Models(options.folder, configs, device)
     draws = make_draws(
         options.seed, options.draws, tuple(options.attention), configs, TINY_SIZES if options.tiny else Sizes()
-    )
+    )[options.passed :]
     with nullcontext() if options.tiny else Ballast(0) as ballast:
         models.write(draws)
         results = measure_all(models, draws, Card(ballast), options.out, options.seconds)
