@@ -22,7 +22,8 @@ rows have a negative prompt that guides attention; "packed" ones exchange in 8 b
 
 One GPU that stands for two (`--twice`, 10 of the 40 blocks, 3.4 GiB, about 100 s) computes all that two would: bits,
 memory and the host's work are theirs, speed is not. There a "parked" row has every block in the same card's memory in
-place of RAM, elsewhere in the second card's, with 5 GiB of RAM.
+place of RAM, elsewhere in the second card's, with 5 GiB of RAM; "parked beside" ones have two share the pass, and the
+blocks on the machine's last card where it has more.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.model import Extras, Nag
 from lowvram_video.wanvideo.streamed import StreamedWan
 from one_and_several import cards_of, make_parser
+from several_rows import ROWS, TINY_ROWS, TWICE_BLOCKS, TWICE_ROWS, Row
 from surviving import Rows, is_child, make_all
 from synthetic import CONFIGS, write_checkpoint
 from torch import Tensor
@@ -70,61 +72,6 @@ FILE_SECONDS = 240.0  # to make one that is missing, and to read it
 PARKED_NAME = "cpu:1"  # stands for any: `started` has the real place
 TINY_FRAMEPACK = FramePackConfig(
     num_heads=3, head_dim=128, num_layers=2, num_single_layers=2, text_dim=64, pooled_dim=32, image_dim=48
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line: `size` is (width, height, frames)."""
-
-    name: str
-    size: tuple[int, int, int]
-    wanted: float  # times as fast on two cards
-    samples: int = 1  # 2: guided
-    staged: bool = False
-    rounds: int = 3
-    framepack: bool = False
-    parked: bool = False  # one card, whose blocks lie in another's memory (with --twice: in its own as in another's)
-    sparse: bool = False
-    nag: bool = False
-    packed: bool = False
-
-
-ROWS = (
-    Row("clip", (832, 480, 17), 1.2, rounds=5),
-    Row("480p", (832, 480, 81), 1.85),
-    Row("720p", (1280, 720, 81), 1.92, rounds=1),
-    Row("480p staged", (832, 480, 81), 1.5, staged=True),
-    Row("720p staged", (1280, 720, 81), 1.75, staged=True, rounds=1),
-    Row("clip staged", (832, 480, 17), 0, staged=True, rounds=5),
-    Row("FramePack section", (640, 608, 33), 1.7, rounds=5, framepack=True),
-    Row("clip guided", (832, 480, 17), 0, samples=2, rounds=5),
-    Row("480p guided", (832, 480, 81), 1.95, samples=2, rounds=1),
-    Row("480p parked", (832, 480, 81), 1 / 1.03, parked=True),
-    Row("480p sparse", (832, 480, 81), 0, sparse=True),
-    Row("clip NAG", (832, 480, 17), 0, rounds=5, nag=True),
-    Row("480p staged packed", (832, 480, 81), 0, staged=True, packed=True),
-)
-TWICE_BLOCKS = 10
-TWICE_ROWS = (
-    Row("clip twice", (832, 480, 17), 0, rounds=9),
-    Row("clip twice staged", (832, 480, 17), 0, staged=True, rounds=9),
-    Row("clip twice guided", (832, 480, 17), 0, samples=2, rounds=9),
-    Row("480p twice", (832, 480, 81), 0, rounds=2),
-    Row("480p parked", (832, 480, 81), 0, rounds=2, parked=True),
-    Row("clip twice NAG", (832, 480, 17), 0, rounds=3, nag=True),
-    Row("clip twice packed", (832, 480, 17), 0, rounds=3, packed=True),
-    Row("clip twice sparse", (832, 480, 17), 0, rounds=3, sparse=True),
-    Row("480p twice sparse staged", (832, 480, 81), 0, rounds=2, sparse=True, staged=True),
-)
-TINY_ROWS = (
-    Row("tiny", (96, 64, 9), 0, rounds=2),
-    Row("tiny guided", (96, 64, 9), 0, samples=2, rounds=2),
-    Row("tiny FramePack", (128, 96, 33), 0, rounds=2, framepack=True),
-    Row("tiny parked", (96, 64, 9), 0, rounds=2, parked=True),
-    Row("tiny NAG", (96, 64, 9), 0, rounds=2, nag=True),
-    Row("tiny packed", (96, 64, 9), 0, rounds=2, packed=True),
-    Row("tiny sparse", (96, 64, 9), 0, rounds=2, sparse=True),
 )
 
 
@@ -279,10 +226,17 @@ class Bench:
         return self._timed(row, model)
 
     def _parked(self, row: Row) -> tuple[Times, dict[str, Any]]:
-        """By one card; no block fits in the RAM that is left."""
+        """No block fits in the RAM that is left."""
         self.model.stop()
         place = PARKED_NAME if self.cards[0] == self.cards[1] else str(self.cards[1])
-        settings = replace(self.settings, parking=parse_parking(f"{place},*"), ram_budget_gib=PARKED_RAM_GIB)
+        if row.beside and self.cards[0].type == "cuda" and torch.cuda.device_count() > len(set(self.cards)):
+            place = f"cuda:{torch.cuda.device_count() - 1}"
+        settings = replace(
+            self.settings,
+            others=tuple(self.cards[1:]) if row.beside else (),
+            parking=parse_parking(f"{place},*"),
+            ram_budget_gib=PARKED_RAM_GIB,
+        )
         model = type(self.model)(self.path, settings)
         try:
             return self._timed(row, model)
