@@ -84,6 +84,7 @@ def write_random(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]],
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     generator = torch.Generator(device).manual_seed(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name, (shape, dtype) in tensors.items():
