@@ -19,6 +19,7 @@ from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, unbind
 from lowvram_video.runtime.opened import M
 from lowvram_video.runtime.streamed import StreamedModel
+from lowvram_video.transformer.block_cache import BlockCache
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.footprint import WanWork
@@ -179,17 +180,21 @@ def extras_of(model: StreamedWan, plan: MemoryPlan, text: Tensor, context: Conte
     return Extras(nag=nag, visitor=Seeing() if work.seen_queries else Visitor())
 
 
-def recorded_run(model: StreamedWan, plan: MemoryPlan) -> Recording:
-    """What weights, and then passes as a solver has them, ask of an allocator."""
+def recorded_run(model: StreamedWan, plan: MemoryPlan, caches: Sequence[BlockCache | None] = (None,)) -> Recording:
+    """What weights, and then passes as a solver has them, ask of an allocator: one a step for each step cache."""
+    of_one = replace(plan, work=replace(plan.work, passes_per_step=1))
     with dry(model, plan) as network, CountedMemory() as memory:
         weights = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in weights_of(model, plan)]
         latent, timestep, text = inputs_of(model, plan)
         held = torch.empty(HELD_LATENTS, model.config.out_channels, *plan.work.latent_size)
         blas = torch.empty(BLAS_BYTES, dtype=torch.uint8)
-        context, kept = prompt_of(model, plan, text)
+        prompts: list[tuple[Context, Tensor | None]] = []
         for _ in range(PASSES):
-            velocity = network(latent, timestep, context)
-        del weights, held, blas, kept, velocity
+            for number, cache in enumerate(caches):
+                if number == len(prompts):
+                    prompts.append(prompt_of(model, of_one, text))
+                velocity = network(latent, timestep, prompts[number][0], extras=Extras(cache=cache))
+        del weights, held, blas, prompts, velocity
     return memory.recording
 
 

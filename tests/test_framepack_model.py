@@ -269,8 +269,8 @@ class ScriptedCache:
         self.signals.append(signal.clone())
         return self.answers.pop(0)
 
-    def room(self, tokens: Tensor) -> Tensor:
-        return torch.empty_like(tokens) if self.residual is None else self.residual
+    def room(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device) if self.residual is None else self.residual
 
 
 def no_blocks(blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:

@@ -34,7 +34,7 @@ from lowvram_video.sampling.caching.tables import (
     read_table,
 )
 from lowvram_video.sampling.schedules import flow_sigmas
-from lowvram_video.transformer.block_cache import run_cached
+from lowvram_video.transformer.block_cache import run_cached, with_room
 from lowvram_video.wanvideo.footprint import WanFootprint, WanWork, wan_work
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
@@ -271,11 +271,13 @@ def test_residuals_in_ram_are_those_on_the_device() -> None:
 
         return run
 
-    cache = PassCache(MagRule([(1.0, 1.0)]), 0.5, make_room=lambda x: torch.empty_like(x).as_subclass(Apart))
+    cache = PassCache(MagRule([(1.0, 1.0)]), 0.5, make_room=lambda *a, **how: torch.empty(*a, **how).as_subclass(Apart))
     for step, expected in ((0, start + added), (1, start + added)):
         x, spare = start.clone(), torch.empty(24)  # of three rows
         cache.begin(step / 9, allowed=step > 0)
-        run_cached(x, blocks(x)(), cache, torch.zeros(1, 1), spare, 1)  # type: ignore[arg-type]
+        cached = with_room(cache, *x.shape, x.dtype, x.device)
+        assert cached is not None
+        run_cached(x, blocks(x)(), cached, torch.zeros(1, 1), spare, 1)  # type: ignore[arg-type]
         assert torch.allclose(x.as_subclass(Tensor), expected, atol=1e-6)
     assert cache.reused
 

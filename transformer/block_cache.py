@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Shape = tuple[int, int]  # rows, dim
 PROBED_ROWS = 1024  # of a sample, looked at where the first block tells whether the others may be skipped
 
 
@@ -33,15 +34,33 @@ class BlockCache(Protocol):
         """
         ...
 
-    def room(self, tokens: Tensor) -> Tensor:
-        """Bytes for the residual of `tokens [rows, dim]`, on their device or in host memory; those of `residual`."""
+    def room(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Bytes for the residual of such tokens, on their device or in host memory; those of `residual`."""
         ...
+
+
+@dataclass(frozen=True)
+class WithRoom:
+    """A cache and its bytes for a pass's residual."""
+
+    cache: BlockCache
+    room: Tensor
+
+
+def with_room(
+    cache: BlockCache | None, num_rows: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> WithRoom | None:
+    """A pass's cache with room for so many tokens, before the pass makes anything else.
+
+    What outlasts the pass would else lie in the midst of what it leaves, where the next one's buffers then do not fit.
+    """
+    return None if cache is None else WithRoom(cache, cache.room((num_rows, dim), dtype, device))
 
 
 def run_cached(
     x: Tensor,
     blocks: Generator[None, None, None],
-    cache: BlockCache,
+    cached: WithRoom,
     signal: Tensor,
     spare: Tensor,
     batch: int = 1,
@@ -54,6 +73,7 @@ def run_cached(
     that `probes` looks at what the first block adds in place of `signal`; `reuse` asks it where others decide too, and
     `probe` takes the rows that it then looks at.
     """
+    cache, kept = cached.cache, cached.room
     if cache.probes:
         probe = probe or partial(probed_rows, batch=batch)
         before = probe(x).clone()
@@ -64,7 +84,6 @@ def run_cached(
         blocks.close()
         return
     # one tensor holds what the blocks added last time, then what they start from, then what they added this time
-    kept = cache.room(x)
     cache.residual = None
     kept.copy_(x, non_blocking=True)
     for _ in blocks:
@@ -78,18 +97,18 @@ class FollowedCache:
     """What blocks added to one card's rows, of several; whether to add it again is asked of the first card's cache."""
 
     probes: bool = False
-    make_room: Callable[[Tensor], Tensor] = torch.empty_like
+    make_room: Callable[..., Tensor] = torch.empty
     residual: Tensor | None = None
 
     def reuse(self, signal: Tensor) -> bool:
         raise AssertionError("asked of the first card's cache")
 
-    def room(self, tokens: Tensor) -> Tensor:
+    def room(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         held = self.residual
-        if held is not None and held.shape == tokens.shape:
+        if held is not None and held.shape == shape:
             return held
         self.residual = None  # before another is made: no plan has room for both
-        return self.make_room(tokens)
+        return self.make_room(shape, dtype=dtype, device=device)
 
 
 def probed_step(num_tokens: int) -> int:

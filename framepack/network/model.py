@@ -20,7 +20,7 @@ from ...attention.sparse.order import shown_order
 from ...attention.sparse.run import AttentionPass
 from ...fused.ops import Rope
 from ...team.share import Part
-from ...transformer.block_cache import BlockCache, run_cached
+from ...transformer.block_cache import BlockCache, run_cached, with_room
 from ...transformer.nag import NagSettings
 from ...transformer.together import CardsTogether
 from ...transformer.transformer import Block, Transformer
@@ -160,25 +160,28 @@ class FramePackModel(Transformer):
         all_images = num_image
         device, num_rows = noisy.latents.device, num_image + sum(text.shape[0] for text in texts)
         part = None if self.share is None else self.share.part(num_rows)
+        ours = made = slice(num_image - shown[-1].num_rows, num_image)
+        if part is not None:
+            num_image, ours = part.within(slice(0, all_images)).num_mine, part.own(made)
+        # of the noisy rows alone: what is made of the others is not looked at
+        cached = with_room(cache, ours.stop - ours.start, self.config.dim, self.execution.dtype, device)
         work = self.workspace(num_rows if part is None else part.num_mine, device, part)
         x = torch.empty(num_rows, work.dim, device=device, dtype=work.dtype)
         rope = self.embed(shown, texts, x)
-        ours = made = slice(num_image - shown[-1].num_rows, num_image)
         if part is not None:
             x, rope = part.cut(x), Rope(part.cut(rope.cos), part.cut(rope.sin))
-            num_image, ours = part.within(slice(0, all_images)).num_mine, part.own(made)
         if work.residual_scale != 1:
             x.mul_(work.residual_scale)
 
         state = Pass(x, num_image, rope, work, num_negative, all_images)
         work.watched = self.begin_attention(shown, work)
         blocks = self.run_blocks(state, condition)
-        if cache is None:
+        if cached is None:
             for _ in blocks:
                 pass
-        else:  # of the noisy rows alone: what is made of the others is not looked at
-            reuse = partial(self.is_reused, state, cache)
-            run_cached(x[ours], blocks, cache, self.signal(state, condition), work.pool, reuse=reuse)
+        else:
+            reuse = partial(self.is_reused, state, cached.cache)
+            run_cached(x[ours], blocks, cached, self.signal(state, condition), work.pool, reuse=reuse)
         patches = self.head(x, ours, condition.head, work)
         if part is not None:
             patches = part.within(made).gather(patches)

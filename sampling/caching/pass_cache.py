@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .rules import Rule
 
-Room = Callable[[Tensor], Tensor]
+MakeRoom = Callable[..., Tensor]  # as torch.empty, by a shape, `dtype` and `device`
 
 
 class PassCache:
@@ -21,7 +21,7 @@ class PassCache:
     number).
     """
 
-    def __init__(self, rule: Rule, threshold: float, max_skips: int = 0, make_room: Room = torch.empty_like) -> None:
+    def __init__(self, rule: Rule, threshold: float, max_skips: int = 0, make_room: MakeRoom = torch.empty) -> None:
         self.rule, self.threshold, self.max_skips = rule, threshold, max_skips
         self._make_room = make_room
         self.reset()
@@ -61,13 +61,13 @@ class PassCache:
         self._decided, self.reused = self._place, reuse
         return reuse
 
-    def room(self, tokens: Tensor) -> Tensor:
+    def room(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Bytes for the residual, those of the last one where they suit."""
         held = self.residual
-        if held is not None and (held.shape, held.dtype) == (tokens.shape, tokens.dtype):
+        if held is not None and (held.shape, held.dtype) == (shape, dtype):
             return held
         self.residual = None  # before another is made: no plan has room for both
-        return self._make_room(tokens)
+        return self._make_room(shape, dtype=dtype, device=device)
 
     @property
     def _may_skip(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -150,15 +151,15 @@ class StepCache:
         rule = self.table.rule(settings.method, [kind for kind, _ in prompts])
         return PassCache(rule, self.table.threshold(settings), self.table.max_skips(settings), self.room)
 
-    def room(self, tokens: Tensor) -> Tensor:
-        """Bytes for what blocks added to `tokens`, where residuals are kept."""
-        if not self.in_ram or tokens.device.type == "cpu":
-            return torch.empty_like(tokens)
-        pins = self.pinned_bytes + tokens.nbytes <= self.pinnable_bytes
+    def room(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Bytes for what blocks added to such tokens, where residuals are kept."""
+        if not self.in_ram or device.type == "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        pins = self.pinned_bytes + math.prod(shape) * dtype.itemsize <= self.pinnable_bytes
         try:
-            return torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=pins)
+            return torch.empty(shape, dtype=dtype, pin_memory=pins)
         except RuntimeError:  # nothing more can be pinned
-            return torch.empty(tokens.shape, dtype=tokens.dtype)
+            return torch.empty(shape, dtype=dtype)
 
 
 def first_needed(recorded: Sequence[Tensor]) -> int:

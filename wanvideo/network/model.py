@@ -19,7 +19,7 @@ from ...attention.backend import Backend, PassAttention
 from ...attention.sparse.order import video_order
 from ...fused.ops import Rope
 from ...team.share import Part
-from ...transformer.block_cache import BlockCache, probed_rows, probed_step, run_cached
+from ...transformer.block_cache import BlockCache, WithRoom, probed_rows, probed_step, run_cached, with_room
 from ...transformer.layers import parameter, sinusoidal_embedding
 from ...transformer.nag import NagSettings
 from ...transformer.together import CardsTogether
@@ -179,6 +179,7 @@ class WanModel(Transformer):
         times = timestep.numel() // batch  # of a sample
         part = None if self.share is None else self.share.part(tokens, self.share.run_of(tokens, times))
         num_rows = batch * (tokens if part is None else part.num_mine)
+        cached = with_room(extras.cache, num_rows, self.config.dim, self.execution.dtype, latent.device)
         work = self.workspace(num_rows, latent.device, batch, extras.visitor, part)
         time, modulation = self.embed_time(timestep, work.pool)  # [groups, dim], [groups, 6, dim]
         rows_per_group, signal = num_rows // time.shape[0], time
@@ -194,11 +195,11 @@ class WanModel(Transformer):
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
         state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor, frames_apart=times > 1)
         blocks = self.run_blocks(state, context, replace(extras, nag=nag), grid)
-        if extras.cache is None:
+        if cached is None:
             for _ in blocks:
                 pass
         else:
-            self.run_cached(x, blocks, extras.cache, signal, work)
+            self.run_cached(x, blocks, cached, signal, work)
         patches = self.head(x, time, work.as_given(rows_per_group), work)
         if part is not None:
             patches = part.gather(patches, batch)
@@ -230,14 +231,14 @@ class WanModel(Transformer):
             watched.end(x, work.pool)
 
     def run_cached(
-        self, x: Tensor, blocks: Generator[None, None, None], cache: BlockCache, signal: Tensor, work: Workspace
+        self, x: Tensor, blocks: Generator[None, None, None], cached: WithRoom, signal: Tensor, work: Workspace
     ) -> None:
         """Take tokens through the blocks, or skip them: of several cards one decides for all, by all cards' tokens."""
         part, batch = work.part, work.rows.batch
         if part is None:
-            run_cached(x, blocks, cache, signal, work.pool, batch)
+            run_cached(x, blocks, cached, signal, work.pool, batch)
             return
-        step = probed_step(part.spans[-1].stop)
+        cache, step = cached.cache, probed_step(part.spans[-1].stop)
         probed = part.every(step)
 
         def reuse(seen: Tensor) -> bool:
@@ -245,7 +246,7 @@ class WanModel(Transformer):
             return part.share.agree(lambda: cache.reuse(whole) and cache.residual is not None)
 
         probe = partial(probed_rows, batch=batch, first=-part.mine.start % step, step=step)
-        run_cached(x, blocks, cache, signal, work.pool, batch, reuse, probe)
+        run_cached(x, blocks, cached, signal, work.pool, batch, reuse, probe)
 
     def begin_attention(
         self, grid: tuple[int, int, int], apart: bool, extras: Extras, work: Workspace
