@@ -509,7 +509,7 @@ def test_profiles_are_corrected_with_a_note_and_custom_is_not() -> None:
     memory, own = VideoMemory(GIB, GIB), CompileSettings(mode="max-autotune", cache_size_limit=7)
     assert settings_of("custom", own, memory) == own
     high, mid, low = (settings_of(name, own, memory) for name in ("high", "mid", "low"))
-    assert (high.mode, high.fullgraph, high.transformer_blocks_only) == ("default", True, False)
+    assert (high.mode, high.fullgraph, high.transformer_blocks_only) == ("default", True, True)
     assert (mid.mode, mid.dynamic, low.mode) == ("default", True, "default")
     assert all(each.dynamic and "autotune" not in each.mode for each in (high, mid, low))
     limits = [(each.recompile_limit, each.cache_size_limit) for each in (high, mid, low)]

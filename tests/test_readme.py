@@ -85,8 +85,14 @@ def bound_cost(part: str, file: str = "sparse_step_h200_2026-11-29.json") -> flo
     return 100 * (row(rows, "sparse top-k 0.15, bound") / row(rows, "sparse top-k 0.15") - 1)
 
 
+def added_by(part: str, rows: list[dict[str, Any]], key: str = "reserved_peak_gib") -> float:
+    """GiB that a run with a step cache takes beside an uncached one."""
+    return row(rows, part, key) - row(rows, "uncached", key)
+
+
 # What follows from figures of results files rather than being one of them.
 DERIVED: dict[str, Callable[[], float]] = {
+    "0.94": lambda: added_by("teacache", load("step_cache_runs_h200_2026-11-29.json")["rows"]),
     "0.803": lambda: framepack_limit("framepack_h200_2026-11-28.json"),
     "0.801": lambda: framepack_limit("framepack_h200_2026-11-29.json"),
     "1.09": lambda: load("framepack_h200_2026-11-28.json")["cases"][0]["step"] / DERIVED["0.803"](),
