@@ -99,6 +99,11 @@ class StreamedModel(AttendingModel[M]):
         memory = self.plan.denoise
         return memory.fixed_weights + memory.residents + memory.ring
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Of all cards that make a pass, its own first."""
+        return self.settings.device, *(other.settings.device for other in self._others)
+
     # Changes, between runs
 
     def use_cards(self, devices: Sequence[torch.device]) -> None:

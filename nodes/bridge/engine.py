@@ -16,15 +16,10 @@ from torch import Tensor, nn
 
 from ...attention.backend import Backend
 from ...memory.plan.footprint import Limits, WorkSize
-from ...memory.plan.host_memory import RAM_MARGIN_BYTES
-from ...memory.plan.limits import context_bound, hold_allocator, hold_budget, with_rates
+from ...memory.plan.limits import context_bound, hold_allocator, hold_budget
 from ...memory.plan.plan import MemoryPlan, PlanError
-from ...memory.plan.rates import Rates, measure_rates
 from ...memory.plan.table import reasons, verdict
 from ...memory.report.report import RunReport
-from ...runtime.opened import OpenedModel
-from ...runtime.parked import find_parking
-from ...runtime.run_limits import least_limits, run_limits
 from ...runtime.run_record import RunRecord
 from ...runtime.settings import RunSettings
 from ...runtime.several import plan_shared
@@ -33,20 +28,19 @@ from ...runtime.streamed import StreamedModel
 from ...runtime.turns import Turns
 from ...sampling.caching.sampler_steps import Call, SamplerSteps
 from ...sampling.caching.settings import StepCacheSettings
-from ...system.card_links import slowest_link
 from ...system.device_errors import is_out_of_memory
 from ...weights.lora.merged_source import MergedSource
 from . import host
 from .options import StreamOptions
 from .patch_shapes import fitting
 from .patches import SortedPatches, patched_source, sort_patches
+from .room import Room
 from .status import Loading, teller
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
 S = TypeVar("S", bound=StreamedModel[Any])
-DESKTOP_GB = 0.5  # of a card that is not this machine's
 WORTH_A_START = 0.97  # of a step's time: for less, a model that is on its device stays as it is
 RAM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay
 
@@ -67,6 +61,7 @@ class Engine(Generic[S]):
         self.streamed: S = open_model(path, settings, registrar, self._loading.check)
         if turns is not None:
             turns.add(self.streamed)
+        self.room = Room(self.streamed)
         self.streamed.on_yield = weakref.WeakMethod(self._tell_owner)
         self.options = StreamOptions()
         self._is_configured = True  # as the options say
@@ -78,7 +73,6 @@ class Engine(Generic[S]):
         self._patches_id: object = None  # ComfyUI's name for a set of patches
         self._patches = SortedPatches()
         self._applied: SortedPatches | None = self._patches  # those that the weights have; None: it failed midway
-        self._rates: Rates | None = None
         self.record = RunRecord(settings.device)
         self.sampler_steps = SamplerSteps()
         self._running = False
@@ -95,9 +89,7 @@ class Engine(Generic[S]):
 
     def bytes_on(self, card: torch.device) -> int:
         """Bytes of weights, and of the ring for them, on one of its devices."""
-        if card == self.device or card in self.options.others:
-            return self.device_bytes
-        return self.streamed.weights.parked_on(card)
+        return self.room.held(card)
 
     @property
     def total_bytes(self) -> int:
@@ -201,18 +193,18 @@ class Engine(Generic[S]):
         """
         options = options or self.options
         try:
-            return self.streamed.make_plan(work, self.limits(options))
+            return self.streamed.make_plan(work, self.room.limits(options))
         except PlanError:
-            if not any(host.evictable_vram(self._owner(), card) for card in self._cards(options)):
+            if not any(host.evictable_vram(self._owner(), card) for card in self.room.cards(options)):
                 raise
-        for card in self._cards(options):
+        for card in self.room.cards(options):
             host.unload_others(self._owner(), card)
-        return self.streamed.make_plan(work, self.limits(options))
+        return self.streamed.make_plan(work, self.room.limits(options))
 
     def could_be_faster(self, plan: MemoryPlan) -> bool:
         """Whether memory was short when `plan` was made, or ran out under it, and no longer is."""
         try:
-            now = self.streamed.make_plan(plan.work, self.limits(self.options))
+            now = self.streamed.make_plan(plan.work, self.room.limits(self.options))
         except PlanError:
             return False
         return now.seconds_per_step < WORTH_A_START * plan.seconds_per_step
@@ -223,78 +215,11 @@ class Engine(Generic[S]):
         Where ComfyUI runs on the CPU a card is needed, and planned for in bf16. PlanError says what would fit.
         """
         dtype = None if self.device.type == "cuda" else torch.bfloat16
-        limits = self.card_limits(options, card_gb) if card_gb else self.limits(options, evicting=True)
-        return plan_shared(self.streamed.footprint(dtype), work, limits, len(self._cards(options)))
-
-    def limits(self, options: StreamOptions, evicting: bool = False) -> Limits:
-        """What may be used now of each card, this model's own memory included, and the VRAM that others will free."""
-        limits = self._limits(options, self.device)
-        cards = self._cards(options)
-        each = [limits] * len(cards)
-        if self.device.type == "cuda":
-            budgets = (self._vram_budget(options, limits.context_bytes, card, evicting) for card in cards)
-            limits = replace(limits, link_gbps=slowest_link(cards))
-            each = [replace(limits, vram_budget_bytes=budget) for budget in budgets]
-        return least_limits([str(card) for card in cards], each)
-
-    def card_limits(self, options: StreamOptions, card_gb: float) -> Limits:
-        """What might be used on a card of so many GB, half a GiB of it left to the desktop; ValueError for no more."""
-        if card_gb <= DESKTOP_GB:
-            raise ValueError(
-                f"card_gb is {card_gb:g}, all of which is left to the desktop: give what a card has, such as 8, or 0 "
-                "for this machine"
-            )
-        budget = min(options.vram_budget_gb or card_gb, card_gb - DESKTOP_GB)
-        limits = replace(self._limits(options, torch.device("cuda")), vram_budget_bytes=int(budget * GIB))
-        names = [str(card) for card in self._cards(options)]
-        return least_limits(names, [limits] * len(names))
-
-    def _cards(self, options: StreamOptions) -> tuple[torch.device, ...]:
-        """All that make a pass."""
-        return self.device, *options.others
-
-    def _limits(self, options: StreamOptions, device: torch.device) -> Limits:
-        """All but the budget of VRAM."""
-        swap = options.blocks_to_swap
-        settings = replace(
-            self.streamed.settings,
-            device=device,
-            ram_budget_gib=self._ram_budget(options),
-            blocks_to_swap=host.blocks_to_swap(len(self.streamed.blocks)) if swap < 0 else swap,
-            prefetch=options.prefetch or None,
-        )
-        limits = run_limits(settings, self.streamed.model.execution, measure=False)
-        may_pin = options.pinned_memory and host.may_pin()
-        limits = replace(limits, pinned_cap_bytes=host.pinnable_bytes() + self._holder.pinned_bytes if may_pin else 0)
-        if options.parking is not None:
-            parking = find_parking(options.parking, self.device, self._free_to_park, options.others)
-            limits = replace(limits, parking=parking)
-        if limits.card is not None:
-            return limits
-        if self._rates is None and self.device.type == "cuda":
-            self._rates = measure_rates(self.device)
-        return with_rates(limits, self._rates)
-
-    def _vram_budget(self, options: StreamOptions, context_bytes: int, card: torch.device, evicting: bool) -> int:
-        """For the whole process on one card, as plans count it: with the context, which has its memory already."""
-        ours = self.bytes_on(card) + (host.evictable_vram(self._owner(), card) if evicting else 0)
-        free = host.free_vram(card) + ours - host.reserved_vram() + context_bytes
-        if not options.vram_budget_gb:
-            return max(0, free)
-        others = max(0, torch.cuda.memory_allocated(card) - ours)  # ComfyUI keeps some outside PyTorch
-        return max(0, min(int(options.vram_budget_gb * GIB) - others, free))
-
-    def _free_to_park(self, card: torch.device) -> int:
-        """Bytes of another card that blocks may have, those included that are there already."""
-        held = self.streamed.weights.parked_on(card) + self.streamed.parked_by_idle(card)
-        return max(0, host.free_vram(card) + held - host.reserved_vram())
-
-    def _ram_budget(self, options: StreamOptions) -> float | None:
-        """GiB; None while all blocks fit in the RAM that is free."""
-        free = host.free_ram() + self._holder.host_bytes
-        if options.ram_budget_gb:
-            return min(options.ram_budget_gb, free / GIB)
-        return free / GIB if free < self.total_bytes + RAM_MARGIN_BYTES else None
+        if card_gb:
+            limits = self.room.card_limits(options, card_gb)
+        else:
+            limits = self.room.limits(options, lambda card: host.evictable_vram(self._owner(), card))
+        return plan_shared(self.streamed.footprint(dtype), work, limits, len(self.room.cards(options)))
 
     def vram_left(self) -> int | None:
         """Bytes that a budget given by hand leaves beside what PyTorch holds now; None without one."""
@@ -323,7 +248,7 @@ class Engine(Generic[S]):
 
     def evict_others(self) -> None:
         """Have all other models leave its devices, and PyTorch's cache, where earlier nodes left something."""
-        for card in self._cards(self.options):
+        for card in self.room.cards(self.options):
             host.unload_others(self._owner(), card)
         host.empty_cache()
 
@@ -433,7 +358,7 @@ class Engine(Generic[S]):
         if not self.options.vram_budget_gb or self.device.type != "cuda":
             yield
             return
-        cards, budget = self._cards(self.options), int(self.options.vram_budget_gb * GIB)
+        cards, budget = self.room.cards(self.options), int(self.options.vram_budget_gb * GIB)
         try:
             for card in cards:
                 hold_budget(card, Limits(budget, context_bytes=context_bound(card)))
@@ -441,11 +366,6 @@ class Engine(Generic[S]):
         finally:
             for card in cards:
                 hold_allocator(card, None)
-
-    @property
-    def _holder(self) -> OpenedModel[Any]:
-        """The model that has the host memory that this one would run in."""
-        return self.streamed.giver() or self.streamed
 
     def _owner(self) -> nn.Module | None:
         return self.owner() if self.owner is not None else None

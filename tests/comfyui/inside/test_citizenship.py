@@ -287,9 +287,9 @@ def test_cores_flags_decide_what_is_resident(
 ) -> None:
     model = ours(save(models, "t2v"))
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState[state])
-    assert model.engine.limits(model.options).blocks_to_swap == streamed
+    assert model.engine.room.limits(model.options).blocks_to_swap == streamed
     by_hand = model.with_options(blocks_to_swap=2)
-    assert model.engine.limits(by_hand.options).blocks_to_swap == 2
+    assert model.engine.room.limits(by_hand.options).blocks_to_swap == 2
 
 
 def test_pinning_follows_core(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_pinning_follows_core(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not host.may_pin()
     model = ours(save(models, "t2v")).with_options(prefetch=2)
     mm.load_models_gpu([model])
-    assert model.engine.limits(model.options).pinned_cap_bytes == 0
+    assert model.engine.room.limits(model.options).pinned_cap_bytes == 0
 
 
 def test_options_travel_with_clones(models: Path) -> None:

@@ -16,8 +16,8 @@ from lowvram_pack.memory.plan.plan import PlanError
 from lowvram_pack.memory.plan.rates import Rates
 from lowvram_pack.memory.report.report import MemoryMonitor
 from lowvram_pack.memory.stream.host_blocks import HostBlocks
-from lowvram_pack.nodes.bridge import engine as engine_module
 from lowvram_pack.nodes.bridge import host
+from lowvram_pack.nodes.bridge import room as room_module
 from lowvram_pack.nodes.bridge.patcher import StreamedModelPatcher
 from lowvram_pack.nodes.plan import VramPlan
 from lowvram_pack.runtime import run_record
@@ -81,7 +81,7 @@ def on_a_card(model: StreamedModelPatcher, monkeypatch: pytest.MonkeyPatch, free
     monkeypatch.setattr(host, "free_vram", lambda device: free)
     monkeypatch.setattr(host, "reserved_vram", lambda: 0)
     monkeypatch.setattr(host, "compute_device", lambda: CUDA)
-    monkeypatch.setattr(engine_module, "measure_rates", lambda device: Rates(100.0, 100.0, 20.0))
+    monkeypatch.setattr(room_module, "measure_rates", lambda device: Rates(100.0, 100.0, 20.0))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
 
 
@@ -91,8 +91,8 @@ def test_the_plan_counts_on_what_core_will_evict(models: Path, monkeypatch: pyte
     load_on_card(monkeypatch, model, other)
     engine = model.engine
     work = engine.video_work(832, 480, 81, 2)
-    context = engine.limits(model.options).context_bytes
-    assert engine.limits(model.options).vram_budget_bytes == GIB + context
+    context = engine.room.limits(model.options).context_bytes
+    assert engine.room.limits(model.options).vram_budget_bytes == GIB + context
     assert engine.preview(work, model.options).budget_bytes == 4 * GIB + context
     budget = model.with_options(vram_budget_gb=3.5)
     assert engine.preview(work, budget.options).budget_bytes == int(3.5 * GIB)
@@ -191,12 +191,12 @@ def test_a_named_card_is_planned_for_as_a_real_one(models: Path, monkeypatch: py
     model = ours(save(models, "t2v"))
     on_a_card(model, monkeypatch, 20 * GIB)
     engine, options = model.engine, model.options
-    real, named = engine.limits(options), engine.card_limits(options, 8.0)
+    real, named = engine.room.limits(options), engine.room.card_limits(options, 8.0)
     assert named == replace(real, vram_budget_bytes=int(7.5 * GIB))
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState.LOW_VRAM)
-    assert engine.card_limits(options, 8.0).blocks_to_swap == 4
+    assert engine.room.card_limits(options, 8.0).blocks_to_swap == 4
     smaller = model.with_options(vram_budget_gb=6.0).options
-    assert engine.card_limits(smaller, 8.0).vram_budget_bytes == 6 * GIB
+    assert engine.room.card_limits(smaller, 8.0).vram_budget_bytes == 6 * GIB
 
 
 def test_pinned_memory_stays_in_the_middle_of_a_pass(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
