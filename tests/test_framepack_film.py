@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.video import growing_video as film_module
+from lowvram_video.video import placed_video as placed_module
 from lowvram_video.video.growing_video import GrowingVideo, cross_fade, disk_bytes
 from lowvram_video.video.writer import VideoError, VideoWriter
 from torch import Tensor
@@ -335,7 +336,7 @@ def test_a_full_disk_leaves_the_film_as_it_was(tmp_path: Path, monkeypatch: pyte
 
 def test_an_ffmpeg_that_fails_to_join_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film = GrowingVideo(tmp_path / "parts", tmp_path / "film.mp4")
-    monkeypatch.setattr(film_module, "_flush", lambda path: path.write_bytes(b"broken") and "")
+    monkeypatch.setattr(film_module, "flush_file", lambda path: path.write_bytes(b"broken") and "")
     with pytest.raises(VideoError, match=r"film.partial.mp4: ffmpeg could not join 2 parts \(.+\): check"):
         film.add(section(0, 9), OVERLAP)
     assert os.listdir(tmp_path) == ["parts"] and film.num_sections == 0
@@ -349,7 +350,7 @@ def test_a_video_open_in_a_player_stops_nothing(
     film.add(section(0, 9), OVERLAP)
     with monkeypatch.context() as patched:
         refusal = PermissionError(13, "The process cannot access the file")
-        patched.setattr(film_module, "replace_file", lambda *_: (_ for _ in ()).throw(refusal))
+        patched.setattr(placed_module, "replace_file", lambda *_: (_ for _ in ()).throw(refusal))
         film.add(section(1, 9), OVERLAP)
     assert "is open in another program: the longer video is" in caplog.text
     assert (len(decode(film.path)), len(decode(tmp_path / "film.newest.mp4"))) == (9, 13)
@@ -393,7 +394,7 @@ def test_a_video_open_in_a_player_at_the_end_has_a_name_of_its_own(
     folder, path = tmp_path / "parts", tmp_path / "film.mp4"
     film = GrowingVideo(folder, path)
     film.add(section(0, 9), OVERLAP)
-    real, refusal = film_module.replace_file, PermissionError(13, "The process cannot access the file")
+    real, refusal = placed_module.replace_file, PermissionError(13, "The process cannot access the file")
     in_player = [True]
 
     def refused(source: Path, target: Path) -> None:
@@ -401,7 +402,7 @@ def test_a_video_open_in_a_player_at_the_end_has_a_name_of_its_own(
             raise refusal
         real(source, target)
 
-    monkeypatch.setattr(film_module, "replace_file", refused)
+    monkeypatch.setattr(placed_module, "replace_file", refused)
     film.add(section(1, 9), OVERLAP)
     in_player[0] = not closed_again
     getattr(film, left)()
@@ -414,7 +415,7 @@ def test_a_video_open_in_a_player_at_the_end_has_a_name_of_its_own(
     assert f"the whole video is {film.video}" in caplog.text and len(decode(path)) == 9
     assert GrowingVideo.is_at(folder, path), "what the player has is this film's: the same run may replace it"
 
-    monkeypatch.setattr(film_module, "replace_file", real)
+    monkeypatch.setattr(placed_module, "replace_file", real)
     other = GrowingVideo(tmp_path / "other parts", path)  # of another run, which was asked to replace it
     other.add(section(5, 9), 0)
     other.finish()

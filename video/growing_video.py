@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -19,20 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..system.atomic_files import name_beside, partial_name, replace_file, write_file
+from ..system.atomic_files import write_file
 from ..system.output_lock import file_sha256
 from ..system.regular_files import read_regular
 from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
+from .placed_video import COMING, PlacedVideo
 from .tags import Tags
-from .writer import SUFFIXES, VideoError, VideoWriter, check_rate, check_writable, join_videos
+from .writer import SUFFIXES, VideoWriter, check_rate, check_writable, flush_file, writing
 
 log = logging.getLogger(__name__)
 
 Grows = Literal["front", "back"]
 
 PIXEL_BYTES = 0.25  # of H.264 at crf 12 without B-frames, for pictures with noise of 10 in 255; most take far less
-COMING = "film.json.coming"  # the SHA-256 of the video that is put in its place now
 LEFTOVERS = ("final_", "open_", "film.json.", "tags.txt", "parts.txt")
 MOST_HEADER_BYTES = 1 << 16  # of a file of open frames
 SHOWN = 0.9  # of what is made, at least, plays: all publications but the last write 1 / (1 - SHOWN) films at most
@@ -70,13 +69,13 @@ class GrowingVideo:
         check_writable(folder / "film.json")
         self._state = VideoState(FORMAT, float(fps), crf, grows, made_by)
         self._edge: Tensor | None = None  # uint8 [E, H, W, 3]
-        self._elsewhere: Path | None = None  # the video, where a player keeps its place
+        self._placed = PlacedVideo(folder, self.path, self._state.fps, self.tags)
         self._resume()
 
     @property
     def video(self) -> Path:
         """Where all that is shown plays: `path`, or another name where that is open in a player on Windows."""
-        return self._elsewhere or self.path
+        return self._placed.current
 
     @property
     def num_sections(self) -> int:
@@ -156,7 +155,7 @@ class GrowingVideo:
     def _keep(self, edge: Tensor) -> VideoPart:
         """The open frames as they are, on the disk."""
         pixels = self.folder / f"open_{self._new_name()}.safetensors"
-        with _writing(self.folder):
+        with writing(self.folder):
             write_file(pixels, save({"frames": edge}))
             return VideoPart(pixels.name, len(edge), file_sha256(pixels))
 
@@ -181,18 +180,8 @@ class GrowingVideo:
 
     def _settle(self) -> None:
         """Nothing more is shown for now: a video that found its place taken has it at last, or a name of its own."""
-        if self._elsewhere is None:
-            return
-        try:
-            replace_file(self._elsewhere, self.path)
-        except OSError:
-            own = partial_name(self.path, self.path.suffix)
-            with suppress(OSError):
-                self._elsewhere = self._elsewhere.rename(own.with_name(own.name.replace(".partial", "")))
-            log.warning("%s is open in another program: the whole video is %s", self.path, self._elsewhere)
-            return
-        self._elsewhere = None
-        self._commit(replace(self._state, placed_sha256=""))
+        if self._placed.settle():
+            self._commit(replace(self._state, placed_sha256=""))
 
     @staticmethod
     def is_at(folder: Path, path: Path) -> bool:
@@ -279,13 +268,13 @@ class GrowingVideo:
                     writer.write(frames)
         if not writer.num_frames:
             return None
-        with _writing(self.folder):
-            return VideoPart(video.name, writer.num_frames, _flush(video))
+        with writing(self.folder):
+            return VideoPart(video.name, writer.num_frames, flush_file(video))
 
     def _shown(self, state: VideoState, edge: Tensor | None) -> VideoState:
         """The state with all of it published."""
-        cut_off = (self.folder / COMING).exists()  # a video was put in its place that no state has come to say
-        if self.num_shown == state.num_frames and state.num_shown_parts == len(state.parts) and not cut_off:
+        shows_all = self.num_shown == state.num_frames and state.num_shown_parts == len(state.parts)
+        if shows_all and not self._placed.was_cut_off:
             return state
         shown_open = None if edge is None else self._encode([edge], f"open_{self._new_name()}")
         shown = replace(state, num_shown_parts=len(state.parts), shown_open=shown_open)
@@ -293,40 +282,13 @@ class GrowingVideo:
 
     def _published(self, state: VideoState) -> VideoState:
         """The state with the video that it says in its place, or beside it."""
-        sha256 = self._publish(state.shown)
-        placed = "" if self._elsewhere is None else state.placed_sha256 or state.film_sha256
+        sha256 = self._placed.put(state.shown)
+        placed = "" if self._placed.found_its_place else state.placed_sha256 or state.film_sha256
         return replace(state, film_sha256=sha256, placed_sha256=placed)
-
-    def _publish(self, parts: Sequence[VideoPart]) -> str:
-        """Join the parts beside the video's place, move them there, and return their SHA-256."""
-        stem = self.path.with_name(self.path.stem)
-        partial = name_beside(stem, f".partial{self.path.suffix}")
-        newest = name_beside(stem, f".newest{self.path.suffix}")
-        with suppress(OSError):  # ffmpeg would write through a link that somebody has put there
-            partial.unlink()
-        join_videos([(self.folder / part.file, part.num_frames) for part in parts], partial, self._state.fps, self.tags)
-        with _writing(self.path):
-            sha256 = _flush(partial)
-            write_file(self.folder / COMING, sha256.encode("ascii"))
-            try:
-                replace_file(partial, self.path)
-            except PermissionError:  # Windows: a player has it open, which is no reason to stop a run of hours
-                longer = newest
-                try:
-                    os.replace(partial, newest)
-                except PermissionError:  # that too, as a warning named it
-                    longer = partial
-                log.warning("%s is open in another program: the longer video is %s", self.path, longer)
-                self._elsewhere = longer
-            else:
-                self._elsewhere = None
-                with suppress(PermissionError):  # next time
-                    newest.unlink(missing_ok=True)
-        return sha256
 
     def _commit(self, state: VideoState) -> None:
         path = self.folder / "film.json"
-        with _writing(path):
+        with writing(path):
             write_file(path, json.dumps(asdict(state), indent=1).encode("ascii"))
         self._state = state
         self._tidy()
@@ -390,21 +352,3 @@ def cross_fade(earlier: Tensor, later: Tensor, overlap: int) -> Tensor:
 def disk_bytes(num_frames: int, height: int, width: int, overlap: int) -> int:
     """About what a film takes on the disk while it is made: parts, the video and the next one, the open frames."""
     return round(3 * num_frames * height * width * PIXEL_BYTES) + 2 * overlap * height * width * 3
-
-
-def _flush(path: Path) -> str:
-    """Have the disk hold what ffmpeg wrote, and return its SHA-256."""
-    with path.open("r+b") as file:  # Windows flushes only what it may write
-        os.fsync(file.fileno())
-    return file_sha256(path)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Have errors of the system say what cannot be written, as a VideoError."""
-    try:
-        yield
-    except OSError as error:
-        raise VideoError(
-            f"{path} cannot be written ({error.strerror}): check the free space and the rights of that folder"
-        ) from error

@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..system.atomic_files import naming, partial_name, replace_file
+from ..system.output_lock import file_sha256
 from ..system.scratch_folders import scratch_folder
 from .codecs import H264, Codec
 from .sound import Sound
@@ -332,6 +333,24 @@ def check_video(path: str | Path) -> Path:
     if written.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
     return written
+
+
+def flush_file(path: Path) -> str:
+    """Have the disk hold what ffmpeg wrote, and return its SHA-256."""
+    with path.open("r+b") as file:  # Windows flushes only what it may write
+        os.fsync(file.fileno())
+    return file_sha256(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have errors of the system say what cannot be written, as a VideoError."""
+    try:
+        yield
+    except OSError as error:
+        raise VideoError(
+            f"{path} cannot be written ({error.strerror}): check the free space and the rights of that folder"
+        ) from error
 
 
 def _even(frames: Tensor) -> Tensor:
