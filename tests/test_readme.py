@@ -66,6 +66,12 @@ def exact(name: str, limit: str, file: str = "exact_step_h200_2026-11-29.json") 
     return row(found["rows"], name) / float(found["limits"][limit])
 
 
+def by_resident(file: str) -> float:
+    """A step in 2.6 GiB by the resident one."""
+    rows = load(file)["files"][0]["rows"]
+    return row(rows, "480p in 2.6") / row(rows, "480p resident")
+
+
 def form(name: str, beside: str = "fp8, bf16 products") -> float:
     """A step of a form by one of another form."""
     rows = load("quantized_runs_h200_2026-11-28.json")["cases"]
@@ -98,6 +104,9 @@ DERIVED: dict[str, Callable[[], float]] = {
     "1.09": lambda: load("framepack_h200_2026-11-28.json")["cases"][0]["step"] / DERIVED["0.803"](),
     "1.047": lambda: load("framepack_h200_2026-11-29.json")["cases"][0]["step"] / DERIVED["0.801"](),
     "1.041": lambda: exact("480p in 2.6", "81x480x832 bf16", "exact_step_480p_h200_2026-11-29.json"),
+    "1.046": lambda: exact("480p in 2.6", "81x480x832 bf16", "exact_step_first_queries_h200_2026-11-29.json"),
+    "1.038": lambda: by_resident("exact_step_before_first_queries_h200_2026-11-29.json"),
+    "1.028": lambda: by_resident("exact_step_first_queries_h200_2026-11-29.json"),
     "1.000": lambda: exact("720p resident", "81x720x1280 bf16"),
     "1.025": lambda: exact("720p in 4.0", "81x720x1280 bf16"),
     "1.043": lambda: exact("480p fp8_fast", "81x480x832 fp8"),
