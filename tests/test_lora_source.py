@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +24,18 @@ from lowvram_video.wanvideo.request import WanRequest
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from lowvram_video.weights.files.open import open_checkpoint
+from lowvram_video.weights.kernels.row_reference import LARGEST
 from lowvram_video.weights.linear.dialects import plain_dialect
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized
+from lowvram_video.weights.linear.gguf import GGUF_FORMATS, Q8_0, pack_q8_0
+from lowvram_video.weights.linear.int8 import Int8Dequantized
 from lowvram_video.weights.linear.linear import Linear
+from lowvram_video.weights.linear.weight_format import PLAIN, WeightFormat
+from lowvram_video.weights.lora import merge
 from lowvram_video.weights.lora.attach import AttachedLoras
 from lowvram_video.weights.lora.file import LoraChoice, open_lora
 from lowvram_video.weights.lora.merge import requantize
+from lowvram_video.weights.lora.merged_source import MergedSource
 from lowvram_video.weights.lora.update import decomposed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -119,9 +126,57 @@ def test_differences_convolutions_and_dora_are_merged(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_16_bit_weights_beside_a_scale_are_merged_into_too(dtype: torch.dtype, num_scales: int) -> None:
     weight = rand(0, 6, 8)
-    values, scales = requantize(weight, Fp8Dequantized(), dtype, num_scales)
-    assert values.dtype == dtype and torch.equal(values, weight.to(dtype))
+    values = torch.empty(6, 8, dtype=dtype)
+    scales = requantize(weight, Fp8Dequantized(), dtype, num_scales, values)
+    assert torch.equal(values, weight.to(dtype))
     assert scales is not None and torch.equal(scales, torch.ones(num_scales))
+
+
+@pytest.mark.parametrize("num_scales", [1, 24])
+@pytest.mark.parametrize(
+    "form", [PLAIN, Fp8Dequantized(), Int8Dequantized(), GGUF_FORMATS[Q8_0]], ids=lambda form: form.name
+)
+def test_weights_are_stored_again_some_rows_at_a_time(
+    form: WeightFormat, num_scales: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is made on the way is several times as large, and a layer of 14B is 270 MiB in fp32."""
+    weight = rand(1, 24, 64) * torch.logspace(-2, 2, 24)[:, None]
+    dtype = torch.int8 if isinstance(form, Int8Dequantized) else torch.float8_e4m3fn
+    per_row = weight.abs().amax(1, keepdim=True) / LARGEST[dtype]
+    scales = per_row if num_scales > 1 else per_row.max().reshape(1, 1)
+    want = {
+        PLAIN: lambda: weight.clamp(-448, 448).to(dtype),
+        GGUF_FORMATS[Q8_0]: lambda: pack_q8_0(weight),
+    }.get(form, lambda: (weight / scales).round().to(dtype) if dtype == torch.int8 else (weight / scales).to(dtype))()
+    largest: list[int] = []
+
+    def noted(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda rows, *rest: (largest.append(rows.numel()), make(rows, *rest))[1]
+
+    monkeypatch.setattr(merge, "PIECE_ELEMENTS", 5 * 64 + 7)
+    for name in ("quantized", "row_scales", "pack_q8_0", "_cast"):
+        monkeypatch.setattr(merge, name, noted(getattr(merge, name)))
+    values = torch.empty_like(want)
+    made = requantize(weight, form, dtype, num_scales, values)
+    assert torch.equal(values.view(torch.uint8), want.view(torch.uint8)) and max(largest) == 5 * 64
+    if isinstance(form, Fp8Dequantized | Int8Dequantized):
+        assert made is not None and torch.equal(made, scales.flatten())
+    else:
+        assert made is None
+
+
+def test_a_weight_in_fp32_is_changed_where_it_was_read_to() -> None:
+    class Held:
+        tensors = {"a.weight": TensorInfo("a.weight", torch.float32, (6, 8), Path("held"), 0, 192)}
+
+        def read_into(self, name: str, out: Tensor) -> None:
+            out.copy_(rand(2, 6, 8).view(-1).view(torch.uint8))
+
+    out, seen = torch.empty(192, dtype=torch.uint8), []
+    MergedSource(Held(), {"a.weight": lambda dense: (seen.append(dense.data_ptr()), dense.mul_(2))[1]}).read_into(
+        "a.weight", out
+    )
+    assert seen == [out.data_ptr()] and torch.equal(out.view(torch.float32).view(6, 8), 2 * rand(2, 6, 8))
 
 
 def test_decomposed_lengths() -> None:

@@ -72,10 +72,10 @@ class MergedSource:
             packed[SCALE] = raw.view(scale.dtype).view(scale.shape)
         form = format_for(info)
         with self._lock:
-            changed = self._changes[name](form.dequantize(packed, torch.float32).clone())
+            # where it is stored in fp32, that is what was read, and `out`
+            changed = self._changes[name](form.dequantize(packed, torch.float32))
             num_scales = packed[SCALE].numel() if scale is not None else 0
-            values, scales = requantize(changed, form, info.dtype, num_scales)
-            out.view(made.dtype).view(made.shape).copy_(values)
+            scales = requantize(changed, form, info.dtype, num_scales, out.view(made.dtype).view(made.shape))
         if scale is None:
             return torch.empty(0)
         return packed[SCALE] if scales is None else scales.to(scale.dtype)
