@@ -6,43 +6,30 @@ Dao-AILab/flash-attention (3 is its `hopper` folder).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .backend import EXACT_ERROR, EXACT_WORKSPACE, AttentionSpec
-from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_function
+from .backend import EXACT_ERROR, EXACT_WORKSPACE
+from .packaged import PackagedAttention
+from .probe import KernelNeeds, find_function
 
 
-class _FlashAttention(ABC):
+class _FlashAttention(PackagedAttention):
     name: str
     exact = True
     error = EXACT_ERROR
     workspace = EXACT_WORKSPACE
     module: str
-    needs: KernelNeeds
 
-    def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
-        self._machine = machine
-        self._function: Callable[..., Any] | None = None
-
-    def refuse(self, spec: AttentionSpec) -> str | None:
-        """The reasons why this machine or package cannot run `spec`, or None."""
-        if reasons := self.needs.refusals(spec, self._machine):
-            return "; ".join(reasons)
-        try:
-            self._function = find_function(self._machine, self.module, "flash_attn_func", self._how_to_install())
-        except KernelMissing as error:
-            return str(error)
-        return None
+    def _find(self) -> Callable[..., Any]:
+        return find_function(self._machine, self.module, "flash_attn_func", self._how_to_install())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
-        assert self._function is not None, "refuse() decides whether attend() may run"
-        out = self._function(q, k, v, causal=False)
+        out = self.function(q, k, v, causal=False)
         return out[0] if isinstance(out, tuple) else out  # early versions of 3 return the log-sum-exp, too
 
     @abstractmethod

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace
+from .backend import QUANTISED_ERROR, AttentionWorkspace
 from .kitchen import kitchen_function
-from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, with_last_dim_contiguous
+from .packaged import PackagedAttention
+from .probe import KernelNeeds, with_last_dim_contiguous
 
 NEEDS = KernelNeeds(
     lowest=(7, 5),
@@ -22,30 +23,19 @@ NEEDS = KernelNeeds(
 WORKSPACE = AttentionWorkspace(per_query=1.0, per_key=1.0 + 1.0, per_row=1.25)
 
 
-class Int8Attention:
+class Int8Attention(PackagedAttention):
     """`comfy_kitchen.int8_attention`, of unequal lengths too."""
 
     name = "int8_attention"
     exact = False
     error = QUANTISED_ERROR
     workspace = WORKSPACE
+    needs = NEEDS
 
-    def __init__(self, device: object, machine: Machine = THIS_MACHINE) -> None:
-        self._machine = machine
-        self._function: Callable[..., Tensor] | None = None
-
-    def refuse(self, spec: AttentionSpec) -> str | None:
-        """The reasons why this machine or package cannot run `spec`, or None."""
-        if reasons := NEEDS.refusals(spec, self._machine):
-            return "; ".join(reasons)
-        try:
-            self._function = kitchen_function(self._machine, self.name)
-        except KernelMissing as error:
-            return str(error)
-        return None
+    def _find(self) -> Callable[..., Tensor]:
+        return kitchen_function(self._machine, self.name)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]; returns a view [B, Lq, H, D]."""
-        assert self._function is not None, "refuse() decides whether attend() may run"
         q, k, v = (tensor.transpose(1, 2) for tensor in with_last_dim_contiguous(q, k, v))
-        return self._function(q, k, v).transpose(1, 2)
+        return self.function(q, k, v).transpose(1, 2)

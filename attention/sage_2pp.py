@@ -12,7 +12,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .backend import QUANTISED_ERROR, AttentionSpec
+from .backend import QUANTISED_ERROR
+from .packaged import PackagedAttention
 from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_function, with_last_dim_contiguous
 from .sage import WORKSPACE
 
@@ -27,40 +28,32 @@ NEEDS = KernelNeeds(
 SOURCE = '"git+https://github.com/thu-ml/SageAttention.git"'
 
 
-class SageAttention2pp:
+class SageAttention2pp(PackagedAttention):
     """`sageattention.sageattn_qk_int8_pv_fp8_cuda`, by the sums that version 2.2 brought."""
 
     name = "sageattn_2pp"
     exact = False
     error = QUANTISED_ERROR
     workspace = WORKSPACE
+    needs = NEEDS
 
     def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
-        self._machine = machine
-        self._function: Callable[..., Tensor] | None = None
+        super().__init__(device, machine)
         # newer cards have no kernel that scales each thread's rows by themselves, as the package's own choice knows
         self._granularity = "per_warp" if (machine.capability(device) or (0, 0)) >= (12, 0) else "per_thread"
 
-    def refuse(self, spec: AttentionSpec) -> str | None:
-        """The reasons why this machine or package cannot run `spec`, or None."""
-        if reasons := NEEDS.refusals(spec, self._machine):
-            return "; ".join(reasons)
+    def _find(self) -> Callable[..., Tensor]:
         install = f"build version 2.2 with the CUDA toolkit: {self._machine.pip_install(SOURCE)}"
-        try:
-            function = find_function(self._machine, "sageattention", FUNCTION, install)
-        except KernelMissing as error:
-            return str(error)
+        function = find_function(self._machine, "sageattention", FUNCTION, install)
         sums = inspect.signature(function).parameters.get("pv_accum_dtype")
         if sums is None or sums.default != SUMS:
-            return f"sageattention is of a version before 2.2, which has no sums in {SUMS}: {install}"
-        self._function = function
-        return None
+            raise KernelMissing(f"sageattention is of a version before 2.2, which has no sums in {SUMS}: {install}")
+        return function
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
-        assert self._function is not None, "refuse() decides whether attend() may run"
         q, k, v = with_last_dim_contiguous(q, k, v)
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            return self._function(
+            return self.function(
                 q, k, v, tensor_layout="NHD", is_causal=False, qk_quant_gran=self._granularity, pv_accum_dtype=SUMS
             )

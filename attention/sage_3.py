@@ -12,8 +12,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .backend import AttentionSpec, AttentionWorkspace
-from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_function
+from .backend import AttentionWorkspace
+from .packaged import PackagedAttention
+from .probe import KernelNeeds, find_function
 
 NEEDS = KernelNeeds(
     lowest=(10, 0),
@@ -30,34 +31,23 @@ WORKSPACE = AttentionWorkspace(
 )
 
 
-class SageAttention3:
+class SageAttention3(PackagedAttention):
     """`sageattn3.sageattn3_blackwell`."""
 
     name = "sageattn_3"
     exact = False
     error = ERROR
     workspace = WORKSPACE
+    needs = NEEDS
 
-    def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
-        self._machine = machine
-        self._function: Callable[..., Tensor] | None = None
-
-    def refuse(self, spec: AttentionSpec) -> str | None:
-        """The reasons why this machine or package cannot run `spec`, or None."""
-        if reasons := NEEDS.refusals(spec, self._machine):
-            return "; ".join(reasons)
+    def _find(self) -> Callable[..., Tensor]:
         install = f"build it with the CUDA toolkit: {self._machine.pip_install(f'--no-build-isolation {SOURCE}')}"
-        try:
-            self._function = find_function(self._machine, "sageattn3", "sageattn3_blackwell", install)
-        except KernelMissing as error:
-            return str(error)
-        return None
+        return find_function(self._machine, "sageattn3", "sageattn3_blackwell", install)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]; returns a view [B, Lq, H, D]."""
-        assert self._function is not None, "refuse() decides whether attend() may run"
         k = k.clone()  # the package subtracts the mean from k in place
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            return self._function(q, k, v, is_causal=False).transpose(1, 2)
+            return self.function(q, k, v, is_causal=False).transpose(1, 2)

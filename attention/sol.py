@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import AttentionSpec, AttentionWorkspace, BlockChoice
+from .backend import AttentionWorkspace, BlockChoice
 from .kitchen import PACKAGE, kitchen_function
-from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine
+from .packaged import PackagedAttention
+from .probe import THIS_MACHINE, KernelNeeds, Machine
 
 NEEDS = KernelNeeds(
     lowest=(8, 0),
@@ -27,33 +28,26 @@ ALIGNMENT = 8  # elements of a stride; the first one's address is a multiple of 
 WORKSPACE = AttentionWorkspace(per_query=1.2 + 0.2, per_key=2.4 + 0.2, per_row=1.0)
 
 
-class SolAttention:
+class SolAttention(PackagedAttention):
     """`comfy_kitchen.sol_attn`; a `SparseBackend`."""
 
     name = "sol_attn"
     workspace = WORKSPACE
+    needs = NEEDS
 
     def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
-        self._machine = machine
-        self._function: Callable[..., Tensor] | None = None
+        super().__init__(device, machine)
         self._plain: Callable[..., Tensor] | None = None
 
-    def refuse(self, spec: AttentionSpec) -> str | None:
-        """The reasons why this machine or package cannot run `spec`, or None."""
-        if reasons := NEEDS.refusals(spec, self._machine):
-            return "; ".join(reasons)
-        try:
-            self._function = kitchen_function(self._machine, self.name)
-            self._plain = kitchen_function(self._machine, self.name, f"{PACKAGE}.backends.eager.sol_attn")
-        except KernelMissing as error:
-            return str(error)
-        return None
+    def _find(self) -> Callable[..., Tensor]:
+        function = kitchen_function(self._machine, self.name)
+        self._plain = kitchen_function(self._machine, self.name, f"{PACKAGE}.backends.eager.sol_attn")
+        return function
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockChoice) -> Tensor:
         """Attention among `[B, L, H, D]`."""
-        assert self._function is not None, "refuse() decides whether attend() may run"
         q, k, v = (_aligned(tensor) for tensor in (q, k, v))
-        return self._function(q, k, v, **_arguments(blocks))
+        return self.function(q, k, v, **_arguments(blocks))
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockChoice) -> Tensor:
         """The same by the package's plain PyTorch, in fp32; every token has a score with every other in memory."""

@@ -30,7 +30,7 @@ from typing import Any
 import comfyui_steps
 import torch
 from lowvram_video.attention.backend import BLOCK, AttentionSpec, Backend, BlockChoice, SparseBackend
-from lowvram_video.attention.probe import relative_error
+from lowvram_video.attention.probe import THIS_MACHINE, relative_error
 from lowvram_video.attention.select import select_attention, select_sparse
 from lowvram_video.attention.sol import SolAttention
 from lowvram_video.attention.sparse.run import AttentionRun
@@ -63,9 +63,7 @@ class Reference(SolAttention):
     """The package's plain PyTorch, where no GPU is."""
 
     def __init__(self) -> None:
-        super().__init__(
-            torch.device("cpu"), replace(SolAttention.__init__.__defaults__[0], capability=lambda _: (8, 0))
-        )
+        super().__init__(torch.device("cpu"), replace(THIS_MACHINE, capability=lambda _: (8, 0)))
         reason = self.refuse(AttentionSpec(torch.device("cpu"), torch.bfloat16, 128))
         assert reason is None, reason
 
