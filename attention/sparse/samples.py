@@ -94,40 +94,49 @@ def _padded(x: Tensor) -> Tensor:
     """`[L, h, D]` as `[h, parts, length, D]` in fp32, zeros at the end; parts hold whole blocks."""
     tokens, heads, dim = x.shape
     length = -(-tokens // (PARTS * BLOCK)) * BLOCK
-    out = torch.zeros(heads, PARTS * length, dim, device=x.device, dtype=torch.float32)
+    out = torch.empty(heads, PARTS * length, dim, device=x.device, dtype=torch.float32)
     out[:, :tokens] = x.transpose(0, 1)
+    out[:, tokens:] = 0
     return out.view(heads, PARTS, length, dim)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, tokens: int) -> Tensor:
-    """Attention of `q [h, R, D]`; to the first so many of the keys."""
-    scores = q @ keys.flatten(1, 2).transpose(1, 2) / math.sqrt(q.shape[-1])
-    scores[..., tokens:] = -torch.inf
-    weights = scores.softmax(-1).unflatten(2, keys.shape[1:3])  # [h, R, P, L]
-    return (weights.transpose(1, 2) @ values).sum(1)
+    """Attention of `q [h, R, D]`; to the first so many of the keys.
+
+    What there is of every key is written and read as few times as can be: at 32,760 tokens that is its time.
+    """
+    scores = (q / math.sqrt(q.shape[-1]))[:, None] @ keys.transpose(2, 3)  # [h, P, R, L]
+    part, place = divmod(tokens, keys.shape[2])  # of the first key that is none
+    if part < PARTS:
+        scores[:, part, :, place:] = -torch.inf
+        scores[:, part + 1 :] = -torch.inf
+    weights = scores.sub_(scores.amax((1, 3), keepdim=True)).exp_()
+    return (weights @ values).sum(1) / weights.sum((1, 3))[..., None]
 
 
 def _density(q: Tensor, keys: Tensor, queries: Tensor, tokens: int, blocks: BlockChoice) -> Tensor:
     """The share of blocks that the blocks `queries [R]` of `q [L, h, D]` attend exactly, as the choice is defined."""
-    count = -(-tokens // BLOCK)
-    sizes = torch.full((count,), float(BLOCK), device=q.device)
-    sizes[-1:] = tokens - (count - 1) * BLOCK
-    means = keys.flatten(1, 2).unflatten(1, (-1, BLOCK))[:, :count].sum(2) / sizes[:, None]  # [h, N, D]
-    means = means - means.mean(1, keepdim=True)
+    count, last = -(-tokens // BLOCK), (tokens - 1) % BLOCK + 1  # and how many tokens the last one has
+    means = keys.flatten(1, 2).unflatten(1, (-1, BLOCK))[:, :count].sum(2) / BLOCK  # [h, N, D]
+    if last < BLOCK:
+        means[:, -1] *= BLOCK / last
+    means -= means.mean(1, keepdim=True)
     places = (queries[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).clamp_(max=q.shape[0] - 1)
     centres = q.index_select(0, places.flatten()).float().unflatten(0, places.shape).mean(1).transpose(0, 1)
-    scale = LOG2E / math.sqrt(q.shape[-1])
-    scores = centres @ means.transpose(1, 2) * scale  # [h, R, N]
+    centres = centres * (LOG2E / math.sqrt(q.shape[-1]))
+    scores = centres @ means.transpose(1, 2)  # [h, R, N]
     index = torch.arange(count, device=q.device)
-    sinks = (index >= blocks.sinks[0]) & (index < blocks.sinks[1])
+    exact = (queries[:, None] - index).abs() <= 1  # neighbours
+    for place, (start, end) in ((index, blocks.sinks), (queries[:, None], blocks.exact_queries)):
+        if end > start:
+            exact = exact | ((place >= start) & (place < end))
     if blocks.top_k:
-        free = count - (blocks.sinks[1] - blocks.sinks[0])
+        start, end = blocks.sinks
+        free = count - (end - start)
         kept = max(1, min(free - 1, round(blocks.top_k * free)))
-        scores = scores.masked_fill(sinks, -torch.inf)
-        exact = scores >= scores.topk(min(kept, count), dim=-1).values[..., -1:]
+        scores[..., start:end] = -torch.inf
+        chosen = scores >= scores.topk(min(kept, count), dim=-1).values[..., -1:]
     else:
         spread = (centres.square() * means.square().mean(1, keepdim=True)).sum(-1, keepdim=True)
-        exact = scores > blocks.tau * (spread * scale**2 + 1e-6).sqrt()
-    near = (queries[:, None] - index).abs() <= 1
-    whole = (queries >= blocks.exact_queries[0]) & (queries < blocks.exact_queries[1])
-    return (exact | near | sinks | whole[:, None]).float().mean()
+        chosen = scores > blocks.tau * (spread + 1e-6).sqrt()
+    return (chosen | exact).float().mean()
