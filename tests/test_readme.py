@@ -85,12 +85,6 @@ def framepack_limit(file: str) -> float:
     return float(case["products_tflop"] / products + case["attention_tflop"] / attention)
 
 
-def bound_cost(part: str, file: str = "sparse_step_h200_2026-11-29.json") -> float:
-    """Percent of a sparse step that measuring its error takes."""
-    rows = load(file)["parts"][part]
-    return 100 * (row(rows, "sparse top-k 0.15, bound") / row(rows, "sparse top-k 0.15") - 1)
-
-
 def added_by(part: str, rows: list[dict[str, Any]], key: str = "reserved_peak_gib") -> float:
     """GiB that a run with a step cache takes beside an uncached one."""
     return row(rows, part, key) - row(rows, "uncached", key)
@@ -113,10 +107,6 @@ DERIVED: dict[str, Callable[[], float]] = {
     "1.092": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8", "exact_step_480p_h200_2026-11-29.json"),
     "0.975": lambda: exact("480p Q4_K", "81x480x832 bf16", "exact_step_q4_k_h200_2026-11-29.json"),
     "1.004": lambda: exact("480p Q4_K fp8_fast", "81x480x832 fp8", "exact_step_q4_k_h200_2026-11-29.json"),
-    "1.95": lambda: bound_cost("wan 480p"),
-    "1.54": lambda: bound_cost("wan 720p"),
-    "4.39": lambda: bound_cost("framepack 640x608", "sparse_runs_h200_2026-11-29.json"),
-    "1.75": lambda: bound_cost("framepack 960x544", "sparse_runs_h200_2026-11-29.json"),
     "1.014": lambda: 1 / row(load("several_cards_two_h200_2026-11-29.json")["rows"], "480p parked", "speed_up"),
     "0.854": lambda: form("fp8_fast"),
     "0.892": lambda: form("int8"),
