@@ -10,7 +10,8 @@ last one's way back are seen, and the rest hides behind attention where that tak
 Corrected by what two H200s took (`several_cards_two_h200_2026-11-29.json`): 623 and 584 TFLOP/s are what one card's
 passes fit within 2 %. Two cards took longer than half of that and the exchange: 2.9 % of what they compute (less of
 everything at a time, and copies) and `sync_ms` = 1.6 ms a block (waiting for each other), by 720x1280x81 and
-480x832x81 from card to card. At 45 GB/s through RAM both then come out within 1.5 %.
+480x832x81 from card to card. Both are of passes whose groups of heads were as even as can be, packed number by number,
+with the first card's work before the others': what is now less of either is not corrected yet.
 `host_ms` is what one card's thread takes for a block at 480x832x17: threads take turns, so a pass takes at least P
 times as long, which is all of that pass on two cards. Longer videos take more, but their cards take longer still.
 None of this was measured on more than two cards: `benchmarks/several_cards.py` measures.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,15 @@ from .sections import SectionMode
 
 # Modulation: a quarter of all weights, which act on one vector per step.
 MODULATION = ("norm1.linear.", "norm1_context.linear.", "norm.linear.")
+
+
+class Inputs(NamedTuple):
+    """What a card's pass is made of: see `FramePackModel`."""
+
+    noisy: Frames
+    history: History
+    condition: StepCondition
+    image: Tensor | None
 
 
 class StreamedFramePack(StreamedModel[FramePackModel]):
@@ -152,11 +161,14 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
             return self.retrying(lambda: self.model(noisy, history, condition, image, cache))
         several = self.several
 
-        def make(model: StreamedModel[FramePackModel], _: slice) -> Tensor:
-            assert isinstance(model, StreamedFramePack)
-            own = cache if model is self or cache is None else model._followed.setdefault(cache, FollowedCache())
+        def bring(model: StreamedModel[FramePackModel], _: slice) -> Inputs:
             device = model.settings.device
             shown = image if image is None else image.to(device)
-            return model.model(noisy.to(device), history.to(device), condition.to(device), shown, own)
+            return Inputs(noisy.to(device), history.to(device), condition.to(device), shown)
 
-        return self.retrying(lambda: several.run(1, make))
+        def make(model: StreamedModel[FramePackModel], given: Inputs) -> Tensor:
+            assert isinstance(model, StreamedFramePack)
+            own = cache if model is self or cache is None else model._followed.setdefault(cache, FollowedCache())
+            return model.model(*given, own)
+
+        return self.retrying(lambda: several.run(1, bring, make))

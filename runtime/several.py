@@ -39,6 +39,7 @@ class CardModel(Protocol):
 
 
 S = TypeVar("S", bound=CardModel)
+I = TypeVar("I")  # noqa: E741 - what a pass is made of
 
 # What packs and unpacks q, k, v and what attention made takes a block so much longer: hosts' calls of smaller kernels.
 PACKING_SECONDS = 2e-4
@@ -66,6 +67,10 @@ class Several(Generic[S]):
     def num_cards(self) -> int:
         return 1 + len(self.others)
 
+    @property
+    def _models(self) -> Sequence[S]:
+        return [self._first, *self.others]
+
     def start(self, plan: MemoryPlan) -> None:
         """Have the others on their cards as planned; the first is on its own."""
         first, self._plan = self._first, plan
@@ -81,24 +86,29 @@ class Several(Generic[S]):
         for other in self.others:
             other.release()
 
-    def run(self, batch: int, make: Callable[[S, slice], Tensor]) -> Tensor:
-        """A pass over so many samples: `make` is given each card's model and its samples. `[batch, ...]`."""
+    def run(self, batch: int, bring: Callable[[S, slice], I], make: Callable[[S, I], Tensor]) -> Tensor:
+        """A pass over so many samples, `[batch, ...]`: what `make` makes, on each card, of what `bring` brought there.
+
+        `bring` is given each card's model and its samples. It is called before any card computes, as a copy comes
+        behind all that the card which it is from was given before.
+        """
         places = shared_samples(batch, self.num_cards)
+        brought = [bring(model, samples) for model, (samples, _) in zip(self._models, places, strict=True)]
         shares = len(places[0][1]) > 1  # as many cards have each sample
         apart = len(places[0][1]) < self.num_cards
         plan = self._plan
-        assert plan is not None
-        sizes = hidden_sizes(plan, len(places[0][1]))
+        sizes = None if plan is None else hidden_sizes(plan, len(places[0][1]))
+        packs = plan is not None and plan.model.packs_exchange
 
         def run(rank: int) -> Tensor:
-            model = self.others[rank - 1] if rank else self._first
+            model = self._models[rank]
             samples, ranks = places[rank]
-            carrier = InEightBits(model.model.execution.ops) if plan.model.packs_exchange else AS_THEY_ARE
+            carrier = InEightBits(model.model.execution.ops) if packs else AS_THEY_ARE
             model.model.share = self.team.share(rank, ranks, sizes, carrier) if shares else None
             model.model.sample = samples.start if apart else None
             try:
                 with model.limiting_code():
-                    return make(model, samples)
+                    return make(model, brought[rank])
             finally:
                 model.model.share = model.model.sample = None
 

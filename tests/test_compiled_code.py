@@ -233,15 +233,15 @@ def test_another_cards_thread_has_the_limits_that_were_chosen(tmp_path: Path) ->
     model.compile(CompileSettings(backend="eager", cache_size_limit=5, recompile_limit=77))
     assert model.several is not None
 
-    def limits(model: StreamedWan, samples: slice) -> Tensor:
+    def limits(model: StreamedWan, given: None) -> Tensor:
         config = torch._dynamo.config
         return torch.tensor([[config.cache_size_limit, config.accumulated_cache_size_limit]])
 
     before = torch._dynamo.config.cache_size_limit
-    assert model.several.run(2, limits).tolist() == [[5, 77], [5, 77]]
+    assert model.several.run(2, lambda model, samples: None, limits).tolist() == [[5, 77], [5, 77]]
     assert torch._dynamo.config.cache_size_limit == before
     model.compile(None)
-    assert model.several.run(2, limits).tolist()[1][0] == before
+    assert model.several.run(2, lambda model, samples: None, limits).tolist()[1][0] == before
     model.use_cards(())
 
 

@@ -495,6 +495,44 @@ class TestPipeline:
         assert "on 2 cards" in describe(pipeline.plan) and "of each card" in describe(pipeline.plan)
 
 
+class TestInputs:
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_all_are_brought_before_any_card_computes(self, file, batch):
+        """A copy from the first card comes behind all that it was given before: another one would begin that late."""
+        model, done = StreamedWan(file, on_cards(2)), []
+        assert model.several is not None
+        model.start_fitting(model.make_plan(replace(WORK, batch=batch), limits_for(CPU)))
+
+        def bring(card: StreamedWan, samples: slice) -> slice:
+            done.append("brought")
+            return samples
+
+        def make(card: StreamedWan, samples: slice) -> torch.Tensor:
+            done.append("made")
+            return torch.zeros(samples.stop - samples.start)
+
+        model.several.run(batch, bring, make)
+        assert done == 2 * ["brought"] + 2 * ["made"]
+        model.release()
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_no_card_looks_at_another_s_memory_for_a_prompt_that_it_knows(self, file, batch):
+        """It would wait for that card. Hosts make a new tensor of a prompt for every step."""
+        model = StreamedWan(file, on_cards(2))
+        model.start_fitting(model.make_plan(replace(WORK, batch=batch), limits_for(CPU)))
+        latent, time, text = (torch.cat(batch * [each]) for each in inputs())
+        with torch.inference_mode():
+            model(latent, time, text)
+            known = [each._contexts[0][0] for each in (model, *model._others)]
+            for again in (text, text.clone()):
+                model(latent, time, again)
+                parts = model._parts_known(again, None)
+                places = [(part.start, part.stop) for part, _ in shared_samples(batch, 2)]
+                assert all(parts[place][0] is one for place, one in zip(places, known, strict=True))
+            assert [len(each._contexts) for each in (model, *model._others)] == [1, 1]
+        model.release()
+
+
 class TestLinks:
     def test_a_link_that_is_too_slow_is_refused_with_its_figure(self, file):
         """Unless nothing is exchanged: samples on cards of their own."""

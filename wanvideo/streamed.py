@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -50,6 +50,20 @@ NO_PATCHES_CARDS = (
 MAX_CONTEXTS = 4  # prompts remembered at a time
 COPIES = 3  # of a residual in RAM in a pass that is computed: there before it; back and there again after it
 
+_Parts = dict[tuple[int, int], tuple[Tensor, Tensor | None]]  # by the first of some samples and their end
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a card's pass is made of: see `WanModel`; `first` of a batch's samples it has, and what follows."""
+
+    latent: Tensor
+    timestep: Tensor
+    text: Tensor
+    image_tokens: Tensor | None
+    extras: Extras
+    first: int
+
 
 class StreamedWan(StreamedModel[WanModel]):
     """A Wan checkpoint; `vace_module` is a file whose VACE blocks are the model's too."""
@@ -57,6 +71,7 @@ class StreamedWan(StreamedModel[WanModel]):
     config: WanConfig
     _contexts: list[tuple[Tensor, Tensor | None, Context]]
     _dropped: list[tuple[Tensor, Tensor | None]]  # prompts whose contexts had to make room for others
+    _cuts: list[tuple[Tensor, Tensor | None, _Parts]]  # prompts, and what cards have of them
     parts = WeightParts(
         optional=TEXT_KV,
         unstreamed=(NOT_STREAMED,),
@@ -146,15 +161,22 @@ class StreamedWan(StreamedModel[WanModel]):
         def run() -> Tensor:
             if self.several is None:
                 shown = replace(extras, cache=caches.get(0))
-                return self._velocity(latent, timestep, text, image_tokens, shown)
-            return self.several.run(len(latent), make)
+                return self._velocity(Inputs(latent, timestep, text, image_tokens, shown, 0))
+            known = self._parts_known(text, image_tokens)
 
-        def make(model: StreamedModel[WanModel], part: slice) -> Tensor:
+            def bring(model: StreamedModel[WanModel], part: slice) -> Inputs:
+                device = model.settings.device
+                own = text[part], None if image_tokens is None else image_tokens[part]
+                prompt = known.setdefault((part.start, part.stop), own)
+                shown = extras.cut(part).to(device)
+                return Inputs(latent[part].to(device), timestep[part].to(device), *prompt, shown, part.start)
+
+            return self.several.run(len(latent), bring, make)
+
+        def make(model: StreamedModel[WanModel], given: Inputs) -> Tensor:
             assert isinstance(model, StreamedWan)
-            image = None if image_tokens is None else image_tokens[part]
-            own = extras.cut(part).to(model.settings.device)
-            shown = replace(own, cache=model._own_cache(caches.get(part.start), self))
-            return model._velocity(latent[part], timestep[part], text[part], image, shown)
+            cache = model._own_cache(caches.get(given.first), self)
+            return model._velocity(replace(given, extras=replace(given.extras, cache=cache)))
 
         velocity = self.retrying(run)
         for part in self._parts(len(latent)):
@@ -234,11 +256,21 @@ class StreamedWan(StreamedModel[WanModel]):
         table = choose_table(settings, self.config, self.checkpoint.path)
         self.step_cache = StepCache(settings, table)
 
-    def _velocity(
-        self, latent: Tensor, timestep: Tensor, text: Tensor, image_tokens: Tensor | None, extras: Extras
-    ) -> Tensor:
-        device, context = self.settings.device, self.context(text, image_tokens)
-        return self.model(latent.to(device), timestep.to(device), context, extras=self._with_context(extras))
+    def _velocity(self, given: Inputs) -> Tensor:
+        device, context = self.settings.device, self.context(given.text, given.image_tokens)
+        extras = self._with_context(given.extras)
+        return self.model(given.latent.to(device), given.timestep.to(device), context, extras=extras)
+
+    def _parts_known(self, text: Tensor, image_tokens: Tensor | None) -> _Parts:
+        """What cards have of the prompts: the same tensors as long as the prompts are equal.
+
+        By these a card knows its context of before, and need not wait for another's memory to compare them.
+        """
+        for shown, image, parts in self._cuts:
+            if _same(shown, text) and _same(image, image_tokens):
+                return parts
+        self._cuts = [*self._cuts[1 - MAX_CONTEXTS :], (text, image_tokens, {})]
+        return self._cuts[-1][2]
 
     def _with_context(self, extras: Extras) -> Extras:
         """The same, a negative prompt of attention with what is made of it once."""
@@ -283,7 +315,7 @@ class StreamedWan(StreamedModel[WanModel]):
             self.fixed.unload(names)
 
     def forget_contexts(self) -> None:
-        self._contexts, self._dropped = [], []
+        self._contexts, self._dropped, self._cuts = [], [], []
         self.model.forget_angles()
 
     def _drop_contexts(self, num_new: int) -> None:
