@@ -110,11 +110,11 @@ class TestWan:
             "camera": replace(WAN, camera_channels=24),
         }[variant]
         extras = {
-            "vace": Extras(vace_frames=(random_like((1, 96, 3, 4, 6), 5),), vace_strengths=(0.7,)),
-            "reference": Extras(reference=random_like((1, 16, 4, 6), 5)),
-            "camera": Extras(camera=random_like((1, 24, 3, 32, 48), 5)),
+            "vace": Extras(vace_frames=(random_like((1, 96, 3, 8, 6), 5),), vace_strengths=(0.7,)),
+            "reference": Extras(reference=random_like((1, 16, 8, 6), 5)),
+            "camera": Extras(camera=random_like((1, 24, 3, 64, 48), 5)),
         }[variant]
-        latent, text, timestep = random_like((1, 16, 3, 4, 6), 1), random_like((1, 8, 32), 2), torch.tensor([700.0])
+        latent, text, timestep = random_like((1, 16, 3, 8, 6), 1), random_like((1, 8, 32), 2), torch.tensor([700.0])
         models = [wan(1, config) for _ in range(3)]
         with torch.inference_mode():
             expected = models[0](latent, timestep, text, extras=extras)
@@ -418,7 +418,7 @@ class TestFailures:
     @pytest.mark.parametrize("error", [Stumble(), torch.cuda.OutOfMemoryError("full")], ids=["interrupt", "memory"])
     def test_a_failure_at_any_exchange_ends_all(self, culprit, error):
         """At each in turn: its error is raised, nobody hangs, and the next pass is right."""
-        latent, timestep, text = random_like((1, 16, 2, 4, 6), 1), torch.tensor([700.0]), random_like((1, 8, 32), 2)
+        latent, timestep, text = random_like((1, 16, 2, 8, 8), 1), torch.tensor([700.0]), random_like((1, 8, 32), 2)
         models = [wan(2, replace(WAN, num_layers=1)) for _ in range(3)]
         with torch.inference_mode():
             expected = models[0](latent, timestep, text)
