@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from lowvram_video.cli.batch_comfyui import EXAMPLES
+from lowvram_video.demo.files import DEMO_FILES
+from lowvram_video.sampling.caching.tables import PUBLISHED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,6 +82,23 @@ def test_every_folder_with_code_is_packaged() -> None:
     assert listed == wanted
     for folder in folders:
         assert (ROOT / folder / "__init__.py").is_file(), folder
+
+
+def test_what_the_code_reads_of_its_own_folder_is_packaged() -> None:
+    """`pip install .` puts the command line elsewhere, without what is not listed."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    packaged = {
+        path.resolve()
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    demo = [path for path in vars(DEMO_FILES).values() if isinstance(path, Path)]
+    assert not {path.resolve() for path in (PUBLISHED, *demo, *EXAMPLES.glob("*.json"))} - packaged
+    places = {path.relative_to(ROOT).as_posix() for path in sources() if "Path(__file__)" in path.read_text("utf-8")}
+    read = {"cli/batch_comfyui.py", "sampling/caching/tables.py", "demo/files.py"}
+    only_named = {"doctor/bug_report.py", "doctor/apart.py", "system/version.py"}  # the last knows what is installed
+    assert places == read | only_named, "another file finds something by its own place: is that packaged?"
 
 
 def test_imports_go_one_way(house: ModuleType) -> None:
