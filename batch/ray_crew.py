@@ -32,7 +32,7 @@ def import_ray() -> ModuleType:
         import ray
     except ImportError as error:
         raise ValueError(
-            f'Ray is not installed here ({error}): pip install "lowvram-video[ray]" on every machine of the cluster'
+            f'Ray is not installed here ({error}): pip install "ray>=2.9" on every machine of the cluster'
         ) from None
     module: ModuleType = ray
     return module
