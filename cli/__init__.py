@@ -1,1 +1,1 @@
-"""The command line: generate, plan, inspect, convert, demo."""
+"""The command line: a module or two for each command."""
