@@ -404,6 +404,14 @@ def test_incomplete_commands(capsys: pytest.CaptureFixture[str], words: list[str
     assert line.endswith(f"; lowvram-video{command} --help shows what there is")
 
 
+def test_a_flag_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, ["plan", "wan.safetensors", "--vram-budget", "8", "--frame", "5"])
+    assert line == (
+        "lowvram-video plan: unrecognized arguments: --frame 5, did you mean --frames?; "
+        "lowvram-video plan --help shows what there is"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
