@@ -44,7 +44,8 @@ def test_forks_test_on_linux_and_windows_what_make_test_does() -> None:
     torch = re.search(r"^torch==(\S+)", (ROOT / "requirements-dev.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert torch is not None and f"torch=={torch[1]} " in WORKFLOW
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for line in ("ruff check .", "ruff format --check .", "not slow and not comfyui"):
+    types = "mypy --config-file ../../pyproject.toml -p lowvram_video"
+    for line in ("ruff check .", "ruff format --check .", types, "not slow and not comfyui"):
         assert line in WORKFLOW and line in makefile
 
 
