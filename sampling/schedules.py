@@ -140,7 +140,7 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
     for index, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         if not sigma > sigma_next:
             raise ValueError(
-                f"sigmas[{index}] = {sigma} is followed by {sigma_next}; noise levels must strictly decrease. "
-                "Use fewer steps, a milder shift, or sort the list."
+                f"sigmas[{index}] = {round(sigma, 6)} is followed by {round(sigma_next, 6)}; noise levels must "
+                "strictly decrease. Use fewer steps, a milder shift, or sort the list."
             )
     return sigmas

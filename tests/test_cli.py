@@ -324,6 +324,7 @@ def test_models_that_read_clip_features_want_the_model_that_makes_them(
         (["--prompt", ""], "the prompt is empty: say what the video shows"),
         (["--prompt", "  "], "the prompt is empty: say what the video shows"),
         (["--timesteps", "500,1000"], "sigmas[0] = 0.5 is followed by 1.0; noise levels must strictly decrease"),
+        (["--timesteps", "1,2"], "sigmas[0] = 0.001 is followed by 0.002; noise levels must strictly decrease"),
         (["--timesteps", "1,0.5"], "look like sigmas; timesteps are sigma x 1000"),
         (["--timesteps", "1000,many"], "'1000,many' is no list of numbers such as 1000,750,500,250"),
         (["--timesteps", ""], "'' is no list of numbers"),
