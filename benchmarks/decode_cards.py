@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.team.team import Team
+from lowvram_video.vae.files import runs_channels_last, to_channels_last
 from lowvram_video.vae.strips import Strips
 from lowvram_video.video.pictures import to_levels
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
@@ -43,7 +44,10 @@ def random_vae(device: torch.device, tiny: bool) -> WanVAE:
     torch.manual_seed(0)
     config = replace(WAN21_VAE, encoder_dim=8, decoder_dim=8) if tiny else WAN21_VAE
     vae = WanVAE(config, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
-    return vae if device.type == "cpu" else vae.to(memory_format=torch.channels_last_3d)
+    if runs_channels_last(device, vae.dtype):
+        for weight in vae.parameters():
+            weight.data = to_channels_last(weight.data)
+    return vae
 
 
 def wait_for(cards: Sequence[torch.device]) -> None:

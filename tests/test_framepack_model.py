@@ -164,9 +164,10 @@ def test_velocity_is_the_published_one(tiny: tuple[nn.Module, FramePackModel, In
     error = relative(got, want)
     print(f"mean {got.mean():.7f}, std {got.std():.7f}; against diffusers: max relative error {error:.2e}")
     assert got.shape == (1, 16, 3, 10, 6)
-    assert float(got.mean()) == pytest.approx(1.0399456, rel=1e-5)
-    assert float(got.std()) == pytest.approx(3.6813152, rel=1e-5)
-    assert got.flatten()[:4].tolist() == pytest.approx([4.4606423, 2.8179073, 4.3653250, 2.8205264], rel=1e-5)
+    # of one processor: on another one the random weights and the reference's own products round otherwise (5e-5 seen)
+    assert float(got.mean()) == pytest.approx(1.0399456, rel=1e-4)
+    assert float(got.std()) == pytest.approx(3.6813152, rel=1e-4)
+    assert got.flatten()[:4].tolist() == pytest.approx([4.4606423, 2.8179073, 4.3653250, 2.8205264], rel=1e-4)
     assert error <= 1e-5
 
 
