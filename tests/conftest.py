@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-# Streamed, chunked, shared between cards: the same bits, if a row's product is the same whatever rows are beside it. MKL
-# has other kernels for few rows on some processors unless told not to, before PyTorch is imported, here and in children.
+# Streamed, chunked, shared between cards: the same bits, if a row's product is the same whatever rows are beside it. On
+# some processors MKL has other kernels for few rows unless it is told before PyTorch is imported, here and in children.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 MANY_OBJECTS = 100_000  # the suite's own modules and PyTorch's compiler import more, the tests of a module leave fewer

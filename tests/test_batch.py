@@ -124,7 +124,7 @@ def test_a_bad_line_is_refused_before_the_start_and_keep_going_makes_the_rest(
     told = capsys.readouterr().err
     assert f"{path}, line 3: 33x32 cannot be made" in told
     assert "1 of 4 jobs cannot be made, and nothing was begun" in told
-    assert not list((tmp_path / "out").glob("*.mp4")) and made(path) == {}
+    assert not list((tmp_path / "out").glob("*.mp4")) and not path.with_suffix(".results.jsonl").exists()
     assert main(["batch", str(path), "--keep-going"]) == 1
     assert f"{path}, line 3: 33x32 cannot be made" in capsys.readouterr().err
     wanted = {f"clip_{number:02d}.mp4" for number in (0, 1, 3)}

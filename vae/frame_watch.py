@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import torch
@@ -33,11 +34,18 @@ class FrameWatch:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._looks: dict[torch.device, list[Tensor]] = {}  # the least and the largest values: NaN where there is one
+        self._seen: dict[torch.device, tuple[Tensor, Tensor]] = {}  # the least and the largest: NaN where there is one
+        self._alone = threading.Lock()
 
+    @torch.inference_mode()
     def see(self, frames: Tensor) -> None:
-        """Any part of the video, on the device that made it."""
-        self._looks.setdefault(frames.device, []).extend(torch.aminmax(frames))
+        """Any part of the video, on the device that made it; any thread's."""
+        look = torch.aminmax(frames)
+        with self._alone:
+            # In place: what stayed of each part would lie between the parts' own memory, and so keep that.
+            least, most = self._seen.setdefault(frames.device, (look.min, look.max))
+            torch.minimum(least, look.min, out=least)
+            torch.maximum(most, look.max, out=most)
 
     def over(self, finish: Finish) -> Finish:
         """The same for pieces, which are seen first."""
@@ -50,7 +58,7 @@ class FrameWatch:
 
     def end(self) -> None:
         """Judge all that was seen. BadFrames, with what is likely wrong."""
-        if all(bool(torch.stack(looks).isfinite().all()) for looks in self._looks.values()):
+        if all(bool(torch.stack(seen).isfinite().all()) for seen in self._seen.values()):
             return
         config = self._decoder.config
         cause = f"{FP16_ENDS}, or " if self._decoder.dtype == torch.float16 else ""
