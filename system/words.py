@@ -12,12 +12,13 @@ WORD = torch.complex128  # 16 bytes
 
 
 def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Views `[..., n]` of words, where the last dimension of every tensor consists of such; else the tensors."""
-    return tuple(each.view(WORD) for each in tensors) if all(map(_is_of_words, tensors)) else tensors
+    """Views `[..., n]` of words, where all are of one dtype and their last dimensions of such; else the tensors."""
+    is_one_dtype = len({each.dtype for each in tensors}) == 1
+    return tuple(each.view(WORD) for each in tensors) if is_one_dtype and all(map(_is_of_words, tensors)) else tensors
 
 
 def copy_in_words(x: Tensor, out: Tensor) -> None:
-    """`out = x`, of one shape and dtype."""
+    """`out = x`, of one shape; another dtype, as foreign functions may return, is converted."""
     if not torch.compiler.is_compiling():  # compiled code has copies of its own
         x, out = in_words(x, out)
     out.copy_(x)

@@ -8,6 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.fused.eager import EagerOps
+from lowvram_video.system.words import copy_in_words
 from lowvram_video.transformer import workspace
 from lowvram_video.transformer.workspace import Execution, Rows, Workspace
 from lowvram_video.wanvideo.checkpoint import official_names
@@ -157,6 +158,14 @@ def test_what_groups_of_heads_attended_is_copied_in_words_of_16_bytes(head_dim: 
         got = work.attend(q, [(k, v)])
     assert torch.equal(got, want)
     assert copied.dtypes == 2 * [torch.complex128 if head_dim == 8 else torch.bfloat16]  # 6 of 2 bytes are no words
+
+
+def test_what_is_attended_in_another_dtype_is_converted() -> None:
+    """A function of another pack may return such: fp16 has as many bytes as bf16, but other bits."""
+    for dtype in (torch.float16, torch.float32):
+        attended, q = torch.randn(10, 16).to(dtype), torch.empty(10, 16, dtype=torch.bfloat16)
+        copy_in_words(attended, q)
+        assert q.equal(attended.bfloat16())
 
 
 class CountingOps(EagerOps):
