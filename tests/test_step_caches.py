@@ -34,7 +34,7 @@ from lowvram_video.sampling.caching.tables import (
     read_table,
 )
 from lowvram_video.sampling.schedules import flow_sigmas
-from lowvram_video.transformer.block_cache import run_cached, with_room
+from lowvram_video.transformer.block_cache import FollowedCache, run_cached, with_room
 from lowvram_video.wanvideo.footprint import WanFootprint, WanWork, wan_work
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
@@ -616,6 +616,13 @@ def test_what_is_no_table_is_told(tmp_path: Path, content: str) -> None:
         read_table(path)
     with pytest.raises(TableError, match=r"gone\.json: No such file"):
         read_table(tmp_path / "gone.json")
+
+
+def test_a_card_that_follows_keeps_what_blocks_added_in_the_dtype_that_it_computes_in() -> None:
+    """A run that goes on in bf16 left fp16 because its numbers end."""
+    cache = FollowedCache(residual=torch.zeros(4, 8, dtype=torch.float16))
+    assert cache.room((4, 8), torch.bfloat16, torch.device("cpu")).dtype == torch.bfloat16
+    assert cache.residual is None
 
 
 @pytest.mark.parametrize(

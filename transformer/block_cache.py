@@ -105,7 +105,7 @@ class FollowedCache:
 
     def room(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         held = self.residual
-        if held is not None and held.shape == shape:
+        if held is not None and (held.shape, held.dtype) == (shape, dtype):
             return held
         self.residual = None  # before another is made: no plan has room for both
         return self.make_room(shape, dtype=dtype, device=device)
