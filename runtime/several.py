@@ -39,7 +39,7 @@ class CardModel(Protocol):
 
 
 S = TypeVar("S", bound=CardModel)
-I = TypeVar("I")  # noqa: E741 - what a pass is made of
+B = TypeVar("B")  # what is brought for a pass
 
 # What packs and unpacks q, k, v and what attention made takes a block so much longer: hosts' calls of smaller kernels.
 PACKING_SECONDS = 2e-4
@@ -86,7 +86,7 @@ class Several(Generic[S]):
         for other in self.others:
             other.release()
 
-    def run(self, batch: int, bring: Callable[[S, slice], I], make: Callable[[S, I], Tensor]) -> Tensor:
+    def run(self, batch: int, bring: Callable[[S, slice], B], make: Callable[[S, B], Tensor]) -> Tensor:
         """A pass over so many samples, `[batch, ...]`: what `make` makes, on each card, of what `bring` brought there.
 
         `bring` is given each card's model and its samples. It is called before any card computes, as a copy comes
@@ -97,7 +97,7 @@ class Several(Generic[S]):
         shares = len(places[0][1]) > 1  # as many cards have each sample
         apart = len(places[0][1]) < self.num_cards
         plan = self._plan
-        sizes = None if plan is None else hidden_sizes(plan, len(places[0][1]))
+        sizes = hidden_sizes(plan, len(places[0][1])) if plan is not None and shares else None
         packs = plan is not None and plan.model.packs_exchange
 
         def run(rank: int) -> Tensor:

@@ -40,6 +40,7 @@ from lowvram_video.sampling.caching.step_cache import StepCache
 from lowvram_video.system.card_links import slowest_link
 from lowvram_video.system.sizes import in_gb
 from lowvram_video.team.exchange import Exchange
+from lowvram_video.team.hiding import hiding_sizes
 from lowvram_video.team.team import Team
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.transformer.together import CardsTogether
@@ -558,6 +559,17 @@ class TestLinks:
         assert slow is not None and len(slow) > 2 and max(slow[0], slow[-1]) < max(slow)
         assert three is not None and sum(three) == 14  # of 40, a card with the most has so many
         assert sizes(clip, None) is None
+
+    def test_cards_that_exchange_nothing_look_for_no_groups(self, file):
+        """There are 92,171 ways to have 40 heads in groups, and none of them counts."""
+        model = StreamedWan(file, on_cards(2))
+        limits = replace(limits_for(CPU), link_gbps=300.0)
+        model.start_fitting(model.make_plan(replace(WORK, batch=2), limits))
+        before = hiding_sizes.cache_info()
+        with torch.inference_mode():
+            model(*inputs(2))
+        assert hiding_sizes.cache_info() == before
+        model.release()
 
     def test_no_group_is_larger_than_the_plan_has_room_for(self):
         plan = plan_shared(FP8, LONG_480P, gpu_limits(80, link_gbps=320.0), 2)
