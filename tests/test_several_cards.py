@@ -54,6 +54,7 @@ from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.lora.file import LoraChoice
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .loras import make_factors, save_lora
 from .test_pipeline import latent_of
@@ -532,6 +533,33 @@ class TestInputs:
                 assert all(parts[place][0] is one for place, one in zip(places, known, strict=True))
             assert [len(each._contexts) for each in (model, *model._others)] == [1, 1]
         model.release()
+
+    def test_of_prompts_that_take_turns_none_is_compared_to_find_the_same_tensor(self, file):
+        """To compare them each pass, and each other card, would wait for the card that they are on."""
+        model = StreamedWan(file, on_cards(2))
+        model.start_fitting(model.make_plan(replace(WORK, passes_per_step=2), limits_for(CPU)))
+        latent, time, text = inputs()
+        texts, cards = (text, -text), (model, *model._others)
+        with torch.inference_mode():
+            for each in texts:
+                model(latent, time, each)
+            known = [[context for _, _, context in card._contexts] for card in cards]
+            with Compared() as compared:
+                parts = [model._parts_known(each, None)[0, 1] for each in texts]
+                assert [[card.context(*part) for part in parts] for card in cards] == known
+                assert compared.count == 0
+                assert model._parts_known(text.clone(), None)[0, 1] is parts[0] and compared.count == 1
+        model.release()
+
+
+class Compared(TorchFunctionMode):
+    """How often this thread asked whether tensors are equal."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.Tensor.equal
+        return func(*args, **(kwargs or {}))
 
 
 class TestLinks:

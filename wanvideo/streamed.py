@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,6 +50,7 @@ NO_PATCHES_CARDS = (
 MAX_CONTEXTS = 4  # prompts remembered at a time
 COPIES = 3  # of a residual in RAM in a pass that is computed: there before it; back and there again after it
 
+K = TypeVar("K")  # what is known of a prompt
 _Parts = dict[tuple[int, int], tuple[Tensor, Tensor | None]]  # by the first of some samples and their end
 
 
@@ -266,11 +267,11 @@ class StreamedWan(StreamedModel[WanModel]):
 
         By these a card knows its context of before, and need not wait for another's memory to compare them.
         """
-        for shown, image, parts in self._cuts:
-            if _same(shown, text) and _same(image, image_tokens):
-                return parts
-        self._cuts = [*self._cuts[1 - MAX_CONTEXTS :], (text, image_tokens, {})]
-        return self._cuts[-1][2]
+        parts = _find(self._cuts, text, image_tokens)
+        if parts is None:
+            parts = {}
+            self._cuts = [*self._cuts[1 - MAX_CONTEXTS :], (text, image_tokens, parts)]
+        return parts
 
     def _with_context(self, extras: Extras) -> Extras:
         """The same, a negative prompt of attention with what is made of it once."""
@@ -284,9 +285,9 @@ class StreamedWan(StreamedModel[WanModel]):
 
         `embedded` text is one that the network need not embed any more.
         """
-        for known_text, known_image, context in self._contexts:
-            if _same(known_text, text) and _same(known_image, image_tokens):
-                return context
+        known = _find(self._contexts, text, image_tokens)
+        if known is not None:
+            return known
         self._drop_contexts(len(text))
         device = self.settings.device
         if embedded:
@@ -372,6 +373,14 @@ def _less_pinned(limits: Limits, nbytes: int) -> Limits:
     """What the blocks may have pinned beside residuals of so many bytes."""
     cap = limits.pinned_cap_bytes
     return limits if cap is None else replace(limits, pinned_cap_bytes=max(0, cap - nbytes))
+
+
+def _find(known: Sequence[tuple[Tensor, Tensor | None, K]], text: Tensor, image_tokens: Tensor | None) -> K | None:
+    """What is known of a prompt. The same tensors are looked for first: to compare others is to wait for a device."""
+    for one, image, found in known:
+        if one is text and image is image_tokens:
+            return found
+    return next((found for one, image, found in known if _same(one, text) and _same(image, image_tokens)), None)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
