@@ -352,8 +352,9 @@ class Workspace:
     ) -> Tensor:
         """Attention of the rows `span`, whose queries are `q [rows, dim]`, to each (k, v) of all samples, summed.
 
-        `[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own. `attend` is the backend's where
-        there is none. Where queries are streamed, or with `all_heads` at once, the rows are one sample's.
+        `[rows, dim]`: q's bytes where heads go in groups, else, or with `all_heads` at once, a tensor of its own.
+        `attend` is the backend's where there is none. Where queries are streamed, or with `all_heads`, the rows are
+        one sample's.
         """
         if self.streams_queries or all_heads:
             sample = span.start * self.rows.batch // self.num_rows
