@@ -95,7 +95,7 @@ class FramePackSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "gpu_memory_preservation", default=0.0, min=0.0, max=128.0, step=0.25,
-                    tooltip="GB of VRAM that stay free for others: a hard limit, beside Block Swap's if that is "
+                    tooltip="GiB of VRAM that stay free for others: a hard limit, beside Block Swap's if that is "
                     "tighter. 0: planned from what is free, or as Block Swap says.",
                 ),
                 io.Combo.Input("sampler", options=list(SAMPLERS), default="unipc_bh1", tooltip="FramePack's first."),

@@ -60,7 +60,7 @@ class StepCacheNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "residuals", options=list(PLACES), default=AUTO,
-                    tooltip="Where what the blocks added is kept between steps, about 0.3 GB per prompt at 832x480x81 "
+                    tooltip="Where what the blocks added is kept between steps, about 0.3 GiB per prompt at 832x480x81 "
                     "with 14B: in VRAM, in RAM, or as the plan says.", extra_dict=ADVANCED,
                 ),
             ],

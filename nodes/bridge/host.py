@@ -180,7 +180,7 @@ def vram_without(preserved_gb: float, device: torch.device) -> float:
     total = mm.get_total_memory(device) / GIB
     if preserved_gb >= total:
         raise ValueError(
-            f"gpu_memory_preservation is {preserved_gb:g} GB, but the device has {total:.1f} GiB in all: use less, or "
+            f"gpu_memory_preservation is {preserved_gb:g} GiB, but the device has {total:.1f} GiB in all: use less, or "
             "0 to plan from what is free"
         )
     return float(total - preserved_gb)
