@@ -17,7 +17,7 @@ from ..framepack.checkpoint import MODEL_TYPES
 from ..framepack.footprint import SectionSize
 from ..framepack.inputs import Encoders, Inputs
 from ..framepack.pipeline import FramePackPipeline
-from ..framepack.request import SAMPLERS, EncodedInputs, Interpolation, Sampling
+from ..framepack.request import NUM_STEPS, SAMPLERS, EncodedInputs, Interpolation, Sampling
 from ..framepack.run.run import FramePackRun
 from ..framepack.sections import (
     FRAMES_PER_LATENT,
@@ -59,7 +59,7 @@ from .settings_tag import settings_tags
 logger = logging.getLogger(__name__)
 
 # As lllyasviel/FramePack's own demos have them, for base and F1.
-NUM_STEPS, DISTILLED_GUIDANCE, TEACACHE, WINDOW, SECONDS = 25, 10.0, 0.15, 9, 5.0
+DISTILLED_GUIDANCE, TEACACHE, WINDOW, SECONDS = 10.0, 0.15, 9, 5.0
 SIZE = (640, 608)  # of a video without a picture
 
 ONE_MODEL = "FramePack has one model for all noise levels"

@@ -20,7 +20,7 @@ from .timed_prompts import TimedPrompt
 # start's strength; or gliding from one to the other along the video.
 Interpolation = Literal["disabled", "weighted_average", "linear"]
 
-MAX_STEPS = 1000
+NUM_STEPS, MAX_STEPS = 25, 1000  # the first as FramePack's own demos have it
 MOST = 1000.0  # of a number by which something is multiplied: what is more makes no picture
 NEGATIVE = "negative"  # the name of that prompt among `EncodedInputs.prompts_to_make`
 SAMPLERS = ("unipc_bh1", "unipc_bh2", "euler", "dpm++_2m")  # the first is FramePack's own
@@ -38,7 +38,7 @@ class Sampling:
     seconds: float = 5.0
     mode: SectionMode = "base"
     window: int = 9
-    num_steps: int = 30
+    num_steps: int = NUM_STEPS
     sampler: str = "unipc_bh1"
     guidance: float = 10.0
     cfg: float = 1.0

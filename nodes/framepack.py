@@ -11,7 +11,7 @@ from comfy_api.latest import InputImpl, io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..framepack.request import SAMPLERS
+from ..framepack.request import NUM_STEPS, SAMPLERS
 from ..framepack.run.run import FramePackRun
 from ..video.growing_video import GrowingVideo
 from ..video.tags import Tags
@@ -69,7 +69,7 @@ class FramePackSampler(io.ComfyNode):
                     tooltip="Latents per section: 4 frames each. 9 is what FramePack was trained with; fewer take "
                     "less memory.",
                 ),
-                io.Int.Input("steps", default=30, min=1, max=200, tooltip="Per section. 25 to 30 are usual."),
+                io.Int.Input("steps", default=NUM_STEPS, min=1, max=200, tooltip="Per section. 25 to 30 are usual."),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1,
                     tooltip="FramePack is distilled: 1. Above 1 the negative prompt counts, and steps take twice as "

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lowvram_video.cli import framepack, framepack_run
-from lowvram_video.cli.framepack import _size
+from lowvram_video.cli.framepack import _sampling, _size
 from lowvram_video.cli.main import main, make_parser
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel
@@ -226,6 +226,11 @@ def test_sections_are_those_of_the_encoders_and_the_loop_by_hand(
     assert len(made) == len(wanted) == 2
     for ours, theirs in zip(made, wanted, strict=True):
         assert torch.equal(ours, theirs.latents)
+
+
+def test_what_is_not_given_is_as_in_the_node() -> None:
+    options = make_parser().parse_args(["generate", "--model", "framepack.safetensors", "--prompt", PROMPT])
+    assert _sampling(options, "base") == Sampling()
 
 
 def test_f1_is_told_by_the_file_and_makes_another_video(files: Files, f1: Files, tmp_path: Path) -> None:

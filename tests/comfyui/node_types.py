@@ -75,7 +75,7 @@ NODE_TYPES: dict[str, NodeType] = {
         {
             "total_second_length": 5.0,
             "latent_window_size": 9,
-            "steps": 30,
+            "steps": 25,
             "cfg": 1.0,
             "guidance_scale": 10.0,
             "shift": 0.0,

@@ -22,6 +22,7 @@ from lowvram_pack.attention.sdpa import Sdpa
 from lowvram_pack.framepack.checkpoint import ROPE_AXES_KEY
 from lowvram_pack.framepack.network.config import FramePackConfig
 from lowvram_pack.framepack.network.model import FramePackModel
+from lowvram_pack.framepack.request import Sampling
 from lowvram_pack.framepack.streamed import StreamedFramePack
 from lowvram_pack.memory.stream.streams import Span
 from lowvram_pack.nodes.block_swap import BlockSwap
@@ -110,6 +111,16 @@ def test_a_video_of_three_sections(model: Any) -> None:
     assert torch.allclose(samples[:, :, :1], given()["start_latent"]["samples"], atol=1e-6)
     assert torch.equal(samples, run(model))
     assert not torch.equal(samples, run(model, seed=4))
+
+
+def test_a_new_node_asks_for_what_the_command_line_does() -> None:
+    asked = {each.id: getattr(each, "default", None) for each in FramePackSampler.GET_SCHEMA().inputs}
+    sampling = Sampling()
+    assert asked["steps"] == sampling.num_steps
+    assert asked["total_second_length"] == sampling.seconds
+    assert asked["latent_window_size"] == sampling.window
+    assert asked["guidance_scale"] == sampling.guidance
+    assert asked["teacache_rel_l1_thresh"] == sampling.cache_threshold
 
 
 def test_the_f1_model_is_told_by_its_name(models: Path) -> None:
