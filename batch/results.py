@@ -82,11 +82,10 @@ class Results:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_empty = self._file.tell() == 0  # nothing was begun, and nothing ever was
         try:
             self._file.close()  # which writes once more on a full disk
-            if is_empty:
-                self.path.unlink(missing_ok=True)
+            if self.path.is_file() and not self.path.stat().st_size:  # nothing was begun, and nothing ever was
+                self.path.unlink()
         finally:
             self._lock.remove()
 

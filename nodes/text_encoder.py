@@ -21,7 +21,8 @@ class LoadClipGGUF(io.ComfyNode):
             node_id="LowVRAMLoadClipGGUF",
             display_name="CLIP Loader (Low VRAM)",
             description="Loads Wan's text encoder (umt5-xxl) from a safetensors or GGUF file as an ordinary CLIP. Its "
-            "weights stay on the disk: while a prompt is encoded two of its 24 blocks are in RAM, as they are stored.",
+            "weights stay on the disk: while a prompt is encoded about two of its tensors are in RAM, as they are "
+            "stored.",
             search_aliases=[
                 "clip gguf", "gguf", "umt5", "text encoder", "load clip", "clip loader gguf", "t5 gguf",
                 "out of memory", "low vram",

@@ -334,6 +334,15 @@ def test_two_batches_do_not_write_one_file_of_results(tmp_path: Path, capsys: py
     assert "is being written by another batch" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such devices")
+def test_a_device_in_the_place_of_results_stays(tmp_path: Path) -> None:
+    path = tmp_path / "null"
+    path.symlink_to(os.devnull)
+    with Results(path):
+        pass
+    assert path.is_symlink()
+
+
 def test_half_a_first_line_does_not_keep_a_batch_from_going_on(tmp_path: Path) -> None:
     path = tmp_path / "a.results.jsonl"
     path.write_bytes(b'{"out')  # as a full disk leaves it
