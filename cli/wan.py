@@ -194,8 +194,12 @@ def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile
     writer = VideoWriter(output, options.fps or pipeline.defaults.fps, tags=settings_tags(options))
     try:
         with writer:
-            for frames in pipeline.generate(_request(options)):
-                writer.write(frames)
+            try:
+                for frames in pipeline.generate(_request(options)):
+                    writer.write(frames)
+            except BadFrames:
+                writer.discard()
+                raise
     except KeyboardInterrupt:
         shown = f"{output} holds the {writer.num_frames} frames made so far" if writer.num_frames else ""
         _note(pipeline, writer, key)

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import torch
 from lowvram_video.cli.main import main
 from lowvram_video.cli.progress import TerminalProgress
+from lowvram_video.vae.frame_watch import BadFrames
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
@@ -446,6 +447,18 @@ def test_what_ends_a_run_early_is_one_line(
     *phases, line = capsys.readouterr().err.splitlines()
     assert all(re.fullmatch(r"\w+: \d+\.\d s", phase) for phase in phases)
     assert line.startswith("lowvram-video: ") and words in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_frames_that_are_no_numbers_are_no_video(
+    files: WanFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def black(*_: object) -> Iterator[Tensor]:
+        yield torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
+        raise BadFrames("decoded frames have NaN")
+
+    monkeypatch.setattr("lowvram_video.wanvideo.pipeline.WanPipeline.generate", black)
+    assert "decoded frames have NaN" in refusal(capsys, arguments(files, tmp_path / "a.mp4"))
     assert os.listdir(tmp_path) == []
 
 
