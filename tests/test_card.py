@@ -430,8 +430,8 @@ def test_an_h200_predicts_its_measured_steps(monkeypatch: pytest.MonkeyPatch) ->
     near = [one for one in computed if abs(one.off_percent) <= 10]
     far = sorted(-one.off_percent for one in computed if one not in near)
     readme = " ".join((CARDS.parents[1] / "README.md").read_text(encoding="utf-8").split())
-    assert f"{len(near)} of the {len(computed)} steps that are kept here are told within 10 %" in readme
-    assert f"of 17-frame clips {far[0]:.0f} to {far[-1]:.0f} % too little is told" in readme
+    assert f"{len(near)} of the {len(computed)} steps that were measured here are predicted within 10 %" in readme
+    assert f"those of 17-frame clips {far[0]:.0f} to {far[-1]:.0f} % too short" in readme
 
 
 def test_auto_attention_is_what_was_fastest_here() -> None:
