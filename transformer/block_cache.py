@@ -104,11 +104,18 @@ class FollowedCache:
         raise AssertionError("asked of the first card's cache")
 
     def room(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-        held = self.residual
-        if held is not None and (held.shape, held.dtype) == (shape, dtype):
-            return held
-        self.residual = None  # before another is made: no plan has room for both
-        return self.make_room(shape, dtype=dtype, device=device)
+        return room_of(self, shape, dtype, device, self.make_room)
+
+
+def room_of(
+    cache: BlockCache, shape: Shape, dtype: torch.dtype, device: torch.device, make_room: Callable[..., Tensor]
+) -> Tensor:
+    """`BlockCache.room`: the bytes of the last residual where they suit, else new ones."""
+    held = cache.residual
+    if held is not None and (held.shape, held.dtype) == (shape, dtype):
+        return held
+    cache.residual = None  # before another is made: no plan has room for both
+    return make_room(shape, dtype=dtype, device=device)
 
 
 def probed_step(num_tokens: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...transformer.block_cache import room_of
 from .rules import Rule
 
 MakeRoom = Callable[..., Tensor]  # as torch.empty, by a shape, `dtype` and `device`
@@ -63,11 +64,7 @@ class PassCache:
 
     def room(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Bytes for the residual, those of the last one where they suit."""
-        held = self.residual
-        if held is not None and (held.shape, held.dtype) == (shape, dtype):
-            return held
-        self.residual = None  # before another is made: no plan has room for both
-        return self._make_room(shape, dtype=dtype, device=device)
+        return room_of(self, shape, dtype, device, self._make_room)
 
     @property
     def _may_skip(self) -> bool:
