@@ -17,8 +17,9 @@ from ..memory.stream.pinned import Registrar
 from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
 from ..runtime.streamed import StreamedModel
+from ..sampling.caching.followed_cache import FollowedCache
 from ..sampling.schedules import NUM_TRAIN_TIMESTEPS
-from ..transformer.block_cache import BlockCache, FollowedCache
+from ..transformer.block_cache import BlockCache
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases

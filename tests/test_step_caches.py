@@ -19,6 +19,7 @@ from lowvram_video.cli.main import main, make_parser
 from lowvram_video.memory.plan.footprint import GIB, Limits
 from lowvram_video.memory.plan.plan import PlanError
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.sampling.caching.followed_cache import FollowedCache
 from lowvram_video.sampling.caching.measure import Change, MeasuredPass, fit_teacache
 from lowvram_video.sampling.caching.moments import Moment, moment_of
 from lowvram_video.sampling.caching.pass_cache import PassCache
@@ -34,7 +35,7 @@ from lowvram_video.sampling.caching.tables import (
     read_table,
 )
 from lowvram_video.sampling.schedules import flow_sigmas
-from lowvram_video.transformer.block_cache import FollowedCache, run_cached, with_room
+from lowvram_video.transformer.block_cache import run_cached, with_room
 from lowvram_video.wanvideo.footprint import WanFootprint, WanWork, wan_work
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
@@ -620,7 +621,8 @@ def test_what_is_no_table_is_told(tmp_path: Path, content: str) -> None:
 
 def test_a_card_that_follows_keeps_what_blocks_added_in_the_dtype_that_it_computes_in() -> None:
     """A run that goes on in bf16 left fp16 because its numbers end."""
-    cache = FollowedCache(residual=torch.zeros(4, 8, dtype=torch.float16))
+    cache = FollowedCache()
+    cache.residual = torch.zeros(4, 8, dtype=torch.float16)
     assert cache.room((4, 8), torch.bfloat16, torch.device("cpu")).dtype == torch.bfloat16
     assert cache.residual is None
 

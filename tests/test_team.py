@@ -21,6 +21,7 @@ from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepNag
 from lowvram_video.fused.eager import EagerOps
+from lowvram_video.sampling.caching.followed_cache import FollowedCache
 from lowvram_video.sampling.caching.framepack import TeaCache
 from lowvram_video.team.carriers import AS_THEY_ARE, Carrier, InEightBits, packed
 from lowvram_video.team.heads import AttendMany, HeadExchange
@@ -29,7 +30,6 @@ from lowvram_video.team.mail import Mail, TeamError, TeamStopped
 from lowvram_video.team.spans import even_spans, group_sizes, head_spans, length, run_length
 from lowvram_video.team.streams import wait_until_idle
 from lowvram_video.team.team import Team
-from lowvram_video.transformer.block_cache import FollowedCache
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import Extras, WanModel

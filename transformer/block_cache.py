@@ -92,32 +92,6 @@ def run_cached(
     cache.residual = kept
 
 
-@dataclass
-class FollowedCache:
-    """What blocks added to one card's rows, of several; whether to add it again is asked of the first card's cache."""
-
-    probes: bool = False
-    make_room: Callable[..., Tensor] = torch.empty
-    residual: Tensor | None = None
-
-    def reuse(self, signal: Tensor) -> bool:
-        raise AssertionError("asked of the first card's cache")
-
-    def room(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return room_of(self, shape, dtype, device, self.make_room)
-
-
-def room_of(
-    cache: BlockCache, shape: Shape, dtype: torch.dtype, device: torch.device, make_room: Callable[..., Tensor]
-) -> Tensor:
-    """`BlockCache.room`: the bytes of the last residual where they suit, else new ones."""
-    held = cache.residual
-    if held is not None and (held.shape, held.dtype) == (shape, dtype):
-        return held
-    cache.residual = None  # before another is made: no plan has room for both
-    return make_room(shape, dtype=dtype, device=device)
-
-
 def probed_step(num_tokens: int) -> int:
     """One in so many tokens of a sample is looked at."""
     return -(-num_tokens // PROBED_ROWS)

@@ -20,10 +20,11 @@ from ..runtime.host_weights import WeightParts
 from ..runtime.settings import RunSettings
 from ..runtime.several import shared_samples
 from ..runtime.streamed import StreamedModel
+from ..sampling.caching.followed_cache import FollowedCache
 from ..sampling.caching.pass_cache import PassCache
 from ..sampling.caching.settings import StepCacheSettings
 from ..sampling.caching.step_cache import Prompts, StepCache
-from ..transformer.block_cache import BlockCache, FollowedCache
+from ..transformer.block_cache import BlockCache
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.lora.file import LoraChoice
 from ..weights.lora.names import Aliases

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...transformer.block_cache import room_of
+from .residual import MakeRoom, Residual
 from .rules import Rule
 
-MakeRoom = Callable[..., Tensor]  # as torch.empty, by a shape, `dtype` and `device`
 
-
-class PassCache:
+class PassCache(Residual):
     """A `BlockCache` (see `transformer/block_cache.py`) that decides by a rule.
 
     Each prompt needs one: signals and residuals differ. Say by `begin` where a pass is; however often that pass is run
@@ -23,8 +20,8 @@ class PassCache:
     """
 
     def __init__(self, rule: Rule, threshold: float, max_skips: int = 0, make_room: MakeRoom = torch.empty) -> None:
+        super().__init__(make_room)
         self.rule, self.threshold, self.max_skips = rule, threshold, max_skips
-        self._make_room = make_room
         self.reset()
 
     @property
@@ -33,7 +30,7 @@ class PassCache:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.residual: Tensor | None = None  # what the blocks added at the last computed pass, [rows, dim]
+        self.residual = None
         self._place, self._allowed = 0.0, False
         self._forced: bool | None = None
         self._decided: float | None = None  # the place that `reused` is of
@@ -61,10 +58,6 @@ class PassCache:
         self._skips = self._skips + 1 if reuse else 0
         self._decided, self.reused = self._place, reuse
         return reuse
-
-    def room(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Bytes for the residual, those of the last one where they suit."""
-        return room_of(self, shape, dtype, device, self._make_room)
 
     @property
     def _may_skip(self) -> bool:
