@@ -1,4 +1,4 @@
-"""README against what it speaks of: figures and results files, links, files, nodes, flags, the table of cards."""
+"""README and docs/benchmarks.md against what they speak of: figures and their files, links, nodes, flags, tables."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL_LANGUAGES = {name: (ROOT / words.readme).read_text(encoding="utf-8") for name, words in LANGUAGES.items()}
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+ALL_PAGES = {**ALL_LANGUAGES, "benchmarks": BENCHMARKS.read_text(encoding="utf-8")}
 RESULTS_FILE = re.compile(r"`((?:[\w/]+/)?[\w-]+_(?:h200|cpu)_\d{4}-\d\d-\d\d\.json)`")
 FIGURE = re.compile(r"(?<![\w.×,-])\d+\.\d{2,3}(?![\w.]|, \d\.\d)")  # two decimals and more were measured
 LONGEST_LIST = 12  # of leaves that a figure is looked for among: longer lists are samples
@@ -119,15 +121,19 @@ DERIVED: dict[str, Callable[[], float]] = {
 }
 
 
-def sections() -> list[tuple[str, str]]:
-    """(heading, text) of README without code and the table of cards."""
-    text = re.sub(r"```.*?```|<!-- cards.*?<!-- end of cards -->", "", README, flags=re.DOTALL)
+def sections(page: str) -> list[tuple[str, str]]:
+    """(heading, text) of a page without code and the table of cards."""
+    text = re.sub(r"```.*?```|<!-- cards.*?<!-- end of cards -->", "", ALL_PAGES[page], flags=re.DOTALL)
     parts = re.split(r"^#{2,3} (.+)$", text, flags=re.MULTILINE)
     return list(zip(["", *parts[1::2]], parts[::2], strict=True))
 
 
-@pytest.mark.parametrize(("heading", "text"), sections(), ids=[heading for heading, _ in sections()])
-def test_figures_are_those_of_the_results_files_that_are_named(heading: str, text: str) -> None:
+SECTIONS = {f"{page}: {heading}": text for page in ("en", "benchmarks") for heading, text in sections(page)}
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_figures_are_those_of_the_results_files_that_are_named(heading: str) -> None:
+    text = SECTIONS[heading]
     named = [Path(name).name for name in RESULTS_FILE.findall(text)]
     gone = [name for name in named if not (RESULTS / name).is_file()]
     assert not gone, f"{heading}: no such results file: {gone}"
@@ -140,7 +146,7 @@ def test_figures_are_those_of_the_results_files_that_are_named(heading: str, tex
             known.add(f"{DERIVED[figure]():.{decimals}f}")
         if figure not in known and figure not in VERSIONS:
             unknown.append(figure)
-    assert not unknown, f"README, {heading or 'its beginning'}: {unknown} are in none of {named or 'no results file'}"
+    assert not unknown, f"{heading}: {unknown} are in none of {named or 'no results file'}"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -156,7 +162,7 @@ def test_the_table_of_faults_is_that_of_its_results_file() -> None:
 
 
 def test_what_is_said_of_fuzzing_and_queueing_is_in_their_results_files() -> None:
-    section = next(text for heading, text in sections() if heading == "When something goes wrong")
+    section = SECTIONS["en: When something goes wrong"]
     fuzz, queue = (
         load(re.search(rf"`({name}_cpu_[\d-]+\.json)`", section)[1])  # type: ignore[index]
         for name in ("fuzz", "long_queue")
@@ -181,25 +187,26 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("language", ALL_LANGUAGES)
-def test_links_and_pictures_are_there(language: str) -> None:
-    text = ALL_LANGUAGES[language]
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_links_and_pictures_are_there(page: str) -> None:
+    text, folder = ALL_PAGES[page], BENCHMARKS.parent if page == "benchmarks" else ROOT
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         if path.startswith("https://"):
             continue
-        if not (ROOT / path).exists() or (not path and anchor not in anchors(text)):
+        led = text if not path else (folder / path).read_text(encoding="utf-8") if anchor else ""
+        if not (folder / path).exists() or (anchor and anchor not in anchors(led)):
             broken.append(target)
-    assert not broken, f"README {language}: links to nothing: {broken}"
+    assert not broken, f"{page}: links to nothing: {broken}"
 
 
-@pytest.mark.parametrize("language", ALL_LANGUAGES)
-def test_files_of_this_repository_are_there(language: str) -> None:
-    text = ALL_LANGUAGES[language]
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_files_of_this_repository_are_there(page: str) -> None:
+    text = ALL_PAGES[page]
     named = set(re.findall(r"(?:`|python )((?:benchmarks|docs|tests|web|locales|\.github|\.ci)/[\w./-]*)", text))
     gone = sorted(name for name in named if not (ROOT / name).exists())
-    assert not gone, f"README {language}: no such files: {gone}"
+    assert not gone, f"{page}: no such files: {gone}"
 
 
 @pytest.mark.parametrize("language", ALL_LANGUAGES)
@@ -216,8 +223,8 @@ def test_workflows_are_named_as_they_are(language: str) -> None:
         assert there <= named | {"demo", "doctor"}, f"README's table of workflows lacks {sorted(there - named)}"
 
 
-@pytest.mark.parametrize("language", ALL_LANGUAGES)
-def test_flags_are_those_of_the_command_line(language: str) -> None:
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_flags_are_those_of_the_command_line(page: str) -> None:
     flags = {
         flag for _, parser in commands(make_parser()) for action in parser._actions for flag in action.option_strings
     }
@@ -234,16 +241,16 @@ def test_flags_are_those_of_the_command_line(language: str) -> None:
         "--fast",
         "--local-dir",
     }
-    text = ALL_LANGUAGES[language]
+    text = ALL_PAGES[page]
     unknown = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - flags - others)
-    assert not unknown, f"README {language}: no such flags: {unknown}"
+    assert not unknown, f"{page}: no such flags: {unknown}"
 
 
-@pytest.mark.parametrize("language", ALL_LANGUAGES)
-def test_commands_are_taken(language: str) -> None:
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_commands_are_taken(page: str) -> None:
     """Those that are written out whole; "..." stands for what is left out."""
     parser = make_parser()
-    blocks = re.findall(r"```bash\n(.*?)```", ALL_LANGUAGES[language], re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", ALL_PAGES[page], re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in lines:
         words = shlex.split(line, comments=True)
