@@ -30,7 +30,7 @@ from lowvram_video.wanvideo.network.model import WanModel
 
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- cards: python benchmarks/card_table.py --write -->\n", "<!-- end of cards -->")
-CARDS_GB = (6, 8, 12, 16, 24)
+CARDS_GB = (4, 6, 8, 12, 16, 24)
 DESKTOP_BYTES = GIB // 2
 RAM_BESIDE_FILE = 1.5  # GiB, of the process with PyTorch; see benchmarks/results/streaming_rss_h200_2026-11-21.json
 NOT_SHOWN = ("fp8 with fp8_fast",)  # forms that take what fp8 takes

@@ -15,7 +15,7 @@ from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.wanvideo.streamed import StreamedWan
 
-MATMUL_TFLOPS, ATTENTION_TFLOPS = 816, 574  # an H200's best: see docs/benchmarks.md
+MATMUL_TFLOPS, ATTENTION_TFLOPS = 816, 574  # the best that an H200 reached
 
 
 @torch.inference_mode()
