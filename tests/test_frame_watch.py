@@ -44,11 +44,11 @@ def test_one_of_all_numbers_is_seen(dtype: torch.dtype) -> None:
         assert ("fp16, whose numbers end at 65504" in str(raised.value)) == (dtype == torch.float16)
 
 
-@pytest.fixture(scope="module")
-def spoiled() -> WanVAE:
+@pytest.fixture(scope="module", params=[math.nan, math.inf])
+def spoiled(request: pytest.FixtureRequest) -> WanVAE:
     """Whose last convolution has a bias that is none."""
     vae = tiny(TINY["2.1"])
-    vae.decoder.head[2].bias[1] = math.nan
+    vae.decoder.head[2].bias[1] = request.param
     return vae
 
 
@@ -64,16 +64,19 @@ def test_wans_decoder_on_two_cards(spoiled: WanVAE) -> None:
         on(2, spoiled, random_latent(spoiled, 2, 4, 2), 12)
 
 
-def test_a_draft() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("way", [WHOLE, Tile(16)], ids=str)
+def test_a_draft(way: Tile, value: float) -> None:
     vae = TinyVAE(replace(TINY_16, widths=(16, 12, 8, 8)))
-    vae.decoder[22].bias[0] = math.nan
+    vae.decoder[22].bias[0] = value
     with pytest.raises(BadFrames, match=NO_NUMBERS.format(re.escape(TINY_16.name))):
-        list(decode_in(vae, torch.zeros(1, 16, 1, 2, 2), WHOLE))
+        list(decode_in(vae, torch.zeros(1, 16, 1, 2, 3), way))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("room", [None, DecodeBudget(decoding.HEADROOM_BYTES + 16 << 20, 1 << 30), DecodeBudget(0)])
-def test_a_section(room: DecodeBudget | None) -> None:
+def test_a_section(room: DecodeBudget | None, value: float) -> None:
     vae = HunyuanVAE(replace(HUNYUAN_VAE, block_out_channels=(8, 8, 8, 8), num_groups=4, layers_per_block=1))
-    vae.decoder.conv_out.conv.bias[2] = math.nan
+    vae.decoder.conv_out.conv.bias[2] = value
     with pytest.raises(BadFrames, match=NO_NUMBERS.format("HunyuanVideo")):
         decode_section(vae, torch.zeros(1, 16, 1, 4, 2), room)

@@ -26,7 +26,7 @@ def tiny(config: TinyConfig) -> TinyVAE:
 
 
 def at_once(vae: TinyVAE, latent: Tensor) -> Tensor:
-    """All frames through one layer after the other, as the paper trains it: `[1, 3, T, H, W]` in -1 ... 1."""
+    """All frames through one layer after the other, as the paper trains it: `[1, 3, T, H, W]` in about -1 ... 1."""
     x = latent[0].transpose(0, 1)
     for layer in vae.decoder:
         if isinstance(layer, Remembering):
@@ -38,7 +38,7 @@ def at_once(vae: TinyVAE, latent: Tensor) -> Tensor:
         else:
             x = layer(x)
     pixels = F.pixel_shuffle(x, vae.config.patch_size)[3:]
-    return pixels.clamp(0, 1).mul(2).sub(1).transpose(0, 1)[None]
+    return pixels.mul(2).sub(1).transpose(0, 1)[None]
 
 
 def decoded(vae: TinyVAE, latent: Tensor, tile: Tile | None = None) -> Tensor:

@@ -153,7 +153,7 @@ def test_strips_match_diffusers():
         with torch.no_grad():
             decoded = reference.decode(latent * std + mean).sample
             encoded = (reference.encode(video).latent_dist.mode() - mean) / std
-        assert relative_error(in_strips(vae, latent, Strips(12)), decoded) <= 1e-4
+        assert relative_error(in_strips(vae, latent, Strips(12)).clamp(-1.0, 1.0), decoded) <= 1e-4
         assert relative_error(vae.encode_strips(video, Strips(config.spatial_stride)), encoded) <= 1e-4
 
 

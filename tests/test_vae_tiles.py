@@ -185,9 +185,10 @@ def test_a_half_precision_vae_gives_half_precision_video():
     video = decode_tiled(vae, latent, Tile(256))
     assert video.dtype == torch.float16
     assert torch.equal(video, untiled(vae, latent).to(torch.float16))
-    tiled = decode_tiled(vae, latent, Tile(24, overlap=8))
-    assert tiled.isfinite().all()
-    assert tiled.abs().max() <= 1.001
+    white = vae.decoder.head[2]
+    white.weight.zero_()
+    white.bias.fill_(1.0)
+    assert (decode_tiled(vae, latent, Tile(24, overlap=8)) - 1.0).abs().max() <= 0.001
 
 
 def test_progress_counts_chunks_and_may_stop(vae):

@@ -115,7 +115,8 @@ class TinyVAE(nn.Module):
     def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode `latent` [B, z, T, h, w], in the scale of its file, yielding frames [B, 3, t, H, W]: 1, then 4 each.
 
-        Frames are in [-1, 1]. Raises ValueError at the call, before any work, when the latent is of another decoder.
+        Frames are about [-1, 1], not clamped: of an infinite number only 1 would be left. Raises ValueError at the
+        call, before any work, when the latent is of another decoder.
         """
         check_latent(self.config, latent)
         return self._decode_pieces(latent)
@@ -132,7 +133,7 @@ class TinyVAE(nn.Module):
             yield frames if index else frames[:, :, -1:]
 
     def _decode_frame(self, position: Tensor, memory: Memory) -> Tensor:
-        return self.frames_of(position, memory).clamp(0, 1).mul(2).sub(1)
+        return self.frames_of(position, memory).mul(2).sub(1)
 
     @torch.inference_mode()
     def frames_of(self, position: Tensor, memory: Memory) -> Tensor:

@@ -155,7 +155,8 @@ class WanVAE(nn.Module):
     def decode_pieces(self, latent: Tensor) -> Iterator[Tensor]:
         """Decode a normalised `latent` [B, z, T, h, w], yielding frames [B, 3, 1, H, W], then [B, 3, 4, H, W] each.
 
-        Frames are in [-1, 1] and come as soon as their latent frame is done. The latent may lie on another device.
+        Frames come as soon as their latent frame is done; their values are the network's: about [-1, 1], not clamped,
+        as of an infinite number only 1 would be left. The latent may lie on another device.
         Closing or dropping the iterator frees what the pass held; several may run at once.
         Raises ValueError at the call, before any work, when the latent does not belong to this autoencoder.
         """
@@ -187,7 +188,7 @@ class WanVAE(nn.Module):
             return pointwise(self.conv2, (frame.to(self.device).float() * std + mean).to(self.dtype))
 
         def leave(pixels: Tensor) -> Tensor:
-            return unfold_pixels(pixels, patch).clamp_(-1.0, 1.0)
+            return unfold_pixels(pixels, patch)
 
         side = self._side(self.decoder, enter, leave)
         return Decoding(side, latent_shape, self.decoder.conv1.weight)
