@@ -15,6 +15,7 @@ from ..attention.sparse.settings import SparseSettings
 from ..attention.timing import AttentionSize
 from ..sampling.caching.moments import Moment
 from ..system.dtypes import FP16_ENDS, half_dtype
+from ..weights.linear.compute import describe_products
 from .opened import M, OpenedModel
 
 SAFE_ATTENTION = "sdpa"
@@ -165,6 +166,7 @@ class AttendingModel(OpenedModel[M]):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(execution.dtype),
             "quantization": self.quantization,
+            "products": describe_products(self.costs.busy_layers),
             "attention": execution.attention.name,
             "elementwise": execution.ops.name,
             "loras": self.settings.lora_mode,

@@ -17,6 +17,7 @@ from lowvram_video.weights.linear.compute import STORED_FP8, select_compute
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized, Fp8Matmul
 from lowvram_video.weights.linear.gguf import GGUF_FORMATS
 from lowvram_video.weights.linear.int8 import Int8Dequantized, Int8Matmul
+from lowvram_video.weights.linear.kitchen import KitchenInt8
 from lowvram_video.weights.linear.linear import Linear
 from lowvram_video.weights.linear.made_fp8 import Fp8Made
 from lowvram_video.weights.linear.quantize import IN_BLOCK
@@ -152,6 +153,24 @@ def test_what_was_chosen_is_part_of_the_run_and_the_same_on_other_cards(
     monkeypatch.undo()
     beside = StreamedWan(path, fast.settings_beside(CPU))
     assert beside.arithmetic["quantization"] == STORED_FP8
+
+
+def test_a_run_says_what_products_it_is_made_with(tmp_path: Path) -> None:
+    """One that was made with others is another run, whatever the quantization was called then and is called now."""
+    path = tiny.save_wan(tmp_path / "wan.safetensors")
+    told = [StreamedWan(path, RunSettings(quantization=name)).arithmetic["products"] for name in ("none", "fp8_fast")]
+    num_layers = len(StreamedWan(path, RunSettings()).costs.busy_layers)
+    assert told == [f"{num_layers} plain", f"{num_layers} fp8 matmul"]
+    made = StreamedWan(path, RunSettings(quantization="fp8_fast"))
+    made.costs.busy_layers[0].format = Fp8Made(GGUF_FORMATS["Q8_0"], Fp8Matmul())
+    assert made.arithmetic["products"] == f"1 Q8_0, multiplied in fp8, {num_layers - 1} fp8 matmul"
+
+
+def test_int8_products_are_the_same_whoever_makes_them() -> None:
+    layers = [Linear(64, 64), Linear(64, 64), Linear(64, 64)]
+    for layer, form in zip(layers, (KitchenInt8(), Int8Matmul(), PLAIN), strict=True):
+        layer.format = form
+    assert compute.describe_products(layers) == "2 int8 matmul, 1 plain"
 
 
 @pytest.mark.parametrize("quantization", ["fp8_fast", "auto_fast"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -67,6 +68,13 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
             "the model again when other models have left the GPU", device,
         )  # fmt: skip
     return decided
+
+
+def describe_products(layers: Sequence[Linear]) -> str:
+    """How layers multiply, for a run's record: what compares equal rounds equally, whoever's kernel multiplies."""
+    forms = [layer.format for layer in layers]
+    counts = Counter(Int8Matmul.name if isinstance(form, KitchenInt8) else form.name for form in forms)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def _linears(modules: Sequence[nn.Module]) -> Iterator[Linear]:
