@@ -57,8 +57,7 @@ class OpenedModel(Generic[M]):
         self.model.execution = settings.execution(self.config.head_dim)
         self.blocks: list[Block] = list(self.model.ordered_blocks().values())
         self.costs = LayerCosts(self.model, self.blocks, self.parts)
-        # of auto_fast what it became
-        self.quantization = select_compute(self.model, self.costs.busy_modules, settings.quantization, settings.device)
+        self.choose_products(())
         if registrar is None and settings.device.type == "cuda" and settings.pinned_memory:
             registrar = CudaRegistrar(settings.device)
         self.weights = HostWeights(self.model, checkpoint, self.parts, settings, registrar, between_blocks)
@@ -88,6 +87,12 @@ class OpenedModel(Generic[M]):
     def footprint(self, dtype: torch.dtype | None = None) -> ModelFootprint:
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         raise NotImplementedError
+
+    def choose_products(self, beside: Sequence[torch.device]) -> None:
+        """Set how its layers multiply, where the choice is ours as these cards, which share its passes, can too."""
+        asked, busy = self.settings.quantization, self.costs.busy_modules
+        # of auto_fast what it became
+        self.quantization = select_compute(self.model, busy, asked, self.settings.device, beside)
 
     @property
     def computes_in_8_bits(self) -> bool:

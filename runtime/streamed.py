@@ -29,6 +29,7 @@ from ..system.device_errors import is_out_of_memory
 from ..system.sizes import in_gib
 from ..transformer.transformer import Block
 from ..transformer.workspace import all_there
+from ..weights.linear.compute import AUTO_FAST
 from ..weights.lora.file import Lora, LoraChoice
 from ..weights.lora.merged_source import Source
 from .attending import AttendingModel
@@ -112,6 +113,8 @@ class StreamedModel(AttendingModel[M]):
         before, self.several = self.several, None
         if before is not None:
             before.close()
+        if self.settings.quantization == AUTO_FAST:
+            self.choose_products(devices)
         if devices:
             self.several = Several(self, devices, self.open_beside)
             for other in self._others:

@@ -155,6 +155,23 @@ def test_what_was_chosen_is_part_of_the_run_and_the_same_on_other_cards(
     assert beside.arithmetic["quantization"] == STORED_FP8
 
 
+def test_auto_fast_takes_what_all_cards_of_a_pass_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    older = iter([None, None, "RTX 3090 has no fp8 matrix units", None])  # its card; both cards; its card again
+    monkeypatch.setattr(compute, "_no_fp8", lambda device: next(older))
+    monkeypatch.setattr(compute, "is_fp8_faster", lambda *_: True)
+    model = StreamedWan(tiny.save_wan(tmp_path / "wan.safetensors"), RunSettings(quantization="auto_fast"))
+    assert model.quantization == STORED_FP8
+    model.use_cards((CPU,))
+    products = {(each.quantization, each.arithmetic["products"]) for each in (model, *model._others)}
+    assert products == {("none", StreamedWan(model.path, RunSettings()).arithmetic["products"])}
+    assert "auto_fast unpacks weights: RTX 3090 has no fp8 matrix units" in caplog.text
+    model.use_cards(())
+    assert model.quantization == STORED_FP8
+
+
 def test_a_run_says_what_products_it_is_made_with(tmp_path: Path) -> None:
     """One that was made with others is another run, whatever the quantization was called then and is called now."""
     path = tiny.save_wan(tmp_path / "wan.safetensors")

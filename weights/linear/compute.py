@@ -35,13 +35,20 @@ QUANTIZATIONS = ("none", "fp8", "fp8_fast", "int8", "4bit_fast", AUTO_FAST)
 STORED_FP8 = "stored, in fp8"  # what auto_fast becomes where it is not "none"; nobody chooses it by name
 
 
-def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: str, device: torch.device) -> str:
+def select_compute(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    quantization: str,
+    device: torch.device,
+    beside: Sequence[torch.device] = (),
+) -> str:
     """Set how each linear layer of a model multiplies on `device`; called again, it chooses again.
 
     Only layers of the blocks, which see thousands of rows, multiply in 8 bits: with "fp8_fast" fp8 weights, unless
     their file asks for full precision, and weights that are unpacked anyway; else int8 weights wherever the device can,
     and 4-bit ones with "4bit_fast" where that is faster here. ValueError where an explicit choice cannot run. Returns
-    the quantization; of "auto_fast" what it became: "none", or STORED_FP8, with which the same is chosen elsewhere.
+    the quantization; of "auto_fast" what it became: "none", or STORED_FP8, with which the same is chosen on the devices
+    `beside`, all of which can.
     """
     if quantization not in (*QUANTIZATIONS, STORED_FP8):
         raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
@@ -54,7 +61,7 @@ def select_compute(model: nn.Module, blocks: Sequence[nn.Module], quantization: 
     decided = "none" if quantization == AUTO_FAST else quantization
     try:
         if quantization == AUTO_FAST:
-            decided = _fastest_within_error(layers, device, ops)
+            decided = _fastest_within_error(layers, [device, *beside], ops)
         if decided in ("fp8_fast", STORED_FP8):
             _use_fp8(layers, decided, device, ops)
         _use_int8(layers, decided, device, ops)
@@ -104,13 +111,18 @@ def _casting(ops: RowOps) -> RowOps | None:
     return ops if ops.name == "triton" else None
 
 
-def _fastest_within_error(layers: Sequence[Linear], device: torch.device, ops: RowOps) -> str:
-    refusal = "a processor multiplies in fp32" if device.type == "cpu" else fp8_refusal(device)
+def _fastest_within_error(layers: Sequence[Linear], devices: Sequence[torch.device], ops: RowOps) -> str:
+    """By the time of the first device, of what all can."""
+    refusal, device = next(filter(None, map(_no_fp8, devices)), None), devices[0]
     if refusal is not None:
         logger.info("products: auto_fast unpacks weights: %s", refusal)
         return "none"
     product = Fp8Matmul(select_fp8_gemm(device, ops), ops)
     return STORED_FP8 if is_fp8_faster(layers, device, product) else "none"
+
+
+def _no_fp8(device: torch.device) -> str | None:
+    return "a processor multiplies in fp32" if device.type == "cpu" else fp8_refusal(device)
 
 
 def _use_fp8(layers: Sequence[Linear], quantization: str, device: torch.device, ops: RowOps) -> None:
