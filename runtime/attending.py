@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..attention.backend import AttentionSpec, Backend
-from ..attention.select import AUTO, AUTO_FAST, select_attention, select_fastest, select_sparse
+from ..attention.select import (
+    AUTO,
+    AUTO_FAST,
+    AttentionUnavailable,
+    select_attention,
+    select_fastest,
+    select_sparse,
+)
 from ..attention.sparse.run import AttentionRun
 from ..attention.sparse.settings import SparseSettings
 from ..attention.timing import AttentionSize
@@ -17,6 +25,8 @@ from ..sampling.caching.moments import Moment
 from ..system.dtypes import FP16_ENDS, half_dtype
 from ..weights.linear.compute import describe_products
 from .opened import M, OpenedModel
+
+logger = logging.getLogger(__name__)
 
 SAFE_ATTENTION = "sdpa"
 
@@ -58,12 +68,32 @@ class AttendingModel(OpenedModel[M]):
             return
         spec = AttentionSpec(device, execution.dtype, self.config.head_dim)
         size, self._attention_tokens = AttentionSize(tokens, self.config.num_heads), tokens
-        chosen = select_fastest(mode, spec, size)
+        chosen = self._on_all_cards(select_fastest(mode, spec, size))
         if chosen.name == execution.attention.name:
             return
         self.stop()
         self.model.execution = replace(execution, attention=chosen)
         self.use_sparse(self._sparse_settings)
+
+    def agree_on_attention(self) -> None:
+        """Have attention that all cards of its passes have, where the choice is ours: as many as there are by now."""
+        self._attention_tokens = 0  # fewer cards may have a faster one
+        execution = self.model.execution
+        if self.settings.attention_mode in (AUTO, AUTO_FAST):
+            self.model.execution = replace(execution, attention=self._on_all_cards(execution.attention))
+
+    def _on_all_cards(self, chosen: Backend) -> Backend:
+        """What was chosen for this card; PyTorch's, which every card has, where another one lacks it."""
+        dtype, head_dim = self.model.execution.dtype, self.config.head_dim
+        for other in self._others:
+            if other.model.execution.attention.name == chosen.name:
+                continue
+            try:
+                select_attention(chosen.name, AttentionSpec(other.settings.device, dtype, head_dim))
+            except AttentionUnavailable as error:
+                logger.info("attention: sdpa on all cards, as one of them has no %s: %s", chosen.name, error)
+                return select_attention(SAFE_ATTENTION, AttentionSpec(self.settings.device, dtype, head_dim))
+        return chosen
 
     @property
     def _may_time(self) -> bool:

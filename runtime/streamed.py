@@ -119,6 +119,7 @@ class StreamedModel(AttendingModel[M]):
             self.several = Several(self, devices, self.open_beside)
             for other in self._others:
                 other.resemble(self)
+        self.agree_on_attention()
         if devices or before is not None:
             self.use_sparse(self._sparse_settings)
 

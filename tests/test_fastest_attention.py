@@ -206,3 +206,23 @@ def test_the_choice_is_part_of_what_a_run_is_told_by(tmp_path: Path, monkeypatch
     by_hand.choose_attention(1000)
     assert len(asked) == 1
     assert CPU.type == "cpu"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["chosen on one card", "chosen on two"])
+def test_cards_attend_by_what_all_of_them_have(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the choice is ours no card refuses what nobody asked it for; with one card the choice is made again."""
+    caplog.set_level(logging.INFO)
+    chosen = SimpleNamespace(name="quick", exact=True, error=0.01, workspace=None)
+    monkeypatch.setattr("lowvram_video.runtime.attending.select_fastest", lambda *_: chosen)
+    monkeypatch.setattr(StreamedWan, "_may_time", property(lambda self: True))
+    model = StreamedWan(tiny.save_wan(tmp_path / "wan.safetensors"), RunSettings())
+    for step in (model.use_cards, model.choose_attention)[:: 1 if late else -1]:
+        step((CPU,) if step == model.use_cards else 1000)
+    names = {each.model.execution.attention.name for each in (model, *model._others)}
+    assert names == {"sdpa"}
+    assert "attention: sdpa on all cards, as one of them has no quick" in caplog.text
+    model.use_cards(())
+    model.choose_attention(1000)
+    assert model.model.execution.attention.name == "quick"
