@@ -15,6 +15,7 @@ from lowvram_video.memory.plan.denoise import WeightBytes, denoise_memory
 from lowvram_video.memory.plan.footprint import (
     GIB,
     MIB,
+    UNLIMITED,
     Choice,
     Limits,
     ModelFootprint,
@@ -26,6 +27,7 @@ from lowvram_video.memory.plan.pass_times import compute_seconds
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from lowvram_video.memory.plan.table import describe, reasons
 from lowvram_video.memory.plan.tiles import strip_rows
+from lowvram_video.system.sizes import in_gib
 from lowvram_video.wanvideo.footprint import WAN21_VAE, WAN22_VAE, WanWork
 
 WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
@@ -352,10 +354,11 @@ class TestHostMemory:
 
     def test_tight_ram_takes_three_staging_buffers(self):
         block = BF16.block_bytes[0]
-        ram = RAM_MARGIN_BYTES + 3 * block + 64 * MIB
+        beside = RAM_MARGIN_BYTES + BF16.transient_bytes
+        ram = beside + 3 * block + 64 * MIB
         plan = plan_memory(BF16, WorkSize(17, 480, 832), limits(4, ram_budget_bytes=ram, blocks_to_swap=40))
         assert plan.host.from_disk and plan.host.num_staging in (3, 4)
-        assert plan.host.pinned_bytes + RAM_MARGIN_BYTES <= ram
+        assert plan.host.pinned_bytes + beside <= ram
 
     def test_residents_count_too_as_they_stay_in_ram(self):
         # 28 GB of blocks on a large card in a machine of 16 GiB
@@ -368,6 +371,32 @@ class TestHostMemory:
         assert plan.host.num_staging >= 3  # keys and values of the text are made of all blocks
         assert any("read from the file once, to the device: 16.00 GiB of RAM" in reason for reason in reasons(plan))
         assert not plan_memory(BF16, LONG_480P, limits(48, ram_budget_bytes=32 * GIB)).host.from_disk
+
+    @pytest.mark.parametrize("num_cards", [1, 2])
+    def test_what_is_brought_in_each_pass_lies_in_ram_for_each_card(self, num_cards):
+        """A leaner plan after an out-of-memory may bring it, too, where this one keeps it on the device."""
+        work, blocks = replace(LONG_480P, cards=num_cards), sum(FP8.block_bytes)
+        ram = RAM_MARGIN_BYTES + blocks + num_cards * FP8.transient_bytes
+        assert FP8.transient_bytes > 256 * MIB
+        for gib in (6, 40):
+            plan = plan_memory(FP8, work, limits(gib, ram_budget_bytes=ram))
+            assert not plan.host.from_disk and plan.host.ram_bytes == ram
+            assert f"{in_gib(ram)} of RAM in all, with the process, at most" in describe(plan)
+            assert plan_memory(FP8, work, limits(gib, ram_budget_bytes=ram - MIB)).host.from_disk
+        on_cpu = plan_memory(FP8, work, Limits(UNLIMITED, ram_budget_bytes=RAM_MARGIN_BYTES + blocks))
+        assert not on_cpu.host.from_disk, "nothing is brought there"
+
+    def test_each_card_reads_from_the_disk_through_buffers_of_its_own(self):
+        block, small = FP8.block_bytes[0], WorkSize(17, 480, 832)
+        beside = RAM_MARGIN_BYTES + 2 * FP8.transient_bytes
+        allowed = limits(4, ram_budget_bytes=beside + 6 * block, blocks_to_swap=40)
+        plan = plan_memory(FP8, replace(small, cards=2), allowed)
+        assert plan.host.num_staging == 3 and plan.host.pinned_bytes == 6 * max(
+            FP8.streamable_bytes(plan.choice.cache_text_kv)
+        )
+        assert plan.host.ram_bytes <= beside + 6 * block
+        with pytest.raises(PlanError, match="6 staging buffers and the process need"):
+            plan_memory(FP8, replace(small, cards=2), replace(allowed, ram_budget_bytes=RAM_MARGIN_BYTES + 6 * block - MIB))
 
     def test_half_of_the_blocks_resident_halves_no_ram(self):
         plan = plan_memory(FP8, LONG_480P, limits(24, ram_budget_bytes=10 * GIB, blocks_to_swap=20))

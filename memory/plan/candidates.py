@@ -282,7 +282,7 @@ class _Maker:
         held = (choice.num_resident, choice.cache_text_kv, choice.in_stages)
         weights = self._weights.get(held)
         if weights is None:
-            weights = self._weights[held] = _weights_on_device(model, limits, choice)
+            weights = self._weights[held] = _weights_on_device(model, limits, choice, work.cards)
         # all but what says where blocks are
         key = (
             choice.token_chunk, choice.head_groups, choice.cache_text_kv, choice.transient_fixed, choice.query_chunk,
@@ -299,14 +299,15 @@ class _Maker:
         return Candidate(model, work, limits, choice, weights.blocks, weights.host, denoise, times)
 
 
-def _weights_on_device(model: ModelFootprint, limits: Limits, choice: Choice) -> _Weights:
+def _weights_on_device(model: ModelFootprint, limits: Limits, choice: Choice, num_cards: int) -> _Weights:
     sizes = model.streamable_bytes(choice.cache_text_kv)
     resident = spread_residents(model.num_blocks, choice.num_resident)
     kept = set(resident)
     streamed = tuple(size for index, size in enumerate(sizes) if index not in kept)
     num_slots = min(_num_slots(limits), len(streamed))
     total = sum(streamed)
-    host, transfer = find_host_memory(model, sizes, [i for i in range(model.num_blocks) if i not in kept], limits)
+    travelling = [index for index in range(model.num_blocks) if index not in kept]
+    host, transfer = find_host_memory(model, sizes, travelling, limits, num_cards)
     ring = ring_bytes(streamed, num_slots)
     if choice.in_stages and streamed:
         stages = [size for index, each in enumerate(model.stage_bytes) if index not in kept for size in each]

@@ -11,7 +11,7 @@ from ..stream.layout import align
 from .candidates import Candidate, candidates, fastest_candidate
 from .decode import DecodeMemory, choose_decode, least_decode_bytes
 from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize
-from .host_memory import MIN_STAGING, RAM_MARGIN_BYTES
+from .host_memory import MIN_STAGING, bytes_beside_blocks
 from .pass_times import measured_parts
 
 BUDGET_STEP_BYTES = 64 * MIB
@@ -120,8 +120,11 @@ def _check_by_hand(model: ModelFootprint, limits: Limits) -> None:
 def _check_ram(model: ModelFootprint, candidate: Candidate, limits: Limits) -> None:
     if not candidate.host.from_disk or limits.ram_budget_bytes is None:
         return
-    num_buffers = MIN_STAGING if candidate.blocks.num_streamed else 1  # residents are read one after the other
-    needed = num_buffers * max(model.block_bytes) + RAM_MARGIN_BYTES
+    num_cards = candidate.work.cards
+    # residents are read one after the other
+    num_buffers = num_cards * (MIN_STAGING if candidate.blocks.num_streamed else 1)
+    brings = num_cards if candidate.choice.transient_fixed else 0
+    needed = num_buffers * max(model.block_bytes) + bytes_beside_blocks(model, limits, brings)
     if needed > limits.ram_budget_bytes:
         smallest = align(needed, BUDGET_STEP_BYTES)
         buffers = f"{num_buffers} staging buffer{'s' if num_buffers > 1 else ''}"

@@ -52,6 +52,7 @@ def describe(plan: MemoryPlan) -> str:
         f"  blocks: {blocks.num_resident} resident, {blocks.num_streamed} streamed through {blocks.num_slots} slots",
         f"  per step: {in_gb(blocks.streamed_bytes * plan.work.passes_per_step)} over the bus{_times(plan)}",
         f"  host memory: {in_gib(plan.host.pinned_bytes)} pinned, {in_gib(plan.host.pageable_bytes)} pageable",
+        *_ram_lines(plan),
         "",
     ]
     return "\n".join([*lines, *(f"- {reason}" for reason in reasons(plan)), _of_which_card(plan)])
@@ -67,6 +68,13 @@ def _card_lines(plan: MemoryPlan) -> list[str]:
         budget = "-" if plan.limits.ram_is_the_device else in_gib(card.budget_bytes)
         lines.append(f"  {card.name:<38}{in_gib(peak):>12}{budget:>12}")
     return lines
+
+
+def _ram_lines(plan: MemoryPlan) -> list[str]:
+    """All that is wanted of RAM; on a CPU that is what the table says."""
+    if plan.limits.ram_is_the_device:
+        return []
+    return [f"  {in_gib(plan.host.ram_bytes + plan.decode.host)} of RAM in all, with the process, at most"]
 
 
 def _times(plan: MemoryPlan) -> str:
