@@ -148,6 +148,11 @@ class StreamedFramePack(StreamedModel[FramePackModel]):
                     images.append(None if tokens is None else self.model.embed_image(tokens.to(device)).to(home))
         return conditions, images
 
+    def end_steps(self) -> None:
+        super().end_steps()
+        for cache, followed in self._followed.items():  # both: cards would not skip the same passes
+            cache.residual = followed.residual = None
+
     def __call__(
         self,
         noisy: Frames,

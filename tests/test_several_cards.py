@@ -280,6 +280,17 @@ class TestFramePack:
         want = framepack_steps(path, RunSettings(), True)
         assert not left and all(one.equal(other) for one, other in zip(made, want, strict=True))
 
+    def test_no_card_keeps_what_a_step_cache_added_when_the_model_stops(self, tmp_path):
+        """Neither the one that decides: cards of which only some have it would not skip the same passes."""
+        kept: dict[TeaCache, Any] = {}
+
+        def hold(model: StreamedFramePack) -> None:
+            assert model.several is not None
+            model.several.others[0]._followed = kept  # type: ignore[assignment] # whose caches outlast the run
+
+        framepack_steps(save_framepack(tmp_path / "framepack.safetensors"), on_cards(2), True, prepare=hold)
+        assert [(first.residual, second.residual) for first, second in kept.items()] == [(None, None)]
+
     @pytest.mark.parametrize(("num_cards", "cached"), [(2, True), (3, False)])
     def test_a_negative_prompt_guides_attention(self, tmp_path, num_cards, cached):
         path = save_framepack(tmp_path / "framepack.safetensors")
