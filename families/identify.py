@@ -140,7 +140,7 @@ def _describe_other(found: FileKind, checkpoint: Checkpoint) -> Description:
 
 def _first_shape(checkpoint: Checkpoint, pattern: str, num_dims: int) -> tuple[int, ...] | None:
     for name, info in checkpoint.tensors.items():
-        shape = info.logical_shape or info.shape
+        shape = info.unpacked_shape
         if re.search(pattern, name) and len(shape) == num_dims:
             return shape
     return None

@@ -117,4 +117,4 @@ def _parts(tensors: Mapping[str, TensorInfo], layers: list[str]) -> tuple[LayerP
 
 def _num_rows(tensors: Mapping[str, TensorInfo], layer: str) -> int:
     info = tensors[f"{layer}.weight"]
-    return (info.logical_shape or info.shape)[0]
+    return info.unpacked_shape[0]

@@ -44,5 +44,5 @@ class Family:
 
 def num_parameters(tensors: Iterable[TensorInfo]) -> str:
     """How many numbers a model has, as people say it: "14.3B"."""
-    num = sum(math.prod(info.logical_shape or info.shape) for info in tensors)
+    num = sum(math.prod(info.unpacked_shape) for info in tensors)
     return f"{num / 1e9:.1f}B" if num >= 1e9 else f"{num / 1e6:.1f}M"

@@ -17,7 +17,7 @@ ENTRANCES = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decod
 
 def infer_config(checkpoint: Checkpoint) -> TinyConfig:
     """The dimensions of a tiny decoder, from its tensors' shapes. CheckpointError for those of other models."""
-    shapes = {name: info.logical_shape or info.shape for name, info in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
     wanted = (*ENTRANCES, *GROWTHS, "decoder.22.weight")
     if missing := [name for name in wanted if len(shapes.get(name, ())) != 4]:
         raise CheckpointError(

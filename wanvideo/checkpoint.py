@@ -137,7 +137,7 @@ PATCHES = "patch_embedding.bias"
 
 def _width(checkpoint: Checkpoint, name: str) -> int:
     info = checkpoint.tensors.get(name)
-    return 0 if info is None else math.prod(info.logical_shape or info.shape)
+    return 0 if info is None else math.prod(info.unpacked_shape)
 
 
 def _checked_module(module: Checkpoint) -> Checkpoint:

@@ -23,7 +23,7 @@ def infer_config(checkpoint: Checkpoint) -> VAEConfig:
 
     Raises CheckpointError when a tensor that tells them is missing or the autoencoder is another generation's.
     """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
     latent = shapes.get("post_quant_conv.weight", ())
     if len(latent) == 5 and latent[0] != HUNYUAN_VAE.latent_channels:
         raise CheckpointError(

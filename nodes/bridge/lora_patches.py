@@ -61,7 +61,7 @@ class LoraPatches:
 
     def _update(self, layer: str, update: Update) -> Any:
         read = self._lora.checkpoint.read
-        rows, *others = self._shape(f"{layer}.weight")
+        rows, *others = self._tensors[f"{layer}.weight"].unpacked_shape
         columns = torch.Size(others).numel()
         beside = isinstance(update, Additive) and update.factors_rank and is_small(update, rows, columns)
         if not isinstance(update, Additive) or not (beside or isinstance(update, LowRankPair)):
@@ -73,7 +73,7 @@ class LoraPatches:
         return comfy.weight_adapter.LoRAAdapter(set(), (up, down, update.scale * update.rank, None, magnitude, None))
 
     def _change(self, name: str, change: Difference | Replacement) -> Any:
-        values = change.values(self._lora.checkpoint.read).view(self._shape(name))
+        values = change.values(self._lora.checkpoint.read).view(self._tensors[name].unpacked_shape)
         if isinstance(change, Replacement):
             return "set", (values,)
         return "diff", (values if change.scale == 1.0 else values * change.scale,)
@@ -84,7 +84,3 @@ class LoraPatches:
         if tensor is None:
             tensor = self._known[key] = read()
         return tensor
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        info = self._tensors[name]
-        return info.logical_shape or info.shape

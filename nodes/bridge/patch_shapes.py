@@ -31,7 +31,7 @@ def fitting(sorted_patches: SortedPatches, checkpoint: Checkpoint) -> dict[str, 
         info = checkpoint.tensors.get(name)
         if info is None:
             continue
-        shape = info.logical_shape or info.shape
+        shape = info.unpacked_shape
         reasons = [_misfit(name, patch, shape) for patch in found]
         first = next((reason for reason in reasons if reason is not None), None)
         if first is not None:

@@ -223,7 +223,7 @@ def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     info = checkpoint.tensors.get(name)
     if info is None:
         raise CheckpointError(f"{checkpoint.path}: {name} is missing; {WANTED}; {ADVICE}")
-    shape = info.logical_shape or info.shape
+    shape = info.unpacked_shape
     if len(shape) != 2:
         raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shape)}; expected two dimensions; {ADVICE}")
     return shape[0], shape[1]

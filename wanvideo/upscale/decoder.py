@@ -62,7 +62,7 @@ def decode_bytes(config: TinyConfig, height: int, width: int, itemsize: int) -> 
 
 def infer_config(checkpoint: Checkpoint) -> TinyConfig:
     """Its widths, from shapes. CheckpointError for a file that lacks what tells, or takes other latents."""
-    shapes = {name: info.logical_shape or info.shape for name, info in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
     if missing := [name for name in ENTRANCES if len(shapes.get(name, ())) != 4]:
         raise CheckpointError(
             f"{checkpoint.path}: a FlashVSR decoder without a convolution {missing[0]}; expected the layers of "

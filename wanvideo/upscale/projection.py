@@ -139,7 +139,7 @@ PREFIX = "LQ_proj_in."
 
 def infer_config(checkpoint: Checkpoint) -> ProjectionConfig:
     """Its dimensions, from shapes, which are the same in versions 1 and 1.1. CheckpointError where they do not tell."""
-    shapes = {name: info.logical_shape or info.shape for name, info in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
     for name, size in (("conv1.weight", 5), ("conv2.weight", 5), ("linear_layers.0.weight", 2)):
         if len(shapes.get(name, ())) != size:
             raise CheckpointError(

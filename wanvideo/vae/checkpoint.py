@@ -25,7 +25,7 @@ def infer_config(checkpoint: Checkpoint) -> VAEConfig:
 
     Raises CheckpointError when a tensor that tells them is missing or no known VAE has such dimensions.
     """
-    shapes = {name: info.logical_shape or info.shape for name, info in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
     for name in ("conv2.weight", "encoder.conv1.weight", "decoder.conv1.weight", "decoder.head.2.weight"):
         if len(shapes.get(name, ())) != 5:
             raise CheckpointError(

@@ -60,6 +60,11 @@ class TensorInfo:
     logical_shape: tuple[int, ...] | None = None
     stamp: Stamp | None = field(default=None, compare=False)
 
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """That of the numbers, however they are packed."""
+        return self.logical_shape or self.shape
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -71,6 +76,11 @@ class Checkpoint:
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors by name, unpacked."""
+        return {name: info.unpacked_shape for name, info in self.tensors.items()}
 
     def file_of(self, name: str) -> Path:
         """The file that has a tensor, or has all that are named like one that is missing; `path` where several do."""

@@ -48,12 +48,12 @@ def with_kernels(checkpoint: Checkpoint, kernels: Mapping[str, tuple[int, ...]])
     for layer, kernel in kernels.items():
         weight, bias = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.bias")
         if weight is not None and bias is not None:
-            tensors[weight.name] = _with_kernel(weight, math.prod(bias.logical_shape or bias.shape), kernel)
+            tensors[weight.name] = _with_kernel(weight, math.prod(bias.unpacked_shape), kernel)
     return replace(checkpoint, tensors=tensors)
 
 
 def _with_kernel(info: TensorInfo, dim: int, kernel: tuple[int, ...]) -> TensorInfo:
-    shape = info.logical_shape or info.shape
+    shape = info.unpacked_shape
     channels, rest = divmod(math.prod(shape), max(dim * math.prod(kernel), 1))
     if len(shape) == len(kernel) + 2 or rest or not channels:
         return info
@@ -68,7 +68,7 @@ def check_sizes(checkpoint: Checkpoint) -> None:
 
 
 def _check_size(checkpoint: Checkpoint, info: TensorInfo) -> None:
-    shape = info.logical_shape or info.shape
+    shape = info.unpacked_shape
     if 0 in shape:
         raise CheckpointError(
             f"{info.file}: {short(info.name)} has shape {list(shape)}, which holds nothing; expected a size in "
@@ -94,7 +94,7 @@ class Dimensions:
                 f"{self.checkpoint.file_of(name)}: {self.title} without {name}; expected that tensor to tell its size; "
                 "the file is incomplete: download it again"
             )
-        shape = info.logical_shape or info.shape
+        shape = info.unpacked_shape
         if len(shape) != num_dims:
             raise CheckpointError(
                 f"{self.checkpoint.file_of(name)}: {name} has shape {list(shape)}; expected {num_dims} dimensions; "

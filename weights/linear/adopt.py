@@ -73,7 +73,7 @@ def check_tensors(model: nn.Module, checkpoint: Checkpoint, title: str, expected
         )
     for name, shape in expected.items():
         info = checkpoint.tensors[name]
-        given = info.logical_shape or info.shape
+        given = info.unpacked_shape
         if given != shape:
             raise CheckpointError(
                 f"{checkpoint.file_of(name)}: {name} is {list(given)}; expected {list(shape)} "

@@ -72,7 +72,7 @@ def fit_tensors(network: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     for name in expected.keys() & tensors.keys():
         info, shape = tensors[name], expected[name]
         if info.quant is not None and not (name in linear and _stays_packed(info, shape)):
-            if math.prod(info.logical_shape or info.shape) == math.prod(shape):
+            if math.prod(info.unpacked_shape) == math.prod(shape):
                 packed[name] = _with_beside(name, tensors)
                 tensors[name] = _unpacked_info(info, shape)
         elif info.quant is None and info.shape != shape and holds_same(info.shape, shape):

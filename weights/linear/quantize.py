@@ -65,8 +65,7 @@ class StoredLayer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        weight = self.tensors["weight"]
-        return weight.logical_shape or weight.shape
+        return self.tensors["weight"].unpacked_shape
 
     @property
     def has_rows_apart(self) -> bool:
@@ -168,7 +167,7 @@ def quantized_source(checkpoint: Checkpoint, target: Target, device: torch.devic
 def _stored_layers(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredLayer]]:
     for name, info in checkpoint.tensors.items():
         match = IN_BLOCK.search(name)
-        if match is None or HIGH_PRECISION.search(match["path"]) or len(info.logical_shape or info.shape) != 2:
+        if match is None or HIGH_PRECISION.search(match["path"]) or len(info.unpacked_shape) != 2:
             continue
         layer = name.removesuffix(".weight")
         scale = checkpoint.tensors.get(f"{layer}.weight_scale")

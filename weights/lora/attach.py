@@ -247,7 +247,7 @@ def merge(weight: Tensor, loras: Sequence[Lora], strengths: Sequence[float], cha
 def side_info(source: Source, layer: str, leaf: str, shares: Sequence[Share], dtype: torch.dtype) -> TensorInfo:
     """What is known of a layer's `lora_down` or `lora_up`; in files it would lie behind the weight."""
     weight = source.tensors[f"{layer}.weight"]
-    rows, columns = weight.logical_shape or weight.shape
+    rows, columns = weight.unpacked_shape
     rank = sum(share.what.rank for share in shares)
     shape = (rank, columns) if leaf == DOWN else (rows, rank)
     nbytes = torch.Size(shape).numel() * dtype.itemsize

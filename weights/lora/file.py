@@ -98,7 +98,7 @@ def check_model(found: SortedKeys) -> None:
         info = found.tensors[f"{layer}.weight"]
         raise CheckpointError(
             f"{path}: a control LoRA, which makes {layer} wider: {list(shape)}, the model has "
-            f"{list(info.logical_shape or info.shape)}; expected a LoRA that keeps the model's inputs; load a "
+            f"{list(info.unpacked_shape)}; expected a LoRA that keeps the model's inputs; load a "
             "model that takes a control video (Wan Fun Control, VACE), or this with ComfyUI's own Load Diffusion Model"
         )
     if len(found.misfits) >= max(num_fitting, 1):

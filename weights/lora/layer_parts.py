@@ -66,7 +66,7 @@ class LayerParts:
     def wanted(self) -> Shape:
         """`[outputs that the file should have, the weight's other dimensions]`."""
         assert self.weight is not None
-        rows, *others = self.weight.logical_shape or self.weight.shape
+        rows, *others = self.weight.unpacked_shape
         return (self.num_rows or rows, *others)
 
     @property

@@ -112,7 +112,7 @@ class SortedKeys:
             return f"{self.changes[name].key} changes the same"
         if part == UP_BIAS and layer not in self.updates:
             return "half of a pair"
-        shape = info.logical_shape or info.shape
+        shape = info.unpacked_shape
         wanted: Sequence[int] = (found.num_rows, *shape[1:]) if found.num_rows else shape
         given = self.checkpoint.tensors[found.key].shape
         if math.prod(wanted) != math.prod(given) or (found.num_rows and given[0] != found.num_rows):
@@ -127,7 +127,7 @@ class SortedKeys:
             self.skipped[key] = "the model has no such layer"
             return
         shape = tuple(int(size) for size in self.checkpoint.read(key).flatten())
-        if shape != (info.logical_shape or info.shape):
+        if shape != info.unpacked_shape:
             self.wider[layer] = shape
 
     def _misfit(self, name: str, how: str) -> str:
