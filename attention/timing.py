@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..system.kept_choices import KeptChoices, installed_versions
+from ..system.kept_choices import KeptChoices
 from ..system.kernel_choice import cuda_seconds
+from ..system.version import installed_versions
 from .backend import AttentionSpec, Backend
 
 PACKAGES = ("flash-attn", "flash-attn-3", "sageattention", "sageattn3", "comfy-kitchen", "triton", "triton-windows")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ..system.host_memory import available_ram_bytes
+from ..system.sizes import GIB
 from .worker import Inbox, Message
 
-GIB = 2**30
 LAST_WORDS_BYTES = 4000
 
 Heard = Callable[[str, Mapping[str, Any]], None]

@@ -17,6 +17,7 @@ from ..attention.select import judge_backends, select_attention
 from ..fused.select import select_fused_ops
 from ..memory.plan.limits import hold_allocator
 from ..runtime.progress import Progress
+from ..system.card_links import numbered
 from ..system.card_profile import FORMAT, CardProfile, card_key
 from ..system.dtypes import half_dtype
 from . import attention, disk, link, products
@@ -44,8 +45,7 @@ class BenchSettings:
     models: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.device.type == "cuda" and self.device.index is None:
-            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+        object.__setattr__(self, "device", numbered(self.device))
 
 
 @dataclass(frozen=True)

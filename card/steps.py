@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..memory.plan.footprint import GIB, UNLIMITED, Limits, ModelFootprint
+from ..memory.plan.footprint import UNLIMITED, Limits, ModelFootprint
 from ..memory.plan.limits import with_card
 from ..memory.plan.plan import MemoryPlan, PlanError, plan_memory
 from ..memory.stream.pinned import default_pinned_cap
 from ..system.card_profile import CardProfile, StepRow
 from ..system.host_memory import total_ram_bytes
+from ..system.sizes import GIB
 from .models import PublishedModel
 
 BUDGETS_GIB = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..system.card_profile import CardProfile, ProductRow, StepRow
-from ..system.sizes import in_gib
+from ..system.sizes import GIB, in_gib
 
 CPU_NOTE = "This is a CPU: sizes are small, and steps take what its RAM and cores would need for a whole model."
 
@@ -27,7 +27,7 @@ def _link(profile: CardProfile) -> list[str]:
     rows = [(row.way, _or_problem(row.gbps, "{:.1f} GB/s", row.problem)) for row in profile.link]
     for disk in profile.disk:
         past = "past the cache" if disk.direct else "through the system's cache"
-        title = f"disk, {disk.read_bytes / 2**30:.1f} GiB {past}" if disk.gbps else "disk"
+        title = f"disk, {disk.read_bytes / GIB:.1f} GiB {past}" if disk.gbps else "disk"
         rows.append((title, _or_problem(disk.gbps, "{:.2f} GB/s", disk.problem)))
     if not profile.disk:
         rows.append(("disk", "not measured: --models FOLDER names the folder with your models"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..system.sizes import GIB
 from .settings import CompileSettings
 
 CUSTOM, AUTO = "custom", "auto"
 HIGH, MID, LOW = "high", "mid", "low"
 PROFILES = (CUSTOM, AUTO, HIGH, MID, LOW)
 DEFAULT_MODE = "default"
-GIB = 2**30
 HIGH_GIB, MID_GIB = 24, 12  # of free VRAM, from which on
 LEAN_SHARE = 0.3  # of the card: with less of it free, the leanest
 

@@ -8,7 +8,7 @@ each pass that made code that was not there. PyTorch reads them by pickle, so it
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import logging
 import os
@@ -25,7 +25,7 @@ from ..system.atomic_files import write_file
 from ..system.bounded_json import read_json_object
 from ..system.card_profile import data_folder
 from ..system.sizes import in_gib
-from ..system.version import version
+from ..system.version import version, version_of
 from .folders import files_in
 from .settings import CompileSettings
 
@@ -71,10 +71,7 @@ def key_of(settings: CompileSettings, device: torch.device, model: str) -> CodeK
 
 def triton_version() -> str:
     """Of the package that is installed, which need not work; "none" without one."""
-    for name in TRITON_NAMES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return "none"
+    return next(filter(None, map(version_of, TRITON_NAMES)), "none")
 
 
 def code_folder() -> Path:

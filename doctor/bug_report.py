@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import importlib.metadata
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..system.version import installed_versions
 from .finding import Findings
 
 TOLD_PACKAGES = (
@@ -25,7 +25,11 @@ SHORTEST = 3  # letters of a name that is looked for by itself: shorter ones are
 
 def bug_report(findings: Findings) -> str:
     """JSON without prompts and private paths: no file of the user's is read for it."""
-    more: dict[str, Any] = {"packages": _packages(), "python": sys.version, "platform": platform.platform()}
+    more: dict[str, Any] = {
+        "packages": installed_versions(TOLD_PACKAGES),
+        "python": sys.version,
+        "platform": platform.platform(),
+    }
     return without_names(findings.to_json(more), private_names())
 
 
@@ -56,11 +60,3 @@ def without_names(text: str, names: Mapping[str, str]) -> str:
         text = re.sub(f"{edges[0]}{whole}{edges[1]}", short, text, flags=re.IGNORECASE)
     homes = r"((?:[A-Za-z]:)?[\\/]+(?:Users|home|Documents and Settings)[\\/]+)[^\\/\"'\s]+"
     return re.sub(homes, r"\1USER", text)
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in TOLD_PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..runtime.progress import Progress
+from ..system.card_links import numbered
 from ..system.kernel_choice import brief
 from ..system.triton_errors import triton_errors
 from .apart import tried_apart
@@ -38,9 +39,7 @@ class Examination:
     def run(self, progress: Progress = Progress()) -> Findings:  # noqa: B008 - immutable
         """Try everything. What a part raises is a finding of that part."""
         lines: list[Finding] = []
-        device = self.device
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = numbered(self.device)
         progress.begin("system")
         lines += check_system(self.here, device)
         progress.begin("memory")

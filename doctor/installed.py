@@ -50,14 +50,6 @@ class Installed:
         return f"{python} {'-s ' if self.is_portable else ''}-m pip install {anew}{words}"
 
 
-def version_of(package: str) -> str | None:
-    """Of an installed package, None where it is not installed (or lies about without a version)."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _needs(package: str) -> tuple[str, ...]:
     try:
         return tuple(importlib.metadata.requires(package) or ())

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from ..system.version import version_of
 from .finding import Finding, State
 from .fixes import TRITON, fix_flash, fix_kitchen, fix_sage, fix_torch, fix_triton, triton_minor
-from .installed import Installed, version_of
+from .installed import Installed
 from .trials import Outcome
 
 PART = "Kernels"

@@ -18,12 +18,11 @@ from ..memory.stream.pinned import CudaRegistrar, default_pinned_cap
 from ..system.card_profile import D2H_PINNED, H2D_PAGEABLE, H2D_PINNED, profile_of
 from ..system.host_memory import allocate_extent, available_ram_bytes, total_ram_bytes
 from ..system.kernel_choice import brief
-from ..system.sizes import in_gib
+from ..system.sizes import GIB, in_gib
 from .finding import Finding
 from .installed import Installed
 
 PART = "Memory"
-GIB = 2**30
 LEAST_VRAM = 3 * GIB  # below, no published model's leanest plan fits beside a desktop
 LEAST_RAM = 8 * GIB
 TRIED_PIN_BYTES = 256 << 20

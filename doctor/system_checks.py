@@ -8,9 +8,11 @@ import torch
 
 from ..system.card_profile import driver_version
 from ..system.kernel_choice import brief
+from ..system.sizes import GIB
+from ..system.version import version_of
 from .finding import Finding
 from .fixes import PAGES, fix_headers, fix_torch
-from .installed import Installed, version_of
+from .installed import Installed
 
 PART = "System"
 LOWEST_TORCH, LOWEST_PYTHON = (2, 4), (3, 10)
@@ -78,7 +80,7 @@ def _card(here: Installed, device: torch.device) -> Finding:
     """Whether this torch has kernels for the card: those of an older one do not run on newer ones."""
     properties = torch.cuda.get_device_properties(device)
     name = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
-    text = f"{name}, {properties.total_memory / 2**30:.1f} GiB"
+    text = f"{name}, {properties.total_memory / GIB:.1f} GiB"
     architectures = torch.cuda.get_arch_list()
     runs = (
         torch.version.hip is not None

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from ..system.card_links import numbered
 from .settings import RunSettings, find_device, use_device
 
 AUTO = "auto"
@@ -42,9 +43,7 @@ def cards_beside(device: torch.device, text: str) -> tuple[torch.device, ...]:
     """
     if text.strip() == AUTO and (device.type != "cuda" or torch.cuda.device_count() < 2):
         return ()
-    cards = list(parse_devices(text))
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    cards, device = list(parse_devices(text)), numbered(device)
     if device not in cards:
         raise ValueError(f"devices {text!r}: {device}, which the program runs on, must be among them")
     cards.remove(device)

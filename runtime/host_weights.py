@@ -21,7 +21,7 @@ from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..memory.stream.scratch_file import ScratchFile
 from ..memory.stream.shared_blocks import SharedBlocks, SharedParked
 from ..memory.stream.split_blocks import Home, HomeOf, SplitBlocks
-from ..system.card_links import reaches
+from ..system.card_links import numbered, reaches
 from ..system.device_errors import is_out_of_memory
 from ..system.host_memory import allocate_bytes
 from ..system.sizes import in_gib
@@ -31,7 +31,6 @@ from ..weights.linear.quantize import QuantizedSource
 from ..weights.lora.attach import AttachedLoras
 from ..weights.lora.file import Lora
 from ..weights.lora.merged_source import Source
-from .parked import numbered
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from ..memory.plan.footprint import UNLIMITED
 from ..memory.plan.limits import RESERVE_BYTES
 from ..memory.plan.parking import RAM, Amount, Parking, ParkPlace, ParkSpec
-from ..system.card_links import measured_gbps, reaches
+from ..system.card_links import measured_gbps, numbered, reaches
 from .settings import find_device
 
 FreeOn = Callable[[torch.device], int]
@@ -40,10 +40,3 @@ def free_for_parking(card: torch.device) -> int:
         return UNLIMITED
     free, _ = torch.cuda.mem_get_info(card)
     return max(0, free + torch.cuda.memory_reserved(card) - RESERVE_BYTES)
-
-
-def numbered(device: torch.device) -> torch.device:
-    """The same device by its number, where it is a GPU."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..memory.plan.footprint import GIB, CardBudget, Limits
+from ..memory.plan.footprint import CardBudget, Limits
 from ..memory.plan.limits import hold_budget, limits_for
 from ..system.card_links import slowest_link
 from ..system.host_memory import available_ram_bytes
+from ..system.sizes import GIB
 from ..transformer.workspace import Execution
 from .parked import FreeOn, find_parking, free_for_parking
 from .settings import RunSettings

@@ -40,6 +40,13 @@ class CardStreams:
             own.copy_(other, non_blocking=True)
 
 
+def numbered(device: torch.device) -> torch.device:
+    """The same device by its number, where it is a GPU: what is current is another matter in each thread."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def reaches(device: torch.device, other: torch.device) -> bool:
     """Whether the driver copies from one card to another without RAM between; what is no GPU lies in RAM itself."""
     if device.type != "cuda" or other.type != "cuda" or device == other:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,3 @@ class KeptChoices:
         told = {"card": asdict(card), "packages": dict(self.versions)}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
         return f"{work}, {card.gpu}, {digest}"
-
-
-def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of these packages; one that is not there is left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_BINARY = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+GIB = 2**30
+
+_BINARY = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10))
 _DECIMAL = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 

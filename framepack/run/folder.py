@@ -20,13 +20,12 @@ from ...system.bounded_json import JsonError, read_json_object
 from ...system.content_key import plain, readable, run_key
 from ...system.plain_text import printable
 from ...system.run_lock import RunLock, now
-from ...system.sizes import in_gib
+from ...system.sizes import GIB, in_gib
 from ...weights.files.records import read_record
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files: another number is another run
-GIB = 2**30
 SAFE_PATH = "safe_path"
 MOST_BYTES = 1 << 22  # of settings.json
 

@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import Protocol
 
 from ...system.card_profile import CardProfile
+from ...system.sizes import GIB
 from .card_times import EAGER_PASSES, PLAIN, SDPA, PassWork
 from .parking import Parking
 
 MIB = 2**20
-GIB = 2**30
 # Outside PyTorch's allocator, on an H200 after models of every format ran in one process: libraries and kernels too.
 CONTEXT_BYTES = int(0.765 * GIB)
 UNLIMITED = 1 << 60  # VRAM, where the device has no memory of its own

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from ...system.card_links import numbered
 from ...system.card_profile import H2D_PAGEABLE, H2D_PINNED, CardProfile, profile_of
 from ..stream.pinned import default_pinned_cap
 from .footprint import CONTEXT_BYTES, GIB, UNLIMITED, AttentionBytes, Limits
@@ -101,8 +102,7 @@ def hold_budget(device: torch.device, limits: Limits) -> None:
 
 def hold_allocator(device: torch.device, allowed_bytes: int | None) -> None:
     """Have PyTorch's allocator refuse more than so many bytes of a GPU; None: nothing is refused any more."""
-    number = torch.cuda.current_device() if device.index is None else device.index  # it takes no "cuda"
-    share = 1.0
+    number, share = numbered(device).index, 1.0  # it takes no "cuda"
     if allowed_bytes is not None:
         share = min(1.0, allowed_bytes / torch.cuda.get_device_properties(number).total_memory)
     torch.cuda.set_per_process_memory_fraction(share, number)

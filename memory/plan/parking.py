@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-GIB = 2**30
+from ...system.sizes import GIB
+
 UNITS = {"gb": GIB, "g": GIB, "mb": 2**20, "m": 2**20, "kb": 2**10, "k": 2**10, "b": 1}  # as DisTorch2 counts them
 RAM, DISK = "cpu", "disk"
 LARGEST_BYTES = 2**50

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...system.card_links import numbered
 from ...system.host_memory import total_ram_bytes
 from ...system.sizes import in_gib
 
@@ -30,8 +31,7 @@ class CudaRegistrar:
     _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 
     def __init__(self, device: torch.device) -> None:
-        # by number: what is current is another matter in each thread
-        self._device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self._device = numbered(device)
 
     def pin(self, extent: Tensor) -> bool:
         # A reader thread's current device is GPU 0, which may be another, and would get a context for this.

@@ -8,6 +8,7 @@ import comfy.model_patcher
 import torch
 from torch import nn
 
+from ...system.sizes import GIB
 from . import host
 from .engine import Engine
 
@@ -36,7 +37,7 @@ class CardPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_size(self) -> int:
         """The most that would be held of the card: ComfyUI evicts other models for so much."""
-        budget = int(self.engine.options.vram_budget_gb * 2**30)
+        budget = int(self.engine.options.vram_budget_gb * GIB)
         return min(self.engine.total_bytes, budget) if budget else self.engine.total_bytes
 
     def loaded_size(self) -> int:

@@ -29,6 +29,7 @@ from ...runtime.turns import Turns
 from ...sampling.caching.sampler_steps import Call, SamplerSteps
 from ...sampling.caching.settings import StepCacheSettings
 from ...system.device_errors import is_out_of_memory
+from ...system.sizes import GIB
 from ...weights.lora.merged_source import MergedSource
 from . import host
 from .options import StreamOptions
@@ -39,7 +40,6 @@ from .status import Loading, teller
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 S = TypeVar("S", bound=StreamedModel[Any])
 WORTH_A_START = 0.97  # of a step's time: for less, a model that is on its device stays as it is
 RAM_TO_KEEP = 1.25  # RAM free beside an idle model, in its own size, for its host memory to stay

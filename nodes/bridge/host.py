@@ -24,13 +24,13 @@ from torch import Tensor
 from ...compilation.profiles import VideoMemory
 from ...memory.stream.pinned import default_pinned_cap
 from ...system.host_memory import available_ram_bytes, return_freed_bytes
+from ...system.sizes import GIB
 
 CATEGORY = "LowVRAM Video"
 MODEL_FOLDER = "diffusion_models"  # ComfyUI's models/unet is one of its places
 TEXT_FOLDER = "text_encoders"  # models/clip too
 LORA_FOLDER = "loras"
 MODEL_SUFFIXES = (".safetensors", ".gguf")
-GIB = 2**30
 EVERYTHING = 1e30  # bytes, as ComfyUI itself asks for all
 
 

@@ -9,8 +9,8 @@ import torch
 from ...attention.sparse.settings import SparseSettings
 from ...compilation.settings import CompileSettings
 from ...memory.plan.parking import ParkSpec
-from ...runtime.parked import numbered
 from ...sampling.caching.settings import StepCacheSettings
+from ...system.card_links import numbered
 
 
 @dataclass(frozen=True)

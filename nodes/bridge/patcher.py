@@ -18,6 +18,7 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ...runtime.latent_watch import BadLatents, LatentWatch
+from ...system.sizes import GIB
 from . import host
 from .card_patcher import card_patchers
 from .carried import BYPASS, HOOKED, OWN, check_carried
@@ -100,7 +101,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_size(self) -> int:
         """The most that we would hold on the device: core evicts other models for so much."""
-        budget = int(self.options.vram_budget_gb * 2**30)
+        budget = int(self.options.vram_budget_gb * GIB)
         return min(self.engine.total_bytes, budget) if budget else self.engine.total_bytes
 
     def loaded_size(self) -> int:

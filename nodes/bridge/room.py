@@ -17,10 +17,10 @@ from ...runtime.parked import find_parking
 from ...runtime.run_limits import least_limits, run_limits
 from ...runtime.streamed import StreamedModel
 from ...system.card_links import slowest_link
+from ...system.sizes import GIB
 from . import host
 from .options import StreamOptions
 
-GIB = 2**30
 DESKTOP_GB = 0.5  # of a card that is not this machine's
 
 Evictable = Callable[[torch.device], int]  # bytes of a card

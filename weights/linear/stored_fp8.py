@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...system.dtypes import half_dtype
-from ...system.kept_choices import KeptChoices, installed_versions
+from ...system.kept_choices import KeptChoices
 from ...system.kernel_choice import Trial, choose, cuda_seconds, disagreement, relative_error
+from ...system.version import installed_versions
 from .fp8 import Fp8Dequantized, Fp8Matmul
 from .gguf import GgufFormat
 from .int8 import Int8Dequantized
