@@ -17,6 +17,7 @@ import torch
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.memory.plan.footprint import GIB, Choice, Limits
 from lowvram_video.memory.plan.plan import plan_memory
+from lowvram_video.memory.stream import pinned as pinned_memory
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer.workspace import Execution
 from lowvram_video.vae.tiny import TinyVAE
@@ -25,7 +26,7 @@ from lowvram_video.wanvideo.network.embeddings import AxisPositions
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.network.upscaling import UpscalingModel, WindowExtras
 from lowvram_video.wanvideo.network.windows import WindowPass
-from lowvram_video.wanvideo.upscale import decoder_memory, host_windows, stream
+from lowvram_video.wanvideo.upscale import host_windows, stream
 from lowvram_video.wanvideo.upscale.decoder import CONDITIONAL, decode_next
 from lowvram_video.wanvideo.upscale.decoder_memory import DecoderMemory
 from lowvram_video.wanvideo.upscale.frames import coloured, enlarged
@@ -360,7 +361,7 @@ def test_ram_that_does_not_suffice_for_parking_loses_nothing(monkeypatch: pytest
             raise MemoryError("no more RAM")
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    monkeypatch.setattr(decoder_memory, "allocate_extent", full)
+    monkeypatch.setattr(pinned_memory, "allocate_extent", full)
     with pytest.raises(MemoryError):
         memory.park()
     assert not memory.is_parked and sorted(memory) == [0, 1, 2]

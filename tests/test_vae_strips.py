@@ -20,6 +20,7 @@ from lowvram_video.fused.frame_ops import EagerFrameOps
 from lowvram_video.fused.frame_select import difference, select_frame_ops
 from lowvram_video.memory.plan.footprint import VaeFootprint
 from lowvram_video.memory.plan.tiles import LEAST_ROWS, strip_rows, thinner_strips
+from lowvram_video.memory.stream import pinned
 from lowvram_video.vae import recording, strips
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.inbox import Inbox
@@ -542,13 +543,13 @@ def test_an_abandoned_decode_gives_its_memory_back(vae):
 @pytest.fixture
 def allocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """Sizes of the RAM in which strips wait, and whether the main thread took it."""
-    taken, allocate = list[tuple[int, bool]](), strips.allocate_extent
+    taken, allocate = list[tuple[int, bool]](), pinned.allocate_extent
 
     def noted(nbytes: int) -> Tensor:
         taken.append((nbytes, threading.current_thread() is threading.main_thread()))
         return allocate(nbytes)
 
-    monkeypatch.setattr(strips, "allocate_extent", noted)
+    monkeypatch.setattr(pinned, "allocate_extent", noted)
     return taken
 
 

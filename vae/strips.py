@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..memory.plan.decode import PAGES_AT_WORK
-from ..memory.stream.pinned import PinnedBudget, Registrar
-from ..system.host_memory import allocate_extent
+from ..memory.stream.pinned import PinnedBudget, PinnedMemory, Registrar
 
 ALIGNMENT = 128  # elements: what a slot begins with is read in words of any size
 
@@ -183,20 +182,10 @@ def allocated_ahead(allocate: Allocate, sizes: Sequence[int]) -> Iterator[Alloca
 @contextmanager
 def pinned_memory(registrar: Registrar | None, cap_bytes: int | None = None) -> Iterator[Allocate]:
     """RAM, given back at the end; pinned up to a cap where that is allowed, as copies then take a fifth."""
-    extents: list[Tensor] = []
-    pinned = None if registrar is None else PinnedBudget(registrar, cap_bytes)
-
-    def allocate(nbytes: int) -> Tensor:
-        extent = allocate_extent(nbytes)
-        if pinned is not None and pinned.pin(extent) is None:
-            extents.append(extent)
-        return extent[:nbytes]
-
+    memory = PinnedMemory(None if registrar is None else PinnedBudget(registrar, cap_bytes))
     try:
-        yield allocate
+        yield lambda nbytes: memory.allocate(nbytes)[:nbytes]
     finally:
-        if extents:
+        if memory.pinned_bytes:
             torch.cuda.synchronize()
-        for extent in extents:
-            assert pinned is not None
-            pinned.unpin(extent)
+        memory.unpin()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...system.card_links import numbered
-from ...system.host_memory import total_ram_bytes
+from ...system.host_memory import allocate_extent, total_ram_bytes
 from ...system.sizes import in_gib
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,32 @@ class PinnedBudget:
     def _give_back(self, extent: Tensor) -> None:
         with self._lock:
             self._pinned_bytes -= extent.numel()
+
+
+class PinnedMemory:
+    """Extents of RAM, each pinned where a budget (None: there is none) still allows it."""
+
+    def __init__(self, budget: PinnedBudget | None) -> None:
+        self._budget = budget
+        self._pinned: list[Tensor] = []
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(extent.numel() for extent in self._pinned)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """An extent of so many bytes or more, uint8."""
+        extent = allocate_extent(nbytes)
+        if self._budget is not None and self._budget.pin(extent) is None:
+            self._pinned.append(extent)
+        return extent
+
+    def unpin(self) -> None:
+        """No copy is under way any more; calling it again does nothing."""
+        pinned, self._pinned = self._pinned, []
+        for extent in pinned:
+            assert self._budget is not None
+            self._budget.unpin(extent)
 
 
 def default_pinned_cap() -> int:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
-from ...memory.stream.pinned import PinnedBudget
-from ...system.host_memory import allocate_extent
+from ...memory.stream.pinned import PinnedBudget, PinnedMemory
 
 
 class DecoderMemory(MutableMapping[int, Tensor]):
@@ -18,11 +17,10 @@ class DecoderMemory(MutableMapping[int, Tensor]):
     """
 
     def __init__(self, device: torch.device, budget: PinnedBudget | None = None, parked: bool = False) -> None:
-        self._device, self._budget, self._parked = device, budget, parked
+        self._device, self._memory, self._parked = device, PinnedMemory(budget), parked
         self._kept: dict[int, Tensor] = {}
         self._new: dict[int, Tensor] = {}  # of this step
         self._spare: dict[int, Tensor] = {}  # in RAM, of the step before
-        self._pinned: list[Tensor] = []
 
     @property
     def is_parked(self) -> bool:
@@ -85,10 +83,7 @@ class DecoderMemory(MutableMapping[int, Tensor]):
     def release(self) -> None:
         """Give all of it back; calling it again does nothing."""
         self._kept, self._new, self._spare = {}, {}, {}
-        pinned, self._pinned = self._pinned, []
-        for area in pinned:
-            assert self._budget is not None
-            self._budget.unpin(area)
+        self._memory.unpin()
 
     def _in_ram(self, place: int, seen: Tensor) -> Tensor:
         """A copy, in the bytes of what was remembered before the last step where there are such."""
@@ -101,10 +96,7 @@ class DecoderMemory(MutableMapping[int, Tensor]):
         return there
 
     def _allocated(self, like: Tensor) -> Tensor:
-        area = allocate_extent(like.nbytes)
-        if self._budget is not None and self._budget.pin(area) is None:
-            self._pinned.append(area)
-        flat = area[: like.nbytes].view(like.dtype)
+        flat = self._memory.allocate(like.nbytes)[: like.nbytes].view(like.dtype)
         last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
         if not last:
             return flat.view(like.shape)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...memory.stream.pinned import PinnedBudget
+from ...memory.stream.pinned import PinnedBudget, PinnedMemory
 from ...memory.stream.streams import BlockEvents, streams_for
-from ...system.host_memory import allocate_extent, allocate_on_disk
+from ...system.host_memory import allocate_on_disk
 
 FIRST_WINDOWS = 3  # that a video's first pass has
 FEWEST = 2  # windows that are kept at least
@@ -69,14 +69,12 @@ class HostWindows:
     def __init__(
         self, size: WindowSize, device: torch.device, budget: PinnedBudget | None = None, folder: Path | None = None
     ) -> None:
-        self.size, self._device, self._budget = size, device, budget
+        self.size, self._device, self._memory = size, device, PinnedMemory(budget)
         self.windows = range(0)  # those that are kept, by their numbers in the video
         self._streams = streams_for(device)
         self._extents: list[Tensor] = []
-        self._pinned: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._events: list[BlockEvents] = []
-        self._fetched: dict[int, int] = {}  # layer -> windows that were fetched for it
         self._new = 0  # windows of this pass
         self._room = 0  # windows that a buffer has room for
         try:
@@ -84,11 +82,8 @@ class HostWindows:
                 nbytes = 2 * size.slots * size.nbytes
                 if folder is not None:
                     self._extents.append(allocate_on_disk(folder / f"windows_{layer:03d}", nbytes))
-                    continue
-                area = allocate_extent(nbytes)
-                self._extents.append(area)
-                if budget is not None and budget.pin(area) is None:
-                    self._pinned.append(area)
+                else:
+                    self._extents.append(self._memory.allocate(nbytes))
         except BaseException:
             self.release()
             raise
@@ -107,7 +102,7 @@ class HostWindows:
     def end_pass(self) -> None:
         """Nobody needs the device's memory any more."""
         self._streams.synchronize()
-        self._buffers, self._events, self._fetched = [], [], {}
+        self._buffers, self._events = [], []
 
     def commit(self) -> None:
         """The pass is done: its windows are remembered, and the oldest is forgotten where there are too many."""
@@ -160,15 +155,12 @@ class HostWindows:
     def release(self) -> None:
         """Give the memory back; calling it again does nothing."""
         self.end_pass()
-        pinned, self._pinned = self._pinned, []
-        for area in pinned:
-            assert self._budget is not None
-            self._budget.unpin(area)
+        self._memory.unpin()
         self._extents = []
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(area.numel() for area in self._pinned)
+        return self._memory.pinned_bytes
 
     def _kept_slots(self) -> list[tuple[int, int]]:
         return [(number % self.size.slots, which) for number in self.windows for which in (0, 1)]
