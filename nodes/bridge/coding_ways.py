@@ -10,7 +10,6 @@ from torch import Tensor
 from ...memory.plan.decode import choose_decode, decode_memory
 from ...memory.plan.footprint import Limits, VaeFootprint, WorkSize
 from ...memory.plan.tiles import TILES
-from ...memory.stream.pinned import Registrar
 from ...vae.strips import Strips
 from ...vae.tiling import Tile, Way, retry_ways
 from ...vae.tiny import TinyConfig, TinyVAE
@@ -31,19 +30,14 @@ def first_way(vae: WanVAE | TinyVAE, latent: Tensor, tile: int, encodes: bool = 
     planned = choose_decode(footprint, _work(config, latent), latent.shape[1], limits)
     if planned is None:
         return Tile(TILES[-1])
-    return Strips(planned.rows, planned.in_ram, registrar(device)) if planned.rows else Tile(planned.tile)
+    return Strips(planned.rows, planned.in_ram, host.registrar(device)) if planned.rows else Tile(planned.tile)
 
 
 def ways(vae: WanVAE | TinyVAE, latent: Tensor, tile: int) -> list[Way]:
     """What to try in turn: `tile` pixels, or what fits, and then leaner ones."""
     height, width = (vae.config.spatial_stride * side for side in latent.shape[3:])
     first = first_way(vae, latent, tile)
-    return [first, *retry_ways(vae, first, (height, width), registrar(vae.device))]
-
-
-def registrar(device: torch.device) -> Registrar | None:
-    """What pins the RAM in which borders of strips wait, where ComfyUI may pin."""
-    return host.HostRegistrar(device) if device.type == "cuda" and host.may_pin() else None
+    return [first, *retry_ways(vae, first, (height, width), host.registrar(vae.device))]
 
 
 def coding_bytes(

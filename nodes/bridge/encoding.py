@@ -15,7 +15,7 @@ from ...vae.checks import VaeConfig
 from ...vae.tiling import encode_fitting
 from ...wanvideo.vae.checkpoint import WAN_FORMAT
 from . import host
-from .coding_ways import coding_bytes, first_way, registrar
+from .coding_ways import coding_bytes, first_way
 from .decoding import HEADROOM_BYTES, latent_statistics
 from .native_vae import evict_idle, native_decoder, open_native, vae_at_work
 
@@ -53,7 +53,7 @@ def _encode_wan(vae: Any, images: Tensor, tile: int) -> Tensor:
     with vae_at_work(opened, dtype, least + HEADROOM_BYTES, "encoder") as encoder:
         # called for every latent frame: whole frames are encoded without a word of how far it is
         encoder.encoder.middle[0].register_forward_pre_hook(lambda *_: host.stop_if_interrupted())
-        first, pins = first_way(encoder, latent, tile, encodes=True), registrar(encoder.device)
+        first, pins = first_way(encoder, latent, tile, encodes=True), host.registrar(encoder.device)
         encoded = encode_fitting(encoder, video, first, progress.update, evict_idle, pins)
     mean, std = latent_statistics(config)
     return encoded * std + mean

@@ -155,6 +155,11 @@ def may_pin() -> bool:
     return mm.MAX_PINNED_MEMORY > 0
 
 
+def registrar(device: torch.device) -> HostRegistrar | None:
+    """What pins RAM that work on a device waits in, where ComfyUI may pin."""
+    return HostRegistrar(device) if device.type == "cuda" and may_pin() else None
+
+
 def compute_device() -> torch.device:
     """The device of `--cuda-device`, or the CPU under `--cpu`."""
     return mm.get_torch_device()

@@ -76,8 +76,7 @@ def vae_fingerprint(vae: Any) -> str:
 def _decode_budget(device: torch.device, vram_left: int | None) -> DecodeBudget | None:
     if device.type != "cuda":
         return None
-    registrar = host.HostRegistrar(device) if host.may_pin() else None
     free = max(0, host.free_vram(device) - host.reserved_vram())
     if vram_left is not None:
         free = min(free, vram_left)
-    return DecodeBudget(free, host.free_ram() // 2, registrar)
+    return DecodeBudget(free, host.free_ram() // 2, host.registrar(device))

@@ -105,10 +105,9 @@ def upscaler_at_work(model: FlashVSRModel, num_frames: int) -> Iterator[Upscaler
     """The files opened, in the room that ComfyUI's other models leave for it; a limit ends with the run."""
     device = model.settings.device
     host.unload_others(None, device)
-    registrar = host.HostRegistrar(device) if device.type == "cuda" and host.may_pin() else None
     progress = _BarProgress(num_frames)
     try:
-        yield Upscaler(model.files, model.settings, progress, host.stop_if_interrupted, registrar)
+        yield Upscaler(model.files, model.settings, progress, host.stop_if_interrupted, host.registrar(device))
     finally:
         if device.type == "cuda":
             hold_allocator(device, None)
