@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,11 +116,8 @@ def encode_clip(
         logger.info("encoding %s", way)
         if way.tile.pixels:
             return encode_tiled(vae, video, way.tile, on_chunk)
-        check = None if on_chunk is None else partial(on_chunk, 0, 1)
-        if not way.spill or budget is None:
-            return vae.encode(video, FrameStore(check=check)).float().cpu()
-        with pinned_memory(budget.registrar, budget.host_bytes) as allocate:
-            return vae.encode(video, FrameStore(0, allocate, check)).float().cpu()
+        with _store(way, budget, on_chunk) as store:
+            return vae.encode(video, store).float().cpu()
 
     return first_fitting(decode_ways(vae, latents, budget, tile), encode, "encoding")
 
@@ -128,8 +127,17 @@ def _decode(
 ) -> Tensor:
     if way.tile.pixels:
         return decode_tiled(vae, latents, way.tile, on_chunk)
+    with _store(way, budget, on_chunk) as store:
+        video = vae.decode(latents, store)
+        return watched(vae, video.cpu() if way.spill else video)
+
+
+@contextmanager
+def _store(way: DecodeWay, budget: DecodeBudget | None, on_chunk: OnChunk | None) -> Iterator[FrameStore]:
+    """Where clips lie in this way, which `on_chunk` may stop before every frame."""
     check = None if on_chunk is None else partial(on_chunk, 0, 1)
     if not way.spill or budget is None:
-        return watched(vae, vae.decode(latents, FrameStore(check=check)))
+        yield FrameStore(check=check)
+        return
     with pinned_memory(budget.registrar, budget.host_bytes) as allocate:
-        return watched(vae, vae.decode(latents, FrameStore(0, allocate, check)).cpu())
+        yield FrameStore(0, allocate, check)
