@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..system.output_lock import file_sha256
@@ -50,22 +49,15 @@ class Results:
     def has(self, job: Job) -> bool:
         """Whether a job was made before, by the same settings, and its file is there as it was made."""
         last = self.last(job.output)
-        if last.get("status") != DONE or last.get("key") != job.key:
-            return False
-        with suppress(OSError):
-            return file_sha256(job.output) == last.get("sha256")
-        return False
+        return last.get("status") == DONE and last.get("key") == job.key and _is(job.output, last.get("sha256"))
 
     def left(self, job: Job) -> bool:
         """Whether the file that is there is what this very job left when it did not end well."""
         last = self.last(job.output)
         if last.get("status") not in OURS or last.get("key") != job.key:
             return False
-        if last["status"] in (BEGUN, "lost"):  # its process said no more
-            return True
-        with suppress(OSError):
-            return file_sha256(job.output) == last.get("left")
-        return False
+        # a process that died said no more
+        return last["status"] in (BEGUN, "lost") or _is(job.output, last.get("left"))
 
     def add(self, output: Path | str, status: str, **values: Any) -> None:
         """Add a line, on the disk when this returns. OSError as the system's."""
@@ -79,15 +71,21 @@ class Results:
     def __enter__(self) -> Results:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._file.close()  # which writes once more on a full disk
             if self.path.is_file() and not self.path.stat().st_size:  # nothing was begun, and nothing ever was
                 self.path.unlink()
         finally:
             self._lock.remove()
+
+
+def _is(path: Path, sha256: Any) -> bool:
+    """Whether a file is there, and has what was noted."""
+    try:
+        return file_sha256(path) == sha256
+    except OSError:
+        return False
 
 
 def _cannot_be_written(path: Path, error: OSError) -> ValueError:

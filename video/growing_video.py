@@ -25,7 +25,7 @@ from .growing_state import FORMAT, VideoPart, VideoState, read_state
 from .pictures import to_uint8
 from .placed_video import COMING, PlacedVideo
 from .tags import Tags
-from .writer import SUFFIXES, VideoWriter, check_rate, check_writable, flush_file, writing
+from .writer import VideoWriter, check_rate, check_video, check_writable, flush_file, writing
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,7 @@ class GrowingVideo:
         if grows not in ("front", "back"):
             raise ValueError(f'grows is {grows!r}; a film grows at its "front" or at its "back"')
         check_rate(fps)
-        self.folder, self.path, self.tags = folder, check_writable(path), tags or {}
-        if self.path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path} is no video file name: end it in {' or '.join(SUFFIXES)}")
+        self.folder, self.path, self.tags = folder, check_video(path), tags or {}
         check_writable(folder / "film.json")
         self._state = VideoState(FORMAT, float(fps), crf, grows, made_by)
         self._edge: Tensor | None = None  # uint8 [E, H, W, 3]

@@ -147,11 +147,7 @@ def _told(path: Path) -> _Told:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: ffmpeg cannot be started ({error}): reinstall imageio-ffmpeg") from error
         watched = Watched(process)
-        try:
-            watched.wait()
-        finally:
-            process.kill()  # after Ctrl-C; else it has ended
-            process.wait()
+        watched.ends_well()  # what it says counts
         said.seek(0)
         text = said.read().decode(errors="replace")
     streams = [line for line in text.splitlines() if re.match(r"\s+Stream #.* Video: ", line)]

@@ -33,6 +33,14 @@ class Watched:
         with self.working():
             return self.process.wait()
 
+    def ends_well(self) -> bool:
+        """Whether its exit status is 0, at its end; after Ctrl-C, too, it has ended."""
+        try:
+            return self.wait() == 0
+        finally:
+            self.process.kill()
+            self.process.wait()
+
     def _end(self) -> None:
         self.stuck = f"it did nothing for {self._seconds:g} s and was ended"
         self.process.kill()

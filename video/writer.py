@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import imageio_ffmpeg
@@ -129,9 +128,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(self, width: int, height: int) -> subprocess.Popen[bytes]:
@@ -207,12 +204,7 @@ def join_videos(parts: Sequence[tuple[Path, int]], path: Path, fps: float, tags:
         with tempfile.TemporaryFile() as complaints:
             process = _launch([*sources, *options, str(path.absolute())], path, subprocess.DEVNULL, complaints, folder)
             joining = Watched(process, JOIN_SECONDS)
-            try:
-                failed = joining.wait() != 0
-            finally:
-                joining.process.kill()  # after Ctrl-C; else it has ended
-                joining.process.wait()
-            if failed:
+            if not joining.ends_well():
                 raise VideoError(
                     f"{path}: ffmpeg could not join {len(parts)} parts ({joining.stuck or _reason(complaints)}): "
                     "check the free space and the rights of that folder"
@@ -244,12 +236,7 @@ def add_sound(path: Path, heard: Path | Sound) -> None:
                 complaints = stack.enter_context(tempfile.TemporaryFile())
                 arguments = ["-i", str(path.absolute()), *source, *streams, *tags, str(partial.absolute())]
                 process = Watched(_launch(arguments, path, subprocess.DEVNULL, complaints), JOIN_SECONDS)
-                try:
-                    failed = process.wait() != 0
-                finally:
-                    process.process.kill()  # after Ctrl-C; else it has ended
-                    process.process.wait()
-                if not failed:
+                if process.ends_well():
                     replace_file(partial, path)
                     return
             raise VideoError(f"{path}: ffmpeg could not add the sound ({process.stuck or _reason(complaints)})")
