@@ -6,24 +6,57 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from ..system.atomic_files import write_file
-from ..system.run_lock import RunLock
+from ..system.run_lock import RunLock, now
 
 KEPT_SECONDS = 14 * 24 * 3600
 MOST_RUNS = 32
 MARK = "run.json"  # its time is when the run was last used; a folder without is nobody's business here
 
+UNSOUND = "unsound.json"  # why what a run made was no use: it goes on on the safe path
+MOST_TRIES = 50
+
 LOCKS = {"lock", "lock_holder.txt"}
 NEW_SECONDS = 60  # so long nobody takes a folder for a remainder: its mark may be about to come
 
 
-def mark_used(folder: Path, description: Mapping[str, str]) -> None:
-    """Note that a run is used now, with a few words for people. OSError as the system's."""
-    write_file(folder / MARK, json.dumps(description, indent=1).encode("ascii"))
+def open_run(root: Path, key: str) -> tuple[Path, RunLock]:
+    """The folder of the run of this key, `root/<its first 16 letters>`, made, held, and marked as used now.
+
+    What other runs left long ago is removed. ValueError where it cannot be written, or another process works on it.
+    """
+    folder = root / key[:16]
+    try:
+        _make(folder)
+        lock = RunLock(folder / "lock")
+        write_file(folder / MARK, json.dumps({"key": key, "used": now()}, indent=1).encode("ascii"))
+    except OSError as error:
+        raise ValueError(
+            f"the run's folder {folder} cannot be written ({error.strerror or error}): check the free space and the "
+            "rights, choose another folder, or keep nothing"
+        ) from error
+    clean_runs(root)
+    return folder, lock
+
+
+def end_run(folder: Path, lock: RunLock) -> None:
+    """As `remove_run`, and the root too where no other run is in it."""
+    remove_run(folder, lock)
+    with suppress(OSError):
+        folder.parent.rmdir()
+
+
+def give_up(folder: Path, reason: str) -> None:
+    """Have what the run made be no use from now on, whenever it is begun again."""
+    with suppress(OSError):  # a full disk: begun again it finds out by itself
+        write_file(folder / UNSOUND, json.dumps({"reason": reason}).encode("ascii"))
+
+
+def is_given_up(folder: Path) -> bool:
+    return (folder / UNSOUND).exists()
 
 
 def clean_runs(root: Path) -> None:
@@ -51,6 +84,15 @@ def remove_run(folder: Path, lock: RunLock) -> None:
     lock.remove()
     with suppress(OSError):  # somebody has begun in it
         folder.rmdir()
+
+
+def _make(folder: Path) -> None:
+    """A folder and its root, which other runs remove when they end and it is empty. OSError as the system's."""
+    for _ in range(MOST_TRIES):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _is_remainder(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,16 +13,14 @@ from torch import Tensor
 
 from ..system.atomic_files import write_file
 from ..system.content_key import run_key
-from ..system.run_lock import RunLock, now
+from ..system.run_lock import RunLock
 from ..weights.files.records import read_record
 from .host_copies import BackgroundWriter, HostCopy
-from .kept_runs import clean_runs, mark_used, remove_run
+from .kept_runs import end_run, give_up, is_given_up, open_run
 
 log = logging.getLogger(__name__)
 
 FINISHED = "finished.safetensors"
-UNSOUND = "unsound.json"  # why a run's latents were no use: it goes on on the safe path, in a record of its own
-MOST_TRIES = 50
 FORMAT = 1  # of the files: another number is another run
 
 
@@ -58,17 +55,7 @@ class StepRecord:
         setting has no stable form, and where another process works on the run.
         """
         key = run_key({"format": FORMAT, "settings": settings})
-        folder = root / key[:16]
-        try:
-            _make(folder)
-            lock = RunLock(folder / "lock")
-            mark_used(folder, {"key": key, "used": now()})
-        except OSError as error:
-            raise ValueError(
-                f"the run's folder {folder} cannot be written ({error.strerror or error}): check the free space and "
-                "the rights, choose another folder, or keep no steps"
-            ) from error
-        clean_runs(root)
+        folder, lock = open_run(root, key)
         return cls(folder, key, lock)
 
     @property
@@ -84,7 +71,7 @@ class StepRecord:
     @property
     def is_unsound(self) -> bool:
         """Whether the run was given up for one on the safe path."""
-        return (self.folder / UNSOUND).exists()
+        return is_given_up(self.folder)
 
     def answer(self, question: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """The recorded answer to the next call, on the device of the question; else that of `compute`, recorded."""
@@ -124,8 +111,7 @@ class StepRecord:
     def give_up(self, reason: str) -> None:
         """Another run takes this one's place, now and whenever it is begun again: none of its answers is kept."""
         self.forget_step(0)
-        with suppress(OSError):  # a full disk: begun again it finds out by itself
-            write_file(self.folder / UNSOUND, json.dumps({"reason": reason}).encode("ascii"))
+        give_up(self.folder, reason)
 
     def finished(self) -> dict[str, Tensor] | None:
         """What `finish` kept, in host memory; None where the run is not finished."""
@@ -150,9 +136,7 @@ class StepRecord:
         if not self.folder.exists():  # nothing could be kept, so `close` left nothing
             self._lock.release()
             return
-        remove_run(self.folder, self._lock)
-        with suppress(OSError):  # other runs are in it
-            self.folder.parent.rmdir()
+        end_run(self.folder, self._lock)
 
     def close(self) -> None:
         """Write what is still to be written, and let others open the run; nothing is left of one without a step."""
@@ -224,12 +208,3 @@ class StepRecord:
 def are_numbers(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all of them are finite."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-
-
-def _make(folder: Path) -> None:
-    """A folder and its root, which other runs remove when they end and it is empty. OSError as the system's."""
-    for _ in range(MOST_TRIES):
-        with suppress(FileNotFoundError):
-            folder.mkdir(parents=True, exist_ok=True)
-            return
-    folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -15,13 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...runtime.kept_runs import clean_runs, mark_used, remove_run
+from ...runtime.kept_runs import end_run, give_up, is_given_up, open_run
 from ...runtime.latent_watch import BadLatents
 from ...runtime.progress import Progress
-from ...system.atomic_files import write_file
 from ...system.content_key import run_key
 from ...system.output_lock import is_noted, note_output
-from ...system.run_lock import RunLock, now
 from ...system.scratch_folders import scratch_folder
 from ...vae.frame_watch import BadFrames
 from ...video.growing_video import GrowingVideo
@@ -38,7 +35,6 @@ log = logging.getLogger(__name__)
 
 SECTION_STEPS = 4  # whose frames are encoded together: 32 frames
 GOOD_CRF, MOST_CRF = 16, 51
-UNSOUND = "unsound.json"  # why what the network made was no use: the run is begun on the safe path from then on
 SAFELY = " on the safe path"
 NOT_KEPT = "the run cannot be kept in %s (%s)"
 
@@ -141,22 +137,10 @@ class UpscaleFilm:
                 yield _RunFolder(scratch)
             return
         key = self.key(place)
-        self.folder = folder = place.runs / key[:16]
+        self.folder, lock = open_run(place.runs, key)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(folder / "lock")
-            mark_used(folder, {"key": key, "used": now()})
-        except OSError as error:
-            raise ValueError(
-                f"the run's folder {folder} cannot be written ({error.strerror or error}): check the free space and "
-                "the rights, choose another folder, or keep nothing"
-            ) from error
-        try:
-            clean_runs(place.runs)
-            yield _RunFolder(folder, key)
-            remove_run(folder, lock)
-            with suppress(OSError):  # other runs are in it
-                place.runs.rmdir()
+            yield _RunFolder(self.folder, key)
+            end_run(self.folder, lock)
         finally:
             lock.release()
 
@@ -179,16 +163,16 @@ class _RunFolder:
 
     @property
     def is_unsound(self) -> bool:
-        return (self.path / UNSOUND).exists()
+        return is_given_up(self.path)
 
     def give_up(self, reason: str, output: Path) -> None:
         """Nothing that was kept is gone on from; the run knows what it has shown at `output` as its own, though."""
-        with suppress(OSError):  # a full disk: begun again it finds out by itself
+        with suppress(OSError):
             if GrowingVideo.is_at(film_folder(self.path), output):
                 note_output(self.path, output, self.key)
             for state in self.path.glob("state_*"):
                 shutil.rmtree(state, ignore_errors=True)
-            write_file(self.path / UNSOUND, json.dumps({"reason": reason}).encode("ascii"))
+            give_up(self.path, reason)
 
 
 class _Making:
