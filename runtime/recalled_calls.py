@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..sampling.caching.step_cache import first_needed
+from .step_record import StepRecord
 from .streamed import StreamedModel
 
 Learnt = list[list[Tensor]]  # of each model, see `StreamedModel.learnt`
@@ -24,11 +25,30 @@ class RecalledCalls:
         self._calls: list[tuple[Callable[[], object], Learnt]] = []
         self._before: Learnt | None = None  # what was learnt before the first of them
 
-    def learnt(self) -> list[Tensor]:
+    def answers(
+        self, record: StepRecord, x: Tensor, sigma: Tensor, compute: Callable[[Tensor], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """What `compute` makes of `x`, or made of it before: the record's answer to the run's next call."""
+        computed = False
+
+        def made_now() -> list[Tensor]:
+            nonlocal computed
+            computed = True
+            self._catch_up()
+            return [*compute(x), *self._learnt()]
+
+        made = record.answers({"x": x, "sigma": sigma.to(x.device)}, made_now)
+        count = len(made) - sum(model.num_learnt for model in self._models)
+        if not computed:  # as if the call had been made just now
+            asked = x.clone()  # samplers may write into it
+            self._answered(lambda: compute(asked), made[count:])
+        return made[:count]
+
+    def _learnt(self) -> list[Tensor]:
         """What all models learnt, to be recorded with a call's answer."""
         return [state for model in self._models for state in model.learnt()]
 
-    def answered(self, again: Callable[[], object], states: Sequence[Tensor]) -> None:
+    def _answered(self, again: Callable[[], object], states: Sequence[Tensor]) -> None:
         """The record answered a call, which `again` would make, and had these states with it."""
         if self._before is None:
             self._before = [model.learnt() for model in self._models]
@@ -40,7 +60,7 @@ class RecalledCalls:
             self._before = self._calls[gone - 1][1]
         del self._calls[:gone]  # with what they were asked
 
-    def catch_up(self) -> None:
+    def _catch_up(self) -> None:
         """Before a call that is computed: the models' step caches are as if those before had been made just now."""
         calls, self._calls = self._calls, []
         if not calls or self._before is None:

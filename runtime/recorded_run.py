@@ -77,23 +77,8 @@ class RecordedRun:
         record = self.record
         if record is None:
             return denoise
-
         recalled = RecalledCalls(self._models)
-
-        def answer(x: Tensor, sigma: Tensor) -> Tensor:
-            computed: list[Tensor] = []
-
-            def compute() -> list[Tensor]:
-                recalled.catch_up()
-                computed.append(denoise(x, sigma))
-                return [*computed, *recalled.learnt()]
-
-            made, *states = record.answers({"x": x, "sigma": sigma.to(x.device)}, compute)
-            if not computed:  # as if the step had been made just now
-                recalled.answered(lambda: denoise(x, sigma), states)
-            return made
-
-        return answer
+        return lambda x, sigma: recalled.answers(record, x, sigma, lambda x: [denoise(x, sigma)])[0]
 
     def sound(self, denoise: Callable[[], Tensor]) -> Tensor:
         """The latent that `denoise` makes; once more on the safe path where it is no use, BadLatents where even so.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
@@ -171,19 +170,7 @@ def _answering(record: StepRecord, streamed: StreamedModel[Any]) -> Callable[...
     def answer(
         executor: WrapperExecutor, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: Any
     ) -> list[Tensor]:
-        computed: list[Tensor] = []
-
-        def compute() -> list[Tensor]:
-            recalled.catch_up()
-            computed.extend(executor(model, conds, x, timestep, model_options))
-            return [*computed, *recalled.learnt()]
-
-        made = record.answers({"x": x, "sigma": timestep}, compute)
-        if not computed:
-            asked = x.clone()  # samplers may write into it
-            again = partial(executor, model, conds, asked, timestep, model_options)
-            recalled.answered(again, made[len(conds) :])
-        return made[: len(conds)]
+        return recalled.answers(record, x, timestep, lambda x: executor(model, conds, x, timestep, model_options))
 
     return answer
 
