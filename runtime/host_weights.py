@@ -15,7 +15,7 @@ from ..memory.plan.parking import Homes
 from ..memory.plan.plan import MemoryPlan
 from ..memory.stream.disk_blocks import DiskBlocks
 from ..memory.stream.host_blocks import HostBlocks
-from ..memory.stream.layout import BlockLayout, TensorSource, layout_block
+from ..memory.stream.layout import BlockLayout, layout_block
 from ..memory.stream.parked_blocks import ParkedBlocks
 from ..memory.stream.pinned import PinnedBudget, Registrar
 from ..memory.stream.scratch_file import ScratchFile
@@ -23,14 +23,12 @@ from ..memory.stream.shared_blocks import SharedBlocks, SharedParked
 from ..memory.stream.split_blocks import Home, HomeOf, SplitBlocks
 from ..system.card_links import numbered, reaches
 from ..system.device_errors import is_out_of_memory
-from ..system.host_memory import allocate_bytes
 from ..system.sizes import in_gib
 from ..transformer.transformer import Transformer
-from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.checkpoint import Checkpoint, Source, read_tensor
 from ..weights.linear.quantize import QuantizedSource
 from ..weights.lora.attach import AttachedLoras
 from ..weights.lora.file import Lora
-from ..weights.lora.merged_source import Source
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -76,7 +74,7 @@ class HostWeights:
         self.budget: PinnedBudget | None = None  # of everything that is pinned between `read` and `release`
         self._model, self._settings = model, settings
         self._registrar, self._check = registrar, check
-        self.source: TensorSource = checkpoint
+        self.source: Source = checkpoint
         self.layouts: list[BlockLayout] = []
         self._put_on((), (), checkpoint)
 
@@ -248,10 +246,7 @@ class HostWeights:
 
     def read_tensor(self, name: str) -> Tensor:
         """One tensor in its stored form, in memory of its own."""
-        info = self.source.tensors[name]
-        raw = allocate_bytes(info.nbytes)
-        self.source.read_into(name, raw)
-        return raw.view(info.dtype).view(info.shape)
+        return read_tensor(self.source, name)
 
     def unpin(self) -> None:
         """Give pinned memory back and keep the bytes; the model must be stopped."""

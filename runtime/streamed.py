@@ -29,9 +29,9 @@ from ..system.device_errors import is_out_of_memory
 from ..system.sizes import in_gib
 from ..transformer.transformer import Block
 from ..transformer.workspace import all_there
+from ..weights.files.checkpoint import Source
 from ..weights.linear.compute import AUTO_FAST
 from ..weights.lora.file import Lora, LoraChoice
-from ..weights.lora.merged_source import Source
 from .attending import AttendingModel
 from .opened import M
 from .settings import RunSettings

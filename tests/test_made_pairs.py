@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from lowvram_video.wanvideo.checkpoint import open_wan
+from lowvram_video.weights.files.checkpoint import Source
 from lowvram_video.weights.files.open import open_checkpoint
 from lowvram_video.weights.linear.quantize import QuantizedSource, quantize_checkpoint
 from lowvram_video.weights.linear.weight_format import WeightFormat
-from lowvram_video.weights.lora.merged_source import MergedSource, Source
+from lowvram_video.weights.lora.merged_source import MergedSource
 from safetensors.torch import save_file
 from torch import Tensor
 

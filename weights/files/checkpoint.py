@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -66,6 +66,23 @@ class TensorInfo:
         return self.logical_shape or self.shape
 
 
+class Source(Protocol):
+    """A model's stored tensors, such as a Checkpoint."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read_into(self, name: str, out: Tensor) -> None: ...
+
+
+def read_tensor(source: Source, name: str) -> Tensor:
+    """One tensor in its stored dtype and shape, in memory of its own."""
+    info = source.tensors[name]
+    raw = allocate_bytes(info.nbytes)
+    source.read_into(name, raw)
+    return raw.view(info.dtype).view(info.shape)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of one model, in one file or several shards; nothing is read until asked for.
@@ -94,10 +111,7 @@ class Checkpoint:
 
         Raises KeyError for an unknown name and CheckpointError when the file cannot be read.
         """
-        info = self.tensors[name]
-        raw = allocate_bytes(info.nbytes)
-        self.read_into(name, raw)
-        return raw.view(info.dtype).view(info.shape)
+        return read_tensor(self, name)
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Read a tensor's stored bytes into `out`, a contiguous 1-D uint8 CPU tensor of just that many.

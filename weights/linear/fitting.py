@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ...system.host_memory import allocate_bytes
 from ..files.checkpoint import Checkpoint, TensorInfo, some_names
 from .dialects import is_beside_quantised
 from .formats import format_for
@@ -48,15 +47,10 @@ class UnpackedSource(Checkpoint):
             return
         stored = self.packed[name]
         form = format_for(stored["weight"])
-        packed = {leaf: self._read(info) for leaf, info in stored.items()}
+        packed = {leaf: self.origin.read(info.name).view(info.shape) for leaf, info in stored.items()}
         packed["weight"] = packed["weight"].reshape(_rows(stored["weight"]), -1)
         values = form.dequantize(packed, torch.float32)
         out.copy_(values.contiguous().view(-1).view(torch.uint8))
-
-    def _read(self, info: TensorInfo) -> Tensor:
-        raw = allocate_bytes(info.nbytes)
-        self.origin.read_into(info.name, raw)
-        return raw.view(info.dtype).view(info.shape)
 
 
 def fit_tensors(network: nn.Module, checkpoint: Checkpoint) -> Checkpoint:

@@ -12,14 +12,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..files.checkpoint import CheckpointError, TensorInfo
+from ..files.checkpoint import CheckpointError, Source, TensorInfo
 from ..kernels.low_rank_ops import select_low_rank_ops
 from ..linear.formats import format_for, meta_parameter
 from ..linear.linear import Linear
 from ..linear.low_rank import DOWN, SCALE, UP
 from .file import Lora
 from .low_rank import LowRankPair
-from .merged_source import MergedSource, Source, made_from, refusal
+from .merged_source import MergedSource, made_from, refusal
 from .sound import check_strengths, read_sound
 from .update import Additive, Change
 

@@ -7,28 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...system.host_memory import allocate_bytes
-from ..files.checkpoint import TensorInfo
+from ..files.checkpoint import Source, TensorInfo, read_tensor
 from ..linear.formats import format_for
 from ..linear.made_pairs import MadePairs
 from .merge import requantize, stored_after
 
 SCALE = "weight_scale"
 Change = Callable[[Tensor], Tensor]  # a dense fp32 weight, which it may write over -> the changed one
-
-
-class Source(Protocol):
-    """A model's stored tensors, such as a Checkpoint."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    def read_into(self, name: str, out: Tensor) -> None: ...
 
 
 class MergedSource:
@@ -67,9 +57,7 @@ class MergedSource:
         self._origin.read_into(name, stored)
         packed = {"weight": stored.view(info.dtype).view(info.shape)}
         if scale is not None:
-            raw = allocate_bytes(scale.nbytes)
-            self._origin.read_into(f"{name.rpartition('.')[0]}.{SCALE}", raw)
-            packed[SCALE] = raw.view(scale.dtype).view(scale.shape)
+            packed[SCALE] = read_tensor(self._origin, f"{name.rpartition('.')[0]}.{SCALE}")
         form = format_for(info)
         with self._lock:
             # where it is stored in fp32, that is what was read, and `out`
