@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..system.sizes import in_gib
 from .counts import NONE, Counts
 
 SLOWER_PASS, SLOWER_CODE = 1.1, 1.5  # times the last run's
@@ -34,6 +35,26 @@ class CompileReading:
     regressions: tuple[str, ...] = ()
     plain: str = ""
     unmade: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Of the report."""
+        counts = self.counts
+        found = [f"torch.compile: {self.label}"]
+        made = f"{counts.graphs} graphs in {self.seconds:.1f} s, {counts.breaks} breaks, {len(self.again)} recompiles"
+        fits = "" if self.plain else ": that of the last run fits"
+        found.append(made if counts.graphs else f"no code was made{fits}")
+        if counts.hits or counts.misses or counts.bypasses:
+            saved = f"; {in_gib(self.saved_bytes)} of code from earlier starts" if self.saved_bytes else ""
+            bypassed = f", {counts.bypasses} not cacheable" if counts.bypasses else ""
+            found.append(f"code cache: {counts.hits} hits, {counts.misses} misses{bypassed}{saved}")
+        if self.vram_after:
+            before, after = in_gib(self.vram_before), in_gib(self.vram_after)
+            found.append(f"VRAM in use {before} before code was made, {after} after")
+        found += [f"recompiled, {reason}" for reason in dict.fromkeys(self.again)]
+        found += [f"not all compiled: {self.plain}"] if self.plain else []
+        found += [f"not compiled, {reason}" for reason in self.unmade]
+        found += [f"corrected: {note}" for note in self.notes]
+        return found + [f"worse than before: {words}" for words in self.regressions]
 
     def figures(self, rows: int) -> dict[str, Any]:
         """What the next run is compared with."""

@@ -25,7 +25,6 @@ from lowvram_video.compilation.saved_code import ENDING, SavedCode, code_folder,
 from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.compilation.triton_cache import TritonCache
 from lowvram_video.memory.plan.footprint import Limits
-from lowvram_video.memory.report.compiling import lines
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer import workspace
 from lowvram_video.transformer.rows import num_parts
@@ -181,7 +180,7 @@ def test_why_code_was_made_again_is_told(tmp_path: Path) -> None:
             blocks[0](torch.ones(rows, 8))
     reading = code.reading()
     assert reading.counts.graphs == 2 and len(reading.again) == 1 and "expected 3, actual 5" in reading.again[0]
-    assert reading.seconds > 0 and any("recompiled, forward" in line for line in lines([reading]))
+    assert reading.seconds > 0 and any("recompiled, forward" in line for line in reading.lines())
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
@@ -207,9 +206,9 @@ def test_blocks_that_have_all_versions_they_may_are_told_of(
     run(5, 6)
     for _ in range(2):
         reading = code.reading()
-        words, why = (line for line in lines([reading]) if line.startswith("not "))
+        words, why = (line for line in reading.lines() if line.startswith("not "))
         assert "2 of a function" in words and "set dynamic to true" in words and "expected 4, actual 5" in why
-        assert not any("fits" in line and "no code" in line for line in lines([reading]))
+        assert not any("fits" in line and "no code" in line for line in reading.lines())
         code.begin_run()
     assert caplog.text.count("it runs as plain PyTorch there") == 1
     assert len(code.reading().again) == 0
@@ -584,6 +583,6 @@ def test_a_run_is_compared_with_the_last_one(tmp_path: Path) -> None:
             with code.watching(3):
                 blocks[0](torch.ones(3, 8))
                 time.sleep(pause)
-        shown = lines([code.reading()])
+        shown = code.reading().lines()
         code.end_run()
     assert any("worse than before: a pass takes" in line for line in shown), shown

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
@@ -17,10 +18,6 @@ from ...system.atomic_files import write_file
 from ...system.sizes import in_gb, in_gib
 from .attention import LayerReading
 from .attention import table as readings_table
-from .caching import CacheReading
-from .caching import lines as caching_lines
-from .compiling import CompileReading
-from .compiling import lines as compiling_lines
 from .intervals import Interval
 from .stream_log import ParkedReport, StreamReport
 
@@ -59,6 +56,13 @@ class CardReport:
     reserved_peak_bytes: int
 
 
+class Reading(Protocol):
+    """What something of one model did in a run, such as `sampling/caching/step_cache.py: CacheReading`."""
+
+    def lines(self) -> list[str]:
+        """It in words."""
+
+
 @dataclass(frozen=True)
 class RunReport:
     """Everything shown after a run.
@@ -80,9 +84,9 @@ class RunReport:
     budget_bytes: int | None = None
     attention: tuple[LayerReading, ...] = ()
     cards: tuple[CardReport, ...] = ()
-    step_caches: tuple[CacheReading, ...] = ()
+    step_caches: tuple[Reading, ...] = ()
     parked: tuple[ParkedReport, ...] = ()
-    compiling: tuple[CompileReading, ...] = ()
+    compiling: tuple[Reading, ...] = ()
 
     @property
     def rss_peak_bytes(self) -> int:
@@ -120,8 +124,8 @@ class RunReport:
             )
         lines += [parked.line() for parked in self.parked]
         lines += readings_table(self.attention)
-        lines += caching_lines(self.step_caches)
-        lines += compiling_lines(self.compiling)
+        for reading in (*self.step_caches, *self.compiling):
+            lines += reading.lines()
         lines.append(f"pinned {_gib(self.pinned_bytes)}, RAM peak {_gib(self.rss_peak_bytes)}")
         return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...system.sizes import in_gib
 from .moments import SAME, Moment
 from .pass_cache import PassCache
 from .settings import FEW_STEPS, StepCacheSettings
@@ -30,6 +31,18 @@ class CacheReading:
     residual_bytes: int = 0
     in_ram: bool = False
     off: str = ""  # why nothing is skipped
+
+    def lines(self) -> list[str]:
+        """Of the report: how steps were skipped, and which."""
+        if self.off:
+            return [f"step cache: {self.off}"]
+        skips = {step: skips for step, _, skips in self.passes if skips}
+        whole = [step for step, passes, skips in self.passes if skips == passes]
+        num_passes = sum(passes for _, passes, _ in self.passes)
+        which = f" (steps {', '.join(str(step + 1) for step in skips)})" if skips else ""
+        kept = f"; residuals {in_gib(self.residual_bytes)} in {'RAM' if self.in_ram else 'VRAM'}" if skips else ""
+        counts = f"skipped {len(whole)} of {len(self.passes)} steps, {sum(skips.values())} of {num_passes} passes"
+        return [f"step cache: {self.label}", f"{counts}{which}{kept}"]
 
 
 @dataclass
