@@ -12,7 +12,7 @@ from ..attention.backend import AttentionSpec, Backend
 from ..attention.probe import disagreement_with_plain
 from ..attention.select import Judged
 from ..system.card_profile import AttentionRow
-from .clock import median_seconds, problem_of
+from .clock import attempted, median_seconds
 
 HEAD_DIM = 128  # of every model here
 TEXT_KEYS = 512  # of cross-attention
@@ -46,9 +46,8 @@ def measure_attention(judged: Judged, sizes: AttentionSizes, spec: AttentionSpec
 def _measured(backend: Backend, row: AttentionRow, spec: AttentionSpec) -> AttentionRow:
     # q, k, v, the result, and as much again for what a backend makes of them; twice: the reference and a mask in fp32
     needed = 10 * row.heads * (row.queries + row.keys) * HEAD_DIM * spec.dtype.itemsize
-    found: list[AttentionRow] = []
-    problem = problem_of(lambda: found.append(_timed(backend, row, spec)), needed, spec.device)
-    return replace(row, problem=problem) if problem is not None else found[0]
+    found = attempted(lambda: _timed(backend, row, spec), needed, spec.device)
+    return replace(row, problem=found) if isinstance(found, str) else found
 
 
 def _timed(backend: Backend, row: AttentionRow, spec: AttentionSpec) -> AttentionRow:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import psutil
 import torch
@@ -15,6 +16,8 @@ from ..system.host_memory import available_ram_bytes
 from ..system.kernel_choice import brief, cuda_seconds
 from ..system.sizes import in_gib
 from ..system.triton_errors import triton_errors
+
+R = TypeVar("R")
 
 LONG_SECONDS = 4.0  # a call that takes so long is timed once
 MOST_REPEATS = 199  # short calls are repeated until the card's clock is what it is in a run
@@ -60,8 +63,8 @@ def memory_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def problem_of(measure: Callable[[], None], needed_bytes: int, device: torch.device) -> str | None:
-    """Run a measurement that needs so many bytes; why it has no result, or None. What it took is given back.
+def attempted(measure: Callable[[], R], needed_bytes: int, device: torch.device) -> R | str:
+    """What a measurement that needs so many bytes finds, or why it has no result. What it took is given back.
 
     It is not begun where they are not free: Windows' driver would take RAM instead, and the time would be of that.
     """
@@ -69,7 +72,7 @@ def problem_of(measure: Callable[[], None], needed_bytes: int, device: torch.dev
     if needed_bytes > free:
         return f"needs {in_gib(needed_bytes)} of memory, and {in_gib(free)} are free"
     try:
-        measure()
+        return measure()
     except triton_errors() as error:
         if is_out_of_memory(error):
             return f"out of memory, with {in_gib(free)} free before"
@@ -78,4 +81,3 @@ def problem_of(measure: Callable[[], None], needed_bytes: int, device: torch.dev
         if device.type == "cuda":
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
-    return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..memory.stream.pinned import CudaRegistrar
 from ..system.card_profile import D2H_PINNED, H2D_PAGEABLE, H2D_PINNED, WAYS, WITHIN, LinkRow
 from ..system.host_memory import allocate_extent
-from .clock import median_seconds, problem_of
+from .clock import attempted, median_seconds
 
 COPY_BYTES, QUICK_COPY_BYTES = 256 << 20, 64 << 20
 PINNED = (H2D_PINNED, D2H_PINNED)
@@ -24,9 +24,8 @@ def measure_link(device: torch.device, nbytes: int) -> Iterator[LinkRow]:
 
 
 def _measured(way: str, device: torch.device, nbytes: int) -> LinkRow:
-    found: list[float] = []
-    problem = problem_of(lambda: found.append(_gbps(way, device, nbytes)), 2 * nbytes, device)
-    return LinkRow(way, problem=problem) if problem is not None else LinkRow(way, round(found[0], 3))
+    found = attempted(lambda: _gbps(way, device, nbytes), 2 * nbytes, device)
+    return LinkRow(way, problem=found) if isinstance(found, str) else LinkRow(way, round(found, 3))
 
 
 def _gbps(way: str, device: torch.device, nbytes: int) -> float:

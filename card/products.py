@@ -11,7 +11,7 @@ from torch import Tensor
 from ..system.card_profile import ProductRow
 from ..system.kernel_choice import disagreement, relative_error
 from ..weights.linear.projection import Scratch
-from .clock import median_seconds, problem_of
+from .clock import attempted, median_seconds
 from .forms import Form
 
 CHECKED_ROWS = 64
@@ -50,9 +50,8 @@ def _measured(form: Form, row: ProductRow, device: torch.device, dtype: torch.dt
     weight_elements = row.inputs * row.outputs
     # the weight in fp32 as it is stored and checked, unpacked and packed; rows in, out and quantised
     needed = 12 * weight_elements + 2 * dtype.itemsize * row.rows * (row.inputs + row.outputs)
-    found: list[ProductRow] = []
-    problem = problem_of(lambda: found.append(_timed(form, row, device, dtype)), needed, device)
-    return replace(row, problem=problem) if problem is not None else found[0]
+    found = attempted(lambda: _timed(form, row, device, dtype), needed, device)
+    return replace(row, problem=found) if isinstance(found, str) else found
 
 
 def _timed(form: Form, row: ProductRow, device: torch.device, dtype: torch.dtype) -> ProductRow:
