@@ -6,19 +6,18 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import BaseFileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from ...system.atomic_files import naming
 from ...system.direct_reads import PAGE
-from ...system.scratch_folders import PREFIX, lock_of, remove_left_behind
+from ...system.scratch_folders import remove_left_behind, scratch_folder
 from ...system.sizes import in_gib
 from .layout import SMALL_BYTES, BlockLayout, TensorInfo, TensorSource, align
 
@@ -46,13 +45,12 @@ class ScratchFile:
         large = [name for name in names if source.tensors[name].nbytes >= SMALL_BYTES]
         exist = {file: file.is_file() for file in {source.tensors[name].file for name in large}}
         made = [name for name in large if not exist[source.tensors[name].file]]
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._lock: BaseFileLock | None = None  # tells other processes that the folder is in use
+        self._folder = ExitStack()  # a temporary one, once there is one
         self.num_bytes = sum(align(source.tensors[name].nbytes, PAGE) for name in made)
         if made:
-            self._folder = self._make_folder(home)
+            folder = self._make_folder(home)
             try:
-                self.tensors = {**source.tensors, **self._write(made, Path(self._folder.name) / "weights")}
+                self.tensors = {**source.tensors, **self._write(made, folder / "weights")}
             except BaseException:
                 self.close()
                 raise
@@ -63,14 +61,9 @@ class ScratchFile:
 
     def close(self) -> None:
         """Delete the temporary file; calling it again does nothing. What reads from it must be closed first."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.release()
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            folder.cleanup()
+        self._folder.close()
 
-    def _make_folder(self, home: Path | None) -> tempfile.TemporaryDirectory[str]:
+    def _make_folder(self, home: Path | None) -> Path:
         places = [Path(tempfile.gettempdir())] if home is None else [home, Path(tempfile.gettempdir())]
         refusals = []
         for place in places:
@@ -80,11 +73,7 @@ class ScratchFile:
                 refusals.append(f"{place} has {in_gib(free)} free")
                 continue
             try:
-                folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=place, ignore_cleanup_errors=True)
-                self._lock = lock_of(Path(folder.name))
-                with suppress(OSError, NotImplementedError):  # a file system without locks
-                    self._lock.acquire()
-                return folder
+                return self._folder.enter_context(scratch_folder(place))
             except OSError as error:
                 refusals.append(f"{place} cannot be written to ({error.strerror})")
         raise ValueError(
