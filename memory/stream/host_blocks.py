@@ -5,22 +5,17 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
 from ...system.host_memory import allocate_extent
 from ...system.sizes import in_gib
-from .host_extents import HostExtents
+from .host_extents import STAGING_BUFFERS, HostExtents
 from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
 from .pinned import PinnedBudget
-from .staging import Job, Key, Staging, wait_for
+from .staging import wait_for
 
 log = logging.getLogger(__name__)
-
-_STAGING_BUFFERS = 2
-_STAGING_CHUNK = 32 << 20  # bytes that one thread copies at a time
 
 
 class HostBlocks(HostExtents):
@@ -48,7 +43,7 @@ class HostBlocks(HostExtents):
         self._pinned: set[int] = set()
         self._refused: set[int] = set()
         self._complaints: set[str] = set()
-        self.num_threads = num_threads
+        self._num_threads = num_threads
         self._lock = threading.Lock()
         try:
             for layout in self.layouts:
@@ -64,14 +59,12 @@ class HostBlocks(HostExtents):
     @property
     def pinned_bytes(self) -> int:
         """Bytes pinned for these blocks, the staging pair included."""
-        staging = self._staging.pinned_bytes if self._staging is not None else 0
-        return sum(self._areas[index].numel() for index in self._pinned) + staging
+        return sum(self._areas[index].numel() for index in self._pinned) + super().pinned_bytes
 
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory held, pinned or not."""
-        staging = self._staging.host_bytes if self._staging is not None else 0
-        return sum(area.numel() for area in self._areas) + staging
+        return sum(area.numel() for area in self._areas) + super().host_bytes
 
     def is_pinned(self, index: int) -> bool:
         """Whether the device copies from this block's extent by itself."""
@@ -99,17 +92,10 @@ class HostBlocks(HostExtents):
 
     def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
         """Blocks `order` will be copied to the device over and over, this part of each, whole or stage by stage."""
-        self.pause()
-        self._part, self._in_stages = part, in_stages
-        if self.budget is None or not order:
-            return
-        missing = set(order) - self._pinned - self._refused
-        for index in sorted(self._within_cap(missing)):
+        self.pause()  # what staging had pinned may be blocks'
+        for index in sorted(self._within_cap(set(order) - self._pinned - self._refused)):
             self._pin(index)
-        self._staged = frozenset(order) - self._pinned
-        if self._staged:
-            staged = [index for index in order if index in self._staged]
-            self._staging = stage_blocks(self, staged, part, in_stages)
+        self._stage([index for index in order if index not in self._pinned], part, in_stages, self.budget)
 
     def retry_pinning(self) -> None:
         """The next `prepare` asks for what was refused too: others may have given pinned memory back."""
@@ -141,7 +127,7 @@ class HostBlocks(HostExtents):
         room = self.budget.cap_bytes - self.budget.pinned_bytes
         sizes = {index: self._areas[index].numel() for index in sorted(wanted)}
         if sum(sizes.values()) > room or self._refused:
-            room -= _STAGING_BUFFERS * max(area.numel() for area in self._areas)
+            room -= STAGING_BUFFERS * max(area.numel() for area in self._areas)
         chosen = set()
         for index, nbytes in sizes.items():
             if nbytes <= room:
@@ -167,7 +153,7 @@ class HostBlocks(HostExtents):
             if complete and index in pin and not stop.is_set():
                 self._pin(index)
 
-        threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="lowvram-read")
+        threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="lowvram-read")
         try:
             jobs = [
                 threads.submit(read, index, place)
@@ -198,40 +184,3 @@ class HostBlocks(HostExtents):
                 self.layouts[index].prefix,
                 reason,
             )
-
-
-class Staged(Protocol):
-    """Blocks that travel through a pinned pair."""
-
-    @property
-    def layouts(self) -> Sequence[BlockLayout]: ...
-    @property
-    def extents(self) -> Sequence[Tensor]: ...
-    @property
-    def budget(self) -> PinnedBudget | None: ...
-    @property
-    def num_threads(self) -> int: ...
-
-
-def stage_blocks(source: Staged, order: Sequence[int], part: Part, in_stages: bool) -> Staging | None:
-    """A pinned pair that reads ahead through these unpinned blocks; None where it cannot be pinned."""
-    parts = {
-        (index, stage): source.extents[index][start:stop]
-        for index in order
-        for stage, (start, stop) in enumerate(source.layouts[index].spans(part, in_stages))
-    }
-    nbytes = max(extent.numel() for extent in parts.values())
-    fill = partial(_fill, parts)
-    staging = Staging(list(parts), nbytes, fill, source.budget, _STAGING_BUFFERS, source.num_threads)
-    if staging.refusal is not None:
-        # Through unpinned staging every byte would be copied once more for nothing.
-        staging.close()
-        return None
-    staging.start()
-    return staging
-
-
-def _fill(parts: dict[Key, Tensor], key: Key, buffer: Tensor) -> list[Job]:
-    part = parts[key]
-    pairs = zip(buffer[: part.numel()].split(_STAGING_CHUNK), part.split(_STAGING_CHUNK), strict=True)
-    return [partial(out.copy_, host) for out, host in pairs]

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from .layout import BlockLayout, Part
-from .staging import Fence, Staging
+from .pinned import PinnedBudget
+from .staging import Fence, Job, Key, Staging
+
+STAGING_BUFFERS = 2
+STAGING_CHUNK = 32 << 20  # bytes that one thread copies at a time
 
 
 class HostExtents:
     """Blocks as flat bytes in RAM; those that are not pinned may travel through a pinned staging pair.
 
-    Which do is for `prepare` of the classes below to say, in `_staging` and `_staged`.
+    Which do is for `prepare` of the classes below to say.
     """
+
+    _num_threads = 8  # of the pair's
 
     def __init__(self, layouts: Sequence[BlockLayout], extents: list[Tensor]) -> None:
         self.layouts: tuple[BlockLayout, ...] = tuple(layouts)
@@ -56,6 +63,29 @@ class HostExtents:
         start, stop = self.layouts[index].span(part)
         out.copy_(self.extents[index][start:stop])
 
+    def _stage(self, order: Sequence[int], part: Part, in_stages: bool, budget: PinnedBudget | None) -> None:
+        """Have this part of blocks `order`, which are not pinned, go through a pair that reads ahead, if one is pinned.
+
+        Of all others it is copied from where it lies.
+        """
+        self.pause()
+        self._part, self._in_stages = part, in_stages
+        if budget is None or not order:
+            return
+        parts = {
+            (index, stage): self.extents[index][start:stop]
+            for index in order
+            for stage, (start, stop) in enumerate(self.layouts[index].spans(part, in_stages))
+        }
+        nbytes = max(extent.numel() for extent in parts.values())
+        staging = Staging(list(parts), nbytes, partial(_fill, parts), budget, STAGING_BUFFERS, self._num_threads)
+        if staging.refusal is not None:
+            # Through unpinned staging every byte would be copied once more for nothing.
+            staging.close()
+            return
+        staging.start()
+        self._staging, self._staged = staging, frozenset(order)
+
     def pause(self) -> None:
         """Stop threads and free staging until the next `prepare`."""
         staging, self._staging, self._staged = self._staging, None, frozenset()
@@ -65,3 +95,9 @@ class HostExtents:
     def release(self) -> None:
         """Free what is this source's alone; unload the streamer first."""
         self.pause()
+
+
+def _fill(parts: dict[Key, Tensor], key: Key, buffer: Tensor) -> list[Job]:
+    part = parts[key]
+    pairs = zip(buffer[: part.numel()].split(STAGING_CHUNK), part.split(STAGING_CHUNK), strict=True)
+    return [partial(out.copy_, host) for out, host in pairs]

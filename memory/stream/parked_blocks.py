@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...system.host_memory import allocate_bytes
-from .host_blocks import stage_blocks
 from .host_extents import HostExtents
 from .layout import BlockLayout, Part, TensorSource
 from .pinned import PinnedBudget
@@ -20,7 +19,7 @@ class CardExtents(HostExtents):
     That is for cards that do not reach each other.
     """
 
-    num_threads = 2  # of the pinned pair's: a copy from a card is one thread's work
+    _num_threads = 2  # a copy from a card is one thread's work
 
     def __init__(
         self, layouts: Sequence[BlockLayout], extents: list[Tensor], staged: bool, budget: PinnedBudget | None
@@ -30,11 +29,7 @@ class CardExtents(HostExtents):
 
     def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
         """Blocks `order` will be copied to the device over and over, this part of each, whole or stage by stage."""
-        self.pause()
-        self._part, self._in_stages = part, in_stages
-        if self.staged and self.budget is not None and order:
-            self._staging = stage_blocks(self, list(order), part, in_stages)
-            self._staged = frozenset(order if self._staging is not None else ())
+        self._stage(order if self.staged else (), part, in_stages, self.budget)
 
 
 class ParkedBlocks(CardExtents):

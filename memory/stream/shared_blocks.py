@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .host_blocks import HostBlocks, stage_blocks
+from .host_blocks import HostBlocks
 from .host_extents import HostExtents
 from .layout import Part
 from .parked_blocks import CardExtents, ParkedBlocks
@@ -23,12 +23,8 @@ class SharedBlocks(HostExtents):
 
     def prepare(self, order: Sequence[int], part: Part, in_stages: bool = False) -> None:
         """As `HostBlocks.prepare`, but that nothing more is pinned."""
-        self.pause()
-        self._part, self._in_stages = part, in_stages
         unpinned = [index for index in order if not self._owner.is_pinned(index)]
-        if self._owner.budget is not None and unpinned:
-            self._staging = stage_blocks(self._owner, unpinned, part, in_stages)
-            self._staged = frozenset(unpinned if self._staging is not None else ())
+        self._stage(unpinned, part, in_stages, self._owner.budget)
 
 
 class SharedParked(CardExtents):
