@@ -123,13 +123,11 @@ class RunRecord:
 
     def _step_caches(self) -> tuple[CacheReading, ...]:
         """What was skipped of each model's steps."""
-        caches = [getattr(model, "step_cache", None) for model in self._models]
-        return tuple(cache.reading() for cache in caches if cache is not None)
+        return tuple(model.step_cache.reading() for model in self._models if model.step_cache is not None)
 
     def _compiling(self) -> tuple[CompileReading, ...]:
         """What compiling did of each model that runs compiled."""
-        codes = [getattr(model, "compiled", None) for model in self._models]
-        return tuple(code.reading() for code in codes if code is not None)
+        return tuple(model.compiled.reading() for model in self._models if model.compiled is not None)
 
     def _count_pinned(self) -> None:
         self._pinned_bytes = max(self._pinned_bytes, sum(model.pinned_bytes for model in self._models))

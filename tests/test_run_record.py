@@ -126,7 +126,8 @@ def fake_model(pinned_bytes: int, denoise: int = 0, decode: int = 0) -> Any:
     limits = Limits(8 * GIB, context_bytes=GIB // 2)
     plan = SimpleNamespace(denoise=SimpleNamespace(total=denoise), decode=SimpleNamespace(total=decode), limits=limits)
     network = SimpleNamespace(execution=Execution())
-    return SimpleNamespace(pinned_bytes=pinned_bytes, plan=plan, model=network, parked_blocks=list)
+    of_model = {"step_cache": None, "compiled": None, "parked_blocks": list}
+    return SimpleNamespace(pinned_bytes=pinned_bytes, plan=plan, model=network, **of_model)
 
 
 def test_all_models_that_ran_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,9 @@ HEARD: Mapping[str, frozenset[str]] = {
 }  # fmt: skip
 # Data that only the code of its own node looks at: heard where the MODEL carries such code as well.
 WITH_CODE = {OPTION, TRANSFORMER}
-# ComfyUI keeps these for the node that put them there, and does nothing with them by itself.
-KEPT = {ATTACHMENT, ADDITIONAL}
+# ComfyUI keeps the first two for the node that put them there, and does nothing with them by itself. An object patch is
+# of its own part of the model, as its schedule is, or seen to in `inside`.
+KEPT = {ATTACHMENT, ADDITIONAL, OBJECT}
 
 BYPASS = (
     "a LoRA in bypass mode (Load LoRA (Bypass)) is not supported by the LowVRAM loader: load it with Load LoRA, which "
@@ -121,12 +122,8 @@ def check_carried(patcher: comfy.model_patcher.ModelPatcher, refusals: Refusals)
         sentence = refusals.get(carry) or ALWAYS_REFUSED.get(carry)
         if sentence is not None:
             raise ValueError(sentence)
-        if carry.kind == OBJECT and not carry.name.startswith(INSIDE):
-            continue  # ComfyUI's own part of the model: its schedule, its latents
         if carry.kind in KEPT or (has_code and carry.kind in WITH_CODE) or carry.name in HEARD[carry.kind]:
             continue
-        if carry.kind == OBJECT:
-            continue  # see `inside`
         raise ValueError(unknown(carry))
 
 

@@ -7,7 +7,6 @@ lllyasviel/FramePack `diffusers_helper/models/hunyuan_video_packed.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from .pass_cache import PassCache
 from .rules import TeaRule
@@ -25,12 +24,7 @@ class TeaCache(PassCache):
     until `begin_section()`. Raises ValueError for values out of range.
     """
 
-    def __init__(
-        self,
-        num_steps: int,
-        threshold: float = FRAMEPACK_THRESHOLD,
-        polynomial: Sequence[float] = FRAMEPACK_POLYNOMIAL,
-    ) -> None:
+    def __init__(self, num_steps: int, threshold: float = FRAMEPACK_THRESHOLD) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; expected the number of steps of a section, at least 1.")
         if not (math.isfinite(threshold) and threshold >= 0.0):
@@ -38,7 +32,7 @@ class TeaCache(PassCache):
                 f"The TeaCache threshold is {threshold}; expected 0 (compute every step) or more, 0.15 is usual."
             )
         self.num_steps = num_steps
-        super().__init__(TeaRule(polynomial), threshold)
+        super().__init__(TeaRule(FRAMEPACK_POLYNOMIAL), threshold)
 
     def begin_section(self) -> None:
         """Forget everything: the next pass is the first of a section."""
