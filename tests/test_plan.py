@@ -396,7 +396,9 @@ class TestHostMemory:
         )
         assert plan.host.ram_bytes <= beside + 6 * block
         with pytest.raises(PlanError, match="6 staging buffers and the process need"):
-            plan_memory(FP8, replace(small, cards=2), replace(allowed, ram_budget_bytes=RAM_MARGIN_BYTES + 6 * block - MIB))
+            plan_memory(
+                FP8, replace(small, cards=2), replace(allowed, ram_budget_bytes=RAM_MARGIN_BYTES + 6 * block - MIB)
+            )
 
     def test_half_of_the_blocks_resident_halves_no_ram(self):
         plan = plan_memory(FP8, LONG_480P, limits(24, ram_budget_bytes=10 * GIB, blocks_to_swap=20))
