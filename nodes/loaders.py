@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io
 
 from ..attention.select import ATTENTION_MODES
-from ..runtime.settings import RunSettings
+from ..framepack.checkpoint import MODEL_TYPES
+from ..runtime.settings import DTYPES, RunSettings
 from ..runtime.turns import Turns
 from ..weights.linear.compute import QUANTIZATIONS
 from .bridge import host, native_framepack, native_wan
@@ -15,9 +15,7 @@ from .bridge.patcher import make_patcher
 from .bridge.wan_engine import WanEngine
 from .inputs import ADVANCED
 
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TURNS = Turns()  # of all models that these nodes load
-MODEL_TYPES = ("auto", "base", "f1")
 NO_MODULE = "none"
 
 
@@ -60,7 +58,7 @@ class LoadWanModel(io.ComfyNode):
     def execute(
         cls, model_name: str, compute_dtype: str, attention_mode: str, quantization: str, vace_module: str = NO_MODULE
     ) -> io.NodeOutput:
-        settings = _settings(compute_dtype, attention_mode, quantization)
+        settings = settings_of(compute_dtype, attention_mode, quantization)
         module = None if vace_module == NO_MODULE else host.model_path(vace_module)
         engine = WanEngine(host.model_path(model_name), settings, TURNS, module)
         return io.NodeOutput(make_patcher(native_wan.make_model(engine)))
@@ -83,7 +81,7 @@ class LoadFramePackModel(io.ComfyNode):
             inputs=[
                 _file_input(", such as FramePackI2V_HY_fp8_e4m3fn.safetensors; of the model's shards, any one."),
                 io.Combo.Input(
-                    "model_type", options=list(MODEL_TYPES), default="auto",
+                    "model_type", options=["auto", *MODEL_TYPES], default="auto",
                     tooltip="base works from the end of the video to its start, F1 from the start on. auto: by the "
                     "file's metadata or name, as nothing else in the files tells them apart.",
                 ),
@@ -100,12 +98,13 @@ class LoadFramePackModel(io.ComfyNode):
     def execute(
         cls, model_name: str, model_type: str, compute_dtype: str, attention_mode: str, quantization: str
     ) -> io.NodeOutput:
-        settings = _settings(compute_dtype, attention_mode, quantization)
+        settings = settings_of(compute_dtype, attention_mode, quantization)
         engine = FramePackEngine(host.model_path(model_name), settings, model_type, TURNS)
         return io.NodeOutput(make_patcher(native_framepack.make_model(engine)))
 
 
-def _settings(compute_dtype: str, attention_mode: str, quantization: str) -> RunSettings:
+def settings_of(compute_dtype: str, attention_mode: str, quantization: str) -> RunSettings:
+    """What a loader's widgets say."""
     return RunSettings(
         device=host.compute_device(),
         dtype=DTYPES[compute_dtype],

@@ -11,7 +11,7 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..attention.select import ATTENTION_MODES
-from ..runtime.settings import RunSettings
+from ..runtime.settings import DTYPES
 from ..system.output_lock import OutputLock
 from ..wanvideo.upscale.colour import COLOUR_FIXES
 from ..wanvideo.upscale.film import GOOD_CRF, FilmPlace, UpscaleFilm
@@ -22,7 +22,7 @@ from ..weights.lora.sound import check_strengths
 from .bridge import host
 from .bridge.upscaling import FlashVSR, FlashVSRModel, flashvsr_files, flashvsr_path, source_of, upscaler_at_work
 from .inputs import ADVANCED, check_numbers
-from .loaders import DTYPES
+from .loaders import settings_of
 from .lora import lora_stamp
 
 BESIDE = "beside the model"
@@ -109,12 +109,7 @@ class LoadFlashVSRModel(io.ComfyNode):
         lora_strength: float = 1.0,
     ) -> io.NodeOutput:
         others = (None if name == BESIDE else flashvsr_path(name) for name in (projection, decoder, prompt))
-        settings = RunSettings(
-            device=host.compute_device(),
-            dtype=DTYPES[compute_dtype],
-            attention_mode=attention_mode,
-            quantization=quantization,
-        )
+        settings = settings_of(compute_dtype, attention_mode, quantization)
         files = replace(files_of(flashvsr_path(model_name), *others), loras=chosen_lora(lora_name, lora_strength))
         return io.NodeOutput(FlashVSRModel(files, settings, version))
 

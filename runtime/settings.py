@@ -16,6 +16,8 @@ from ..system.dtypes import half_dtype
 from ..transformer.workspace import Execution
 
 CPU = torch.device("cpu")
+# what a run may compute in, as people choose it; None: as suits the device
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def use_device(name: str) -> torch.device:
