@@ -18,10 +18,11 @@ from ..memory.plan.parking import ParkSpec, parse_parking
 from ..memory.report.report import RunReport
 from ..runtime.cards import with_devices
 from ..runtime.progress import Progress
-from ..runtime.settings import CPU, RunSettings, use_device
+from ..runtime.settings import CPU, DTYPES, RunSettings, use_device
 from ..weights.linear.compute import QUANTIZATIONS
 from ..weights.lora.attach import LORA_MODES
 from ..weights.lora.file import LoraChoice
+from .flags import flag, is_given
 from .sparse import sparse_of
 from .step_cache import step_cache_of
 
@@ -81,17 +82,6 @@ class WantedFile:
         return path
 
 
-def flag(option: str) -> str:
-    """The flag of an option: `one_frame` is `--one-frame`."""
-    return f"--{option.replace('_', '-')}"
-
-
-def is_given(options: argparse.Namespace, option: str) -> bool:
-    """Whether a flag without a default was given."""
-    value = getattr(options, option, None)
-    return not (value is None or value is False or value == [])
-
-
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """The flags that `settings_of` reads of every command, and `--report`."""
     machine = parser.add_argument_group("machine")
@@ -104,7 +94,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--park", type=parking, metavar="LIST",
         help="where streamed blocks lie, such as 'cuda:1,8gb;cpu,*': another card's memory, then RAM, then the disk",
     )  # fmt: skip
-    machine.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="compute dtype")
+    machine.add_argument("--dtype", choices=list(DTYPES), default="auto", help="compute dtype")
     machine.add_argument(
         "--quantization", choices=list(QUANTIZATIONS), default="none",
         help="none: as stored; fp8, int8: quantise 16-bit files as they are read; fp8_fast: and multiply in fp8; "
@@ -137,6 +127,17 @@ def add_device(parser: argparse._ActionsContainer, default: str = "") -> None:
     )  # fmt: skip
 
 
+def add_models(parser: argparse._ActionsContainer) -> None:
+    """--models, of what measures a disk."""
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="of model files: how fast its disk is read")
+
+
+def check_models(folder: Path | None) -> None:
+    """ValueError where there is no such folder."""
+    if folder is not None and not folder.exists():
+        raise ValueError(f"{folder}: no such folder; expected the folder with your models, such as models/")
+
+
 def add_size(parser: argparse._ActionsContainer) -> None:
     """--width and --height; left out, they are the model's own."""
     parser.add_argument("--width", type=int, metavar="PIXELS", help="of the video; a multiple of 16 or 32, by model")
@@ -167,10 +168,9 @@ def runs_folder(options: argparse.Namespace, output: Path, name: str) -> Path | 
 
 def settings_of(options: argparse.Namespace) -> RunSettings:
     """The machine's flags as settings."""
-    dtypes = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     settings = RunSettings(
         device=use_device(options.device) if options.devices is None else CPU,
-        dtype=dtypes[options.dtype],
+        dtype=DTYPES[options.dtype],
         attention_mode=options.attention,
         quantization=options.quantization,
         lora_mode=options.lora_mode,

@@ -12,7 +12,7 @@ from ..system.bounded_json import parse_json
 from ..system.content_key import run_key
 from ..system.output_lock import file_sha256
 from ..system.regular_files import read_regular
-from .batch_jobs import NO_OUTPUT, JobReader, ReadJob
+from .batch_jobs import NO_OUTPUT, ReadJob
 from .job_flags import checked_path
 
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
@@ -64,11 +64,6 @@ class WorkflowReader:
         if name not in self._read:
             self._read[name] = _load(name)
         return self._read[name]
-
-
-def workflow_reader(default: str | None) -> JobReader:
-    """See `WorkflowReader`."""
-    return WorkflowReader(default)
 
 
 def _load(name: str) -> Mapping[str, Any]:

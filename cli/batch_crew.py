@@ -15,7 +15,7 @@ from ..batch.job import Job
 from ..batch.process import Command, LocalCrew, sharing_ram
 from ..batch.ray_crew import RayCrew, RayPlan
 from ..batch.worker import Crew
-from .batch_comfyui import workflow_reader
+from .batch_comfyui import WorkflowReader
 from .batch_jobs import JobReader, options_reader, want_cards
 
 WORKER = f"{__package__}.batch_worker"
@@ -47,7 +47,7 @@ def reader_for(options: argparse.Namespace) -> JobReader:
         return options_reader()
     if options.workers is not None:
         raise ValueError("--workers is not for ComfyUI servers: each makes one job of a batch at a time")
-    return workflow_reader(options.workflow)
+    return WorkflowReader(options.workflow)
 
 
 def crew_for(options: argparse.Namespace, jobs: Sequence[Job]) -> Crew:

@@ -11,7 +11,7 @@ from ..card.table import describe_card
 from ..runtime.settings import use_device
 from ..system.atomic_files import write_file
 from ..system.card_profile import CardProfile, ProfileError, load_profile, save_profile
-from .arguments import add_device
+from .arguments import add_device, add_models, check_models
 from .output import check_replaced
 from .progress import TerminalProgress
 
@@ -19,7 +19,7 @@ from .progress import TerminalProgress
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench`."""
     parser.add_argument("--quick", action="store_true", help="a minute: the widest layers and few lengths only")
-    parser.add_argument("--models", type=Path, metavar="FOLDER", help="of model files: how fast its disk is read")
+    add_models(parser)
     add_device(parser)
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE",
@@ -33,8 +33,7 @@ def bench(options: argparse.Namespace) -> None:
     output: Path | None = options.output
     if output is not None:
         check_replaced(output, "profile", _is_profile, picture="picture")
-    if options.models is not None and not options.models.exists():
-        raise ValueError(f"{options.models}: no such folder; expected the folder with your models, such as models/")
+    check_models(options.models)
     progress = TerminalProgress(sys.stderr)
     measured = Bench(BenchSettings(use_device(options.device), options.quick, options.models), progress)
     try:

@@ -14,7 +14,8 @@ from ..wanvideo.pipeline import WanPipeline
 from ..wanvideo.request import WanRequest
 from ..wanvideo.step_tables import own_table
 from ..weights.files.open import open_checkpoint
-from .arguments import add_machine, add_seed, add_size, is_given, lora_choice, settings_of
+from .arguments import add_machine, add_seed, add_size, lora_choice, settings_of
+from .flags import is_given
 from .output import check_replaced
 from .progress import TerminalProgress
 from .sparse import add_sparse

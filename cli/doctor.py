@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from ..doctor.bug_report import bug_report
 from ..doctor.examine import Examination
 from ..system.atomic_files import write_file
-from .arguments import add_device
-from .output import check_replaced
+from .arguments import add_device, add_models, check_models
+from .output import begins_with, check_replaced
 from .progress import TerminalProgress
 
 CANNOT_GENERATE = 1
@@ -26,7 +27,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, metavar="FILE",
         help="write it there too for a bug report, without user names, home folders and prompts",
     )  # fmt: skip
-    parser.add_argument("--models", type=Path, metavar="FOLDER", help="of model files: how fast its disk is read")
+    add_models(parser)
     add_device(parser)
     parser.set_defaults(command=doctor)
 
@@ -35,9 +36,8 @@ def doctor(options: argparse.Namespace) -> int:
     """Try everything and print it; the exit status is 1 where nothing can be generated before something is mended."""
     report: Path | None = options.report
     if report is not None:
-        check_replaced(report, "report of doctor's", _is_report)
-    if options.models is not None and not options.models.exists():
-        raise ValueError(f"{options.models}: no such folder; expected the folder with your models, such as models/")
+        check_replaced(report, "report of doctor's", partial(begins_with, REPORT_START))
+    check_models(options.models)
     findings = Examination(_device(options.device), options.models).run(TerminalProgress(sys.stderr))
     if report is not None:
         write_file(report, bug_report(findings).encode() + b"\n")
@@ -53,11 +53,3 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} is no device; expected cuda, cuda:1 or cpu") from error
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(REPORT_START)) == REPORT_START
-    except OSError:
-        return False

@@ -33,22 +33,14 @@ from ..framepack.timed_prompts import TimedPrompt, parse_timed_prompt
 from ..memory.plan.footprint import WorkSize
 from ..memory.report.report import RunReport
 from ..runtime.latent_watch import BadLatents
-from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
 from ..vae.frame_watch import BadFrames
 from ..video.given_video import GivenVideo
 from ..video.pictures import load_image
 from ..video.reader import read_end, read_video, video_seconds, video_size
 from ..video.writer import SUFFIXES, check_writable
-from .arguments import (
-    FamilyCommands,
-    flag,
-    fraction,
-    is_given,
-    not_negative,
-    positive,
-    runs_folder,
-)
+from .arguments import FamilyCommands, fraction, not_negative, positive, runs_folder
+from .flags import flag, is_given
 from .framepack_run import Files, plan_ahead
 from .framepack_source import FramePackSource, OpenedFramePack
 from .nag import nag_settings
@@ -149,11 +141,6 @@ def source(options: argparse.Namespace) -> FramePackSource:
     _timed_prompt(options)
     _check_combination(options)
     return FramePackSource.of(options)
-
-
-def open_source(source: FramePackSource, progress: Progress) -> OpenedFramePack:
-    """The model and the encoders of these files, headers read."""
-    return OpenedFramePack(source, progress)
 
 
 def check(opened: OpenedFramePack, options: argparse.Namespace) -> None:
@@ -383,5 +370,5 @@ def _whole(num_video_frames: int) -> int:
 
 
 FRAMEPACK_COMMANDS = FamilyCommands(
-    "FramePack models", FOREIGN, add_generate, add_plan, source, open_source, check, make, planned_work, open_model
+    "FramePack models", FOREIGN, add_generate, add_plan, source, OpenedFramePack, check, make, planned_work, open_model
 )

@@ -9,7 +9,8 @@ from ..framepack.inputs import EncoderFiles, Encoders
 from ..framepack.pipeline import FramePackFiles, FramePackPipeline
 from ..runtime.progress import Progress
 from ..runtime.settings import RunSettings
-from .arguments import WantedFile, flag, is_given, settings_of
+from .arguments import WantedFile, settings_of
+from .flags import flag, is_given
 
 REPACKAGED = "Comfy-Org/HunyuanVideo_repackaged"
 TEXT_ENCODER = WantedFile(

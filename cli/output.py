@@ -7,12 +7,11 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from ..system.content_key import run_key
 from ..system.output_lock import OutputLock
 from ..video.writer import check_writable
-from .arguments import flag
+from .flags import flag
 
 ABOUT_NO_RUN = ("command", "metadata", "overwrite", "report", "verbose")  # options that may differ when a run goes on
 
@@ -81,9 +80,7 @@ class OutputFile:
     def __enter__(self) -> OutputFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.release()
 
@@ -118,6 +115,14 @@ def check_replaced(path: Path, what: str, is_one: Callable[[Path], bool], pictur
         raise ValueError(f"{path} is the {picture}'s name: end the {what}'s in .json")
     if picture and beside.exists() and not path.exists():
         raise ValueError(f"{beside}, where the {picture} goes, is there without a {what}: choose another name")
+
+
+def begins_with(beginning: bytes, path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
 
 
 def command_key(options: argparse.Namespace) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ..memory.report.report import RunReport
 from ..system.atomic_files import write_file
-from .output import check_replaced
+from .output import begins_with, check_replaced
 
 BEGINNING = b'{"phases"'  # of every report
 
@@ -16,7 +16,7 @@ BEGINNING = b'{"phases"'  # of every report
 def check_report(path: Path | None) -> None:
     """ValueError where `--report` cannot be written, or would replace what is no report or timeline of one."""
     if path is not None:
-        check_replaced(path, "report", _is_report, picture="timeline")
+        check_replaced(path, "report", partial(begins_with, BEGINNING), picture="timeline")
 
 
 def show_report(report: RunReport, options: argparse.Namespace) -> None:
@@ -30,9 +30,3 @@ def show_report(report: RunReport, options: argparse.Namespace) -> None:
     print(report.table())
     if path is not None:
         print(f"report: {path}, timeline: {path.with_suffix('.png')}")
-
-
-def _is_report(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(BEGINNING)) == BEGINNING
-    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..attention.sparse.settings import MIN_TOKENS, MODES, PRESETS, SparseSettings, settings_of
+from .flags import has
 
 DETAILS = ("sparse_value", "sparse_bound", "sparse_dense_percent", "sparse_dense_layers", "sparse_min_tokens")
 
@@ -36,19 +37,15 @@ def add_sparse(parser: argparse.ArgumentParser) -> None:
 
 def sparse_of(options: argparse.Namespace) -> SparseSettings | None:
     """The flags as settings, None where it is off. ValueError for a flag that says nothing without another."""
-    given = [name for name in DETAILS if getattr(options, name, None) is not None]
-    if getattr(options, "sparse", None) is None:
-        if given:
-            flag = f"--{given[0].replace('_', '-')}"
-            raise ValueError(f"{flag} says nothing without --sparse: give that too, such as --sparse balanced")
+    if not has(options, "sparse", DETAILS, "balanced"):
         return None
-    if options.sparse in PRESETS and "sparse_value" in given:
+    value, bound, percent, layers, tokens = (getattr(options, name) for name in DETAILS)
+    if options.sparse in PRESETS and value is not None:
         raise ValueError(
             f"--sparse-value says nothing with --sparse {options.sparse}, whose error bound decides (--sparse-bound): "
             "take it out, or give --sparse tau or --sparse top_k"
         )
     defaults = SparseSettings()
-    value, bound, percent, layers, tokens = (getattr(options, name) for name in DETAILS)
     return settings_of(
         options.sparse,
         value,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..sampling.caching.settings import AUTO, END, FIRST_BLOCK, METHODS, PLACES, START, StepCacheSettings
+from .flags import has
 
 DETAILS = (
     "step_cache_threshold",
@@ -42,27 +43,20 @@ def add_step_cache(parser: argparse.ArgumentParser) -> None:
 
 def step_cache_of(options: argparse.Namespace) -> StepCacheSettings | None:
     """The settings of these flags; None where they leave the cache off. ValueError for details without it."""
-    given = {name: getattr(options, name, None) for name in DETAILS}
-    method = getattr(options, "step_cache", None)
-    if method is None:
-        for name, value in given.items():
-            if value is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(
-                    f"{flag} says nothing without --step-cache: give that too, such as --step-cache teacache"
-                )
+    if not has(options, "step_cache", DETAILS, "teacache"):
         return None
-    if method == FIRST_BLOCK and given["step_cache_table"] is not None:
+    threshold, start, end, max_skips, table, residuals = (getattr(options, name) for name in DETAILS)
+    if options.step_cache == FIRST_BLOCK and table is not None:
         raise ValueError(
             f"--step-cache-table says nothing with --step-cache {FIRST_BLOCK}, which needs no table: take it out, or "
             "give --step-cache teacache or --step-cache magcache"
         )
     return StepCacheSettings(
-        method,
-        given["step_cache_threshold"],
-        START if given["step_cache_start"] is None else given["step_cache_start"],
-        END if given["step_cache_end"] is None else given["step_cache_end"],
-        given["step_cache_max_skips"] or 0,
-        given["step_cache_table"] or AUTO,
-        given["step_cache_residuals"] or AUTO,
+        options.step_cache,
+        threshold,
+        START if start is None else start,
+        END if end is None else end,
+        max_skips or 0,
+        table or AUTO,
+        residuals or AUTO,
     )

@@ -29,8 +29,6 @@ from ..wanvideo.vae.model import WAN21_VAE, WAN22_VAE
 from .arguments import (
     FamilyCommands,
     WantedFile,
-    flag,
-    is_given,
     lora_choice,
     not_negative,
     numbers,
@@ -38,6 +36,7 @@ from .arguments import (
     runs_folder,
     settings_of,
 )
+from .flags import flag, is_given
 from .nag import nag_settings
 from .output import OutputFile, command_key
 from .report import check_report

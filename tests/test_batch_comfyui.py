@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from lowvram_video.batch import comfyui_crew
 from lowvram_video.batch.workflow import check_prompt, make_prompt
-from lowvram_video.cli.batch_comfyui import workflow_reader
+from lowvram_video.cli.batch_comfyui import WorkflowReader
 from lowvram_video.cli.batch_crew import crew_for
 from lowvram_video.cli.main import main, make_parser
 
@@ -421,7 +421,7 @@ def test_a_broken_workflow_is_refused_before_the_start(
 def test_a_workflow_with_the_largest_seed_is_taken(tmp_path: Path) -> None:
     workflow = {"1": {"class_type": "KSampler", "inputs": {"seed": 2**64 - 1}}}
     (tmp_path / "w.json").write_text(json.dumps(workflow))
-    read = workflow_reader(str(tmp_path / "w.json"))(1, {"output": str(tmp_path / "a.mp4")})
+    read = WorkflowReader(str(tmp_path / "w.json"))(1, {"output": str(tmp_path / "a.mp4")})
     assert read.job.request["workflow"] == workflow
 
 

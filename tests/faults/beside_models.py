@@ -18,7 +18,7 @@ from lowvram_video.attention.backend import AttentionSpec
 from lowvram_video.attention.timing import AttentionSize, kept_choices, timed_work
 from lowvram_video.batch.results import Results
 from lowvram_video.batch.workflow import make_prompt
-from lowvram_video.cli.batch_comfyui import EXAMPLES, workflow_reader
+from lowvram_video.cli.batch_comfyui import EXAMPLES, WorkflowReader
 from lowvram_video.cli.batch_jobs import options_reader, read_jobs
 from lowvram_video.sampling.caching.tables import published_tables, read_table
 from lowvram_video.system.card_profile import DATA_VARIABLE
@@ -73,7 +73,7 @@ def take_jobs(path: Path) -> None:
 
 def take_workflow(path: Path) -> None:
     """A job of it, and the prompt that a server is given."""
-    read = workflow_reader(str(path))(1, {"prompt": "a red ball", "output": "a.mp4"})
+    read = WorkflowReader(str(path))(1, {"prompt": "a red ball", "output": "a.mp4"})
     try:
         make_prompt(read.job.request["workflow"], {})
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # as the server's worker says it
