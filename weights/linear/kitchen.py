@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,16 @@ def kitchen_problem() -> str | None:
 
 
 def kitchen_int8_available() -> bool:
-    """Whether comfy-kitchen is installed and its CUDA kernels are usable (ComfyUI turns them off below CUDA 13)."""
-    if kitchen_problem() is not None:
-        return False
+    """Whether comfy-kitchen is installed and its CUDA kernels are usable."""
+    return kitchen_problem() is None and cuda_kernels() is not None
+
+
+def cuda_kernels() -> Collection[str] | None:
+    """Those of comfy-kitchen, which is there; None where they are not usable (ComfyUI turns them off below CUDA 13)."""
     listed = getattr(importlib.import_module(PACKAGE), "list_backends", dict)  # an empty folder has none
     backends: dict[str, dict[str, Any]] = listed()
     cuda = backends.get("cuda", {})
-    return bool(cuda.get("available")) and not cuda.get("disabled")
+    return cuda.get("capabilities", ()) if cuda.get("available") and not cuda.get("disabled") else None
 
 
 def recognise_kitchen(weight: TensorInfo) -> KitchenFormat | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kitchen import PACKAGE, KitchenFormat, kitchen_problem
+from .kitchen import PACKAGE, KitchenFormat, cuda_kernels, kitchen_problem
 from .projection import Projection, Scratch
 from .weight_format import MultipliedAsStored
 
@@ -126,10 +126,10 @@ def native_refusal(stored: KitchenFormat, device: torch.device) -> str | None:
             f"{torch.cuda.get_device_name(device)} has compute capability {have[0]}.{have[1]}; its product needs "
             f"{product.capability[0]}.{product.capability[1]} ({product.cards})"
         )
-    cuda = importlib.import_module(PACKAGE).list_backends().get("cuda", {})
-    if not cuda.get("available") or cuda.get("disabled"):
+    kernels = cuda_kernels()
+    if kernels is None:
         return "comfy-kitchen's CUDA kernels are not usable here (it wants a PyTorch for CUDA 13)"
-    if product.function not in cuda.get("capabilities", ()):
+    if product.function not in kernels:
         return f"this comfy-kitchen has no CUDA kernel {product.function}: update it"
     return None
 

@@ -181,7 +181,8 @@ def make_generalized(parts: LayerParts) -> Generalized:
     rows, columns = parts.wanted[0], math.prod(parts.wanted[1:])
     is_new = a1[1] == a2[0] == b1[1] == b2[0]
     is_old = a2[1] == a1[0] == b2[1] == b1[0]
-    if is_new and not (is_old and a2[0] == rows == columns):
+    as_new = is_new and not (is_old and a2[0] == rows == columns)
+    if as_new:
         rank, size, inner = a1[1], (b1[0], b2[1]), (a1[0], a2[1])
     elif is_old:
         rank, size, inner = a1[0], (b2[0], b1[1]), (a2[0], a1[1])
@@ -190,8 +191,7 @@ def make_generalized(parts: LayerParts) -> Generalized:
     parts.check_size(*size)
     if inner != (columns, columns):
         raise UnfitError(f"{inner[0]} to {inner[1]} features, the model has {columns} inputs", differs=True)
-    old = not (is_new and not (is_old and a2[0] == rows == columns))
-    return Generalized(parts.keys(GENERALIZED), parts.scale(rank), parts.rows(), old)
+    return Generalized(parts.keys(GENERALIZED), parts.scale(rank), parts.rows(), not as_new)
 
 
 def make_orthogonal(parts: LayerParts) -> Orthogonal:
