@@ -15,19 +15,24 @@ logger = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class VaeConfig(Protocol):
-    """An autoencoder's configuration: its latents, its strides, and what messages call it and its file.
+class NamedConfig(Protocol):
+    """A network's configuration, by what messages call it and its file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file_name(self) -> str: ...
+
+
+class VaeConfig(NamedConfig, Protocol):
+    """An autoencoder's: its latents, its strides, and whose latents messages call them.
 
     `latents_at_once` is how many latent frames a tile holds where tiles of space alone do not fit; None for a VAE to
     which time costs no memory. `decoded_channels` are those of a decoded pixel, most often 3.
     """
 
     @property
-    def name(self) -> str: ...
-    @property
     def models(self) -> str: ...
-    @property
-    def file_name(self) -> str: ...
     @property
     def latent_channels(self) -> int: ...
     @property
@@ -80,7 +85,7 @@ def check_latent(vae: VaeConfig, latent: Tensor) -> None:
         )
 
 
-def check_tensors(checkpoint: Checkpoint, vae: VaeConfig, wanted: Shapes) -> None:
+def check_tensors(checkpoint: Checkpoint, vae: NamedConfig, wanted: Shapes) -> None:
     """Raise CheckpointError unless the file holds every tensor of `wanted`, unpacked and in its shape."""
     for name, shape in wanted.items():
         info = checkpoint.tensors.get(name)

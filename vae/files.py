@@ -20,12 +20,12 @@ from ..weights.files.open import open_checkpoint
 from ..weights.files.read_ahead import read_ahead
 from ..weights.linear.dialects import plain_dialect, with_plain_parts
 from ..weights.linear.fitting import fit_tensors
-from .checks import VaeConfig, check_tensors
+from .checks import NamedConfig, check_tensors
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
 NUM_READERS, AHEAD_BYTES = 4, 16 << 20  # threads, and what is read before the device wants it: two large tensors
 
-C = TypeVar("C", bound=VaeConfig)
+C = TypeVar("C", bound=NamedConfig)
 V = TypeVar("V", bound=nn.Module)
 
 Half = Literal["decoder", "encoder"]

@@ -27,26 +27,13 @@ SEEN_BEFORE = 2  # frames that a convolution sees before those of its clip
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """Widths of the two convolutions and of the tokens, and how many layers get tokens of their own.
-
-    The other fields are what files of autoencoders are asked for.
-    """
+    """Widths of the two convolutions and of the tokens, and how many layers get tokens of their own."""
 
     hidden: tuple[int, int] = (2048, 3072)
     dim: int = 1536
     num_layers: int = 1
     name: str = "FlashVSR projection"
-    models: str = "FlashVSR"
     file_name: str = "LQ_proj_in.safetensors"
-    latent_channels: int = 0
-    temporal_stride: int = CLIP
-    spatial_stride: int = PIXELS
-    latents_at_once: None = None
-    decoded_channels: int = 0
-
-    def advice(self, latent_channels: int) -> str:
-        """It takes no latents."""
-        return ""
 
     def clip_bytes(self, height: int, width: int, itemsize: int) -> int:
         """What a clip takes on its way: padded inputs and results of both convolutions, as cuDNN lays them out too."""
