@@ -30,11 +30,11 @@ from lowvram_video.framepack.vae.model import VAEConfig as HunyuanConfig
 from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.system.host_memory import allocate_extent
 from lowvram_video.vae.files import to_channels_last
+from lowvram_video.vae.layouts import lies_channels_last
 from lowvram_video.vae.strips import Strips
 from lowvram_video.vae.tiling import Tile, decode_tiled
 from lowvram_video.video.pictures import to_levels
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
-from lowvram_video.wanvideo.vae.coding import lies_channels_last
 from lowvram_video.wanvideo.vae.heights import Kind, agreeing_rows, find_heights
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from lowvram_video.wanvideo.vae.resampling import enlarge

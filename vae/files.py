@@ -21,6 +21,7 @@ from ..weights.files.read_ahead import read_ahead
 from ..weights.linear.dialects import plain_dialect, with_plain_parts
 from ..weights.linear.fitting import fit_tensors
 from .checks import NamedConfig, check_tensors
+from .layouts import runs_channels_last, to_channels_last
 
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
 NUM_READERS, AHEAD_BYTES = 4, 16 << 20  # threads, and what is read before the device wants it: two large tensors
@@ -161,19 +162,3 @@ class OpenVae(Generic[C, V]):
     def _wanted(self, only: Half | None) -> list[str]:
         begins = {None: ("",), "decoder": self.format.decoder, "encoder": self.format.encoder}[only]
         return [name for name in self.names if name.startswith(begins)]
-
-
-def runs_channels_last(device: torch.device, dtype: torch.dtype, hip: str | None = torch.version.hip) -> bool:
-    """Whether convolutions are laid out channels last: faster and leaner where cuDNN runs them in half precision.
-
-    (There it converts other layouts, with a copy of the activations, for each convolution.)
-    """
-    return device.type == "cuda" and hip is None and dtype.itemsize == 2
-
-
-def to_channels_last(weight: Tensor) -> Tensor:
-    """The weight of a convolution, [O, I, (T,) h, w], channels last; any other tensor as it is."""
-    if weight.ndim < 4:
-        return weight
-    layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
-    return weight.contiguous(memory_format=layout)

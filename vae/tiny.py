@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import check_latent
+from .layouts import lies_channels_last
 
 WIDTHS = (256, 128, 64, 64)
 GROWTH = (1, 2, 2)  # frames of one, after each resolution
@@ -211,17 +212,13 @@ class Pieces:
             begin, end = max(0, first - self.rows_seen), min(height, last + self.rows_seen)
             made = layer(*(each[:, :, begin:end] for each in inputs))
             if whole is None:
+                layout = torch.channels_last if lies_channels_last(made) else torch.contiguous_format
                 size = (*made.shape[:2], height * self.scale, made.shape[3])
-                whole = torch.empty(size, dtype=made.dtype, device=made.device, memory_format=_layout(made))
+                whole = torch.empty(size, dtype=made.dtype, device=made.device, memory_format=layout)
             rows = slice((first - begin) * self.scale, (last - begin) * self.scale)
             whole[:, :, first * self.scale : last * self.scale] = made[:, :, rows]
         assert whole is not None
         return whole
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
 
 
 class SoftClamp(nn.Module):

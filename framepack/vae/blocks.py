@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...vae.layouts import lies_channels_last
 from .frames import Clip
 
 WriteFrame = Callable[[Tensor, Tensor], None]  # (frame, out): what a convolution sees of a frame, into `out`
@@ -115,7 +116,7 @@ class ConvPass:
 
     def __init__(self, layer: CausalConv3d) -> None:
         self._layer = layer
-        self._ring = FrameRing(3, is_channels_last(layer.conv.weight))
+        self._ring = FrameRing(3, lies_channels_last(layer.conv.weight))
         self._kernels = self._ring.rotated(layer.conv.weight)
 
     def push(self, frame: Tensor, write: WriteFrame | None = None) -> list[Tensor]:
@@ -302,7 +303,7 @@ class Upsample(nn.Module):
         self.temporal = temporal
 
     def forward(self, clip: Clip) -> Clip:
-        ring = FrameRing(2 if self.temporal else 3, is_channels_last(self.conv.conv.weight))
+        ring = FrameRing(2 if self.temporal else 3, lies_channels_last(self.conv.conv.weight))
         assert self.conv.conv.bias is not None
         kernels, bias = self._kernels(ring), self.conv.conv.bias.repeat(4)
         out = clip.fresh()
@@ -323,7 +324,7 @@ class Upsample(nn.Module):
     def _enlarged(self, phases: Tensor) -> Tensor:
         """Weave [B, 4 C, h+1, w+1], four pixels of a square in channels, into a frame [B, C, 2h, 2w]."""
         b, c, h, w = phases.shape[0], phases.shape[1] // 4, phases.shape[2] - 1, phases.shape[3] - 1
-        layout = torch.channels_last if is_channels_last(self.conv.conv.weight) else torch.contiguous_format
+        layout = torch.channels_last if lies_channels_last(self.conv.conv.weight) else torch.contiguous_format
         frame = empty_frame(phases, (b, c, 2 * h, 2 * w), layout)
         for number in range(4):
             y, x = divmod(number, 2)
@@ -345,10 +346,6 @@ def fold_pairs(weight: Tensor, dim: int) -> list[Tensor]:
 def fold_square(weight: Tensor) -> Tensor:
     """[O, C, t, 3, 3] -> [4 O, C, t, 2, 2]: the kernels of a square's pixels, row by row."""
     return torch.cat([phase for rows in fold_pairs(weight, dim=3) for phase in fold_pairs(rows, dim=4)])
-
-
-def is_channels_last(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def empty_frame(like: Tensor, shape: tuple[int, int, int, int], layout: torch.memory_format) -> Tensor:

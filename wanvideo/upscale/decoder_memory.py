@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...memory.stream.pinned import PinnedBudget, PinnedMemory
+from ...vae.layouts import lies_channels_last
 
 
 class DecoderMemory(MutableMapping[int, Tensor]):
@@ -97,8 +98,7 @@ class DecoderMemory(MutableMapping[int, Tensor]):
 
     def _allocated(self, like: Tensor) -> Tensor:
         flat = self._memory.allocate(like.nbytes)[: like.nbytes].view(like.dtype)
-        last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-        if not last:
+        if not lies_channels_last(like):
             return flat.view(like.shape)
         batch, channels, height, width = like.shape
         return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...fused.frame_select import select_frame_ops
 from ...vae.inbox import Inbox
+from ...vae.layouts import lies_channels_last
 from ...vae.outbox import Finish, Outbox
 from ...vae.recording import proven_kinds, select_recorder
 from ...vae.strips import Allocate, Pages, Shelf, Strips, aligned, waiting_memory
@@ -259,8 +260,3 @@ class Encoding(Coding):
 def page_elements(plan: StripPlan, batch: int) -> int:
     """Numbers that a step leaves for the strip below."""
     return sum(seam.frames * aligned(batch * seam.elements) for seam in plan.seams.values())
-
-
-def lies_channels_last(weight: Tensor) -> bool:
-    """Of a convolution over frames, [O, I, t, h, w]."""
-    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last_3d)
