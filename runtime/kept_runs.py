@@ -32,13 +32,17 @@ def open_run(root: Path, key: str) -> tuple[Path, RunLock]:
     try:
         _make(folder)
         lock = RunLock(folder / "lock")
-        write_file(folder / MARK, json.dumps({"key": key, "used": now()}, indent=1).encode("ascii"))
+        try:
+            write_file(folder / MARK, json.dumps({"key": key, "used": now()}, indent=1).encode("ascii"))
+            clean_runs(root)
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise ValueError(
             f"the run's folder {folder} cannot be written ({error.strerror or error}): check the free space and the "
             "rights, choose another folder, or keep nothing"
         ) from error
-    clean_runs(root)
     return folder, lock
 
 

@@ -208,6 +208,20 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     StepRecord.open(tmp_path, SETTINGS).close()
 
 
+@pytest.mark.parametrize("fails", ["write_file", "clean_runs"])
+def test_a_run_that_could_not_be_opened_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """Also while somebody has the error, as ComfyUI keeps it to show it."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises((ValueError, OSError)) as caught:
+        patched.setattr(kept_runs, fails, full)
+        StepRecord.open(tmp_path, SETTINGS)
+    StepRecord.open(tmp_path, SETTINGS).close()
+    assert "No space left on device" in str(caught.value)
+
+
 def test_a_full_disk_stops_recording_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
