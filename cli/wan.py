@@ -19,6 +19,7 @@ from ..sampling.guidance import batch_and_passes
 from ..sampling.schedules import SPACINGS
 from ..system.output_lock import is_noted, note_output
 from ..vae.frame_watch import BadFrames
+from ..video.reader import video_frames
 from ..video.writer import VideoWriter, check_video
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.identity import WanFiles
@@ -200,7 +201,9 @@ def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile
                 writer.discard()
                 raise
     except KeyboardInterrupt:
-        shown = f"{output} holds the {writer.num_frames} frames made so far" if writer.num_frames else ""
+        # by the file: an interrupt may come between a frame that is written and its being counted
+        is_shown = writer.num_frames > 0 and output.is_file()  # not where it was being closed
+        shown = f"{output} holds the {video_frames(output)} frames made so far" if is_shown else ""
         _note(pipeline, writer, key)
         said = ", ".join(filter(None, (shown, _kept(pipeline))))
         raise KeyboardInterrupt(f"interrupted: {said or 'no frame was made yet'}") from None

@@ -21,6 +21,7 @@ import torch
 from lowvram_video.cli.main import main
 from lowvram_video.cli.progress import TerminalProgress
 from lowvram_video.vae.frame_watch import BadFrames
+from lowvram_video.video.writer import VideoWriter
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
@@ -494,6 +495,23 @@ def test_ctrl_c_leaves_a_video_that_plays(files: WanFiles, tmp_path: Path, name:
     assert match is not None
     assert 0 < num_frames(output) == int(match[1]) < 2001
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "wan"]
+
+
+def test_a_frame_that_was_written_but_not_counted_is_told(
+    files: WanFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ctrl-C comes between the two."""
+    write = VideoWriter.write
+
+    def interrupted(self: VideoWriter, frames: Tensor) -> None:
+        write(self, frames)
+        self.num_frames -= 1
+        if self.num_frames > 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "write", interrupted)
+    assert main(arguments(files, tmp_path / "a.mp4", "--frames", 13, "--steps", 1)) == 130
+    assert f"a.mp4 holds the {num_frames(tmp_path / 'a.mp4')} frames made so far" in capsys.readouterr().err
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, stop_at: int, error: BaseException) -> list[int]:

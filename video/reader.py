@@ -36,6 +36,11 @@ def video_seconds(path: Path) -> float:
     return _told(path).seconds
 
 
+def video_frames(path: Path) -> int:
+    """How many frames a video has that all last as long. ValueError where there is none."""
+    return round(video_seconds(path) * video_rate(path))
+
+
 def video_rate(path: Path) -> float:
     """Frames a second of a video. ValueError where there is none, or its file does not say.
 
