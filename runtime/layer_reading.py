@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,8 +33,10 @@ class LayerReader:
         self._kept: dict[str, Tensor] | None = {} if keep else None
 
     def __call__(self, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            tensors = read_ahead(self._jobs(), reader, self._ahead_bytes)
+        with (
+            ThreadPoolExecutor(max_workers=1) as reader,
+            closing(read_ahead(self._jobs(), reader, self._ahead_bytes)) as tensors,
+        ):
             for number, layer in enumerate(layers):
                 prefix = f"{self.stem}.{number}."
                 try:  # also where the device has room for a part of it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +19,14 @@ from lowvram_video.vae.tiling import encode_fitting
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
+from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WanVAE
 from lowvram_video.weights.files.checkpoint import Checkpoint
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .tiny import randomize, save_files
+from .tiny import randomize, save_files, save_vae
 from .tiny_framepack import save_framepack
 
 ERRORS = [
@@ -89,6 +92,27 @@ def test_a_start_image_is_encoded_again(tmp_path: Path, monkeypatch: pytest.Monk
     request = replace(REQUEST, width=256, height=64, num_frames=5, image=tmp_path / "red.png")
     monkeypatch.setattr(WanVAE, "encode", failing_once(WanVAE.encode, error))
     assert sum(len(frames) for frames in WanPipeline(files, RunSettings()).generate(request)) == 5
+
+
+def test_a_vae_that_finds_no_room_leaves_nobody_reading_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the error is known, and with it the frames that it came through."""
+    opened = WAN_FORMAT.open_file(save_vae(tmp_path / "vae.safetensors"))
+    read: list[Tensor] = []
+    to = Tensor.to
+
+    def full(tensor: Tensor, *args: Any, **named: Any) -> Tensor:
+        read.extend([] if tensor.is_meta else [tensor])
+        if len(read) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return to(tensor, *args, **named)
+
+    monkeypatch.setattr(Tensor, "to", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError) as error:
+        opened.build(torch.float32, torch.device("cpu"), "decoder")
+    assert error.value.__traceback__ is not None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vae-reader")]
 
 
 @all_errors

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -135,13 +136,12 @@ class OpenVae(Generic[C, V]):
         vae = self.format.network(self.config, device="meta", dtype=dtype)
         channels_last = runs_channels_last(device, dtype)
         weights, names = {}, self._wanted(only)
-        tensors = self._stored(names)
-        for name in names:
-            stored = next(tensors)
-            weight = stored.to(device=device, dtype=dtype)
-            weights[name] = to_channels_last(weight) if channels_last else weight
-            if self.when_read is not None:
-                self.when_read(stored)
+        with closing(self._stored(names)) as tensors:  # also where the device has no room: what failed may be kept
+            for name, stored in zip(names, tensors, strict=True):
+                weight = stored.to(device=device, dtype=dtype)
+                weights[name] = to_channels_last(weight) if channels_last else weight
+                if self.when_read is not None:
+                    self.when_read(stored)
         vae.load_state_dict(weights, strict=only is None, assign=True)
         return vae.requires_grad_(False)
 
@@ -149,7 +149,7 @@ class OpenVae(Generic[C, V]):
         """What `build` takes on the device."""
         return sum(math.prod(self.checkpoint.tensors[name].shape) for name in self._wanted(only)) * dtype.itemsize
 
-    def _stored(self, names: Iterable[str]) -> Iterator[Tensor]:
+    def _stored(self, names: Iterable[str]) -> Generator[Tensor]:
         """Tensors as they are stored, in the network's shapes."""
         infos = self.checkpoint.tensors
         if self.tensors is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 def read_ahead(
     jobs: Iterable[tuple[int, Callable[[], T]]], threads: Executor, most_bytes: int = AHEAD_BYTES
-) -> Iterator[T]:
+) -> Generator[T]:
     """What each job, of its size in bytes, reads: in their order.
 
     Read before it is asked for are at most `most_bytes`, or one job's where that has more. What a job raises is raised
