@@ -146,7 +146,7 @@ def packing_pays(plan: MemoryPlan) -> bool:
 
 def exchanges_nothing(work: WorkSize) -> bool:
     """Whether each card has samples of its own."""
-    return work.batch % work.cards == 0
+    return work.num_sharing == 1
 
 
 def check_link(plan: MemoryPlan) -> None:
@@ -178,7 +178,7 @@ def hidden_sizes(plan: MemoryPlan, num_sharing: int) -> tuple[int, ...] | None:
 
 def seen_of(plan: MemoryPlan) -> float:
     """What of a pass's exchange hides behind nothing, where the way was measured."""
-    sizes = hidden_sizes(plan, plan.work.cards)
+    sizes = hidden_sizes(plan, plan.work.num_sharing)
     assert sizes is not None
     return plan.model.num_blocks * seen_seconds(sizes, head_times(plan, sum(sizes)))
 

@@ -19,11 +19,12 @@ from lowvram_video.compilation.settings import CompileSettings
 from lowvram_video.framepack.footprint import SectionSize
 from lowvram_video.framepack.network.model import Frames, History, Prompt, StepNag
 from lowvram_video.framepack.streamed import StreamedFramePack
-from lowvram_video.memory.plan.footprint import GIB, WorkSize
-from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
+from lowvram_video.memory.plan.footprint import WorkSize
+from lowvram_video.memory.plan.host_memory import MIN_STAGING
 from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError
 from lowvram_video.memory.plan.table import describe
+from lowvram_video.memory.stream.disk_blocks import DiskBlocks
 from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import Part
 from lowvram_video.memory.stream.ring import DeviceRing, ring_bytes
@@ -134,8 +135,10 @@ class TestPasses:
     def test_from_the_disk_too(self, file):
         with torch.inference_mode():
             expected = started(file, RunSettings())(*inputs())
-            model = started(file, on_cards(2), ram_budget_gib=(RAM_MARGIN_BYTES + 21 * 2**20) / GIB)  # of 25 MiB
-            assert model.plan is not None and model.plan.host.from_disk
+            model = StreamedWan(file, on_cards(2))
+            plan = model.make_plan(WORK, limits_for(CPU))  # no RAM is too little for its few blocks, but for buffers
+            model.start_fitting(replace(plan, host=replace(plan.host, from_disk=True, num_staging=MIN_STAGING)))
+            assert all(isinstance(each.weights.blocks, DiskBlocks) for each in (model, *model._others))
             assert model(*inputs()).equal(expected)
         model.release()
 
@@ -598,6 +601,20 @@ class TestLinks:
         assert slow is not None and len(slow) > 2 and max(slow[0], slow[-1]) < max(slow)
         assert three is not None and sum(three) == 14  # of 40, a card with the most has so many
         assert sizes(clip, None) is None
+
+    def test_what_no_card_exchanges_is_not_counted(self):
+        """Each of two cards has one of guidance's prompts: it takes what one card does for one, and says so."""
+        both = plan_shared(FP8, replace(LONG_480P, batch=2), gpu_limits(80, link_gbps=20.0), 2)
+        alone = plan_shared(replace(FP8, streams_queries=False), LONG_480P, gpu_limits(80), 1)
+        assert both.choice == alone.choice
+        assert both.model.exchanged_bytes(both.work) == 0
+        assert both.denoise.activations == alone.denoise.activations
+        said = "streams every block that it does not hold, and gets nothing from the others: its samples are its own."
+        assert f"of 2, each computes 32760 of 65520 tokens, {said}" in describe(both)
+        four = plan_shared(FP8, replace(LONG_480P, batch=2), gpu_limits(80, link_gbps=20.0), 4)
+        pair = plan_shared(FP8, LONG_480P, gpu_limits(80, link_gbps=20.0), 2)
+        assert four.model.exchanged_bytes(four.work) == pair.model.exchanged_bytes(pair.work)
+        assert four.denoise.activations == pair.denoise.activations and seen_of(four) == seen_of(pair)
 
     def test_cards_that_exchange_nothing_look_for_no_groups(self, file):
         """There are 92,171 ways to have 40 heads in groups, and none of them counts."""

@@ -171,7 +171,7 @@ class ModelFootprint:
         """Output and workspace of one group of heads over all tokens, or of attention to text and image."""
         queries = choice.query_rows(work)
         output = queries * self.dim * self.compute_bytes
-        if work.cards > 1:
+        if work.num_sharing > 1:
             return max(self._exchange_bytes(work, choice, limits), -(-output // choice.head_groups))
         over_tokens = output + self._attention_workspace(queries, work.rows, limits)
         if choice.packed_keys:  # k and v unpacked
@@ -202,20 +202,17 @@ class ModelFootprint:
         and what came back; those on their way again where there are several groups. Where all heads have room at once,
         groups that hide the exchange (`runtime/several.py: hidden_sizes`) hold no more than these.
         """
-        tokens, heads = work.batch * work.tokens, -(-self.num_heads // (work.cards * choice.head_groups))
-        head_dim, turns = self.dim // self.num_heads, min(2, choice.head_groups)
+        tokens, parts = work.batch * work.num_sharing // work.cards * work.tokens, work.num_sharing * choice.head_groups
+        heads, head_dim, turns = -(-self.num_heads // parts), self.dim // self.num_heads, min(2, choice.head_groups)
         group = tokens * heads * head_dim * self.compute_bytes
-        workspace = 0
-        if limits.attention is not None:
-            workspace = limits.attention.nbytes(tokens, tokens, heads, head_dim)
+        workspace = 0 if limits.attention is None else limits.attention.nbytes(tokens, tokens, heads, head_dim)
         return (2 * 3 + 2) * turns * group + group + workspace
 
     def exchanged_bytes(self, work: WorkSize) -> int:
         """What a card gets from the others in a pass: queries, keys, values, and what attention made of its tokens."""
-        numbers = self.num_blocks * 4 * work.rows * self.dim * (work.cards - 1) // work.cards
-        if not self.packs_exchange:
-            return numbers * self.compute_bytes
-        return numbers + 4 * numbers * self.num_heads // self.dim  # and a scale for each head of a token
+        numbers = self.num_blocks * 4 * work.rows * self.dim * (work.num_sharing - 1) // work.num_sharing
+        packed = numbers + 4 * numbers * self.num_heads // self.dim  # and a scale for each head of a token
+        return packed if self.packs_exchange else numbers * self.compute_bytes
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         """Keys and values of the text, made within each pass: one unpacked weight and fp32 temporaries of its norm."""
@@ -320,6 +317,11 @@ class WorkSize:
         """Height and width are multiples of this many pixels."""
         return self.stride[1] * self.patch[1]
 
+    @property
+    def num_sharing(self) -> int:
+        """How many cards have parts of each sample; samples are shared out first."""
+        return self.cards // math.gcd(self.batch, self.cards)
+
     def __str__(self) -> str:
         cards = f", on {self.cards} cards" if self.cards > 1 else ""
         return f"{self.width}x{self.height}, {self.frames} frame{'s' if self.frames > 1 else ''}{cards}"
@@ -357,15 +359,14 @@ class CardBudget:
 class Limits:
     """What a run may use, what the machine brings, and what the user fixed by hand.
 
-    `vram_budget_bytes` is for the whole process. At most `context_bytes` of it lie outside PyTorch's allocator
-    (see `limits.py: context_bound`). `ram_budget_bytes` and
-    `pinned_cap_bytes` are unlimited when None. `blocks_to_swap` is -1 for the planner's choice, or exactly that many
-    streamed blocks; `num_slots` (prefetch + 1) likewise when not None. `fused` says that one-pass elementwise kernels
-    run here, `attention` what its backend takes (None: next to nothing).
-    The default rates are those of a small card in an old slot; measured ones make better plans. `card` is everything
-    that was measured of this one; where it tells of a model, its times count and are shown. `cards` are all those that
-    share a pass, of which the least has the budget: one plan is for all of them. `link_gbps` is the
-    slowest way between two of them, where it was measured. `parking` says where streamed blocks lie.
+    `vram_budget_bytes` is for the whole process. At most `context_bytes` of it lie outside PyTorch's allocator (see
+    `limits.py: context_bound`). `ram_budget_bytes` and `pinned_cap_bytes` are unlimited when None. `blocks_to_swap` is
+    -1 for the planner's choice, or exactly that many streamed blocks; `num_slots` (prefetch + 1) likewise when not
+    None. `fused` says that one-pass elementwise kernels run here, `attention` what its backend takes (None: next to
+    nothing). The default rates are those of a small card in an old slot; measured ones make better plans. `card` is
+    everything that was measured of this one; where it tells of a model, its times count and are shown. `cards` are all
+    those that share a pass, of which the least has the budget: one plan is for all of them. `link_gbps` is the slowest
+    way between two of them, where it was measured. `parking` says where streamed blocks lie.
     """
 
     vram_budget_bytes: int

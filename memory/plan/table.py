@@ -113,10 +113,12 @@ def _card_reasons(plan: MemoryPlan) -> list[str]:
         return []
     link = "" if plan.limits.link_gbps is None else f", at {plan.limits.link_gbps:.1f} GB/s"
     packs = "What the cards exchange travels in 8 bits, as they compute in 8 bits."
+    got = f"up to {in_gb(plan.model.exchanged_bytes(plan.work))} per pass from the others{link}"
+    if plan.work.num_sharing == 1:
+        got = "nothing from the others: its samples are its own"
     return [
         f"All figures are of each card: of {plan.work.cards}, each computes {plan.work.rows} of "
-        f"{plan.work.batch * plan.work.tokens} tokens, streams every block that it does not hold, and gets up to "
-        f"{in_gb(plan.model.exchanged_bytes(plan.work))} per pass from the others{link}.",
+        f"{plan.work.batch * plan.work.tokens} tokens, streams every block that it does not hold, and gets {got}.",
         *([packs] if plan.model.packs_exchange else []),
     ]
 
