@@ -144,7 +144,7 @@ class UpscaleVideo(io.ComfyNode):
                     "scale", options=[str(scale) for scale in SCALES], default="2", tooltip="How many times as large."
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=host.fixed_seed(),
+                    "seed", default=0, min=0, max=2**64 - 1, control_after_generate=host.fixed_seed(),
                     tooltip="The same seed and settings make the same video; resuming needs them.",
                 ),
                 io.Float.Input(

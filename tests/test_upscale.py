@@ -19,7 +19,7 @@ from lowvram_video.wanvideo.upscale import decoder
 from lowvram_video.wanvideo.upscale.frames import enlarged
 from lowvram_video.wanvideo.upscale.request import UpscaleFiles, UpscaleRequest, files_of
 from lowvram_video.wanvideo.upscale.run import Upscaler
-from lowvram_video.wanvideo.upscale.stream import UpscaleStream
+from lowvram_video.wanvideo.upscale.stream import SEED_STEP, UpscaleStream, window_seed
 from lowvram_video.weights.files.checkpoint import CheckpointError
 from lowvram_video.weights.lora.file import LoraChoice
 from PIL import Image
@@ -242,3 +242,15 @@ def test_what_cannot_be_asked_for() -> None:
     for wrong in ({"scale": 5}, {"version": "2"}, {"colour": "red"}, {"sparse_ratio": -1.0}, {"kept_windows": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             replace(REQUEST, **wrong).check()  # type: ignore[arg-type]
+
+
+def test_every_seed_of_comfyuis_makes_noise_of_its_own() -> None:
+    """Those below 2**63 make what they made when there were no others."""
+    for seed, step in ((0, 0), (7, 3), (2**63 - 1, 9)):
+        assert window_seed(seed, step) == (seed + step * SEED_STEP) % 2**63
+        assert window_seed(seed + 2**63, step) == window_seed(seed, step) + 2**63
+        torch.Generator().manual_seed(window_seed(seed + 2**63, step))
+    UpscaleRequest(seed=2**64 - 1).check()
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"seed is {seed}: use a whole number from 0 to {2**64 - 1}"):
+            UpscaleRequest(seed=seed).check()

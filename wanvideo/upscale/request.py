@@ -44,6 +44,8 @@ class UpscaleRequest:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(str, allowed))}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}: use a whole number from 0 to {2**64 - 1}")
         for name, number, least, most in (
             ("sparse_ratio", self.sparse_ratio, 0.0, 16.0),
             ("local_range", self.local_range, 1, 101),

@@ -206,7 +206,7 @@ class UpscaleStream:
 
     def noise(self, num_latents: int) -> Tensor:
         """That of the next latent frames, the same whenever the run was begun: `[1, 16, T, h, w]`."""
-        seed = (self.request.seed + self.num_steps * SEED_STEP) % (1 << 63)
+        seed = window_seed(self.request.seed, self.num_steps)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every machine
         width, height = (side // 8 for side in self._padded)
         channels = self.networks.model.config.out_channels
@@ -241,6 +241,12 @@ class UpscaleStream:
             first = last
         watch.end()
         return torch.cat(made)
+
+
+def window_seed(seed: int, num_steps: int) -> int:
+    """That of the noise after so many steps of a run, whose own is below 2**64: each of them makes its own."""
+    half = 1 << 63
+    return (seed % half + num_steps * SEED_STEP) % half + seed // half * half
 
 
 def frames_of(num_steps: int) -> int:

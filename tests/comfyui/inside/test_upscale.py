@@ -155,3 +155,8 @@ def test_a_lora_changes_what_is_made(flashvsr: Any, tmp_path: Path, output: Path
 def test_what_is_connected_must_be_one_of_two(flashvsr: Any) -> None:
     with pytest.raises(ValueError, match="either a video or images"):
         upscaled(flashvsr)
+
+
+def test_its_seeds_end_where_cores_do() -> None:
+    seed = next(each for each in UpscaleVideo.GET_SCHEMA().inputs if each.id == "seed")
+    assert seed.max == 0xFFFFFFFFFFFFFFFF
