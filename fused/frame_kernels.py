@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from ..system.grids import cdiv
 from ..system.operators import on_device_of
 from .frame_ops import EagerFrameOps
 
@@ -59,7 +60,7 @@ class TritonFrameOps:
         positions, at_once = x.shape[2] * x.shape[3], 32 if channels < 4 * LANES else 16
         with on_device_of(x):
             for source, target in _each(x, out):
-                _norm_silu_kernel[(triton.cdiv(positions, at_once),)](
+                _norm_silu_kernel[(cdiv(positions, at_once),)](
                     source, gamma if bias is None else bias, gamma, target, positions, x.stride(3), out.stride(3),
                     channels**0.5, CHANNELS=channels, HAS_BIAS=bias is not None, EXACT_EXP=self._exact_exp,
                     IN_FOURS=self._order.in_fours and channels >= 4 * LANES, HALVES=self._order.halves,
@@ -74,7 +75,7 @@ class TritonFrameOps:
         count = x[0].numel()
         with on_device_of(x):
             for target, source in _each(x, other):
-                _add_kernel[(triton.cdiv(count, BLOCK),)](
+                _add_kernel[(cdiv(count, BLOCK),)](
                     target, x if bias is None else bias, source, x if other_bias is None else other_bias, count,
                     channels, HAS_BIAS=bias is not None, HAS_OTHER_BIAS=other_bias is not None, BLOCK=BLOCK,
                     num_warps=8,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..system.grids import cdiv, next_power_of_2
 from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
 
 # Measured on an H200 (`benchmarks/results/norms_h200_2026-11-29.json`): what a multiprocessor has in flight counts, and
@@ -46,7 +47,7 @@ class TritonOps:
         if dim <= NARROW:
             _narrow_norm_kernel[(rows,)](
                 x, out, scale, shift, first_row, rows_per_group, scale.stride(0), eps, dim, x.stride(0),
-                BLOCK=triton.next_power_of_2(dim), num_warps=NORM_WARPS,
+                BLOCK=next_power_of_2(dim), num_warps=NORM_WARPS,
             )  # fmt: skip
             return out
         most, rest = _two_parts(dim)
@@ -77,8 +78,8 @@ class TritonOps:
             assert dim % run == 0 and run % 2 == 0 and (rope is None or run == 2 * half)
             _head_norm_kernel[(rows,)](
                 x, weight, cos, sin, first_row, num_tokens, eps, dim // run, run, x.stride(0),
-                ROTATE=rope is not None, RUNS_BLOCK=triton.next_power_of_2(dim // run),
-                HALF_BLOCK=triton.next_power_of_2(run) // 2, num_warps=_num_warps(dim),
+                ROTATE=rope is not None, RUNS_BLOCK=next_power_of_2(dim // run),
+                HALF_BLOCK=next_power_of_2(run) // 2, num_warps=_num_warps(dim),
             )  # fmt: skip
             return
         most, rest = _two_parts(dim)
@@ -90,28 +91,28 @@ class TritonOps:
     def gelu_(self, x: Tensor) -> None:
         rows, dim = x.shape
         block = 2048
-        _gelu_kernel[(rows, triton.cdiv(dim, block))](x, dim, x.stride(0), BLOCK=block, num_warps=4)
+        _gelu_kernel[(rows, cdiv(dim, block))](x, dim, x.stride(0), BLOCK=block, num_warps=4)
 
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
         rows, heads, dim = x.shape
-        _pack_heads_kernel[(rows, triton.cdiv(heads, HEADS_AT_ONCE))](
+        _pack_heads_kernel[(rows, cdiv(heads, HEADS_AT_ONCE))](
             x, values, scales, heads, dim, x.stride(0), values.stride(0), scales.stride(0), SMALLEST_SCALE,
-            HEADS=HEADS_AT_ONCE, DIM=triton.next_power_of_2(dim), num_warps=HEADS_WARPS,
+            HEADS=HEADS_AT_ONCE, DIM=next_power_of_2(dim), num_warps=HEADS_WARPS,
             enable_fp_fusion=False,  # products are rounded before they are rounded to integers
         )  # fmt: skip
 
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
         rows, heads, dim = out.shape
         at_once = 8
-        _unpack_heads_kernel[(triton.cdiv(rows, at_once), heads)](
+        _unpack_heads_kernel[(cdiv(rows, at_once), heads)](
             values, scales, out, rows, dim, values.stride(0), scales.stride(0), out.stride(0),
-            ROWS=at_once, DIM=triton.next_power_of_2(dim), num_warps=4,
+            ROWS=at_once, DIM=next_power_of_2(dim), num_warps=4,
         )  # fmt: skip
 
     def gated_add_(self, x: Tensor, y: Tensor, gate: Tensor, first_row: int, rows_per_group: int) -> None:
         rows, dim = x.shape
         block = 2048
-        _gated_add_kernel[(rows, triton.cdiv(dim, block))](
+        _gated_add_kernel[(rows, cdiv(dim, block))](
             x, y, gate, first_row, rows_per_group, gate.stride(0), dim, x.stride(0), y.stride(0), FP16_MAX,
             FP16=x.dtype == torch.float16, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -128,8 +129,8 @@ def _num_warps(dim: int) -> int:
 
 def _two_parts(dim: int) -> tuple[int, int]:
     """Powers of two that hold a row one after the other: 5120 is 4096 and 1024, where one power would be 8192."""
-    most = triton.next_power_of_2(dim) // 2
-    return most, triton.next_power_of_2(dim - most)
+    most = next_power_of_2(dim) // 2
+    return most, next_power_of_2(dim - most)
 
 
 @triton.jit(do_not_specialize=["first_row"])

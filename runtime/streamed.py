@@ -304,6 +304,7 @@ class StreamedModel(AttendingModel[M]):
             query_chunk=plan.choice.query_chunk,
             packed_keys=plan.choice.packed_keys,
         )
+        self.model.counted_scratch = self.model.scratch_elements()
 
     def parked_blocks(self) -> list[Parked]:
         """What lies in other cards' memory, by card; nothing unless started."""
@@ -324,7 +325,7 @@ class StreamedModel(AttendingModel[M]):
     def stop(self) -> None:
         """Give the device memory back; the weights stay in host memory. Calling it again does nothing."""
         self.model.stream = iter
-        self.model.arrive = all_there
+        self.model.arrive, self.model.counted_scratch = all_there, None
         self.forget_contexts()
         self.end_steps()
         streamer, self.streamer, self.ring = self.streamer, None, None

@@ -5,6 +5,8 @@ PyTorch copies what has gaps number by number. Of 2 bytes each that is a third o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,11 @@ WORD = torch.complex128  # 16 bytes
 
 def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Views `[..., n]` of words, where all are of one dtype and their last dimensions of such; else the tensors."""
-    is_one_dtype = len({each.dtype for each in tensors}) == 1
-    return tuple(each.view(WORD) for each in tensors) if is_one_dtype and all(map(_is_of_words, tensors)) else tensors
+    dtype = tensors[0].dtype
+    for each in tensors:
+        if each.dtype != dtype or not _is_of_words(each):
+            return tensors
+    return tuple([each.view(WORD) for each in tensors])
 
 
 def copy_in_words(x: Tensor, out: Tensor) -> None:
@@ -25,6 +30,6 @@ def copy_in_words(x: Tensor, out: Tensor) -> None:
 
 
 def _is_of_words(tensor: Tensor) -> bool:
-    size = WORD.itemsize // tensor.element_size()
-    places = (*tensor.stride()[:-1], tensor.storage_offset(), tensor.shape[-1])
-    return tensor.numel() > 0 and tensor.stride(-1) == 1 and not any(place % size for place in places)
+    size, (*strides, last) = WORD.itemsize // tensor.element_size(), tensor.stride()
+    places = (*strides, tensor.storage_offset(), tensor.shape[-1])
+    return last == 1 and math.gcd(*places, size) == size and tensor.numel() > 0

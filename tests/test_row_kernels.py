@@ -32,7 +32,7 @@ def check_rows(device: str, fp8: bool) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=device).repeat(3, 1)
     for dtype in (torch.int8, E4M3, E5M2):
         values = codes.view(dtype)
-        for scales in (torch.tensor([0.37], device=device), torch.tensor([[0.1], [1.0], [1e-3]], device=device)):
+        for scales in (None, torch.tensor([0.37], device=device), torch.tensor([[0.1], [1.0], [1e-3]], device=device)):
             got, want = (
                 each.dequantize(values, scales, torch.empty(3, 256, device=device)) for each in (ops, reference)
             )

@@ -25,4 +25,4 @@ def feed_forward(widen: Linear, narrow: Linear, normed: Normed, add: Add, span: 
         work.scratch.reset()
         project = narrow.prepare(work.dtype, work.scratch)
         for rows in work.chunks(start, stop):
-            add(rows, project(work.hidden[within(rows, start)]))
+            add(rows, project(work.hidden_at(within(rows, start))))

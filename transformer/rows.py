@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 TILE_ROWS = 256
@@ -41,5 +42,5 @@ def rows_of(buffer: Tensor, first: int, num_rows: int, dim: int) -> Tensor:
 
 
 def writable(x: Tensor) -> Tensor:
-    """The same tensor as a view that compiled code writes to where it lies; see `rows_of`."""
-    return x.as_strided(x.shape, x.stride())
+    """The same tensor, in compiled code as a view that it writes to where that lies; see `rows_of`."""
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x

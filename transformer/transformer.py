@@ -82,6 +82,7 @@ class Transformer(nn.Module):
     fits_any_size = False  # whether its blocks can be compiled once for all sizes (`Execution.any_size`)
     share: Share | None = None  # of a pass that several cards make together; all of them begin it
     sample: int | None = None  # the first of those that it has of a batch, where other cards have others
+    counted_scratch: int | None = None  # `scratch_elements`, counted once by who starts a model for many passes
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,5 +98,7 @@ class Transformer(nn.Module):
 
     def scratch_elements(self) -> int:
         """The most weight elements that are unpacked at a time."""
+        if self.counted_scratch is not None:
+            return self.counted_scratch
         dtype = self.execution.dtype
         return max((block.scratch_elements(dtype) for block in self.ordered_blocks().values()), default=0)

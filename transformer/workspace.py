@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.backend import Backend, PassAttention
@@ -228,11 +227,6 @@ class Workspace:
         return k, v
 
     @property
-    def hidden(self) -> Tensor:
-        """`[hidden_rows, ffn_dim]`, over the same bytes."""
-        return rows_of(self.pool, 0, self.hidden_rows, self.rows.ffn_dim)
-
-    @property
     def joined(self) -> Tensor:
         """`[joined_rows, joined_dim]`, over the bytes of k and v."""
         return rows_of(self.pool, self.query_rows * self.dim, self.joined_rows, self.rows.joined_dim)
@@ -280,7 +274,7 @@ class Workspace:
         return found
 
     def hidden_at(self, rows: slice) -> Tensor:
-        """`[rows, ffn_dim]`, some of `hidden`, as `rows_at`."""
+        """`[rows, ffn_dim]`, some of the `hidden_rows` over the same bytes; as `rows_at`."""
         width = self.rows.ffn_dim
         return rows_of(self.pool, rows.start * width, rows.stop - rows.start, width)
 
@@ -296,7 +290,8 @@ class Workspace:
         """
         if self.extent is None:
             step = even_step(stop - start, most)
-            yield from (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+            for first in range(start, stop, step):
+                yield slice(first, min(first + step, stop))
             return
         count = stop - start
         parts = num_parts(count, most, fewest)
@@ -326,7 +321,7 @@ class Workspace:
 
     def in_heads(self, rows: Tensor) -> Tensor:
         """`[B, L, H, D]` of rows of all samples."""
-        return rearrange(rows, "(b n) (h d) -> b n h d", b=self.rows.batch, h=self.rows.num_heads)
+        return rows.view(self.rows.batch, -1, self.rows.num_heads, self.dim // self.rows.num_heads)
 
     @property
     def self_attend(self) -> Attend:
@@ -360,10 +355,10 @@ class Workspace:
             sample = span.start * self.rows.batch // self.num_rows
             part = slice(sample, sample + 1)
             keys_values = [(samples_of(k, part), samples_of(v, part)) for k, v in keys_values]
-        batch, _, num_heads, _ = keys_values[0][0].shape
-        heads = rearrange(q, "(b n) (h d) -> b n h d", b=batch, h=num_heads)
+        batch, _, num_heads, head_dim = keys_values[0][0].shape
+        heads = q.view(batch, -1, num_heads, head_dim)
         attended = self._attend(heads, keys_values, attend) if all_heads else self.attend(heads, keys_values, attend)
-        return rearrange(attended, "b n h d -> (b n) (h d)")
+        return attended.reshape(-1, num_heads * head_dim)
 
     def attend(self, q: Tensor, keys_values: Sequence[Pair], attend: Attend | None = None) -> Tensor:
         """The sum of the attention of `q [B, L, H, D]` to each (k, v).
@@ -380,11 +375,13 @@ class Workspace:
         return q
 
     def _attend(
-        self, q: Tensor, keys_values: Sequence[Pair], attend: Attend | None, heads: slice = slice(None)
+        self, q: Tensor, keys_values: Sequence[Pair], attend: Attend | None, heads: slice | None = None
     ) -> Tensor:
         if attend is None:  # no `or`: torch.compile takes a method for data
             attend = self.execution.attention.attend
-        first, *others = (attend(q[:, :, heads], heads_of(k, heads), heads_of(v, heads)) for k, v in keys_values)
+        if heads is not None:
+            q = q[:, :, heads]
+        first, *others = (attend(q, heads_of(k, heads), heads_of(v, heads)) for k, v in keys_values)
         for other in others:
             first.add_(other)
         return first
@@ -395,6 +392,8 @@ def samples_of(x: Tensor | PackedHeads, part: slice) -> Tensor | PackedHeads:
     return x.samples(part) if isinstance(x, PackedHeads) else x[part]
 
 
-def heads_of(x: Tensor | PackedHeads, part: slice) -> Tensor:
-    """Some heads of `x [B, L, H, D]` as attention takes them."""
-    return x.heads(part) if isinstance(x, PackedHeads) else x[:, :, part]
+def heads_of(x: Tensor | PackedHeads, part: slice | None) -> Tensor:
+    """Some heads of `x [B, L, H, D]`, or all, as attention takes them."""
+    if isinstance(x, PackedHeads):
+        return x.heads(part or slice(None))
+    return x if part is None else x[:, :, part]

@@ -13,7 +13,6 @@ from functools import partial
 from typing import cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -279,10 +278,10 @@ class Attention(nn.Module):
     def attended(self, q: Tensor, k: Tensor, v: Tensor, work: Workspace) -> Tensor:
         """`[rows, dim]`: q's bytes where heads go in groups, else a tensor of its own."""
         attended = work.attend(self.in_heads(q), [(self.in_heads(k), self.in_heads(v))], work.self_attend)
-        return rearrange(attended, "1 n h d -> n (h d)")
+        return attended.reshape(attended.shape[1], -1)
 
     def in_heads(self, rows: Tensor) -> Tensor:
-        return rearrange(rows, "n (h d) -> 1 n h d", h=self.num_heads)
+        return rows.view(1, rows.shape[0], self.num_heads, -1)
 
 
 class JointAttention(Attention):

@@ -86,6 +86,7 @@ class BlockStreamer:
         self._units = [Unit(index, stage) for index in self._streamed for stage in range(len(self._spans(index)))]
         self._ring = ring
         self._schedule = self._plan(ring)
+        self._overlaps = [frozenset(others) for others in self._schedule.overlaps]
         self._position = {unit: position for position, unit in enumerate(self._units)}
         self.streams: Streams = ring.streams if ring is not None else streams_for(device)
         units = [*self._units, *(Unit(index, 0) for index in self._resident)]
@@ -93,7 +94,7 @@ class BlockStreamer:
             unit: self.streams.events(place) for place, unit in enumerate(sorted(units))
         }
         self._memory: list[Tensor] = []  # the residents' bytes
-        self._flat: Tensor | None = None  # the ring's bytes
+        self._regions: list[Tensor] = []  # the ring's bytes of each position
         self._loaded = False
         self._prepared = False  # the source knows what comes next
         self._in_use: Unit | None = None
@@ -125,7 +126,7 @@ class BlockStreamer:
             for block, layout in zip(self._blocks, self._source.layouts, strict=True):
                 unbind(block, layout, self._part)
             self._memory.clear()
-            self._flat = None
+            self._regions = []
             if self._ring is not None:
                 self._ring.detach(self)
             self._reset()
@@ -237,7 +238,9 @@ class BlockStreamer:
         start, ahead = self._window
         count = len(self._units)
         in_use = self._position.get(self._in_use) if self._in_use is not None else None
-        return any(other == in_use or (other - start) % count < ahead for other in self._schedule.overlaps[position])
+        waiting = [other % count for other in range(start, start + ahead)]  # few: where two fit, half of all overlap
+        overlaps = self._overlaps[position]
+        return in_use in overlaps or not overlaps.isdisjoint(waiting)
 
     def _copy(self, position: int) -> None:
         unit = self._units[position]
@@ -245,8 +248,8 @@ class BlockStreamer:
         others = self._schedule.overlaps[position]
         for other in others:
             self._held[other] = False
-        region = self._region(position)
-        pairs = [(region[at : at + host.numel()], host) for host, at in pieces]
+        region = self._regions[position]
+        pairs = [(region.narrow(0, at, host.numel()), host) for host, at in pieces]
         events = self._events[unit]
         # The copy stream keeps its order, so an event that one copy has waited for is past for all later ones.
         after = [self._events[self._units[other]] for other in others if self._used[other]]
@@ -269,11 +272,6 @@ class BlockStreamer:
         """First byte and end in the block's extent."""
         return self._spans(unit.block)[unit.stage]
 
-    def _region(self, position: int) -> Tensor:
-        assert self._flat is not None
-        offset = self._schedule.offsets[position]
-        return self._flat[offset : offset + self._schedule.sizes[position]]
-
     def _bind_residents(self) -> None:
         residents = sorted(self._resident)
         sizes = [self._source.layouts[index].part_bytes(self._part) for index in residents]
@@ -294,10 +292,11 @@ class BlockStreamer:
     def _bind_streamed(self) -> None:
         if self._ring is None:
             return
-        self._flat = self._ring.attach(self)
-        for position, unit in enumerate(self._units):
+        flat, places = self._ring.attach(self), zip(self._schedule.offsets, self._schedule.sizes, strict=True)
+        self._regions = [flat[offset : offset + size] for offset, size in places]
+        for unit, region in zip(self._units, self._regions, strict=True):
             layout = self._source.layouts[unit.block]
-            bind_span(self._blocks[unit.block], layout, self._region(position), *self._span(unit))
+            bind_span(self._blocks[unit.block], layout, region, *self._span(unit))
 
     def _take_ring(self) -> None:
         if self._ring is None or not self._streamed:

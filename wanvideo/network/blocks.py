@@ -223,7 +223,7 @@ class SelfAttention(nn.Module):
         work.scratch.reset(unpacked)
         to_out = self.o.prepare(work.dtype, work.scratch)
         for number, span in enumerate(work.spans()):
-            q = work.queries[: span.stop - span.start]
+            q = work.rows_at(0, within(span, span.start))
             if number > 0:  # the first ones were made with keys and values
                 make_queries(to_q, self.norm_q.weight, self.eps, normed, rope, span, work)
             seen = q.clone() if hooks.sees_attention else None  # attention may write over it
@@ -297,7 +297,7 @@ class CrossAttention(nn.Module):
         in_chunks = work.attends_in_chunks and keys_values.nag is None and len(keys_values.pairs) == 1
         for span in work.chunks_of_samples() if in_chunks else work.spans():
             make_queries(to_q, self.norm_q.weight, self.eps, normed, None, span, work)
-            q = work.queries[: span.stop - span.start]
+            q = work.rows_at(0, within(span, span.start))
             if keys_values.nag is None:
                 attended = work.attend_rows(q, span, keys_values.pairs, all_heads=in_chunks)
             else:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import triton
 from torch import Tensor
 
+from ...system.grids import cdiv
 from . import gguf_blocks32 as blocks32
 from . import gguf_blocks256 as blocks256
 
@@ -46,5 +46,5 @@ def dequantize_triton(packed: Tensor, quant: str, out: Tensor, launch: Launch | 
     assert packed.is_contiguous() and out.is_contiguous()
     assert packed.data_ptr() % 4 == 0, "kernels read words of four bytes"
     num_chunks = packed.numel() // launch.block_bytes * launch.chunks
-    grid = (triton.cdiv(num_chunks, launch.rows),)
+    grid = (cdiv(num_chunks, launch.rows),)
     launch.kernel[grid](packed, out, num_chunks, ROWS=launch.rows, num_warps=launch.num_warps)

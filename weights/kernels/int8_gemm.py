@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...system.grids import cdiv
 from .row_reference import QuantizedRows
 from .tile import Tile
 
@@ -19,7 +20,7 @@ def launch_int8(
     """See `gemms.Gemm`."""
     (m, k), n = rows.values.shape, weight.shape[0]
     assert weight.is_contiguous() and rows.values.is_contiguous()
-    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    grid = (cdiv(m, tile.m) * cdiv(n, tile.n),)
     _int8_gemm_kernel[grid](
         rows.values, weight, rows.scales, columns, columns if bias is None else bias, out,
         m, n, out.stride(0),

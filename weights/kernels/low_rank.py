@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...system.grids import cdiv
 from ...system.operators import returns_nothing
 from .low_rank_reference import TORCH, Gelu
 from .tile import Tile
@@ -61,9 +62,9 @@ def launch_down(x: Tensor, down: Tensor, scale: Tensor, tile: Tile) -> Tensor:
     """`hidden [rows, R]`."""
     (rows, columns), rank = x.shape, down.shape[0]
     hidden = torch.empty(rows, rank, device=x.device, dtype=x.dtype)
-    _down_kernel[(triton.cdiv(rank, tile.n), triton.cdiv(rows, tile.m))](
+    _down_kernel[(cdiv(rank, tile.n), cdiv(rows, tile.m))](
         x, down, scale, hidden, rows, rank, columns, x.stride(0), down.stride(0),
-        STEPS=triton.cdiv(columns, tile.k), EVEN=columns % tile.k == 0,
+        STEPS=cdiv(columns, tile.k), EVEN=columns % tile.k == 0,
         M=tile.m, N=tile.n, K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return hidden
@@ -72,9 +73,9 @@ def launch_down(x: Tensor, down: Tensor, scale: Tensor, tile: Tile) -> Tensor:
 def launch_up_(y: Tensor, hidden: Tensor, up: Tensor, gelu: bool, tile: Tile) -> None:
     """Add to `y [rows, out]`."""
     (rows, columns), rank = y.shape, up.shape[1]
-    _up_kernel[(triton.cdiv(columns, tile.n), triton.cdiv(rows, tile.m))](
+    _up_kernel[(cdiv(columns, tile.n), cdiv(rows, tile.m))](
         y, hidden, up, rows, rank, columns, y.stride(0), hidden.stride(0), up.stride(0),
-        STEPS=triton.cdiv(rank, tile.k), EVEN=rank % tile.k == 0, GELU=gelu,
+        STEPS=cdiv(rank, tile.k), EVEN=rank % tile.k == 0, GELU=gelu,
         M=tile.m, N=tile.n, K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

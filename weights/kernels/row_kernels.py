@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...system.grids import cdiv, next_power_of_2
 from .row_reference import LARGEST, SMALLEST_SCALE
 
 _KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
@@ -23,21 +24,22 @@ def launch_quantize(x: Tensor, dtype: torch.dtype, out: Tensor | None = None) ->
     scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
     _quantize_kernel[(rows,)](
         x, values, scales, dim, x.stride(0), LARGEST[dtype], SMALLEST_SCALE,
-        INTEGER=dtype == torch.int8, BLOCK=triton.next_power_of_2(dim), num_warps=8 if dim > 2048 else 4,
+        INTEGER=dtype == torch.int8, BLOCK=next_power_of_2(dim), num_warps=8 if dim > 2048 else 4,
     )  # fmt: skip
     return values, scales
 
 
-def launch_dequantize(values: Tensor, scales: Tensor, out: Tensor) -> None:
+def launch_dequantize(values: Tensor, scales: Tensor | None, out: Tensor) -> None:
     """See `RowOps.dequantize`; numbers of one byte."""
     assert values.is_contiguous() and out.is_contiguous()
     rows, dim = values.shape
     block = 4096
-    if scales.numel() == 1 and values.numel() % block == 0:  # one scale for all: no row ends within a block
+    per_row = scales is not None and scales.numel() > 1
+    if not per_row and values.numel() % block == 0:  # one scale for all: no row ends within a block
         rows, dim = values.numel() // block, block
-    _dequantize_kernel[(rows, triton.cdiv(dim, block))](
-        values.view(torch.uint8), scales, out, dim, int(scales.numel() > 1),
-        KIND=_KINDS[values.dtype], BLOCK=block, num_warps=4,
+    _dequantize_kernel[(rows, cdiv(dim, block))](
+        values.view(torch.uint8), out if scales is None else scales, out, dim, int(per_row),
+        KIND=_KINDS[values.dtype], SCALED=scales is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 
@@ -45,7 +47,7 @@ def launch_rescale(product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor 
     """See `RowOps.rescale`."""
     num_rows, dim = product.shape
     block = 2048
-    _rescale_kernel[(num_rows, triton.cdiv(dim, block))](
+    _rescale_kernel[(num_rows, cdiv(dim, block))](
         product, rows, columns, columns if bias is None else bias, out, dim, product.stride(0), out.stride(0),
         BIAS=bias is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -71,15 +73,18 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(values_ptr, scales_ptr, out_ptr, dim, per_row, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_kernel(
+    values_ptr, scales_ptr, out_ptr, dim, per_row, KIND: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < dim
     start = row.to(tl.int64) * dim
     code = tl.load(values_ptr + start + col, mask=inside, other=0)
     x = decode(code, KIND)
-    scale = tl.load(scales_ptr + row * per_row).to(tl.float32)
-    tl.store(out_ptr + start + col, (x * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    if SCALED:
+        x *= tl.load(scales_ptr + row * per_row).to(tl.float32)
+    tl.store(out_ptr + start + col, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

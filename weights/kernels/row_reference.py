@@ -42,8 +42,8 @@ class RowOps(Protocol):
         """
         ...
 
-    def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-        """`values * scales` into `out`; `scales` has one element, or one per row."""
+    def dequantize(self, values: Tensor, scales: Tensor | None, out: Tensor) -> Tensor:
+        """`values * scales` into `out`; `scales` has one element, or one per row, or there is none: all are 1."""
         ...
 
     def rescale(self, product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -61,9 +61,10 @@ class TorchRowOps:
         values = quantized(x.float(), scales, dtype, by_products=True)
         return values if out is None else out.copy_(values), scales
 
-    def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    def dequantize(self, values: Tensor, scales: Tensor | None, out: Tensor) -> Tensor:
         # 8-bit numbers are exact in every dtype that computes; the product is made in fp32 and rounded once
-        return out.copy_(values).mul_(scales.float().reshape(-1, 1))
+        out.copy_(values)
+        return out if scales is None else out.mul_(scales.float().reshape(-1, 1))
 
     def rescale(self, product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         scaled = product.float() * rows * columns

@@ -57,9 +57,9 @@ class TritonRowOps:
             return TorchRowOps().quantize(x, dtype, out)
         return self.kernels.launch_quantize(x, dtype, out)
 
-    def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    def dequantize(self, values: Tensor, scales: Tensor | None, out: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            dequantize_rows(values, scales, out)
+            dequantize_rows(values, torch.ones(1, device=values.device) if scales is None else scales, out)
         elif values.element_size() == 1:
             self.kernels.launch_dequantize(values, scales, out)
         else:

@@ -103,17 +103,23 @@ class Linear(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The weight's tensors by name, as its format knows them."""
-        tensors = {**self._parameters, **self._buffers}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None and name != "bias"}
+        packed: dict[str, Tensor] = {
+            name: tensor for name, tensor in self._parameters.items() if tensor is not None and name != "bias"
+        }
+        if self._buffers:  # of LoRAs, and of few forms
+            packed.update({name: tensor for name, tensor in self._buffers.items() if tensor is not None})
+        return packed
 
     def prepare(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Projection:
         """Unpack the weight once; the projection takes `[rows, in_features]` in `dtype`.
 
         LoRAs (`low_rank.py`) are folded into a weight that is unpacked anyway, else they run beside it.
         """
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias: Tensor | None = self._parameters.get("bias")  # whose name no class has: `self.bias` takes longer
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         packed = self.packed()
-        update = LowRank.take_from(packed)
+        update = LowRank.take_from(packed) if DOWN in packed else None
         return self._prepared(packed, bias, update, dtype, scratch)
 
     def _prepared(
@@ -125,8 +131,8 @@ class Linear(nn.Module):
         scratch: Scratch | None,
     ) -> Projection:
         project = self.format.prepare(packed, bias, dtype, scratch)
-        if isinstance(project, DenseProjection):
-            project = DenseProjection(project.weight, bias, self.fuses_gelu)
+        if self.fuses_gelu and isinstance(project, DenseProjection):
+            project = DenseProjection(project.weight, bias, fuses_gelu=True)
         if update is None:
             return project
         if isinstance(project, DenseProjection) and project.weight is not packed["weight"]:

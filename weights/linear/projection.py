@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Projection(ABC):
-    """`x [rows, in] -> [rows, out]`, written into `out` where given; `form` names what `quantize` makes of x."""
+class Projection:
+    """`x [rows, in] -> [rows, out]`, written into `out` where given; `form` names what `quantize` makes of x.
+
+    No ABC: asking what kind of one this is would take as long as a view of a tensor, and every product asks.
+    """
 
     form = "dense"
 
@@ -21,9 +23,9 @@ class Projection(ABC):
         """The rows as `multiply` takes them; any projection of the same `form` makes the same of them."""
         return x
 
-    @abstractmethod
     def multiply(self, rows: Any, out: Tensor | None = None) -> Tensor:
         """The product with rows that a projection of the same `form` quantised."""
+        raise NotImplementedError
 
 
 class DenseProjection(Projection):
@@ -72,10 +74,13 @@ class Scratch:
 
     def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """An uninitialised tensor of `shape`, valid until the next `reset`."""
-        num = torch.Size(shape).numel()
+        strides, num = [], 1
+        for size in reversed(shape):
+            strides.append(num)
+            num *= size
         if self.used + num > self.buffer.numel():
             self.buffer = torch.empty(self.used + num, device=self.buffer.device, dtype=self.buffer.dtype)
         # by strides: torch.compile then writes to it where it lies
-        view = self.buffer.as_strided((num,), (1,), self.used).view(shape)
+        view = self.buffer.as_strided(shape, strides[::-1], self.used)
         self.used += num
         return view

@@ -45,8 +45,9 @@ class WeightFormat(ABC):
         self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype, scratch: Scratch | None
     ) -> Projection:
         """A projection that computes in `dtype`; what it unpacks lies in `scratch` where one is given."""
-        out = scratch.take(self.logical_shape(packed["weight"])) if scratch else None
-        return DenseProjection(self.dequantize(packed, dtype, out), bias)
+        if scratch is None:
+            return DenseProjection(self.dequantize(packed, dtype), bias)
+        return DenseProjection(self.unpack(packed, scratch.take(self.logical_shape(packed["weight"]))), bias)
 
     def scratch_elements(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""
@@ -112,7 +113,7 @@ class Plain(WeightFormat):
             return out
         if self.ops is None:
             return out.copy_(weight)
-        return self.ops.dequantize(weight, torch.ones(1, device=weight.device), out)
+        return self.ops.dequantize(weight, None, out)
 
 
 class MultipliedAsStored(WeightFormat):
