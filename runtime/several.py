@@ -30,6 +30,8 @@ class CardModel(Protocol):
     def model(self) -> Transformer: ...
     @property
     def settings(self) -> RunSettings: ...
+    @property
+    def compiled(self) -> object | None: ...
     def start_beside(self, first: Any, plan: MemoryPlan) -> None: ...
     def limiting_code(self) -> AbstractContextManager[None]:
         """What a thread that runs its compiled code needs."""
@@ -104,7 +106,8 @@ class Several(Generic[S]):
             model = self._models[rank]
             samples, ranks = places[rank]
             carrier = InEightBits(model.model.execution.ops) if packs else AS_THEY_ARE
-            model.model.share = self.team.share(rank, ranks, sizes, carrier) if shares else None
+            in_step = model.compiled is None  # code that is compiled is no place to run another card's in
+            model.model.share = self.team.share(rank, ranks, sizes, carrier, in_step) if shares else None
             model.model.sample = samples.start if apart else None
             try:
                 with model.limiting_code():

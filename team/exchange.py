@@ -19,6 +19,14 @@ class _Sent:
     tensors: Sequence[Tensor]
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """What a card needs of another before it goes on."""
+
+    sender: int
+    subject: Hashable
+
+
 @dataclass(frozen=True, eq=False)
 class Arrival:
     """Tensors on their way; `Exchange.wait` says when they are there."""
@@ -45,6 +53,10 @@ class Exchange:
         offered, mark = self.link.offer(tensors)
         self._sent.append(_Sent(receiver, subject, tensors))
         self.mail.put(self.rank, receiver, subject, (offered, mark))
+
+    def has_come(self, awaited: Awaited) -> bool:
+        """Whether it was sent, so that `receive` returns at once."""
+        return self.mail.has(awaited.sender, self.rank, awaited.subject)
 
     def receive(self, sender: int, subject: Hashable, outs: Sequence[Tensor]) -> Arrival:
         """Have the tensors that another card sent come to `outs`, contiguous ones of the same shapes."""

@@ -7,14 +7,14 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..system.words import copy_in_words
 from .carriers import AS_THEY_ARE, Carrier, packed
-from .exchange import Arrival, Exchange
+from .exchange import Arrival, Awaited, Exchange
 from .spans import head_spans, length
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, L, H, D] each
@@ -63,38 +63,44 @@ class HeadExchange:
         self.outs = [qkv[0], *more_outs]
         self.index = ranks.index(exchange.rank)
         self.others = [index for index in range(len(ranks)) if index != self.index]
-        self.groups = head_spans(qkv[0].shape[2], len(ranks), sizes)
+        self.groups = head_spans(qkv[0].shape[2], len(ranks), tuple(sizes))
         self._samples = list(zip(*(tensor.unbind(0) for tensor in qkv), strict=True))  # q, k, v [n, H, D] of each
 
     def run(self, attend: AttendMany) -> None:
         """Fill `outs` by what `attend` makes of queries, keys and values of all cards' tokens."""
+        for _ in self.steps(attend):  # what is not there is waited for
+            pass
+
+    def steps(self, attend: AttendMany) -> Generator[Awaited, None, None]:
+        """`run`, which stops where something that it needs was not sent yet, and says what."""
         self.exchange.release_taken()
-        ahead = self._gather(0)
+        ahead = yield from self._gather(0)
         before: list[Coming] = []
         for group in range(len(self.groups)):
             gathered = ahead
             if group + 1 < len(self.groups):
-                ahead = self._gather(group + 1)
-            given = self._attend(group, gathered, attend)
+                ahead = yield from self._gather(group + 1)
+            given = yield from self._attend(group, gathered, attend)
             self._keep(before)
             before = given
         self._keep(before)
 
-    def _gather(self, group: int) -> Gathered:
+    def _gather(self, group: int) -> Generator[Awaited, None, Gathered]:
         """Send the others their heads of this card's tokens; have this card's heads of theirs come."""
         heads, q = self.groups[group], self.qkv[0]
         for other in self.others:
             if length(heads[other]):
                 self._send(other, "qkv", [self.carrier.load(each, heads[other]) for each in self._samples])
-        mine, coming = heads[self.index], []
+        mine, coming = heads[self.index], list[Coming]()
         qkv = q.new_empty(q.shape[0], self.tokens[-1].stop, 3, length(mine), q.shape[3])
         if length(mine):
-            coming = [self._receive(other, "qkv", qkv[:, self.tokens[other]].unbind(0)) for other in self.others]
+            for other in self.others:
+                coming.append((yield from self._receive(other, "qkv", qkv[:, self.tokens[other]].unbind(0))))
             for each, whole in zip(self._samples, qkv[:, self.tokens[self.index]], strict=True):
                 packed(each, mine, whole)  # while they come
         return Gathered(qkv, coming)
 
-    def _attend(self, group: int, gathered: Gathered, attend: AttendMany) -> list[Coming]:
+    def _attend(self, group: int, gathered: Gathered, attend: AttendMany) -> Generator[Awaited, None, list[Coming]]:
         """Compute this card's heads; send the others their tokens of it, and have theirs come."""
         heads = self.groups[group]
         made: Sequence[Tensor] = ()
@@ -111,7 +117,7 @@ class HeadExchange:
         for other in self.others:
             if length(heads[other]):
                 outs = [each[:, heads[other]].unsqueeze(1) for out in self.outs for each in out]
-                given.append(self._receive(other, "attended", outs))
+                given.append((yield from self._receive(other, "attended", outs)))
         for out, attended in zip(self.outs, made, strict=bool(made)):
             copy_in_words(attended[:, self.tokens[self.index]], out[:, :, heads[self.index]])
         return given
@@ -119,7 +125,10 @@ class HeadExchange:
     def _send(self, other: int, subject: str, loaded: Sequence[Tensor]) -> None:
         self.exchange.send(self.ranks[other], subject, loaded)
 
-    def _receive(self, other: int, subject: str, outs: Sequence[Tensor]) -> Coming:
+    def _receive(self, other: int, subject: str, outs: Sequence[Tensor]) -> Generator[Awaited, None, Coming]:
+        awaited = Awaited(self.ranks[other], subject)
+        if not self.exchange.has_come(awaited):
+            yield awaited
         rooms = [self.carrier.room(out) for out in outs]
         arrival = self.exchange.receive(self.ranks[other], subject, rooms)
         return Coming(arrival, list(zip(rooms, outs, strict=True)))

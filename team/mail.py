@@ -3,7 +3,8 @@
 Threads that ask their cards for work at the same time wake each other for Python's lock at every call: two took
 nearly four times as long as one at 17 frames (`benchmarks/results/several_cards_at_once_two_h200_2026-11-29.json`),
 and in turns 1.7 times (`several_cards_two_h200_2026-11-29.json`). So one runs at a time, until what it needs of
-another is not there: cards are some milliseconds behind their threads.
+another is not there: cards are some milliseconds behind their threads. Whoever is woken may have to wait for a
+processor, so turns are few: `lockstep.py` has one thread ask for all blocks of a pass where it can.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Mail:
             self._awaited: list[Key | None] = [None] * self.num_cards
             self._inside = [True] * self.num_cards  # not yet gone
             self._turn = 0 if in_turns else None  # whose it is; None: nobody waits for one
-            self.num_turns = 0  # given so far
+            self.num_turns = self._num_letters = 0  # given and sent so far
             self._stopped = False
 
     def enter(self, rank: int) -> None:
@@ -74,6 +75,7 @@ class Mail:
         with self._lock:
             self.check()
             self._letters[sender, receiver, subject].append(letter)
+            self._num_letters += 1
             if self._turn is None:
                 self._woken[receiver].notify_all()
 
@@ -111,6 +113,10 @@ class Mail:
         with self._lock:
             self._letters.clear()
 
+    @property
+    def _signs_of_life(self) -> tuple[int, int]:
+        return self.num_turns, self._num_letters
+
     def _goes_on(self, rank: int) -> bool:
         awaited = self._awaited[rank]
         return self._inside[rank] and (awaited is None or bool(self._letters.get(awaited)))
@@ -130,11 +136,11 @@ class Mail:
 
     def _wait(self, rank: int) -> None:
         """Until it is this card's turn, or where there are none, until the letter is there that it waits for."""
-        turns, deadline = self.num_turns, time.monotonic() + self.timeout_seconds
+        seen, deadline = self._signs_of_life, time.monotonic() + self.timeout_seconds
         while not (self._goes_on(rank) if self._turn is None else self._turn == rank):
             self.check()
-            if self.num_turns != turns:  # the others get on
-                turns, deadline = self.num_turns, time.monotonic() + self.timeout_seconds
+            if self._signs_of_life != seen:  # the others get on
+                seen, deadline = self._signs_of_life, time.monotonic() + self.timeout_seconds
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TeamError(self._hanging(rank))

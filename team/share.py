@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from ..system.torch_compiler import outside_graphs
 from .carriers import AS_THEY_ARE, Carrier
 from .exchange import Exchange
 from .heads import Attend, AttendMany, HeadExchange
+from .lockstep import Blocks, Lockstep
 from .spans import even_spans, group_sizes, length, run_length
 
 T = TypeVar("T")
@@ -26,13 +27,15 @@ class Share:
     """A card's place among those that share a pass: `ranks` of the team, of which the exchange's own is one.
 
     Where they are given, attention goes by groups of heads of these `sizes`, which hide what is exchanged: those of a
-    card with the most heads (see `hiding.py`). What is exchanged travels by the `carrier`.
+    card with the most heads (see `hiding.py`). What is exchanged travels by the `carrier`. `in_step`: one thread may
+    ask for all cards' blocks.
     """
 
     exchange: Exchange
     ranks: tuple[int, ...]
     sizes: tuple[int, ...] | None = None
     carrier: Carrier = AS_THEY_ARE
+    in_step: bool = True
 
     def part(self, num_tokens: int, run: int = 1) -> Part:
         """This card's tokens of a pass over so many of each sample, shared out in whole runs of `run`."""
@@ -70,6 +73,7 @@ class Part:
         # no decorator: it would bring torch's compiler, 150 MB of RAM, to whoever imports this
         self.attend: Callable[[Tensor, Tensor, Tensor, Attend, int], None] = outside_graphs(self.attend_now)
         self.attend_many: AttendShared = outside_graphs(self.attend_many_now)
+        self.lockstep: Lockstep | None = None  # while one thread asks for all cards
 
     @property
     def num_mine(self) -> int:
@@ -116,6 +120,37 @@ class Part:
         exchange.settle()
         return whole.flatten(0, 1)
 
+    def run(self, blocks: Iterator[None], device: torch.device) -> None:
+        """Take this card through its blocks, by one thread with the others where that may be (see `Lockstep`).
+
+        That thread is the last card's: the first one's, which is the caller's, still sees an interrupt meanwhile, and
+        a card that hangs.
+        """
+        share, mail = self.share, self.share.exchange.mail
+        (*others, leader), own = share.ranks, share.exchange.rank
+        if not share.in_step:
+            pass
+        elif own != leader:
+            mail.put(own, leader, "blocks", (self, Blocks(blocks, device)))
+            mail.take(leader, own, "blocks are done")
+        else:
+            parts, followers = zip(*(mail.take(other, leader, "blocks") for other in others), strict=True)
+            self._lead(parts, Lockstep(followers), blocks)
+            for other in others:
+                mail.put(leader, other, "blocks are done", None)
+        for _ in blocks:  # in step, what is behind the last one
+            pass
+
+    def _lead(self, others: Sequence[Part], lockstep: Lockstep, blocks: Iterator[None]) -> None:
+        try:
+            for part in (self, *others):
+                part.lockstep = lockstep
+            for _ in blocks:
+                pass
+        finally:
+            for part in (self, *others):
+                part.lockstep = None
+
     def total(self, own: Tensor) -> Tensor:
         """The sum of all cards' tensors of one shape, added up in the order of the ranks."""
         num_cards = len(self.spans)
@@ -130,4 +165,8 @@ class Part:
         """The same where `attend` makes several results: the first replaces q, others come to `outs` of its shape."""
         share, num_heads = self.share, -(-qkv[0].shape[2] // len(self.spans))
         sizes = share.sizes or group_sizes(num_heads, num_groups)
-        HeadExchange(share.exchange, share.ranks, self.spans, qkv, sizes, outs, share.carrier).run(attend)
+        exchange = HeadExchange(share.exchange, share.ranks, self.spans, qkv, sizes, outs, share.carrier)
+        if self.lockstep is None:
+            exchange.run(attend)
+        else:
+            self.lockstep.attend(exchange.steps(attend), share.exchange, qkv[0].device)

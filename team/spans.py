@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 
@@ -23,7 +23,8 @@ def group_sizes(num_heads: int, num_groups: int) -> tuple[int, ...]:
     return tuple(length(span) for span in even_spans(num_heads, min(num_groups, num_heads)))
 
 
-def head_spans(num_heads: int, num_cards: int, sizes: Sequence[int]) -> list[tuple[slice, ...]]:
+@lru_cache(maxsize=64)
+def head_spans(num_heads: int, num_cards: int, sizes: tuple[int, ...]) -> tuple[tuple[slice, ...], ...]:
     """Of each group of heads, what every card has; a card's heads lie side by side.
 
     `sizes` are the groups of a card with the most heads: one that has a head less has it less in the largest group.
@@ -33,7 +34,7 @@ def head_spans(num_heads: int, num_cards: int, sizes: Sequence[int]) -> list[tup
     fewer = list(sizes)
     fewer[fewer.index(max(fewer))] -= 1
     ends = [list(accumulate(sizes if length(card) == sum(sizes) else fewer, initial=card.start)) for card in cards]
-    return [tuple(slice(*each[group : group + 2]) for each in ends) for group in range(len(sizes))]
+    return tuple(tuple(slice(*each[group : group + 2]) for each in ends) for group in range(len(sizes)))
 
 
 def run_length(group_size: int, num_cards: int) -> int:

@@ -66,10 +66,15 @@ class Team:
         self._hung = False
 
     def share(
-        self, rank: int, ranks: Sequence[int], sizes: tuple[int, ...] | None = None, carrier: Carrier = AS_THEY_ARE
+        self,
+        rank: int,
+        ranks: Sequence[int],
+        sizes: tuple[int, ...] | None = None,
+        carrier: Carrier = AS_THEY_ARE,
+        in_step: bool = True,
     ) -> Share:
-        """A card's place among those of the team that share a pass."""
-        return Share(self.exchanges[rank], tuple(ranks), sizes, carrier)
+        """A card's place among those of the team that share a pass; see there."""
+        return Share(self.exchanges[rank], tuple(ranks), sizes, carrier, in_step)
 
     def run(self, task: Callable[[int], T], in_turns: bool = True) -> list[T]:
         """What `task` makes of each number. Where one fails all stop, and its error is raised.

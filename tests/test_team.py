@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,9 +49,9 @@ def team_of(num_cards: int, links: Sequence[Link] | None = None, timeout: float 
     return Team([CPU] * num_cards, links, timeout)
 
 
-def share_pass(models: Sequence[Any], team: Team, sizes: tuple[int, ...] | None = None) -> None:
+def share_pass(models: Sequence[Any], team: Team, sizes: tuple[int, ...] | None = None, in_step: bool = True) -> None:
     for rank, model in enumerate(models):
-        model.share = team.share(rank, range(len(models)), sizes)
+        model.share = team.share(rank, range(len(models)), sizes, in_step=in_step)
 
 
 def cut_at(count: int, cuts: set[int]) -> tuple[int, ...]:
@@ -96,21 +97,25 @@ class TestWan:
         with torch.inference_mode():
             expected = models[0](latent, timestep, text)
             team = team_of(num_cards)
-            share_pass(models, team, sizes)
-            for _ in range(2):
+            for in_step in (True, False, True):
+                share_pass(models, team, sizes, in_step)
                 made = team.run(lambda rank: models[rank](latent, timestep, text))
                 assert all(one.equal(expected) for one in made)
         team.close()
 
-    @pytest.mark.parametrize("variant", ["vace", "reference", "camera"])
+    @pytest.mark.parametrize("variant", ["vace", "vace of two", "vace of none", "reference", "camera"])
     def test_variants_are_shared_too(self, variant):
         config = {
             "vace": replace(WAN, vace_layers=1, vace_channels=96),
             "reference": replace(WAN, reference_channels=16),
             "camera": replace(WAN, camera_channels=24),
-        }[variant]
+        }[variant.split()[0]]
         extras = {
             "vace": Extras(vace_frames=(random_like((1, 96, 3, 8, 6), 5),), vace_strengths=(0.7,)),
+            "vace of two": Extras(  # a block of VACE attends once for each
+                vace_frames=tuple(random_like((1, 96, 3, 8, 6), seed) for seed in (5, 6)), vace_strengths=(0.7, 0.4)
+            ),
+            "vace of none": Extras(),
             "reference": Extras(reference=random_like((1, 16, 8, 6), 5)),
             "camera": Extras(camera=random_like((1, 24, 3, 64, 48), 5)),
         }[variant]
@@ -157,8 +162,8 @@ class TestFramePack:
                     alone.begin_step(index)
                 expected.append(models[0](noisy, history, step, image, alone))
             team = team_of(num_cards)
-            share_pass(models, team)
             for index, step in enumerate(steps):
+                share_pass(models, team, in_step=index % 2 == 0)
                 shared[0].begin_step(index)
                 caches = shared if cached else [None] * num_cards
                 made = team.run(
@@ -348,19 +353,39 @@ class TestTurns:
         team.run(task)
         team.close()
 
-    @pytest.mark.parametrize(("num_cards", "most"), [(2, 1), (4, 2)])
-    def test_a_block_has_few_of_them(self, num_cards, most):
-        """Each is a thread that sleeps and is woken: of two cards each needs one for a block."""
+    @pytest.mark.parametrize(
+        ("num_cards", "in_step", "most"), [(2, True, 0), (4, True, 0), (2, False, 1), (4, False, 2)]
+    )
+    def test_a_block_has_few_of_them(self, num_cards, in_step, most):
+        """Each is a thread that sleeps and is woken: of two cards each needs one for a block, or one asks for all."""
         turns = []
         latent, timestep, text = random_like((1, 16, 2, 4, 6), 1), torch.tensor([700.0]), random_like((1, 8, 32), 2)
         for num_layers in (1, 4):
             models, team = [wan(1, replace(WAN, num_layers=num_layers)) for _ in range(num_cards)], team_of(num_cards)
-            share_pass(models, team)
+            share_pass(models, team, in_step=in_step)
             with torch.inference_mode():
                 team.run(lambda rank, models=models: models[rank](latent, timestep, text))
             turns.append(team.mail.num_turns)
             team.close()
         assert turns[1] - turns[0] <= 3 * num_cards * most
+
+    def test_who_waits_long_is_patient_while_others_get_on(self, monkeypatch):
+        """One thread asks for all blocks of a pass while the others wait for its end."""
+        now, mail = 0.0, Mail(3, timeout_seconds=10.0)
+        monkeypatch.setattr("lowvram_video.team.mail.time", SimpleNamespace(monotonic=lambda: now))
+
+        def get_on() -> None:
+            nonlocal now
+            for _ in range(3):
+                time.sleep(0.12)  # the one that waits looks up
+                mail.put(1, 2, "any", None)
+                now += 9.0
+            mail.put(1, 0, "done", "made")
+
+        other = threading.Thread(target=get_on)
+        other.start()
+        assert mail.take(1, 0, "done") == "made"
+        other.join()
 
     def test_a_letter_that_nobody_will_send_is_an_error_at_once(self):
         team, begun = team_of(2, timeout=60), time.monotonic()

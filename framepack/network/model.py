@@ -176,7 +176,9 @@ class FramePackModel(Transformer):
         state = Pass(x, num_image, rope, work, num_negative, all_images)
         work.watched = self.begin_attention(shown, work)
         blocks = self.run_blocks(state, condition)
-        if cached is None:
+        if cached is None and part is not None and work.watched is None:
+            part.run(blocks, device)
+        elif cached is None:
             for _ in blocks:
                 pass
         else:

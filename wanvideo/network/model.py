@@ -195,11 +195,13 @@ class WanModel(Transformer):
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
         state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor, frames_apart=times > 1)
         blocks = self.run_blocks(state, context, replace(extras, nag=nag), grid)
-        if cached is None:
+        if cached is not None:
+            self.run_cached(x, blocks, cached, signal, work)
+        elif part is not None and self.execution.watch is None and len(extras.vace_frames) < 2:
+            part.run(blocks, x.device)  # each block attends once, and nothing else of it is the cards' together
+        else:
             for _ in blocks:
                 pass
-        else:
-            self.run_cached(x, blocks, cached, signal, work)
         patches = self.head(x, time, work.as_given(rows_per_group), work)
         if part is not None:
             patches = part.gather(patches, batch)
