@@ -12,10 +12,11 @@ come first.
 
 "staged" rows exchange through pinned RAM, as cards without peer access do. "speed-up" is the median of one card over
 that of several; a guided row makes cond and uncond in turn on one card. "bits" says whether the result is that of one
-card, bit for bit, or else the relative error. "host" is when all that is asked of the devices has been asked: less
-than the pass where the host is ahead. Threads take turns (see `team/mail.py`), "turns" of them in a pass, and "GIL" is
-what handing these over takes, a share of the pass: their number times the time of one between threads that do nothing
-else. "RAM" is what the process has beside the blocks, in GiB.
+card, bit for bit, or else the relative error. "host" is when all that is asked of the devices has been asked: less than
+the pass where the host is ahead. Threads take turns (see `team/mail.py`), "turns" of them in a pass: few where one
+thread asks for all blocks. "GIL" is what handing these over takes, a share of the pass: their number times the time of
+one between threads that do nothing else, which is less than where each comes after some milliseconds of work. "RAM" is
+what the process has beside the blocks, in GiB.
 
 "sparse" rows leave out of self-attention what Sparse Attention's defaults do, in both, from the first step on; "NAG"
 rows have a negative prompt that guides attention; "packed" ones exchange in 8 bits, beside one card's exact pass.
@@ -154,7 +155,9 @@ def started(model: Model, row: Row) -> Pass:
     return wan_pass(model, row)
 
 
-def start_section(model: StreamedFramePack, row: Row) -> Pass:
+def start_section(
+    model: StreamedFramePack, row: Row, text_tokens: int = TEXT_TOKENS, image_tokens: int = IMAGE_TOKENS
+) -> Pass:
     """The first step of a section of FramePack with all of its history, of random inputs; the model is started."""
     config, generator = model.config, torch.Generator().manual_seed(1)
     width, height = row.size[0] // 8, row.size[1] // 8
@@ -162,17 +165,17 @@ def start_section(model: StreamedFramePack, row: Row) -> Pass:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    prompt = Prompt(randn(1, TEXT_TOKENS, config.text_dim), randn(1, config.pooled_dim))
+    prompt = Prompt(randn(1, text_tokens, config.text_dim), randn(1, config.pooled_dim))
     given = EncodedInputs(
         latent_size=(height, width),
         timed=parse_timed_prompt("any"),
         prompts={"any": prompt},
         start=randn(1, config.in_channels, 1, height, width),
-        start_features=randn(1, IMAGE_TOKENS, config.image_dim),
+        start_features=randn(1, image_tokens, config.image_dim),
     )
     sampling = Sampling(mode=model.mode, cache_threshold=None)
     sections, device = given.sections(sampling), model.settings.device
-    work = replace(section_size(sampling, given.latent_size, False), context_tokens=TEXT_TOKENS + IMAGE_TOKENS)
+    work = replace(section_size(sampling, given.latent_size, False), context_tokens=text_tokens + image_tokens)
     plan = model.make_plan(work, hold_limits(model.settings, model.model.execution))
     conditions = prepare(model, plan, sampling, given, sections)
     model.start_fitting(plan)

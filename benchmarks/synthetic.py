@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lowvram_video.framepack.checkpoint import ROPE_AXES_KEY
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel
+from lowvram_video.wanvideo.checkpoint import NUM_HEADS_KEY
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
@@ -61,7 +63,9 @@ def write_checkpoint(path: Path, config: Config, dtype: str, device: str, num_bl
             continue
         quantised = number is not None and tensor.ndim == 2
         tensors[name] = (tuple(tensor.shape), dtype if quantised else "bf16")
-    return write_random(path, tensors, device)
+    if isinstance(config, WanConfig):  # what shapes tell of the published models' heads alone
+        return write_random(path, tensors, device, {NUM_HEADS_KEY: str(config.num_heads)})
+    return write_random(path, tensors, device, {ROPE_AXES_KEY: ",".join(map(str, config.rope_axes))})
 
 
 def write_text_encoder(path: Path, config: UMT5Config, device: str) -> int:
@@ -73,9 +77,15 @@ def write_text_encoder(path: Path, config: UMT5Config, device: str) -> int:
     return write_random(path, tensors, device)
 
 
-def write_random(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]], device: str) -> int:
+def write_random(
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], str]],
+    device: str,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """Write a safetensors file of `{name: (shape, one of DTYPES)}`, values by what the names say. Returns the bytes."""
-    header, end = {}, 0
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, (shape, dtype) in tensors.items():
         stored, label = DTYPES[dtype]
         size = torch.Size(shape).numel() * stored.itemsize
