@@ -193,10 +193,15 @@ def convert_file(options: argparse.Namespace) -> None:
     checkpoint = family_of(options.source).open_file(options.source)
     others = parts_left_out(open_checkpoint(options.source), checkpoint)
     progress = TerminalProgress(sys.stderr)
-    progress.begin("convert")
+
+    def begun(done: int, total: int) -> None:
+        if not done:
+            progress.begin("convert")
+        progress.update(done, total)
+
     try:
         with OutputFile(options.target, options.target, overwrite=True) as output:  # `convert` refuses what is there
-            path = convert(checkpoint, output.pick(), options.to, progress.update, use_device(options.device))
+            path = convert(checkpoint, output.pick(), options.to, begun, use_device(options.device))
     finally:
         progress.end()
     print(f"{path}: {in_gib(path.stat().st_size)}")

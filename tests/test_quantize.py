@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowvram_video.cli.main import main
 from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import bind, layout_block
 from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
@@ -183,11 +184,23 @@ def test_what_cannot_be_converted_is_refused(plain: Path, tmp_path: Path) -> Non
         convert(checkpoint, tmp_path / "new.gguf", "fp8")
     with pytest.raises(ValueError, match="exists already"):
         convert(checkpoint, plain, "fp8")
-    with pytest.raises(ValueError, match="there is no folder"):
-        convert(checkpoint, tmp_path / "nowhere" / "new.safetensors", "fp8")
+    with pytest.raises(ValueError, match="no folder can be made there"):
+        convert(checkpoint, plain / "new.safetensors", "fp8")
     convert(checkpoint, new, "int8")
     with pytest.raises(CheckpointError, match="its blocks are int8 already"):
-        convert(open_wan(new)[1], tmp_path / "again.safetensors", "int8")
+        convert(open_wan(new)[1], tmp_path / "nowhere" / "again.safetensors", "int8")
+    assert not (tmp_path / "nowhere").exists()
+    assert convert(checkpoint, tmp_path / "nowhere" / "new.safetensors", "int8").read_bytes() == new.read_bytes()
+
+
+def test_a_refused_conversion_tells_no_time(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", str(plain), str(plain), "--to", "fp8", "--device", "cpu"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "exists already" in told and "convert:" not in told
+    command[2] = str(tmp_path / "new" / "wan.safetensors")
+    assert main(command) == 0
+    assert "convert: " in capsys.readouterr().err
 
 
 def test_a_failed_conversion_leaves_nothing(plain: Path, tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ def convert(
     """Write a quantised safetensors file, tensor by tensor, under its name once it is complete.
 
     `file_format`: "fp8" (a scale per tensor; ComfyUI reads it), "fp8_rows" (a scale per row: more accurate, not for
-    ComfyUI), "int8" (a scale per row; ComfyUI reads it). Raises ValueError for an
-    unknown format or an unsuitable path, CheckpointError for a file that cannot be converted.
+    ComfyUI), "int8" (a scale per row; ComfyUI reads it). `progress` is told once writing begins, and after each tensor.
+    The file's folder is made. Raises ValueError for an unknown format or an unsuitable path, CheckpointError for a file
+    that cannot be converted.
     """
     out_path = Path(out_path)
     how = FILE_FORMATS.get(file_format)
@@ -67,6 +68,7 @@ def convert(
     _check_convertible(source, checkpoint, file_format, how)
     entries = _entries(source, how)
     total = sum(info.nbytes for _, info, _ in entries)
+    _make_folder(out_path)
     free = shutil.disk_usage(out_path.parent).free
     if free < total:
         raise ValueError(f"{out_path}: needs {in_gib(total)}, the disk has {in_gib(free)} free")
@@ -132,7 +134,8 @@ def _write(file: BinaryIO, source: Checkpoint, entries: list[Entry], progress: P
     text = json.dumps({"__metadata__": {"format": "pt", **metadata}, **header}).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    done = 0
+    done, told = 0, progress or _nobody
+    told(0, total)
     for _, info, marker in entries:
         if marker is not None:
             file.write(marker)
@@ -141,8 +144,11 @@ def _write(file: BinaryIO, source: Checkpoint, entries: list[Entry], progress: P
             source.read_into(info.name, raw)
             file.write(raw.numpy().data)
         done += info.nbytes
-        if progress is not None:
-            progress(done, total)
+        told(done, total)
+
+
+def _nobody(done: int, total: int) -> None:
+    """Is told."""
 
 
 def _check_path(path: Path) -> None:
@@ -150,8 +156,13 @@ def _check_path(path: Path) -> None:
         raise ValueError(f"{path}: the new file's name must end in .safetensors")
     if path.exists():
         raise ValueError(f"{path}: exists already; choose another name or delete it first")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: no folder can be made there ({error.strerror}); choose another place") from error
 
 
 def _check_convertible(source: Checkpoint, checkpoint: Checkpoint, file_format: str, how: FileFormat) -> None:
