@@ -22,7 +22,7 @@ GATEWAY = (502, 503, 504)  # what a proxy answers whose server is away
 
 
 class ServerLost(OSError):
-    """The server does not answer, or answers what no ComfyUI does."""
+    """The server does not answer, or answers what no ComfyUI does; in words that follow its address."""
 
 
 class ServerRefused(ValueError):
@@ -58,20 +58,20 @@ class ComfyUIServer:
         try:
             return [str(item[1]) for part in parts for item in queue[part]]
         except (LookupError, TypeError) as error:
-            raise ServerLost(f"{self.url} answers what is no queue of ComfyUI's") from error
+            raise ServerLost("answers what is no queue of ComfyUI's") from error
 
     def queue(self, prompt: Mapping[str, Any], prompt_id: str) -> str:
         """Have it make a prompt; the id that it knows it by, which older servers choose."""
         said = self.post("/prompt", {"prompt": prompt, "prompt_id": prompt_id, "client_id": "lowvram-batch"})
         if not isinstance(said, dict) or not isinstance(said.get("prompt_id"), str):
-            raise ServerLost(f"{self.url} answers what no ComfyUI does to a prompt")
+            raise ServerLost("answers what no ComfyUI does to a prompt")
         return str(said["prompt_id"])
 
     def object_info(self) -> Mapping[str, Any]:
         """What it says of its nodes."""
         said = self.get("/object_info")
         if not isinstance(said, dict):
-            raise ServerLost(f"{self.url} answers what is no list of nodes")
+            raise ServerLost("answers what is no list of nodes")
         return said
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
@@ -101,7 +101,7 @@ class ComfyUIServer:
         headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
         said = self._json(urllib.request.Request(f"{self.url}/upload/image", body, headers))
         if not isinstance(said, dict) or not said.get("name"):
-            raise ServerLost(f"{self.url} answers what no ComfyUI does to a file")
+            raise ServerLost("answers what no ComfyUI does to a file")
         return f"{said['subfolder']}/{said['name']}" if said.get("subfolder") else str(said["name"])
 
     def download(self, file: Mapping[str, Any], target: Path) -> None:
@@ -112,11 +112,11 @@ class ComfyUIServer:
             with self._open(urllib.request.Request(f"{self.url}/view?{urlencode(wanted)}")) as answer:
                 left = answer.length  # None where the server does not say
                 with partial.open("xb") as out:
-                    while block := _read(answer, 2**20, self.url):
+                    while block := _read(answer, 2**20):
                         out.write(block)
                         left = None if left is None else left - len(block)
             if left:
-                raise ServerLost(f"{self.url} ended amid {wanted['filename']}")
+                raise ServerLost(f"ended amid {wanted['filename']}")
             replace_file(partial, target)
         finally:
             with suppress(OSError):
@@ -124,13 +124,13 @@ class ComfyUIServer:
 
     def _json(self, request: urllib.request.Request) -> Any:
         with self._open(request) as answer:
-            text = _read(answer, MOST_BYTES + 1, self.url)
+            text = _read(answer, MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
-            raise ServerLost(f"{self.url} answers more than {MOST_BYTES} bytes")
+            raise ServerLost(f"answers more than {MOST_BYTES} bytes")
         try:
             return json.loads(text) if text else None
         except (ValueError, RecursionError) as error:
-            raise ServerLost(f"{self.url} answers what is no JSON: is it a ComfyUI server?") from error
+            raise ServerLost("answers what is no JSON: is it a ComfyUI server?") from error
 
     def _open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         try:
@@ -138,18 +138,18 @@ class ComfyUIServer:
         except urllib.error.HTTPError as error:
             with error:
                 if error.code in GATEWAY:
-                    raise ServerLost(f"{self.url} does not answer ({_reason(error)})") from error
+                    raise ServerLost(f"does not answer ({_reason(error)})") from error
                 raise ServerRefused(_reason(error)) from error
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            raise ServerLost(f"{self.url} does not answer ({getattr(error, 'reason', error)})") from error
+            raise ServerLost(f"does not answer ({getattr(error, 'reason', error)})") from error
         return answer
 
 
-def _read(answer: http.client.HTTPResponse, most: int, url: str) -> bytes:
+def _read(answer: http.client.HTTPResponse, most: int) -> bytes:
     try:
         return answer.read(most)
     except (OSError, http.client.HTTPException) as error:
-        raise ServerLost(f"{url} does not answer ({error})") from error
+        raise ServerLost(f"does not answer ({error})") from error
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

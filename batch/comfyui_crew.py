@@ -143,7 +143,7 @@ class ComfyUIWorker:
                 "sha256": file_sha256(target),
                 "prompt_id": prompt_id,
             }
-        raise ServerLost(f"{self.name} forgot the job {MOST_POSTS} times")
+        raise ServerLost(f"forgot the job {MOST_POSTS} times")
 
     def _post(self, prompt_id: str, request: Mapping[str, Any]) -> str:
         """Queue the job; the id that the server knows it by."""

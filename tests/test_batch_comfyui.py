@@ -395,13 +395,15 @@ def test_a_prompt_is_not_made_a_question_by_a_redirect(tmp_path: Path, serve: Ca
 
 
 def test_a_proxy_whose_server_is_away_has_lost_it_for_a_moment(
-    tmp_path: Path, serve: Callable[[Any], FakeServer]
+    tmp_path: Path, serve: Callable[[Any], FakeServer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve(succeeds)
     server.answers["/prompt"] = (502, b"Bad Gateway", {})
     server.num_answers = 1
     assert batch(tmp_path, server, {"seed": 1}) == 0
     assert [each["status"] for each in results(tmp_path)] == ["begun", "lost", "begun", "made"]
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if "does not answer" in line)
+    assert told.count(server.url) == 1, told
 
 
 BROKEN = ('{"1": {"class_type": "KSampler"}}', '{"nodes": [{"id": 1}], "links": []}', '{"1": {}}')
