@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
@@ -25,6 +26,8 @@ from ..weights.lora.file import LoraChoice
 from .flags import flag, is_given
 from .sparse import sparse_of
 from .step_cache import step_cache_of
+
+logger = logging.getLogger(__name__)
 
 
 class OpenedModel(Protocol):
@@ -184,7 +187,10 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
         step_cache=step_cache_of(options),
         parking=options.park,
     )
-    return settings if options.devices is None else with_devices(settings, options.devices)
+    settings = settings if options.devices is None else with_devices(settings, options.devices)
+    if options.vram_budget is not None and settings.device.type == "cpu":
+        logger.warning("--vram-budget is not heeded on a processor, whose memory is RAM: --ram-budget limits that")
+    return settings
 
 
 # --- values ----------------------------------------------------------------------------------------------

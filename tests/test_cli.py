@@ -18,7 +18,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from lowvram_video.cli.main import main
+from lowvram_video.cli.arguments import settings_of
+from lowvram_video.cli.main import main, make_parser
 from lowvram_video.cli.progress import TerminalProgress
 from lowvram_video.vae.frame_watch import BadFrames
 from lowvram_video.video.writer import VideoWriter
@@ -120,6 +121,28 @@ def test_generate_takes_every_flag(files: WanFiles, folder: Path, tmp_path: Path
     assert next(imageio_ffmpeg.read_frames(str(output)))["fps"] == 8
     lcm = ["--overwrite", "--sampler", "lcm", "--guidance", 1, "--timesteps", "1000,750,500"]
     assert main(arguments(files, output, *lcm)) == 0
+
+
+def test_a_vram_budget_for_a_processor_is_told_to_be_of_no_matter(caplog: pytest.LogCaptureFixture) -> None:
+    words = [
+        "generate",
+        "--model",
+        "a.safetensors",
+        "--vae",
+        "b.safetensors",
+        "--vram-budget",
+        "6",
+        "--prompt",
+        "a cat",
+    ]
+    for device in ("--device", "--devices"):
+        caplog.clear()
+        settings_of(make_parser().parse_args([*words, device, "cpu"]))
+        (told,) = (record.message for record in caplog.records)
+        assert told == "--vram-budget is not heeded on a processor, whose memory is RAM: --ram-budget limits that"
+    caplog.clear()
+    settings_of(make_parser().parse_args([*words[:5], *words[7:], "--device", "cpu"]))
+    assert not caplog.records
 
 
 def test_what_is_not_read_is_told(files: WanFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
