@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,8 +28,6 @@ from .link import measure_link
 from .models import published_models
 from .products import ProductSizes, measure_products
 from .steps import predicted_steps
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +27,6 @@ NO_TRITON = (
     "backend inductor makes Triton kernels for a GPU, and Triton is missing: install it (pip install triton, on "
     "Windows triton-windows), or run without torch.compile"
 )
-T = TypeVar("T")
 Stream = Callable[[Sequence[nn.Module]], Iterator[nn.Module]]
 
 

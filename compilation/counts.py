@@ -34,12 +34,11 @@ NONE = Counts()
 
 @dataclass(frozen=True)
 class Event:
-    """Dynamo looked at a function: when it began, how long all of its compiling took, why again (empty: the first).
+    """Dynamo looked at a function: how long all of its compiling took, why again (empty: the first).
 
     `why_not` is why no code was made of it (empty: some was).
     """
 
-    began_us: int
     function: str
     seconds: float
     why_again: str
@@ -82,5 +81,5 @@ def events(since_us: int) -> list[Event]:
             seconds = total / 1e6 if total else float(getattr(each, "entire_frame_compile_time_s", None) or 0.0)
             why = getattr(each, "recompile_reason", None) or ""
             why_not = " ".join(getattr(each, name, None) or "" for name in ("fail_type", "fail_reason")).strip()
-            found.append(Event(began, getattr(each, "co_name", None) or "?", seconds, why, why_not))
+            found.append(Event(getattr(each, "co_name", None) or "?", seconds, why, why_not))
     return found

@@ -28,7 +28,7 @@ class StepRecord:
     """The answers of one run's model, in `root/<first 16 letters of the key>`; a context manager that holds its lock.
 
     A solver asks for the same answers in the same order whenever it starts anew, so it gets those that are recorded
-    (`answer`) and rebuilds its history and its noise by itself: every solver goes on bit for bit, without the model.
+    (`answers`) and rebuilds its history and its noise by itself: every solver goes on bit for bit, without the model.
     Each answer is one file that is there whole or not at all, with what was asked: one that is damaged, or was given
     to another question, ends them there, and so does one that is no finite numbers. A thread writes them; where it
     cannot, the run goes on without.
@@ -73,12 +73,8 @@ class StepRecord:
         """Whether the run was given up for one on the safe path."""
         return is_given_up(self.folder)
 
-    def answer(self, question: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """The recorded answer to the next call, on the device of the question; else that of `compute`, recorded."""
-        return self.answers(question, lambda: [compute()])[0]
-
     def answers(self, question: Mapping[str, Tensor], compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        """The same for a call that is answered by several tensors."""
+        """The recorded answer to the next call, on the device of the question; else that of `compute`, recorded."""
         index, self._asked = self._asked, self._asked + 1
         if index < self._known:
             try:

@@ -17,7 +17,6 @@ from lowvram_video.families.identify import describe, identify
 from lowvram_video.wanvideo.checkpoint import (
     NUM_HEADS_KEY,
     infer_config,
-    load_wan,
     official_names,
     open_wan,
 )
@@ -27,6 +26,8 @@ from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, 
 from lowvram_video.weights.files.kinds import file_kind
 from lowvram_video.weights.linear.adopt import is_quantisation_name
 from safetensors.torch import load_file, save_file
+
+from .tiny import load_wan
 
 TINY = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 2, "text_dim": 24, "freq_dim": 32}
 MODELS = {
@@ -430,7 +431,8 @@ def test_identity_counts_dtypes_per_part_and_bytes_per_block():
 MEASURE = """
 import sys, threading, time
 import psutil
-from lowvram_video.wanvideo.checkpoint import load_wan
+from lowvram_video.wanvideo.checkpoint import build_wan, open_wan
+from lowvram_video.weights.linear.adopt import load_tensors
 
 process = psutil.Process()
 start = peak = process.memory_info().rss
@@ -444,7 +446,8 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = load_wan(sys.argv[1])
+config, checkpoint = open_wan(sys.argv[1])
+model = load_tensors(build_wan(config, checkpoint), checkpoint)
 done = True
 watcher.join()
 kept = sum(parameter.nbytes for parameter in model.parameters())

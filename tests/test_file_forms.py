@@ -11,7 +11,7 @@ import torch
 from lowvram_video.families.identify import describe, identify
 from lowvram_video.memory.plan.footprint import Limits
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.wanvideo.checkpoint import load_wan, open_wan
+from lowvram_video.wanvideo.checkpoint import open_wan
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.lora_names import wan_aliases
 from lowvram_video.wanvideo.network.config import WanConfig
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .quantizers import write_gguf
-from .tiny import CONFIGS, randomize
+from .tiny import CONFIGS, load_wan, randomize
 
 T2V = replace(CONFIGS["t2v"], num_layers=2)
 VACE = replace(T2V, model_type="vace", num_layers=4, vace_layers=2, vace_channels=96)

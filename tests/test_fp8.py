@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
+from lowvram_video.wanvideo.checkpoint import build_wan, open_wan
 from lowvram_video.weights.files.checkpoint import CheckpointError
 from lowvram_video.weights.kernels.gemms import Fp8Rescaled, Fp8Rowwise, ReferenceGemm, gemm_error, select_fp8_gemm
 from lowvram_video.weights.kernels.row_reference import TorchRowOps
@@ -20,7 +20,7 @@ from lowvram_video.weights.linear.weight_format import Plain
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .tiny import save_wan
+from .tiny import load_wan, save_wan
 
 CPU = torch.device("cpu")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

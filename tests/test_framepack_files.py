@@ -27,7 +27,6 @@ from lowvram_video.framepack.checkpoint import (
 )
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel
-from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from lowvram_video.weights.files.kinds import file_kind
 from lowvram_video.weights.files.open import open_checkpoint
@@ -40,6 +39,7 @@ from torch import Tensor
 from .test_fp8 import DIALECTS as FP8_DIALECTS
 from .test_int8 import DIALECTS as INT8_DIALECTS
 from .test_int8 import GROUP, hadamard
+from .tiny import load_wan
 from .tiny_framepack import CONFIG, LAYOUTS, WIDE, make_tensors, metadata_of, save_framepack, save_framepack_gguf
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lowvram_video.families.identify import describe, identify
 from lowvram_video.memory.stream.layout import bind, layout_block
-from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
+from lowvram_video.wanvideo.checkpoint import build_wan, open_wan
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.weights.files.checkpoint import CheckpointError, TensorInfo
@@ -25,6 +25,7 @@ from lowvram_video.weights.linear.weight_format import PLAIN
 from torch import Tensor
 
 from .quantizers import quantize, write_gguf
+from .tiny import load_wan
 
 TYPES = sorted(BLOCK_TYPES)
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
+from lowvram_video.wanvideo.checkpoint import build_wan, open_wan
 from lowvram_video.weights.files.checkpoint import CheckpointError, TensorInfo
 from lowvram_video.weights.kernels.gemms import Int8Product, ReferenceGemm, int_mm, select_int8_gemm
 from lowvram_video.weights.kernels.row_reference import TorchRowOps
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .test_fp8 import is_quantised, others, output, rand, relative
-from .tiny import save_wan
+from .tiny import load_wan, save_wan
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]

@@ -16,7 +16,6 @@ from lowvram_video.memory.stream.disk_blocks import DiskBlocks
 from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.system.scratch_folders import remove_left_behind
-from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.pipeline import WanPipeline
@@ -55,7 +54,7 @@ from .loras import (
     velocity,
 )
 from .test_gguf import save_wan as save_gguf
-from .tiny import CONFIGS, randomize, save_files, save_wan
+from .tiny import CONFIGS, load_wan, randomize, save_files, save_wan
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.ring import DeviceRing
 from lowvram_video.memory.stream.streams import Span
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.pipeline import Conditions, WanPipeline
 from lowvram_video.wanvideo.request import WanRequest
@@ -33,7 +32,7 @@ from lowvram_video.wanvideo.vae.model import WanVAE
 from PIL import Image
 from torch import Tensor
 
-from .tiny import save_files, save_wan
+from .tiny import load_wan, save_files, save_wan
 
 CPU = torch.device("cpu")
 UNLIMITED = 1 << 60

@@ -13,7 +13,7 @@ import torch
 from lowvram_video.cli.main import main
 from lowvram_video.memory.stream.host_blocks import HostBlocks
 from lowvram_video.memory.stream.layout import bind, layout_block
-from lowvram_video.wanvideo.checkpoint import build_wan, load_wan, open_wan
+from lowvram_video.wanvideo.checkpoint import build_wan, open_wan
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.weights.files.checkpoint import CheckpointError
 from lowvram_video.weights.linear.compute import select_compute
@@ -22,7 +22,7 @@ from lowvram_video.weights.linear.quantize import QuantizedSource, quantize_chec
 from safetensors.torch import load_file, save_file
 
 from .test_fp8 import comfy_quant, is_quantised, output, relative, scaled
-from .tiny import save_wan
+from .tiny import load_wan, save_wan
 
 CPU = torch.device("cpu")
 

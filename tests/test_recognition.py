@@ -15,7 +15,6 @@ from lowvram_video.families.identify import describe, identify
 from lowvram_video.families.table import family_of
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.system.atomic_files import name_beside, write_file
-from lowvram_video.wanvideo.checkpoint import load_wan
 from lowvram_video.wanvideo.footprint import WAN22_VAE
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.wanvideo.text.checkpoint import open_text_encoder
@@ -28,7 +27,7 @@ from lowvram_video.weights.linear.convert import convert, parts_left_out
 from safetensors.torch import load_file
 
 from .test_file_forms import T2V, VACE, Tensors, save, weights
-from .tiny import save_text_encoder, save_vae, save_wan
+from .tiny import load_wan, save_text_encoder, save_vae, save_wan
 
 FUN_5B = replace(T2V, model_type="control", out_channels=48)
 

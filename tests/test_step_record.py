@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ REQUEST = WanRequest(
 )
 SETTINGS = {"seed": 3, "picture": torch.arange(4.0)}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to kill is a fork")
+
+
+def answer_of(record: StepRecord, question: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+    """By one tensor."""
+    return record.answers(question, lambda: [compute()])[0]
 
 
 class Stopped(BaseException):
@@ -63,7 +68,7 @@ def run(root: Path, model: Model, sampler: str = "euler", settings: dict[str, An
     with StepRecord.open(root, settings) as record:
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return record.answer({"x": x, "sigma": sigma}, lambda: model(x, sigma))
+            return answer_of(record, {"x": x, "sigma": sigma}, lambda: model(x, sigma))
 
         return select_sampler(sampler)(denoise, noise, flow_sigmas(6, 3.0), None, generator)
 
@@ -127,10 +132,10 @@ def test_a_bad_record_ends_what_is_taken_up(tmp_path: Path, change: Callable[[Pa
 def test_a_record_of_another_question_is_not_an_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where the noise differs though all settings are equal, as on another device."""
     with StepRecord.open(tmp_path, SETTINGS) as record:
-        record.answer({"x": torch.zeros(2)}, lambda: torch.ones(2))
-        record.answer({"x": torch.ones(2)}, lambda: torch.ones(2))
+        answer_of(record, {"x": torch.zeros(2)}, lambda: torch.ones(2))
+        answer_of(record, {"x": torch.ones(2)}, lambda: torch.ones(2))
     with StepRecord.open(tmp_path, SETTINGS) as record:
-        assert record.answer({"x": torch.full((2,), 0.5)}, lambda: torch.zeros(2)).sum() == 0
+        assert answer_of(record, {"x": torch.full((2,), 0.5)}, lambda: torch.zeros(2)).sum() == 0
         assert record.num_kept == 1
     assert "answers another question than is asked now: the run goes on from call 0" in caplog.text
 
@@ -147,32 +152,32 @@ def test_what_is_written_later_is_not_recorded(tmp_path: Path) -> None:
     """Samplers of others may write into what the model gave them."""
     with StepRecord.open(tmp_path, SETTINGS) as record:
         x = torch.zeros(3)
-        made = record.answer({"x": x}, lambda: torch.ones(3))
+        made = answer_of(record, {"x": x}, lambda: torch.ones(3))
         made.mul_(5)
         x.add_(1)
     with StepRecord.open(tmp_path, SETTINGS) as record:
-        assert record.answer({"x": torch.zeros(3)}, lambda: torch.full((3,), 9.0)).tolist() == [1, 1, 1]
+        assert answer_of(record, {"x": torch.zeros(3)}, lambda: torch.full((3,), 9.0)).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_numbers_is_never_kept(tmp_path: Path, value: float) -> None:
-    def answer(record: StepRecord, index: int, made: float) -> Tensor:
-        return record.answer({"x": torch.full((2,), float(index))}, lambda: torch.full((2,), made))
+    def asked(record: StepRecord, index: int, made: float) -> Tensor:
+        return answer_of(record, {"x": torch.full((2,), float(index))}, lambda: torch.full((2,), made))
 
     with StepRecord.open(tmp_path, SETTINGS) as record:
         for index, made in enumerate([1.0, value, 2.0]):
-            answer(record, index, made)
+            asked(record, index, made)
         record.finish(latent=torch.tensor([value]))
         assert record.num_kept == 1 and not record.is_finished
     with StepRecord.open(tmp_path, SETTINGS) as record:
-        assert [float(answer(record, index, 5.0)[0]) for index in range(3)] == [1, 5, 5]
+        assert [float(asked(record, index, 5.0)[0]) for index in range(3)] == [1, 5, 5]
 
 
 def test_steps_that_are_no_use_are_forgotten(tmp_path: Path) -> None:
     """Two calls a step, as of a solver of second order; the third step is no use."""
 
     def step(record: StepRecord, made: float) -> list[float]:
-        answers = [record.answer({"x": torch.zeros(1)}, lambda: torch.full((1,), made)) for _ in range(2)]
+        answers = [answer_of(record, {"x": torch.zeros(1)}, lambda: torch.full((1,), made)) for _ in range(2)]
         record.end_step()
         return [float(answer) for answer in answers]
 
@@ -269,7 +274,7 @@ def test_latents_that_are_finished_take_the_place_of_steps(tmp_path: Path) -> No
 def test_runs_are_kept_for_a_fortnight_and_32_of_them(tmp_path: Path) -> None:
     def used(seed: int, days: float) -> Path:
         with StepRecord.open(tmp_path, {"seed": seed}) as record:
-            record.answer({"x": torch.zeros(1)}, lambda: torch.ones(1))
+            answer_of(record, {"x": torch.zeros(1)}, lambda: torch.ones(1))
             past = time.time() - days * 24 * 3600
             os.utime(record.folder / kept_runs.MARK, (past, past))
             return record.folder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lowvram_video.memory.stream.transient_weights import TransientWeights
 from lowvram_video.transformer.transformer import HereAlready
-from lowvram_video.wanvideo.checkpoint import load_wan, open_wan
+from lowvram_video.wanvideo.checkpoint import open_wan
 from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.linear import linear
 from lowvram_video.weights.linear.fp8 import Fp8Dequantized
@@ -14,6 +14,7 @@ from lowvram_video.weights.linear.linear import Linear
 from torch import nn
 
 from . import tiny
+from .tiny import load_wan
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from lowvram_video.wanvideo.checkpoint import build_wan, open_wan
 from lowvram_video.wanvideo.identity import WanFiles
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.text.encoder import UMT5Config, UMT5Encoder
 from lowvram_video.wanvideo.vae.model import WAN21_VAE, WAN22_VAE, VAEConfig, WanVAE
+from lowvram_video.weights.linear.adopt import load_tensors
 from safetensors.torch import save_file
 
 TEXT_DIM = 32
@@ -25,6 +27,12 @@ CONFIGS = {
     ),
     "ti2v": WanConfig("ti2v", 128, 192, 1, 3, in_channels=48, out_channels=48, text_dim=TEXT_DIM, freq_dim=32),
 }
+
+
+def load_wan(path: str | Path) -> WanModel:
+    """All of a transformer on the CPU, in the file's own dtypes. Raises CheckpointError."""
+    config, checkpoint = open_wan(path)
+    return load_tensors(build_wan(config, checkpoint), checkpoint)
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -13,7 +13,7 @@ from ..weights.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from ..weights.files.dimensions import Dimensions, model_prefix, stated_number, with_kernels
 from ..weights.files.kinds import WantedKind, check_kind, file_kind
 from ..weights.files.open import open_checkpoint
-from ..weights.linear.adopt import adopt_tensors, load_tensors
+from ..weights.linear.adopt import adopt_tensors
 from ..weights.linear.dialects import plain_dialect, with_plain_parts
 from ..weights.linear.fitting import fit_tensors
 from .network.camera import PIXELS as CAMERA_PIXELS
@@ -30,16 +30,6 @@ WANTED = WantedKind(
     "wan2.1_… or wan2.2_…",
     ("wan vae", "umt5 encoder", "clip vision", "wan vace module"),
 )
-
-
-def load_wan(path: str | Path) -> WanModel:
-    """A Wan transformer on the CPU, in the file's own dtypes; see `open_wan` for `path`.
-
-    Tensors are read one by one into a model built without storage, so that memory peaks at about the size
-    of the file. Raises CheckpointError.
-    """
-    config, checkpoint = open_wan(path)
-    return load_tensors(build_wan(config, checkpoint), checkpoint)
 
 
 def build_wan(config: WanConfig, checkpoint: Checkpoint) -> WanModel:

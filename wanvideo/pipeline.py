@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -46,8 +45,6 @@ from .text.checkpoint import load_text_encoder
 from .text.encoder import TextEncoder
 from .vae.checkpoint import WAN_FORMAT
 from .vae.model import VAEConfig, WanVAE
-
-logger = logging.getLogger(__name__)
 
 
 class WanPipeline:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from ..sampling.caching.settings import AUTO, FIRST_BLOCK, StepCacheSettings
 from ..sampling.caching.tables import CALIBRATE, SUFFIX, CacheTable, published_tables, read_table
 from ..weights.files.fingerprint import fingerprint
 from .network.config import WanConfig
-
-logger = logging.getLogger(__name__)
 
 # What tells models of one shape apart: words of their files' names.
 NAMES_2_2 = ("2.2", "2_2", "a14b", "high_noise", "highnoise", "low_noise", "lownoise")

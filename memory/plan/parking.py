@@ -117,10 +117,6 @@ class Homes:
     ram: tuple[int, ...]
     disk: tuple[int, ...]
 
-    @property
-    def num_parked(self) -> int:
-        return sum(len(blocks) for _, blocks in self.cards)
-
 
 def find_homes(sizes: Sequence[int], streamed: Sequence[int], parking: Parking, ram_bytes: int | None) -> Homes:
     """Homes for blocks of these sizes, of which those `streamed` matter most; `ram_bytes` of RAM are there for them.

@@ -140,8 +140,8 @@ def take_up_record(folder: Path) -> None:
     """As Wan's run that goes on: each answer is the recorded one, or made anew."""
     with StepRecord.open(folder / "wan", RUN) as record:
         for index in range(3):
-            answer = record.answer(
-                {"x": torch.full((2,), float(index))}, lambda index=index: torch.full((2,), index + 1.0)
+            (answer,) = record.answers(
+                {"x": torch.full((2,), float(index))}, lambda index=index: [torch.full((2,), index + 1.0)]
             )
             if answer.tolist() != [index + 1.0] * 2:
                 raise NonFinite(f"answer {index} is {answer.tolist()}")
@@ -204,7 +204,7 @@ class _Made:
         with StepRecord.open(self._record / "wan", RUN) as record:
             for index in range(3):
                 question = {"x": torch.full((2,), float(index))}
-                record.answer(question, lambda index=index: torch.full((2,), index + 1.0))
+                record.answers(question, lambda index=index: [torch.full((2,), index + 1.0)])
 
     def index(self, folder: Path, draw: random.Random) -> Path:
         """An index beside its shards."""
