@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_PENDING = 2  # copies that wait for the disk: with more, the run waits
 
@@ -88,4 +88,4 @@ class BackgroundWriter:
             write()
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
             self.fault = error
-            log.warning("no more steps of this run can be kept (%s): it goes on without", error)
+            logger.warning("no more steps of this run can be kept (%s): it goes on without", error)

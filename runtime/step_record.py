@@ -18,7 +18,7 @@ from ..weights.files.records import read_record
 from .host_copies import BackgroundWriter, HostCopy
 from .kept_runs import end_run, give_up, is_given_up, open_run
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FINISHED = "finished.safetensors"
 FORMAT = 1  # of the files: another number is another run
@@ -80,7 +80,7 @@ class StepRecord:
             try:
                 return self._recall(index, question)
             except (OSError, ValueError, KeyError) as error:
-                log.warning("%s: %s: the run goes on from call %d", self._path(index), error, index)
+                logger.warning("%s: %s: the run goes on from call %d", self._path(index), error, index)
                 self._forget_from(index)
         made = list(compute())
         asked = HostCopy(question)
@@ -117,7 +117,7 @@ class StepRecord:
         try:
             return self._read(path, "finished")[0]
         except (OSError, ValueError, KeyError) as error:
-            log.warning("%s: %s: it is made again", path, error)
+            logger.warning("%s: %s: it is made again", path, error)
             return None
 
     def finish(self, **latents: Tensor) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PAGE = max(mmap.PAGESIZE, 4096)  # offset, length and address granularity of direct reads
 
@@ -61,7 +61,7 @@ class RawFile:
         except BlockingIOError:
             return False
         except OSError as error:
-            log.debug("%s: cannot tell what is cached (%s)", self.path, error)
+            logger.debug("%s: cannot tell what is cached (%s)", self.path, error)
         return True
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class RawFile:
             try:
                 descriptor = os.open(self.path, os.O_RDONLY | flag)
             except OSError as error:
-                log.debug("%s: no direct reads (%s)", self.path, error)
+                logger.debug("%s: no direct reads (%s)", self.path, error)
             else:
                 self.direct = True
                 return descriptor
@@ -108,7 +108,7 @@ class RawFile:
                 if error.errno != errno.EINVAL:
                     raise
                 # Some file systems accept the flag and then refuse the reads.
-                log.debug("%s: no direct reads (%s)", self.path, error)
+                logger.debug("%s: no direct reads (%s)", self.path, error)
                 self._give_up_direct()
         done = _read_all(self._pread, buffer, offset, needed, 1)
         if hasattr(os, "posix_fadvise"):

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PAGES_FROM = 64 << 10  # bytes; what is smaller is not worth pages of its own
 
@@ -72,7 +72,7 @@ def _advise_huge_pages(area: mmap.mmap) -> None:
     try:
         area.madvise(mmap.MADV_HUGEPAGE)
     except OSError as error:
-        log.debug("no huge pages for weights: %s", error)
+        logger.debug("no huge pages for weights: %s", error)
 
 
 def return_freed_bytes() -> None:

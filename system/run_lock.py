@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from .plain_text import printable
 from .regular_files import read_regular
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class RunLock:
@@ -39,11 +39,11 @@ class RunLock:
                 f"that ends, or {'choose another name' if busy else 'change a setting such as the seed'}"
             ) from None
         except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
-            log.warning(
+            logger.warning(
                 "%s cannot be locked (%s): do not start this run twice", path, getattr(error, "strerror", error)
             )
         if self._named():
-            log.info("%s was left by a process that has ended", path)
+            logger.info("%s was left by a process that has ended", path)
         with suppress(OSError):  # a full disk: the text is only for people
             self._holder.write_text(f"process {os.getpid()} since {now()}")
 

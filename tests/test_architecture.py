@@ -134,3 +134,13 @@ def test_ways_go_down_from_function_to_function(house: ModuleType, modules: dict
         asked = [part for part in name.split(".") if part != "__call__"]
         named = asked[-1] if len(asked) > 1 and asked[-1] != "forward" else asked[0]
         assert {named, asked[0]} & words, f"{caller} does not name {name}"
+
+
+def test_a_modules_log_has_one_name(house: ModuleType) -> None:
+    named = {
+        (path, line.partition(" = ")[0])
+        for path, text in house.sources().items()
+        for line in text.splitlines()
+        if line.endswith("= logging.getLogger(__name__)")
+    }
+    assert len(named) > 50 and {name for _, name in named} == {"logger"}

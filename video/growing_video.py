@@ -27,7 +27,7 @@ from .placed_video import COMING, PlacedVideo
 from .tags import Tags
 from .writer import VideoWriter, check_rate, check_video, check_writable, flush_file, writing
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Grows = Literal["front", "back"]
 
@@ -162,7 +162,7 @@ class GrowingVideo:
         try:
             self.publish()
         except (OSError, ValueError) as error:  # the other where its folder cannot be written any more
-            log.warning("%s", error)
+            logger.warning("%s", error)
 
     def finish(self) -> None:
         """No section follows: the video shows all of them. VideoError as `add`."""
@@ -302,7 +302,7 @@ class GrowingVideo:
                 self._edge = self._check_parts(state)
                 self._state = state
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                log.warning("%s cannot be continued (%s): the video is built anew", self.folder, error)
+                logger.warning("%s cannot be continued (%s): the video is built anew", self.folder, error)
                 path.unlink(missing_ok=True)
         self._tidy()
         if self._state.shown and not (self.path.is_file() and file_sha256(self.path) == self._state.film_sha256):

@@ -13,7 +13,7 @@ from .growing_state import VideoPart
 from .tags import Tags
 from .writer import flush_file, join_videos, writing
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 COMING = "film.json.coming"  # the SHA-256 of the video that is put in its place now
 
@@ -59,7 +59,7 @@ class PlacedVideo:
                     os.replace(partial, newest)
                 except PermissionError:  # that too, as a warning named it
                     longer = partial
-                log.warning("%s is open in another program: the longer video is %s", self.path, longer)
+                logger.warning("%s is open in another program: the longer video is %s", self.path, longer)
                 self._elsewhere = longer
             else:
                 self._elsewhere = None
@@ -77,7 +77,7 @@ class PlacedVideo:
             own = partial_name(self.path, self.path.suffix)
             with suppress(OSError):
                 self._elsewhere = self._elsewhere.rename(own.with_name(own.name.replace(".partial", "")))
-            log.warning("%s is open in another program: the whole video is %s", self.path, self._elsewhere)
+            logger.warning("%s is open in another program: the whole video is %s", self.path, self._elsewhere)
             return False
         self._elsewhere = None
         return True

@@ -22,7 +22,7 @@ from ...system.run_lock import RunLock, now
 from ...system.sizes import GIB, in_gib
 from ...weights.files.records import read_record
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files: another number is another run
 SAFE_PATH = "safe_path"
@@ -139,7 +139,7 @@ class RunStore:
                 "free some space, choose another output folder or make a shorter video"
             )
         if free < needed + GIB:
-            log.warning("%s: this run leaves about %s free", self.folder, in_gib(free - needed))
+            logger.warning("%s: this run leaves about %s free", self.folder, in_gib(free - needed))
 
     def finish(self) -> None:
         """Mark the run complete; its files stay. ValueError where sections are missing."""
@@ -171,10 +171,10 @@ class RunStore:
             try:
                 self._checksums.append(self._read(self.completed)[1])
             except RunError as error:
-                log.warning("%s: the run goes on from section %d", error, self.completed)
+                logger.warning("%s: the run goes on from section %d", error, self.completed)
                 break
         if self.completed:
-            log.info("%s: %d of %d sections are there", self.folder, self.completed, self.total_sections)
+            logger.info("%s: %d of %d sections are there", self.folder, self.completed, self.total_sections)
 
     def _read(self, index: int) -> tuple[StoredSection, str]:
         """The section and its checksum; RunError says what is wrong with its file."""

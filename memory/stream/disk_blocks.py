@@ -17,7 +17,7 @@ from .layout import SMALL_BYTES, BlockLayout, Part, TensorPlace, TensorSource, a
 from .pinned import PinnedBudget
 from .staging import Fence, Job, Key, Staging
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MAX_GAP = 1 << 20  # bytes of other tensors worth reading along to keep a run in one piece
 _CHUNK = 16 << 20  # bytes that one thread reads at a time
@@ -98,7 +98,7 @@ class DiskBlocks:
             fill = partial(_fill, self._reader, self._plans)
             self._staging = Staging(list(self._plans), nbytes, fill, self._budget, self._num_buffers, self._num_threads)
             if self._budget is not None and self._staging.refusal is not None:
-                log.warning(
+                logger.warning(
                     "weights from disk pass through pageable memory, which is slower: %s", self._staging.refusal
                 )
             self._staging.start()

@@ -15,7 +15,7 @@ from .layout import BlockLayout, LayoutError, Part, TensorPlace, TensorSource
 from .pinned import PinnedBudget
 from .staging import wait_for
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class HostBlocks(HostExtents):
@@ -179,7 +179,7 @@ class HostBlocks(HostExtents):
             known = reason in self._complaints
             self._complaints.add(reason)
         if not known:
-            log.warning(
+            logger.warning(
                 "%s and perhaps more blocks stay in pageable memory, which is slower to copy from: %s",
                 self.layouts[index].prefix,
                 reason,

@@ -12,7 +12,7 @@ from ...system.card_links import numbered
 from ...system.host_memory import allocate_extent, total_ram_bytes
 from ...system.sizes import in_gib
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Registrar(Protocol):
@@ -55,7 +55,7 @@ class CudaRegistrar:
         try:
             torch.zeros(1, device=self._device).add_(1)
         except RuntimeError:
-            log.debug("cleared the CUDA error of a refused host registration")
+            logger.debug("cleared the CUDA error of a refused host registration")
 
 
 class PinnedBudget:

@@ -31,7 +31,7 @@ from .run import Upscaler
 from .source import VideoSource
 from .stream import UpscaleStream, frames_of, made
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SECTION_STEPS = 4  # whose frames are encoded together: 32 frames
 GOOD_CRF, MOST_CRF = 16, 51
@@ -98,7 +98,7 @@ class UpscaleFilm:
             except (BadLatents, BadFrames) as error:
                 if not upscaler.take_safe_path():
                     raise
-                log.warning("%s: the video begins anew with exact attention, in %s", error, upscaler.dtype)
+                logger.warning("%s: the video begins anew with exact attention, in %s", error, upscaler.dtype)
                 folder.give_up(str(error), place.output)
         # outside the handler: its traceback holds tensors
         upscaler.take_safe_path()
@@ -229,7 +229,7 @@ class _Making:
         try:
             self._kept.check_room(self._stream)
         except OSError as error:
-            log.warning(NOT_KEPT, self._kept.folder, error)
+            logger.warning(NOT_KEPT, self._kept.folder, error)
 
     @property
     def _num_made(self) -> int:
@@ -250,7 +250,7 @@ class _Making:
             if num_open != self._stream.num_made - frames_of(num_sections * SECTION_STEPS):
                 raise ValueError("frames are gone")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            log.warning("what %s keeps is no use (%s): the video is begun anew", self._kept.folder, error)
+            logger.warning("what %s keeps is no use (%s): the video is begun anew", self._kept.folder, error)
             self._stream.begin_anew()
             self._small = _Counted(in_order(self._source.frames(), 0))
             return None
@@ -287,7 +287,7 @@ class _Making:
         try:
             kept.save(stream, torch.cat(self._open) if self._open else None)
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
-            log.warning(NOT_KEPT, kept.folder, error)
+            logger.warning(NOT_KEPT, kept.folder, error)
 
 
 class _Counted:

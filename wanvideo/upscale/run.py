@@ -42,7 +42,7 @@ from .request import UpscaleFiles, UpscaleRequest, padded
 from .stream import Networks, Remembered, UpscaleStream, made
 from .streamed import StreamedUpscaler, UpscaleFootprint, upscale_work
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Upscaler:
@@ -152,7 +152,7 @@ class Upscaler:
         place = None
         if on_disk:
             folder = folder or Path(tempfile.gettempdir())
-            log.warning(
+            logger.warning(
                 "what is remembered of earlier frames takes %s, for which there is too little RAM: it is kept in %s, "
                 "which takes longer", in_gib(size.host_bytes), folder,
             )  # fmt: skip
