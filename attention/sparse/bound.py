@@ -23,7 +23,6 @@ AIM = 0.8  # of the bound
 GAIN, DOWN, AT_LEAST_UP, UP = 0.7, 0.5, 0.5, 1.5
 MEMORY = 0.5  # what measurements of the step before still count
 LEAST_TAU, MOST_KEPT = -1.0, 0.9  # the careful end
-STATE_COLUMNS = 6
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Bound:
     # A run that goes on begins with what it had learnt
 
     def state(self) -> Tensor:
-        """`[layers, STATE_COLUMNS]`, fp64."""
+        """`[layers, 6]`, fp64."""
         rows = [
             [each.slack, float(each.dense), each.seen.difference, each.seen.norm, each.excess, each.least]
             for each in self.layers

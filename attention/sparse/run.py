@@ -205,7 +205,7 @@ class AttentionRun:
     def state(self) -> Tensor | None:
         """What was learnt so far, for a run that goes on later; None where there is nothing to learn.
 
-        `[1 + passes, layers, STATE_COLUMNS]`, fp64: `Bound.state`, and `PassReadings.unlearnt` of those that are still
+        `[1 + passes, layers, 6]`, fp64: `Bound.state`, and `PassReadings.unlearnt` of those that are still
         to be learnt, in their order. It is on the device where that may still have to make it: nobody waits.
         """
         if self.settings is None:
