@@ -151,7 +151,7 @@ class Checkpoint:
                     f"{self.path}: holds both {origins[new]} and {old}, two layouts' names for {new}; "
                     "expected one layout; download the model again as a single release"
                 )
-            tensors[new] = replace(info, name=new)
+            tensors[new] = info if info.name == new else replace(info, name=new)
             origins[new] = old
         return Checkpoint(self.path, tensors, self.metadata)
 

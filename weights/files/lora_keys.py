@@ -54,6 +54,7 @@ ENDINGS: Mapping[str, str] = {
     **{f".{part}": part for part in (*HADAMARD, *KRONECKER, *ORTHOGONAL)},
     **{f".{part}.weight": part for part in GENERALIZED},
 }
+_ANY_ENDING = tuple(ENDINGS)
 
 # PEFT puts an adapter's name in between: `.lora_A.default.weight`, `.hada_w1_a.default`.
 _ADAPTER = re.compile(
@@ -96,22 +97,23 @@ UNKNOWN_KINDS: Mapping[str, str] = {
     "miss_block": "MiSS",
     "lokr_t1": "LoKr with two convolutions",
 }
-# The same, but of names that other models have too.
-_AMBIGUOUS_KINDS: Mapping[str, str] = {"on_input": "IA3", "bm": "GLoRA with a convolution"}
+# With those whose names other models have too.
+_ALL_KINDS: Mapping[str, str] = {**UNKNOWN_KINDS, "on_input": "IA3", "bm": "GLoRA with a convolution"}
+_BEGINNINGS = tuple(name for name in UNKNOWN_KINDS if name.endswith("_"))
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """The stem of a key and the part that it holds; None where the ending is not known."""
     key = _ADAPTER.sub(r"\1", key)
-    for ending, part in ENDINGS.items():
-        if key.endswith(ending):
-            return key.removesuffix(ending).replace(".processor.", "."), part
-    return None
+    if not key.endswith(_ANY_ENDING):  # most keys of most files
+        return None
+    ending, part = next((ending, part) for ending, part in ENDINGS.items() if key.endswith(ending))
+    return key.removesuffix(ending).replace(".processor.", "."), part
 
 
 def unknown_kind(key: str) -> str | None:
     """The name of a decomposition that is not known here, where a key is of one."""
-    return _kind(key, {**UNKNOWN_KINDS, **_AMBIGUOUS_KINDS})
+    return _kind(key, _ALL_KINDS)
 
 
 def is_lora(keys: Iterable[str]) -> bool:
@@ -146,7 +148,8 @@ def lora_title(keys: Iterable[str]) -> str:
 
 def _kind(key: str, kinds: Mapping[str, str]) -> str | None:
     for part in key.split(".")[1:]:
-        for name, kind in kinds.items():
-            if part == name or (name.endswith("_") and part.startswith(name)):
-                return kind
+        if part in kinds:
+            return kinds[part]
+        if part.startswith(_BEGINNINGS):
+            return next(kinds[name] for name in _BEGINNINGS if part.startswith(name))
     return None

@@ -7,14 +7,13 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from ...system.bounded_json import JsonError, parse_json, read_json
-from ...system.file_stamp import stamp_of
+from ...system.file_stamp import Stamp, stamp_of
 from ...system.plain_text import short, shown
 from ...system.regular_files import is_there, open_regular
 from .checkpoint import IMPOSTORS, Checkpoint, CheckpointError, TensorInfo, damaged, truncated, unreadable
@@ -61,8 +60,7 @@ def open_single(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from error
     metadata = header.pop("__metadata__", None) or {}
-    infos = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
-    tensors = {name: replace(info, stamp=stamp) for name, info in infos.items()}
+    tensors = {name: _tensor_info(path, name, entry, data_start, stamp) for name, entry in header.items()}
     _check_places(path, data_start, size, tensors.values())
     return Checkpoint(path, tensors, metadata)
 
@@ -100,7 +98,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
     return header, 8 + length
 
 
-def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int, stamp: Stamp | None) -> TensorInfo:
     stored, shape, place = _parts(path, name, entry)
     dtype = DTYPES.get(stored) if isinstance(stored, str) else None
     if dtype is None:
@@ -113,7 +111,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise CheckpointError(
             damaged(path, f"{short(name)} is {stored} {shown(shape)} but has the byte range {place[0]} to {place[1]}")
         )
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + place[0], place[1] - place[0])
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + place[0], place[1] - place[0], stamp=stamp)
 
 
 def _parts(path: Path, name: str, entry: Any) -> tuple[Any, list[Any], list[Any]]:
