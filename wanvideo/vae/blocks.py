@@ -54,6 +54,10 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), (0, kernel[1] // 2, kernel[2] // 2))
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # has no numbers to draw
+            super().reset_parameters()
+
     def plan_rows(self, plan: StripPlan, out: Level) -> Level:
         _, *kernel = self.kernel_size
         channels = NUM_FRAMES * self.in_channels, self.out_channels

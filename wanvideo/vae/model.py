@@ -127,7 +127,9 @@ class WanVAE(nn.Module):
             self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
             self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
             self.decoder = Decoder(config)
-        self.requires_grad_(False).to(dtype=dtype).eval()
+        if dtype is not None:
+            self.to(dtype)
+        self.requires_grad_(False).eval()
 
     @property
     def device(self) -> torch.device:
