@@ -7,10 +7,8 @@ a function), a circle is a set of modules that import each other. Only the stand
 from __future__ import annotations
 
 import ast
-import io
 import subprocess
 import sys
-import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,10 +18,6 @@ ROOT = Path(__file__).parents[1]
 NOT_PRODUCT = ("tests/", "benchmarks/", "docs/")
 PACKAGE = "lowvram_video"
 MOST_PARAMETERS = 8
-NO_CODE = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
-    tokenize.ENCODING,
-}  # fmt: skip
 
 # Who may import whom: a room those in the rows below its own, and nobody in its own row. Networks stand below all that
 # knows of memory, of running and of files of video, so that they can know nothing of it.
@@ -198,18 +192,18 @@ def circles(found: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def code_lines(text: str) -> int:
-    """Lines that hold code: no docstring, comment or blank."""
-    strings: set[int] = set()
+    """Lines that hold code: no docstring, comment or blank; what stands between the quotes of a string is code."""
+    bare = [line.strip() for line in text.splitlines()]
+    lines = {number for number, line in enumerate(bare, 1) if line and not line.startswith("#")}
+    docstrings: set[int] = set()
     for node in _nodes(text):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno != node.lineno:
+            lines |= set(range(node.lineno, (node.end_lineno or 0) + 1))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node
         ):
-            strings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    lines: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in NO_CODE:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    return len(lines - strings)
+            docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(lines - docstrings)
 
 
 def functions(modules: Mapping[str, str]) -> list[Function]:
