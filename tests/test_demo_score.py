@@ -28,25 +28,29 @@ def render(captions: list[Caption], seed: int = 0, size: ClipSize = SIZE) -> tor
 
 
 def degrade(clips: torch.Tensor, noise: float, blur: int) -> torch.Tensor:
-    frames = clips.flatten(0, 1).permute(0, 3, 1, 2)
+    frames = clips.flatten(0, 1).permute(0, 3, 1, 2).contiguous()  # as which they blur faster
     if blur > 1:
         frames = F.avg_pool2d(F.pad(frames, [blur // 2] * 4, mode="replicate"), blur, stride=1)
     frames = frames + noise * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
-    return frames.clamp(0, 1).permute(0, 2, 3, 1).view(clips.shape)
+    return frames.clamp(0, 1).permute(0, 2, 3, 1).reshape(clips.shape)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[tuple[list[Caption], torch.Tensor]]:
+    """108 clips of all kinds, in three lots."""
+    captions = pick_captions(108, seed=5)
+    lots = [(captions[start : start + 36], start) for start in range(0, len(captions), 36)]
+    return [(lot, render(lot, seed=start)) for lot, start in lots]
 
 
 @pytest.mark.parametrize(("noise", "blur"), [(0.0, 1), (0.08, 1), (0.0, 7), (0.04, 5)])
-def test_judge_is_right_on_drawn_clips(noise: float, blur: int):
-    captions = pick_captions(108, seed=5)
+def test_judge_is_right_on_drawn_clips(drawn: list[tuple[list[Caption], torch.Tensor]], noise: float, blur: int):
     verdicts = [
         judge(clip, caption)
-        for start in range(0, len(captions), 36)
-        for clip, caption in zip(
-            degrade(render(captions[start : start + 36], seed=start), noise, blur),
-            captions[start : start + 36],
-            strict=True,
-        )
+        for captions, clips in drawn
+        for clip, caption in zip(degrade(clips, noise, blur), captions, strict=True)
     ]
+    assert len(verdicts) == 108
     right = sum(verdict.all_right for verdict in verdicts)
     print(f"noise {noise}, blur {blur}: {right} of {len(verdicts)} right")
     assert right == len(verdicts)

@@ -20,17 +20,21 @@ MOST = 1e-4
 
 def as_reference(model: str, made: Made) -> Tensor:
     """What another program makes of the plain numbers of a file."""
-    about, theirs = MODELS[model], copy.deepcopy(reference(model))
-    missing = theirs.load_state_dict(
-        {
-            name: made.truth[about.names(name)].view(tensor.shape)
-            for name, tensor in theirs.state_dict().items()
-            if about.names(name) in made.truth
-        },
-        strict=False,
-    ).missing_keys
-    assert all("embed_tokens" in name or "position_ids" in name for name in missing)
-    return about.run(theirs)
+    about, theirs = MODELS[model], reference(model)  # which all tests share: it gets its own numbers back
+    own = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    try:
+        missing = theirs.load_state_dict(
+            {
+                name: made.truth[about.names(name)].view(tensor.shape)
+                for name, tensor in own.items()
+                if about.names(name) in made.truth
+            },
+            strict=False,
+        ).missing_keys
+        assert all("embed_tokens" in name or "position_ids" in name for name in missing)
+        return about.run(theirs)
+    finally:
+        theirs.load_state_dict(own)
 
 
 def error(got: Tensor, want: Tensor) -> float:
