@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .tiny import CONFIGS, TEXT_DIM, randomize
 from .tiny_framepack import CONFIG, make_tensors
 
-CHUNK = {"wan": 60, "framepack": 40}  # tokens; of fewer chunks a graph is made sooner
+CHUNK = {"wan": 60, "framepack": 60}  # tokens: two chunks, of which a graph is made sooner than of more
 ROWS = {"wan": 96, "framepack": 113}  # tokens in the tests
 WIDEST = {"wan": 192, "framepack": 32 + 128}  # features of the MLP, with the attention beside it where they are joined
 OPS = {"opaque": OpaqueOps, "eager": EagerOps}
