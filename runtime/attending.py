@@ -55,6 +55,14 @@ class AttendingModel(OpenedModel[M]):
         """The same model on the other cards that share its passes."""
         raise NotImplementedError
 
+    @property
+    def host_bytes(self) -> int:
+        return super().host_bytes + sum(other.fixed.host_bytes for other in self._others)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return super().pinned_bytes + sum(other.fixed.pinned_bytes for other in self._others)
+
     # The choice
 
     def choose_attention(self, tokens: int) -> None:

@@ -33,6 +33,10 @@ class FixedWeights:
         return 0 if self.transient is None else self.transient.pinned_bytes
 
     @property
+    def host_bytes(self) -> int:
+        return 0 if self.transient is None else self.transient.host_bytes
+
+    @property
     def per_run_names(self) -> list[str]:
         """Those that are needed once per run."""
         return [name for name in self._weights.fixed_names() if name.startswith(self._parts.per_run)]

@@ -115,7 +115,7 @@ class OpenedModel(Generic[M]):
 
     @property
     def host_bytes(self) -> int:
-        return self.weights.host_bytes
+        return self.weights.host_bytes + self.fixed.host_bytes
 
     @property
     def pinned_bytes(self) -> int:

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowvram_video.memory.plan.footprint import WorkSize
+from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.memory.stream.transient_weights import TransientWeights
+from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer.transformer import HereAlready
 from lowvram_video.wanvideo.checkpoint import open_wan
 from lowvram_video.wanvideo.streamed import StreamedWan
@@ -143,3 +146,15 @@ def test_a_layer_brought_some_rows_at_a_time_multiplies_as_the_whole_one(
     largest, _ = layer.piece_bytes(torch.float32)
     assert (spare.count_nonzero() > 0) == (largest <= spare_bytes)
     weights.release()
+
+
+def test_what_is_brought_counts_as_host_memory_of_its_model_on_every_card(tmp_path: Path) -> None:
+    """Or the next plan would take it for what others hold, and find too little RAM."""
+    model = StreamedWan(tiny.save_wan(tmp_path / "wan.safetensors"), RunSettings(others=(CPU,)))
+    model.start(model.make_plan(WorkSize(9, 64, 96), limits_for(CPU)))
+    before = model.host_bytes
+    for each in (model, *model._others):
+        each.fixed.keep_away(["text_embedding"])
+    assert model.host_bytes - before == 2 * model.fixed.host_bytes > 0
+    model.release()
+    assert model.host_bytes == 0

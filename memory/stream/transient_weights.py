@@ -46,6 +46,10 @@ class TransientWeights:
     def pinned_bytes(self) -> int:
         return self._host.pinned_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        return self._host.host_bytes
+
     @contextmanager
     def __call__(self, modules: Sequence[nn.Module], spare: Tensor | None) -> Iterator[None]:
         """`spare` is any contiguous device tensor whose bytes nobody needs; too small or None: memory is allocated."""
