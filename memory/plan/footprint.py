@@ -8,7 +8,7 @@ are the tokens of all samples of a pass.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -126,7 +126,10 @@ class ModelFootprint:
         pool = self.pool_bytes(work, choice)
         angles = 2 * 4 * work.tokens * (self.dim // self.num_heads // 2)  # cos and sin, fp32
         blocks = work.rows * self.dim * self.compute_bytes + angles + self.temporary_bytes(work, choice, limits)
-        return max(pool + max(blocks, self._embedding_bytes(pool, choice)), self._prompt_bytes(work, choice))
+        nbytes = max(pool + max(blocks, self._embedding_bytes(pool, choice)), self._prompt_bytes(work, choice))
+        if work.num_sharing == work.cards:
+            return nbytes  # else all cards share a pass of one sample alone, which an expert without guidance has
+        return max(nbytes, ModelFootprint.activation_bytes(self, replace(work, batch=1), choice, limits))
 
     def pool_bytes(self, work: WorkSize, choice: Choice) -> int:
         """q, k and v; hidden rows of the FFN lie in the same bytes."""
@@ -142,8 +145,7 @@ class ModelFootprint:
 
     def _prompt_bytes(self, work: WorkSize, choice: Choice) -> int:
         """What embeds a prompt, before a pass has anything: the same, and the text between two layers."""
-        text = work.batch * self.text_tokens * self.dim * self.compute_bytes
-        return self._embedding_bytes(0, choice) + 2 * text
+        return self._embedding_bytes(0, choice) + 2 * work.batch * self.text_tokens * self.dim * self.compute_bytes
 
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The largest of what is needed for a moment of a block."""
