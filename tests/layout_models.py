@@ -304,7 +304,7 @@ def wan_vae_model(config: WanVaeConfig) -> Model:
     @torch.inference_mode()
     def load(path: Path) -> Tensor:
         vae = WAN_FORMAT.open_file(path).build(torch.float32, CPU)
-        return torch.cat(list(vae.decode_pieces(latent)), dim=2)
+        return torch.cat(list(vae.decode_pieces(latent)), dim=2).clamp(-1.0, 1.0)  # as diffusers does
 
     return Model(reference, run, load, lambda name: False)
 
