@@ -200,10 +200,8 @@ def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile
                 writer.discard()
                 raise
     except KeyboardInterrupt:
-        # by the file: an interrupt may come between a frame that is written and its being counted
-        is_shown = writer.num_frames > 0 and output.is_file()  # not where it was being closed
-        shown = f"{output} holds the {video_frames(output)} frames made so far" if is_shown else ""
         _note(pipeline, writer, key)
+        shown = f"{output} holds the {_num_shown(writer)} frames made so far" if writer.is_shown else ""
         said = ", ".join(filter(None, (shown, _kept(pipeline))))
         raise KeyboardInterrupt(f"interrupted: {said or 'no frame was made yet'}") from None
     except (RuntimeError, OSError, BadLatents, BadFrames):  # out of memory, no room on the disk, steps that are no use
@@ -214,6 +212,14 @@ def _make(pipeline: WanPipeline, options: argparse.Namespace, chosen: OutputFile
     pipeline.forget()
     print(f"{output}: {writer.num_frames} frames")
     return pipeline.report()
+
+
+def _num_shown(writer: VideoWriter) -> int:
+    """By the file: an interrupt may come between a frame that is written and its being counted."""
+    try:
+        return video_frames(writer.path)
+    except ValueError:  # somebody has moved it
+        return writer.num_frames
 
 
 def _note(pipeline: WanPipeline, writer: VideoWriter, key: str) -> None:

@@ -101,8 +101,10 @@ def _make(folder: Path) -> None:
 
 def _is_remainder(folder: Path) -> bool:
     """Whether it was being removed when its process was killed: only the lock is there."""
-    names = {path.name for path in folder.iterdir()}
-    return bool(names) and names <= LOCKS and time.time() - folder.stat().st_mtime > NEW_SECONDS
+    with suppress(OSError):  # its process lives, and has removed it meanwhile
+        names = {path.name for path in folder.iterdir()}
+        return bool(names) and names <= LOCKS and time.time() - folder.stat().st_mtime > NEW_SECONDS
+    return False
 
 
 def _remove(folder: Path) -> None:

@@ -106,7 +106,9 @@ class Several(Generic[S]):
             model = self._models[rank]
             samples, ranks = places[rank]
             carrier = InEightBits(model.model.execution.ops) if packs else AS_THEY_ARE
-            in_step = model.compiled is None  # code that is compiled is no place to run another card's in
+            # compiled code is no place to run another card's in; of several groups the first would ask for all of its
+            # pass before the others began theirs
+            in_step = model.compiled is None and not apart
             model.model.share = self.team.share(rank, ranks, sizes, carrier, in_step) if shares else None
             model.model.sample = samples.start if apart else None
             try:
@@ -176,22 +178,25 @@ def hidden_sizes(plan: MemoryPlan, num_sharing: int) -> tuple[int, ...] | None:
         return None
     num_heads = -(-plan.model.num_heads // num_sharing)
     largest = -(-num_heads // plan.choice.head_groups)
-    return hiding_sizes(num_heads, head_times(plan, num_heads), plan.work.tokens, largest)
+    return hiding_sizes(num_heads, head_times(plan, num_heads, num_sharing), plan.work.tokens, largest)
 
 
 def seen_of(plan: MemoryPlan) -> float:
     """What of a pass's exchange hides behind nothing, where the way was measured."""
-    sizes = hidden_sizes(plan, plan.work.num_sharing)
+    num_sharing = plan.work.num_sharing
+    sizes = hidden_sizes(plan, num_sharing)
     assert sizes is not None
-    return plan.model.num_blocks * seen_seconds(sizes, head_times(plan, sum(sizes)))
+    return plan.model.num_blocks * seen_seconds(sizes, head_times(plan, sum(sizes), num_sharing))
 
 
-def head_times(plan: MemoryPlan, num_heads: int) -> HeadTimes:
-    """What each of so many heads of a card takes in a block."""
-    link = plan.limits.link_gbps
+def head_times(plan: MemoryPlan, num_heads: int, num_sharing: int) -> HeadTimes:
+    """What each of so many heads of a card takes in a block, where so many cards share a sample."""
+    link, work = plan.limits.link_gbps, plan.work
     assert link is not None
-    exchange = plan.model.exchanged_bytes(plan.work) / (1e9 * link)
-    attention = plan.times.compute * attention_share(plan)
+    if num_sharing != work.num_sharing:  # a pass of one prompt by a plan of both, say
+        work = replace(work, batch=work.cards // num_sharing)
+    exchange = plan.model.exchanged_bytes(work) / (1e9 * link)
+    attention = plan.times.compute * attention_share(plan) * work.rows / plan.work.rows
     return HeadTimes.of(exchange, attention, num_heads * plan.model.num_blocks)
 
 

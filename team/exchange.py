@@ -40,7 +40,7 @@ class Exchange:
 
     What is sent is held until the other has it, which is looked at by `release_taken`: the host does not wait for that
     but at the end (`settle`), and never for a device. What is received is there once it was waited for. All methods
-    belong to the card's own thread.
+    belong to one thread at a time: the card's own, or while that waits the one that asks for all cards' blocks.
     """
 
     def __init__(self, rank: int, mail: Mail, link: Link) -> None:

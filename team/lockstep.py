@@ -7,6 +7,7 @@ work some milliseconds, and more than it takes to ask for a block of a short vid
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ class Blocks:
     """A card's blocks of a pass: who takes the next one has asked the card for all of a block."""
 
     blocks: Iterator[None]
+    exchange: Exchange
     device: torch.device
 
 
@@ -32,12 +34,6 @@ class _Attention:
     device: torch.device
     awaited: Awaited | None = None
     done: bool = False
-
-    def advance(self) -> None:
-        """Go on until something is needed that was not sent yet."""
-        with on_device(self.device):
-            self.awaited = next(self.steps, None)
-        self.done = self.awaited is None
 
     @property
     def goes_on(self) -> bool:
@@ -52,21 +48,21 @@ class Lockstep:
     finished. Then each, the last one first, goes on to the end of its block.
     """
 
-    def __init__(self, followers: Sequence[Blocks]) -> None:
-        self._followers = followers
+    def __init__(self, leader: int, followers: Sequence[Blocks]) -> None:
+        self._leader, self._followers = leader, followers
         self._begun: list[_Attention] = []  # of one attention, in the order of the cards
 
     def attend(self, steps: Steps, exchange: Exchange, device: torch.device) -> None:
         """Take a card's attention to its end, and those of the cards after it."""
         own, number = _Attention(steps, exchange, device), len(self._begun)
         self._begun.append(own)
-        own.advance()
+        self._advance(own)
         if number == len(self._followers):
             self._finish()
             return
         follower = self._followers[number]
         while not own.done:
-            with on_device(follower.device):
+            with self._asking(follower.exchange, follower.device):
                 next(follower.blocks)
 
     def _finish(self) -> None:
@@ -75,4 +71,21 @@ class Lockstep:
             ready = [each for each in waiting if each.goes_on]
             assert ready, f"cards wait for each other: {[each.awaited for each in waiting]}"
             for each in ready:
-                each.advance()
+                self._advance(each)
+
+    def _advance(self, attention: _Attention) -> None:
+        """Go on until something is needed that was not sent yet."""
+        with self._asking(attention.exchange, attention.device):
+            attention.awaited = next(attention.steps, None)
+        attention.done = attention.awaited is None
+
+    @contextmanager
+    def _asking(self, exchange: Exchange, device: torch.device) -> Iterator[None]:
+        """Ask a card, which is named should it hang."""
+        asked = exchange.mail.asked
+        before, asked[self._leader] = asked[self._leader], exchange.rank
+        try:
+            with on_device(device):
+                yield
+        finally:
+            asked[self._leader] = before

@@ -55,6 +55,7 @@ class Mail:
             self._letters: dict[Key, deque[Any]] = defaultdict(deque)
             self._awaited: list[Key | None] = [None] * self.num_cards
             self._inside = [True] * self.num_cards  # not yet gone
+            self.asked = list(range(self.num_cards))  # whom each card's thread asks: its own, or see `Lockstep`
             self._turn = 0 if in_turns else None  # whose it is; None: nobody waits for one
             self.num_turns = self._num_letters = 0  # given and sent so far
             self._stopped = False
@@ -150,6 +151,7 @@ class Mail:
     def _hanging(self, rank: int) -> str:
         awaited = self._awaited[rank]
         silent = self._turn if self._turn is not None or awaited is None else awaited[0]
+        silent = silent if silent is None else self.asked[silent]
         return (
             f"card {silent} has sent nothing to card {rank} for {self.timeout_seconds:g} s: it hangs or has gone; look "
             "at nvidia-smi, and leave that card out of the devices"

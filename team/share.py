@@ -131,11 +131,11 @@ class Part:
         if not share.in_step:
             pass
         elif own != leader:
-            mail.put(own, leader, "blocks", (self, Blocks(blocks, device)))
+            mail.put(own, leader, "blocks", (self, Blocks(blocks, share.exchange, device)))
             mail.take(leader, own, "blocks are done")
         else:
             parts, followers = zip(*(mail.take(other, leader, "blocks") for other in others), strict=True)
-            self._lead(parts, Lockstep(followers), blocks)
+            self._lead(parts, Lockstep(leader, followers), blocks)
             for other in others:
                 mail.put(leader, other, "blocks are done", None)
         for _ in blocks:  # in step, what is behind the last one

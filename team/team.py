@@ -151,10 +151,10 @@ class Team:
             while not job.done.wait(_POLL_SECONDS):
                 waited += _POLL_SECONDS
                 if waited > self.mail.timeout_seconds:
-                    self._hung = True
+                    self._hung, asked = True, self.mail.asked[rank]
                     self.mail.stop()
                     raise TeamError(
-                        f"card {rank} ({self.devices[rank]}) has not ended its part of a pass for "
+                        f"card {asked} ({self.devices[asked]}) has not ended its part of a pass for "
                         f"{self.mail.timeout_seconds:g} s: it hangs or has gone; look at nvidia-smi, and leave that "
                         "card out of the devices"
                     )

@@ -621,6 +621,27 @@ class TestLinks:
         assert four.model.exchanged_bytes(four.work) == pair.model.exchanged_bytes(pair.work)
         assert seen_of(four) == seen_of(pair)
 
+    @pytest.mark.parametrize("gbps", [8.0, 20.0, 320.0])
+    def test_a_pass_of_one_prompt_hides_its_exchange_by_a_plan_of_both_too(self, gbps):
+        """As an expert without guidance has it: each card of the plan's own passes has a prompt of its own."""
+        both, one = (
+            plan_shared(FP8, replace(LONG_480P, batch=batch), gpu_limits(80, link_gbps=gbps), 2) for batch in (2, 1)
+        )
+        assert hidden_sizes(both, 2) == hidden_sizes(one, 2)
+
+    def test_groups_of_cards_ask_for_their_blocks_beside_each_other(self, file):
+        """Four cards, two prompts: the first two do not ask for all of their pass before the others begin."""
+        model, asked = StreamedWan(file, on_cards(4)), list[int]()
+        model.start_fitting(model.make_plan(replace(WORK, batch=2), limits_for(CPU)))
+        for rank, each in enumerate([model, *model.several.others]):
+            for block in each.model.blocks:
+                block.register_forward_pre_hook(lambda *_, rank=rank: asked.append(rank))
+        with torch.inference_mode():
+            model(*inputs(2))
+        firsts = [asked.index(rank) for rank in range(4)]
+        assert max(firsts) < len(asked) // 2, asked
+        model.release()
+
     def test_cards_that_exchange_nothing_look_for_no_groups(self, file):
         """There are 92,171 ways to have 40 heads in groups, and none of them counts."""
         model = StreamedWan(file, on_cards(2))

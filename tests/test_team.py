@@ -7,7 +7,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -386,6 +386,25 @@ class TestTurns:
         other.start()
         assert mail.take(1, 0, "done") == "made"
         other.join()
+
+    def test_the_card_that_hangs_is_named_whoever_asked_it(self):
+        """One thread, the last card's, asks all cards for their blocks."""
+        team, over = team_of(3, timeout=0.5), threading.Event()
+        parts = [team.share(rank, range(3)).part(6) for rank in range(3)]
+        qkv = [random_like((1, 2, 3, 4), seed) for seed in range(3)]
+
+        def blocks(rank: int) -> Iterator[None]:
+            parts[rank].attend(*qkv, lambda q, k, v: q, 1)
+            if rank == 1:
+                over.wait(20)
+            yield
+
+        def task(rank: int) -> None:
+            parts[rank].run(blocks(rank), CPU)
+
+        with pytest.raises(TeamError, match=r"card 1 .*hangs or has gone"):
+            team.run(task)
+        over.set()
 
     def test_a_letter_that_nobody_will_send_is_an_error_at_once(self):
         team, begun = team_of(2, timeout=60), time.monotonic()

@@ -61,6 +61,7 @@ class VideoWriter:
         self.fps, self.crf, self.is_part = fps, crf, is_part
         self.codec, self.tags, self.sound = codec, tags or {}, sound
         self.num_frames = 0
+        self.is_shown = False  # in its place
         self._encoder: subprocess.Popen[bytes] | None = None
         self._inputs = ExitStack()  # the folder of what else ffmpeg reads
         self._watched: Watched | None = None  # ffmpeg, once it runs
@@ -102,6 +103,7 @@ class VideoWriter:
             raise VideoError(self._why_stopped(self._watched.stuck))
         try:
             replace_file(self.partial, self.path)
+            self.is_shown = True
         except OSError as error:
             # under a name that is not a partial file's, which the next run would remove
             whole = self.partial.with_name(self.partial.name.replace(".partial", ""))

@@ -55,7 +55,7 @@ class BlockStreamer:
     before it computes with another it must ask for that (`arrive`).
     `ring` may be shared between streamers and is not needed if nothing streams; on a CPU with the blocks in
     RAM they are bound where they are. `between_blocks` is called before each block and may raise. One
-    streamer belongs to one thread.
+    streamer belongs to one thread at a time: that of its card, or another while that one waits (`team/lockstep.py`).
     """
 
     def __init__(
