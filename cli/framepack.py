@@ -12,7 +12,7 @@ from typing import get_args
 
 from PIL import Image
 
-from ..framepack.buckets import MULTIPLE, check_size, nearest_bucket
+from ..framepack.buckets import MULTIPLE, nearest_bucket
 from ..framepack.checkpoint import MODEL_TYPES
 from ..framepack.footprint import SectionSize
 from ..framepack.inputs import Encoders, Inputs
@@ -290,7 +290,12 @@ def _given_size(options: argparse.Namespace) -> tuple[int, int] | None:
         return None
     if width is None or height is None:
         raise ValueError("--width and --height belong together: give both, or none for the picture's nearest bucket")
-    check_size(width, height)
+    if width % MULTIPLE or height % MULTIPLE or min(width, height) < MULTIPLE:
+        nearest = [max(1, round(side / MULTIPLE)) * MULTIPLE for side in (width, height)]
+        raise ValueError(
+            f"{width}x{height} cannot be made: FramePack needs sides that are multiples of {MULTIPLE}; "
+            f"use {nearest[0]}x{nearest[1]}"
+        )
     return width, height
 
 

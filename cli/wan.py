@@ -24,8 +24,9 @@ from ..video.writer import VideoWriter, check_video
 from ..wanvideo.footprint import wan_work
 from ..wanvideo.identity import WanFiles
 from ..wanvideo.pipeline import WanPipeline
-from ..wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_planned, plan_defaults
+from ..wanvideo.request import NEGATIVE_PROMPT, WanRequest, check_size, plan_defaults
 from ..wanvideo.streamed import StreamedWan
+from ..wanvideo.vae.model import WAN21_VAE, WAN22_VAE
 from .arguments import (
     FamilyCommands,
     WantedFile,
@@ -242,7 +243,8 @@ def planned_work(options: argparse.Namespace, model: StreamedWan) -> WorkSize:
     """The work of a video of these options, for `plan`."""
     request = WanRequest("any", width=options.width, height=options.height, num_frames=options.frames)
     size = request.completed(plan_defaults(model.config)).size
-    check_planned(model.config, size)
+    vae = WAN22_VAE if model.config.out_channels == WAN22_VAE.z_dim else WAN21_VAE
+    check_size(vae, model.config.patch_size[1], *size)
     return wan_work(model.config, size, *batch_and_passes(not options.cfg_1, options.batch_cfg))
 
 

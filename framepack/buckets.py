@@ -4,18 +4,6 @@ from __future__ import annotations
 
 BASE_RESOLUTION = 640
 MULTIPLE = 16  # the VAE's 8 times the patch's 2
-
-
-def check_size(width: int, height: int) -> None:
-    """ValueError unless FramePack can make a video of this size."""
-    if width % MULTIPLE or height % MULTIPLE or min(width, height) < MULTIPLE:
-        nearest = [max(1, round(side / MULTIPLE)) * MULTIPLE for side in (width, height)]
-        raise ValueError(
-            f"{width}x{height} cannot be made: FramePack needs sides that are multiples of {MULTIPLE}; "
-            f"use {nearest[0]}x{nearest[1]}"
-        )
-
-
 # as in lllyasviel/FramePack `diffusers_helper/bucket_tools.py`: the n-th height goes with the n-th width from the end
 SIDES = (416, 448, 480, 512, 544, 576, 608, 640, 672, 704, 768, 832, 864, 960)
 BUCKETS = tuple(zip(SIDES, reversed(SIDES), strict=True))  # (height, width)

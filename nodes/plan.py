@@ -60,12 +60,12 @@ def plan_text(patcher: StreamedModelPatcher, size: tuple[int, int, int], passes:
     """The plan for a video of `size` (width, height, frames) as text, or why there is none and what would fit."""
     engine = patcher.engine
     width, height, frames = size
+    work = engine.video_work(width, height, frames, passes)
     note = f"{engine.plan_note}\n" if engine.plan_note else ""
     if not card_gb and engine.device.type != "cuda":
         note += f"ComfyUI runs on the CPU: this is the plan for a card of {CARD_GB:g} GB.\n"
         card_gb = CARD_GB
     try:
-        work = engine.video_work(width, height, frames, passes)
         told = describe(engine.preview(work, patcher.options, card_gb))
     except ValueError as refusal:
         told = str(refusal)

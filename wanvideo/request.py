@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..transformer.nag import NagSettings
 from .network.config import WanConfig
-from .vae.model import WAN21_VAE, WAN22_VAE, VAEConfig
+from .vae.model import VAEConfig
 
 T = TypeVar("T")
 
@@ -196,12 +196,6 @@ def check_request(request: WanRequest) -> None:
 
 def _given(value: T | None, known: T) -> T:
     return known if value is None else value
-
-
-def check_planned(config: WanConfig, size: tuple[int, int, int]) -> None:
-    """ValueError unless a model of these dimensions can make a video of `size` (width, height, frames)."""
-    vae = WAN22_VAE if config.out_channels == WAN22_VAE.z_dim else WAN21_VAE
-    check_size(vae, config.patch_size[1], *size)
 
 
 def check_size(vae: VAEConfig, patch: int, width: int, height: int, num_frames: int) -> None:

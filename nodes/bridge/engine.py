@@ -183,7 +183,7 @@ class Engine(Generic[S]):
     # Planning
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
-        """The work of one step of a video of this size, in pixels and frames; ValueError where it cannot be made."""
+        """The work of one step of a video of this size, in pixels and frames."""
         raise NotImplementedError
 
     def plan(self, work: WorkSize, options: StreamOptions | None = None) -> MemoryPlan:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ...framepack.buckets import check_size
 from ...framepack.footprint import SectionSize
 from ...framepack.streamed import StreamedFramePack
 from ...memory.plan.footprint import WorkSize
@@ -46,7 +45,6 @@ class FramePackEngine(Engine[StreamedFramePack]):
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
         """A section of the usual length: that of the video does not matter."""
-        check_size(width, height)
         return SectionSize(4 * 9 - 3, height, width, passes_per_step=passes_per_step)
 
     def check_latent(self, latent: Tensor) -> None:

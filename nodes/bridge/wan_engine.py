@@ -20,7 +20,6 @@ from ...sampling.caching.sampler_steps import Call
 from ...sampling.caching.settings import StepCacheSettings
 from ...wanvideo.footprint import WanWork, wan_work, with_residuals
 from ...wanvideo.network.model import Extras
-from ...wanvideo.request import check_planned
 from ...wanvideo.step_tables import choose_table
 from ...wanvideo.streamed import StreamedWan
 from .engine import Engine
@@ -46,7 +45,6 @@ class WanEngine(Engine[StreamedWan]):
         return wan_work(self.streamed.config, (width * across, height * down, (frames - 1) * time + 1))
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
-        check_planned(self.streamed.config, (width, height, frames))
         return wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
 
     def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
