@@ -38,7 +38,8 @@ def video_seconds(path: Path) -> float:
 
 def video_frames(path: Path) -> int:
     """How many frames a video has that all last as long. ValueError where there is none."""
-    return round(video_seconds(path) * video_rate(path))
+    told = _told(path)
+    return round(told.seconds * told.fps)
 
 
 def video_rate(path: Path) -> float:
