@@ -13,6 +13,7 @@ from ..fused.select import select_fused_ops
 from ..memory.plan.parking import ParkSpec
 from ..sampling.caching.settings import StepCacheSettings
 from ..system.dtypes import half_dtype
+from ..system.processors import processors_of
 from ..transformer.workspace import Execution
 
 CPU = torch.device("cpu")
@@ -96,4 +97,9 @@ class RunSettings:
     def execution(self, head_dim: int) -> Execution:
         """Backends for this device; chunk sizes come with the plan. ValueError where the attention mode cannot run."""
         spec = AttentionSpec(self.device, self.compute_dtype, head_dim)
-        return Execution(self.compute_dtype, select_attention(self.attention_mode, spec), select_fused_ops(self.device))
+        return Execution(
+            self.compute_dtype,
+            select_attention(self.attention_mode, spec),
+            select_fused_ops(self.device),
+            processors=processors_of(self.device),
+        )

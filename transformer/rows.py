@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 TILE_ROWS = 256
+# Queries of a head that one processor of a GPU attends for at a time, in FlashAttention, cuDNN and SageAttention; and
+# how many more it could attend for in the time that another part takes, where keys and values are unpacked for each.
+QUERY_TILE, PART_QUERIES = 128, 256
 
 
 def even_step(count: int, most: int) -> int:
@@ -17,6 +22,28 @@ def even_step(count: int, most: int) -> int:
         return most
     num_parts = -(-count // most)
     return min(most, -(-count // num_parts // TILE_ROWS) * TILE_ROWS)
+
+
+@lru_cache
+def query_step(count: int, most: int, num_heads: int, processors: int | None) -> int:
+    """So many queries at a time, at most `most`, that a GPU of so many processors attends for `count` soonest.
+
+    Each processor takes a tile of one head's queries through all keys: a round of all processors in which some have
+    none takes as long as a full one. None for a device that has no such processors: parts are about even.
+    """
+    if processors is None or count <= most:
+        return even_step(count, most)
+
+    def rounds(queries: int) -> int:
+        return -(-(-(-queries // QUERY_TILE) * num_heads) // processors)
+
+    def cost(step: int) -> tuple[int, int]:
+        whole, rest = divmod(count, step)
+        parts = -(-count // step)
+        return (whole * rounds(step) + rounds(rest)) * QUERY_TILE * processors + parts * PART_QUERIES * num_heads, step
+
+    least = max(QUERY_TILE, most // 2 // QUERY_TILE * QUERY_TILE)
+    return min((*range(least, most + 1, QUERY_TILE), even_step(count, most)), key=cost)
 
 
 def num_parts(count: int, most: int, fewest: int = 1) -> int:

@@ -18,7 +18,7 @@ from ..system.words import copy_in_words
 from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .packed_heads import PackedHeads
-from .rows import even_step, num_parts, rows_of
+from .rows import even_step, num_parts, query_step, rows_of
 
 FEWEST_PARTS = 8  # of a pass in code for any size: 32,768 rows at 4096 at a time
 ANY_NUMBER = 2**40  # of rows
@@ -40,11 +40,12 @@ class Execution:
     """Choices that change speed and memory, and results only by rounding.
 
     `token_chunk` rows go through norms and matrix products at a time; attention runs over `head_groups` groups of
-    heads in turn, for the queries of at most `query_chunk` rows at a time (None: of all). They come from the memory
-    plan, as does whether self-attention's keys and values are kept in 8 bits (`packed_keys`), which is not only
-    rounding: a plan does so where the user chose to compute in 8 bits. `all_queries` overrules both, for attention that
-    must see all at once, whatever a leaner plan says in between. With `any_size` compiled code fits videos of any size:
-    row ranges are a number of parts, not a number of rows (see `Workspace.ranges`).
+    heads in turn, for the queries of at most `query_chunk` rows at a time (None: of all), of which so many go together
+    as keep a GPU's `processors` busy (see `query_step`). They come from the memory plan, as does whether
+    self-attention's keys and values are kept in 8 bits (`packed_keys`), which is not only rounding: a plan does so
+    where the user chose to compute in 8 bits. `all_queries` overrules both, for attention that must see all at once,
+    whatever a leaner plan says in between. With `any_size` compiled code fits videos of any size: row ranges are a
+    number of parts, not a number of rows (see `Workspace.ranges`).
     """
 
     dtype: torch.dtype = torch.float32
@@ -53,6 +54,7 @@ class Execution:
     token_chunk: int = 4096
     head_groups: int = 1
     query_chunk: int | None = None
+    processors: int | None = None
     packed_keys: bool = False
     all_queries: bool = False
     watch: AttentionRun | None = None
@@ -147,7 +149,8 @@ class Workspace:
             return self.num_rows
         tokens = self.num_rows // self.rows.batch
         if self.extent is None:
-            return even_step(tokens, self.query_chunk)
+            heads = self.rows.num_heads // self.execution.head_groups
+            return query_step(tokens, self.query_chunk, heads, self.execution.processors)
         return -(-tokens // num_parts(tokens, self.query_chunk))
 
     @property
@@ -302,9 +305,13 @@ class Workspace:
         if self.query_chunk is None:
             yield slice(0, self.num_rows)
             return
-        tokens = self.num_rows // self.rows.batch
+        tokens, step = self.num_rows // self.rows.batch, self.query_rows
         for sample in range(self.rows.batch):
-            yield from self.ranges(sample * tokens, (sample + 1) * tokens, self.query_chunk)
+            start = sample * tokens
+            if self.extent is not None:
+                yield from self.ranges(start, start + tokens, self.query_chunk)
+                continue
+            yield from (slice(start + first, start + min(first + step, tokens)) for first in range(0, tokens, step))
 
     def chunks_of_samples(self) -> Iterator[slice]:
         """Row ranges that are chunks of one sample each, of as many rows as queries exist of."""

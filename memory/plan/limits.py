@@ -9,6 +9,7 @@ import torch
 
 from ...system.card_links import numbered
 from ...system.card_profile import H2D_PAGEABLE, H2D_PINNED, CardProfile, profile_of
+from ...system.processors import processors_of
 from ..stream.pinned import default_pinned_cap
 from .footprint import CONTEXT_BYTES, GIB, UNLIMITED, AttentionBytes, Limits
 from .rates import Rates, measure_rates
@@ -68,9 +69,7 @@ def context_bound(device: torch.device) -> int:
     The driver keeps memory for all threads that a card runs at a time, beside the libraries' code: what was measured on
     an H200 holds for cards of as many multiprocessors, which are all GeForce ones but the RTX 5090 (170), or of fewer.
     """
-    if not torch.cuda.is_available():
-        return CONTEXT_BYTES
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = processors_of(device) or CONTEXT_PROCESSORS
     return int(CONTEXT_BYTES * max(1.0, processors / CONTEXT_PROCESSORS))
 
 
