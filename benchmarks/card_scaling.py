@@ -7,13 +7,12 @@ in each pass over a bus that each card has for itself, while the machine's RAM g
 attention goes by those groups of heads that a model takes (`team/hiding.py`), of which the first one's exchange and the
 last one's way back are seen, and the rest hides behind attention where that takes longer.
 
-Corrected by what two H200s took (`several_cards_two_h200_2026-11-29.json`): 623 and 584 TFLOP/s are what one card's
-passes fit within 2 %. Two cards took longer than half of that and the exchange: 2.9 % of what they compute (less of
-everything at a time, and copies) and `sync_ms` = 1.6 ms a block (waiting for each other), by 720x1280x81 and
-480x832x81 from card to card. Both are of passes whose groups of heads were as even as can be, packed number by number,
-with the first card's work before the others': what is now less of either is not corrected yet.
-`host_ms` is what one card's thread takes for a block at 480x832x17: threads take turns, so a pass takes at least P
-times as long, which is all of that pass on two cards. Longer videos take more, but their cards take longer still.
+Corrected by what two H200s took (`several_cards_two_h200_2026-11-30.json`): 623 and 584 TFLOP/s are what one card's
+passes fit within 2.2 %. Two cards took longer than half of one's measured time and the exchange: 1.2 % of that (less of
+everything at a time, and copies) and `sync_ms` = 1.4 ms a block (waiting for each other), by 720x1280x81 and
+480x832x81 from card to card. 480x832x17 was none of these: predicted are 0.264 s, and 0.246 measured.
+`host_ms` is what the host takes for a block and card where one thread asks two cards (`host_h200_2026-11-30.json`): a
+pass takes at least P times as long.
 None of this was measured on more than two cards: `benchmarks/several_cards.py` measures.
 """
 
@@ -47,9 +46,9 @@ class Machine:
     bus_gbps: float
     link_gbps: float
     ram_gbps: float
-    loss: float = 0.029
-    sync_ms: float = 1.6
-    host_ms: float = 3.8
+    loss: float = 0.012
+    sync_ms: float = 1.4
+    host_ms: float = 2.22
 
 
 MACHINES = (
