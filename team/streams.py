@@ -57,3 +57,9 @@ def wait_until_idle(streams: Sequence[Stream], device: torch.device, seconds: fl
                 "and leave that card out of the devices"
             )
         time.sleep(_POLL_SECONDS)
+
+
+def wait_for_device(device: torch.device, seconds: float = IDLE_SECONDS) -> None:
+    """The host waits for all that a GPU was given; TeamError where what it computes for this thread takes so long."""
+    wait_until_idle([torch.cuda.current_stream(device)], device, seconds)
+    torch.cuda.synchronize(device)

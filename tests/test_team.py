@@ -28,8 +28,9 @@ from lowvram_video.team.carriers import AS_THEY_ARE, Carrier, InEightBits, packe
 from lowvram_video.team.heads import AttendMany, HeadExchange
 from lowvram_video.team.link import HostLink, Link, Mark
 from lowvram_video.team.mail import Mail, TeamError, TeamStopped
+from lowvram_video.team.share import Part
 from lowvram_video.team.spans import even_spans, group_sizes, head_spans, length, run_length
-from lowvram_video.team.streams import wait_until_idle
+from lowvram_video.team.streams import wait_for_device, wait_until_idle
 from lowvram_video.team.team import Team
 from lowvram_video.transformer.nag import NagSettings
 from lowvram_video.wanvideo.network.config import WanConfig
@@ -227,9 +228,9 @@ class TestAnyOrder:
         cuts=st.sets(st.integers(1, 8), max_size=4),
         batch=st.integers(1, 2),
         seed=st.integers(0, 1000),
-        in_turns=st.booleans(),
+        way=st.sampled_from(["at once", "in turns", "by one thread"]),
     )
-    def test_attention_is_that_of_one_device(self, num_cards, num_heads, tokens, cuts, batch, seed, in_turns):
+    def test_attention_is_that_of_one_device(self, num_cards, num_heads, tokens, cuts, batch, seed, way):
         q, k, v = (random_like((batch, tokens, num_heads, 8), seed + each) for each in range(3))
         attend = Sdpa(CPU).attend
         expected = attend(q, k, v)
@@ -238,19 +239,27 @@ class TestAnyOrder:
         links = [LazyLink(seed + rank, lock) for rank in range(num_cards)]
         team = Team([CPU] * num_cards, links, TIMEOUT, random.Random(seed).choice)
 
-        def layer(rank: int) -> Tensor:
+        def layers(rank: int) -> Tensor:
+            part = Part(team.share(rank, range(num_cards), sizes, in_step=way == "by one thread"), spans)
             own = [tensor[:, spans[rank]].clone() for tensor in (q, k, v)]
-            exchange = team.exchanges[rank]
-            HeadExchange(exchange, range(num_cards), spans, (own[0], own[1], own[2]), sizes).run(
-                lambda *qkv: [attend(*qkv)]
-            )
-            own[1].fill_(float("nan"))  # the next layer's
-            own[2].fill_(float("nan"))
-            return own[0]
+            results = []
+
+            def blocks() -> Iterator[None]:
+                for _ in range(2):
+                    used = [tensor.clone() for tensor in own]
+                    part.attend(used[0], used[1], used[2], attend, 1)
+                    used[1].fill_(float("nan"))  # the next layer's
+                    used[2].fill_(float("nan"))
+                    results.append(used[0])
+                    yield
+
+            part.run(blocks(), CPU)
+            assert results[0].equal(results[1])
+            return results[1]
 
         with torch.inference_mode():
             for _ in range(2):
-                assert torch.cat(team.run(layer, in_turns), 1).equal(expected)
+                assert torch.cat(team.run(layers, way != "at once"), 1).equal(expected)
         team.close()
 
 
@@ -458,9 +467,17 @@ class StumblingLink(HostLink):
 
 
 class TestFailures:
-    @pytest.mark.parametrize("culprit", [0, 2])
-    @pytest.mark.parametrize("error", [Stumble(), torch.cuda.OutOfMemoryError("full")], ids=["interrupt", "memory"])
-    def test_a_failure_at_any_exchange_ends_all(self, culprit, error):
+    @pytest.mark.parametrize(
+        ("culprit", "error", "in_step"),
+        [
+            (0, Stumble(), True),
+            (0, torch.cuda.OutOfMemoryError("full"), False),
+            (2, Stumble(), False),
+            (2, torch.cuda.OutOfMemoryError("full"), True),
+        ],
+        ids=["interrupt first", "memory first, in turns", "interrupt last, in turns", "memory last"],
+    )
+    def test_a_failure_at_any_exchange_ends_all(self, culprit, error, in_step):
         """At each in turn: its error is raised, nobody hangs, and the next pass is right."""
         latent, timestep, text = random_like((1, 16, 2, 8, 8), 1), torch.tensor([700.0]), random_like((1, 8, 32), 2)
         models = [wan(2, replace(WAN, num_layers=1)) for _ in range(3)]
@@ -471,7 +488,7 @@ class TestFailures:
                 at += 1
                 links = [StumblingLink(at if rank == culprit else 0, error) for rank in range(3)]
                 team = team_of(3, links)
-                share_pass(models, team)
+                share_pass(models, team, in_step=in_step)
                 try:
                     team.run(lambda rank: models[rank](latent, timestep, text))
                     ended = True  # it has no operation of that number
@@ -553,6 +570,16 @@ class TestFailures:
         finally:
             gc.enable()
         team.close()
+
+    def test_a_card_that_hangs_is_not_waited_for_without_an_end(self, monkeypatch):
+        class Hanging:
+            def query(self) -> bool:
+                return False
+
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Hanging())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("this waits for ever"))
+        with pytest.raises(TeamError, match=r"cuda:1 has not done in 0.05 s what it was given: it hangs or has gone"):
+            wait_for_device(torch.device("cuda:1"), seconds=0.05)
 
     def test_a_card_that_does_not_end_its_work_is_an_error(self):
         class Hanging(HostLink):

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...memory.plan.decode import PAGES_AT_WORK
 from ...memory.stream.pinned import Registrar
 from ...team.mail import TIMEOUT_SECONDS, TeamError
+from ...team.streams import wait_for_device
 from ...team.team import Team
 from ...vae.checks import check_latent
 from ...vae.frame_watch import FrameWatch
@@ -77,8 +78,8 @@ def decode_on_cards(
             # RAM that copies are under way to, or from, is others' next
             for vae in () if hangs else vaes:
                 if vae.device.type == "cuda":
-                    with suppress(RuntimeError):  # a card that failed says so again, over what stopped it
-                        torch.cuda.synchronize(vae.device)
+                    with suppress(RuntimeError):  # a card that failed, or hangs, says so over what stopped it
+                        wait_for_device(vae.device)
         watch.end()
     yield from decode.pieces()
 
