@@ -64,5 +64,5 @@ def denoise_memory(model: ModelFootprint, work: WorkSize, choice: Choice, limits
         scratch=scratch,
         text=text,
         latents=latents,
-        slack=slack_bytes(activations + scratch + text + latents),
+        slack=slack_bytes(activations + scratch + text + latents, work.cards),
     )

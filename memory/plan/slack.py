@@ -5,11 +5,15 @@ from __future__ import annotations
 from .footprint import MIB
 
 # It rounds and fragments what is allocated during a run; weights and the ring are exact. cuBLAS has its workspace from
-# it too: 32 MiB on Hopper, less elsewhere; half of this.
+# it too, for each thread that asks a card for work: 32 MiB on Hopper, less elsewhere; half of this.
 SLACK_FRACTION = 0.03
 SLACK_BYTES = 64 * MIB
+WORKSPACE_BYTES = 32 * MIB
 
 
-def slack_bytes(nbytes: int) -> int:
-    """Bytes beside so many that come and go during a run."""
-    return SLACK_BYTES + int(SLACK_FRACTION * nbytes)
+def slack_bytes(nbytes: int, cards: int = 1) -> int:
+    """Bytes beside so many that come and go during a run.
+
+    Of several cards one's own thread asks it for work, and that of the last card (see `team/lockstep.py`).
+    """
+    return SLACK_BYTES + (WORKSPACE_BYTES if cards > 1 else 0) + int(SLACK_FRACTION * nbytes)
