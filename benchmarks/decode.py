@@ -6,7 +6,8 @@ Run it with ComfyUI's own Python. A second process holds the rest of the card, s
 The command line's path and the decode node's make the same frames, whose largest difference from whole frames is in
 `levels` of 255; ComfyUI's own VAE Decode stands beside them. Without --comfyui only the command line's is measured.
 `rss_mib` is RAM above the process before, in which frames of this benchmark wait too: `frames_mib`. `planned_gib` is
-beside what PyTorch reserved: neither counts the context. LOWVRAM_RECORD_STEPS=0 and PYTORCH_CUDA_ALLOC_CONF count for
+beside what PyTorch reserved: neither counts the context. Memory is watched in every other run, the first among them, as
+to ask the driver every 3 ms takes time of its own. LOWVRAM_RECORD_STEPS=0 and PYTORCH_CUDA_ALLOC_CONF count for
 all paths alike, and are in the results.
 """
 
@@ -53,6 +54,11 @@ class Case:
     path: str  # "command line", "decode node", "ComfyUI", "encode" or "ComfyUI encodes"
     size: tuple[int, int, int]
     gib: float  # that this process may use, 0: all
+
+    def __str__(self) -> str:
+        frames, height, _ = self.size
+        within = f"within {self.gib:g} GiB" if self.gib else "with all VRAM"
+        return f"{self.path}: {frames} frames of {height}p {within}"
 
 
 CASES = (
@@ -193,10 +199,11 @@ class Bench:
         }  # fmt: skip
         row: dict[str, Any] = {**asdict(case), "seconds": []}
         self.way, self.planned = "", 0
-        for _ in range(self.repeats):
+        for repeat in range(self.repeats):
             gc.collect()
+            watched = self.device.type == "cuda" and repeat % 2 == 0
             before = psutil.Process().memory_info().rss
-            with Watch() if self.device.type == "cuda" else NoWatch() as watch:
+            with Watch() if watched else NoWatch() as watch:
                 began = time.perf_counter()
                 try:
                     result = work[case.path](case)
@@ -207,7 +214,8 @@ class Bench:
                 row["seconds"].append(round(time.perf_counter() - began, 3))
                 if case.path == "command line":
                     row["parts"] = [round(self.built - began, 3), round(self.made - self.built, 3)]
-            row |= {"rss_mib": (watch.rss_peak - before) >> 20, "least_free_mib": watch.min_free >> 20}
+            if watched:
+                row |= {"rss_mib": (watch.rss_peak - before) >> 20, "least_free_mib": watch.min_free >> 20}
             if self.device.type == "cuda":
                 row |= {"allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
                         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3)}  # fmt: skip
@@ -236,7 +244,7 @@ class Bench:
 
 
 class NoWatch:
-    """On a CPU."""
+    """Of a run that is timed alone."""
 
     min_free = rss_peak = 0
 
@@ -275,8 +283,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comfyui", type=Path, help="a ComfyUI, for the decode node and ComfyUI's own decoder")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="paths to measure")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--only", nargs="*", help="cases whose line has one of these: 'command line' '480p within 2'")
     parser.add_argument("--profile", action="store_true", help="say where the time of 25 frames goes, first")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, with small pictures")
     options = parser.parse_args()
@@ -296,7 +304,7 @@ def main() -> None:
             if options.comfyui is not None:
                 bench.native = start(options.comfyui, file, ["--cpu"] if options.tiny else [])
             for case in CASES:
-                if options.only and case.path not in options.only:
+                if options.only and not any(words in str(case) for words in options.only):
                     continue
                 if options.comfyui is None and case.path not in ("command line", "encode"):
                     continue
