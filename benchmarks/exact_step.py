@@ -76,6 +76,7 @@ ROWS = (
     Row("480p fp8_fast", "fp8", VIDEO, quantization="fp8_fast", profile=True),
     Row("720p in 4.0", "fp8", HD, 4.0, steps=1),
     Row("720p resident", "fp8", HD, steps=1),
+    Row("720p fp8_fast", "fp8", HD, quantization="fp8_fast", steps=1),
     Row("480p 8-bit k and v in 2.3", "fp8", VIDEO, 2.3, quantization="fp8_fast", profile=True),
     Row("720p 8-bit k and v in 3.5", "fp8", HD, 3.5, quantization="fp8_fast", steps=1),
     Row("480p Q4_K", "Q4_K", VIDEO, profile=True),
