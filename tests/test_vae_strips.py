@@ -519,6 +519,36 @@ def test_frames_are_finished_and_put_where_they_are_wanted(vae, way):
     assert all(piece.data_ptr() >= into.data_ptr() for piece in pieces)
 
 
+class Watched(Tensor):
+    """Notes the shapes of what is brought to a device, which is watched no further."""
+
+    brought: list[tuple[int, ...]]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is not Tensor.to:
+            if isinstance(result, Watched):
+                result.brought = args[0].brought
+            return result
+        args[0].brought.append(tuple(args[0].shape))
+        return result.as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("rows", [None, 12])
+def test_nobody_waits_for_the_device_at_each_latent_frame(vae, monkeypatch, rows):
+    """As one would who brings it a frame, or the statistics of latents, from memory that is not pinned."""
+    statistics, asked = WanVAE._latent_statistics, list[None]()
+    monkeypatch.setattr(WanVAE, "_latent_statistics", lambda self: asked.append(None) or statistics(self))
+    plain = random_latent(vae, 3, 2, 1)
+    latent = plain.as_subclass(Watched)
+    latent.brought = []
+    pieces = vae.decode_pieces(latent) if rows is None else vae.decode_strips(latent, Strips(rows), lambda piece: piece)
+    got = torch.cat(list(pieces), dim=2)
+    assert (latent.brought, len(asked)) == ([plain.shape], 1)
+    assert relative_error(got, whole(vae, plain)) <= BOUND
+
+
 def test_an_abandoned_decode_gives_its_memory_back(vae):
     unpinned: list[int] = []
 

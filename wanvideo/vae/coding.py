@@ -122,6 +122,7 @@ class Decoding(Coding):
     def whole(self, latent: Tensor) -> Iterator[Tensor]:
         """Pieces [B, 3, t, H, W] of one frame, then of four each, as their latent frame is done."""
         first, (strip,) = self.whole_frames(), self.strips(self.plan()[0])
+        latent = self._brought(latent)
         for index in range(self.num_latents):
             yield self.piece(self._features(latent[:, :, index], first), strip)
 
@@ -171,12 +172,16 @@ class Decoding(Coding):
     @torch.inference_mode()
     def fill_shelf(self, latent: Tensor, allocate: Allocate) -> Shelf:
         """What the whole layers make of every frame."""
-        shelf = None
+        shelf, latent = None, self._brought(latent)
         for index, features in enumerate(self.through_whole(lambda step: self.side.enter(latent[:, :, step]))):
             shelf = shelf or self.shelf(features.shape[1], allocate)
             shelf.put(index, 0, features)
         assert shelf is not None
         return shelf
+
+    def _brought(self, latent: Tensor) -> Tensor:
+        """A latent on the device, all at once: who brings a frame there waits until it is done with those before."""
+        return latent.to(self.weight.device)
 
     @torch.inference_mode()
     def _features(self, frame: Tensor, strip: Strip) -> Tensor:

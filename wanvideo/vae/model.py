@@ -183,11 +183,10 @@ class WanVAE(nn.Module):
 
     def decoding(self, latent_shape: Sequence[int]) -> Decoding:
         """A pass of the decoder over latents [B, z, T, h, w]."""
-        patch = self.config.patch_size
+        patch, (mean, std) = self.config.patch_size, self._latent_statistics()
 
         def enter(frame: Tensor) -> Tensor:
-            mean, std = self._latent_statistics()
-            return pointwise(self.conv2, (frame.to(self.device).float() * std + mean).to(self.dtype))
+            return pointwise(self.conv2, (frame.float() * std + mean).to(self.dtype))
 
         def leave(pixels: Tensor) -> Tensor:
             return unfold_pixels(pixels, patch)
@@ -197,13 +196,12 @@ class WanVAE(nn.Module):
 
     def encoding(self, video_shape: Sequence[int]) -> Encoding:
         """A pass of the encoder over video [B, 3, T, H, W]."""
-        config = self.config
+        config, (mean, std) = self.config, self._latent_statistics()
 
         def enter(frame: Tensor) -> Tensor:
             return fold_pixels(frame.to(self.device, self.dtype), config.patch_size)
 
         def leave(moments: Tensor) -> Tensor:
-            mean, std = self._latent_statistics()
             mode = pointwise(self.conv1, moments).chunk(2, dim=1)[0]
             return ((mode.float() - mean) / std).to(self.dtype)
 
@@ -223,7 +221,7 @@ class WanVAE(nn.Module):
         return Side(network.whole, network.local, enter, leave, stride, config.patch_size, config.temporal_stride)
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each latent channel, [1, z, 1, 1]."""
+        """Mean and deviation of each latent channel, [1, z, 1, 1]; the device is waited for."""
         values = torch.tensor([self.config.latent_mean, self.config.latent_std], device=self.device)
         mean, std = values.view(2, 1, -1, 1, 1)
         return mean, std
