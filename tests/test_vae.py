@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from lowvram_video.vae.files import to_channels_last
+from lowvram_video.vae.strips import aligned
 from lowvram_video.wanvideo.vae import coding
 from lowvram_video.wanvideo.vae.blocks import RMSNorm
 from lowvram_video.wanvideo.vae.checkpoint import WAN_FORMAT, to_official_names
@@ -244,9 +245,11 @@ def test_three_frames_are_held_per_convolution(pair, monkeypatch):
     for strip in begun:
         assert strip._running
         for conv, ring in strip._running.items():
-            frames = ring._frames
-            assert frames.shape[1] == 3 * conv.in_channels
-            assert frames.untyped_storage().nbytes() == frames.numel() * frames.element_size()
+            assert ring._frames.shape[1] == 3 * conv.in_channels
+        held = [ring._frames for ring in strip._running.values()]  # side by side
+        assert len({frames.untyped_storage().data_ptr() for frames in held}) == 1
+        places = sum(aligned(frames.numel()) * frames.element_size() for frames in held)
+        assert held[0].untyped_storage().nbytes() == places
 
 
 def test_decode_leaves_the_callers_grad_mode_alone(pair):

@@ -316,15 +316,21 @@ class CpuGraph(TorchDispatchMode):
 
 
 class CpuRecorder:
-    """A recorder that gives up after `most` recordings; `spoil` does something to what is played."""
+    """A recorder that gives up after `most` recordings; `spoil` does something to what is played.
+
+    It has room for one more recording at a time than `crowded`, until it forgets.
+    """
 
     def __init__(self, most: int = 1 << 30, spoil: Callable[[CpuGraph], None] = lambda graph: None) -> None:
         self.most, self.spoil = most, spoil
-        self.num_recorded = self.num_played = 0
+        self.num_recorded = self.num_played = self.num_forgotten = 0
+        self.crowded: int | None = None
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.num_recorded == self.most:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if self.num_recorded == self.crowded:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.num_recorded += 1
         with CpuGraph() as graph:
             work()
@@ -337,7 +343,8 @@ class CpuRecorder:
         return play
 
     def forget(self) -> None:
-        pass
+        self.num_forgotten += 1
+        self.crowded = None
 
 
 @pytest.fixture
@@ -375,6 +382,35 @@ def test_strips_of_one_kind_play_each_others_steps(recorded):
     want, proven = in_strips(vae, latent, way), recorded(recorder)
     assert torch.equal(in_strips(vae, latent, way), want)
     assert (len(proven), recorder.num_recorded, recorder.num_played) == (1, 4, 4 + 2 * 5)
+
+
+def test_strips_are_recorded_while_the_device_is_at_work(vae, recorded, caplog):
+    """Who leaves room to others waits for the device: nobody does once kinds are known, unless there is no room."""
+    latent, video = random_latent(vae, 10, 6, 1), random_video(vae, 10, 4, 1)
+    way, recorder = Strips(2 * vae.config.spatial_stride, True), CpuRecorder()
+    want, want_encoded = in_strips(vae, latent, way), vae.encode_strips(video, way)
+    recorded(recorder)
+    in_strips(vae, latent, way), vae.encode_strips(video, way)
+    recorder.num_forgotten = 0
+    assert torch.equal(in_strips(vae, latent, way), want)
+    assert torch.equal(vae.encode_strips(video, way), want_encoded)
+    assert recorder.num_forgotten == 0
+    recorder.crowded = recorder.num_recorded + 6  # of the first strip's the third
+    assert torch.equal(in_strips(vae, latent, way), want)
+    assert recorder.num_forgotten == 1 and not caplog.text
+
+
+def test_layers_that_see_whole_frames_remember_in_the_memory_of_strips(vae):
+    """Which are later; where that is too little in memory of their own, that is given back."""
+    decoding = vae.decoding((1, vae.config.z_dim, 3, 240, 1))
+    whole_plan = decoding._whole_plan()
+    thick, thin = (decoding.rings(decoding.plan(rows)[0]) for rows in (640, 16))
+    own = decoding.rings(whole_plan)
+    assert thin.memory.numel() < own.memory.numel() < thick.memory.numel() and not own.are_guests
+    guests, others = decoding.rings(whole_plan, thick), decoding.rings(whole_plan, thin)
+    assert guests.are_guests and guests.memory.data_ptr() == thick.memory.data_ptr()
+    assert len(guests.memory) == len(own.memory)
+    assert not others.are_guests and len(others.memory) == len(own.memory)
 
 
 def test_recorded_steps_encode_the_same(vae, recorded):
@@ -491,6 +527,12 @@ def test_a_recording_that_fails_leaves_pytorchs_allocator_as_it_was(monkeypatch)
     with pytest.raises(RuntimeError, match="during capture"):
         recording.CudaRecorder(torch.device("cuda", 1)).record(lambda: None)
     assert left == [("_cuda_endAllocateToPool", 1, "pool"), ("_cuda_releasePool", 1, "pool")]
+
+    def exhausted() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # not what it led to
+        recording.CudaRecorder(torch.device("cuda", 1)).record(exhausted)
 
 
 # --- frames on their way ---------------------------------------------------------------------------------

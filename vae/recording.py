@@ -29,20 +29,24 @@ class Recorder(Protocol):
         """
 
     def forget(self) -> None:
-        """Leave room to others, now that nothing of what was recorded is used any more."""
+        """Leave room to others, now that nothing of what was recorded is used any more; the device is waited for."""
 
 
 class CudaRecorder:
-    """CUDA graphs, which share one pool of memory as they run one after the other."""
+    """CUDA graphs, which share one pool of memory as they run one after the other.
+
+    What the device did before the first leaves its room to them, for which it is waited for.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None  # PyTorch's handle, whose type its versions name otherwise
+        self._last: torch.cuda.CUDAGraph | None = None  # for a pool goes with the last graph that is in it
         self._stream = torch.cuda.Stream(device)
 
     def record(self, work: Work) -> Work:
         if self._pool is None:
-            torch.cuda.empty_cache()  # what the device did so far leaves its room to the pool
+            torch.cuda.empty_cache()
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -51,12 +55,16 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                self._end(graph)
+            except BaseException:
+                with suppress(RuntimeError):  # of what work ended by, which says why
+                    self._end(graph)
+                raise
+            self._end(graph)
+        self._last = graph
         return graph.replay
 
     def forget(self) -> None:
-        self._pool = None
+        self._pool = self._last = None
         torch.cuda.empty_cache()
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ...fused.frame_select import select_frame_ops
 from ...vae.inbox import Inbox
 from ...vae.layouts import lies_channels_last
 from ...vae.outbox import Finish, Outbox
-from ...vae.recording import proven_kinds, select_recorder
+from ...vae.recording import Recorder, proven_kinds, select_recorder
 from ...vae.strips import Allocate, Pages, Shelf, Strips, aligned, waiting_memory
 from .blocks import frames_through, plan_layers
 from .rows import Level, StripPlan, cut_alike
@@ -66,18 +66,30 @@ class Coding:
         count = self.side.frames_per_latent
         return slice(max(0, (latent - 1) * count + 1), latent * count + 1)
 
-    def strips(self, plan: StripPlan, pages: Pages | None = None) -> list[Strip]:
-        """The strips of a plan, from the top down, which share their memory."""
-        rings = Rings(plan, self.batch, self.weight, self._channels_last)
+    def rings(self, plan: StripPlan, others: Rings | None = None) -> Rings:
+        """The memory of a plan's strips, which is that of `others` where it suffices."""
+        return Rings(plan, self.batch, self.weight, self._channels_last, others)
+
+    def strips(self, plan: StripPlan, pages: Pages | None = None, rings: Rings | None = None) -> list[Strip]:
+        """The strips of a plan, from the top down, which share their memory: `rings`, or some of their own."""
+        rings = rings or self.rings(plan)
         return [Strip(plan, index, rings, self._ops, pages) for index in range(plan.num_strips)]
 
-    def through_whole(self, give: Give) -> Iterator[Tensor]:
-        """What the layers at the latent's size make of the frames that they are given, one of each step."""
-        strip = self.whole_frames()
+    def through_whole(self, give: Give, others: Rings | None = None) -> Iterator[Tensor]:
+        """What the layers at the latent's size make of the frames that they are given, one of each step.
+
+        They remember in the memory of `others` where that suffices: then nobody waits for the device, and the strips
+        that follow are recorded while it is at work.
+        """
+        plan = self._whole_plan()
+        rings = self.rings(plan, others)
+        (strip,) = self.strips(plan, None, rings)
         steps = self.steps(self._whole_layers, [strip])
         steps.prepare(0, give)
         for step in range(self.num_latents):
             yield steps.made(give(step), strip, step)
+        if self._recorder is not None and not rings.are_guests:
+            self._recorder.forget()
 
     def _whole_layers(self, frame: Tensor, strip: Strip) -> Tensor:
         (made,) = frames_through(self.side.whole, frame, strip)
@@ -85,14 +97,20 @@ class Coding:
 
     def whole_frames(self) -> Strip:
         """What the layers at the latent's size remember."""
-        plan = StripPlan()
-        plan_layers(self.side.whole, plan, Level((self.height,), self.width, 1))
-        (strip,) = self.strips(plan)
+        (strip,) = self.strips(self._whole_plan())
         return strip
 
+    def _whole_plan(self) -> StripPlan:
+        plan = StripPlan()
+        plan_layers(self.side.whole, plan, Level((self.height,), self.width, 1))
+        return plan
+
+    @cached_property
+    def _recorder(self) -> Recorder | None:
+        return select_recorder(self.weight.device)
+
     def steps(self, make: Make, strips: Sequence[Strip]) -> Steps:
-        device = self.weight.device
-        return Steps(make, strips, self.num_latents, select_recorder(device), proven_kinds(device))
+        return Steps(make, strips, self.num_latents, self._recorder, proven_kinds(self.weight.device))
 
     def pages(self, plan: StripPlan, allocate: Allocate) -> Pages:
         return Pages(self.num_latents, page_elements(plan, self.batch), self.weight, allocate)
@@ -133,9 +151,10 @@ class Decoding(Coding):
         plan, needed = self.plan(way.rows)
         done, last, given = 0, plan.num_strips - 1, 0
         with waiting_memory(way, self.weight, self.waiting_bytes(plan)) as allocate:
-            shelf, outbox = self.fill_shelf(latent, allocate), Outbox(into)
+            rings = self.rings(plan)
+            shelf, outbox = self.fill_shelf(latent, allocate, rings), Outbox(into)
             pages = self.pages(plan, allocate)
-            strips = self.strips(plan, pages)
+            strips = self.strips(plan, pages, rings)
             steps = self.steps(self.piece, strips)
 
             def features(index: int, step: int) -> Tensor:
@@ -170,10 +189,11 @@ class Decoding(Coding):
         return *piece.shape[:2], self.num_frames, self.height * self.side.stride * self.side.patch, piece.shape[4]
 
     @torch.inference_mode()
-    def fill_shelf(self, latent: Tensor, allocate: Allocate) -> Shelf:
-        """What the whole layers make of every frame."""
+    def fill_shelf(self, latent: Tensor, allocate: Allocate, others: Rings | None = None) -> Shelf:
+        """What the whole layers make of every frame; they remember in the memory of `others` where that suffices."""
         shelf, latent = None, self._brought(latent)
-        for index, features in enumerate(self.through_whole(lambda step: self.side.enter(latent[:, :, step]))):
+        made = self.through_whole(lambda step: self.side.enter(latent[:, :, step]), others)
+        for index, features in enumerate(made):
             shelf = shelf or self.shelf(features.shape[1], allocate)
             shelf.put(index, 0, features)
         assert shelf is not None
@@ -215,18 +235,19 @@ class Encoding(Coding):
         """The same, in the memory of one strip."""
         plan, needed = self.plan(way.rows)
         with waiting_memory(way, self.weight, self.page_bytes(plan)) as allocate:
-            shelf = self._fill_shelf(video, (plan, needed), allocate, on_chunk)
-            moments = self.through_whole(lambda step: shelf.rows(step, 0, self.height))
+            rings = self.rings(plan)
+            shelf = self._fill_shelf(video, (plan, needed, rings), allocate, on_chunk)
+            moments = self.through_whole(lambda step: shelf.rows(step, 0, self.height), rings)
             return torch.stack([self.side.leave(each) for each in moments], dim=2)
 
     def _fill_shelf(
-        self, video: Tensor, planned: tuple[StripPlan, Level], allocate: Allocate, on_chunk: OnChunk | None
+        self, video: Tensor, planned: tuple[StripPlan, Level, Rings], allocate: Allocate, on_chunk: OnChunk | None
     ) -> Shelf:
         """What the layers in strips make of every step; what they remember is gone afterwards."""
-        plan, needed = planned
+        plan, needed, rings = planned
         patch, done, shelf = self.side.patch, 0, None
         pages = self.pages(plan, allocate)
-        strips = self.strips(plan, pages)
+        strips = self.strips(plan, pages, rings)
         steps = self.steps(self._local, strips)
 
         inbox = Inbox(self.weight.device)

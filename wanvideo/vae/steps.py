@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...memory.plan.decode import PAGES_AT_WORK
+from ...system.device_errors import is_out_of_memory
 from ...vae.recording import Recorder, Work, fingerprint
 from .strip import NUM_FRAMES, Strip
 
@@ -70,9 +71,13 @@ class Steps:
         strip = self._strips[index]
         if self._recorder is None or strip.kind in self._recordings or not self._pays(index):
             return
-        try:
-            self._record(self._recorder, strip, give)
-        except RuntimeError as error:
+        error = self._failure(self._recorder, strip, give)
+        if error is not None and is_out_of_memory(error):
+            # What the device did so far leaves its room only once it is waited for.
+            self._recordings.clear()
+            self._recorder.forget()
+            error = self._failure(self._recorder, strip, give)
+        if error is not None:
             self._stop(str(error))
 
     @torch.inference_mode()
@@ -87,6 +92,14 @@ class Steps:
         kind = self._strips[index].kind
         alike = sum(1 for _ in takewhile(lambda strip: strip.kind == kind, self._strips[index:]))
         return self._num_steps > PERIOD and alike * self._num_steps - PERIOD - 1 >= LEAST_REPLAYS
+
+    def _failure(self, recorder: Recorder, strip: Strip, give: Give) -> RuntimeError | None:
+        """Record the steps of a strip, or say why that failed."""
+        try:
+            self._record(recorder, strip, give)
+        except RuntimeError as error:
+            return error.with_traceback(None)  # which would hold memory
+        return None
 
     @torch.inference_mode()
     def _record(self, recorder: Recorder, strip: Strip, give: Give) -> None:
@@ -124,7 +137,7 @@ class Steps:
     def _prints(self, strip: Strip, make: Callable[[int], Tensor]) -> Tensor:
         """A fingerprint of what the first steps make, and of what they leave to each other and to the strip below."""
         prints = [fingerprint([make(step), *strip.left]) for step in range(PERIOD + 1)]
-        return torch.cat([*prints, fingerprint(strip.remembered)])
+        return torch.cat([*prints, fingerprint([strip.remembered])])
 
     def _stop(self, reason: str) -> None:
         """Have all further steps done call by call."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...fused.frame_ops import FrameOps
 from ...system import words
+from ...vae.strips import aligned
 from .heights import find_heights
 from .rows import LayerRows, Rows, StripPlan
 
@@ -41,34 +42,33 @@ class Borders(Protocol):
 class Rings:
     """The memory of the convolutions' last frames, which all strips use in turn."""
 
-    def __init__(self, plan: StripPlan, batch: int, like: Tensor, channels_last: bool) -> None:
-        """Made before anything is recorded: what is kept here is not made again by what is played."""
+    def __init__(
+        self, plan: StripPlan, batch: int, like: Tensor, channels_last: bool, others: Rings | None = None
+    ) -> None:
+        """Made before anything is recorded: what is kept here is not made again by what is played.
+
+        `others` are some whose turn it is not: these lie in their memory where that suffices.
+        """
         self._plan, self._batch, self.channels_last = plan, batch, channels_last
         self.like = batch, channels_last, like.dtype, like.device
         self.heights = find_heights(plan, batch, like, channels_last)
-        self._memory = {
-            layer: like.new_empty(batch * self._elements(layer, rows))
-            for layer, rows in plan.layers.items()
-            if isinstance(layer, nn.Conv3d)
-        }
-        self._kernels = {
-            conv: frame_kernels(conv.weight) for conv in self._memory if conv.weight.nbytes <= KEPT_KERNEL_BYTES
-        }
+        convs = [layer for layer in plan.layers if isinstance(layer, nn.Conv3d)]
+        sizes = [aligned(batch * self._elements(conv, plan.layers[conv])) for conv in convs]
+        self.are_guests = others is not None and others.memory.numel() >= sum(sizes)
+        self.memory: Tensor = others.memory[: sum(sizes)] if others and self.are_guests else like.new_empty(sum(sizes))
+        self._places = dict(zip(convs, self.memory.split(sizes), strict=True))
+        self._kernels = {conv: frame_kernels(conv.weight) for conv in convs if conv.weight.nbytes <= KEPT_KERNEL_BYTES}
 
     def _elements(self, conv: nn.Conv3d, rows: LayerRows) -> int:
         """Numbers of one video that a convolution remembers."""
         most = max(self.heights.rows(conv, count) for count in rows.counts_out)
         return NUM_FRAMES * conv.in_channels * ring_rows(conv, most) * rows.inputs.width
 
-    @property
-    def memory(self) -> list[Tensor]:
-        return list(self._memory.values())
-
     def ring(self, conv: nn.Conv3d, out_rows: int) -> FrameRing:
         """One that has seen no frame, for so many rows of a result, in memory that suffices for the thickest strip."""
         rows = ring_rows(conv, self.heights.rows(conv, out_rows))
         shape = self._batch, NUM_FRAMES * conv.in_channels, rows, self._plan.layers[conv].inputs.width
-        frames = laid_out(self._memory[conv], shape, self.channels_last).zero_()
+        frames = laid_out(self._places[conv], shape, self.channels_last).zero_()
         return FrameRing(frames, self._kernels.get(conv))
 
 
@@ -208,8 +208,8 @@ class Strip:
         return [] if self._borders is None else [self._borders.page]
 
     @property
-    def remembered(self) -> list[Tensor]:
-        """The memory of all convolutions' last frames."""
+    def remembered(self) -> Tensor:
+        """The memory of all convolutions' last frames, flat."""
         return self._rings.memory
 
     def rows(self, layer: nn.Module) -> Rows:
