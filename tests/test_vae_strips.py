@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -651,6 +652,11 @@ def test_memory_ahead_is_what_was_asked_for():
         with pytest.raises(MemoryError, match="no RAM"):
             take(13)
     assert sorted(asked) == [3, 5, 5, 5, 7, 13]
+    asked = []
+    with strips.allocated_ahead(allocate, [5, 5, 5, 5]) as take:  # one at a time: pinning keeps others from the device
+        take(5)
+        time.sleep(0.05)
+        assert asked == [5, 5]
     begun, asked = threading.Event(), []
 
     def wait(nbytes: int) -> Tensor:

@@ -142,7 +142,7 @@ class Shelf:
 def waiting_memory(way: Strips, like: Tensor, sizes: Sequence[int] = ()) -> Iterator[Allocate]:
     """What gives the memory in which a way has its strips wait, uint8 of so many bytes or more; free afterwards.
 
-    RAM of `sizes` that will be asked for is taken ahead, in their order.
+    RAM of `sizes` that will be asked for is taken ahead, in their order, one at a time.
     """
     if not way.in_ram:
         try:
@@ -157,22 +157,31 @@ def waiting_memory(way: Strips, like: Tensor, sizes: Sequence[int] = ()) -> Iter
 
 @contextmanager
 def allocated_ahead(allocate: Allocate, sizes: Sequence[int]) -> Iterator[Allocate]:
-    """As `allocate`, of which a thread asks for `sizes` in their order meanwhile: to pin RAM takes as long as steps do.
+    """As `allocate`, of which a thread asks for the next of `sizes` meanwhile: to pin RAM takes as long as steps do.
 
-    What the thread met is raised where that size is asked for.
+    One at a time: while RAM is pinned the driver lets nobody else ask the device for work, which has none before the
+    first step. What the thread met is raised where that size is asked for.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="strip-memory") as thread:
-        ahead: dict[int, deque[Future[Tensor]]] = {}
-        for nbytes in sizes:
-            ahead.setdefault(nbytes, deque()).append(thread.submit(allocate, nbytes))
+        to_come, ahead = deque(sizes), list[tuple[int, Future[Tensor]]]()
         asked = threading.Lock()
+
+        def go_on() -> None:
+            nbytes = to_come.popleft()
+            ahead.append((nbytes, thread.submit(allocate, nbytes)))
 
         def take(nbytes: int) -> Tensor:
             with asked:
-                waiting = ahead.get(nbytes)
-                memory = waiting.popleft() if waiting else None
+                while nbytes in to_come and all(size != nbytes for size, _ in ahead):
+                    go_on()
+                index = next((place for place, (size, _) in enumerate(ahead) if size == nbytes), None)
+                memory = None if index is None else ahead.pop(index)[1]
+                if to_come and not ahead:
+                    go_on()
             return allocate(nbytes) if memory is None else memory.result()
 
+        if to_come:
+            go_on()
         try:
             yield take
         finally:
