@@ -83,7 +83,7 @@ def test_a_card_has_the_memory_of_one_strip(small, monkeypatch, num_cards, rows,
 
 def test_what_waits_is_allocated_ahead(small, allocated):  # noqa: F811 - a fixture
     on(2, small, random_latent(small, 3, 4, 2), 12)
-    assert [is_main for _, is_main in allocated] == [False] * 4
+    assert [is_main for _, is_main in allocated] == [False] * 6
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -609,7 +609,7 @@ def test_an_abandoned_decode_gives_its_memory_back(vae):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "synchronize", lambda *given: None)
         pieces.close()
-    assert len(unpinned) == 4  # a page of rows between strips for each latent frame, and frames at the latent's size
+    assert len(unpinned) == 6  # a page of rows between strips for each latent frame, and that at the latent's size
     assert str(way) == str(Strips(12, True)) and way == Strips(12, True)
 
 
@@ -635,8 +635,8 @@ def test_what_waits_is_allocated_ahead(vae, allocated, encodes):
         in_strips(vae, random_latent(vae, 3, 4, 2), Strips(12, True))
     by_main = [nbytes for nbytes, is_main in allocated if is_main]
     ahead = [nbytes for nbytes, is_main in allocated if not is_main]
-    assert len(by_main) == encodes  # of frames at the latent's size, whose channels it learns as it goes
-    assert len(ahead) == 4 - encodes and len(set(ahead[-3:])) == 1
+    assert len(by_main) == 3 * encodes  # frames at the latent's size, whose channels it learns as it goes
+    assert len(ahead) == 6 - len(by_main) and len(set(ahead[-3:])) == 1
 
 
 def test_memory_ahead_is_what_was_asked_for():

@@ -114,15 +114,11 @@ def aligned(num_elements: int) -> int:
 class Shelf:
     """Frames [B, C, h, w] of the latent's size, between layers that run in strips and those that see whole frames."""
 
-    def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor, channels_last: bool, allocate: Allocate):
-        """`shape` is [T, B, C, h, w]; `allocate` gives RAM, or memory of the device of `like`."""
-        t, b, c, h, w = shape
-        size = t * b * c * h * w
-        memory = allocate(size * like.element_size())[: size * like.element_size()].view(like.dtype)
-        self._frames = (
-            memory.view(t, b, h, w, c).permute(0, 1, 4, 2, 3) if channels_last else memory.view(t, b, c, h, w)
-        )
-        self._device = like.device
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor, channels_last: bool, allocate: Allocate):
+        """`shape` is a frame's; `allocate` gives RAM, or memory of the device of `like`, for one as it is first put."""
+        self._shape, self._channels_last, self._allocate = shape, channels_last, allocate
+        self._dtype, self._device = like.dtype, like.device
+        self._frames: dict[int, Tensor] = {}
 
     def on(self, device: torch.device) -> Shelf:
         """The same frames, whose rows come to another device."""
@@ -131,11 +127,19 @@ class Shelf:
         return shelf
 
     def put(self, index: int, first_row: int, rows: Tensor) -> None:
-        self._frames[index, :, :, first_row : first_row + rows.shape[2]].copy_(rows, non_blocking=True)
+        if index not in self._frames:
+            self._frames[index] = self._new_frame()
+        self._frames[index][:, :, first_row : first_row + rows.shape[2]].copy_(rows, non_blocking=True)
 
     def rows(self, index: int, first: int, last: int) -> Tensor:
         """Rows of a frame on the device; not to be written to."""
-        return self._frames[index, :, :, first:last].to(self._device, non_blocking=True)
+        return self._frames[index][:, :, first:last].to(self._device, non_blocking=True)
+
+    def _new_frame(self) -> Tensor:
+        b, c, h, w = self._shape
+        nbytes = b * c * h * w * self._dtype.itemsize
+        memory = self._allocate(nbytes)[:nbytes].view(self._dtype)
+        return memory.view(b, h, w, c).permute(0, 3, 1, 2) if self._channels_last else memory.view(b, c, h, w)
 
 
 @contextmanager

@@ -123,8 +123,8 @@ class Coding:
     def shelf(self, channels: int, allocate: Allocate) -> Shelf:
         return Shelf(self._shelf_shape(channels), self.weight, self._channels_last, allocate)
 
-    def _shelf_shape(self, channels: int) -> tuple[int, int, int, int, int]:
-        return self.num_latents, self.batch, channels, self.height, self.width
+    def _shelf_shape(self, channels: int) -> tuple[int, int, int, int]:
+        return self.batch, channels, self.height, self.width
 
 
 class Decoding(Coding):
@@ -182,7 +182,8 @@ class Decoding(Coding):
     def waiting_bytes(self, plan: StripPlan) -> list[int]:
         """What a decoding in strips asks memory for: what the whole layers make, and pages."""
         channels = plan.seams[self.side.local[0]].channels
-        return [math.prod(self._shelf_shape(channels)) * self.weight.element_size(), *self.page_bytes(plan)]
+        frame = math.prod(self._shelf_shape(channels)) * self.weight.element_size()
+        return [frame] * self.num_latents + self.page_bytes(plan)
 
     def video_shape(self, piece: Tensor) -> tuple[int, ...]:
         """Of the video that rows of frames are a piece of."""
