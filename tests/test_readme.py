@@ -62,10 +62,16 @@ def row(rows: list[dict[str, Any]], name: str, key: str = "step") -> float:
     return float(next(each for each in rows if each["name"] == name)[key])
 
 
-def exact(name: str, limit: str, file: str = "exact_step_h200_2026-11-29.json") -> float:
-    """A step by its limit."""
-    found = load(file)["files"][0]
-    return row(found["rows"], name) / float(found["limits"][limit])
+def exact(name: str, limit: str, file: str = "exact_step_h200_2026-11-30.json") -> float:
+    """A step by its limit, the quicker of those before and after it."""
+    found = next(each for each in load(file)["files"] if any(row["name"] == name for row in each["rows"]))
+    return row(found["rows"], name) / min(found["limits"][limit], found["limits_after"][limit])
+
+
+def in_pieces(way: int) -> float:
+    """A step at 720p cut one way, by its limit."""
+    found = load("pieces_720p_h200_2026-11-30.json")
+    return float(found["steps"][way]["step"] / found["limit"])
 
 
 def by_resident(file: str) -> float:
@@ -99,16 +105,20 @@ DERIVED: dict[str, Callable[[], float]] = {
     "0.801": lambda: framepack_limit("framepack_h200_2026-11-29.json"),
     "1.09": lambda: load("framepack_h200_2026-11-28.json")["cases"][0]["step"] / DERIVED["0.803"](),
     "1.047": lambda: load("framepack_h200_2026-11-29.json")["cases"][0]["step"] / DERIVED["0.801"](),
-    "1.041": lambda: exact("480p in 2.6", "81x480x832 bf16", "exact_step_480p_h200_2026-11-29.json"),
-    "1.046": lambda: exact("480p in 2.6", "81x480x832 bf16", "exact_step_first_queries_h200_2026-11-29.json"),
+    "1.018": lambda: exact("480p resident", "81x480x832 bf16", "exact_step_first_queries_h200_2026-11-29.json"),
     "1.038": lambda: by_resident("exact_step_before_first_queries_h200_2026-11-29.json"),
     "1.028": lambda: by_resident("exact_step_first_queries_h200_2026-11-29.json"),
-    "1.000": lambda: exact("720p resident", "81x720x1280 bf16"),
-    "1.025": lambda: exact("720p in 4.0", "81x720x1280 bf16"),
-    "1.043": lambda: exact("480p fp8_fast", "81x480x832 fp8"),
-    "1.092": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8", "exact_step_480p_h200_2026-11-29.json"),
+    "0.999": lambda: exact("720p resident", "81x720x1280 bf16"),
+    "1.005": lambda: exact("720p in 4.0", "81x720x1280 bf16"),
+    "1.046": lambda: exact("480p fp8_fast", "81x480x832 fp8"),
+    "1.080": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8"),
+    "1.024": lambda: exact("720p fp8_fast", "81x720x1280 fp8"),
+    "1.041": lambda: exact("720p 8-bit k and v in 3.5", "81x720x1280 fp8"),
+    "1.052": lambda: in_pieces(0),
+    "1.013": lambda: in_pieces(1),
+    "1.034": lambda: in_pieces(2),
+    "1.008": lambda: in_pieces(3),
     "0.975": lambda: exact("480p Q4_K", "81x480x832 bf16", "exact_step_q4_k_h200_2026-11-29.json"),
-    "1.004": lambda: exact("480p Q4_K fp8_fast", "81x480x832 fp8", "exact_step_q4_k_h200_2026-11-29.json"),
     "1.014": lambda: 1 / row(load("several_cards_two_h200_2026-11-29.json")["rows"], "480p parked", "speed_up"),
     "0.854": lambda: form("fp8_fast"),
     "0.892": lambda: form("int8"),
