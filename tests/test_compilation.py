@@ -7,6 +7,7 @@ tensor that the code would make.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -297,3 +298,16 @@ def test_scratch_hands_out_disjoint_tensors() -> None:
     first, second = scratch.take((2, 3)), scratch.take((7, 2))
     first.fill_(1.0), second.fill_(2.0)
     assert scratch.buffer.tolist() == [1.0] * 6 + [2.0] * 14
+
+
+def test_code_knows_how_many_queries_go_together_on_a_gpu() -> None:
+    """Found before the blocks: dynamo cannot follow the search, and breaks there from the second size on."""
+    model, blocks, _ = wan(EagerOps())
+    model.execution = replace(model.execution, query_chunk=70, head_groups=2, processors=4)
+    latents = [torch.randn(1, 16, 2, 12, width) for width in (16, 20)]
+    text = torch.randn(1, 16, TEXT_DIM)
+    want = [model(latent, torch.tensor([500.0]), text) for latent in latents]
+    for block in blocks:
+        block.compile(backend="eager", fullgraph=True)
+    for latent, each in zip(latents, want, strict=True):
+        assert (model(latent, torch.tensor([500.0]), text) - each).abs().max() < 1e-5

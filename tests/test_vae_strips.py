@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -399,6 +401,33 @@ def test_strips_are_recorded_while_the_device_is_at_work(vae, recorded, caplog):
     recorder.crowded = recorder.num_recorded + 6  # of the first strip's the third
     assert torch.equal(in_strips(vae, latent, way), want)
     assert recorder.num_forgotten == 1 and not caplog.text
+    recorder.most, recorder.num_forgotten = recorder.num_recorded + 2, 0
+    assert torch.equal(in_strips(vae, latent, way), want)
+    assert recorder.num_forgotten == 2 and "call by call" in caplog.text  # each part keeps no room for nothing
+
+
+@pytest.mark.parametrize("rows", [16, 640])
+def test_layers_at_the_latents_size_and_strips_never_remember_beside_each_other(vae, rows, monkeypatch):
+    """In memory of their own each; plans count the larger of the two, and strips that lend theirs once."""
+    taken: list[weakref.ref[Any]] = []
+    most = 0
+    take = strip.Rings.memory.func
+
+    def memory(rings: Any) -> Tensor:
+        nonlocal most
+        found = take(rings)
+        if not rings.are_guests:
+            taken.append(weakref.ref(found))
+            most = max(most, sum(each() is not None for each in taken))
+        return found
+
+    watched = cached_property(memory)
+    watched.__set_name__(strip.Rings, "memory")
+    monkeypatch.setattr(strip.Rings, "memory", watched)
+    latent = random_latent(vae, 2, 240, 1)
+    in_strips(vae, latent, Strips(rows))
+    vae.encode_strips(random_video(vae, 2, 240, 1), Strips(rows))
+    assert most == 1 and len(taken) > 1
 
 
 def test_layers_that_see_whole_frames_remember_in_the_memory_of_strips(vae):
@@ -407,7 +436,7 @@ def test_layers_that_see_whole_frames_remember_in_the_memory_of_strips(vae):
     whole_plan = decoding._whole_plan()
     thick, thin = (decoding.rings(decoding.plan(rows)[0]) for rows in (640, 16))
     own = decoding.rings(whole_plan)
-    assert thin.memory.numel() < own.memory.numel() < thick.memory.numel() and not own.are_guests
+    assert thin.num_elements < own.num_elements < thick.num_elements and not own.are_guests
     guests, others = decoding.rings(whole_plan, thick), decoding.rings(whole_plan, thin)
     assert guests.are_guests and guests.memory.data_ptr() == thick.memory.data_ptr()
     assert len(guests.memory) == len(own.memory)

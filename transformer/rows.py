@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,6 @@ def even_step(count: int, most: int) -> int:
     return min(most, -(-count // num_parts // TILE_ROWS) * TILE_ROWS)
 
 
-@lru_cache
 def query_step(count: int, most: int, num_heads: int, processors: int | None) -> int:
     """So many queries at a time, at most `most`, that a GPU of so many processors attends for `count` soonest.
 

@@ -116,6 +116,10 @@ class Workspace:
         all_queries = all_queries or execution.all_queries or execution.is_sparse or part is not None
         chunks = None if all_queries else execution.query_chunk
         self.query_chunk = chunks if chunks is not None and rows.count > chunks else None
+        self.query_step: int | None = None  # found here: compiled code cannot look for it
+        if self.query_chunk is not None and self.extent is None:
+            heads = -(-rows.num_heads // execution.head_groups)
+            self.query_step = query_step(rows.count // rows.batch, self.query_chunk, heads, execution.processors)
         self.chunk_rows = execution.token_chunk
         if self.extent is not None and num_parts(rows.count, self.chunk_rows, FEWEST_PARTS) <= FEWEST_PARTS:
             self.chunk_rows = ANY_NUMBER  # a constant of the code, and plans of larger videos have larger chunks
@@ -147,10 +151,9 @@ class Workspace:
         """Rows whose queries exist at a time."""
         if self.query_chunk is None:
             return self.num_rows
+        if self.query_step is not None:
+            return self.query_step
         tokens = self.num_rows // self.rows.batch
-        if self.extent is None:
-            heads = self.rows.num_heads // self.execution.head_groups
-            return query_step(tokens, self.query_chunk, heads, self.execution.processors)
         return -(-tokens // num_parts(tokens, self.query_chunk))
 
     @property

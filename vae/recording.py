@@ -76,6 +76,7 @@ class CudaRecorder:
             with suppress(RuntimeError, AttributeError):
                 for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
                     leave(self._stream.device_index, self._pool)
+            self._pool = self._last = None
             raise
 
 

@@ -163,8 +163,8 @@ def waiting_memory(way: Strips, like: Tensor, sizes: Sequence[int] = ()) -> Iter
 def allocated_ahead(allocate: Allocate, sizes: Sequence[int]) -> Iterator[Allocate]:
     """As `allocate`, of which a thread asks for the next of `sizes` meanwhile: to pin RAM takes as long as steps do.
 
-    One at a time: while RAM is pinned the driver lets nobody else ask the device for work, which has none before the
-    first step. What the thread met is raised where that size is asked for.
+    One at a time: while RAM is pinned the driver lets nobody else ask the device for work. What the thread met is
+    raised where that size is asked for.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="strip-memory") as thread:
         to_come, ahead = deque(sizes), list[tuple[int, Future[Tensor]]]()

@@ -79,16 +79,20 @@ class Coding:
         """What the layers at the latent's size make of the frames that they are given, one of each step.
 
         They remember in the memory of `others` where that suffices: then nobody waits for the device, and the strips
-        that follow are recorded while it is at work.
+        that follow are recorded while it is at work. Where it does not that is given back first, and theirs after them.
         """
         plan = self._whole_plan()
         rings = self.rings(plan, others)
+        leaves_room = not rings.are_guests
+        if others is not None and leaves_room:
+            others.give_back()
         (strip,) = self.strips(plan, None, rings)
         steps = self.steps(self._whole_layers, [strip])
         steps.prepare(0, give)
         for step in range(self.num_latents):
             yield steps.made(give(step), strip, step)
-        if self._recorder is not None and not rings.are_guests:
+        del rings, strip, steps
+        if self._recorder is not None and leaves_room:
             self._recorder.forget()
 
     def _whole_layers(self, frame: Tensor, strip: Strip) -> Tensor:
@@ -244,7 +248,7 @@ class Encoding(Coding):
     def _fill_shelf(
         self, video: Tensor, planned: tuple[StripPlan, Level, Rings], allocate: Allocate, on_chunk: OnChunk | None
     ) -> Shelf:
-        """What the layers in strips make of every step; what they remember is gone afterwards."""
+        """What the layers in strips make of every step."""
         plan, needed, rings = planned
         patch, done, shelf = self.side.patch, 0, None
         pages = self.pages(plan, allocate)

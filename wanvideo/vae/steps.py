@@ -142,5 +142,7 @@ class Steps:
     def _stop(self, reason: str) -> None:
         """Have all further steps done call by call."""
         logger.warning("steps of the VAE are done call by call, as they cannot be recorded here: %s", reason)
-        self._recorder = None
         self._recordings.clear()
+        if self._recorder is not None:
+            self._recorder.forget()
+        self._recorder = None

@@ -47,17 +47,34 @@ class Rings:
     ) -> None:
         """Made before anything is recorded: what is kept here is not made again by what is played.
 
-        `others` are some whose turn it is not: these lie in their memory where that suffices.
+        `others` are some whose turn it is not: these lie in their memory where that suffices. Memory is taken as a
+        strip first begins, and again after it was given back.
         """
         self._plan, self._batch, self.channels_last = plan, batch, channels_last
         self.like = batch, channels_last, like.dtype, like.device
         self.heights = find_heights(plan, batch, like, channels_last)
         convs = [layer for layer in plan.layers if isinstance(layer, nn.Conv3d)]
-        sizes = [aligned(batch * self._elements(conv, plan.layers[conv])) for conv in convs]
-        self.are_guests = others is not None and others.memory.numel() >= sum(sizes)
-        self.memory: Tensor = others.memory[: sum(sizes)] if others and self.are_guests else like.new_empty(sum(sizes))
-        self._places = dict(zip(convs, self.memory.split(sizes), strict=True))
+        self._sizes = {conv: aligned(batch * self._elements(conv, plan.layers[conv])) for conv in convs}
+        self.num_elements = sum(self._sizes.values())
+        self.are_guests = others is not None and others.num_elements >= self.num_elements
+        self._others, self._empty = others if self.are_guests else None, like.new_empty(0)
         self._kernels = {conv: frame_kernels(conv.weight) for conv in convs if conv.weight.nbytes <= KEPT_KERNEL_BYTES}
+
+    @cached_property
+    def memory(self) -> Tensor:
+        """Flat."""
+        if self._others is not None:
+            return self._others.memory[: self.num_elements]
+        return self._empty.new_empty(self.num_elements)
+
+    @cached_property
+    def _places(self) -> dict[nn.Module, Tensor]:
+        return dict(zip(self._sizes, self.memory.split(list(self._sizes.values())), strict=True))
+
+    def give_back(self) -> None:
+        """Leave the memory to others; no strip has begun since it was last needed."""
+        for name in ("_places", "memory"):
+            self.__dict__.pop(name, None)
 
     def _elements(self, conv: nn.Conv3d, rows: LayerRows) -> int:
         """Numbers of one video that a convolution remembers."""
