@@ -130,15 +130,14 @@ def step_seconds(model: StreamedWan, plan: MemoryPlan, pieces: Pieces, device: t
     )
     work = plan.work
     model.start(replace(plan, choice=choice))
-    if not pieces.in_rounds:
-        model.model.execution = replace(model.model.execution, processors=None)
+    processors = processors_of(device) if pieces.in_rounds else None
+    model.model.execution = replace(model.model.execution, processors=processors)
     generator = torch.Generator(device).manual_seed(0)
     latent = torch.randn(1, 16, *work.latent_size, device=device, generator=generator)
     text = torch.randn(1, 512, model.config.text_dim, device=device, generator=generator)
     timestep = torch.full((1,), 700.0, device=device)
     made: list[torch.Tensor] = []
     seconds = [timed(lambda: made.append(model(latent, timestep, text)), device) for _ in range(STEPS + 1)][1:]
-    model.model.execution = replace(model.model.execution, processors=processors_of(device))
     checksum = float(made[-1].double().sum())
     return {**asdict(pieces), "step": min(seconds), "steps": seconds, "checksum": checksum}
 

@@ -68,6 +68,12 @@ def exact(name: str, limit: str, file: str = "exact_step_h200_2026-11-30.json") 
     return row(found["rows"], name) / min(found["limits"][limit], found["limits_after"][limit])
 
 
+def alike(*figures: float) -> float:
+    """A figure that several rows have, to three decimals."""
+    assert len({f"{figure:.3f}" for figure in figures}) == 1, figures
+    return figures[0]
+
+
 def in_pieces(way: int) -> float:
     """A step at 720p cut one way, by its limit."""
     found = load("pieces_720p_h200_2026-11-30.json")
@@ -110,14 +116,19 @@ DERIVED: dict[str, Callable[[], float]] = {
     "1.028": lambda: by_resident("exact_step_first_queries_h200_2026-11-29.json"),
     "0.999": lambda: exact("720p resident", "81x720x1280 bf16"),
     "1.005": lambda: exact("720p in 4.0", "81x720x1280 bf16"),
-    "1.046": lambda: exact("480p fp8_fast", "81x480x832 fp8"),
+    "1.046": lambda: alike(
+        exact("480p in 2.6", "81x480x832 bf16", "exact_step_first_queries_h200_2026-11-29.json"),
+        exact("480p fp8_fast", "81x480x832 fp8"),
+    ),
     "1.080": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8"),
     "1.024": lambda: exact("720p fp8_fast", "81x720x1280 fp8"),
     "1.041": lambda: exact("720p 8-bit k and v in 3.5", "81x720x1280 fp8"),
     "1.052": lambda: in_pieces(0),
     "1.013": lambda: in_pieces(1),
     "1.034": lambda: in_pieces(2),
-    "1.008": lambda: in_pieces(3),
+    "1.008": lambda: alike(
+        in_pieces(3), exact("480p Q4_K fp8_fast", "81x480x832 fp8", "exact_step_q4_k_h200_2026-11-29.json")
+    ),
     "0.975": lambda: exact("480p Q4_K", "81x480x832 bf16", "exact_step_q4_k_h200_2026-11-29.json"),
     "1.014": lambda: 1 / row(load("several_cards_two_h200_2026-11-29.json")["rows"], "480p parked", "speed_up"),
     "0.854": lambda: form("fp8_fast"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,12 @@ def query_step(count: int, most: int, num_heads: int, processors: int | None) ->
 
     least = max(QUERY_TILE, most // 2 // QUERY_TILE * QUERY_TILE)
     return min((*range(least, most + 1, QUERY_TILE), even_step(count, most)), key=cost)
+
+
+def in_steps(start: int, stop: int, step: int) -> Iterator[slice]:
+    """`start .. stop`, so many rows at a time."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 def num_parts(count: int, most: int, fewest: int = 1) -> int:

@@ -18,7 +18,7 @@ from ..system.words import copy_in_words
 from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .packed_heads import PackedHeads
-from .rows import even_step, num_parts, query_step, rows_of
+from .rows import even_step, in_steps, num_parts, query_step, rows_of
 
 FEWEST_PARTS = 8  # of a pass in code for any size: 32,768 rows at 4096 at a time
 ANY_NUMBER = 2**40  # of rows
@@ -295,9 +295,7 @@ class Workspace:
         their code, as its loops are unrolled.
         """
         if self.extent is None:
-            step = even_step(stop - start, most)
-            for first in range(start, stop, step):
-                yield slice(first, min(first + step, stop))
+            yield from in_steps(start, stop, even_step(stop - start, most))
             return
         count = stop - start
         parts = num_parts(count, most, fewest)
@@ -308,13 +306,13 @@ class Workspace:
         if self.query_chunk is None:
             yield slice(0, self.num_rows)
             return
-        tokens, step = self.num_rows // self.rows.batch, self.query_rows
+        tokens = self.num_rows // self.rows.batch
         for sample in range(self.rows.batch):
-            start = sample * tokens
-            if self.extent is not None:
-                yield from self.ranges(start, start + tokens, self.query_chunk)
-                continue
-            yield from (slice(start + first, start + min(first + step, tokens)) for first in range(0, tokens, step))
+            start, stop = sample * tokens, (sample + 1) * tokens
+            if self.query_step is not None:
+                yield from in_steps(start, stop, self.query_step)
+            else:
+                yield from self.ranges(start, stop, self.query_chunk)
 
     def chunks_of_samples(self) -> Iterator[slice]:
         """Row ranges that are chunks of one sample each, of as many rows as queries exist of."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backend import BLOCK, BlockChoice
 
 ROWS = 32  # queries, each of another stretch of the tokens
-HEADS_APART = 7  # one head in so many: five cost 2.2 % of a sparse step of 32,760 tokens
+HEADS_APART = 7  # one head in so many; one in five cost more than 2 % of a sparse step of 32,760 tokens
 PARTS = 16  # of the keys, whose weighted values are summed side by side
 
 LOG2E = 1.4426950408889634

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .footprint import MIB
 
-# It rounds and fragments what is allocated during a run; weights and the ring are exact. cuBLAS has its workspace from
-# it too, for each thread that asks a card for work: 32 MiB on Hopper, less elsewhere; half of this.
+# It rounds and fragments what is allocated during a run; weights and the ring are exact.
 SLACK_FRACTION = 0.03
-SLACK_BYTES = 64 * MIB
+# cuBLAS has its workspace from it too, for each thread that asks a card for work; on Hopper, less elsewhere
 WORKSPACE_BYTES = 32 * MIB
+SLACK_BYTES = 2 * WORKSPACE_BYTES  # half of it for one such thread
 
 
 def slack_bytes(nbytes: int, cards: int = 1) -> int:

@@ -57,7 +57,7 @@ class Rings:
         self._sizes = {conv: aligned(batch * self._elements(conv, plan.layers[conv])) for conv in convs}
         self.num_elements = sum(self._sizes.values())
         self.are_guests = others is not None and others.num_elements >= self.num_elements
-        self._others, self._empty = others if self.are_guests else None, like.new_empty(0)
+        self._others = others if self.are_guests else None
         self._kernels = {conv: frame_kernels(conv.weight) for conv in convs if conv.weight.nbytes <= KEPT_KERNEL_BYTES}
 
     @cached_property
@@ -65,7 +65,8 @@ class Rings:
         """Flat."""
         if self._others is not None:
             return self._others.memory[: self.num_elements]
-        return self._empty.new_empty(self.num_elements)
+        *_, dtype, device = self.like
+        return torch.empty(self.num_elements, dtype=dtype, device=device)
 
     @cached_property
     def _places(self) -> dict[nn.Module, Tensor]:
