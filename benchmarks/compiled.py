@@ -29,8 +29,8 @@ from lowvram_video.framepack.network.model import FramePackModel, Frames, Histor
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.fused.ops import FusedOps
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.transformer import Transformer
-from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import WanModel
 from measure import save_results

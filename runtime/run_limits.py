@@ -10,7 +10,7 @@ from ..memory.plan.limits import hold_budget, limits_for
 from ..system.card_links import slowest_link
 from ..system.host_memory import available_ram_bytes
 from ..system.sizes import GIB
-from ..transformer.workspace import Execution
+from ..transformer.execution import Execution
 from .parked import FreeOn, find_parking, free_for_parking
 from .settings import RunSettings
 

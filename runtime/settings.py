@@ -14,7 +14,7 @@ from ..memory.plan.parking import ParkSpec
 from ..sampling.caching.settings import StepCacheSettings
 from ..system.dtypes import half_dtype
 from ..system.processors import processors_of
-from ..transformer.workspace import Execution
+from ..transformer.execution import Execution
 
 CPU = torch.device("cpu")
 # what a run may compute in, as people choose it; None: as suits the device

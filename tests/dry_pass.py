@@ -20,8 +20,8 @@ from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, 
 from lowvram_video.runtime.opened import M
 from lowvram_video.runtime.streamed import StreamedModel
 from lowvram_video.transformer.block_cache import BlockCache
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.nag import NagSettings
-from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.footprint import WanWork
 from lowvram_video.wanvideo.network.blocks import Context, KeysValues
 from lowvram_video.wanvideo.network.model import Extras, Nag, Visitor

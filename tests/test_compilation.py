@@ -18,7 +18,7 @@ from lowvram_video.framepack.network.model import FramePackModel, Frames, Histor
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.fused.ops import FusedOps
-from lowvram_video.transformer.workspace import Execution
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.weights.kernels import gemms
 from lowvram_video.weights.kernels import rows as row_ops

@@ -27,8 +27,8 @@ from lowvram_video.compilation.triton_cache import TritonCache
 from lowvram_video.memory.plan.footprint import Limits
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.transformer import workspace
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.rows import num_parts
-from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.footprint import wan_work
 from lowvram_video.wanvideo.network.model import WanModel
 from lowvram_video.wanvideo.streamed import StreamedWan

@@ -15,8 +15,9 @@ from lowvram_video.framepack.network.blocks import DoubleBlock, FramePackBlock, 
 from lowvram_video.framepack.network.config import FramePackConfig
 from lowvram_video.framepack.network.model import FramePackModel, Frames, History, Prompt, StepCondition
 from lowvram_video.fused.eager import EagerOps
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.transformer import Block
-from lowvram_video.transformer.workspace import Execution, Workspace
+from lowvram_video.transformer.workspace import Workspace
 from lowvram_video.weights.linear.int8 import Int8Matmul
 from lowvram_video.weights.linear.linear import Linear
 from torch import Tensor, nn

@@ -17,8 +17,8 @@ from lowvram_video.framepack.run.generation import section_size
 from lowvram_video.framepack.streamed import StreamedFramePack
 from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.nag import NagSettings
-from lowvram_video.transformer.workspace import Execution
 from torch import Tensor, nn
 
 from .test_framepack_generation import SAMPLING, changed, material, prompt, run

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.fused.ops import Rope
-from lowvram_video.transformer.workspace import Execution
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.model import Extras, WanModel
 from lowvram_video.weights.kernels.row_reference import TorchRowOps

@@ -10,7 +10,8 @@ from lowvram_video.attention.sdpa import Sdpa
 from lowvram_video.fused.eager import EagerOps
 from lowvram_video.system.words import copy_in_words
 from lowvram_video.transformer import workspace
-from lowvram_video.transformer.workspace import Execution, Rows, Workspace
+from lowvram_video.transformer.execution import Execution
+from lowvram_video.transformer.workspace import Rows, Workspace
 from lowvram_video.wanvideo.checkpoint import official_names
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.embeddings import AxisPositions

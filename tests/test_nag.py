@@ -11,8 +11,8 @@ import pytest
 import torch
 from lowvram_video.cli.nag import nag_settings
 from lowvram_video.runtime.settings import RunSettings
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.nag import NagSettings, guide_
-from lowvram_video.transformer.workspace import Execution
 from lowvram_video.wanvideo.network.model import Extras, Nag, WanModel
 from lowvram_video.wanvideo.pipeline import WanPipeline
 from lowvram_video.wanvideo.request import WanRequest

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.rows import QUERY_TILE, even_step, query_step
-from lowvram_video.transformer.workspace import Execution, Rows, Workspace
+from lowvram_video.transformer.workspace import Rows, Workspace
 
 META = torch.device("meta")
 

@@ -17,7 +17,7 @@ from lowvram_video.memory.stream.ring import DeviceRing
 from lowvram_video.runtime import run_record
 from lowvram_video.runtime.run_record import RunRecord
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.transformer.workspace import Execution
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.wanvideo.streamed import StreamedWan
 
 from .test_pipeline import UNLIMITED, Scarce, inputs

@@ -19,7 +19,7 @@ from lowvram_video.memory.plan.footprint import GIB, Choice, Limits
 from lowvram_video.memory.plan.plan import plan_memory
 from lowvram_video.memory.stream import pinned as pinned_memory
 from lowvram_video.runtime.settings import RunSettings
-from lowvram_video.transformer.workspace import Execution
+from lowvram_video.transformer.execution import Execution
 from lowvram_video.vae.tiny import TinyVAE
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.network.embeddings import AxisPositions

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..team.share import Share
 from ..weights.linear.linear import Linear, Piece
-from .workspace import Arrive, Execution, all_there
+from .execution import Execution
+from .workspace import Arrive, all_there
 
 
 class Bring(Protocol):

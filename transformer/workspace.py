@@ -1,22 +1,20 @@
-"""How a forward pass runs, as opposed to what it computes: backends, chunk sizes and the buffers they imply."""
+"""The buffers of a forward pass, and the rows that go through it at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..attention.backend import Backend, PassAttention
-from ..attention.sdpa import Sdpa
-from ..attention.sparse.run import AttentionRun
-from ..fused.eager import EagerOps
+from ..attention.backend import PassAttention
 from ..fused.ops import FusedOps
 from ..system.torch_compiler import mark_any_length
 from ..system.words import copy_in_words
 from ..team.share import Part
 from ..weights.linear.projection import Scratch
+from .execution import Execution
 from .packed_heads import PackedHeads
 from .rows import even_step, in_steps, num_parts, query_step, rows_of
 
@@ -33,37 +31,6 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `Backend.attend`
 
 def all_there(block: nn.Module, stage: int) -> None:
     """All weights of a block are on its device together."""
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Choices that change speed and memory, and results only by rounding.
-
-    `token_chunk` rows go through norms and matrix products at a time; attention runs over `head_groups` groups of
-    heads in turn, for the queries of at most `query_chunk` rows at a time (None: of all), of which so many go together
-    as keep a GPU's `processors` busy (see `query_step`). They come from the memory plan, as does whether
-    self-attention's keys and values are kept in 8 bits (`packed_keys`), which is not only rounding: a plan does so
-    where the user chose to compute in 8 bits. `all_queries` overrules both, for attention that must see all at once,
-    whatever a leaner plan says in between. With `any_size` compiled code fits videos of any size: row ranges are a
-    number of parts, not a number of rows (see `Workspace.ranges`).
-    """
-
-    dtype: torch.dtype = torch.float32
-    attention: Backend = field(default_factory=lambda: Sdpa(torch.device("cpu")))
-    ops: FusedOps = field(default_factory=EagerOps)
-    token_chunk: int = 4096
-    head_groups: int = 1
-    query_chunk: int | None = None
-    processors: int | None = None
-    packed_keys: bool = False
-    all_queries: bool = False
-    watch: AttentionRun | None = None
-    any_size: bool = False
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether self-attention may leave out what matters little: then it sees all queries at once."""
-        return self.watch is not None and self.watch.sparse is not None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...transformer.execution import Execution
 from ...transformer.layers import Affine
-from ...transformer.workspace import Execution
 from ...weights.linear.linear import Linear
 from .blocks import FeedForward, Modulation
 from .config import FramePackConfig
