@@ -53,6 +53,11 @@ def allocate_extent(nbytes: int) -> Tensor:
         return torch.frombuffer(area, dtype=torch.uint8)
 
 
+def touch_pages(memory: Tensor) -> None:
+    """Have the system give all pages of flat `memory`, uint8 that was never written: a byte of each becomes 0."""
+    memory[:: mmap.PAGESIZE].zero_()
+
+
 def allocate_on_disk(path: Path, nbytes: int) -> Tensor:
     """Memory whose pages are those of a new file, [nbytes] uint8, which the system takes from RAM as it needs that.
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from lowvram_video.memory.plan.limits import hold_allocator, limits_for
 from lowvram_video.memory.plan.rates import Rates
-from lowvram_video.memory.stream.pinned import CudaRegistrar
+from lowvram_video.memory.stream.pinned import CudaRegistrar, PinnedBudget, PinnedMemory
+from lowvram_video.memory.stream.staging import Staging
 from lowvram_video.runtime.settings import RunSettings, use_device
 from lowvram_video.system import host_memory
 from lowvram_video.system.dtypes import half_dtype
@@ -104,6 +105,29 @@ def test_what_pytorch_keeps_of_pinned_memory_goes_back(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     return_freed_bytes()
     assert called == ["older", "newer"]
+
+
+class Onlooker:
+    """Pins nothing, and sees how much RAM the process has by then."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def pin(self, extent: torch.Tensor) -> bool:
+        self.seen.append(psutil.Process().memory_info().rss)
+        return True
+
+    def unpin(self, extent: torch.Tensor) -> None:
+        return
+
+
+def test_new_memory_has_its_pages_before_it_is_pinned() -> None:
+    onlooker, before = Onlooker(), psutil.Process().memory_info().rss
+    memory = PinnedMemory(PinnedBudget(onlooker))
+    extent = memory.allocate(64 * MIB)
+    buffers = Staging([0], 64 * MIB, lambda *_: [], PinnedBudget(onlooker), num_buffers=1, num_threads=1)
+    assert [round((seen - before) / (64 * MIB)) for seen in onlooker.seen] == [1, 2] and not extent.any()
+    buffers.close()
 
 
 @pytest.mark.gpu

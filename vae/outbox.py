@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..system.host_memory import touch_pages
 
 Finish = Callable[[Tensor], Tensor]  # video [B, C, t, h, w] as it is wanted, made on the device
 
@@ -125,7 +126,7 @@ def touch(frames: Tensor) -> None:
     """
     rows = frames.permute(0, 2, 3, 4, 1)
     if rows.is_contiguous():
-        rows.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].zero_()
+        touch_pages(rows.view(-1).view(torch.uint8))
 
 
 def in_ram(pieces: Iterator[Tensor], finish: Finish, into: Tensor | None = None) -> Iterator[Tensor]:
