@@ -5,7 +5,7 @@
 
 Wan 14B at 480x832x81 or 720x1280x81 with all blocks streamed as in 2.6 or 4.0 GiB, but with all VRAM there, so that any
 pieces fit. Products and attention are computed in tiles, and those of one more row may need a whole round of the GPU's
-processors more: steps are made with rows and queries that fill such rounds, and with even parts. `--tiny` runs a tiny
+processors more: steps are made with spans of queries that fill such rounds, and with even ones. `--tiny` runs a tiny
 model on the CPU: for trying the script.
 """
 
@@ -47,7 +47,7 @@ SIZES = {"480p": (WorkSize(81, 480, 832), 2.6), "720p": (WorkSize(81, 720, 1280)
 
 @dataclass(frozen=True)
 class Pieces:
-    """How a step is cut: as `Choice` says, and whether rows and queries fill rounds of the GPU's processors."""
+    """How a step is cut: as `Choice` says, and whether spans of queries fill rounds of the GPU's processors."""
 
     token_chunk: int
     head_groups: int
@@ -62,11 +62,10 @@ class Pieces:
 WAYS = (
     Pieces(8192, 5, 16384, False),
     Pieces(8192, 5, 16384, True),
-    Pieces(8704, 5, 16384, True),
     Pieces(16384, 1, 8192, False),
-    Pieces(17408, 1, 8192, True),
-    Pieces(8704, 1, 16384, True),
-    Pieces(17408, 5, 16384, True),
+    Pieces(16384, 1, 8192, True),
+    Pieces(8192, 1, 16384, True),
+    Pieces(16384, 5, 16384, True),
 )
 
 

@@ -300,13 +300,11 @@ def test_scratch_hands_out_disjoint_tensors() -> None:
     assert scratch.buffer.tolist() == [1.0] * 6 + [2.0] * 14
 
 
-def test_code_knows_how_many_rows_go_together_on_a_gpu() -> None:
-    """Queries by what was found before the blocks: dynamo cannot follow that search, and breaks there from the second
-    size on. It follows that for products' rows.
-    """
+def test_code_knows_how_many_queries_go_together_on_a_gpu() -> None:
+    """Found before the blocks: dynamo cannot follow the search, and breaks there from the second size on."""
     model, blocks, _ = wan(EagerOps())
-    model.execution = replace(model.execution, token_chunk=300, query_chunk=280, head_groups=2, processors=4)
-    latents = [torch.randn(1, 16, 2, 24, width) for width in (32, 40)]
+    model.execution = replace(model.execution, query_chunk=70, head_groups=2, processors=4)
+    latents = [torch.randn(1, 16, 2, 12, width) for width in (16, 20)]
     text = torch.randn(1, 16, TEXT_DIM)
     want = [model(latent, torch.tensor([500.0]), text) for latent in latents]
     blocks[0].compile(backend="eager", fullgraph=True)

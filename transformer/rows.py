@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 256
-PRODUCT_TILE = 128  # rows, and columns, of a product that one processor of a GPU computes at a time, or twice as many
-MORE_TILES = 8  # of rows: so many sizes of a part are looked at
 # Queries of a head that one processor of a GPU attends for at a time, in FlashAttention, cuDNN and SageAttention; and
 # how many more it could attend for in the time that another part takes, where keys and values are unpacked for each.
 QUERY_TILE, PART_QUERIES = 128, 256
@@ -24,31 +22,6 @@ def even_step(count: int, most: int) -> int:
         return most
     num_parts = -(-count // most)
     return min(most, -(-count // num_parts // TILE_ROWS) * TILE_ROWS)
-
-
-def product_step(count: int, most: int, width: int, processors: int | None) -> int:
-    """So many rows at a time, at most `most`, of which a GPU of so many processors multiplies `count` soonest.
-
-    Products are `width` wide. As of `query_step`, a round in which some processors have no tile takes as long as a full
-    one. In plain arithmetic, as compiled code comes by here.
-    """
-    best = even_step(count, most)
-    if processors is None or count <= most:
-        return best
-    columns = -(-width // PRODUCT_TILE)
-    fewest = _product_rounds(count, best, columns, processors)
-    last = most // PRODUCT_TILE
-    for tiles in range(max(1, last - MORE_TILES + 1, best // PRODUCT_TILE), last + 1):
-        rounds = _product_rounds(count, tiles * PRODUCT_TILE, columns, processors)
-        if rounds < fewest:
-            best, fewest = tiles * PRODUCT_TILE, rounds
-    return best
-
-
-def _product_rounds(count: int, step: int, columns: int, processors: int) -> int:
-    of_a_part = -(-(-(-step // PRODUCT_TILE) * columns) // processors)
-    of_the_rest = -(-(-(-(count % step) // PRODUCT_TILE) * columns) // processors)
-    return count // step * of_a_part + of_the_rest
 
 
 def query_step(count: int, most: int, num_heads: int, processors: int | None) -> int:

@@ -16,7 +16,7 @@ from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .execution import Execution
 from .packed_heads import PackedHeads
-from .rows import even_step, in_steps, num_parts, product_step, query_step, rows_of
+from .rows import even_step, in_steps, num_parts, query_step, rows_of
 
 FEWEST_PARTS = 8  # of a pass in code for any size: 32,768 rows at 4096 at a time
 ANY_NUMBER = 2**40  # of rows
@@ -252,13 +252,8 @@ class Workspace:
         return rows_of(self.pool, rows.start * width, rows.stop - rows.start, width)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """Row ranges of at most `token_chunk` rows that cover `start .. stop`."""
-        return self._chunks(start, self.num_rows if stop is None else stop, self.chunk_rows, FEWEST_PARTS)
-
-    def _chunks(self, start: int, stop: int, most: int, fewest: int = 1) -> Iterator[slice]:
-        if self.extent is not None:
-            return self.ranges(start, stop, most, fewest)
-        return in_steps(start, stop, product_step(stop - start, most, self.dim, self.execution.processors))
+        """Row ranges of at most `token_chunk` rows that cover `start .. stop` about evenly."""
+        return self.ranges(start, self.num_rows if stop is None else stop, self.chunk_rows, FEWEST_PARTS)
 
     def ranges(self, start: int, stop: int, most: int, fewest: int = 1) -> Iterator[slice]:
         """Row ranges of at most `most` rows that cover `start .. stop` about evenly.
@@ -290,7 +285,7 @@ class Workspace:
         """Row ranges that are chunks of one sample each, of as many rows as queries exist of."""
         tokens, most = self.num_rows // self.rows.batch, min(self.chunk_rows, self.query_rows)
         for sample in range(self.rows.batch):
-            yield from self._chunks(sample * tokens, (sample + 1) * tokens, most)
+            yield from self.ranges(sample * tokens, (sample + 1) * tokens, most)
 
     def chunks_with_queries(self) -> Iterator[tuple[slice, bool]]:
         """`chunks`, and whether their rows are of the first span: its queries exist beside all keys and values."""

@@ -15,8 +15,7 @@ from .footprint import Choice, Limits, ModelFootprint, WorkSize
 from .host_memory import HostMemory, find_host_memory
 from .pass_times import FULL_SPEED_HEADS, compute_seconds
 
-# A sixteenth more than a power of two leaves room for rows that fill rounds of a GPU's processors (`product_step`).
-TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 8704, 16384, 17408, 32768)
+TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
 DEFAULT_SLOTS = 2
 FAIR_CHUNK, FAIR_PACKED_CHUNK = 8192, 4096  # rows at a time, from which on other things are worth more

@@ -18,10 +18,7 @@ FEW_KEYS = 4 * 512  # attention over fewer is cross-attention, slower for its si
 
 # Rows of a matrix product, and the share of full speed it reaches with at least so many: fewer leave the last wave of
 # tiles half empty.
-GEMM_EFFICIENCY = (
-    (32768, 1.0), (17408, 0.993), (16384, 0.99), (8704, 0.985), (8192, 0.98), (4096, 0.95), (2048, 0.88), (1024, 0.78),
-    (0, 0.58),
-)  # fmt: skip
+GEMM_EFFICIENCY = ((32768, 1.0), (16384, 0.99), (8192, 0.98), (4096, 0.95), (2048, 0.88), (1024, 0.78), (0, 0.58))
 
 
 @dataclass(frozen=True)
