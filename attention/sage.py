@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,13 +77,13 @@ class SageAttention:
     @property
     def workspace(self) -> AttentionWorkspace:
         """Known once `refuse` found the package."""
-        return WORKSPACE_HOPPER_2 if self._is_hopper and not self._is_version_1 else WORKSPACE
+        own = WORKSPACE_HOPPER_2 if self._is_hopper and not self._is_version_1 else WORKSPACE
+        return replace(own, block=BLOCK) if self._counts_padding else own
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
         assert self._function is not None, "refuse() decides whether attend() may run"
-        num_padding = -k.shape[1] % BLOCK
-        if self._counts_padding and num_padding * 256 > k.shape[1]:
+        if self._counts_padding and self.workspace.is_ragged(k.shape[1]):
             return self._sdpa.attend(q, k, v)
         q, k, v = with_last_dim_contiguous(q, k, v)
         # Triton launches on the current device, which need not be the tensors'.

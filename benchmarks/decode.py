@@ -280,6 +280,7 @@ def profile(bench: Bench) -> None:
     from torch.profiler import profile as profiled
 
     case = Case("command line", (25, *P720[1:]), 0)
+    bench.given = bench.latent(case)
     bench.command_line(case)
     with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         bench.command_line(case)

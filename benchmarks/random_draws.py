@@ -17,6 +17,7 @@ import logging
 import os
 import statistics
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,7 @@ from synthetic import CONFIGS, DTYPES, write_checkpoint, write_gguf, write_lora
 
 LORA_RANK = 64
 PASSES = 2
+RAISED_LINES = 40  # of a traceback, the last ones
 # What a run holds beside a pass, in fp32: the noise, the sample and its next one, a prediction with the prompt and one
 # without, and three of the solver's history.
 HELD_LATENTS = 8
@@ -172,7 +174,8 @@ def run_draw(models: Models, draw: Draw, card: Card) -> dict[str, Any]:
                 result |= run_refused(model, work, limits, error, card)
             result["repeats"] = repeats.count
     except (RuntimeError, ValueError) as error:
-        result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        result["raised"] = traceback.format_exc().splitlines()[-RAISED_LINES:]
         models.close()
     result["wall_seconds"] = time.perf_counter() - began
     return result

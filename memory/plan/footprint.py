@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ...system.card_profile import CardProfile
 from ...system.sizes import GIB
+from ...transformer.rows import most_queries
 from .card_times import EAGER_PASSES, PLAIN, SDPA, PassWork
 from .parking import Parking
 
@@ -30,8 +31,11 @@ BLOCK_PASSES = 25
 class AttentionBytes(Protocol):
     """What an attention backend says of its memory; see `attention/backend.py: AttentionWorkspace`."""
 
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
-        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output."""
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
+        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output.
+
+        `length` are the keys of one sample where that is known to be what calls have.
+        """
         ...
 
 
@@ -175,7 +179,7 @@ class ModelFootprint:
         output = queries * self.dim * self.compute_bytes
         if work.num_sharing > 1:
             return max(self._exchange_bytes(work, choice, limits), -(-output // choice.head_groups))
-        over_tokens = output + self._attention_workspace(queries, work.rows, limits)
+        over_tokens = output + self._attention_workspace(queries, work.rows, limits, self.key_length(work))
         if choice.packed_keys:  # k and v unpacked
             over_tokens += 2 * work.rows * self.dim * self.compute_bytes
         if work.all_queries and choice.head_groups > 1:  # others' functions take q, k and v in one piece each
@@ -191,11 +195,15 @@ class ModelFootprint:
         outputs = (2 if self.image_tokens else 1) * rows * row
         return -(-(outputs + self._attention_workspace(rows, keys, limits)) // choice.head_groups)
 
-    def _attention_workspace(self, queries: int, keys: int, limits: Limits) -> int:
+    def key_length(self, work: WorkSize) -> int:
+        """The keys of a sample in self-attention; 0 where not all calls have as many, or that is not known."""
+        return 0
+
+    def _attention_workspace(self, queries: int, keys: int, limits: Limits, length: int = 0) -> int:
         """What attention of all heads takes beside its output."""
         if limits.attention is None:
             return 0
-        return limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads)
+        return limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads, length)
 
     def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """What several cards' attention holds of the largest group of heads: see `team/heads.py`.
@@ -346,7 +354,7 @@ class Choice:
         """At most so many rows' queries exist at a time; those of a chunk belong to one sample."""
         if self.query_chunk is None or work.rows <= self.query_chunk:
             return work.rows
-        return min(work.tokens, self.query_chunk)
+        return most_queries(work.tokens, self.query_chunk)
 
 
 @dataclass(frozen=True)

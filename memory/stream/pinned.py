@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -74,25 +75,32 @@ class PinnedBudget:
 
     def pin(self, extent: Tensor) -> str | None:
         """Pin an extent; the reason in words when it has to stay pageable, else None."""
-        with self._lock:
-            if self._pinned_bytes + extent.numel() > self.cap_bytes:
-                return f"the cap of {in_gib(self.cap_bytes)} on pinned memory is reached"
-            self._pinned_bytes += extent.numel()
-        pinned = False
-        try:
-            pinned = self._registrar.pin(extent)
-        finally:
-            if not pinned:
-                self._give_back(extent)
-        return None if pinned else "the system refused to pin more memory"
+        return self._pin(extent, self._registrar.pin)
 
     def pin_new(self, extent: Tensor) -> str | None:
         """As `pin`, for an extent that nothing was written to: it has all its pages first.
 
         While it is pinned the driver lets nobody else ask a device for work, and four fifths of that went to pages.
         """
-        touch_pages(extent)
-        return self.pin(extent)
+
+        def pin(extent: Tensor) -> bool:
+            touch_pages(extent)
+            return self._registrar.pin(extent)
+
+        return self._pin(extent, pin)
+
+    def _pin(self, extent: Tensor, pin: Callable[[Tensor], bool]) -> str | None:
+        with self._lock:
+            if self._pinned_bytes + extent.numel() > self.cap_bytes:
+                return f"the cap of {in_gib(self.cap_bytes)} on pinned memory is reached"
+            self._pinned_bytes += extent.numel()
+        pinned = False
+        try:
+            pinned = pin(extent)
+        finally:
+            if not pinned:
+                self._give_back(extent)
+        return None if pinned else "the system refused to pin more memory"
 
     def unpin(self, extent: Tensor) -> None:
         """Undo a successful `pin`."""
