@@ -86,6 +86,12 @@ def by_resident(file: str) -> float:
     return row(rows, "480p in 2.6") / row(rows, "480p resident")
 
 
+def by_bytes(name: str, file: str) -> float:
+    """A step by the time of its blocks' bytes on the bus."""
+    found = next(row for each in load(file)["files"] for row in each["rows"] if row["name"] == name)
+    return float(found["step"] * found["h2d_gbps"] * 1e9 / found["streamed_bytes"])
+
+
 def form(name: str, beside: str = "fp8, bf16 products") -> float:
     """A step of a form by one of another form."""
     rows = load("quantized_runs_h200_2026-11-28.json")["cases"]
@@ -129,6 +135,7 @@ DERIVED: dict[str, Callable[[], float]] = {
     "1.008": lambda: alike(
         in_pieces(3), exact("480p Q4_K fp8_fast", "81x480x832 fp8", "exact_step_q4_k_h200_2026-11-29.json")
     ),
+    "0.998": lambda: by_bytes("clip bf16 in 4", "exact_step_clip_h200_2026-11-30.json"),
     "0.975": lambda: exact("480p Q4_K", "81x480x832 bf16", "exact_step_q4_k_h200_2026-11-29.json"),
     "1.014": lambda: 1 / row(load("several_cards_two_h200_2026-11-29.json")["rows"], "480p parked", "speed_up"),
     "0.854": lambda: form("fp8_fast"),
