@@ -38,19 +38,21 @@ class AttentionWorkspace:
     per_pair: float = 0.0
     block: int = 1
 
-    def is_ragged(self, keys: int) -> bool:
-        """Whether so many keys of one sample are filled up by more than a step of bfloat16."""
-        return -keys % self.block * 256 > keys
-
     def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
         """Of `heads` heads, `rows` rows of q and `keys` of k, of all samples: of `length` keys each, where known."""
-        if self.is_ragged(length):
+        if is_ragged(length, self.block):
             return EXACT_WORKSPACE.nbytes(rows, keys, heads, head_dim)
         elements = head_dim * (self.per_query * rows + self.per_key * keys)
         return int(heads * (elements + self.per_row * rows + self.per_pair * rows * keys))
 
 
 EXACT_WORKSPACE = AttentionWorkspace()
+
+
+def is_ragged(keys: int, block: int) -> bool:
+    """Whether blocks of so many keys are filled up by more than a step of bfloat16, a 256th of the keys."""
+    return -keys % block * 256 > keys
+
 
 # Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is
 # 2.2e-3; int8 QK is 1.4e-2 and int8 QK with fp8 PV 3.8e-2 (modelled in float32). Black, shifted or unscaled

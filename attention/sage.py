@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace
+from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, is_ragged
 from .probe import (
     THIS_MACHINE,
     KernelMissing,
@@ -58,7 +58,7 @@ class SageAttention:
         self._function: Callable[..., Any] | None = None
         self._is_version_1 = False
         self._is_hopper = (machine.capability(device) or (0, 0))[0] == 9
-        self._counts_padding = False
+        self._spared_block = 1  # or BLOCK
         self._sdpa = Sdpa(device, machine)
 
     def refuse(self, spec: AttentionSpec) -> str | None:
@@ -78,12 +78,12 @@ class SageAttention:
     def workspace(self) -> AttentionWorkspace:
         """Known once `refuse` found the package."""
         own = WORKSPACE_HOPPER_2 if self._is_hopper and not self._is_version_1 else WORKSPACE
-        return replace(own, block=BLOCK) if self._counts_padding else own
+        return replace(own, block=self._spared_block)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
         assert self._function is not None, "refuse() decides whether attend() may run"
-        if self._counts_padding and self.workspace.is_ragged(k.shape[1]):
+        if is_ragged(k.shape[1], self._spared_block):
             return self._sdpa.attend(q, k, v)
         q, k, v = with_last_dim_contiguous(q, k, v)
         # Triton launches on the current device, which need not be the tensors'.
@@ -95,11 +95,11 @@ class SageAttention:
             return self._function(q, k, v, tensor_layout="NHD", is_causal=False)
 
     def _check_lengths(self, spec: AttentionSpec) -> str | None:
-        self._counts_padding = False
+        self._spared_block = 1
         reason = find_disagreement(self, spec)
         if reason is None:
             return None
-        self._counts_padding = True
+        self._spared_block = BLOCK
         self._sdpa.refuse(spec)
         if find_disagreement(self, spec) is not None:
             return reason

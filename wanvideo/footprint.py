@@ -81,7 +81,7 @@ class WanFootprint(ModelFootprint):
         return max(adapter + whole, guided, super().temporary_bytes(work, choice, limits))
 
     def key_length(self, work: WorkSize) -> int:
-        return work.tokens
+        return 0 if work.or_fewer or work.all_queries else work.tokens  # what is shown all may call with fewer
 
     def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         seen = work.rows * self.dim * self.compute_bytes if isinstance(work, WanWork) and work.seen_queries else 0

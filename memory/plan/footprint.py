@@ -14,7 +14,6 @@ from typing import Protocol
 
 from ...system.card_profile import CardProfile
 from ...system.sizes import GIB
-from ...transformer.rows import most_queries
 from .card_times import EAGER_PASSES, PLAIN, SDPA, PassWork
 from .parking import Parking
 
@@ -280,7 +279,7 @@ class WorkSize:
 
     `passes_per_step` is 2 where guidance runs cond and uncond one after the other. Each pass is made by so many `cards`
     together. `all_queries`: something looks at attention that must see all queries, keys and values at once, as they
-    were computed.
+    were computed. `or_fewer`: its plan is kept for passes of fewer tokens.
     """
 
     frames: int
@@ -292,6 +291,7 @@ class WorkSize:
     patch: tuple[int, int, int] = (1, 2, 2)
     cards: int = 1
     all_queries: bool = field(default=False, kw_only=True)
+    or_fewer: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "batch", "passes_per_step", "cards"):
@@ -354,7 +354,7 @@ class Choice:
         """At most so many rows' queries exist at a time; those of a chunk belong to one sample."""
         if self.query_chunk is None or work.rows <= self.query_chunk:
             return work.rows
-        return most_queries(work.tokens, self.query_chunk)
+        return min(work.tokens, self.query_chunk)
 
 
 @dataclass(frozen=True)
