@@ -28,31 +28,21 @@ class AttentionWorkspace:
     """What one call has on the device beside q, k, v and its output, in bytes.
 
     `per_query` for each element of q, `per_key` for each of k (and its twin of v), `per_row` for each row and head of
-    q, `per_pair` for each row of q with each of k and head. A call that would fill up its last block of `block` keys by
-    more than a 256th of all takes what exact attention does: that makes it.
+    q, `per_pair` for each row of q with each of k and head.
     """
 
     per_query: float = 0.0
     per_key: float = 0.0
     per_row: float = 4.0  # the sum of its exponentials, or its logarithm, in fp32
     per_pair: float = 0.0
-    block: int = 1
 
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
-        """Of `heads` heads, `rows` rows of q and `keys` of k, of all samples: of `length` keys each, where known."""
-        if is_ragged(length, self.block):
-            return EXACT_WORKSPACE.nbytes(rows, keys, heads, head_dim)
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
+        """Of `heads` heads, `rows` rows of q and `keys` of k; of all samples together."""
         elements = head_dim * (self.per_query * rows + self.per_key * keys)
         return int(heads * (elements + self.per_row * rows + self.per_pair * rows * keys))
 
 
 EXACT_WORKSPACE = AttentionWorkspace()
-
-
-def is_ragged(keys: int, block: int) -> bool:
-    """Whether blocks of so many keys are filled up by more than a step of bfloat16, a 256th of the keys."""
-    return -keys % block * 256 > keys
-
 
 # Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is
 # 2.2e-3; int8 QK is 1.4e-2 and int8 QK with fp8 PV 3.8e-2 (modelled in float32). Black, shifted or unscaled

@@ -9,13 +9,12 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, is_ragged
+from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace
 from .probe import (
     THIS_MACHINE,
     KernelMissing,
@@ -58,7 +57,7 @@ class SageAttention:
         self._function: Callable[..., Any] | None = None
         self._is_version_1 = False
         self._is_hopper = (machine.capability(device) or (0, 0))[0] == 9
-        self._spared_block = 1  # or BLOCK
+        self._counts_padding = False
         self._sdpa = Sdpa(device, machine)
 
     def refuse(self, spec: AttentionSpec) -> str | None:
@@ -77,13 +76,13 @@ class SageAttention:
     @property
     def workspace(self) -> AttentionWorkspace:
         """Known once `refuse` found the package."""
-        own = WORKSPACE_HOPPER_2 if self._is_hopper and not self._is_version_1 else WORKSPACE
-        return replace(own, block=self._spared_block)
+        return WORKSPACE_HOPPER_2 if self._is_hopper and not self._is_version_1 else WORKSPACE
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
         assert self._function is not None, "refuse() decides whether attend() may run"
-        if is_ragged(k.shape[1], self._spared_block):
+        num_padding = -k.shape[1] % BLOCK
+        if self._counts_padding and num_padding * 256 > k.shape[1]:
             return self._sdpa.attend(q, k, v)
         q, k, v = with_last_dim_contiguous(q, k, v)
         # Triton launches on the current device, which need not be the tensors'.
@@ -95,11 +94,11 @@ class SageAttention:
             return self._function(q, k, v, tensor_layout="NHD", is_causal=False)
 
     def _check_lengths(self, spec: AttentionSpec) -> str | None:
-        self._spared_block = 1
+        self._counts_padding = False
         reason = find_disagreement(self, spec)
         if reason is None:
             return None
-        self._spared_block = BLOCK
+        self._counts_padding = True
         self._sdpa.refuse(spec)
         if find_disagreement(self, spec) is not None:
             return reason

@@ -87,21 +87,6 @@ def machines(draw: st.DrawFn) -> Limits:
     )
 
 
-def test_ragged_lengths_that_sageattention_is_spared_count_as_exact_attention_but_in_kept_plans() -> None:
-    """12,240 tokens are no whole blocks of 64, 11,520 are: a pass of those may come under the same plan."""
-    choice, spared = Choice(16384, 1, True, 40, False), limits(12, attention=replace(WORKSPACE, block=64))
-    seventeen = WanWork(65, 320, 576)
-    sixteen = replace(seventeen, frames=61)
-    assert (seventeen.tokens, sixteen.tokens) == (12240, 11520)
-
-    def bytes_of(work: WorkSize, limits: Limits = spared) -> int:
-        return FP8.activation_bytes(work, choice, limits)
-
-    assert bytes_of(seventeen, limits(12, attention=EXACT_WORKSPACE)) <= bytes_of(seventeen) < bytes_of(sixteen)
-    assert bytes_of(replace(seventeen, or_fewer=True)) > bytes_of(sixteen)
-    assert bytes_of(replace(seventeen, or_fewer=True)) == bytes_of(seventeen, limits(12, attention=WORKSPACE))
-
-
 class TestMonotonicity:
     @settings(max_examples=150, deadline=None)
     @given(models(), works(), machines(), st.integers(0, 16 * GIB))

@@ -77,8 +77,8 @@ class LargerOf:
 
     parts: tuple[AttentionWorkspace, ...]
 
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
-        return max(part.nbytes(rows, keys, heads, head_dim, length) for part in self.parts)
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
+        return max(part.nbytes(rows, keys, heads, head_dim) for part in self.parts)
 
 
 class AttentionRun:

@@ -30,11 +30,8 @@ BLOCK_PASSES = 25
 class AttentionBytes(Protocol):
     """What an attention backend says of its memory; see `attention/backend.py: AttentionWorkspace`."""
 
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
-        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output.
-
-        `length` are the keys of one sample where that is known to be what calls have.
-        """
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
+        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output."""
         ...
 
 
@@ -178,7 +175,7 @@ class ModelFootprint:
         output = queries * self.dim * self.compute_bytes
         if work.num_sharing > 1:
             return max(self._exchange_bytes(work, choice, limits), -(-output // choice.head_groups))
-        over_tokens = output + self._attention_workspace(queries, work.rows, limits, self.key_length(work))
+        over_tokens = output + self._attention_workspace(queries, work.rows, limits)
         if choice.packed_keys:  # k and v unpacked
             over_tokens += 2 * work.rows * self.dim * self.compute_bytes
         if work.all_queries and choice.head_groups > 1:  # others' functions take q, k and v in one piece each
@@ -194,15 +191,11 @@ class ModelFootprint:
         outputs = (2 if self.image_tokens else 1) * rows * row
         return -(-(outputs + self._attention_workspace(rows, keys, limits)) // choice.head_groups)
 
-    def key_length(self, work: WorkSize) -> int:
-        """The keys of a sample in self-attention; 0 where not all calls have as many, or that is not known."""
-        return 0
-
-    def _attention_workspace(self, queries: int, keys: int, limits: Limits, length: int = 0) -> int:
+    def _attention_workspace(self, queries: int, keys: int, limits: Limits) -> int:
         """What attention of all heads takes beside its output."""
         if limits.attention is None:
             return 0
-        return limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads, length)
+        return limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads)
 
     def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """What several cards' attention holds of the largest group of heads: see `team/heads.py`.
@@ -279,7 +272,7 @@ class WorkSize:
 
     `passes_per_step` is 2 where guidance runs cond and uncond one after the other. Each pass is made by so many `cards`
     together. `all_queries`: something looks at attention that must see all queries, keys and values at once, as they
-    were computed. `or_fewer`: its plan is kept for passes of fewer tokens.
+    were computed.
     """
 
     frames: int
@@ -291,7 +284,6 @@ class WorkSize:
     patch: tuple[int, int, int] = (1, 2, 2)
     cards: int = 1
     all_queries: bool = field(default=False, kw_only=True)
-    or_fewer: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "batch", "passes_per_step", "cards"):

@@ -42,12 +42,10 @@ class WanEngine(Engine[StreamedWan]):
         """The work of a pass over one sample's latent of `latent_size` (frames, height, width)."""
         frames, height, width = latent_size
         time, down, across = wan_work(self.streamed.config, (1, 1, 1)).stride
-        work = wan_work(self.streamed.config, (width * across, height * down, (frames - 1) * time + 1))
-        return replace(work, or_fewer=True)  # context windows may end with a shorter one
+        return wan_work(self.streamed.config, (width * across, height * down, (frames - 1) * time + 1))
 
     def video_work(self, width: int, height: int, frames: int, passes_per_step: int) -> WorkSize:
-        work = wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
-        return replace(work, or_fewer=True)
+        return wan_work(self.streamed.config, (width, height, frames), passes_per_step=passes_per_step)
 
     def preview(self, work: WorkSize, options: StreamOptions, card_gb: float = 0.0) -> MemoryPlan:
         cache = options.step_cache
