@@ -371,7 +371,7 @@ def test_ram_that_does_not_suffice_for_parking_loses_nothing(monkeypatch: pytest
 
 def test_a_step_that_failed_changes_nothing_and_parking_takes_two_places() -> None:
     pinned: list[Tensor] = []
-    budget = SimpleNamespace(pin_new=pinned.append, unpin=pinned.remove)
+    budget = SimpleNamespace(pin=lambda extent, is_new: pinned.append(extent), unpin=pinned.remove)
     parked = DecoderMemory(torch.device("cpu"), budget, parked=True)  # type: ignore[arg-type]
     said = [each.flatten()[:1].tolist() for each in steps(parked, 4)]
     assert said == [each.flatten()[:1].tolist() for each in steps(DecoderMemory(torch.device("cpu")), 4)]

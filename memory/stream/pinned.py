@@ -3,7 +3,6 @@
 import logging
 import sys
 import threading
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -73,30 +72,21 @@ class PinnedBudget:
         """Bytes pinned now."""
         return self._pinned_bytes
 
-    def pin(self, extent: Tensor) -> str | None:
-        """Pin an extent; the reason in words when it has to stay pageable, else None."""
-        return self._pin(extent, self._registrar.pin)
+    def pin(self, extent: Tensor, is_new: bool = False) -> str | None:
+        """Pin an extent; the reason in words when it has to stay pageable, else None.
 
-    def pin_new(self, extent: Tensor) -> str | None:
-        """As `pin`, for an extent that nothing was written to: it has all its pages first.
-
-        While it is pinned the driver lets nobody else ask a device for work, and four fifths of that went to pages.
+        One that `is_new`, which nothing was written to, has all its pages first: while memory is pinned the driver lets
+        nobody else ask a device for work, and four fifths of that went to pages.
         """
-
-        def pin(extent: Tensor) -> bool:
-            touch_pages(extent)
-            return self._registrar.pin(extent)
-
-        return self._pin(extent, pin)
-
-    def _pin(self, extent: Tensor, pin: Callable[[Tensor], bool]) -> str | None:
         with self._lock:
             if self._pinned_bytes + extent.numel() > self.cap_bytes:
                 return f"the cap of {in_gib(self.cap_bytes)} on pinned memory is reached"
             self._pinned_bytes += extent.numel()
         pinned = False
         try:
-            pinned = pin(extent)
+            if is_new:
+                touch_pages(extent)
+            pinned = self._registrar.pin(extent)
         finally:
             if not pinned:
                 self._give_back(extent)
@@ -126,7 +116,7 @@ class PinnedMemory:
     def allocate(self, nbytes: int) -> Tensor:
         """An extent of so many bytes or more, uint8."""
         extent = allocate_extent(nbytes)
-        if self._budget is not None and self._budget.pin_new(extent) is None:
+        if self._budget is not None and self._budget.pin(extent, is_new=True) is None:
             self._pinned.append(extent)
         return extent
 

@@ -65,7 +65,7 @@ class Staging:
         try:
             for _ in range(num_buffers):
                 extent = allocate_extent(nbytes)
-                refusal = budget.pin_new(extent) if budget is not None else "no device to pin for"
+                refusal = budget.pin(extent, is_new=True) if budget is not None else "no device to pin for"
                 self._buffers.append(_Buffer(extent, refusal is None))
                 self.refusal = self.refusal or refusal
         except BaseException:
