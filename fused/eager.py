@@ -51,6 +51,19 @@ class EagerOps:
     def gelu_(self, x: Tensor) -> None:
         x.copy_(F.gelu(x.float(), approximate="tanh"))
 
+    def pack_normed(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        rope: Rope | None,
+        first_row: int,
+        values: Tensor,
+        scales: Tensor,
+    ) -> None:
+        self.rms_norm_(x, weight, eps, rope, first_row)
+        self.pack_heads(x.view(values.shape), values, scales)
+
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
         x = x.float()
         peak = x.abs().amax(-1)

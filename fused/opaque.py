@@ -45,6 +45,18 @@ class OpaqueOps:
     def gelu_(self, x: Tensor) -> None:
         gelu_(x)
 
+    def pack_normed(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        rope: Rope | None,
+        first_row: int,
+        values: Tensor,
+        scales: Tensor,
+    ) -> None:
+        _steps_for(x).pack_normed(x, weight, eps, rope, first_row, values, scales)  # no part of compiled code
+
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
         _steps_for(x).pack_heads(x, values, scales)  # no part of compiled code
 

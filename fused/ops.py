@@ -68,6 +68,19 @@ class FusedOps(Protocol):
         """
         ...
 
+    def pack_normed(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        rope: Rope | None,
+        first_row: int,
+        values: Tensor,
+        scales: Tensor,
+    ) -> None:
+        """`rms_norm_`, then `pack_heads` of the same rows `x [rows, H D]`, which may be changed by it."""
+        ...
+
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
         """`values * scales` of some heads, strided views `[rows, H, D]` and `[rows, H]`, into `out [rows, H, D]`."""
         ...

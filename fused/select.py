@@ -45,6 +45,8 @@ def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> s
         each.rms_norm_(y, weight[:64], 1e-6, None, 0)
         each.gelu_(y)
         values, scales = torch.empty(6, 2, 128, dtype=torch.int8, device=device), torch.empty(6, 2, device=device)
+        each.pack_normed(y.clone(), weight, 1e-6, rope, 0, values, scales)
+        each.gated_add_(y, (values * scales[..., None]).view(y.shape).to(y.dtype), modulation, 0, 4)
         each.pack_heads(y.view(6, 2, 128), values, scales)
         each.unpack_heads(values[:, 1:], scales[:, 1:], y.view(6, 2, 128)[:, :1])
         each.gated_add_(y, each.affine_norm(x, weight, weight, 1e-6), modulation, 1, 4)

@@ -93,12 +93,37 @@ class TritonOps:
         block = 2048
         _gelu_kernel[(rows, cdiv(dim, block))](x, dim, x.stride(0), BLOCK=block, num_warps=4)
 
+    def pack_normed(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        rope: Rope | None,
+        first_row: int,
+        values: Tensor,
+        scales: Tensor,
+    ) -> None:
+        rows, heads, head_dim = values.shape
+        dim = heads * head_dim
+        most, rest = _two_parts(dim)
+        if weight.shape[0] < dim or next_power_of_2(head_dim) != head_dim or rest < head_dim:
+            self.rms_norm_(x, weight, eps, rope, first_row)
+            self.pack_heads(x.view(values.shape), values, scales)
+            return
+        weight = _readable(weight, x)
+        cos, sin = (rope.cos, rope.sin) if rope is not None else (x, x)
+        num_tokens, half = rope.cos.shape if rope is not None else (1, 1)
+        _pack_normed_kernel[(rows,)](
+            x, weight, cos, sin, values, scales, first_row, num_tokens, half, eps, dim, x.stride(0),
+            values.stride(0), scales.stride(0), SMALLEST_SCALE,
+            ROTATE=rope is not None, MOST=most, REST=rest, HEAD=head_dim, num_warps=NORM_WARPS,
+        )  # fmt: skip
+
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
         rows, heads, dim = x.shape
         _pack_heads_kernel[(rows, cdiv(heads, HEADS_AT_ONCE))](
             x, values, scales, heads, dim, x.stride(0), values.stride(0), scales.stride(0), SMALLEST_SCALE,
             HEADS=HEADS_AT_ONCE, DIM=next_power_of_2(dim), num_warps=HEADS_WARPS,
-            enable_fp_fusion=False,  # products are rounded before they are rounded to integers
         )  # fmt: skip
 
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
@@ -185,19 +210,73 @@ def _rms_norm_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     col, rest = tl.arange(0, MOST), MOST + tl.arange(0, REST)
-    inside = rest < dim
     x_ptr += row.to(tl.int64) * row_stride
+    x, y = _normed_row(
+        x_ptr, weight_ptr, cos_ptr, sin_ptr, (first_row + row) % num_tokens, half, eps, dim, ROTATE, MOST, REST
+    )
+    tl.store(x_ptr + col, x)
+    tl.store(x_ptr + rest, y, mask=rest < dim)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _pack_normed_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, values_ptr, scales_ptr, first_row, num_tokens, half, eps, dim, row_stride,
+    values_stride, scales_stride, smallest_scale,
+    ROTATE: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    x, y = _normed_row(
+        x_ptr + row.to(tl.int64) * row_stride, weight_ptr, cos_ptr, sin_ptr, (first_row + row) % num_tokens, half,
+        eps, dim, ROTATE, MOST, REST,
+    )  # fmt: skip
+    values_ptr += row.to(tl.int64) * values_stride
+    scales_ptr += row.to(tl.int64) * scales_stride
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    _store_packed(x.to(dtype), values_ptr, scales_ptr, 0, dim, smallest_scale, MOST, HEAD)
+    _store_packed(y.to(dtype), values_ptr, scales_ptr, MOST, dim, smallest_scale, REST, HEAD)
+
+
+@triton.jit
+def _normed_row(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, token, half, eps, dim,
+    ROTATE: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """A row that is normed and turned, fp32: its first `MOST` numbers and the others, of which `REST` have room."""
+    col, rest = tl.arange(0, MOST), MOST + tl.arange(0, REST)
+    inside = rest < dim
     x = tl.load(x_ptr + col).to(tl.float32)
     y = tl.load(x_ptr + rest, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.div_rn(1.0, tl.sqrt_rn((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / dim + eps))
     x *= inverse * tl.load(weight_ptr + col).to(tl.float32)
     y *= inverse * tl.load(weight_ptr + rest, mask=inside, other=0.0).to(tl.float32)
     if ROTATE:
-        angles = ((first_row + row) % num_tokens) * half
+        angles = token * half
         x = _turned(x, 0, cos_ptr + angles, sin_ptr + angles, half, dim // 2, MOST // 2)
         y = _turned(y, MOST // 2, cos_ptr + angles, sin_ptr + angles, half, dim // 2, REST // 2)
-    tl.store(x_ptr + col, x)
-    tl.store(x_ptr + rest, y, mask=inside)
+    return x, y
+
+
+@triton.jit
+def _store_packed(
+    x, values_ptr, scales_ptr, first, dim, smallest_scale, SIZE: tl.constexpr, HEAD: tl.constexpr
+):  # fmt: skip
+    """The numbers of a row from `first` on, whole heads, in 8 bits."""
+    head = first // HEAD + tl.arange(0, SIZE // HEAD)
+    place = head[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
+    inside = head < dim // HEAD
+    x, scale = _packed(tl.reshape(x, (SIZE // HEAD, HEAD)).to(tl.float32), smallest_scale)
+    tl.store(scales_ptr + head, scale, mask=inside)
+    tl.store(values_ptr + place, x, mask=inside[:, None])
+
+
+@triton.jit
+def _packed(x, smallest_scale):
+    """Heads `[H, D]` in int8, and their scales `[H]`."""
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), smallest_scale)
+    # the product is rounded first: what is between it and the sum keeps the two from becoming one
+    x = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale)[:, None], -127.0), 127.0)
+    # Adding 1.5 x 2^23 leaves no room for a fraction, so the sum is rounded to an integer, halves to even.
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8), scale
 
 
 @triton.jit
@@ -245,12 +324,9 @@ def _pack_heads_kernel(
     place = head[:, None] * head_dim + col[None, :]
     inside = (head < num_heads)[:, None] & (col < head_dim)[None, :]
     x = tl.load(x_ptr + row * x_stride + place, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), smallest_scale)
-    x = x * tl.div_rn(1.0, scale)[:, None]
-    # Adding 1.5 x 2^23 leaves no room for a fraction, so the sum is rounded to an integer, halves to even.
-    x = tl.minimum(tl.maximum((x + 12582912.0) - 12582912.0, -127.0), 127.0)
+    x, scale = _packed(x, smallest_scale)
     tl.store(scales_ptr + row * scales_stride + head, scale, mask=head < num_heads)
-    tl.store(values_ptr + row * values_stride + place, x.to(tl.int8), mask=inside)
+    tl.store(values_ptr + row * values_stride + place, x, mask=inside)
 
 
 @triton.jit

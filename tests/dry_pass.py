@@ -15,6 +15,7 @@ import torch
 from lowvram_video.attention.backend import EXACT_WORKSPACE
 from lowvram_video.attention.sage import WORKSPACE
 from lowvram_video.fused.opaque import OpaqueOps
+from lowvram_video.fused.ops import Rope
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, unbind
 from lowvram_video.runtime.opened import M
@@ -124,6 +125,11 @@ class DryOps(OpaqueOps):
     """The kernels that are no part of compiled code: they write where they are told to, and nowhere else."""
 
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
+        pass
+
+    def pack_normed(
+        self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int, values: Tensor, scales: Tensor
+    ) -> None:
         pass
 
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:

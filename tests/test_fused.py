@@ -66,6 +66,39 @@ def check_packing(device: str, dtype: torch.dtype) -> None:
         assert torch.equal(got, want)
 
 
+def check_normed_packing(device: str, dtype: torch.dtype, heads: int, head_dim: int) -> None:
+    """One kernel packs the same bits as the two that norm and pack one after the other, with and without rotation."""
+    from lowvram_video.fused.triton_ops import TritonOps
+
+    ops, dim = TritonOps(), heads * head_dim
+    x, weight = rand(7, dim, dtype=dtype, device=device), rand(dim, seed=1, dtype=dtype, device=device)
+    x[2] = 0
+    angle = rand(5, head_dim // 2, seed=2, device=device)
+    for rope in (None, Rope(angle.cos(), angle.sin())):
+        values = torch.full((2, 7, heads, head_dim), 99, dtype=torch.int8, device=device)
+        scales = torch.empty(2, 7, heads, device=device)
+        ops.pack_normed(x.clone(), weight, 1e-6, rope, 3, values[0], scales[0])
+        normed = x.clone()
+        ops.rms_norm_(normed, weight, 1e-6, rope, 3)
+        ops.pack_heads(normed.view(7, heads, head_dim), values[1], scales[1])
+        assert torch.equal(*values) and torch.equal(*scales)
+        # and what they are: the norm's rounding moves a number by one step at most
+        EagerOps().pack_normed(x.clone(), weight, 1e-6, rope, 3, values[1], scales[1])
+        assert int((values[0].int() - values[1].int()).abs().max()) <= 1
+        torch.testing.assert_close(*scales, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_packing_what_is_normed_is_both_steps(rotate: bool) -> None:
+    x, weight, angle = rand(9, 24, seed=3), rand(24, seed=1), rand(5, 4, seed=2)
+    rope = Rope(angle.cos(), angle.sin()) if rotate else None
+    normed, values, scales = x.clone(), torch.empty(2, 9, 3, 8, dtype=torch.int8), torch.empty(2, 9, 3)
+    EagerOps().rms_norm_(normed, weight, 1e-6, rope, 2)
+    EagerOps().pack_heads(normed.view(9, 3, 8), values[0], scales[0])
+    EagerOps().pack_normed(x, weight, 1e-6, rope, 2, values[1], scales[1])
+    assert torch.equal(*values) and torch.equal(*scales)
+
+
 def test_packed_heads_are_near_what_they_were() -> None:
     x = rand(50, 4, 128)
     values, scales, out = torch.empty(50, 4, 128, dtype=torch.int8), torch.empty(50, 4), torch.empty(50, 4, 128)
@@ -129,7 +162,7 @@ def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: 
         def __getitem__(self, grid: object) -> object:
             return lambda *values, **_: given.extend(v.dtype for v in values if isinstance(v, torch.Tensor))
 
-    for name in ("_norm_kernel", "_rms_norm_kernel", "_head_norm_kernel"):
+    for name in ("_norm_kernel", "_rms_norm_kernel", "_head_norm_kernel", "_pack_normed_kernel"):
         monkeypatch.setattr(triton_ops, name, Kernel())
     x, weight = rand(4, 32, dtype=torch.bfloat16), rand(32).to(stored)
     ops = triton_ops.TritonOps()
@@ -137,6 +170,9 @@ def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: 
     ops.rms_norm_(x, weight, 1e-6, None, 0)
     ops.rms_norm_(x, weight[:8], 1e-6, None, 0)
     assert given and set(given) == {torch.bfloat16}
+    given.clear()
+    ops.pack_normed(x, weight, 1e-6, None, 0, torch.empty(4, 4, 8, dtype=torch.int8), torch.empty(4, 4))
+    assert given.count(torch.bfloat16) == 4 and not set(given) & {stored}  # x, the weight, and x for no angles
 
 
 @pytest.mark.gpu
@@ -146,6 +182,8 @@ def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: 
 def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
     check_triton("cuda", dtype, dim, 64, bound)
     check_packing("cuda", dtype)
+    check_normed_packing("cuda", dtype, dim // 128, 128)
+    check_normed_packing("cuda", dtype, 3, 96)
     assert select_fused_ops(torch.device("cuda")).name == "triton"
 
 
@@ -157,7 +195,8 @@ def test_triton_interpreted_on_the_cpu() -> None:
         "[t.check_triton('cpu', torch.float32, *sizes, 1e-5) for sizes in ((24, 4), (64, 4), (36, 6), (2304, 64))]; "
     )
     code += "t.check_triton('cpu', torch.float16, 24, 4, 2e-3); "
-    code += "t.check_packing('cpu', torch.float32)"
+    code += "t.check_packing('cpu', torch.float32); "
+    code += "[t.check_normed_packing('cpu', torch.float32, *sizes) for sizes in ((3, 8), (5, 12), (12, 4), (1, 16))]"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..fused.ops import FusedOps
+from ..fused.ops import FusedOps, Rope
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,14 @@ class PackedHeads:
 
     def fill(self, rows: slice, x: Tensor) -> None:
         """Pack `x [rows, H D]`, those rows of all samples in order."""
+        values, scales = self._rows(rows)
+        self.ops.pack_heads(x.view(values.shape), values, scales)
+
+    def fill_normed(self, rows: slice, x: Tensor, weight: Tensor, eps: float, rope: Rope) -> None:
+        """The same of `x` normed by `weight` and turned by `rope`; `x` may be changed by it."""
+        self.ops.pack_normed(x, weight, eps, rope, rows.start, *self._rows(rows))
+
+    def _rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The values `[rows, H, D]` and scales `[rows, H]` of those rows of all samples in order."""
         values = self.values.view(-1, *self.values.shape[2:])[rows]
-        self.ops.pack_heads(x.view(values.shape), values, self.scales.view(-1, self.scales.shape[2])[rows])
+        return values, self.scales.view(-1, self.scales.shape[2])[rows]

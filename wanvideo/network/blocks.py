@@ -269,8 +269,7 @@ class SelfAttention(nn.Module):
         of_k, of_v, *of_q = share_rows(projections, x)
         made, (k, v) = torch.empty_like(x), packed
         write_product(projections[0], of_k, made)
-        work.ops.rms_norm_(made, self.norm_k.weight, self.eps, rope, rows.start)
-        k.fill(rows, made)
+        k.fill_normed(rows, made, self.norm_k.weight, self.eps, rope)
         write_product(projections[1], of_v, made)
         v.fill(rows, made)
         if of_q:
