@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..system.reductions import sum_buffer_bytes
 
 
 @dataclass(frozen=True)
@@ -24,24 +26,50 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class KeyMean:
+    """The mean of k over its tokens by PyTorch, on a GPU that runs `threads` at a time.
+
+    It is taken before there is anything else of a call but `per_key` bytes for each element of k.
+    """
+
+    threads: int
+    per_key: float = 0.0
+
+    def nbytes(self, keys: int, heads: int, head_dim: int) -> int:
+        """Of `heads` heads of `keys` rows."""
+        return int(self.per_key * keys * heads * head_dim) + sum_buffer_bytes(keys, heads * head_dim, self.threads)
+
+
+@dataclass(frozen=True)
 class AttentionWorkspace:
     """What one call has on the device beside q, k, v and its output, in bytes.
 
     `per_query` for each element of q, `per_key` for each of k (and its twin of v), `per_row` for each row and head of
-    q, `per_pair` for each row of q with each of k and head.
+    q, `per_pair` for each row of q with each of k and head. `mean` comes before these and the output, where it is
+    taken. What several heads take is not always so many times what one does.
     """
 
     per_query: float = 0.0
     per_key: float = 0.0
     per_row: float = 4.0  # the sum of its exponentials, or its logarithm, in fp32
     per_pair: float = 0.0
+    mean: KeyMean | None = None
 
     def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
         """Of `heads` heads, `rows` rows of q and `keys` of k; of all samples together."""
         elements = head_dim * (self.per_query * rows + self.per_key * keys)
-        return int(heads * (elements + self.per_row * rows + self.per_pair * rows * keys))
+        nbytes = int(heads * (elements + self.per_row * rows + self.per_pair * rows * keys))
+        if self.mean is None:
+            return nbytes
+        return max(nbytes, self.mean.nbytes(keys, heads, head_dim) - OUTPUT_BYTES * rows * heads * head_dim)
+
+    def beside(self, per_query: float, per_key: float) -> AttentionWorkspace:
+        """The same of calls with so many bytes more for each element of q, and of k."""
+        mean = self.mean and replace(self.mean, per_key=self.mean.per_key + per_key)
+        return replace(self, per_query=self.per_query + per_query, per_key=self.per_key + per_key, mean=mean)
 
 
+OUTPUT_BYTES = 2  # for each element of q
 EXACT_WORKSPACE = AttentionWorkspace()
 
 # Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace
+from ..system.processors import threads_of
+from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, KeyMean
 from .probe import (
     THIS_MACHINE,
     KernelMissing,
@@ -33,10 +34,19 @@ NEEDS_1 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=(64, 96, 128))
 NEEDS_2 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=range(1, 129))  # pads to 64 or 128 itself
 BLOCK = 64  # keys per step of the kernels
 
-# int8 q and k, and v in 16 bits: fp16, or turned about for the fp8 kernels, which have it in fp8 too. Of k our own copy
-# (version 1), or one less its mean. Hopper's kernels pad v in a copy more. Scales are one for every few rows.
-WORKSPACE = AttentionWorkspace(per_query=1.0, per_key=1.0 + 2.0 + 2.0, per_row=1.0)
-WORKSPACE_HOPPER_2 = AttentionWorkspace(per_query=1.0, per_key=1.0 + 2.0 + 2.0 + 1.0, per_row=1.0)
+OWN_COPY = 2.0  # of k
+
+
+def workspace_on(threads: int, copies_k: bool = False, is_hopper: bool = False) -> AttentionWorkspace:
+    """What a call has on a GPU that runs so many threads at a time.
+
+    int8 q and k, and v in 16 bits: fp16, or turned about for the fp8 kernels, which have it in fp8 too. Of k our own
+    copy (`copies_k`: for version 1), or one less its mean. Hopper's kernels of version 2 pad v in a copy more. Scales
+    are one for every few rows.
+    """
+    per_key = 1.0 + 2.0 + 2.0 + (1.0 if is_hopper and not copies_k else 0.0)
+    mean = KeyMean(threads, OWN_COPY if copies_k else 0.0)
+    return AttentionWorkspace(per_query=1.0, per_key=per_key, per_row=1.0, mean=mean)
 
 
 class SageAttention:
@@ -57,6 +67,7 @@ class SageAttention:
         self._function: Callable[..., Any] | None = None
         self._is_version_1 = False
         self._is_hopper = (machine.capability(device) or (0, 0))[0] == 9
+        self._threads = threads_of(device)
         self._counts_padding = False
         self._sdpa = Sdpa(device, machine)
 
@@ -76,7 +87,7 @@ class SageAttention:
     @property
     def workspace(self) -> AttentionWorkspace:
         """Known once `refuse` found the package."""
-        return WORKSPACE_HOPPER_2 if self._is_hopper and not self._is_version_1 else WORKSPACE
+        return workspace_on(self._threads, self._is_version_1, self._is_hopper)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""

@@ -12,10 +12,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..system.processors import threads_of
 from .backend import QUANTISED_ERROR
 from .packaged import PackagedAttention
 from .probe import THIS_MACHINE, KernelMissing, KernelNeeds, Machine, find_function, with_last_dim_contiguous
-from .sage import WORKSPACE
+from .sage import workspace_on
 
 FUNCTION = "sageattn_qk_int8_pv_fp8_cuda"
 SUMS = "fp32+fp16"  # what makes it 2++; versions before 2.2 do not know it
@@ -34,11 +35,11 @@ class SageAttention2pp(PackagedAttention):
     name = "sageattn_2pp"
     exact = False
     error = QUANTISED_ERROR
-    workspace = WORKSPACE
     needs = NEEDS
 
     def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
         super().__init__(device, machine)
+        self.workspace = workspace_on(threads_of(device))
         # newer cards have no kernel that scales each thread's rows by themselves, as the package's own choice knows
         self._granularity = "per_warp" if (machine.capability(device) or (0, 0)) >= (12, 0) else "per_thread"
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .backend import AttentionWorkspace
+from ..system.processors import threads_of
+from .backend import AttentionWorkspace, KeyMean
 from .packaged import PackagedAttention
-from .probe import KernelNeeds, find_function
+from .probe import THIS_MACHINE, KernelNeeds, Machine, find_function
 
 NEEDS = KernelNeeds(
     lowest=(10, 0),
@@ -24,10 +26,11 @@ NEEDS = KernelNeeds(
 SOURCE = '"git+https://github.com/thu-ml/SageAttention.git#subdirectory=sageattention3_blackwell"'
 # Of 4-bit q, k, v and weights on normal random numbers, modelled in float32: 1.8e-1. Real scores are less even.
 ERROR = 0.25
-# Our copy of k, which it changes; q, k and v padded, q less its mean once more; 4 bits and a scale for 16 of each; and
-# the scores of every key with the mean of 128 queries, in 16 bits and then in fp32.
+OWN_COPY = 2.0  # of k, which it changes
+# That; q, k and v padded, q less its mean once more; 4 bits and a scale for 16 of each; and the scores of every key
+# with the mean of 128 queries, in 16 bits and then in fp32.
 WORKSPACE = AttentionWorkspace(
-    per_query=2.0 + 2.0 + 0.6, per_key=2.0 + 2.0 + 2.0 + 1.2, per_row=4.0, per_pair=(2.0 + 4.0) / 128
+    per_query=2.0 + 2.0 + 0.6, per_key=OWN_COPY + 2.0 + 2.0 + 1.2, per_row=4.0, per_pair=(2.0 + 4.0) / 128
 )
 
 
@@ -37,8 +40,11 @@ class SageAttention3(PackagedAttention):
     name = "sageattn_3"
     exact = False
     error = ERROR
-    workspace = WORKSPACE
     needs = NEEDS
+
+    def __init__(self, device: torch.device, machine: Machine = THIS_MACHINE) -> None:
+        super().__init__(device, machine)
+        self.workspace = replace(WORKSPACE, mean=KeyMean(threads_of(device), OWN_COPY))
 
     def _find(self) -> Callable[..., Tensor]:
         install = f"build it with the CUDA toolkit: {self._machine.pip_install(f'--no-build-isolation {SOURCE}')}"

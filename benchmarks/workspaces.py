@@ -1,4 +1,5 @@
-"""What kernels take of VRAM beside their operands: attention backends by shape, and libraries outside the allocator.
+"""What kernels take of VRAM beside their operands: attention backends by shape, PyTorch's sums over many rows, and
+libraries outside the allocator.
 
     python benchmarks/workspaces.py --out workspaces.json
 
@@ -21,6 +22,7 @@ from lowvram_video.fused.select import select_fused_ops
 from lowvram_video.memory.plan.limits import limits_for
 from lowvram_video.memory.stream.pinned import CudaRegistrar
 from lowvram_video.system.host_memory import allocate_extent
+from lowvram_video.system.processors import threads_of
 from lowvram_video.weights.kernels.gemms import fuses_gelu, select_fp8_gemm, select_int8_gemm
 from lowvram_video.weights.kernels.rows import select_row_ops
 from measure import Ballast, machine
@@ -49,7 +51,15 @@ SHAPES = (
     Shape(14175, 14175, 12, 12),
     Shape(32760, 512, 40, 40),
     Shape(8192, 32760, 40, 40),
+    Shape(27072, 27072, 4, 12),
+    Shape(11136, 11136, 8, 40),
 )
+# Of keys `[B, L, H, D]`, of which attention takes the mean over L.
+SUMMED = (
+    (1, 27030, 4, 128), (1, 14175, 12, 128), (1, 32760, 40, 128), (1, 75600, 40, 128), (1, 75600, 4, 128),
+    (1, 6612, 8, 128), (1, 2000, 1, 128), (1, 3000, 3, 128), (2, 9000, 5, 128), (1, 5000, 4, 64), (1, 27030, 12, 80),
+    (1, 1000, 40, 128),
+)  # fmt: skip
 
 
 def peak_of(call: Callable[[], torch.Tensor]) -> tuple[int, int]:
@@ -95,6 +105,18 @@ def attentions() -> list[dict[str, Any]]:
             continue
         results += [attention(backend, shape) for shape in SHAPES]
         torch.cuda.empty_cache()
+    return results
+
+
+def sums() -> list[dict[str, Any]]:
+    """What the mean over tokens takes, of whole tensors and of heads out of wider ones."""
+    results: list[dict[str, Any]] = []
+    for batch, tokens, heads, head_dim in SUMMED:
+        for wider, dtype in ((1, torch.bfloat16), (2, torch.bfloat16), (1, torch.float32)):
+            k = torch.ones(batch, tokens, wider * heads, head_dim, device=DEVICE, dtype=dtype)[:, :, :heads]
+            _, beside = peak_of(lambda k=k: k.mean(dim=1, keepdim=True))
+            results.append({"shape": [batch, tokens, heads, head_dim], "of_heads": wider * heads,
+                            "dtype": str(dtype).removeprefix("torch."), "bytes": beside})  # fmt: skip
     return results
 
 
@@ -161,8 +183,11 @@ def main() -> None:
     options = parser.parse_args()
     with Ballast(0) as ballast, torch.inference_mode():
         steps = context_steps(ballast.free_bytes)
-        results = attentions()
-    options.out.write_text(json.dumps({"machine": machine(), "steps": steps, "attention": results}, indent=1))
+        results, summed = attentions(), sums()
+    report = {"machine": machine(), "threads": threads_of(DEVICE), "steps": steps, "attention": results, "sums": summed}
+    options.out.write_text(json.dumps(report, indent=1))
+    for line in summed:
+        print(f"the mean over tokens of {line['shape']} in {line['dtype']}: {line['bytes'] / MIB:.1f} MiB")
     for step in steps:
         print(f"{step['after']:<24}{step['outside_mib']:>10.1f} MiB outside{step['allocated_mib']:>10.1f} allocated")
     for r in results:

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from lowvram_video.attention.backend import EXACT_WORKSPACE
-from lowvram_video.attention.sage import WORKSPACE
+from lowvram_video.attention.sage import workspace_on
 from lowvram_video.fused.opaque import OpaqueOps
 from lowvram_video.fused.ops import Rope
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, unbind
 from lowvram_video.runtime.opened import M
 from lowvram_video.runtime.streamed import StreamedModel
+from lowvram_video.system.processors import ASSUMED_THREADS
+from lowvram_video.system.reductions import sum_buffer_bytes
 from lowvram_video.transformer.block_cache import BlockCache
 from lowvram_video.transformer.execution import Execution
 from lowvram_video.transformer.nag import NagSettings
@@ -95,11 +97,13 @@ class DryAttention:
 class DrySage(DryAttention):
     """What `sageattention` 1.0.6 allocates (`core.py: sageattn`), of a k that is the backend's own."""
 
-    name, exact, workspace = "sageattn", False, WORKSPACE
+    name, exact, workspace = "sageattn", False, workspace_on(ASSUMED_THREADS, copies_k=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k = k.clone(memory_format=torch.contiguous_format)
-        k -= k.mean(dim=1, keepdim=True)
+        mean, columns = k.mean(dim=1, keepdim=True), k.shape[2] * k.shape[3]
+        torch.empty(sum_buffer_bytes(k.shape[1], columns, ASSUMED_THREADS), dtype=torch.uint8)  # PyTorch's, meanwhile
+        k -= mean
         half = v.to(torch.float16)
         q8, k8 = (torch.empty(x.shape, dtype=torch.int8) for x in (q, k))
         out = q.new_empty(q.shape)

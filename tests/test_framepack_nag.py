@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_video.attention.sage import WORKSPACE
+from lowvram_video.attention.sage import workspace_on
 from lowvram_video.framepack.footprint import SectionSize
 from lowvram_video.framepack.network.model import FramePackModel, Prompt, StepNag
 from lowvram_video.framepack.run.generation import section_size
@@ -192,7 +192,7 @@ def test_the_plan_counts_the_other_prompt(checkpoint: Path) -> None:
     without, guided = (section_size(replace(SAMPLING, nag=nag), (60, 104), end_image=False) for nag in (None, SETTINGS))
     assert isinstance(guided, SectionSize) and guided.tokens - without.tokens == guided.context_tokens
     # attention takes most: what the plan says of other sections is held against dry passes (test_planned_sections.py)
-    limits = replace(limits_for(torch.device("cpu")), fused=True, attention=WORKSPACE)
+    limits = replace(limits_for(torch.device("cpu")), fused=True, attention=workspace_on(1 << 18))
     plans = [model.make_plan(work, limits) for work in (without, guided)]
     own = guided.rows * CONFIG.dim * model.model.execution.dtype.itemsize
     assert plans[1].denoise.activations - plans[0].denoise.activations > own

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lowvram_video.attention.backend import EXACT_WORKSPACE
-from lowvram_video.attention.sage import WORKSPACE, WORKSPACE_HOPPER_2
+from lowvram_video.attention.sage import workspace_on
 from lowvram_video.benchmarks.preset_plans import preset_plans, wan_footprint
 from lowvram_video.memory.plan.candidates import candidates, spread_residents
 from lowvram_video.memory.plan.decode import choose_decode, decode_memory, strip_memory
@@ -37,6 +37,7 @@ SMALL = wan_footprint("Wan 1.3B bf16", 1536, 8960, 12, 30, 2.0)
 LONG_480P, LONG_720P = WorkSize(81, 480, 832), WorkSize(81, 720, 1280)
 # measured on one H200: pinned copies 55 GB/s, bf16 products 816 TFLOP/s, cuDNN attention 570 TFLOP/s
 H200 = {"tflops_matmul": 816.0, "tflops_attention": 570.0, "h2d_gbps": 55.4}
+WORKSPACES = [EXACT_WORKSPACE, workspace_on(132 * 2048, copies_k=True), workspace_on(76 * 1536, is_hopper=True)]
 
 
 def limits(gib: float, **changes) -> Limits:
@@ -79,7 +80,7 @@ def machines(draw: st.DrawFn) -> Limits:
         pinned_cap_bytes=draw(st.none() | st.integers(0, 32 * GIB)),
         num_slots=draw(st.sampled_from([None, 2, 3, 4])),
         fused=draw(st.booleans()),
-        attention=draw(st.sampled_from([EXACT_WORKSPACE, WORKSPACE, WORKSPACE_HOPPER_2])),
+        attention=draw(st.sampled_from(WORKSPACES)),
         tflops_matmul=draw(st.floats(5, 1000)),
         tflops_attention=draw(st.floats(5, 1000)),
         h2d_gbps=draw(st.floats(2, 60)),

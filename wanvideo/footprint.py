@@ -93,11 +93,9 @@ class WanFootprint(ModelFootprint):
         queries, grouped = choice.query_rows(work), choice.head_groups > 1 or work.cards > 1
         kept = int(choice.packed_keys) + int(self.image_tokens > 0) if grouped else 2
         rows = queries * self.dim * self.compute_bytes
-        workspace = rows if grouped else 0
-        if limits.attention is not None:
-            keys = work.batch * self.context_tokens
-            workspace += limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads)
-        return kept * rows + -(-workspace // choice.head_groups)
+        output = -(-rows // choice.head_groups) if grouped else 0
+        workspace = self._attention_workspace(queries, work.batch * self.context_tokens, limits, choice.head_groups)
+        return kept * rows + output + workspace
 
     def _text_projection_bytes(self, work: WorkSize) -> int:
         """Those of a negative prompt too, which are made beside the prompt's."""

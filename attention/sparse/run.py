@@ -25,10 +25,11 @@ from .settings import SparseSettings
 
 # So many times a pass tells what it measured: a few, as some cards have one engine for copies both ways.
 SENDS = 4
-# What a dense layer of an ordered pass has: keys and values as they were before.
-IN_PLACE = AttentionWorkspace(per_key=2.0 + 2.0)
-# Several cards' queries, keys and values come in the order that tokens elsewhere are in, and the result goes back.
-GATHERED = AttentionWorkspace(per_query=2.0 + 2.0, per_key=2.0 + 2.0)
+# What a dense layer of an ordered pass has for each element of k: keys and values as they were before.
+IN_PLACE = 2.0 + 2.0
+# Several cards' queries, keys and values come in the order that tokens elsewhere are in, and the result goes back: for
+# each element of q, and of k.
+GATHERED = (2.0 + 2.0, 2.0 + 2.0)
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,8 @@ class AttentionRun:
         own = self.dense.workspace
         if self.sparse is None:
             return own
-        in_place = AttentionWorkspace(own.per_query, own.per_key + IN_PLACE.per_key, own.per_row, own.per_pair)
-        parts = (in_place, self.sparse.workspace)
-        return LargerOf(tuple(_beside(part, GATHERED) for part in parts) if self._on_cards else parts)
+        parts = (own.beside(0.0, IN_PLACE), self.sparse.workspace)
+        return LargerOf(tuple(part.beside(*GATHERED) for part in parts) if self._on_cards else parts)
 
     @property
     def watches(self) -> bool:
@@ -337,9 +337,3 @@ class AttentionPass:
             one = self.layer % q.shape[0]
             self._readings.add(self.layer, compare(q[one], k[one], v[one], out[one], self._samples, blocks))
         return out if back is None else out.index_select(1, back)
-
-
-def _beside(workspace: AttentionWorkspace, more: AttentionWorkspace) -> AttentionWorkspace:
-    """What a call has with something else beside it; rows' own bytes are the call's."""
-    queries, keys = workspace.per_query + more.per_query, workspace.per_key + more.per_key
-    return AttentionWorkspace(queries, keys, workspace.per_row, workspace.per_pair)

@@ -175,12 +175,14 @@ class ModelFootprint:
         output = queries * self.dim * self.compute_bytes
         if work.num_sharing > 1:
             return max(self._exchange_bytes(work, choice, limits), -(-output // choice.head_groups))
-        over_tokens = output + self._attention_workspace(queries, work.rows, limits)
+        over_tokens = output
         if choice.packed_keys:  # k and v unpacked
             over_tokens += 2 * work.rows * self.dim * self.compute_bytes
         if work.all_queries and choice.head_groups > 1:  # others' functions take q, k and v in one piece each
             over_tokens += (queries + 2 * work.rows) * self.dim * self.compute_bytes
-        return max(-(-over_tokens // choice.head_groups), self._over_text_bytes(work, choice, limits))
+        of_group = -(-over_tokens // choice.head_groups)
+        of_group += self._attention_workspace(queries, work.rows, limits, choice.head_groups)
+        return max(of_group, self._over_text_bytes(work, choice, limits))
 
     def _over_text_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """Of attention to the text some rows and all heads (`Workspace.attends_in_chunks`); with the image's summed."""
@@ -189,13 +191,14 @@ class ModelFootprint:
             rows = min(rows, choice.token_chunk)
             return rows * row + self._attention_workspace(rows, self.context_tokens, limits)
         outputs = (2 if self.image_tokens else 1) * rows * row
-        return -(-(outputs + self._attention_workspace(rows, keys, limits)) // choice.head_groups)
+        return -(-outputs // choice.head_groups) + self._attention_workspace(rows, keys, limits, choice.head_groups)
 
-    def _attention_workspace(self, queries: int, keys: int, limits: Limits) -> int:
-        """What attention of all heads takes beside its output."""
+    def _attention_workspace(self, queries: int, keys: int, limits: Limits, head_groups: int = 1) -> int:
+        """What attention of a group of heads takes beside its output."""
         if limits.attention is None:
             return 0
-        return limits.attention.nbytes(queries, keys, self.num_heads, self.dim // self.num_heads)
+        heads = -(-self.num_heads // head_groups)
+        return limits.attention.nbytes(queries, keys, heads, self.dim // self.num_heads)
 
     def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """What several cards' attention holds of the largest group of heads: see `team/heads.py`.
@@ -207,7 +210,7 @@ class ModelFootprint:
         tokens, parts = work.batch * work.num_sharing // work.cards * work.tokens, work.num_sharing * choice.head_groups
         heads, head_dim, turns = -(-self.num_heads // parts), self.dim // self.num_heads, min(2, choice.head_groups)
         group = tokens * heads * head_dim * self.compute_bytes
-        workspace = 0 if limits.attention is None else limits.attention.nbytes(tokens, tokens, heads, head_dim)
+        workspace = self._attention_workspace(tokens, tokens, limits, parts)
         return (2 * 3 + 2) * turns * group + group + workspace
 
     def exchanged_bytes(self, work: WorkSize) -> int:
