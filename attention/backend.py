@@ -46,7 +46,8 @@ class AttentionWorkspace:
 
     `per_query` for each element of q, `per_key` for each of k (and its twin of v), `per_row` for each row and head of
     q, `per_pair` for each row of q with each of k and head. `mean` comes before these and the output, where it is
-    taken. What several heads take is not always so many times what one does.
+    taken. What several heads take is not always so many times what one does. `spared` is of calls that are made by
+    exact attention instead, because of how many keys they have (`spares`).
     """
 
     per_query: float = 0.0
@@ -54,9 +55,19 @@ class AttentionWorkspace:
     per_row: float = 4.0  # the sum of its exponentials, or its logarithm, in fp32
     per_pair: float = 0.0
     mean: KeyMean | None = None
+    spared: AttentionWorkspace | None = None
 
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
-        """Of `heads` heads, `rows` rows of q and `keys` of k; of all samples together."""
+    def spares(self, length: int) -> bool:
+        """Whether calls with so many keys of a sample are made by exact attention.
+
+        Where what fills up the last block would take more of the softmax than a bfloat16 step (1/256).
+        """
+        return self.spared is not None and -length % KEY_BLOCK * 256 > length
+
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
+        """Of `heads` heads, `rows` rows of q and `keys` of k, of all samples: of `length` keys each, where known."""
+        if self.spared is not None and self.spares(length):
+            return self.spared.nbytes(rows, keys, heads, head_dim)
         elements = head_dim * (self.per_query * rows + self.per_key * keys)
         nbytes = int(heads * (elements + self.per_row * rows + self.per_pair * rows * keys))
         if self.mean is None:
@@ -65,11 +76,14 @@ class AttentionWorkspace:
 
     def beside(self, per_query: float, per_key: float) -> AttentionWorkspace:
         """The same of calls with so many bytes more for each element of q, and of k."""
+        query, key = self.per_query + per_query, self.per_key + per_key
         mean = self.mean and replace(self.mean, per_key=self.mean.per_key + per_key)
-        return replace(self, per_query=self.per_query + per_query, per_key=self.per_key + per_key, mean=mean)
+        spared = self.spared and self.spared.beside(per_query, per_key)
+        return replace(self, per_query=query, per_key=key, mean=mean, spared=spared)
 
 
 OUTPUT_BYTES = 2  # for each element of q
+KEY_BLOCK = 64  # keys per step of kernels that fill up the last one
 EXACT_WORKSPACE = AttentionWorkspace()
 
 # Relative (Frobenius) error allowed against float32 attention on normal random tensors. bfloat16 rounding alone is

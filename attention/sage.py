@@ -9,13 +9,14 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..system.processors import threads_of
-from .backend import QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, KeyMean
+from .backend import KEY_BLOCK, QUANTISED_ERROR, AttentionSpec, AttentionWorkspace, KeyMean
 from .probe import (
     THIS_MACHINE,
     KernelMissing,
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 _GPUS = "compute capability 8.0 or newer (RTX 30 series, A100 and later)"
 NEEDS_1 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=(64, 96, 128))
 NEEDS_2 = KernelNeeds(lowest=(8, 0), gpus=_GPUS, head_dims=range(1, 129))  # pads to 64 or 128 itself
-BLOCK = 64  # keys per step of the kernels
 
 OWN_COPY = 2.0  # of k
 
@@ -68,7 +68,7 @@ class SageAttention:
         self._is_version_1 = False
         self._is_hopper = (machine.capability(device) or (0, 0))[0] == 9
         self._threads = threads_of(device)
-        self._counts_padding = False
+        self.workspace = AttentionWorkspace()  # known once `refuse` found the package
         self._sdpa = Sdpa(device, machine)
 
     def refuse(self, spec: AttentionSpec) -> str | None:
@@ -84,16 +84,10 @@ class SageAttention:
             return "; ".join(reasons)
         return self._check_lengths(spec)
 
-    @property
-    def workspace(self) -> AttentionWorkspace:
-        """Known once `refuse` found the package."""
-        return workspace_on(self._threads, self._is_version_1, self._is_hopper)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [B, Lq, H, D] over [B, Lk, H, D]."""
         assert self._function is not None, "refuse() decides whether attend() may run"
-        num_padding = -k.shape[1] % BLOCK
-        if self._counts_padding and num_padding * 256 > k.shape[1]:
+        if self.workspace.spares(k.shape[1]):
             return self._sdpa.attend(q, k, v)
         q, k, v = with_last_dim_contiguous(q, k, v)
         # Triton launches on the current device, which need not be the tensors'.
@@ -105,15 +99,15 @@ class SageAttention:
             return self._function(q, k, v, tensor_layout="NHD", is_causal=False)
 
     def _check_lengths(self, spec: AttentionSpec) -> str | None:
-        self._counts_padding = False
+        self.workspace = workspace_on(self._threads, self._is_version_1, self._is_hopper)
         reason = find_disagreement(self, spec)
         if reason is None:
             return None
-        self._counts_padding = True
         self._sdpa.refuse(spec)
+        self.workspace = replace(self.workspace, spared=self._sdpa.workspace)
         if find_disagreement(self, spec) is not None:
             return reason
-        logger.info("sageattn: short k lengths that are no multiple of %d run through sdpa", BLOCK)
+        logger.info("sageattn: short k lengths that are no multiple of %d run through sdpa", KEY_BLOCK)
         return None
 
     def _load(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lowvram_video.attention import sdpa as sdpa_module
-from lowvram_video.attention.backend import AttentionSpec
+from lowvram_video.attention.backend import EXACT_WORKSPACE, AttentionSpec
 from lowvram_video.attention.flash import FlashAttention2, FlashAttention3
 from lowvram_video.attention.int8 import Int8Attention
 from lowvram_video.attention.probe import THIS_MACHINE, Machine, nvidia_capability
@@ -275,6 +275,12 @@ def test_sage_is_spared_short_ragged_lengths_when_it_counts_padding(package: Cal
         print(f"k length {k_length}: relative error {error:.2e}")
         assert error < 1e-2
         assert bool(calls) == by_sage
+        # and a plan counts what is called
+        own = backend.workspace
+        taken = own if by_sage else EXACT_WORKSPACE
+        assert own.nbytes(k_length, k_length, 4, 128, k_length) == taken.nbytes(k_length, k_length, 4, 128)
+        assert own.spares(k_length) != by_sage
+    assert own.nbytes(257, 257, 4, 128) > 5 * 257 * 4 * 128, "where lengths are not known"
 
 
 @pytest.mark.parametrize("package", [sage_1, sage_2])

@@ -88,6 +88,35 @@ def machines(draw: st.DrawFn) -> Limits:
     )
 
 
+def test_ragged_lengths_that_sageattention_is_spared_count_as_exact_attention() -> None:
+    """12,240 tokens are no whole blocks of 64, 11,520 are: fewer tokens take more."""
+    spares = replace(WORKSPACES[1], spared=EXACT_WORKSPACE)
+    choice, spared = Choice(16384, 1, True, 40, False), limits(12, attention=spares)
+    seventeen = WanWork(65, 320, 576)
+    sixteen = replace(seventeen, frames=61)
+    assert (seventeen.tokens, sixteen.tokens) == (12240, 11520) and spares.spares(12240) and not spares.spares(11520)
+
+    def bytes_of(work: WorkSize, limits: Limits = spared) -> int:
+        return FP8.activation_bytes(work, choice, limits)
+
+    assert bytes_of(seventeen, limits(12, attention=EXACT_WORKSPACE)) <= bytes_of(seventeen) < bytes_of(sixteen)
+    # what is beside all calls is beside these
+    assert replace(spares, mean=None).beside(4.0, 3.0).nbytes(10, 20, 2, 128, 12240) == 2 * 128 * (40 + 60) + 2 * 40
+
+
+def test_a_plan_is_kept_for_fewer_tokens_only_where_they_take_no_more() -> None:
+    """Windows of a long video may end with a shorter one: of 8,775 tokens queries go in halves, of 8,190 all at once."""
+    model = replace(FP8, streams_queries=True)
+    plan = plan_memory(model, WorkSize(17, 624, 720), limits(1.7, attention=EXACT_WORKSPACE, **H200))
+    choice = replace(plan.choice, query_chunk=8192, packed_keys=False)
+    plan = replace(plan, choice=choice)
+    assert plan.has_room_for(plan.work) and plan.has_room_for(replace(plan.work, frames=5))
+    assert not plan.has_room_for(replace(plan.work, frames=21)), "more tokens"
+    nearly = replace(plan.work, width=672)
+    assert (nearly.tokens, choice.query_rows(nearly), choice.query_rows(plan.work)) == (8190, 8190, 5120)
+    assert not plan.has_room_for(nearly) and plan.has_room_for(replace(plan.work, width=320))
+
+
 class TestMonotonicity:
     @settings(max_examples=150, deadline=None)
     @given(models(), works(), machines(), st.integers(0, 16 * GIB))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowvram_video.memory.plan.footprint import Choice, WorkSize
 from lowvram_video.transformer.execution import Execution
-from lowvram_video.transformer.rows import QUERY_TILE, even_step, query_step
+from lowvram_video.transformer.rows import QUERY_TILE, even_step, most_queries, query_step
 from lowvram_video.transformer.workspace import Rows, Workspace
 
 META = torch.device("meta")
@@ -41,8 +42,18 @@ def test_no_more_queries_than_there_is_room_for_and_no_more_rounds_than_even_par
     count: int, most: int, heads: int, processors: int
 ) -> None:
     step = query_step(count, most, heads, processors)
-    assert 0 < step <= most
+    assert 0 < step <= most_queries(count, most) <= min(count, most)
     assert rounds(count, step, heads, processors) <= rounds(count, even_step(count, most), heads, processors)
+
+
+def test_a_plan_counts_the_queries_that_there_are() -> None:
+    """8,775 tokens at most 8,192 at a time are two parts: of 5,120 at most, wherever a round ends."""
+    assert most_queries(8775, 8192) == 5120 and most_queries(75600, 16384) == 16384
+    choice, work = Choice(4096, 5, False, 0, True, query_chunk=8192), WorkSize(17, 624, 720)
+    assert (work.tokens, choice.query_rows(work), choice.allowed_queries(work)) == (8775, 5120, 8192)
+    for processors in (None, 28, 76, 128, 132, 170):
+        execution = Execution(torch.bfloat16, query_chunk=8192, head_groups=5, processors=processors)
+        assert Workspace(execution, Rows(8775, 5120, 13824, 40), META, 0).query_rows <= 5120
 
 
 @pytest.mark.parametrize("batch", [1, 2])

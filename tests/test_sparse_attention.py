@@ -731,6 +731,21 @@ def test_an_inexact_backend_is_watched_too() -> None:
 
 
 @torch.inference_mode()
+def test_calls_that_exact_attention_makes_are_not_looked_at() -> None:
+    """What looks at them has keys and values in fp32, for which no plan leaves room beside exact attention."""
+
+    class Spared(Sdpa):
+        exact, workspace = False, AttentionWorkspace(per_key=5.0, spared=AttentionWorkspace())
+
+    backend, model = Spared(CPU), wan(None)
+    model.execution = replace(model.execution, attention=backend, watch=AttentionRun(backend, 3, 1))
+    latent, *others = wan_inputs()
+    model(latent, *others)
+    assert model.execution.watch is not None
+    assert [each.error for each in model.execution.watch.readings()] == [None] * 3
+
+
+@torch.inference_mode()
 def test_the_samplings_memory_is_within_what_is_planned() -> None:
     """Bytes of keys and values in fp32, and of scores, of one head in seven, beside the kernel's own of all."""
     tokens, heads = 32760, 40

@@ -80,6 +80,9 @@ class WanFootprint(ModelFootprint):
         guided = self._guided_bytes(work, choice, limits) if isinstance(work, WanWork) and work.nag else 0
         return max(adapter + whole, guided, super().temporary_bytes(work, choice, limits))
 
+    def key_length(self, work: WorkSize) -> int:
+        return work.tokens
+
     def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         seen = work.rows * self.dim * self.compute_bytes if isinstance(work, WanWork) and work.seen_queries else 0
         return seen + super()._attention_bytes(work, choice, limits)

@@ -78,8 +78,8 @@ class LargerOf:
 
     parts: tuple[AttentionWorkspace, ...]
 
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
-        return max(part.nbytes(rows, keys, heads, head_dim) for part in self.parts)
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
+        return max(part.nbytes(rows, keys, heads, head_dim, length) for part in self.parts)
 
 
 class AttentionRun:
@@ -331,7 +331,7 @@ class AttentionPass:
                 out = run.dense.attend(q, k.index_select(1, places), v.index_select(1, places))
             else:
                 out = run.dense.attend(q, k, v)
-        inexact = blocks is not None or not run.dense.exact
+        inexact = blocks is not None or not (run.dense.exact or run.dense.workspace.spares(k.shape[1]))
         if self._samples is not None and inexact and self._heads_left > 0:
             self._heads_left -= q.shape[2]  # every head once, not for all rows that are attended by themselves
             one = self.layer % q.shape[0]

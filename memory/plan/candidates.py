@@ -207,9 +207,9 @@ def _exact_keys(candidate: Candidate) -> Choice | None:
 
 def _more_queries(candidate: Candidate) -> Choice | None:
     choice, work = candidate.choice, candidate.work
-    if choice.query_rows(work) == work.rows:
+    if choice.allowed_queries(work) == work.rows:
         return None
-    more = next((chunk for chunk in QUERY_CHUNKS if choice.query_rows(work) < chunk < work.tokens), None)
+    more = next((chunk for chunk in QUERY_CHUNKS if choice.allowed_queries(work) < chunk < work.tokens), None)
     return replace(choice, query_chunk=more)
 
 

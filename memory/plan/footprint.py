@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ...system.card_profile import CardProfile
 from ...system.sizes import GIB
+from ...transformer.rows import most_queries
 from .card_times import EAGER_PASSES, PLAIN, SDPA, PassWork
 from .parking import Parking
 
@@ -30,8 +31,11 @@ BLOCK_PASSES = 25
 class AttentionBytes(Protocol):
     """What an attention backend says of its memory; see `attention/backend.py: AttentionWorkspace`."""
 
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int) -> int:
-        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output."""
+    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
+        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output.
+
+        `length` are the keys of one sample, where that is known to be what calls have.
+        """
         ...
 
 
@@ -181,7 +185,7 @@ class ModelFootprint:
         if work.all_queries and choice.head_groups > 1:  # others' functions take q, k and v in one piece each
             over_tokens += (queries + 2 * work.rows) * self.dim * self.compute_bytes
         of_group = -(-over_tokens // choice.head_groups)
-        of_group += self._attention_workspace(queries, work.rows, limits, choice.head_groups)
+        of_group += self._attention_workspace(queries, work.rows, limits, choice.head_groups, self.key_length(work))
         return max(of_group, self._over_text_bytes(work, choice, limits))
 
     def _over_text_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
@@ -193,12 +197,18 @@ class ModelFootprint:
         outputs = (2 if self.image_tokens else 1) * rows * row
         return -(-outputs // choice.head_groups) + self._attention_workspace(rows, keys, limits, choice.head_groups)
 
-    def _attention_workspace(self, queries: int, keys: int, limits: Limits, head_groups: int = 1) -> int:
+    def key_length(self, work: WorkSize) -> int:
+        """The keys of a sample in self-attention; 0 where not all calls have as many, or that is not known."""
+        return 0
+
+    def _attention_workspace(
+        self, queries: int, keys: int, limits: Limits, head_groups: int = 1, length: int = 0
+    ) -> int:
         """What attention of a group of heads takes beside its output."""
         if limits.attention is None:
             return 0
         heads = -(-self.num_heads // head_groups)
-        return limits.attention.nbytes(queries, keys, heads, self.dim // self.num_heads)
+        return limits.attention.nbytes(queries, keys, heads, self.dim // self.num_heads, length)
 
     def _exchange_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """What several cards' attention holds of the largest group of heads: see `team/heads.py`.
@@ -347,6 +357,11 @@ class Choice:
 
     def query_rows(self, work: WorkSize) -> int:
         """At most so many rows' queries exist at a time; those of a chunk belong to one sample."""
+        allowed = self.allowed_queries(work)
+        return allowed if allowed in (work.rows, work.tokens) else most_queries(work.tokens, allowed)
+
+    def allowed_queries(self, work: WorkSize) -> int:
+        """So many there may be: more than there are where they go in parts that are about even."""
         if self.query_chunk is None or work.rows <= self.query_chunk:
             return work.rows
         return min(work.tokens, self.query_chunk)

@@ -24,7 +24,7 @@ def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limit
     attention_share = 1.0
     if choice.head_groups > 1:
         attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
-    queries = choice.query_rows(work)
+    queries = choice.allowed_queries(work)
     if choice.packed_keys:
         attention_share /= 1 + UNPACKING_ROWS / queries
     if queries < work.rows:
@@ -39,7 +39,7 @@ def _product_share(model: ModelFootprint, work: WorkSize, choice: Choice) -> flo
         return gemm_share(rows) if rows < work.rows else 1.0  # all at once is the best
 
     of_spans = 4 * model.dim / (6 * model.dim + 2 * model.ffn_dim) if model.streams_queries else 0.0
-    span = min(choice.token_chunk, choice.query_rows(work))
+    span = min(choice.token_chunk, choice.allowed_queries(work))
     return 1 / (of_spans / share(span) + (1 - of_spans) / share(choice.token_chunk))
 
 

@@ -10,6 +10,7 @@ from ...system.sizes import in_gib
 from ..stream.layout import align
 from .candidates import Candidate, candidates, fastest_candidate
 from .decode import DecodeMemory, choose_decode, least_decode_bytes
+from .denoise import denoise_memory
 from .footprint import GIB, MIB, Limits, ModelFootprint, WorkSize
 from .host_memory import MIN_STAGING, bytes_beside_blocks
 from .pass_times import measured_parts
@@ -35,6 +36,17 @@ class MemoryPlan(Candidate):
     def peak_bytes(self) -> int:
         """Predicted."""
         return max(self.denoise.total, self.decode.total)
+
+    def has_room_for(self, size: WorkSize) -> bool:
+        """Whether passes as planned, but of a video of the frames and sides of `size`, fit in what there is for them.
+
+        Fewer tokens may take more: of their queries more go together, and attention may be made another way.
+        """
+        work = replace(self.work, frames=size.frames, height=size.height, width=size.width)
+        if work.tokens > self.work.tokens:
+            return False
+        ours, theirs = (denoise_memory(self.model, each, self.choice, self.limits) for each in (self.work, work))
+        return theirs.total <= ours.total
 
     @property
     def times_are_measured(self) -> bool:

@@ -126,7 +126,7 @@ class WanEngine(Engine[StreamedWan]):
             planned = plan.work
             assert isinstance(planned, WanWork)
             same = planned.latent_size == size and planned.batch == latent.shape[0]
-            goes_on = (same or (not new_run and wanted.rows <= planned.tokens)) and planned.covers(wanted)
+            goes_on = planned.covers(wanted) and (same or (not new_run and plan.has_room_for(wanted)))
             if goes_on and not (new_run and self.could_be_faster(plan)):
                 return
         self.choose_attention(latent.shape)

@@ -91,6 +91,10 @@ class UpscaleFootprint(WanFootprint):
         remembered = 0 if self.parks_memory else 2 * memory_bytes(self.decoder, *size, self.compute_bytes)
         return remembered + decode_bytes(self.decoder, *size, self.compute_bytes) + one_frame
 
+    def key_length(self, work: WorkSize) -> int:
+        """Beside a pass's own there are those of windows before it."""
+        return 0
+
     def pass_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         added = self.projection.num_layers * work.rows * self.dim * self.compute_bytes
         windows = self.window_size(work)
