@@ -162,7 +162,7 @@ def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: 
         def __getitem__(self, grid: object) -> object:
             return lambda *values, **_: given.extend(v.dtype for v in values if isinstance(v, torch.Tensor))
 
-    for name in ("_norm_kernel", "_rms_norm_kernel", "_head_norm_kernel", "_pack_normed_kernel"):
+    for name in ("layer_norm_kernel", "_rms_norm_kernel", "_head_norm_kernel", "_pack_normed_kernel"):
         monkeypatch.setattr(triton_ops, name, Kernel())
     x, weight = rand(4, 32, dtype=torch.bfloat16), rand(32).to(stored)
     ops = triton_ops.TritonOps()
