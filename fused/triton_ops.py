@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..system.grids import cdiv, next_power_of_2
-from .norm_kernels import layer_norm_kernel, narrow_layer_norm_kernel
-from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
+from .norm_kernels import layer_norm_in_8_bits_kernel, layer_norm_kernel, narrow_layer_norm_kernel
+from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, NormedRows, Rope
 
 # Measured on an H200 (`benchmarks/results/norms_h200_2026-11-29.json`): what a multiprocessor has in flight counts, and
 # registers that hold nothing take as much of its room as others. Not where rows are narrow, or normed head by head.
@@ -68,6 +68,34 @@ class TritonOps:
             MODULATED=False, MOST=most, REST=rest, num_warps=NORM_WARPS,
         )  # fmt: skip
         return out
+
+    def modulated_rows(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+    ) -> Tensor | NormedRows:
+        if x.shape[1] <= NARROW or torch.compiler.is_compiling():
+            return self.modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
+        return NormedRows(self, x, scale, shift, eps, first_row, rows_per_group)
+
+    def affine_rows(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor | NormedRows:
+        if torch.compiler.is_compiling():
+            return self.affine_norm(x, weight, bias, eps)
+        return NormedRows(self, x, weight, bias, eps)
+
+    def quantize_normed(
+        self, rows: NormedRows, dtype: torch.dtype, largest: float, smallest_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        x, modulated = rows.x, rows.rows_per_group is not None
+        num_rows, dim = x.shape
+        scale, shift = (rows.scale, rows.shift) if modulated else (_readable(t, x) for t in (rows.scale, rows.shift))
+        values = torch.empty(num_rows, dim, device=x.device, dtype=dtype)
+        scales = torch.empty(num_rows, 1, device=x.device, dtype=torch.float32)
+        most, rest = _two_parts(dim)
+        layer_norm_in_8_bits_kernel[(num_rows,)](
+            x, values, scales, scale, shift, rows.first_row, rows.rows_per_group or 1,
+            scale.stride(0) if modulated else 0, rows.eps, dim, x.stride(0), largest, smallest_scale,
+            MODULATED=modulated, INTEGER=dtype == torch.int8, MOST=most, REST=rest, num_warps=NORM_WARPS,
+        )  # fmt: skip
+        return values, scales
 
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
         rows, dim = x.shape
