@@ -47,7 +47,7 @@ def layer_norm_kernel(
 def layer_norm_in_8_bits_kernel(
     x_ptr, values_ptr, scales_ptr, scale_ptr, shift_ptr, first_row, rows_per_group, group_stride, eps, dim, row_stride,
     largest, smallest_scale,
-    MODULATED: tl.constexpr, INTEGER: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
+    MODULATED: tl.constexpr, INTEGER: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The bits that `_quantize_kernel` (weights/kernels/row_kernels.py) makes of what `layer_norm_kernel` makes."""
     row = tl.program_id(0)
@@ -60,11 +60,10 @@ def layer_norm_in_8_bits_kernel(
     peak = tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(y), 0))
     scale = tl.maximum(tl.div_rn(peak, largest), smallest_scale)
     inverse = tl.div_rn(1.0, scale)
-    # As many numbers of a row go to a thread as where they are stored in 16 bits: it would be given more to store at
-    # once, and then sums of a row are made in another order, and other ones.
-    at_once: tl.constexpr = 128 // dtype.primitive_bitwidth
-    col = tl.max_contiguous(tl.arange(0, MOST), at_once)
-    rest = tl.max_contiguous(MOST + tl.arange(0, REST), at_once)
+    # A thread has `AT_ONCE` numbers of a row in turn, as where it stores them in 16 bits: in 8 it would be given twice
+    # as many, and then sums of a row are made in another order, and are other ones.
+    col = tl.max_contiguous(tl.arange(0, MOST), AT_ONCE)
+    rest = tl.max_contiguous(MOST + tl.arange(0, REST), AT_ONCE)
     values_ptr += row.to(tl.int64) * dim
     kind: tl.constexpr = values_ptr.dtype.element_ty
     tl.store(scales_ptr + row, scale)

@@ -93,7 +93,8 @@ class TritonOps:
         layer_norm_in_8_bits_kernel[(num_rows,)](
             x, values, scales, scale, shift, rows.first_row, rows.rows_per_group or 1,
             scale.stride(0) if modulated else 0, rows.eps, dim, x.stride(0), largest, smallest_scale,
-            MODULATED=modulated, INTEGER=dtype == torch.int8, MOST=most, REST=rest, num_warps=NORM_WARPS,
+            MODULATED=modulated, INTEGER=dtype == torch.int8, MOST=most, REST=rest, AT_ONCE=16 // x.element_size(),
+            num_warps=NORM_WARPS,
         )  # fmt: skip
         return values, scales
 
