@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
+from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, NormedRows, Rope
 
 PIECE = 4096  # rows
 
@@ -37,6 +37,22 @@ class EagerOps:
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
 
+    def modulated_rows(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+    ) -> Tensor:
+        return self.modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
+
+    def affine_rows(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return self.affine_norm(x, weight, bias, eps)
+
+    def quantize_normed(
+        self, rows: NormedRows, dtype: torch.dtype, largest: float, smallest_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        values, scales = _in_8_bits(rows.tensor().float(), largest, smallest_scale)
+        if not dtype.is_floating_point:
+            values.round_()
+        return values.clamp_(-largest, largest).to(dtype), scales
+
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
         y = x.float().unflatten(-1, (-1, weight.shape[0]))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
@@ -65,11 +81,9 @@ class EagerOps:
         self.pack_heads(x.view(values.shape), values, scales)
 
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
-        x = x.float()
-        peak = x.abs().amax(-1)
-        # by a tensor: on a GPU PyTorch divides by a number as a product with its reciprocal, which rounds otherwise
-        scales.copy_((peak / torch.full_like(peak, 127)).clamp_(min=SMALLEST_SCALE))
-        values.copy_((x * scales.reciprocal()[..., None]).round_().clamp_(-127, 127))
+        made, of_heads = _in_8_bits(x.float(), 127, SMALLEST_SCALE)
+        scales.copy_(of_heads[..., 0])
+        values.copy_(made.round_().clamp_(-127, 127))
 
     def unpack_heads(self, values: Tensor, scales: Tensor, out: Tensor) -> None:
         for rows, factors, there in zip(values.split(PIECE), scales.split(PIECE), out.split(PIECE), strict=True):
@@ -81,6 +95,14 @@ class EagerOps:
             x.copy_(torch.addcmul(x.float(), _finite(y.float()), gate).clamp_(-FP16_MAX, FP16_MAX))
         else:
             x.copy_(torch.addcmul(x.float(), y.float(), gate))
+
+
+def _in_8_bits(x: Tensor, largest: float, smallest_scale: float) -> tuple[Tensor, Tensor]:
+    """Runs `[..., D]` fp32 times the inverse of their scales, and these, `[..., 1]`."""
+    peak = x.abs().amax(-1, keepdim=True)
+    # by a tensor: on a GPU PyTorch divides by a number as a product with its reciprocal, which rounds otherwise
+    scales = (peak / torch.full_like(peak, largest)).clamp_(min=smallest_scale)
+    return x * scales.reciprocal(), scales
 
 
 def _finite(y: Tensor) -> Tensor:

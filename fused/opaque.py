@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..system.operators import on_device_of, returns_nothing
 from .eager import EagerOps
-from .ops import FusedOps, Rope
+from .ops import FusedOps, NormedRows, Rope
 
 
 class OpaqueOps:
@@ -37,6 +37,19 @@ class OpaqueOps:
 
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return affine_norm(x, weight, bias, eps)
+
+    def modulated_rows(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+    ) -> Tensor:
+        return modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
+
+    def affine_rows(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return affine_norm(x, weight, bias, eps)
+
+    def quantize_normed(
+        self, rows: NormedRows, dtype: torch.dtype, largest: float, smallest_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return _steps_for(rows.x).quantize_normed(rows, dtype, largest, smallest_scale)  # no part of compiled code
 
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 1e-30  # of a head of zeros
+SMALLEST_SCALE = 1e-30  # of a head, or a row, of zeros
 FP16_MAX = 65504.0
 
 
@@ -22,6 +23,50 @@ class Rope:
 
     cos: Tensor
     sin: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NormedRows:
+    """LayerNorm of `x [rows, dim]`, which has no bytes yet: made as a tensor, or in 8 bits by the kernel that norms.
+
+    With `rows_per_group` it is a modulated norm by `scale` and `shift [groups, dim]`, without an affine one by weight
+    and bias, `[dim]` each. `x` is not to be changed before it is read.
+    """
+
+    ops: FusedOps
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+    first_row: int = 0
+    rows_per_group: int | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def __getitem__(self, rows: slice) -> NormedRows:
+        """Some of the rows, which begin at a number that is not negative."""
+        first = self.first_row + (rows.start or 0)
+        return NormedRows(self.ops, self.x[rows], self.scale, self.shift, self.eps, first, self.rows_per_group)
+
+    def tensor(self) -> Tensor:
+        """The rows in the dtype of `x`, made anew by each call."""
+        if self.rows_per_group is None:
+            return self.ops.affine_norm(self.x, self.scale, self.shift, self.eps)
+        return self.ops.modulated_norm(self.x, self.shift, self.scale, self.first_row, self.rows_per_group, self.eps)
+
+    def quantized(self, dtype: torch.dtype, largest: float, smallest_scale: float) -> tuple[Tensor, Tensor]:
+        """See `FusedOps.quantize_normed`."""
+        return self.ops.quantize_normed(self, dtype, largest, smallest_scale)
 
 
 class FusedOps(Protocol):
@@ -48,6 +93,27 @@ class FusedOps(Protocol):
 
     def affine_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """LayerNorm(x) * weight + bias."""
+        ...
+
+    def modulated_rows(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+    ) -> Tensor | NormedRows:
+        """`modulated_norm`, as rows that are made where they are read where that spares a pass over them."""
+        ...
+
+    def affine_rows(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor | NormedRows:
+        """`affine_norm` in the same way."""
+        ...
+
+    def quantize_normed(
+        self, rows: NormedRows, dtype: torch.dtype, largest: float, smallest_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The rows as `[rows, dim]` in `dtype`, int8 or float8_e4m3fn, and a scale for each, `[rows, 1]` fp32.
+
+        The same bits as of rows that are made as a tensor, and quantised then: the scale is the largest size /
+        `largest`, at least `smallest_scale`, and values are products with its inverse, int8 rounded halves to even.
+        float8_e4m3fn on GPUs that cast to it (compute capability 8.9).
+        """
         ...
 
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:

@@ -11,7 +11,7 @@ from ..system.dtypes import half_dtype
 from ..system.kernel_choice import Trial, choose, disagreement, loaded, relative_error
 from .eager import EagerOps
 from .opaque import OpaqueOps
-from .ops import FusedOps, Rope
+from .ops import SMALLEST_SCALE, FusedOps, NormedRows, Rope
 
 
 def select_fused_ops(device: torch.device) -> FusedOps:
@@ -36,6 +36,8 @@ def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> s
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     x, weight, modulation = rand(6, 256), rand(256), rand(2, 256, dtype=torch.float32)
+    casts_to_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+    kind, largest = (torch.float8_e4m3fn, 448.0) if casts_to_fp8 else (torch.int8, 127.0)
     rope = Rope(rand(6, 64, dtype=torch.float32), rand(6, 64, dtype=torch.float32))
     results = []
     for each in (ops, reference):
@@ -50,5 +52,6 @@ def _disagreement(ops: FusedOps, reference: FusedOps, device: torch.device) -> s
         each.pack_heads(y.view(6, 2, 128), values, scales)
         each.unpack_heads(values[:, 1:], scales[:, 1:], y.view(6, 2, 128)[:, :1])
         each.gated_add_(y, each.affine_norm(x, weight, weight, 1e-6), modulation, 1, 4)
-        results.append(y)
+        values, scales = each.quantize_normed(NormedRows(each, x, weight, weight, 1e-6), kind, largest, SMALLEST_SCALE)
+        results.append(torch.cat([y, (values.float() * scales).to(y.dtype)]))
     return disagreement(relative_error(*results))

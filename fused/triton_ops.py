@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..system.grids import cdiv, next_power_of_2
-from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, Rope
+from .norm_kernels import layer_norm_in_8_bits_kernel, layer_norm_kernel, narrow_layer_norm_kernel
+from .ops import FP16_MAX, SMALLEST_SCALE, FusedOps, NormedRows, Rope
 
 # Measured on an H200 (`benchmarks/results/norms_h200_2026-11-29.json`): what a multiprocessor has in flight counts, and
 # registers that hold nothing take as much of its room as others. Not where rows are narrow, or normed head by head.
@@ -45,13 +46,13 @@ class TritonOps:
         out = torch.empty_like(x) if out is None else out  # whole rows, one after the other
         # shift and scale are slices of one [groups, 6, dim] tensor: same strides
         if dim <= NARROW:
-            _narrow_norm_kernel[(rows,)](
+            narrow_layer_norm_kernel[(rows,)](
                 x, out, scale, shift, first_row, rows_per_group, scale.stride(0), eps, dim, x.stride(0),
                 BLOCK=next_power_of_2(dim), num_warps=NORM_WARPS,
             )  # fmt: skip
             return out
         most, rest = _two_parts(dim)
-        _norm_kernel[(rows,)](
+        layer_norm_kernel[(rows,)](
             x, out, scale, shift, first_row, rows_per_group, scale.stride(0), eps, dim, x.stride(0),
             MODULATED=True, MOST=most, REST=rest, num_warps=NORM_WARPS,
         )  # fmt: skip
@@ -62,11 +63,40 @@ class TritonOps:
         out = torch.empty_like(x)
         weight, bias = _readable(weight, x), _readable(bias, x)
         most, rest = _two_parts(dim)
-        _norm_kernel[(rows,)](
+        layer_norm_kernel[(rows,)](
             x, out, weight, bias, 0, 1, 0, eps, dim, x.stride(0),
             MODULATED=False, MOST=most, REST=rest, num_warps=NORM_WARPS,
         )  # fmt: skip
         return out
+
+    def modulated_rows(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+    ) -> Tensor | NormedRows:
+        if x.shape[1] <= NARROW or torch.compiler.is_compiling():
+            return self.modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
+        return NormedRows(self, x, scale, shift, eps, first_row, rows_per_group)
+
+    def affine_rows(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor | NormedRows:
+        if torch.compiler.is_compiling():
+            return self.affine_norm(x, weight, bias, eps)
+        return NormedRows(self, x, weight, bias, eps)
+
+    def quantize_normed(
+        self, rows: NormedRows, dtype: torch.dtype, largest: float, smallest_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        x, modulated = rows.x, rows.rows_per_group is not None
+        num_rows, dim = x.shape
+        scale, shift = (rows.scale, rows.shift) if modulated else (_readable(t, x) for t in (rows.scale, rows.shift))
+        values = torch.empty(num_rows, dim, device=x.device, dtype=dtype)
+        scales = torch.empty(num_rows, 1, device=x.device, dtype=torch.float32)
+        most, rest = _two_parts(dim)
+        layer_norm_in_8_bits_kernel[(num_rows,)](
+            x, values, scales, scale, shift, rows.first_row, rows.rows_per_group or 1,
+            scale.stride(0) if modulated else 0, rows.eps, dim, x.stride(0), largest, smallest_scale,
+            MODULATED=modulated, INTEGER=dtype == torch.int8, MOST=most, REST=rest, AT_ONCE=16 // x.element_size(),
+            num_warps=NORM_WARPS,
+        )  # fmt: skip
+        return values, scales
 
     def rms_norm_(self, x: Tensor, weight: Tensor, eps: float, rope: Rope | None, first_row: int) -> None:
         rows, dim = x.shape
@@ -156,51 +186,6 @@ def _two_parts(dim: int) -> tuple[int, int]:
     """Powers of two that hold a row one after the other: 5120 is 4096 and 1024, where one power would be 8192."""
     most = next_power_of_2(dim) // 2
     return most, next_power_of_2(dim - most)
-
-
-@triton.jit(do_not_specialize=["first_row"])
-def _narrow_norm_kernel(
-    x_ptr, out_ptr, scale_ptr, shift_ptr, first_row, rows_per_group, group_stride, eps, dim, row_stride,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    col = tl.arange(0, BLOCK)
-    inside = col < dim
-    x = tl.load(x_ptr + row.to(tl.int64) * row_stride + col, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(inside, x - tl.sum(x, 0) / dim, 0.0)
-    normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / dim + eps)
-    group = ((first_row + row) // rows_per_group) * group_stride
-    scale = tl.load(scale_ptr + group + col, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + group + col, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row.to(tl.int64) * dim + col, normed * (1.0 + scale) + shift, mask=inside)
-
-
-@triton.jit(do_not_specialize=["first_row"])
-def _norm_kernel(
-    x_ptr, out_ptr, scale_ptr, shift_ptr, first_row, rows_per_group, group_stride, eps, dim, row_stride,
-    MODULATED: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    col, rest = tl.arange(0, MOST), MOST + tl.arange(0, REST)
-    inside = rest < dim
-    x_ptr += row.to(tl.int64) * row_stride
-    x = tl.load(x_ptr + col).to(tl.float32)
-    y = tl.load(x_ptr + rest, mask=inside, other=0.0).to(tl.float32)
-    mean = (tl.sum(x, 0) + tl.sum(y, 0)) / dim
-    x -= mean
-    y = tl.where(inside, y - mean, 0.0)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / dim + eps))
-    group = ((first_row + row) // rows_per_group) * group_stride
-    scale = tl.load(scale_ptr + group + col).to(tl.float32)
-    shift = tl.load(shift_ptr + group + col).to(tl.float32)
-    rest_scale = tl.load(scale_ptr + group + rest, mask=inside, other=0.0).to(tl.float32)
-    rest_shift = tl.load(shift_ptr + group + rest, mask=inside, other=0.0).to(tl.float32)
-    if MODULATED:
-        scale += 1.0
-        rest_scale += 1.0
-    out_ptr += row.to(tl.int64) * dim
-    tl.store(out_ptr + col, x * inverse * scale + shift)
-    tl.store(out_ptr + rest, y * inverse * rest_scale + rest_shift, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row"])

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 from lowvram_video.fused.eager import EagerOps
-from lowvram_video.fused.ops import Rope
+from lowvram_video.fused.ops import NormedRows, Rope
 from lowvram_video.fused.select import select_fused_ops
+from lowvram_video.weights.kernels.row_reference import LARGEST, SMALLEST_SCALE, TorchRowOps
 from torch.nn import functional as F
 
 
@@ -88,6 +89,53 @@ def check_normed_packing(device: str, dtype: torch.dtype, heads: int, head_dim: 
         torch.testing.assert_close(*scales, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=0)
 
 
+def check_norm_in_8_bits(device: str, dtype: torch.dtype, dim: int, rows: int = 7) -> None:
+    """One kernel makes the same bits as the two that norm and quantise one after the other."""
+    from lowvram_video.fused.triton_ops import NARROW, TritonOps
+    from lowvram_video.weights.kernels.rows import TritonRowOps
+
+    ops, row_ops = TritonOps(), TritonRowOps(fp8=True)
+    x = rand(rows, 2 * dim, dtype=dtype, device=device)[:, :dim]  # rows of a wider buffer
+    x *= torch.exp(2 * rand(rows, 1, seed=1)).to(device, dtype)
+    x[2] = 0
+    modulation = rand(3, 6, dim, seed=3, device=device).unbind(1)
+    weight = rand(dim, seed=2, dtype=dtype, device=device)
+    normed = {}
+    for name, factors, bias in (("affine", weight, weight.flip(0)), ("zeros", 0 * weight, 0 * weight)):
+        normed[name] = ops.affine_rows(x, factors, bias, 1e-6), ops.affine_norm(x, factors, bias, 1e-6)
+    if dim > NARROW:
+        given = (x, modulation[0], modulation[1], 2, -(-rows // 2), 1e-6)
+        normed["modulated"] = ops.modulated_rows(*given), ops.modulated_norm(*given)
+    for name, (late, want) in normed.items():
+        assert isinstance(late, NormedRows) and torch.equal(late.tensor(), want), name
+        for kind in (torch.int8, torch.float8_e4m3fn):
+            (values, scales), both = (row_ops.quantize(each, kind) for each in (late, want))
+            assert values.dtype == kind and torch.equal(scales, both[1]), (name, kind)
+            assert torch.equal(values.view(torch.uint8), both[0].view(torch.uint8)), (name, kind)
+            for part in (slice(0, 3), slice(3, rows)):
+                some, some_scales = row_ops.quantize(late[part], kind)
+                assert torch.equal(some.view(torch.uint8), values[part].view(torch.uint8)), (name, kind)
+                assert torch.equal(some_scales, scales[part]), (name, kind)
+    print(f"{device} {dtype} {dim}: {', '.join(normed)} in 8 bits are the same bits")
+
+
+def test_rows_that_are_normed_late_are_the_steps_one_after_the_other() -> None:
+    ops, x, modulation, weight = EagerOps(), rand(9, 48), rand(2, 3, 48, seed=1).unbind(0), rand(48, seed=2)
+    modulated = NormedRows(ops, x, modulation[1], modulation[0], 1e-6, 1, 4)
+    affine = NormedRows(ops, x, weight, -weight, 1e-6)
+    assert torch.equal(modulated.tensor(), ops.modulated_norm(x, modulation[0], modulation[1], 1, 4, 1e-6))
+    assert torch.equal(affine.tensor(), ops.affine_norm(x, weight, -weight, 1e-6))
+    for rows in (modulated, affine):
+        assert (rows.shape, rows.dtype, rows.device) == (x.shape, x.dtype, x.device)
+        assert torch.equal(torch.cat([rows[:5].tensor(), rows[5:].tensor()]), rows.tensor())
+        for kind in (torch.int8, torch.float8_e4m3fn):
+            (values, scales), want = (
+                rows.quantized(kind, LARGEST[kind], SMALLEST_SCALE),
+                TorchRowOps().quantize(rows.tensor(), kind),
+            )
+            assert torch.equal(values.float(), want[0].float()) and torch.equal(scales, want[1])
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_packing_what_is_normed_is_both_steps(rotate: bool) -> None:
     x, weight, angle = rand(9, 24, seed=3), rand(24, seed=1), rand(5, 4, seed=2)
@@ -162,7 +210,8 @@ def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: 
         def __getitem__(self, grid: object) -> object:
             return lambda *values, **_: given.extend(v.dtype for v in values if isinstance(v, torch.Tensor))
 
-    for name in ("_norm_kernel", "_rms_norm_kernel", "_head_norm_kernel", "_pack_normed_kernel"):
+    norms = ("layer_norm_kernel", "layer_norm_in_8_bits_kernel", "_rms_norm_kernel", "_head_norm_kernel")
+    for name in (*norms, "_pack_normed_kernel"):
         monkeypatch.setattr(triton_ops, name, Kernel())
     x, weight = rand(4, 32, dtype=torch.bfloat16), rand(32).to(stored)
     ops = triton_ops.TritonOps()
@@ -170,6 +219,9 @@ def test_triton_is_given_no_weights_in_8_bits(stored: torch.dtype, monkeypatch: 
     ops.rms_norm_(x, weight, 1e-6, None, 0)
     ops.rms_norm_(x, weight[:8], 1e-6, None, 0)
     assert given and set(given) == {torch.bfloat16}
+    given.clear()
+    ops.affine_rows(x, weight, weight, 1e-6).quantized(torch.int8, 127.0, 1e-30)
+    assert given.count(torch.bfloat16) == 3 and not set(given) & {stored}
     given.clear()
     ops.pack_normed(x, weight, 1e-6, None, 0, torch.empty(4, 4, 8, dtype=torch.int8), torch.empty(4, 4))
     assert given.count(torch.bfloat16) == 4 and not set(given) & {stored}  # x, the weight, and x for no angles
@@ -187,6 +239,16 @@ def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, dim: int) -> None:
     assert select_fused_ops(torch.device("cuda")).name == "triton"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [256, 1536, 2560, 3072, 5120])
+def test_norms_in_8_bits_on_the_gpu(dtype: torch.dtype, dim: int) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("casts to fp8 need compute capability 8.9")
+    check_norm_in_8_bits("cuda", dtype, dim, rows=4096)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
 def test_triton_interpreted_on_the_cpu() -> None:
     # the interpreter is chosen when kernels are defined: a process of its own
@@ -197,6 +259,8 @@ def test_triton_interpreted_on_the_cpu() -> None:
     code += "t.check_triton('cpu', torch.float16, 24, 4, 2e-3); "
     code += "t.check_packing('cpu', torch.float32); "
     code += "[t.check_normed_packing('cpu', torch.float32, *sizes) for sizes in ((3, 8), (5, 12), (12, 4), (1, 16))]"
+    code += "; [t.check_norm_in_8_bits('cpu', *given) for given in ("
+    code += "(torch.float16, 24), (torch.bfloat16, 48), (torch.float16, 2304), (torch.bfloat16, 2128))]"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

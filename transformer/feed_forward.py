@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..weights.kernels.late_rows import GivenRows
 from ..weights.linear.linear import Linear, project_gelu
 from .rows import within
 from .workspace import Workspace
 
-Normed = Callable[[slice], Tensor]  # a row range -> those rows of x, normed: [rows, dim]
+Normed = Callable[[slice], GivenRows]  # a row range -> those rows of x, normed: [rows, dim]
 Add = Callable[[slice, Tensor], None]  # adds to those rows of x
 
 

@@ -25,6 +25,7 @@ from ...transformer.nag import NagSettings
 from ...transformer.together import CardsTogether
 from ...transformer.transformer import Block, Transformer
 from ...transformer.workspace import Rows, Workspace
+from ...weights.kernels.late_rows import tensor_of
 from ...weights.linear.linear import Linear
 from .blocks import DoubleBlock, FramePackBlock, Modulation, Pass, SingleBlock
 from .config import FramePackConfig
@@ -253,7 +254,7 @@ class FramePackModel(Transformer):
         shift, scale = condition.blocks[0][:2].float()
         normed = norm_by(state.x, shift, scale, self.config.eps, state.work)
         for rows in state.work.chunks(0, state.num_image):
-            signal[rows] = normed(rows)
+            signal[rows] = tensor_of(normed(rows))
         return signal
 
     def conditions(

@@ -14,6 +14,7 @@ from ...transformer.layers import Scale
 from ...transformer.nag import NagSettings
 from ...transformer.rows import rows_of
 from ...transformer.workspace import Attend, Workspace
+from ...weights.kernels.late_rows import GivenRows, tensor_of
 from ...weights.linear.linear import Linear, project_gelu, project_together
 from ...weights.linear.projection import Projection
 
@@ -75,12 +76,13 @@ def modulated_text(
         return normed, add
     first, (own_normed, own_add) = negative.first, modulated(x, negative.modulation[vectors], eps, work)
 
-    def both_normed(rows: slice) -> Tensor:
+    def both_normed(rows: slice) -> GivenRows:
         if rows.stop <= first:
             return normed(rows)
         if rows.start >= first:
             return own_normed(rows)
-        return torch.cat([normed(slice(rows.start, first)), own_normed(slice(first, rows.stop))])
+        parts = normed(slice(rows.start, first)), own_normed(slice(first, rows.stop))
+        return torch.cat([tensor_of(part) for part in parts])
 
     def both_add(rows: slice, y: Tensor) -> None:
         split = min(max(first, rows.start), rows.stop)
@@ -96,9 +98,10 @@ def norm_by(x: Tensor, shift: Tensor, scale: Tensor, eps: float, work: Workspace
     """How rows of `x` are normed, with shift and scale `[dim]` for all of them; into those of `kept` where given."""
     rows_per_group, eps = x.shape[0], work.eps(eps)
 
-    def normed(rows: slice) -> Tensor:
-        out = None if kept is None else kept[rows]
-        return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, rows_per_group, eps, out)
+    def normed(rows: slice) -> GivenRows:
+        if kept is None:
+            return work.ops.modulated_rows(x[rows], shift[None], scale[None], 0, rows_per_group, eps)
+        return work.ops.modulated_norm(x[rows], shift[None], scale[None], 0, rows_per_group, eps, kept[rows])
 
     return normed
 
@@ -136,14 +139,14 @@ def project_out(layer: Linear, attended: Tensor, spare: Tensor | None, add: Add,
         add(rows, project(attended[rows], out=None if spare is None else spare[rows]))
 
 
-def widen_into(project: Projection, x: Tensor, out: Tensor, work: Workspace) -> None:
+def widen_into(project: Projection, x: GivenRows, out: Tensor, work: Workspace) -> None:
     """The GELU of a projection of `x [rows, dim]`, into columns of wider rows.
 
     Products are written to whole rows only (8-bit ones, and compiled code), so they come here by a tensor of their
     own, of so few rows that it is at most twice as large as `x`.
     """
-    step = min(x.shape[0], max(1, 2 * x.numel() // out.shape[1]))
-    buffer = x.new_empty(step, out.shape[1])
+    step = min(x.shape[0], max(1, 2 * x.shape[0] * x.shape[1] // out.shape[1]))
+    buffer = torch.empty(step, out.shape[1], dtype=x.dtype, device=x.device)
     for first in range(0, x.shape[0], step):
         rows = x[first : first + step]
         hidden = rows_of(buffer, 0, rows.shape[0], out.shape[1])

@@ -24,6 +24,7 @@ from ...transformer.packed_heads import PackedHeads
 from ...transformer.rows import within, writable
 from ...transformer.transformer import Block
 from ...transformer.workspace import Pair, Workspace
+from ...weights.kernels.late_rows import GivenRows
 from ...weights.linear.linear import Linear, project_together, share_rows, write_product
 from ...weights.linear.projection import Projection
 from .config import WanConfig
@@ -162,14 +163,14 @@ class WanBlock(Block):
         gate1, gate2 = work.gate(gate1), work.gate(gate2)
         ungated = None if work.residual_scale == 1 else work.gate(torch.ones_like(gate1[:1]))
 
-        def norm1(rows: slice) -> Tensor:
-            return ops.modulated_norm(x[rows], shift1, scale1, rows.start, rows_per_group, eps)
+        def norm1(rows: slice) -> GivenRows:
+            return ops.modulated_rows(x[rows], shift1, scale1, rows.start, rows_per_group, eps)
 
-        def norm2(rows: slice) -> Tensor:
-            return ops.modulated_norm(x[rows], shift2, scale2, rows.start, rows_per_group, eps)
+        def norm2(rows: slice) -> GivenRows:
+            return ops.modulated_rows(x[rows], shift2, scale2, rows.start, rows_per_group, eps)
 
-        def norm3(rows: slice) -> Tensor:
-            return ops.affine_norm(x[rows], self.norm3.weight, self.norm3.bias, eps)
+        def norm3(rows: slice) -> GivenRows:
+            return ops.affine_rows(x[rows], self.norm3.weight, self.norm3.bias, eps)
 
         def add1(rows: slice, y: Tensor) -> None:
             ops.gated_add_(x[rows], y, gate1, rows.start, rows_per_group)
@@ -260,14 +261,14 @@ class SelfAttention(nn.Module):
         self,
         rows: slice,
         projections: Sequence[Projection],
-        x: Tensor,
+        x: GivenRows,
         packed: tuple[PackedHeads, PackedHeads],
         rope: Rope,
         work: Workspace,
     ) -> None:
         """Those rows of k and v, and of q where there are its projections; one after the other, in one tensor."""
         of_k, of_v, *of_q = share_rows(projections, x)
-        made, (k, v) = torch.empty_like(x), packed
+        made, (k, v) = torch.empty(x.shape, dtype=x.dtype, device=x.device), packed
         write_product(projections[0], of_k, made)
         k.fill_normed(rows, made, self.norm_k.weight, self.eps, rope)
         write_product(projections[1], of_v, made)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .late_rows import GivenRows, tensor_of
+
 FP8_MAX = 448.0  # of e4m3fn
 INT8_MAX = 127.0
 LARGEST = {torch.float8_e4m3fn: FP8_MAX, torch.int8: INT8_MAX, torch.float8_e5m2: 57344.0}
@@ -34,7 +36,7 @@ class RowOps(Protocol):
     @property
     def name(self) -> str: ...
 
-    def quantize(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: GivenRows, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`x [rows, in]` in `dtype`, int8 or float8_e4m3fn, and scales `[rows, 1]`: largest size / `LARGEST[dtype]`.
 
         The values, written into `out` where it is given, are products with the inverse of the scale, which is rounded
@@ -56,7 +58,8 @@ class TorchRowOps:
 
     name = "torch"
 
-    def quantize(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: GivenRows, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = tensor_of(x)
         scales = row_scales(x, LARGEST[dtype])
         values = quantized(x.float(), scales, dtype, by_products=True)
         return values if out is None else out.copy_(values), scales

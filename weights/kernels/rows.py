@@ -10,7 +10,8 @@ from torch import Tensor
 from ...system.dtypes import half_dtype
 from ...system.kernel_choice import Trial, choose, disagreement, loaded, relative_error
 from ...system.operators import on_device_of, returns_nothing
-from .row_reference import RowOps, TorchRowOps
+from .late_rows import GivenRows
+from .row_reference import LARGEST, SMALLEST_SCALE, RowOps, TorchRowOps
 
 
 def select_row_ops(device: torch.device) -> RowOps:
@@ -49,7 +50,11 @@ class TritonRowOps:
 
         self.kernels, self.fp8 = row_kernels, fp8
 
-    def quantize(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: GivenRows, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not isinstance(x, Tensor):
+            if out is None and (self.fp8 or not dtype.is_floating_point):
+                return x.quantized(dtype, LARGEST[dtype], SMALLEST_SCALE)
+            x = x.tensor()
         if torch.compiler.is_compiling():
             values, scales = quantize_rows(x, dtype)
             return values if out is None else out.copy_(values), scales

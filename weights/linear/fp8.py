@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..files.checkpoint import TensorInfo
 from ..kernels.gemms import Gemm, ReferenceGemm
+from ..kernels.late_rows import GivenRows
 from ..kernels.row_reference import QuantizedRows, RowOps, TorchRowOps
 from .projection import Projection, Scratch
 from .weight_format import MultipliedAsStored, WeightFormat
@@ -51,7 +52,7 @@ class MultipliedRows(MultipliedAsStored):
         """See `Projection.form`."""
 
     @abstractmethod
-    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, rows: GivenRows) -> tuple[Tensor, Tensor]:
         """The values and scales of `rows [rows, in]`."""
 
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
@@ -76,8 +77,8 @@ class RowsProjection(Projection):
         self.weight, self.columns, self.bias, self.how = weight, columns, bias, how
         self.form = how.form
 
-    def quantize(self, x: Tensor) -> QuantizedRows:
-        values, scales = self.how.quantize(x.reshape(-1, x.shape[-1]))
+    def quantize(self, x: GivenRows) -> QuantizedRows:
+        values, scales = self.how.quantize(x.reshape(-1, x.shape[-1]) if isinstance(x, Tensor) else x)
         return QuantizedRows(values, scales, x.shape, x.dtype)
 
     def multiply(self, rows: QuantizedRows, out: Tensor | None = None) -> Tensor:
@@ -99,7 +100,7 @@ class Fp8Matmul(MultipliedRows):
 
     form = "fp8 rows"
 
-    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, rows: GivenRows) -> tuple[Tensor, Tensor]:
         return self.ops.quantize(rows, torch.float8_e4m3fn)
 
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..files.checkpoint import TensorInfo
 from ..kernels.gemms import Gemm, ReferenceGemm
+from ..kernels.late_rows import GivenRows, tensor_of
 from ..kernels.row_reference import RowOps, TorchRowOps
 from .fp8 import MultipliedRows, column_scales
 from .weight_format import WeightFormat
@@ -69,8 +70,9 @@ class Int8Matmul(MultipliedRows):
         rotated = packed["weight"].shape[1] * dtype.itemsize if self.rotation else 0
         return super().row_bytes(packed, dtype) + rotated
 
-    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, rows: GivenRows) -> tuple[Tensor, Tensor]:
         if self.rotation:
+            rows = tensor_of(rows)
             rows = rotate(rows, rotation_matrix(self.rotation, rows.device).to(rows.dtype))
         return self.ops.quantize(rows, torch.int8)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.late_rows import GivenRows, tensor_of
 from .kitchen import PACKAGE, KitchenFormat, cuda_kernels, kitchen_problem
 from .projection import Projection, Scratch
 from .weight_format import MultipliedAsStored
@@ -99,7 +100,8 @@ class KitchenMatmulProjection(Projection):
         # rows that each layer multiplies by its own factors are no other layer's
         self.form = how.name if self.smooth is None else f"{how.name} {self.smooth.data_ptr()}"
 
-    def quantize(self, x: Tensor) -> Any:
+    def quantize(self, x: GivenRows) -> Any:
+        x = tensor_of(x)
         rows = x if self.smooth is None else x * self.smooth.to(x.dtype)
         return self.how.product.quantize(self.kitchen, rows)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.late_rows import GivenRows, tensor_of
 from ..kernels.low_rank_reference import TORCH, LowRankOps
 from .low_rank import DOWN, LowRank, SideBranch, hidden_of
 from .projection import DenseProjection, Projection, Scratch
@@ -32,7 +33,7 @@ Piece = tuple[slice, dict[str, Tensor]]  # some rows of a weight, and what is st
 SharedRows = tuple[Any, Tensor | None]  # rows as a form multiplies them, and what a low-rank update made of them
 
 
-def project_together(projections: Sequence[Projection], x: Tensor, outs: Sequence[Tensor]) -> None:
+def project_together(projections: Sequence[Projection], x: GivenRows, outs: Sequence[Tensor]) -> None:
     """Write the products of several layers with the same rows.
 
     The rows are quantised once per form, and read once for all low-rank updates together.
@@ -41,9 +42,16 @@ def project_together(projections: Sequence[Projection], x: Tensor, outs: Sequenc
         write_product(project, shared, out)
 
 
-def share_rows(projections: Sequence[Projection], x: Tensor) -> list[SharedRows]:
-    """What each of several layers makes its product of with the same rows, for `write_product`."""
-    hidden = iter(hidden_of([project for project in projections if isinstance(project, SideBranch)], x))
+def share_rows(projections: Sequence[Projection], x: GivenRows) -> list[SharedRows]:
+    """What each of several layers makes its product of with the same rows, for `write_product`.
+
+    Rows that are yet to be made go straight into the layers' form where they have one alone, and none reads the rows
+    themselves.
+    """
+    branches = [project for project in projections if isinstance(project, SideBranch)]
+    if not isinstance(x, Tensor) and (branches or len({project.form for project in projections}) > 1):
+        x = x.tensor()
+    hidden = iter(hidden_of(branches, tensor_of(x)) if branches else ())
     forms: dict[str, Any] = {}
     shared: list[SharedRows] = []
     for project in projections:
@@ -64,7 +72,7 @@ def write_product(project: Projection, shared: SharedRows, out: Tensor) -> None:
         project.multiply(rows, out=out)
 
 
-def project_gelu(project: Projection, x: Tensor, out: Tensor, gelu_: Callable[[Tensor], None]) -> None:
+def project_gelu(project: Projection, x: GivenRows, out: Tensor, gelu_: Callable[[Tensor], None]) -> None:
     """Write GELU (tanh approximation) of a layer's product into `out`; `gelu_` does that in place.
 
     A low-rank update beside the layer does it while it passes over the product anyway.
@@ -72,7 +80,7 @@ def project_gelu(project: Projection, x: Tensor, out: Tensor, gelu_: Callable[[T
     if isinstance(project, SideBranch):
         project.project_gelu(x, out, gelu_)
     elif isinstance(project, DenseProjection) and project.fuses_gelu and not torch.compiler.is_compiling():
-        project.multiply_gelu(x, out)
+        project.multiply_gelu(tensor_of(x), out)
     else:
         project(x, out=out)
         gelu_(out)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.late_rows import GivenRows, tensor_of
 from ..kernels.low_rank_reference import LowRankOps
 from .projection import Projection
 
@@ -58,7 +59,8 @@ class SideBranch(Projection):
         self.project, self.update, self.ops = project, update, ops
         self.form = f"{project.form}, and as they are"
 
-    def quantize(self, x: Tensor) -> tuple[Any, Tensor]:
+    def quantize(self, x: GivenRows) -> tuple[Any, Tensor]:
+        x = tensor_of(x)
         return self.project.quantize(x), x
 
     def multiply(self, rows: tuple[Any, Tensor], out: Tensor | None = None) -> Tensor:
@@ -72,8 +74,9 @@ class SideBranch(Projection):
         """Add what `hidden [rows, R]` makes to the product `y [..., out]`."""
         self.ops.add_up_(y.view(-1, y.shape[-1]), hidden, self.update.up.to(y.dtype))
 
-    def project_gelu(self, x: Tensor, out: Tensor, gelu_: Callable[[Tensor], None]) -> None:
+    def project_gelu(self, x: GivenRows, out: Tensor, gelu_: Callable[[Tensor], None]) -> None:
         """Write GELU of the layer's product into `out`."""
+        x = tensor_of(x)
         (hidden,) = hidden_of([self], x)
         self.project(x, out=out)
         self.ops.add_up_(out.view(-1, out.shape[-1]), hidden, self.update.up.to(out.dtype), gelu_)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.late_rows import GivenRows, tensor_of
+
 
 class Projection:
     """`x [rows, in] -> [rows, out]`, written into `out` where given; `form` names what `quantize` makes of x.
@@ -16,12 +18,12 @@ class Projection:
 
     form = "dense"
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: GivenRows, out: Tensor | None = None) -> Tensor:
         return self.multiply(self.quantize(x), out)
 
-    def quantize(self, x: Tensor) -> Any:
+    def quantize(self, x: GivenRows) -> Any:
         """The rows as `multiply` takes them; any projection of the same `form` makes the same of them."""
-        return x
+        return tensor_of(x)
 
     def multiply(self, rows: Any, out: Tensor | None = None) -> Tensor:
         """The product with rows that a projection of the same `form` quantised."""
