@@ -105,7 +105,7 @@ def test_ragged_lengths_that_sageattention_is_spared_count_as_exact_attention() 
 
 
 def test_a_plan_is_kept_for_fewer_tokens_only_where_they_take_no_more() -> None:
-    """Windows of a long video may end with a shorter one: of 8,775 tokens queries go in halves, of 8,190 all at once."""
+    """Windows of a video may end with a shorter one: of 8,775 tokens queries go in halves, of 8,190 all at once."""
     model = replace(FP8, streams_queries=True)
     plan = plan_memory(model, WorkSize(17, 624, 720), limits(1.7, attention=EXACT_WORKSPACE, **H200))
     choice = replace(plan.choice, query_chunk=8192, packed_keys=False)

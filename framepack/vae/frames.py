@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...system.host_memory import allocate_bytes
-
-SUMMED = 1000  # columns of a frame: more of them several blocks of a GPU's threads would sum, by memory
+from ...vae.layouts import lies_channels_last
 
 HostAllocator = Callable[[int], Tensor]  # bytes -> a contiguous uint8 CPU tensor of at least that many
 
@@ -157,29 +156,25 @@ class Clip:
 
 
 def channel_moments(frame: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean of each channel of a frame [B, C, h, w], both [B, C] in float32.
-
-    Sums are of pieces of rows, then of those: where channels lie last, PyTorch's sum of all pixels at once has up to
-    138 MB beside it on an H200, or 554 (`system/reductions.py`), and takes several times as long.
-    """
-    pieces, width = frame.split(SUMMED, dim=3), frame.shape[3]
+    """Variance and mean of each channel of a frame [B, C, h, w], both [B, C] in float32."""
+    if frame.is_cuda and lies_channels_last(frame):
+        return _moments_of_pixels(frame)
     if frame.dtype == torch.float32:
-        of_pieces = [torch.var_mean(piece, dim=3, correction=0) for piece in pieces]
-        shares = [piece.shape[3] / width for piece in pieces]
-        mean = _total(share * means.mean(2) for share, (_, means) in zip(shares, of_pieces, strict=True))
-        apart = ((variances, means - mean[:, :, None]) for variances, means in of_pieces)
-        spread = [(variances + away.square_()).mean(2) for variances, away in apart]
-        return _total(share * each for share, each in zip(shares, spread, strict=True)), mean
+        variance, mean = torch.var_mean(frame, dim=(2, 3), correction=0)
+        return variance, mean
     # Sums in float32 without a copy of the frame in it; what cancels is below the rounding of the values themselves.
-    count = frame.shape[2] * width
-    mean = _total(piece.sum(dim=3, dtype=torch.float32).sum(2) for piece in pieces) / count
-    norms = (torch.linalg.vector_norm(piece, dim=3, dtype=torch.float32) for piece in pieces)
-    square = _total(norm.square_().sum(2) for norm in norms) / count
+    count = frame.shape[2] * frame.shape[3]
+    mean = frame.sum(dim=(2, 3), dtype=torch.float32) / count
+    square = torch.linalg.vector_norm(frame, dim=(2, 3), dtype=torch.float32).square() / count
     return (square - mean.square()).clamp_min_(0), mean
 
 
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    first, *others = parts
-    for other in others:
-        first += other
-    return first
+def _moments_of_pixels(frame: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where channels lie last, on a GPU: by batch norm's kernel, which reads the frame once.
+
+    A sum of all pixels has up to 138 MB beside it on an H200, one of squares too, fp32's variance 554
+    (`system/reductions.py`); and they take four times as long.
+    """
+    moments = [torch.batch_norm_stats(sample[None], 0.0) for sample in frame]  # means, and what deviations are 1 over
+    means, inverse = (torch.stack(each) for each in zip(*moments, strict=True))
+    return inverse.square().reciprocal(), means
