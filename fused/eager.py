@@ -16,6 +16,9 @@ class EagerOps:
 
     name = "eager"
 
+    def makes_late_rows(self, dim: int) -> bool:
+        return False
+
     def compiled(self) -> FusedOps:
         return self
 

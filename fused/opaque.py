@@ -19,6 +19,9 @@ class OpaqueOps:
 
     name = "triton"
 
+    def makes_late_rows(self, dim: int) -> bool:
+        return False
+
     def compiled(self) -> FusedOps:
         return self
 

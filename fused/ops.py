@@ -74,6 +74,10 @@ class FusedOps(Protocol):
 
     name: str
 
+    def makes_late_rows(self, dim: int) -> bool:
+        """Whether `modulated_rows` and `affine_rows` of so many numbers each are nowhere before they are read."""
+        ...
+
     def compiled(self) -> FusedOps:
         """The same steps in a form that torch.compile can take; see `Workspace.ops`."""
         ...

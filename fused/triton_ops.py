@@ -29,6 +29,9 @@ class TritonOps:
     def __init__(self, compiled: FusedOps | None = None) -> None:
         self._compiled = compiled
 
+    def makes_late_rows(self, dim: int) -> bool:
+        return dim > NARROW
+
     def compiled(self) -> FusedOps:
         return self._compiled or self
 
@@ -72,7 +75,7 @@ class TritonOps:
     def modulated_rows(
         self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
     ) -> Tensor | NormedRows:
-        if x.shape[1] <= NARROW or torch.compiler.is_compiling():
+        if not self.makes_late_rows(x.shape[1]) or torch.compiler.is_compiling():
             return self.modulated_norm(x, shift, scale, first_row, rows_per_group, eps)
         return NormedRows(self, x, scale, shift, eps, first_row, rows_per_group)
 

@@ -52,6 +52,16 @@ class LayerCosts:
         return max((layer.row_bytes(dtype) for layer in from_rows), default=0)
 
     @property
+    def copies_rows(self) -> bool:
+        """Whether all products may be written over the rows that they read."""
+        return all(layer.copies_rows for layer in self.busy_layers)
+
+    @property
+    def takes_late_rows(self) -> bool:
+        """Whether no layer needs what is normed for it as it is."""
+        return all(layer.format.takes_late_rows for layer in self.busy_layers)
+
+    @property
     def product_bytes(self) -> int:
         return max((layer.format.product_bytes for layer in self.busy_layers), default=0)
 

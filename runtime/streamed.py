@@ -303,6 +303,7 @@ class StreamedModel(AttendingModel[M]):
             head_groups=plan.choice.head_groups,
             query_chunk=plan.choice.query_chunk,
             packed_keys=plan.choice.packed_keys,
+            room_bytes=plan.model.temporary_bytes(plan.work, plan.choice, plan.limits),
         )
         self.model.counted_scratch = self.model.scratch_elements()
 

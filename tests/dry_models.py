@@ -69,7 +69,7 @@ def opened(case: Case, folder: Path) -> StreamedWan:
     device = torch.device("cpu")
     model = StreamedWan(path, RunSettings(device, torch.bfloat16, quantization=read_as), loras=loras)
     busy = [module for block in model.blocks for module in block.busy_modules()]
-    select_compute(model.model, busy, case.quantization, device)
+    model.quantization = select_compute(model.model, busy, case.quantization, device)
     use_gpu_kernels(model, case.attention)
     return model
 

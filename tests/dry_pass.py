@@ -15,7 +15,7 @@ import torch
 from lowvram_video.attention.backend import EXACT_WORKSPACE
 from lowvram_video.attention.sage import workspace_on
 from lowvram_video.fused.opaque import OpaqueOps
-from lowvram_video.fused.ops import Rope
+from lowvram_video.fused.ops import NormedRows, Rope
 from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.memory.stream.layout import Part, align, bind, layout_block, unbind
 from lowvram_video.runtime.opened import M
@@ -32,6 +32,7 @@ from lowvram_video.wanvideo.streamed import StreamedWan
 from lowvram_video.weights.kernels.row_reference import QuantizedRows
 from lowvram_video.weights.kernels.rows import dequantize_rows, quantize_rows
 from lowvram_video.weights.linear.linear import Linear, Piece
+from lowvram_video.weights.linear.made_fp8 import Fp8Made
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -40,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 from .caching_allocator import Recording
 
+NARROW = 2048  # dimensions up to which no rows are made late (`fused/triton_ops.py`)
 ALLOCATION_UNIT = 512  # of PyTorch's caching allocator
 PASSES = 2
 BLAS_BYTES = 32 << 20  # cuBLAS's workspace on Hopper, which PyTorch's allocator has
@@ -116,9 +118,14 @@ class DryRowOps:
 
     name = "triton"
 
-    def quantize(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor | NormedRows, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(x, NormedRows):
+            return x.quantized(dtype, 448.0, 1e-30)
         values, scales = quantize_rows(x, dtype)
         return (values if out is None else out), scales
+
+    def quantizes_late(self, dtype: torch.dtype) -> bool:
+        return True
 
     def dequantize(self, values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         dequantize_rows(values, scales, out)
@@ -127,6 +134,24 @@ class DryRowOps:
 
 class DryOps(OpaqueOps):
     """The kernels that are no part of compiled code: they write where they are told to, and nowhere else."""
+
+    def makes_late_rows(self, dim: int) -> bool:
+        return dim > NARROW
+
+    def modulated_rows(
+        self, x: Tensor, shift: Tensor, scale: Tensor, first_row: int, rows_per_group: int, eps: float
+    ) -> Tensor | NormedRows:
+        if not self.makes_late_rows(x.shape[1]):
+            return super().modulated_rows(x, shift, scale, first_row, rows_per_group, eps)
+        return NormedRows(self, x, scale, shift, eps, first_row, rows_per_group)
+
+    def affine_rows(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> NormedRows:
+        return NormedRows(self, x, weight, bias, eps)
+
+    def quantize_normed(
+        self, rows: NormedRows, dtype: torch.dtype, largest: float, smallest_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty(rows.shape, dtype=dtype), torch.empty(rows.shape[0], 1)
 
     def pack_heads(self, x: Tensor, values: Tensor, scales: Tensor) -> None:
         pass
@@ -153,9 +178,15 @@ def use_gpu_kernels(model: StreamedModel[Any], attention: DryAttention) -> None:
     """Have a model that was opened for a CPU compute as on a GPU that has every kernel."""
     model.model.execution = Execution(torch.bfloat16, attention, DryOps())
     for layer in model.costs.busy_layers:
-        for name, part in (("gemm", DryGemm()), ("ops", DryRowOps())):
-            if hasattr(layer.format, name):
-                layer.format = replace(layer.format, **{name: part})
+        if isinstance(layer.format, Fp8Made):
+            layer.format = replace(layer.format, product=_dry(layer.format.product))
+        layer.format = _dry(layer.format)
+
+
+def _dry(form: Any) -> Any:
+    """A format whose kernels are those that are none."""
+    parts = {"gemm": DryGemm(), "ops": DryRowOps()}
+    return replace(form, **{name: part for name, part in parts.items() if hasattr(form, name)})
 
 
 class Seeing(Visitor):
@@ -221,6 +252,7 @@ def dry(model: StreamedModel[M], plan: MemoryPlan) -> Iterator[M]:
         head_groups=choice.head_groups,
         query_chunk=choice.query_chunk,
         packed_keys=choice.packed_keys,
+        room_bytes=plan.model.temporary_bytes(plan.work, choice, plan.limits),
     )
     first, *others, last = network.ordered_blocks().items()
     few = dict([first, last])

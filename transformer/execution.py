@@ -22,7 +22,8 @@ class Execution:
     as keep a GPU's `processors` busy (see `query_step`). They come from the memory plan, as does whether
     self-attention's keys and values are kept in 8 bits (`packed_keys`), which is not only rounding: a plan does so
     where the user chose to compute in 8 bits. `all_queries` overrules both, for attention that must see all at once,
-    whatever a leaner plan says in between. With `any_size` compiled code fits videos of any size: row ranges are a
+    whatever a leaner plan says in between; and `room_bytes`, the most that blocks have for a moment, by which
+    `Workspace.make_room` asks for memory. With `any_size` compiled code fits videos of any size: row ranges are a
     number of parts, not a number of rows (see `Workspace.ranges`).
     """
 
@@ -37,6 +38,7 @@ class Execution:
     all_queries: bool = False
     watch: AttentionRun | None = None
     any_size: bool = False
+    room_bytes: int = 0
 
     @property
     def is_sparse(self) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..weights.kernels.late_rows import GivenRows
-from ..weights.linear.linear import Linear, project_gelu
-from .rows import within
+from ..weights.linear.linear import Linear, may_write_over, project_gelu
+from .rows import rows_of, within
 from .workspace import Workspace
 
 Normed = Callable[[slice], GivenRows]  # a row range -> those rows of x, normed: [rows, dim]
@@ -25,5 +25,8 @@ def feed_forward(widen: Linear, narrow: Linear, normed: Normed, add: Add, span: 
             project_gelu(project, normed(rows), work.hidden_at(within(rows, start)), work.ops.gelu_)
         work.scratch.reset()
         project = narrow.prepare(work.dtype, work.scratch)
+        over_hidden = may_write_over(project) and narrow.out_features <= narrow.in_features
         for rows in work.chunks(start, stop):
-            add(rows, project(work.hidden_at(within(rows, start))))
+            hidden = work.hidden_at(within(rows, start))
+            out = rows_of(work.pool, hidden.storage_offset(), len(hidden), narrow.out_features) if over_hidden else None
+            add(rows, project(hidden, out=out))

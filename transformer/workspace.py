@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attention.backend import PassAttention
 from ..fused.ops import FusedOps
+from ..system.device_errors import is_out_of_memory
 from ..system.torch_compiler import mark_any_length
 from ..system.words import copy_in_words
 from ..team.share import Part
@@ -103,6 +104,17 @@ class Workspace:
         self.scratch = Scratch(device, execution.dtype, scratch_elements)
         self.scales = torch.empty(2, self.num_rows, rows.num_heads, device=device) if self.packs_keys else None
         self.watched: PassAttention | None = None  # self-attention of this pass, where it is not the backend's alone
+
+    def make_room(self) -> None:
+        """Have an allocator of fixed segments keep one for all that blocks have for a moment, piece by piece.
+
+        Where it keeps one for each piece, larger ones do not fit into those, and what is left over is nobody's.
+        """
+        try:
+            torch.empty(self.execution.room_bytes, dtype=torch.uint8, device=self.pool.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise  # else pieces may still have places
 
     @property
     def ops(self) -> FusedOps:

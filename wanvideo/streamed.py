@@ -112,6 +112,8 @@ class StreamedWan(StreamedModel[WanModel]):
         """The model as the planner sees it, from the file's own byte counts; `dtype` is another one to compute in."""
         config, dtype = self.config, dtype or self.model.execution.dtype
         layouts = self.weights.layouts
+        ops, steered = self.model.execution.ops, bool(config.vace_layers or config.camera_channels)
+        copies_rows = self.costs.copies_rows and not self._compiled and not steered
         fixed = {name: self.weights.source.tensors[name].nbytes for name in self.weights.fixed_names()}
         return WanFootprint(
             name=self.checkpoint.path.name,
@@ -135,6 +137,8 @@ class StreamedWan(StreamedModel[WanModel]):
             row_bytes=self.costs.row_bytes(dtype, config.ffn_dim if self._compiled else 0),
             key_row_bytes=self.costs.key_row_bytes(dtype, config.dim),
             product_bytes=self.costs.product_bytes,
+            copies_rows=copies_rows,
+            norms_in_8_bits=copies_rows and self.costs.takes_late_rows and ops.makes_late_rows(config.dim),
             unpacked_bytes=self.costs.unpacked_bytes(dtype),
             brought_bytes=self.costs.brought_bytes(dtype),
             control_streams=1 if config.vace_layers else 0,

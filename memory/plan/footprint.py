@@ -75,11 +75,13 @@ class ModelFootprint:
     where these suffice. `unpacked_bytes` are the most that is unpacked at a time of one of the fixed ones.
     `row_bytes` of a row of a chunk are there beside what is normed or added of it: in 8 bits what is multiplied;
     `key_row_bytes` are those of a layer that makes keys. `product_bytes` come to it for a chunk of any size.
-    `streams_queries`: q can be made for some rows at a time. `stage_bytes` are those of each block's stages in order,
-    where blocks can be streamed in stages. `packs_keys`: keys and values may be kept in 8 bits, as the user computes in
-    8 bits anyway (`in_8_bits`). `packs_exchange`: what several cards exchange travels in 8 bits. `home_bytes` is what
-    each block takes where it lies, with what is needed once per run. `form` is the name of the format that most of the
-    blocks' weights have, `attention` that of the backend: by them a card's measurements are looked up.
+    `copies_rows`: these are copies, and products may be written over what they read; `norms_in_8_bits`: norms make
+    them, and what is normed is nowhere else. `streams_queries`: q can be made for some rows at a time. `stage_bytes`
+    are those of each block's stages in order, where blocks can be streamed in stages. `packs_keys`: keys and values may
+    be kept in 8 bits, as the user computes in 8 bits anyway (`in_8_bits`). `packs_exchange`: what several cards
+    exchange travels in 8 bits. `home_bytes` is what each block takes where it lies, with what is needed once per run.
+    `form` is the name of the format that most of the blocks' weights have, `attention` that of the backend: by them a
+    card's measurements are looked up.
     """
 
     name: str
@@ -107,6 +109,8 @@ class ModelFootprint:
     row_bytes: int = 0
     key_row_bytes: int = 0
     product_bytes: int = 0
+    copies_rows: bool = False
+    norms_in_8_bits: bool = False
     vae: VaeFootprint | None = None
     home_bytes: tuple[int, ...] = ()
     form: str = PLAIN
@@ -154,14 +158,19 @@ class ModelFootprint:
     def temporary_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         """The largest of what is needed for a moment of a block."""
         chunk, row = min(choice.token_chunk, work.rows), self.dim * self.compute_bytes
-        normed = self._normed_bytes(limits)
-        products = chunk * self.row_bytes + self.product_bytes
-        packing = chunk * (max(2 * row, normed) + self.key_row_bytes) + self.product_bytes  # k, then v, beside x
+        normed, read, key_read = self._normed_bytes(limits), self.row_bytes, self.key_row_bytes
+        if (
+            self.copies_rows and limits.fused
+        ):  # of what is normed or attended; of hidden rows, with the product in these
+            product, of_attended = max(row + key_read, read), key_read
+            packing = (0 if self.norms_in_8_bits else row) + row + key_read
+        else:
+            product, of_attended = normed + read, read
+            packing = max(2 * row, normed) + key_read  # k, then v, beside x
         return max(
             self._attention_bytes(work, choice, limits),
-            chunk * normed + products,
-            packing if choice.packed_keys else 0,
-            self._attended_bytes(work, choice) + products,
+            chunk * (max(product, packing) if choice.packed_keys else product) + self.product_bytes,
+            self._attended_bytes(work, choice) + chunk * of_attended + self.product_bytes,
             0 if choice.cache_text_kv else self._text_projection_bytes(work),
         )
 

@@ -25,7 +25,7 @@ from ...transformer.rows import within, writable
 from ...transformer.transformer import Block
 from ...transformer.workspace import Pair, Workspace
 from ...weights.kernels.late_rows import GivenRows
-from ...weights.linear.linear import Linear, project_together, share_rows, write_product
+from ...weights.linear.linear import Linear, may_write_over, project_together, share_rows, write_product
 from ...weights.linear.projection import Projection
 from .config import WanConfig
 
@@ -267,8 +267,9 @@ class SelfAttention(nn.Module):
         work: Workspace,
     ) -> None:
         """Those rows of k and v, and of q where there are its projections; one after the other, in one tensor."""
-        of_k, of_v, *of_q = share_rows(projections, x)
+        # first, as the larger piece: an allocator then has room for the other beside it
         made, (k, v) = torch.empty(x.shape, dtype=x.dtype, device=x.device), packed
+        of_k, of_v, *of_q = share_rows(projections, x)
         write_product(projections[0], of_k, made)
         k.fill_normed(rows, made, self.norm_k.weight, self.eps, rope)
         write_product(projections[1], of_v, made)
@@ -387,4 +388,7 @@ def project_out(
     """Add the projection of `attended`, which is of the rows `span`; it may be written over their queries."""
     for rows in work.chunks(span.start, span.stop):
         part = within(rows, span.start)
-        add(rows, to_out(attended[part], out=work.rows_at(0, part) if over_queries else None))
+        given, out = attended[part], work.rows_at(0, part) if over_queries else None
+        if out is None and may_write_over(to_out):
+            out = given
+        add(rows, to_out(given, out=out))

@@ -193,6 +193,7 @@ class WanModel(Transformer):
             x.mul_(work.residual_scale)  # in place: no plan has room for a second one
         work.fit_any_size(x)
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
+        work.make_room()
         state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor, frames_apart=times > 1)
         blocks = self.run_blocks(state, context, replace(extras, nag=nag), grid)
         if cached is not None:

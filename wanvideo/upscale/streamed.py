@@ -155,6 +155,7 @@ class StreamedUpscaler(StreamedWan):
                 "fixed_bytes": plain.fixed_bytes + self.beside_bytes,
                 "streams_queries": False,
                 "packs_keys": False,
+                "copies_rows": False,
                 "vae": None,
             },
             projection=self._projection,

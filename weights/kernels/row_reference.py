@@ -44,6 +44,10 @@ class RowOps(Protocol):
         """
         ...
 
+    def quantizes_late(self, dtype: torch.dtype) -> bool:
+        """Whether rows that are made late are made in `dtype` at once: they are nowhere as they were."""
+        ...
+
     def dequantize(self, values: Tensor, scales: Tensor | None, out: Tensor) -> Tensor:
         """`values * scales` into `out`; `scales` has one element, or one per row, or there is none: all are 1."""
         ...
@@ -63,6 +67,9 @@ class TorchRowOps:
         scales = row_scales(x, LARGEST[dtype])
         values = quantized(x.float(), scales, dtype, by_products=True)
         return values if out is None else out.copy_(values), scales
+
+    def quantizes_late(self, dtype: torch.dtype) -> bool:
+        return False
 
     def dequantize(self, values: Tensor, scales: Tensor | None, out: Tensor) -> Tensor:
         # 8-bit numbers are exact in every dtype that computes; the product is made in fp32 and rounded once

@@ -52,7 +52,7 @@ class TritonRowOps:
 
     def quantize(self, x: GivenRows, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not isinstance(x, Tensor):
-            if out is None and (self.fp8 or not dtype.is_floating_point):
+            if out is None and self.quantizes_late(dtype):
                 return x.quantized(dtype, LARGEST[dtype], SMALLEST_SCALE)
             x = x.tensor()
         if torch.compiler.is_compiling():
@@ -61,6 +61,9 @@ class TritonRowOps:
         if dtype.is_floating_point and not self.fp8:
             return TorchRowOps().quantize(x, dtype, out)
         return self.kernels.launch_quantize(x, dtype, out)
+
+    def quantizes_late(self, dtype: torch.dtype) -> bool:
+        return self.fp8 or not dtype.is_floating_point
 
     def dequantize(self, values: Tensor, scales: Tensor | None, out: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

@@ -45,6 +45,8 @@ class MultipliedRows(MultipliedAsStored):
     """What formats share that multiply a weight as it is stored, with rows that are quantised as they come."""
 
     gemm: Gemm
+    ops: RowOps
+    copies_rows = True
 
     @property
     @abstractmethod
@@ -54,6 +56,11 @@ class MultipliedRows(MultipliedAsStored):
     @abstractmethod
     def quantize(self, rows: GivenRows) -> tuple[Tensor, Tensor]:
         """The values and scales of `rows [rows, in]`."""
+
+    @property
+    def takes_late_rows(self) -> bool:
+        """Whether `quantize` has rows made in 8 bits at once, where whoever gives them can."""
+        return self.ops.quantizes_late(torch.float8_e4m3fn)
 
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         """Its numbers in 8 bits, with a scale."""
@@ -72,6 +79,8 @@ class MultipliedRows(MultipliedAsStored):
 
 class RowsProjection(Projection):
     """`x @ weight.T + bias` with both in 8 bits."""
+
+    copies_rows = True
 
     def __init__(self, weight: Tensor, columns: Tensor, bias: Tensor | None, how: MultipliedRows):
         self.weight, self.columns, self.bias, self.how = weight, columns, bias, how

@@ -65,6 +65,10 @@ class Int8Matmul(MultipliedRows):
     def form(self) -> str:
         return f"int8 rows rotated by {self.rotation}"
 
+    @property
+    def takes_late_rows(self) -> bool:
+        return not self.rotation and self.ops.quantizes_late(torch.int8)
+
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         """The row rotated too, where it is."""
         rotated = packed["weight"].shape[1] * dtype.itemsize if self.rotation else 0

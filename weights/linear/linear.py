@@ -72,6 +72,11 @@ def write_product(project: Projection, shared: SharedRows, out: Tensor) -> None:
         project.multiply(rows, out=out)
 
 
+def may_write_over(project: Projection) -> bool:
+    """Whether a layer's product may be written over the rows that it reads; compiled code has places of its own."""
+    return project.copies_rows and not torch.compiler.is_compiling()
+
+
 def project_gelu(project: Projection, x: GivenRows, out: Tensor, gelu_: Callable[[Tensor], None]) -> None:
     """Write GELU (tanh approximation) of a layer's product into `out`; `gelu_` does that in place.
 
@@ -172,6 +177,11 @@ class Linear(nn.Module):
         if update is None or self.format.scratch_elements(packed, dtype):
             return own
         return own + MOST_TOGETHER * update.down.shape[0] * dtype.itemsize
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether its products may be written over what they read: see `Projection`."""
+        return self.format.copies_rows and DOWN not in self.packed()
 
     def unpacked_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that `forward` has unpacked at a time when it computes in `dtype`."""

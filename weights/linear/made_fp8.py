@@ -29,6 +29,7 @@ class Fp8Made(WeightFormat):
     product: Fp8Matmul
 
     is_dense = False
+    copies_rows = True
 
     @property
     def name(self) -> str:
@@ -59,6 +60,10 @@ class Fp8Made(WeightFormat):
             columns[rows] = scales.view(-1)
         scratch.give_back(piece)
         return RowsProjection(weight, columns, bias, self.product)
+
+    @property
+    def takes_late_rows(self) -> bool:
+        return self.product.takes_late_rows
 
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         shape = self.logical_shape(packed["weight"])

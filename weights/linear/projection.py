@@ -17,6 +17,7 @@ class Projection:
     """
 
     form = "dense"
+    copies_rows = False  # what `quantize` makes does not lie in the rows: the product may be written over them
 
     def __call__(self, x: GivenRows, out: Tensor | None = None) -> Tensor:
         return self.multiply(self.quantize(x), out)

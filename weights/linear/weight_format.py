@@ -53,6 +53,9 @@ class WeightFormat(ABC):
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""
         return math.prod(self.logical_shape(packed["weight"]))
 
+    copies_rows = False  # see `Projection`
+    takes_late_rows = False  # see `MultipliedRows`
+
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         """Bytes that one row of activations takes while it is multiplied, beside itself and its product in place."""
         return 0
