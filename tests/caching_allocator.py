@@ -24,11 +24,11 @@ class Recording:
     """What was asked for and given back, in order, to be asked for again of allocators."""
 
     def __init__(self) -> None:
-        self._asked: list[int] = []  # bytes
+        self._asked: list[tuple[int, bool]] = []  # bytes, and whether who asks goes on without them
         self._steps: list[int | None] = []  # the next request, or which one was given back
 
-    def malloc(self, nbytes: int) -> int:
-        self._asked.append(nbytes)
+    def malloc(self, nbytes: int, may_be_refused: bool = False) -> int:
+        self._asked.append((nbytes, may_be_refused))
         self._steps.append(None)
         return len(self._asked) - 1
 
@@ -37,12 +37,18 @@ class Recording:
 
     def ask(self, allocator: CachingAllocator) -> None:
         """NoRoom where it has none."""
-        pieces: list[Piece] = []
+        pieces: list[Piece | None] = []
         for step in self._steps:
             if step is None:
-                pieces.append(allocator.malloc(self._asked[len(pieces)]))
-            else:
-                allocator.free(pieces[step])
+                nbytes, may_be_refused = self._asked[len(pieces)]
+                try:
+                    pieces.append(allocator.malloc(nbytes))
+                except NoRoom:
+                    if not may_be_refused:
+                        raise
+                    pieces.append(None)
+            elif (piece := pieces[step]) is not None:
+                allocator.free(piece)
 
 
 @dataclass(eq=False)

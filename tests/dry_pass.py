@@ -51,9 +51,10 @@ HELD_LATENTS = 8  # of a solver and guidance, in fp32
 class CountedMemory(TorchDispatchMode):
     """Bytes of all tensors made under it that are still there: `now`, and the most there were at a time: `peak`."""
 
-    def __init__(self) -> None:
+    def __init__(self, room_bytes: int = 0) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._room_bytes = align(room_bytes, ALLOCATION_UNIT)  # of `Workspace.make_room`, which may be refused
         self.recording = Recording()
         self._living: dict[int, tuple[StorageWeakRef, int, int]] = {}
 
@@ -70,7 +71,8 @@ class CountedMemory(TorchDispatchMode):
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._living:
             nbytes = align(storage.nbytes(), ALLOCATION_UNIT)
-            self._living[storage._cdata] = StorageWeakRef(storage), nbytes, self.recording.malloc(nbytes)
+            number = self.recording.malloc(nbytes, may_be_refused=nbytes == self._room_bytes)
+            self._living[storage._cdata] = StorageWeakRef(storage), nbytes, number
             self.now += nbytes
 
     def _forget_dead(self) -> None:
@@ -224,7 +226,8 @@ def extras_of(model: StreamedWan, plan: MemoryPlan, text: Tensor, context: Conte
 def recorded_run(model: StreamedWan, plan: MemoryPlan, caches: Sequence[BlockCache | None] = (None,)) -> Recording:
     """What weights, and then passes as a solver has them, ask of an allocator: one a step for each step cache."""
     of_one = replace(plan, work=replace(plan.work, passes_per_step=1))
-    with dry(model, plan) as network, CountedMemory() as memory:
+    room_bytes = plan.model.temporary_bytes(plan.work, plan.choice, plan.limits)
+    with dry(model, plan) as network, CountedMemory(room_bytes) as memory:
         weights = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in weights_of(model, plan)]
         latent, timestep, text = inputs_of(model, plan)
         held = torch.empty(HELD_LATENTS, model.config.out_channels, *plan.work.latent_size)
