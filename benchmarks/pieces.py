@@ -31,7 +31,7 @@ from lowvram_video.memory.plan.plan import MemoryPlan
 from lowvram_video.runtime.settings import RunSettings
 from lowvram_video.system.atomic_files import write_file
 from lowvram_video.system.processors import processors_of
-from lowvram_video.transformer import rows as row_ranges
+from lowvram_video.system.rounds import QUERY_TILE
 from lowvram_video.wanvideo.network.config import WanConfig
 from lowvram_video.wanvideo.streamed import StreamedWan
 from measure import machine
@@ -103,7 +103,7 @@ def query_rows(config: WanConfig, work: WorkSize, device: torch.device) -> list[
     found = []
     for heads in HEADS:
         for tiles in QUERY_TILES:
-            count = min(work.rows, tiles * row_ranges.QUERY_TILE)
+            count = min(work.rows, tiles * QUERY_TILE)
 
             def call() -> object:
                 return attend(q[:, :count, :heads], k[:, :, :heads], v[:, :, :heads])  # noqa: B023

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowvram_video.memory.plan.footprint import GIB, Limits, VaeFootprint, WorkSize
+from lowvram_video.memory.plan.footprint import GIB, Limits, WorkSize
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_memory
 from lowvram_video.memory.plan.table import describe
+from lowvram_video.memory.plan.vae_footprint import VaeFootprint
 from lowvram_video.wanvideo.footprint import WAN21_VAE, WAN22_VAE, WanFootprint
 
 PRESET_BUDGETS_GIB = (6, 8, 12, 16, 24)

@@ -75,7 +75,7 @@ class FusedOps(Protocol):
     name: str
 
     def makes_late_rows(self, dim: int) -> bool:
-        """Whether `modulated_rows` and `affine_rows` of so many numbers each are nowhere before they are read."""
+        """Whether `modulated_rows` and `affine_rows`, of so many numbers each, all are nowhere before they are read."""
         ...
 
     def compiled(self) -> FusedOps:

@@ -297,14 +297,8 @@ class StreamedModel(AttendingModel[M]):
         self.model.stream = self.streamer
         if plan.choice.in_stages:
             self.model.arrive = self.streamer.arrive
-        self.model.execution = replace(
-            self.model.execution,
-            token_chunk=plan.choice.token_chunk,
-            head_groups=plan.choice.head_groups,
-            query_chunk=plan.choice.query_chunk,
-            packed_keys=plan.choice.packed_keys,
-            room_bytes=plan.model.temporary_bytes(plan.work, plan.choice, plan.limits),
-        )
+        room_bytes = plan.model.room_bytes(plan.work, plan.choice, plan.limits)
+        self.model.execution = self.model.execution.planned(plan.choice, room_bytes)
         self.model.counted_scratch = self.model.scratch_elements()
 
     def parked_blocks(self) -> list[Parked]:

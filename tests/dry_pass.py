@@ -226,8 +226,8 @@ def extras_of(model: StreamedWan, plan: MemoryPlan, text: Tensor, context: Conte
 def recorded_run(model: StreamedWan, plan: MemoryPlan, caches: Sequence[BlockCache | None] = (None,)) -> Recording:
     """What weights, and then passes as a solver has them, ask of an allocator: one a step for each step cache."""
     of_one = replace(plan, work=replace(plan.work, passes_per_step=1))
-    room_bytes = plan.model.temporary_bytes(plan.work, plan.choice, plan.limits)
-    with dry(model, plan) as network, CountedMemory(room_bytes) as memory:
+    room_bytes = plan.model.room_bytes(plan.work, plan.choice, plan.limits)
+    with dry(model, plan, room_bytes) as network, CountedMemory(room_bytes) as memory:
         weights = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in weights_of(model, plan)]
         latent, timestep, text = inputs_of(model, plan)
         held = torch.empty(HELD_LATENTS, model.config.out_channels, *plan.work.latent_size)
@@ -243,20 +243,13 @@ def recorded_run(model: StreamedWan, plan: MemoryPlan, caches: Sequence[BlockCac
 
 
 @contextmanager
-def dry(model: StreamedModel[M], plan: MemoryPlan) -> Iterator[M]:
+def dry(model: StreamedModel[M], plan: MemoryPlan, room_bytes: int = 0) -> Iterator[M]:
     """The network with fakes for weights, set up as planned; of its blocks there is one of each kind.
 
     Those of a kind are alike, and each gives back what it took.
     """
     choice, network = plan.choice, model.model
-    network.execution = replace(
-        network.execution,
-        token_chunk=choice.token_chunk,
-        head_groups=choice.head_groups,
-        query_chunk=choice.query_chunk,
-        packed_keys=choice.packed_keys,
-        room_bytes=plan.model.temporary_bytes(plan.work, choice, plan.limits),
-    )
+    network.execution = network.execution.planned(choice, room_bytes)
     first, *others, last = network.ordered_blocks().items()
     few = dict([first, last])
     left_out = {id(tensor) for _, block in others for tensor in [*block.parameters(), *block.buffers()]}

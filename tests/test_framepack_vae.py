@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lowvram_video.framepack.vae import blocks as vae_blocks
 from lowvram_video.framepack.vae.blocks import Upsample, attend
 from lowvram_video.framepack.vae.checkpoint import HUNYUAN_FORMAT, to_diffusers_names
-from lowvram_video.framepack.vae.frames import Clip, FrameStore, channel_moments
+from lowvram_video.framepack.vae.frames import Clip, FrameStore, channel_moments, variance_of
 from lowvram_video.framepack.vae.model import HUNYUAN_VAE, HunyuanVAE, VAEConfig, decode_footprint
 from lowvram_video.vae.files import to_channels_last
 from lowvram_video.vae.tiles import plan_grid
@@ -169,7 +169,7 @@ def check_moments(frame):
 def frame_with_halves(dtype, layout, device="cpu", size=(5, 70)):
     frame = torch.randn(2, 8, *size, generator=torch.Generator().manual_seed(0)) * 2 + 1
     frame[..., size[1] // 2 :] += 3
-    frame[:, 3] = 1.5  # an even one
+    frame[:, 3], frame[:, 4] = 1.5, 0  # even ones
     return frame.to(device, dtype).contiguous(memory_format=layout)
 
 
@@ -190,6 +190,11 @@ def test_moments_on_the_gpu_take_no_memory_to_speak_of(dtype, layout):
     channel_moments(frame)
     assert torch.cuda.max_memory_allocated() - before < 4 << 20
     check_moments(frame)
+    check_moments(frame_with_halves(dtype, layout, "cuda", (512, 512)))  # of even channels nothing is left
+
+
+def test_an_even_channel_has_no_variance():
+    assert variance_of(torch.tensor([0.0, 0.5])).tolist() == [0.0, 4.0]
 
 
 @pytest.mark.parametrize("temporal", [False, True])

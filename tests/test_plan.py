@@ -19,7 +19,6 @@ from lowvram_video.memory.plan.footprint import (
     Choice,
     Limits,
     ModelFootprint,
-    VaeFootprint,
     WorkSize,
 )
 from lowvram_video.memory.plan.host_memory import RAM_MARGIN_BYTES
@@ -27,6 +26,7 @@ from lowvram_video.memory.plan.pass_times import compute_seconds
 from lowvram_video.memory.plan.plan import MemoryPlan, PlanError, plan_leaner, plan_memory
 from lowvram_video.memory.plan.table import describe, reasons
 from lowvram_video.memory.plan.tiles import strip_rows
+from lowvram_video.memory.plan.vae_footprint import VaeFootprint
 from lowvram_video.system.sizes import in_gib
 from lowvram_video.wanvideo.footprint import WAN21_VAE, WAN22_VAE, WanWork
 
@@ -104,17 +104,19 @@ def test_ragged_lengths_that_sageattention_is_spared_count_as_exact_attention() 
     assert replace(spares, mean=None).beside(4.0, 3.0).nbytes(10, 20, 2, 128, 12240) == 2 * 128 * (40 + 60) + 2 * 40
 
 
-def test_a_plan_is_kept_for_fewer_tokens_only_where_they_take_no_more() -> None:
+def test_a_plan_is_kept_for_fewer_tokens_where_these_fit() -> None:
     """Windows of a video may end with a shorter one: of 8,775 tokens queries go in halves, of 8,190 all at once."""
     model = replace(FP8, streams_queries=True)
     plan = plan_memory(model, WorkSize(17, 624, 720), limits(1.7, attention=EXACT_WORKSPACE, **H200))
     choice = replace(plan.choice, query_chunk=8192, packed_keys=False)
-    plan = replace(plan, choice=choice)
-    assert plan.has_room_for(plan.work) and plan.has_room_for(replace(plan.work, frames=5))
-    assert not plan.has_room_for(replace(plan.work, frames=21)), "more tokens"
     nearly = replace(plan.work, width=672)
     assert (nearly.tokens, choice.query_rows(nearly), choice.query_rows(plan.work)) == (8190, 8190, 5120)
-    assert not plan.has_room_for(nearly) and plan.has_room_for(replace(plan.work, width=320))
+    tight = replace(plan, choice=choice, limits=replace(plan.limits, vram_budget_bytes=plan.denoise.total))
+    assert tight.has_room_for(plan.work) and tight.has_room_for(replace(plan.work, width=320))
+    assert not tight.has_room_for(replace(plan.work, frames=21)), "more tokens"
+    assert not tight.has_room_for(nearly)
+    wider = replace(tight, limits=replace(plan.limits, vram_budget_bytes=plan.denoise.total + 64 * MIB))
+    assert wider.has_room_for(nearly), "what the plan left of the budget"
 
 
 class TestMonotonicity:

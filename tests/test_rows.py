@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowvram_video.memory.plan.footprint import Choice, WorkSize
+from lowvram_video.system.rounds import QUERY_TILE, even_step, most_queries, query_step
 from lowvram_video.transformer.execution import Execution
-from lowvram_video.transformer.rows import QUERY_TILE, even_step, most_queries, query_step
 from lowvram_video.transformer.workspace import Rows, Workspace
 
 META = torch.device("meta")

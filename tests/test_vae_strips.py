@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowvram_video.fused.frame_ops import EagerFrameOps
 from lowvram_video.fused.frame_select import difference, select_frame_ops
-from lowvram_video.memory.plan.footprint import VaeFootprint
 from lowvram_video.memory.plan.tiles import LEAST_ROWS, strip_rows, thinner_strips
+from lowvram_video.memory.plan.vae_footprint import VaeFootprint
 from lowvram_video.memory.stream import pinned
 from lowvram_video.vae import recording, strips
 from lowvram_video.vae.files import to_channels_last

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -11,6 +12,19 @@ from ..attention.sdpa import Sdpa
 from ..attention.sparse.run import AttentionRun
 from ..fused.eager import EagerOps
 from ..fused.ops import FusedOps
+
+
+class PlannedPieces(Protocol):
+    """How a plan has a pass go, piece by piece: see `memory/plan/footprint.py: Choice`."""
+
+    @property
+    def token_chunk(self) -> int: ...
+    @property
+    def head_groups(self) -> int: ...
+    @property
+    def query_chunk(self) -> int | None: ...
+    @property
+    def packed_keys(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,17 @@ class Execution:
     watch: AttentionRun | None = None
     any_size: bool = False
     room_bytes: int = 0
+
+    def planned(self, choice: PlannedPieces, room_bytes: int = 0) -> Execution:
+        """The same with what comes from the memory plan."""
+        return replace(
+            self,
+            token_chunk=choice.token_chunk,
+            head_groups=choice.head_groups,
+            query_chunk=choice.query_chunk,
+            packed_keys=choice.packed_keys,
+            room_bytes=room_bytes,
+        )
 
     @property
     def is_sparse(self) -> bool:

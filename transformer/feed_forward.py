@@ -27,6 +27,7 @@ def feed_forward(widen: Linear, narrow: Linear, normed: Normed, add: Add, span: 
         project = narrow.prepare(work.dtype, work.scratch)
         over_hidden = may_write_over(project) and narrow.out_features <= narrow.in_features
         for rows in work.chunks(start, stop):
-            hidden = work.hidden_at(within(rows, start))
-            out = rows_of(work.pool, hidden.storage_offset(), len(hidden), narrow.out_features) if over_hidden else None
-            add(rows, project(hidden, out=out))
+            part = within(rows, start)
+            first, count = part.start * narrow.in_features, part.stop - part.start
+            out = rows_of(work.pool, first, count, narrow.out_features) if over_hidden else None
+            add(rows, project(work.hidden_at(part), out=out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..team.share import Share
 from ..weights.linear.linear import Linear, Piece
 from .execution import Execution
-from .workspace import Arrive, all_there
+from .workspace import Arrive, Workspace, all_there
 
 
 class Bring(Protocol):
@@ -96,6 +97,11 @@ class Transformer(nn.Module):
     def outer_modules(self) -> list[nn.Module]:
         """Modules beside the blocks that are worth compiling."""
         return []
+
+    def make_room(self, work: Workspace) -> None:
+        """Ask for what blocks have for a moment before they run (`Workspace.make_room`), until there is none."""
+        if not work.make_room():
+            self.execution = replace(self.execution, room_bytes=0)
 
     def scratch_elements(self) -> int:
         """The most weight elements that are unpacked at a time."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ..attention.backend import PassAttention
 from ..fused.ops import FusedOps
 from ..system.device_errors import is_out_of_memory
+from ..system.rounds import even_step, query_step
 from ..system.torch_compiler import mark_any_length
 from ..system.words import copy_in_words
 from ..team.share import Part
 from ..weights.linear.projection import Scratch
 from .execution import Execution
 from .packed_heads import PackedHeads
-from .rows import even_step, in_steps, num_parts, query_step, rows_of
+from .rows import in_steps, num_parts, rows_of
 
 FEWEST_PARTS = 8  # of a pass in code for any size: 32,768 rows at 4096 at a time
 ANY_NUMBER = 2**40  # of rows
@@ -105,16 +106,19 @@ class Workspace:
         self.scales = torch.empty(2, self.num_rows, rows.num_heads, device=device) if self.packs_keys else None
         self.watched: PassAttention | None = None  # self-attention of this pass, where it is not the backend's alone
 
-    def make_room(self) -> None:
+    def make_room(self) -> bool:
         """Have an allocator of fixed segments keep one for all that blocks have for a moment, piece by piece.
 
-        Where it keeps one for each piece, larger ones do not fit into those, and what is left over is nobody's.
+        Where it keeps one for each piece, larger ones do not fit into those, and what is left over is nobody's. False
+        where it has none: pieces may still have places, and to ask is dear, as it gives all that is free back first.
         """
         try:
             torch.empty(self.execution.room_bytes, dtype=torch.uint8, device=self.pool.device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
-                raise  # else pieces may still have places
+                raise
+            return False
+        return True
 
     @property
     def ops(self) -> FusedOps:

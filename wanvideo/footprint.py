@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..memory.plan.footprint import Choice, Limits, ModelFootprint, VaeFootprint, WorkSize
+from ..memory.plan.footprint import Choice, Limits, ModelFootprint, WorkSize
+from ..memory.plan.vae_footprint import VaeFootprint
 from .network.config import WanConfig
 
 # bf16. Three frames are held per causal convolution: 3,546 elements per pixel, which is 2.64 GiB at 480x832 and 6.09
@@ -81,7 +82,7 @@ class WanFootprint(ModelFootprint):
         return max(adapter + whole, guided, super().temporary_bytes(work, choice, limits))
 
     def key_length(self, work: WorkSize) -> int:
-        return work.tokens
+        return 0 if work.all_queries else work.tokens  # others' attention may not spare what ours does
 
     def _attention_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         seen = work.rows * self.dim * self.compute_bytes if isinstance(work, WanWork) and work.seen_queries else 0

@@ -177,4 +177,9 @@ def _moments_of_pixels(frame: Tensor) -> tuple[Tensor, Tensor]:
     """
     moments = [torch.batch_norm_stats(sample[None], 0.0) for sample in frame]  # means, and what deviations are 1 over
     means, inverse = (torch.stack(each) for each in zip(*moments, strict=True))
-    return inverse.square().reciprocal(), means
+    return variance_of(inverse), means
+
+
+def variance_of(inverse: Tensor) -> Tensor:
+    """The variance, of 1 over the deviation; 0 of 0, as PyTorch has it of an even channel."""
+    return inverse.square().reciprocal().masked_fill_(inverse == 0, 0.0)

@@ -15,6 +15,7 @@ from .footprint import Choice, Limits, ModelFootprint, WorkSize
 from .host_memory import HostMemory, find_host_memory
 from .pass_times import FULL_SPEED_HEADS, compute_seconds
 
+FEWEST_HEADS = 2  # at a time: with so many a GPU has as many tiles of 8,192 queries as it has multiprocessors
 TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
 DEFAULT_SLOTS = 2
@@ -251,9 +252,9 @@ def _num_slots(limits: Limits) -> int:
 
 
 def _head_groups(model: ModelFootprint) -> list[int]:
-    """Numbers of head groups worth having, most first: even ones, of 4 heads up to what runs at full speed, or one."""
+    """Numbers of head groups worth having, most first: even ones, of 2 heads up to what runs at full speed, or one."""
     heads = model.num_heads
-    even = [groups for groups in range(heads, 0, -1) if heads % groups == 0 and heads // groups >= 4] or [1]
+    even = [groups for groups in range(heads, 0, -1) if heads % groups == 0 and heads // groups >= FEWEST_HEADS] or [1]
     full = next((groups for groups in even if heads // groups >= FULL_SPEED_HEADS), 1)
     return [groups for groups in even if groups >= full or groups == 1]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .footprint import Limits, VaeFootprint, WorkSize
+from .footprint import Limits, WorkSize
 from .slack import slack_bytes
 from .tiles import TILES, fitting_tile, strip_rows
+from .vae_footprint import VaeFootprint
 
 RECORDED_SHARE = 1.5  # of the working memory: what recorded steps work in is fitted together less well
 PAGES_AT_WORK = 3  # of what strips leave to each other, on the device: one arrives, one is used, one leaves

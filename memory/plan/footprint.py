@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 from ...system.card_profile import CardProfile
+from ...system.rounds import most_queries
 from ...system.sizes import GIB
-from ...transformer.rows import most_queries
+from .attention_bytes import AttentionBytes
 from .card_times import EAGER_PASSES, PLAIN, SDPA, PassWork
 from .parking import Parking
+from .vae_footprint import VaeFootprint
 
 MIB = 2**20
 # Outside PyTorch's allocator, on an H200 after models of every format ran in one process: libraries and kernels too.
@@ -26,40 +27,6 @@ UNLIMITED = 1 << 60  # VRAM, where the device has no memory of its own
 # Token-sized tensors that a block of Wan's reads and writes between its products: norms (2 each), rotated q and k,
 # attention's result over q, residuals (3 each).
 BLOCK_PASSES = 25
-
-
-class AttentionBytes(Protocol):
-    """What an attention backend says of its memory; see `attention/backend.py: AttentionWorkspace`."""
-
-    def nbytes(self, rows: int, keys: int, heads: int, head_dim: int, length: int = 0) -> int:
-        """Bytes that a call of so many rows of q and of k has beside q, k, v and its output.
-
-        `length` are the keys of one sample, where that is known to be what calls have.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class VaeFootprint:
-    """Decoding costs: what convolutions remember and the working set grow with the pixels of a frame, strip or tile.
-
-    Of a VAE that decodes in strips, a strip takes `strip_bytes_per_column` more for each column of pixels, as lower
-    resolutions are ahead of it and convolutions see rows of its neighbours; it leaves `seam_bytes_per_column` to the
-    strip below for each latent frame. Frames at the latent's size wait too: `waiting_bytes_per_position` of them.
-    `whole_bytes_per_pixel` of what convolutions remember is of layers at that size, which are not there beside strips.
-    """
-
-    weight_bytes: int
-    cache_bytes_per_pixel: int
-    working_bytes_per_pixel: int
-    strip_bytes_per_column: int = 0
-    seam_bytes_per_column: int = 0
-    waiting_bytes_per_position: int = 0
-    whole_bytes_per_pixel: int = 0
-
-    @property
-    def has_strips(self) -> bool:
-        return self.strip_bytes_per_column > 0
 
 
 @dataclass(frozen=True)
@@ -159,9 +126,8 @@ class ModelFootprint:
         """The largest of what is needed for a moment of a block."""
         chunk, row = min(choice.token_chunk, work.rows), self.dim * self.compute_bytes
         normed, read, key_read = self._normed_bytes(limits), self.row_bytes, self.key_row_bytes
-        if (
-            self.copies_rows and limits.fused
-        ):  # of what is normed or attended; of hidden rows, with the product in these
+        if self.copies_rows and limits.fused:
+            # of what is normed, or attended; of hidden rows, in which the product lies then
             product, of_attended = max(row + key_read, read), key_read
             packing = (0 if self.norms_in_8_bits else row) + row + key_read
         else:
@@ -173,6 +139,10 @@ class ModelFootprint:
             self._attended_bytes(work, choice) + chunk * of_attended + self.product_bytes,
             0 if choice.cache_text_kv else self._text_projection_bytes(work),
         )
+
+    def room_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """What every pass may ask a GPU's allocator for before its blocks: see `Workspace.make_room`."""
+        return self.temporary_bytes(work, choice, limits) if limits.vram_budget_bytes < UNLIMITED else 0
 
     def _normed_bytes(self, limits: Limits) -> int:
         """Of a row that is normed; eager steps work in fp32."""

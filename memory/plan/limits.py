@@ -11,7 +11,8 @@ from ...system.card_links import numbered
 from ...system.card_profile import H2D_PAGEABLE, H2D_PINNED, CardProfile, profile_of
 from ...system.processors import processors_of
 from ..stream.pinned import default_pinned_cap
-from .footprint import CONTEXT_BYTES, GIB, UNLIMITED, AttentionBytes, Limits
+from .attention_bytes import AttentionBytes
+from .footprint import CONTEXT_BYTES, GIB, UNLIMITED, Limits
 from .rates import Rates, measure_rates
 
 logger = logging.getLogger(__name__)

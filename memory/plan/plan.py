@@ -38,7 +38,7 @@ class MemoryPlan(Candidate):
         return max(self.denoise.total, self.decode.total)
 
     def has_room_for(self, size: WorkSize) -> bool:
-        """Whether passes as planned, but of a video of the frames and sides of `size`, fit in what there is for them.
+        """Whether passes as planned, but of a video of the frames and sides of `size`, fit in the budget.
 
         Fewer tokens may take more: of their queries more go together, and attention may be made another way.
         """
@@ -46,7 +46,7 @@ class MemoryPlan(Candidate):
         if work.tokens > self.work.tokens:
             return False
         ours, theirs = (denoise_memory(self.model, each, self.choice, self.limits) for each in (self.work, work))
-        return theirs.total <= ours.total
+        return self.denoise.total + theirs.total - ours.total <= self.budget_bytes
 
     @property
     def times_are_measured(self) -> bool:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...memory.plan.decode import choose_decode, decode_memory
-from ...memory.plan.footprint import Limits, VaeFootprint, WorkSize
+from ...memory.plan.footprint import Limits, WorkSize
 from ...memory.plan.tiles import TILES
+from ...memory.plan.vae_footprint import VaeFootprint
 from ...vae.strips import Strips
 from ...vae.tiling import Tile, Way, retry_ways
 from ...vae.tiny import TinyConfig, TinyVAE

@@ -231,8 +231,9 @@ class SelfAttention(nn.Module):
             attended = work.attend_tokens(q, span, keys_values)
             if seen is not None:
                 hooks.attended(*(work.in_heads(t) for t in (attended, seen, work.keys)))
+                seen = None
             project_out(to_out, attended, add, span, work, over_queries=work.queries_are_free)
-            del attended, seen  # before there are those of the next span
+            del attended  # before there is that of the next span
 
     def fill(self, to_q: Projection, normed: Normed, rope: Rope, work: Workspace) -> Pair:
         """Make k and v of all rows, and q of the first span, of the same normed rows."""

@@ -193,7 +193,6 @@ class WanModel(Transformer):
             x.mul_(work.residual_scale)  # in place: no plan has room for a second one
         work.fit_any_size(x)
         nag = None if extras.nag is None else self.embed_nag(extras.nag)
-        work.make_room()
         state = Pass(x, time, modulation, rows_per_group, rope, work, hooks=extras.visitor, frames_apart=times > 1)
         blocks = self.run_blocks(state, context, replace(extras, nag=nag), grid)
         if cached is not None:
@@ -220,6 +219,7 @@ class WanModel(Transformer):
         if watched is not None and watched.reorders:
             self.forget_angles()  # in place: they are this pass's alone
         per_token = [x, state.rope.cos, state.rope.sin, *(control.tokens for control in state.controls)]
+        self.make_room(work)
         blocks = self.ordered_blocks()
         arriving = self.stream(tuple(blocks.values()))
         for index, ((name, block), _) in enumerate(zip(blocks.items(), arriving, strict=True)):

@@ -95,6 +95,10 @@ class UpscaleFootprint(WanFootprint):
         """Beside a pass's own there are those of windows before it."""
         return 0
 
+    def room_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
+        """Its first pass is larger than the others, which may have more beside it."""
+        return 0
+
     def pass_bytes(self, work: WorkSize, choice: Choice, limits: Limits) -> int:
         added = self.projection.num_layers * work.rows * self.dim * self.compute_bytes
         windows = self.window_size(work)

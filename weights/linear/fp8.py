@@ -59,7 +59,6 @@ class MultipliedRows(MultipliedAsStored):
 
     @property
     def takes_late_rows(self) -> bool:
-        """Whether `quantize` has rows made in 8 bits at once, where whoever gives them can."""
         return self.ops.quantizes_late(torch.float8_e4m3fn)
 
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:

@@ -25,6 +25,7 @@ class WeightFormat(ABC):
 
     is_dense = True
     splits = False
+    copies_rows = False  # see `Projection`
 
     @property
     @abstractmethod
@@ -53,8 +54,10 @@ class WeightFormat(ABC):
         """Elements of scratch that `prepare` takes when it computes in `dtype`."""
         return math.prod(self.logical_shape(packed["weight"]))
 
-    copies_rows = False  # see `Projection`
-    takes_late_rows = False  # see `MultipliedRows`
+    @property
+    def takes_late_rows(self) -> bool:
+        """Whether it has rows made in 8 bits at once, where whoever gives them can: they are nowhere as they were."""
+        return False
 
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         """Bytes that one row of activations takes while it is multiplied, beside itself and its product in place."""
