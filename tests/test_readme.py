@@ -62,6 +62,9 @@ def row(rows: list[dict[str, Any]], name: str, key: str = "step") -> float:
     return float(next(each for each in rows if each["name"] == name)[key])
 
 
+IN_480P, IN_8_BITS = "exact_step_480p_h200_2026-11-30.json", "exact_step_720p_8_bits_h200_2026-11-30.json"
+
+
 def exact(name: str, limit: str, file: str = "exact_step_h200_2026-11-30.json") -> float:
     """A step by its limit, the quicker of those before and after it."""
     found = next(each for each in load(file)["files"] if any(row["name"] == name for row in each["rows"]))
@@ -80,10 +83,10 @@ def in_pieces(way: int) -> float:
     return float(found["steps"][way]["step"] / found["limit"])
 
 
-def by_resident(file: str) -> float:
-    """A step in 2.6 GiB by the resident one."""
+def by_resident(file: str, name: str = "480p in 2.6", resident: str = "480p resident") -> float:
+    """A streamed step by the resident one."""
     rows = load(file)["files"][0]["rows"]
-    return row(rows, "480p in 2.6") / row(rows, "480p resident")
+    return row(rows, name) / row(rows, resident)
 
 
 def by_bytes(name: str, file: str) -> float:
@@ -117,18 +120,21 @@ DERIVED: dict[str, Callable[[], float]] = {
     "0.801": lambda: framepack_limit("framepack_h200_2026-11-29.json"),
     "1.09": lambda: load("framepack_h200_2026-11-28.json")["cases"][0]["step"] / DERIVED["0.803"](),
     "1.047": lambda: load("framepack_h200_2026-11-29.json")["cases"][0]["step"] / DERIVED["0.801"](),
-    "1.018": lambda: exact("480p resident", "81x480x832 bf16", "exact_step_first_queries_h200_2026-11-29.json"),
+    "1.016": lambda: alike(
+        exact("480p resident", "81x480x832 bf16", IN_480P), exact("720p fp8_fast", "81x720x1280 fp8", IN_8_BITS)
+    ),
     "1.038": lambda: by_resident("exact_step_before_first_queries_h200_2026-11-29.json"),
     "1.028": lambda: by_resident("exact_step_first_queries_h200_2026-11-29.json"),
     "0.999": lambda: exact("720p resident", "81x720x1280 bf16"),
     "1.005": lambda: exact("720p in 4.0", "81x720x1280 bf16"),
-    "1.046": lambda: alike(
-        exact("480p in 2.6", "81x480x832 bf16", "exact_step_first_queries_h200_2026-11-29.json"),
-        exact("480p fp8_fast", "81x480x832 fp8"),
-    ),
-    "1.080": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8"),
-    "1.024": lambda: exact("720p fp8_fast", "81x720x1280 fp8"),
-    "1.041": lambda: exact("720p 8-bit k and v in 3.5", "81x720x1280 fp8"),
+    "1.046": lambda: exact("480p in 2.6", "81x480x832 bf16", "exact_step_first_queries_h200_2026-11-29.json"),
+    "1.039": lambda: exact("480p in 2.6", "81x480x832 bf16", IN_480P),
+    "1.036": lambda: exact("480p fp8_fast", "81x480x832 fp8", IN_480P),
+    "1.059": lambda: exact("480p 8-bit k and v in 2.3", "81x480x832 fp8", IN_480P),
+    "1.033": lambda: exact("720p 8-bit k and v in 3.5", "81x720x1280 fp8", IN_8_BITS),
+    "1.022": lambda: by_resident(IN_480P),
+    "1.021": lambda: by_resident(IN_480P, "480p 8-bit k and v in 2.3", "480p fp8_fast"),
+    "1.017": lambda: by_resident(IN_8_BITS, "720p 8-bit k and v in 3.5", "720p fp8_fast"),
     "1.052": lambda: in_pieces(0),
     "1.013": lambda: in_pieces(1),
     "1.034": lambda: in_pieces(2),
