@@ -1,6 +1,6 @@
 """Norms, rotation and packing of rows as TritonOps has them, against another version of that file, in one run.
 
-    git show main:fused/triton_ops.py > /tmp/before.py
+    git show main:fused/triton_ops.py > /tmp/before.py    # with the present kernels of LayerNorm, if it imports them
     python benchmarks/norms.py --before /tmp/before.py --sweep --out /tmp/norms.json
 
 At the shapes of Wan 14B, Wan 1.3B and FramePack, a chunk of rows at a time, the versions in turn. Shown are
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from lowvram_video.fused import triton_ops
 from lowvram_video.fused.eager import EagerOps
-from lowvram_video.fused.ops import Rope
+from lowvram_video.fused.ops import SMALLEST_SCALE, NormedRows, Rope
 from lowvram_video.system.atomic_files import write_file
 from measure import cold_seconds, machine
 from torch import Tensor
@@ -73,8 +73,21 @@ class Version:
                 setattr(self.file, name, value)
 
 
+@dataclass(frozen=True)
+class Step:
+    """Something that is done with rows, which may be changed by it, and what it reads and writes of each number.
+
+    `made` is what it made, as numbers, of what it returned: that is not timed. `needs`: what a version must have.
+    """
+
+    run: Callable[[Any, Tensor], Any]
+    nbytes: float
+    made: Callable[[Any], Tensor] = lambda returned: returned
+    needs: str = "rms_norm_"
+
+
 class Steps:
-    """What a block of a shape does with rows; some steps change what they are given."""
+    """What a block of a shape does with rows."""
 
     def __init__(self, shape: Shape, device: torch.device):
         self.shape = shape
@@ -91,12 +104,14 @@ class Steps:
         self._packed = torch.empty(shape.rows, shape.heads, shape.head_dim, device=device, dtype=torch.int8)
         self._scales = torch.empty(shape.rows, shape.heads, device=device)
         turned_bytes = 4 + 4 / shape.heads  # of bf16 numbers, read and written, and of angles
-        self.all: dict[str, tuple[Callable[[Any, Tensor], Tensor], float]] = {
-            "modulated norm": (self.modulated_norm, 4),
-            "affine norm": (self.affine_norm, 4),
-            "rms": (self.rms, 4),
-            "rms turned": (self.rms_turned, turned_bytes),
-            "pack": (self.pack, 3),
+        self.all = {
+            "modulated norm": Step(self.modulated_norm, 4),
+            "affine norm": Step(self.affine_norm, 4),
+            "norm in 8 bits": Step(self.norm_in_8_bits, 3, self._of_rows, "quantize_normed"),
+            "rms": Step(self.rms, 4),
+            "rms turned": Step(self.rms_turned, turned_bytes),
+            "turned, packed": Step(self.packed_norm, turned_bytes - 1, self._of_heads, "pack_normed"),
+            "pack": Step(self.pack, 3, self._of_heads),
         }
 
     def modulated_norm(self, ops: Any, x: Tensor) -> Tensor:
@@ -115,9 +130,23 @@ class Steps:
         ops.rms_norm_(x, self._norm_weight, EPS, self._rope, 0)
         return x
 
-    def pack(self, ops: Any, x: Tensor) -> Tensor:
+    def norm_in_8_bits(self, ops: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = NormedRows(ops, x, self._weight, self._bias, EPS)
+        made: tuple[Tensor, Tensor] = ops.quantize_normed(normed, torch.int8, 127.0, SMALLEST_SCALE)
+        return made
+
+    def packed_norm(self, ops: Any, x: Tensor) -> None:
+        ops.pack_normed(x, self._norm_weight, EPS, self._rope, 0, self._packed, self._scales)
+
+    def pack(self, ops: Any, x: Tensor) -> None:
         ops.pack_heads(x.view(self._packed.shape), self._packed, self._scales)
-        return (self._packed * self._scales[..., None]).view(x.shape)
+
+    def _of_heads(self, _: object) -> Tensor:
+        return (self._packed * self._scales[..., None]).flatten(1)
+
+    def _of_rows(self, made: tuple[Tensor, Tensor]) -> Tensor:
+        values, scales = made
+        return values * scales
 
     @property
     def _norm_weight(self) -> Tensor:
@@ -145,7 +174,7 @@ def versions(before: Path | None, sweep: bool) -> list[Version]:
 
 def concerns(version: Version, name: str, shape: Shape) -> bool:
     """Whether a version's constants are those of this step's kernel."""
-    by_heads = name == "pack" or (shape.by_head and name.startswith("rms"))
+    by_heads = name == "pack" or (shape.by_head and name.startswith(("rms", "turned")))
     names = {constant for constant, _ in version.constants}
     return not names or ("HEADS_WARPS" in names) == by_heads
 
@@ -153,19 +182,21 @@ def concerns(version: Version, name: str, shape: Shape) -> bool:
 def measure(shape: Shape, found: list[Version], device: torch.device) -> list[dict[str, Any]]:
     """Every step of a shape by every version, all of them in turn in each round; the best round counts."""
     steps, rows = Steps(shape, device), []
-    for name, (step, nbytes) in steps.all.items():
-        want = step(EagerOps(), steps.x.float())
+    for name, step in steps.all.items():
+        want = step.made(step.run(EagerOps(), steps.x.float()))
         times: dict[str, float] = {}
         errors: dict[str, float] = {}
         for version in [each for each in found if concerns(each, name, shape)] * ROUNDS:
             with version.ops() as ops:
-                made = step(ops, steps.x.clone()).float()
+                if not hasattr(ops, step.needs):
+                    continue
+                made = step.made(step.run(ops, steps.x.clone())).float()
                 errors[version.name] = float((made - want).square().mean().sqrt() / want.square().mean().sqrt())
                 x = steps.x.clone()
-                took = cold_seconds(lambda: step(ops, x), device, REPEATS)  # noqa: B023 - called here
+                took = cold_seconds(lambda: step.run(ops, x), device, REPEATS)  # noqa: B023 - called here
                 times[version.name] = min(took, times.get(version.name, took))
         for version_name, took in times.items():
-            speed = nbytes * shape.rows * shape.dim / took / 1e12
+            speed = step.nbytes * shape.rows * shape.dim / took / 1e12
             error = errors[version_name]
             line = {"model": shape.model, "step": name, "version": version_name, "us": took * 1e6, "TB/s": speed}
             rows.append({**line, "error": error})
