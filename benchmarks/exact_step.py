@@ -46,7 +46,7 @@ KINDS = (
     ("attention", r"sdpa|flash|fmha|attention|_attn"),
     ("unpacking", r"dequant|unpack|q\d_(k|0|1)"),
     ("8-bit rows", r"_quantize|_rescale"),
-    ("norms and rotation", r"_norm_kernel|_rms|layer_norm"),
+    ("norms and rotation", r"_norm(ed)?_kernel|_rms|layer_norm"),
     ("gated sums", r"_gated_add|_add_norm"),
     ("GELU", r"_gelu"),
     ("LoRA", r"_down_kernel|_up_kernel"),

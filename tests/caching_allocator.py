@@ -35,6 +35,11 @@ class Recording:
     def free(self, number: int) -> None:
         self._steps.append(number)
 
+    @property
+    def num_refusable(self) -> int:
+        """How many requests may be refused."""
+        return sum(may_be_refused for _, may_be_refused in self._asked)
+
     def ask(self, allocator: CachingAllocator) -> None:
         """NoRoom where it has none."""
         pieces: list[Piece | None] = []

@@ -239,6 +239,7 @@ def recorded_run(model: StreamedWan, plan: MemoryPlan, caches: Sequence[BlockCac
                     prompts.append(prompt_of(model, of_one, text))
                 velocity = network(latent, timestep, prompts[number][0], extras=Extras(cache=cache))
         del weights, held, blas, prompts, velocity
+    assert memory.recording.num_refusable == PASSES * len(caches), "one of a pass's own is as large as the room"
     return memory.recording
 
 

@@ -1,4 +1,4 @@
-"""How many rows and queries go together (transformer/rows.py)."""
+"""How many rows and queries go together (system/rounds.py)."""
 
 from __future__ import annotations
 

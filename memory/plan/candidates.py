@@ -15,7 +15,7 @@ from .footprint import Choice, Limits, ModelFootprint, WorkSize
 from .host_memory import HostMemory, find_host_memory
 from .pass_times import FULL_SPEED_HEADS, compute_seconds
 
-FEWEST_HEADS = 2  # at a time: with so many a GPU has as many tiles of 8,192 queries as it has multiprocessors
+FEWEST_HEADS = 2  # at a time: of 8,192 queries each that is a tile for every multiprocessor of a large GPU
 TOKEN_CHUNKS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUERY_CHUNKS = (8192, 16384)  # fewer rows at a time make attention slower and spare little
 DEFAULT_SLOTS = 2

@@ -8,7 +8,7 @@ from .footprint import Choice, Limits, ModelFootprint, WorkSize
 # Heads of an attention call, and the share of full speed it reaches with fewer, as with few rows (`GEMM_EFFICIENCY`).
 FULL_SPEED_HEADS = 8
 GROUPED_EFFICIENCY = 0.99
-FEW_HEADS_EFFICIENCY = 0.96
+FEW_HEADS_EFFICIENCY = ((4, 0.96), (0, 0.95))  # by heads; fewer than 4 are assumed to cost a little more
 # Likewise for the queries of one attention call; measured with cuDNN at 32,760 and 75,600 tokens.
 QUERY_EFFICIENCY = ((16384, 0.996), (0, 0.98))
 # To unpack keys and values takes as long as attention to them for so many rows (1.5 x TFLOP/s / TB/s: of an H200 214,
@@ -20,10 +20,11 @@ def compute_seconds(model: ModelFootprint, work: WorkSize, choice: Choice, limit
     """Predicted time of one pass when no block has to be waited for."""
     parts = measured_parts(model, work, choice, limits) or _assumed_parts(model, work, choice, limits)
     share = _product_share(model, work, choice)
-    few_heads = model.num_heads < FULL_SPEED_HEADS * choice.head_groups
+    heads = model.num_heads // choice.head_groups
     attention_share = 1.0
     if choice.head_groups > 1:
-        attention_share = FEW_HEADS_EFFICIENCY if few_heads else GROUPED_EFFICIENCY
+        few = next(share for least, share in FEW_HEADS_EFFICIENCY if heads >= least)
+        attention_share = GROUPED_EFFICIENCY if heads >= FULL_SPEED_HEADS else few
     queries = choice.allowed_queries(work)
     if choice.packed_keys:
         attention_share /= 1 + UNPACKING_ROWS / queries
