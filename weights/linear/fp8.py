@@ -45,7 +45,6 @@ class MultipliedRows(MultipliedAsStored):
     """What formats share that multiply a weight as it is stored, with rows that are quantised as they come."""
 
     gemm: Gemm
-    ops: RowOps
     copies_rows = True
 
     @property
@@ -56,10 +55,6 @@ class MultipliedRows(MultipliedAsStored):
     @abstractmethod
     def quantize(self, rows: GivenRows) -> tuple[Tensor, Tensor]:
         """The values and scales of `rows [rows, in]`."""
-
-    @property
-    def takes_late_rows(self) -> bool:
-        return self.ops.quantizes_late(torch.float8_e4m3fn)
 
     def row_bytes(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> int:
         """Its numbers in 8 bits, with a scale."""
@@ -107,6 +102,10 @@ class Fp8Matmul(MultipliedRows):
     name: str = "fp8 matmul"
 
     form = "fp8 rows"
+
+    @property
+    def takes_late_rows(self) -> bool:
+        return self.ops.quantizes_late(torch.float8_e4m3fn)
 
     def quantize(self, rows: GivenRows) -> tuple[Tensor, Tensor]:
         return self.ops.quantize(rows, torch.float8_e4m3fn)
